@@ -28,9 +28,9 @@ from badit.errors import nearest, problems
 
 OptimizerName = Literal["adamw", "lora+", "orthogonal"]
 # The largest integer that every library accepts. Seeds are at least 0, because numpy refuses negative ones.
-MOST = 2**31 - 1
-Count = Annotated[int, Field(ge=1, le=MOST)]
-CountOrZero = Annotated[int, Field(ge=0, le=MOST)]
+LARGEST = 2**31 - 1
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+CountOrZero = Annotated[int, Field(ge=0, le=LARGEST)]
 Seed = CountOrZero
 
 
@@ -41,8 +41,8 @@ def _steps(steps: float) -> float:
     return int(steps) if steps == int(steps) else steps
 
 
-Steps = Annotated[float, Field(ge=0, le=MOST), AfterValidator(_steps)]
-PositiveSteps = Annotated[float, Field(gt=0, le=MOST), AfterValidator(_steps)]
+Steps = Annotated[float, Field(ge=0, le=LARGEST), AfterValidator(_steps)]
+PositiveSteps = Annotated[float, Field(gt=0, le=LARGEST), AfterValidator(_steps)]
 
 
 class Section(BaseModel):
@@ -59,7 +59,7 @@ class TrainingSection(Section):
     model_config = ConfigDict(extra="allow")
 
     num_train_epochs: float = Field(1.0, gt=0, le=1e6)
-    max_steps: int = Field(-1, ge=-1, le=MOST, description="if positive, overrides num_train_epochs")
+    max_steps: int = Field(-1, ge=-1, le=LARGEST, description="if positive, overrides num_train_epochs")
     per_device_train_batch_size: Count = 8
     gradient_accumulation_steps: Count = 1
     optimizer: OptimizerName = Field(
@@ -122,7 +122,7 @@ RENAMED_ARGUMENTS = {
 }
 
 # Fields of TrainingArguments that a recipe cannot set (* is a wildcard), and the reasons.
-_SETTLED_ARGUMENTS = {
+_FIXED_ARGUMENTS = {
     "output_dir": "set output, the run's folder",
     "resume_from_checkpoint": "a run resumes from its own last checkpoint",
     "do_* prediction_loss_only include_for_metrics batch_eval_metrics *_full_eval eval_accumulation_steps "
@@ -164,7 +164,7 @@ def key_problems(training: Mapping[Any, Any]) -> Iterator[str]:
     for key in training:
         if key in RENAMED_ARGUMENTS:
             yield f"training.{key}: is now called {RENAMED_ARGUMENTS[key]}, as in transformers"
-        elif reason := settled(key):
+        elif reason := fixed_reason(key):
             yield f"training.{key}: cannot be set in a recipe: {reason}"
         elif key not in known:
             close = get_close_matches(str(key), [*known, *RENAMED_ARGUMENTS], n=1)
@@ -172,9 +172,9 @@ def key_problems(training: Mapping[Any, Any]) -> Iterator[str]:
             yield f"training.{key!s:.120}: unknown key{hint}"
 
 
-def settled(key: str) -> str | None:
+def fixed_reason(key: str) -> str | None:
     """Returns why a recipe cannot set a field of TrainingArguments, or None if it can."""
-    reasons = (why for names, why in _SETTLED_ARGUMENTS.items() if any(fnmatchcase(key, one) for one in names.split()))
+    reasons = (why for names, why in _FIXED_ARGUMENTS.items() if any(fnmatchcase(key, one) for one in names.split()))
     return None if key in TrainingSection.model_fields else next(reasons, None)
 
 

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel
 from torch.utils.benchmark import Timer
 
-from badit.arguments import argument_names, settled
+from badit.arguments import argument_names, fixed_reason
 from badit.compare import Cell, Grid
 from badit.compare import check as check_grid
 from badit.data import Instance, load_sources
@@ -262,7 +262,7 @@ def schema() -> dict[str, Any]:
         if section == "method" and option != ["name"]:
             place = words["regroup"]["properties"] if len(option) > 1 else words
             place[option[-1]] = {"description": text}
-    others = {name: {} for name in sorted(argument_names()) if not settled(name)}
+    others = {name: {} for name in sorted(argument_names()) if not fixed_reason(name)}
     method, inner = made["properties"]["method"], made["$defs"]
     for section, more in ((method, words), (inner["ComparedMethod"], words), (inner["TrainingSection"], others)):
         section["properties"] = {**more, **section.get("properties", {})}

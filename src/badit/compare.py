@@ -222,30 +222,30 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     return tasks, counts
 
 
-def climb(ladder: Sequence[float], start: float, loss_of: Callable[[float], float], level: float = 0.0) -> float:
+def find_rate(ladder: Sequence[float], start: float, loss_of: Callable[[float], float], level: float = 0.0) -> float:
     """Searches an ascending list of learning rates for the lowest loss, until both neighbours of the best are worse.
 
     The loss is assumed to have a single minimum: a higher rate is not tried if the next lower one is better. A
     non-finite loss (a diverged or failed run) counts as the worst. Returns the lowest of the rates whose losses are
     less than ``level`` above the best loss, because a rate that is too high costs more than one that is too low.
     """
-    here = ladder.index(start)
+    current = ladder.index(start)
     losses: dict[int, float] = {}
 
-    def measure(rung: int) -> None:
-        if 0 <= rung < len(ladder) and rung not in losses:
-            loss = loss_of(ladder[rung])
-            losses[rung] = loss if math.isfinite(loss) else math.inf
+    def measure(index: int) -> None:
+        if 0 <= index < len(ladder) and index not in losses:
+            loss = loss_of(ladder[index])
+            losses[index] = loss if math.isfinite(loss) else math.inf
 
-    measure(here)
+    measure(current)
     while True:
-        measure(here - 1)
-        if losses.get(here - 1, math.inf) >= losses[here]:
-            measure(here + 1)
+        measure(current - 1)
+        if losses.get(current - 1, math.inf) >= losses[current]:
+            measure(current + 1)
         best = min(losses, key=losses.__getitem__)
-        if best == here:
-            return ladder[min(rung for rung, loss in losses.items() if loss < losses[best] + level or rung == best)]
-        here = best
+        if best == current:
+            return ladder[min(index for index, loss in losses.items() if loss < losses[best] + level or index == best)]
+        current = best
 
 
 class _Comparison:
@@ -306,7 +306,7 @@ class _Comparison:
                 raise LookupError(cell)
             return loss
 
-        return start if start is None or ladder is None else climb(ladder, start, loss_of, METRICS["nll"].margin)
+        return start if start is None or ladder is None else find_rate(ladder, start, loss_of, METRICS["nll"].margin)
 
     def _run_cell(self, cell: Cell, *, score: bool) -> None:
         """Runs a cell unless it is done. Its error, if any, is written to its folder."""

@@ -40,7 +40,7 @@ from badit.train import (
     changed_inputs,
     encoded,
     fit,
-    in_use,
+    locked,
     make_plan,
     model_fingerprint,
     pad_id,
@@ -64,7 +64,7 @@ def train_and_score(recipe: Recipe, *, progress: bool = True, allow_changed_inpu
     Raises:
         BaditError: the input is invalid, or the output folder holds a run of another recipe.
     """
-    with explained(recipe.output), in_use(recipe):
+    with explained(recipe.output), locked(recipe):
         run = fit(recipe, progress=progress, allow_changed_inputs=allow_changed_inputs)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

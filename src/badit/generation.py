@@ -129,7 +129,7 @@ def _continuations(
             return _continuations(model, *prompts, settings_of_all, tasks, {}, [])
 
 
-class GrownAnswer(NamedTuple):
+class StreamedAnswer(NamedTuple):
     """An answer's text, its number of tokens without the end token, and whether it has one (else it is cut)."""
 
     text: str
@@ -145,7 +145,7 @@ def stream_answer(
     show: Callable[[str], None],
     max_new_tokens: int = 50,
     task: str | None = None,
-) -> GrownAnswer:
+) -> StreamedAnswer:
     """Streams the answer to one prompt, with the arguments and errors of :func:`generate_answers`.
 
     Args:
@@ -162,7 +162,7 @@ def stream_answer(
 
         (tokens,) = _continuations(model, *padded, settings, None if task is None else [task], {}, [show_all])
     ended = tokens[-1] in ends
-    return GrownAnswer(_decode(tokenizer, tokens, ends), len(tokens) - ended, ended)
+    return StreamedAnswer(_decode(tokenizer, tokens, ends), len(tokens) - ended, ended)
 
 
 def _check(prompts: Sequence[Sequence[int]], **sizes: int) -> None:

@@ -38,7 +38,7 @@ def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> lis
 
     gradients = [(reduced(a_NI), reduced(b_ON)) for a_NI, b_ON in factors]
     grams: list[torch.Tensor | None] = [None] * len(factors)
-    for indices in alike(gradients, _NUMBERS_AT_A_TIME):
+    for indices in by_shape(gradients, _NUMBERS_AT_A_TIME):
         grads_A, grads_B = zip(*(gradients[index] for index in indices), strict=True)
         # Row shards of A become column shards; each process communicates 1/W of A.
         stacked_NN = cosine_gram(stacked(grads_A, 1), stacked(grads_B, 0), over_shards(grads_A[0]))
@@ -47,7 +47,7 @@ def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> lis
     return grams
 
 
-def alike(
+def by_shape(
     pairs: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]], numbers_at_a_time: int
 ) -> Iterator[list[int]]:
     """Yields the indices of complete pairs of equal shape, dtype, device and placement, in chunks of limited size."""
@@ -68,16 +68,16 @@ def stacked(tensors: Sequence[torch.Tensor], features: int) -> torch.Tensor:
     if not isinstance(first, DTensor):
         return torch.stack(list(tensors))
     local = torch.stack([tensor.to_local() for tensor in tensors])  # pyright: ignore[reportAttributeAccessIssue]
-    whole = dtensor(local, first, of_stack(first), (len(tensors), *first.shape))
-    return whole.redistribute(placements=along(features + 1, first)).to_local()
+    whole = dtensor(local, first, stacked_placements(first), (len(tensors), *first.shape))
+    return whole.redistribute(placements=placements_along(features + 1, first)).to_local()
 
 
-def of_stack(like: DTensor) -> list[Any]:
+def stacked_placements(like: DTensor) -> list[Any]:
     """Returns the placements of a stack of tensors that are sharded like ``like``."""
     return [Shard(place.dim + 1) if isinstance(place, Shard) else place for place in like.placements]
 
 
-def along(features: int, like: DTensor) -> list[Shard | Replicate]:
+def placements_along(features: int, like: DTensor) -> list[Shard | Replicate]:
     """Returns placements that shard the dimension ``features`` on every mesh dimension on which ``like`` is sharded."""
     return [Shard(features) if place.is_shard() else Replicate() for place in like.placements]
 
@@ -200,7 +200,7 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts)
 
 
-def own_part(parts: torch.Tensor) -> torch.Tensor:
+def part_of_rank(parts: torch.Tensor) -> torch.Tensor:
     """Returns this rank's row of :func:`gathered`'s result; an equal share of the sum if the world size has changed."""
     rank, ranks = rank_and_size()
     return parts[rank] if len(parts) == ranks else parts.sum(dim=0) / ranks

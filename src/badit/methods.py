@@ -293,8 +293,8 @@ def build_method(section: Mapping[str, Any]) -> Method:
     kind = KINDS[name]
     for key in options.keys() & RETIRED_FIELDS:
         raise BaditError(f"method.{key}: this option was removed and had no effect; delete it")
-    for key in options.keys() & kind.settled.keys():
-        raise BaditError(f"method.{key}: is set by the method name {name} (to {kind.settled[key]}); delete it")
+    for key in options.keys() & kind.fixed.keys():
+        raise BaditError(f"method.{key}: is set by the method name {name} (to {kind.fixed[key]}); delete it")
     regroup = None
     if name == "badit":
         if (preset := options.pop("preset", "default")) not in ("default", "paper"):
@@ -305,7 +305,7 @@ def build_method(section: Mapping[str, Any]) -> Method:
         if preset == "paper":
             options = {**BaditConfig.PAPER, **options}
             regroup = None if regroup is None else {**RegroupOptions.PAPER, **regroup}
-    config = _built(kind.config_cls, options, kind.settled)
+    config = _built(kind.config_cls, options, kind.fixed)
     if regroup is not None:
         _built(RegroupOptions, regroup, {}, "method.regroup")
         if config.top_k is not None and config.top_k < config.num_experts:
@@ -337,7 +337,7 @@ NAMES = list(KINDS)
 def options_of(name: str) -> list[tuple[str, Any, str]]:
     """Returns the name, default and description of each option of a method."""
     kind = KINDS[name]
-    options = [one for one in described(kind.config_cls) if one[0] not in _INTERNAL | kind.settled.keys()]
+    options = [one for one in described(kind.config_cls) if one[0] not in _INTERNAL | kind.fixed.keys()]
     if name == "badit":
         options.append(("preset", "default", "'paper': the paper's exact form."))
         options += [(f"regroup.{key}", default, text) for key, default, text in described(RegroupOptions)]
@@ -352,13 +352,13 @@ def on_skeleton(recipe: Recipe, tasks: Sequence[str], dtype: str = "float32") ->
         return method, method.apply(model, tasks)
 
 
-def _built(kind: type[Any], options: Mapping[str, Any], settled: Mapping[str, Any], place: str = "method") -> Any:
-    known = {field.name for field in dataclasses.fields(kind) if field.init} - _INTERNAL - settled.keys()
+def _built(kind: type[Any], options: Mapping[str, Any], fixed: Mapping[str, Any], place: str = "method") -> Any:
+    known = {field.name for field in dataclasses.fields(kind) if field.init} - _INTERNAL - fixed.keys()
     for key in options:
         if key not in known:
             raise BaditError(f"{place}.{key}: unknown key{nearest(key, known)}")
     of_peft = {"task_type": "CAUSAL_LM"} if issubclass(kind, PeftConfig) else {}
     try:
-        return kind(**of_peft, **settled, **options)
+        return kind(**of_peft, **fixed, **options)
     except (ValueError, TypeError, OverflowError) as error:  # also BaditError
         raise BaditError(f"method: {error}") from None

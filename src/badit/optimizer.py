@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from badit.arguments import OptimizerName
 from badit.errors import BaditError, refuse_unknown
-from badit.gradients import alike, along, dtensor, of_stack, over_shards, stacked
+from badit.gradients import by_shape, dtensor, over_shards, placements_along, stacked, stacked_placements
 from badit.method import Moments, no_moments, orthogonal_updates
 from badit.tuner.config import POSITIVE
 
@@ -44,7 +44,7 @@ _FEATURES = (1, 0)
 # temporarily needs about ten times that memory.
 _NUMBERS_AT_A_TIME = 2**23
 
-_FLAT = (
+_FLATTENED = (
     "orthogonal updates need factors as matrices, but DeepSpeed and FSDP1 flatten them; "
     "use FSDP2 or DDP, or the optimizer adamw or lora+"
 )
@@ -151,7 +151,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
     ) -> None:
         is_divided = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
         if is_divided or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-            raise BaditError(_FLAT)
+            raise BaditError(_FLATTENED)
         pairs = factor_pairs(model)
         if not pairs:
             raise BaditError(
@@ -182,11 +182,11 @@ class OrthogonalUpdates(torch.optim.Optimizer):
                 loss = closure()
         factors, *others = self.param_groups
         if any(factor.ndim != 2 for factor in factors["params"]):
-            raise BaditError(_FLAT)
+            raise BaditError(_FLATTENED)
         pairs = list(zip(factors["params"][::2], factors["params"][1::2], strict=True))
         for has_moments in (True, False):
             some = [pair for pair in pairs if bool(self.state.get(pair[0])) == has_moments]
-            for indices in alike([(a.grad, b.grad) for a, b in some], _NUMBERS_AT_A_TIME):
+            for indices in by_shape([(a.grad, b.grad) for a, b in some], _NUMBERS_AT_A_TIME):
                 self._move([some[index] for index in indices], factors)
         for group in others:
             options = {name: group[name] for name in ("lr", "betas", "weight_decay")}
@@ -209,13 +209,13 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         (components, in_features), (out_features, columns) = (factors[0].shape for factors in sides)
         share, lr = columns // components, group["lr"]
 
-        def turned(x: torch.Tensor, side: int) -> torch.Tensor:
+        def as_rows(x: torch.Tensor, side: int) -> torch.Tensor:
             """Converts B (L, O, K·N) to rows (L, N, K·O), joining the K B's of one A, or back; A is unchanged."""
             return x.unflatten(-1, (share, x.shape[-1] // share)).permute(0, 3, 2, 1).flatten(-2) if side else x
 
         def rows(tensors: Sequence[Any], side: int) -> torch.Tensor:
             x = stacked(tensors, _FEATURES[side])
-            return turned(x.to(torch.promote_types(x.dtype, torch.float32)), side)
+            return as_rows(x.to(torch.promote_types(x.dtype, torch.float32)), side)
 
         def last_moments(side: int) -> Moments:
             states = [self.state[factor] for factor in sides[side]]
@@ -235,33 +235,35 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             over_shards=over_shards(sides[0][0]),
         )
         for side, factors in enumerate(sides):
-            kept = [_divided(turned(moment, side), factors, _FEATURES[side]) for moment in moments[side][:3]]
+            kept = [_shard(as_rows(moment, side), factors, _FEATURES[side]) for moment in moments[side][:3]]
             kept += [moment.unbind() for moment in moments[side][3:]]
             for factor, *values in zip(factors, *kept, strict=True):
                 self.state[factor] = dict(zip(_MOMENTS, values, strict=True))
-            _subtract(factors, lr * turned(updates[side], side), _FEATURES[side], shrink=1 - lr * group["weight_decay"])
+            _subtract(
+                factors, lr * as_rows(updates[side], side), _FEATURES[side], shrink=1 - lr * group["weight_decay"]
+            )
 
 
 # FSDP2 shards A and B by rows. A is redistributed into column shards, so that a product over features is the sum of the
 # shards' products. The moments keep that sharding.
 
 
-def _divided(x: torch.Tensor, like: Sequence[torch.Tensor], features: int) -> Sequence[torch.Tensor]:
+def _shard(x: torch.Tensor, like: Sequence[torch.Tensor], features: int) -> Sequence[torch.Tensor]:
     """Splits a tensor of :func:`badit.gradients.stacked` into its layers, each sharded along ``features``."""
     layers = x.contiguous().unbind()
     first = like[0]
     if not isinstance(first, DTensor):
         return layers
     shape = [first.shape[dim] if dim == features else size for dim, size in enumerate(layers[0].shape)]
-    return [dtensor(layer, first, along(features, first), shape) for layer in layers]
+    return [dtensor(layer, first, placements_along(features, first), shape) for layer in layers]
 
 
 def _subtract(factors: Sequence[nn.Parameter], update: torch.Tensor, features: int, shrink: float) -> None:
     """Multiplies the factors by ``shrink`` and subtracts the update (L, …), which is sharded along ``features``."""
     first, parts = factors[0], list[torch.Tensor](factors)
     if isinstance(first, DTensor):
-        whole = dtensor(update, first, along(features + 1, first), (len(factors), *first.shape))
-        update = whole.redistribute(placements=of_stack(first)).to_local()
+        whole = dtensor(update, first, placements_along(features + 1, first), (len(factors), *first.shape))
+        update = whole.redistribute(placements=stacked_placements(first)).to_local()
         parts = [factor.to_local() for factor in factors]  # pyright: ignore[reportAttributeAccessIssue]
     torch._foreach_mul_(parts, shrink)  # pyright: ignore[reportPrivateImportUsage]
     torch._foreach_sub_(parts, list(update.unbind()))  # pyright: ignore[reportPrivateImportUsage]

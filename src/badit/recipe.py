@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.fields import FieldInfo
 
 from badit.arguments import (
-    MOST,
+    LARGEST,
     RENAMED_ARGUMENTS,
     Count,
     CountOrZero,
@@ -137,7 +137,7 @@ class PromptSection(Section):
     """Prompts and tokenisation."""
 
     encoding: PromptEncoding = Field("def", description="'def', or 'def+posN' with N demonstrations")
-    max_source_tokens: int = Field(1024, ge=8, le=MOST)
+    max_source_tokens: int = Field(1024, ge=8, le=LARGEST)
     max_answer_tokens: Count = 50
     chat_template: ChatTemplate = "auto"
 

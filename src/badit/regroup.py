@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from badit.checkpoint import checkpoint_being_written, resumed_checkpoint
 from badit.errors import BaditError, explained, say
 from badit.files import append_to_log, rewind_log
-from badit.gradients import before_step, component_grams, gathered, own_part, rank_and_size, scale_columns
+from badit.gradients import before_step, component_grams, gathered, part_of_rank, rank_and_size, scale_columns
 from badit.method import expert_angles, group_components, grouping_objective
 from badit.method.grouping import Solver
 from badit.tuner.config import COUNT, COUNT_OR_ZERO, FRACTION, Rule, check_options, is_number, one_of, option
@@ -103,7 +103,7 @@ class Windows(dict[str, Window]):
     def __init__(self, layers: Mapping[str, Place], optimizer: Any = None) -> None:
         super().__init__({name: Window() for name in layers})
         self.layers = layers
-        self._taken_gates()
+        self._pop_gates()
         self._reads_in_engine = before_step(optimizer, self._read_gradients)
 
     def after_backward(self) -> None:
@@ -113,7 +113,7 @@ class Windows(dict[str, Window]):
 
     def _read_gradients(self) -> None:
         factors = [(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in self.layers.values()]
-        for window, gram_NN, gates in zip(self.values(), component_grams(factors), self._taken_gates(), strict=True):
+        for window, gram_NN, gates in zip(self.values(), component_grams(factors), self._pop_gates(), strict=True):
             if gram_NN is not None:
                 window.gram_sum = _plus(window.gram_sum, gram_NN)
                 window.steps += 1
@@ -123,7 +123,7 @@ class Windows(dict[str, Window]):
         """Resets the sums; keeps the pending log lines."""
         self.update({name: Window(pending=window.pending) for name, window in self.items()})
 
-    def _taken_gates(self) -> list[torch.Tensor | None]:
+    def _pop_gates(self) -> list[torch.Tensor | None]:
         """Returns each layer's sums of gates since the last call."""
         places = self.layers.values()
         return [one.gate_sums.pop(adapter, None) if isinstance(one, BaditLinear) else None for one, adapter in places]
@@ -149,9 +149,9 @@ class Windows(dict[str, Window]):
             raise BaditError("regrouping state: saved with another model or target_modules; resume with the same ones")
         for name, note in notes.items():
             gram_sum, gate_sums = (tensors.get(f"{kind}:{name}") for kind in ("gram_sum", "gate_sums"))
-            own_sums = None if gate_sums is None else own_part(gate_sums)
+            own_sums = None if gate_sums is None else part_of_rank(gate_sums)
             self[name] = Window(gram_sum, note["steps"], own_sums, note["pending"])
-        self._taken_gates()  # drops earlier sums, which belong to no window
+        self._pop_gates()  # drops earlier sums, which belong to no window
 
     def save(self, path: Path, *, write: bool = True) -> None:
         """Writes the state to a safetensors file on ranks with ``write``; all ranks must call it."""

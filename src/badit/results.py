@@ -32,30 +32,30 @@ _FIRST_METRICS = ("rouge_l", "exact_match")
 # Tolerance for the rounding error of means.
 _ROUNDING = 1e-6
 # Upper bound of numbers in a file, so that sums and means stay finite.
-_MOST = 10**15
+_LARGEST = 10**15
 
 
-class _Part(BaseModel):
+class _Model(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
-def _by_metric(name: str, *, lists: bool = False, **others: Any) -> type[_Part]:
+def _by_metric(name: str, *, lists: bool = False, **others: Any) -> type[_Model]:
     """Returns a pydantic model with one field per metric: the mean or, with ``lists``, the score of each instance."""
     fields: dict[str, Any] = {}
     for metric, about in METRICS.items():
         score: Any = Annotated[float, Field(ge=-_ROUNDING, le=about.most + _ROUNDING)]
         kind = list[score] if lists else score
         fields[metric] = (kind, ...) if metric in _FIRST_METRICS else (kind | None, None)
-    return create_model(name, __base__=_Part, **fields, **others)
+    return create_model(name, __base__=_Model, **fields, **others)
 
 
 _Score = Annotated[float, Field(ge=-_ROUNDING, le=100 + _ROUNDING)]
 _Points = Annotated[float, Field(ge=-100 - _ROUNDING, le=100 + _ROUNDING)]
-_TaskScores = _by_metric("_TaskScores", instances=(Annotated[int, Field(ge=1, le=_MOST)], ...))
+_TaskScores = _by_metric("_TaskScores", instances=(Annotated[int, Field(ge=1, le=_LARGEST)], ...))
 _InstanceScores = _by_metric("_InstanceScores", lists=True)
 
 
-class _Transfer(_Part):
+class _Transfer(_Model):
     forgetting: _Points
     backward_transfer: _Points
     forward_transfer: _Points | None = None
@@ -70,12 +70,12 @@ class _Scores(_by_metric("_Means")):
 
 def _amount(name: str) -> Any:
     """Returns a field that is read from ``environment.training`` of a cell."""
-    return Field(None, ge=0, le=_MOST, validation_alias=AliasPath("environment", "training", name))
+    return Field(None, ge=0, le=_LARGEST, validation_alias=AliasPath("environment", "training", name))
 
 
-class _Cell(_Part):
+class _Cell(_Model):
     method: str
-    seed: Annotated[int, Field(ge=-_MOST, le=_MOST)] | None
+    seed: Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)] | None
     order: str | None = None
     learning_rate: float | None = None
     status: Literal["done", "failed", "missing"]
@@ -90,7 +90,7 @@ class _Cell(_Part):
     continual: dict[Form, _Transfer] | None = None
 
 
-class _File(_Part):
+class _File(_Model):
     protocol: Literal["mixed", "sequential"]
     reference: str
     methods: Annotated[list[str], Field(min_length=1)]
@@ -157,7 +157,7 @@ def load_results(path: str | os.PathLike[str]) -> Results:
     with explained(path):
         file = _File.model_validate(content)
     scores, instances, continual = [], [], []
-    for cell in _counted(file, path):
+    for cell in _scored_cells(file, path):
         run = (cell.method, cell.seed, cell.order)
         for task, entry in cell.scores.tasks.items() if cell.scores else ():
             scores += [(*run, task, metric, score, entry.instances) for metric, score in _known_metrics(entry)]
@@ -289,11 +289,11 @@ def _frame(rows: Iterable[Any], columns: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).astype({name: types[name] for name in columns if name in types})
 
 
-def _known_metrics(entry: _Part) -> list[tuple[str, Any]]:
+def _known_metrics(entry: _Model) -> list[tuple[str, Any]]:
     return [(name, value) for name in METRICS if (value := getattr(entry, name)) is not None]
 
 
-def _counted(file: _File, path: Path) -> list[_Cell]:
+def _scored_cells(file: _File, path: Path) -> list[_Cell]:
     """Returns the cells that are done and selected; BaditError if cells are inconsistent."""
     refuse_unknown(f"{path}: reference", file.reference, file.methods)
     counted: dict[object, _Cell] = {}

@@ -150,7 +150,7 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
     """
     plan = make_plan(recipe)
     trackers_of(recipe.training)
-    with in_use(recipe):
+    with locked(recipe):
         # Only rank 0 writes; the other ranks wait for it in the first training step.
         run = Run.prepare(recipe) if is_main_process() else Run.at(recipe.output)
         if is_main_process() and not run.environment_path.is_file():
@@ -176,7 +176,7 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
         return run
 
 
-def in_use(recipe: Recipe) -> AbstractContextManager[None]:
+def locked(recipe: Recipe) -> AbstractContextManager[None]:
     """A context that locks the recipe's folder; rank 0 locks it for all processes of this training."""
     return exclusive(Path(recipe.output)) if is_main_process() else nullcontext()
 
@@ -356,7 +356,7 @@ def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | N
         # transformers renamed it within version 5
         name = f"{'activation' if 'activation_checkpointing' in argument_names() else 'gradient'}_checkpointing"
         given |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-    settled = {
+    fixed = {
         "output_dir": str(folder / "checkpoints" / STAGING),
         "resume_from_checkpoint": None if checkpoint is None else str(checkpoint),  # read by the callbacks
         "seed": seed,
@@ -368,7 +368,7 @@ def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | N
         "per_device_eval_batch_size": plan.recipe.evaluation.batch_size,
     }
     try:
-        return TrainingArguments(**{**defaults, **given, **settled})
+        return TrainingArguments(**{**defaults, **given, **fixed})
     except (ValueError, TypeError) as error:  # incompatible values
         raise BaditError(f"training: {first_line(error)}") from None
 

@@ -68,7 +68,7 @@ class AnswerTrainer(Trainer):
             command = f"accelerate launch --multi_gpu --num_processes {args.n_gpu} -m badit train RECIPE"
             _say_once(f"badit: training on one of {args.n_gpu} GPUs; to use all of them: {command}")
             args._n_gpu = 1  # transformers has no public setter
-        callbacks: list[TrainerCallback] = [_EveryStep(self)]  # first, because other callbacks read gradients
+        callbacks: list[TrainerCallback] = [_StepCallback(self)]  # first, because other callbacks read gradients
         if options.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
         callbacks += kwargs.pop("callbacks", None) or []
@@ -272,7 +272,7 @@ class EpochSampler(Sampler[int]):
         return iter([index for step in steps for index in step])
 
 
-class _EveryStep(TrainerCallback):
+class _StepCallback(TrainerCallback):
     """Skips steps with non-finite gradients, calls the method's update hooks, and sets when to log and save.
 
     Skipped gradients change no weight, no moment and no Gram matrix. Too many (with DeepSpeed one) stop the run.

@@ -63,13 +63,13 @@ class CellProcess:
 
 def main() -> int:
     """``python -m badit.worker FOLDER score|search``; the cell stops when its standard input is closed."""
-    threading.Thread(target=_stop_at_end_of, args=(sys.stdin.fileno(),), daemon=True).start()
+    threading.Thread(target=_stop_at_end_of_input, args=(sys.stdin.fileno(),), daemon=True).start()
     return run_cell(Path(sys.argv[1]), score=sys.argv[2] == "score")
 
 
-def _stop_at_end_of(lifeline: int) -> None:
+def _stop_at_end_of_input(stdin: int) -> None:
     """Stops this cell when the pipe from the comparison closes: a killed comparison cannot send a signal."""
-    os.read(lifeline, 1)  # returns when the pipe closes; nothing is written to it
+    os.read(stdin, 1)  # returns when the pipe closes; nothing is written to it
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from badit import BaditError, Run, load_base_model
 from badit.baselines import BASELINES
-from badit.compare import Cell, Grid, check, climb, order_name
+from badit.compare import Cell, Grid, check, find_rate, order_name
 from badit.methods import build_method
 from badit.recipe import build_recipe, dump_recipe
 from comparison.cells import LORA, comparison_values
@@ -148,13 +148,13 @@ def walk(losses, start):
         tried.append(ladder.index(rate))
         return losses[tried[-1]]
 
-    return ladder.index(climb(ladder, ladder[start], loss_of)), tried
+    return ladder.index(find_rate(ladder, ladder[start], loss_of)), tried
 
 
 def test_of_rates_that_are_level_the_lowest_is_taken_and_ties_and_failures_stay_at_the_first():
     losses = dict(zip(LADDER, [1.43, 1.405, 1.40, 1.42, *[9.0] * len(LADDER)], strict=False))
-    assert climb(LADDER, LADDER[2], losses.__getitem__, 0.01) == LADDER[1]
-    assert climb(LADDER, LADDER[2], losses.__getitem__, 0.004) == LADDER[2]
+    assert find_rate(LADDER, LADDER[2], losses.__getitem__, 0.01) == LADDER[1]
+    assert find_rate(LADDER, LADDER[2], losses.__getitem__, 0.004) == LADDER[2]
     for tie in ([1, 1, 1], [math.inf, math.nan, math.inf]):
         assert walk(tie, 1) == (1, [1, 0, 2])
 

@@ -27,11 +27,11 @@ from badit.trainer import answer_losses
 _NEAREST = 5
 _SHOWN_CHARACTERS = 300
 _CONSTANT = 1e-6  # a gate with a smaller deviation over all prompts or tasks counts as constant
-_NAMED = 2
-_ALIKE_GATES = 0.02
+_MOST_NAMED = 2
+_LEAST_SPREAD = 0.02
 _STANDARD_ERRORS = 3
 _NO_CHANGE = 0.005  # nats per token
-_ALIKE_CHANGES = 0.25  # the largest change must exceed the mean by more than this share of the mean
+_LEAST_LEAD = 0.25  # the largest change must exceed the mean by more than this share of the mean
 _PERMUTATIONS, _SEED = 10_000, 0
 
 Texts = Mapping[str, Sequence[tuple[str, str]]]
@@ -185,9 +185,9 @@ def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.nda
         gate_T, change_T, error_T = gates.means.mean(axis=1)[:, expert], change_TK[:, expert], error_TK[:, expert]
         of_prompts = [gates_PMK.mean(axis=1)[:, expert] for gates_PMK in gates.by_task.values()]
         gate_error_T = np.array([g_P.std(ddof=min(1, len(g_P) - 1)) / np.sqrt(len(g_P)) for g_P in of_prompts])
-        drawn = _standing_out(gate_T, gate_error_T) if np.ptp(gate_T) >= _ALIKE_GATES else []
+        drawn = _standing_out(gate_T, gate_error_T) if np.ptp(gate_T) >= _LEAST_SPREAD else []
         mean, most = change_T.mean(), change_T.max()
-        missed = most >= _NO_CHANGE and most - mean > _ALIKE_CHANGES * mean
+        missed = most >= _NO_CHANGE and most - mean > _LEAST_LEAD * mean
         hurt = _standing_out(change_T, error_T) if missed else []
         names = (", ".join(gates.tasks[t] for t in named) for named in (drawn, hurt))
         rows.append((expert, *names, gate_T.mean(), np.ptp(gate_T), mean))
@@ -197,7 +197,7 @@ def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.nda
 
 def _standing_out(value_T: np.ndarray, error_T: np.ndarray) -> list[int]:
     """Returns at most two tasks that lead the mean by over half of the largest lead; none if that lead is noise."""
-    first, mean = np.argsort(-value_T, kind="stable")[:_NAMED], value_T.mean()
+    first, mean = np.argsort(-value_T, kind="stable")[:_MOST_NAMED], value_T.mean()
     if value_T[first[0]] - mean < _STANDARD_ERRORS * error_T[first[0]]:
         return []
     return [int(t) for t in first if value_T[t] > (mean + value_T[first[0]]) / 2]

@@ -35,7 +35,7 @@ class Baseline(NamedTuple):
     """A method's configuration class, whose fields are its options, and the fields that the method's name fixes."""
 
     config_cls: type[Any]
-    settled: Mapping[str, Any] = {}
+    fixed: Mapping[str, Any] = {}
 
 
 BASELINES = {

@@ -173,10 +173,10 @@ class BranchModel(ExpertModel):
             width, device = embeddings.weight.shape[1], embeddings.weight.device
             self.badit_gate[adapter_name] = peft_config.gate_cls(width, peft_config, device)
             if self._embedding_hook is None:
-                self._embedding_hook = embeddings.register_forward_hook(self._weigh)
+                self._embedding_hook = embeddings.register_forward_hook(self._compute_gates)
         super()._create_and_replace(peft_config, adapter_name, *args, **kwargs)
 
-    def _weigh(self, embeddings: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    def _compute_gates(self, embeddings: nn.Module, args: tuple, output: torch.Tensor) -> None:
         """Computes the weights of a pass, outside of the layers: gradient checkpointing does not recompute them."""
         forward_pass = RoutingContext.of(self.model).forward_pass()
         if forward_pass.held is not None:

@@ -34,7 +34,7 @@ from badit.tuner.model import TaskBatches
 from badit.tuner.prompt import before_first_label
 
 _SHARE_OF_ENERGY = 0.995
-_TASKS_TO_WHOLE = 15  # the share reaches 1 after this number of tasks
+_TASKS_TO_FULL_SHARE = 15  # the share reaches 1 after this number of tasks
 _NEGLIGIBLE = 1e-5  # relative to the norm of all inputs: smaller values are float32's rounding errors
 
 
@@ -97,7 +97,7 @@ class GainLoraGate(BranchGate):
     @torch.no_grad()
     def end_task(self, prompt_ND: torch.Tensor) -> None:
         """Extends the projectors by the inputs of G1, G2 and the key for the finished task's prompts."""
-        share = _SHARE_OF_ENERGY + (1 - _SHARE_OF_ENERGY) * min(len(self.past_keys) / _TASKS_TO_WHOLE, 1)
+        share = _SHARE_OF_ENERGY + (1 - _SHARE_OF_ENERGY) * min(len(self.past_keys) / _TASKS_TO_FULL_SHARE, 1)
         for name, inputs in self._inputs(prompt_ND).items():
             inputs = inputs.double().T @ inputs.double() if self.of_covariance else inputs
             setattr(self, f"seen_by_{name}", grown_projector(self.get_buffer(f"seen_by_{name}"), inputs, share))

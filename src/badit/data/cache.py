@@ -51,7 +51,7 @@ class Table(Sequence[Item]):
         return self._make(self.table.slice(int(self.rows[index]), 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[Item]:
-        for batch in self._taken():
+        for batch in self._selected_batches():
             yield from map(self._make, batch.to_pylist())
 
     def __eq__(self, other: object) -> bool:
@@ -59,14 +59,14 @@ class Table(Sequence[Item]):
 
     def column(self, name: str) -> list[Any]:
         """Returns the values of one column, in the order of the items."""
-        return [value for batch in self._taken() for value in batch.column(name).to_pylist()]
+        return [value for batch in self._selected_batches() for value in batch.column(name).to_pylist()]
 
     def select(self, indices: Indices) -> Self:
         selected = copy(self)
         selected.rows = self.rows[np.asarray(indices, dtype=np.int64)]
         return selected
 
-    def _taken(self) -> Iterator[pa.RecordBatch]:
+    def _selected_batches(self) -> Iterator[pa.RecordBatch]:
         """Yields the rows in order, one table batch at a time (pa.Table.take would copy the whole table)."""
         numbers = np.searchsorted(self._starts, self.rows, side="right") - 1
         for part in np.split(np.arange(len(self)), np.flatnonzero(np.diff(numbers)) + 1) if len(self) else ():

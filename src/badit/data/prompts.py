@@ -94,8 +94,8 @@ def encode_prompts(
     histories = [prompt.history for prompt in pieces]
     for i, ids in zip(unsure, _tokens(tokenizer, [texts[i] for i in unsure]), strict=True):
         if len(ids) > max_source_tokens:
-            texts[i] = _cut(tokenizer, pieces[i], max_source_tokens)
-        histories[i] = _recent(tokenizer, histories[i], max_source_tokens - len(ids))
+            texts[i] = _truncated(tokenizer, pieces[i], max_source_tokens)
+        histories[i] = _recent_messages(tokenizer, histories[i], max_source_tokens - len(ids))
     templated = uses_template(tokenizer, chat_template)
     for i, (prompt, text, history) in enumerate(zip(pieces, texts, histories, strict=True)):
         turns = (*history, ("user", text))
@@ -119,7 +119,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Messages, **options: An
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, most: int) -> str:
+def _truncated(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, most: int) -> str:
     """Returns a prompt's text, truncated to `most` tokens; BaditError if not even its end fits."""
 
     def fits(text: str) -> bool:
@@ -132,7 +132,7 @@ def _cut(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, most: int) -> str:
     raise BaditError(f"max_source_tokens: {most} is too small for the end of the prompt, {prompt.tail!r}; increase it")
 
 
-def _recent(tokenizer: PreTrainedTokenizerBase, history: Messages, most: int) -> Messages:
+def _recent_messages(tokenizer: PreTrainedTokenizerBase, history: Messages, most: int) -> Messages:
     """Returns the system message, if it fits in `most` tokens, and the latest messages that fit in the rest."""
     lengths = [len(ids) for ids in _tokens(tokenizer, [content for _, content in history])]
     system = history[:1] if history and history[0][0] == "system" and lengths[0] <= most else ()

@@ -112,7 +112,7 @@ def _read(where: Source, wanted: Sequence[str] | None) -> list[Task]:
     return found
 
 
-def _collected(where: Source, files: Sequence[Path], records: Iterable[Record], about: Any = None) -> list[Task]:
+def _build_tasks(where: Source, files: Sequence[Path], records: Iterable[Record], about: Any = None) -> list[Task]:
     """Builds tasks from records. Records of large files come from the cache if the files have not changed.
 
     A record without an id gets "<task>-<its index among the task's records>". ``about`` has other JSON values that
@@ -170,7 +170,9 @@ def _official(where: Source, path: Path, wanted: Sequence[str] | None) -> list[T
                 if split := first if index < OFFICIAL_TEST_INSTANCES else rest:
                     yield name, about, split, one.model_dump()
 
-    return _collected(where, [file for _, file, *_ in parts], records(), [(name, *split) for name, _, *split in parts])
+    return _build_tasks(
+        where, [file for _, file, *_ in parts], records(), [(name, *split) for name, _, *split in parts]
+    )
 
 
 def _split_lists(root: Path, files: Sequence[Path]) -> dict[str, Any]:
@@ -225,7 +227,7 @@ def _of_rows(where: Source, path: Path) -> list[Task]:
             strict = file.suffix in _JSON and not where.columns
             yield from read_rows(_rows_in(file), split, task, where, strict=strict)
 
-    return _collected(where, files, records())
+    return _build_tasks(where, files, records())
 
 
 def _row_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
@@ -314,4 +316,4 @@ def _of_data_sets(where: Source, path: Path) -> list[Task]:
             yield from read_rows(_rows_of(rows, place), known[split], name, where, strict=False)  # pyright: ignore
 
     files = [Path(file["filename"]) for rows in parts.values() for file in rows.cache_files]
-    return _collected(where, files, records())
+    return _build_tasks(where, files, records())

@@ -70,7 +70,7 @@ def top_singular_triples(
         raise BaditError("the weight holds NaN or infinite values; it cannot be decomposed")
     small = min(w_OI.shape) <= max(_EXACT_UP_TO, 4 * rank)
     if method == "exact" or (method == "auto" and small):
-        u_ON, s_N, vh_NI = _exact(w_OI, rank)
+        u_ON, s_N, vh_NI = _exact_svd(w_OI, rank)
     else:
         u_ON, s_N, vh_NI = _randomized(w_OI, rank, tolerance, seed)
     peak_N = u_ON.gather(0, u_ON.abs().argmax(dim=0, keepdim=True)).squeeze(0)
@@ -122,7 +122,7 @@ def compress(a_RI: torch.Tensor, b_OR: torch.Tensor, rank: int) -> CompressedFac
     return CompressedFactors(a_PI.float(), b_OP.float(), float(s[rank:].norm()), float(s.norm()))
 
 
-def _exact(w_OI: torch.Tensor, rank: int) -> SingularTriples:
+def _exact_svd(w_OI: torch.Tensor, rank: int) -> SingularTriples:
     if w_OI.device.type == "cpu":
         # On a CPU, eigenvectors of the shorter side's float64 Gram matrix are faster; precise unless σ_N is too small.
         wide_SL = (w_OI if w_OI.shape[0] <= w_OI.shape[1] else w_OI.T).double()
@@ -153,8 +153,8 @@ def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> S
     new_IP = torch.randn(w_OI.shape[1], block, generator=generator).to(w_OI.device)
     u_OM, v_IM, r_MM = w_OI.new_empty(w_OI.shape[0], 0), w_OI.new_empty(w_OI.shape[1], 0), w_OI.new_empty(0, 0)
     for _ in range(_MAX_PASSES):
-        q_OP, _ = _beyond(u_OM, w_OI @ new_IP)
-        new_IP, r_MP = _beyond(v_IM, w_OI.T @ q_OP)
+        q_OP, _ = _new_directions(u_OM, w_OI @ new_IP)
+        new_IP, r_MP = _new_directions(v_IM, w_OI.T @ q_OP)
         u_OM, v_IM = torch.cat([u_OM, q_OP], dim=1), torch.cat([v_IM, new_IP], dim=1)
         r_MM = torch.cat([F.pad(r_MM, (0, 0, 0, block)), r_MP], dim=1)
         left_MM, s_M, right_MM = torch.linalg.svd(r_MM.T)
@@ -167,11 +167,11 @@ def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> S
         if u_OM.shape[1] + block > min(_MAX_BLOCKS * block, *w_OI.shape):
             new_IP = v_IM @ right_MM[:block].T
             u_OM, v_IM, r_MM = u_OM[:, :0], v_IM[:, :0], r_MM[:0, :0]
-    u_ON, s_N, vh_NI = _exact(w_OI, rank)
+    u_ON, s_N, vh_NI = _exact_svd(w_OI, rank)
     return SingularTriples(u_ON, s_N * unit, vh_NI)
 
 
-def _beyond(basis_DM: torch.Tensor, new_DP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _new_directions(basis_DM: torch.Tensor, new_DP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns q_DP and r_M'P with new = [basis, q] r and orthonormal [basis, q]; two passes correct rounding errors."""
     within_MP = basis_DM.T @ new_DP
     q_DP, r_PP = torch.linalg.qr(new_DP - basis_DM @ within_MP)

@@ -66,7 +66,7 @@ class Moments(NamedTuple):
 def no_moments(x_ND: torch.Tensor) -> Moments:
     """Returns the moments before the first step, for a factor given as rows."""
     zero_ND, leading, (components, length) = torch.zeros_like(x_ND), x_ND.shape[:-2], x_ND.shape[-2:]
-    exact = partial(x_ND.new_zeros, dtype=_exact(x_ND))
+    exact = partial(x_ND.new_zeros, dtype=_accumulation_dtype(x_ND))
     sizes = (1, length), (components, components), (2,)
     return Moments(zero_ND, zero_ND, *(exact((*leading, *size)) for size in sizes))
 
@@ -96,7 +96,7 @@ def orthogonal_updates(
     """
     beta_1, beta_2 = betas
     products = [p for x, own in zip(factors, moments, strict=True) for p in (x @ x.mT, x @ own.basis_ND.mT)]
-    products_NN = over_shards(torch.stack(products), "sum").to(_exact(products[0]))
+    products_NN = over_shards(torch.stack(products), "sum").to(_accumulation_dtype(products[0]))
     # From here on, N × N matrices of A and B are stacked: (2, …, N, N).
     root_NN = inverse_root(products_NN[0::2], floor)
     # A moves in B's frame, and B in A's.
@@ -181,6 +181,6 @@ def _trace(matrix_NN: torch.Tensor) -> torch.Tensor:
     return matrix_NN.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def _exact(tensor: torch.Tensor) -> torch.dtype:
+def _accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
     """Returns the dtype of N × N algebra: float64, or float32 on Apple's GPUs, which have no float64."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64

@@ -116,9 +116,9 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         for adapter in self.running_adapters:
             config = self.badit_config[adapter]
             x_in = self._with_positions(self._cast_input_dtype(x, self.badit_A[adapter].dtype))
-            settled = self._settled(adapter)
-            if settled is not None and self._key(adapter) in settled:
-                a_PI, b_ON, scale = settled[self._key(adapter)]
+            stored = self._stored(adapter)
+            if stored is not None and self._key(adapter) in stored:
+                a_PI, b_ON, scale = stored[self._key(adapter)]
             else:
                 a_PI, b_ON = self.factors(adapter)
                 scale = config.scaling * self.component_gates(adapter, x_in)
@@ -130,10 +130,10 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
                     a_PI, b_ON = torch.cat([a_PI, a0_NI]), torch.cat([b_ON, b0_ON], dim=1)
                     subtracted = torch.full_like(scale, -config.scaling * config.subtracted_share)
                     scale = torch.cat([scale, subtracted], dim=-1)
-                if settled is not None:
+                if stored is not None:
                     if len(scale) == 1:  # one row, or the same gates in all rows
                         b_ON, scale = b_ON * scale.flatten().to(b_ON.dtype), None
-                    settled[self._key(adapter)] = a_PI, b_ON, scale
+                    stored[self._key(adapter)] = a_PI, b_ON, scale
             hidden = self.hidden(adapter, self.badit_dropout[adapter](x_in), a_PI)
             if scale is not None:
                 # If the experts share A, each group of P columns of B takes all rows of A.
@@ -174,7 +174,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         rank = config.num_components // config.num_experts
         return torch.arange(config.num_experts, device=self.device).repeat_interleave(rank)
 
-    def _settled(self, adapter_name: str) -> dict[str, Any] | None:
+    def _stored(self, adapter_name: str) -> dict[str, Any] | None:
         """Returns the dict that stores factors and gates for the next token of a generation; None: not stored."""
         return None
 
@@ -308,12 +308,12 @@ class BaditLinear(ExpertLinear):
     def _reads_prompt(self) -> bool:
         return any(self.badit_config[adapter].routing == "prompt" for adapter in self.running_adapters)
 
-    def _settled(self, adapter_name: str) -> dict[str, Any] | None:
+    def _stored(self, adapter_name: str) -> dict[str, Any] | None:
         """During a ``generate`` routed by prompt, factors and gates stay the same from the first new token on."""
         by_token = self.badit_config[adapter_name].routing == "token" or self.tokens_P is not None
         if by_token or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        return self.routing.forward_pass().settled
+        return self.routing.forward_pass().stored
 
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """Returns the gates for x (B, T, I): (B, 1, K) for routing by prompt, (B, T, K) by token and for packed rows.

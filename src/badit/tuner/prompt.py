@@ -53,7 +53,7 @@ class ForwardPass:
     held: dict[str, torch.Tensor] | None = None
     shape: torch.Size | None = None  # of the batch, (B, T)
     fills_cache: bool = True  # decoding may follow, so layers store their gates in `fresh`
-    settled: dict[str, Any] | None = None  # what layers store for the next pass of a generation with the same cache
+    stored: dict[str, Any] | None = None  # what layers store for the next pass of a generation with the same cache
     row_tasks: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by adapter, the index (B) of each row's task
     # Whether gradients are enabled at the start; gradient checkpointing may run the layers without them.
     begun_with_gradients: bool = field(default_factory=torch.is_grad_enabled)
@@ -84,10 +84,10 @@ class RoutingContext:
     def __init__(self) -> None:
         self._running: ForwardPass | None = None
         # The pass whose layers gradient checkpointing recomputes in the backward pass, after the end of the pass.
-        self._differentiated: ForwardPass | None = None
+        self._last_training_pass: ForwardPass | None = None
         self._generation_prompt_length: int | None = None
         # During ``generate``: the gates on the cache, and what layers store as long as the cache has these gates.
-        self._settled: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
+        self._stored: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._looked_at_labels = False
         self._warned: set[str] = set()
         # Each returns whether its layer needs the prompt mask, which must be computed before a compiled layer runs.
@@ -136,16 +136,16 @@ class RoutingContext:
         own = self._generate or partial(type(model).generate, model)
         given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
         lengths = [value.shape[1] for value in given if isinstance(value, torch.Tensor)]
-        outer = self._generation_prompt_length, self._settled
-        self._generation_prompt_length, self._settled = next(iter(lengths), None), ({}, {})
+        outer = self._generation_prompt_length, self._stored
+        self._generation_prompt_length, self._stored = next(iter(lengths), None), ({}, {})
         try:
             return own(*args, **kwargs)
         finally:
-            self._generation_prompt_length, self._settled = outer
+            self._generation_prompt_length, self._stored = outer
 
     def forward_pass(self) -> ForwardPass:
         """Returns the calling layer's forward pass; an empty one if the layer was called outside of the base model."""
-        known = self._differentiated if self.runs_again() else self._running
+        known = self._last_training_pass if self.runs_again() else self._running
         return ForwardPass(row_tasks=self.row_tasks) if known is None else known
 
     def runs_again(self) -> bool:
@@ -179,7 +179,7 @@ class RoutingContext:
         kwargs.pop("prompt_mask", None)
         self._running.row_tasks = self.row_tasks
         if torch.is_grad_enabled():
-            self._differentiated = self._running
+            self._last_training_pass = self._running
         if self._running.held is None and self._reads_prompt():
             _ = self._running.prompt  # a cached property: computed here
         return args, kwargs
@@ -191,7 +191,7 @@ class RoutingContext:
         if torch.is_grad_enabled():
 
             def recall(gradient: torch.Tensor) -> None:
-                self._differentiated = running
+                self._last_training_pass = running
 
             # Several forward passes may precede one backward pass, which enters each at its outputs, the latest first.
             for tensor in tree_leaves(output):
@@ -219,9 +219,9 @@ class RoutingContext:
                     "text is added to a filled cache, which keeps the gates of its first prompt; for gates of the "
                     "whole text, call cache.reset() and pass all of it, or use routing='token'"
                 )
-            if self._settled is not None and self._settled[0] is not held:
-                self._settled = held, {}
-            return ForwardPass(held=held, shape=shape, settled=self._settled and self._settled[1])
+            if self._stored is not None and self._stored[0] is not held:
+                self._stored = held, {}
+            return ForwardPass(held=held, shape=shape, stored=self._stored and self._stored[1])
         if shape is None:
             return ForwardPass()
         # Only small tensors are kept for later: neither the embeddings nor the cache.
