@@ -1,4 +1,4 @@
-"""The usual implementations of mixtures of LoRA experts, as baselines for the wide product.
+"""The usual implementations of mixtures of LoRA experts, as baselines for one product of all experts.
 
 Both give the same output as :class:`badit.tuner.layer.ExpertLinear` (``tests/test_benchmarks.py``):
 

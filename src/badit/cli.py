@@ -136,7 +136,7 @@ def init(data: str = "builtin", *overrides: str, output: Output = "recipe.yaml")
     """Write a first recipe for your data, with comments.
 
     Args:
-        data: the recipe's data.source: a file, a folder, a data set of the hub or 'builtin'.
+        data: the recipe's data.source: a file, a folder, a dataset on the hub or 'builtin'.
         overrides: data keys that are needed to read the data, such as data.columns={input: text, output: label}.
         output: the recipe's file, which must not exist yet.
     """
@@ -169,7 +169,7 @@ def tasks(source: str, *overrides: str, show: int = 0) -> str:
     """List and validate task data, and print prompts in the model's input format.
 
     Args:
-        source: a recipe, or a value of its data.source: a file, a folder, a data set of the hub or 'builtin'.
+        source: a recipe, or a value of its data.source: a file, a folder, a dataset on the hub or 'builtin'.
         overrides: key=value, such as data.columns={input: text, output: label} or data.format=superni.
         show: number of training prompts per task to print in the model's input format, with token statistics.
     """

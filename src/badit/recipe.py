@@ -89,7 +89,7 @@ class DataSection(Section):
     """The tasks."""
 
     source: PathText | list[PathText | SourceSection] = Field(
-        "builtin", description="'builtin', file, folder, glob, hub data set, or list of these; $VARIABLES are expanded"
+        "builtin", description="'builtin', file, folder, glob, hub dataset, or list of these; $VARIABLES are expanded"
     )
     format: Format = "auto"
     task: TaskName | None = Field(None, description="task of all rows (default: the row's own, or the file's name)")
