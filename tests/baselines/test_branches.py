@@ -64,7 +64,11 @@ def test_a_loaded_adapter_goes_on_to_the_next_task_as_it_would_have(tiny_model, 
     model.save_pretrained(tmp_path)
     assert "num_experts" not in json.loads((tmp_path / "adapter_config.json").read_text())
     renamed = PeftModel.from_pretrained(tiny_model("llama"), tmp_path, adapter_name="other", is_trainable=True).eval()
-    assert trainable(renamed) == {name.replace("default", "other") for name in trainable(model)}
+    trained = trainable(model)
+    assert trainable(renamed) == {name.replace("default", "other") for name in trained}
+    model.load_adapter(tmp_path, "for_inference")
+    assert trainable(model) == trained
+    model.delete_adapter("for_inference")
     for one in (model, renamed):
         torch.manual_seed(3)
         one.base_model.next_task()

@@ -204,6 +204,10 @@ class BranchModel(ExpertModel):
         super().set_adapter(*args, **kwargs)
         self._train_gates_with_layers()
 
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(*args, **kwargs)  # PEFT restores requires_grad of the layers at the end
+        self._train_gates_with_layers()
+
     def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
         super().set_requires_grad(*args, **kwargs)
         self._train_gates_with_layers()
