@@ -19,7 +19,7 @@ BAD_VALUES = {
     "lora_dropout": (-0.1, 1.0, "0.1", float("nan")),
     "svd_tolerance": (0,),
     "top_k": (0, 9, 1.5, True),
-    "init_weights": ("pissa", None, True),
+    "init_weights": ("pissa", None, False),
     "format_version": (0, -1, True, None, "1", 1.0),
     **dict.fromkeys(("routing", "router_input", "gates", "svd_method", "bias"), ("other",)),
 }
