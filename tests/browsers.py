@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests of pages. Importing this skips a test module where there is none."""
+"""A headless Chromium for tests of web pages. A test module that imports this is skipped if Chromium is missing."""
 
 import json
 import shutil
@@ -15,12 +15,12 @@ if BROWSER is None or DRIVER is None:
     missing = "chromium or chromedriver is not installed (Debian: apt-get install chromium chromium-driver)"
     pytest.skip(missing, allow_module_level=True)
 
-PATIENCE = 60  # seconds, for machines that are busy with other work
+PATIENCE = 60  # seconds; long enough for a busy machine
 
 
 @contextmanager
 def chromium(profile):
-    """A browser with an empty profile, which keeps logs of the console and of what it requests."""
+    """Starts a browser with a new profile and with logs of its console and requests."""
     options = ChromeOptions()
     options.binary_location = str(BROWSER)
     for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "disable-background-networking"):
@@ -36,7 +36,7 @@ def chromium(profile):
 
 
 def emulate(browser, *, width=1200, theme="light"):
-    """Sets the screen and the reader's preferences for the next pages, and empties the logs."""
+    """Sets the screen and the user's preferences for the next pages, and clears the logs."""
     for log in ("browser", "performance"):
         browser.get_log(log)
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
@@ -47,13 +47,13 @@ def emulate(browser, *, width=1200, theme="light"):
 
 
 def requests(browser):
-    """What pages have requested since the logs were emptied or looked at."""
+    """Returns the requests since the log was last cleared or read."""
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     return [event["params"]["request"] for event in events if event["method"] == "Network.requestWillBeSent"]
 
 
 def until(condition, what):
-    """The first true value of the condition."""
+    """Waits until the condition is true and returns its value."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         if result := condition():

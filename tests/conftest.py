@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random models of six families, the small real model, and runs that take seconds."""
+"""Shared fixtures: tiny random models of several families, SmolLM2-135M, and runs that take seconds."""
 
 # ruff: noqa: E402
 
@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 
-for library in ("bitsandbytes", "torch.utils._pytree", "torchao"):  # their notices at import would follow the summary
+for library in ("bitsandbytes", "torch.utils._pytree", "torchao"):  # their warnings would be printed after the summary
     logging.getLogger(library).setLevel(logging.ERROR)
 
 import pytest
@@ -24,11 +24,11 @@ from data.examples import CHATML, make_tokenizer
 from fuzz.command import COUNTED
 from materials import make_material, make_recipe, write_tasks
 
-# The initial weights are larger than usual, so that a wrong gate or mask changes the logits by far more than rounding.
+# Larger initial weights than usual, so that a wrong gate or mask changes the logits by far more than rounding does.
 _COMMON = {"vocab_size": 100, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 _DECODER = {**_COMMON, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _DECODER |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
-_WINDOW = {"sliding_window": 4}  # shorter than the tests' prompts
+_WINDOW = {"sliding_window": 4}  # shorter than the prompts in tests
 _MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 _MOE = {**_DECODER, "num_local_experts": 5, "num_experts_per_tok": 2}
 _GPT2 = {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 128}
@@ -52,14 +52,14 @@ def _fixed_seed():
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collection():
-    """Every load of a model and every training collects garbage, which would visit all imported modules."""
+    """Excludes imported modules from garbage collection, which every model load and every training triggers."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """A factory: ``tiny_model("llama")`` is a random causal language model, the same at every call, in eval mode."""
+    """A factory: ``tiny_model("llama")`` returns the same random causal language model at every call, in eval mode."""
 
     def make(family, *, dtype=torch.float32, seed=0, **overrides):
         config = _FAMILIES[family]()
@@ -67,7 +67,7 @@ def tiny_model():
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        # Cast afterwards: weights drawn in another dtype would be different weights.
+        # Cast after initialisation: weights initialised in another dtype would differ.
         return model.to(dtype).eval()
 
     return make
@@ -80,7 +80,7 @@ def _smollm2_once():
 
 @pytest.fixture
 def smollm2(_smollm2_once):
-    """SmolLM2-135M-Instruct in float32 and its tokenizer; a copy, so a test may adapt and train it."""
+    """SmolLM2-135M-Instruct in float32 and its tokenizer; a copy that a test may modify."""
     model, tokenizer = copy.deepcopy(_smollm2_once)
     tokenizer.padding_side = "left"
     return model, tokenizer
@@ -108,12 +108,12 @@ def material(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A factory: ``trained({"name": "lora"})`` is a run of three large steps, so that the effect of training shows.
+    """A factory: ``trained({"name": "lora"})`` returns a run of three steps at a large learning rate.
 
-    Equal trainings are run once; each call returns a copy, which a test may change.
+    Each combination of method and source is trained once; each call returns a copy that a test may modify.
     """
     folder = tmp_path_factory.mktemp("trained")
-    make_material(folder, initializer_range=0.2)  # a wrong factor then changes the logits by far more than rounding
+    make_material(folder, initializer_range=0.2)  # so that a wrong factor changes the logits clearly
     runs = {}
 
     def make(method, source=folder / "tasks.jsonl", name="run"):
@@ -130,13 +130,13 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def tiny_built_in(material, monkeypatch):
-    """The built-in base model is the tiny one, with which a dry run takes a tenth of the time."""
+    """Replaces the built-in base model by the tiny one, which makes dry runs ten times faster."""
     monkeypatch.setattr("badit.models._built_in_folder", lambda: material / "model")
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    from browsers import chromium  # here, since importing it skips a module where there is no Chromium
+    from browsers import chromium  # imported here because it skips the module if Chromium is not installed
 
     with chromium(tmp_path_factory.mktemp("profile")) as driver:
         yield driver
@@ -160,7 +160,7 @@ def recipe_file(tmp_path, recipe_values):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Prints how many cases of broken input were tried. ``make test`` does not call this hook in a subfolder."""
+    """Prints the number of broken inputs tried. With ``make test``, this hook is not called in a subfolder."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     properties = [dict(report.user_properties) for report in reports if getattr(report, "when", "") == "teardown"]
     if total := sum(each.get(COUNTED, 0) for each in properties):

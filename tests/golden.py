@@ -1,9 +1,9 @@
 """Golden values of tiny runs: losses, adapters, scores, a comparison and an analysis.
 
     python tests/golden.py record    # writes tests/golden.json
-    python tests/golden.py check     # compares to the bit, on the processor that they were recorded on
+    python tests/golden.py check     # compares bit for bit; needs the processor that recorded them
 
-tests/test_golden.py compares losses and scores with a tolerance, since other processors round differently.
+tests/test_golden.py compares losses with a tolerance, because rounding differs between processors.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def recipe(material: Path, output: Path, method: dict[str, Any], **data: Any) ->
 
 
 def train_method(name: str, material: Path, output: Path) -> dict[str, Any]:
-    """The losses of every step, the hash of what was learnt, and the scores."""
+    """Trains a run; returns the loss of every step, the hash of the adapter, and the scores."""
     order = {"order": ["cities", "rivers"]} if name in SEQUENTIAL else {}
     run = badit.train(recipe(material, output, METHODS[name], **order), progress=False)
     logs = sorted(output.rglob("metrics.jsonl"))
@@ -80,14 +80,14 @@ def _digest(text: str) -> str:
 
 
 def analysis_tables(run: Path, output: Path) -> dict[str, str]:
-    """The hash of every table's rows."""
+    """Analyzes a run; returns the hash of every table."""
     badit.analyze(run, instances=4, output=output, progress=False)
     contents = {path.stem: json.loads(path.read_text()) for path in sorted((output / "analysis").glob("*.json"))}
     return {name: _digest(json.dumps([list(each["columns"]), each["rows"]])) for name, each in contents.items()}
 
 
 def comparison(material: Path, output: Path) -> dict[str, Any]:
-    """The scores of every cell, and the printed table."""
+    """Runs a comparison; returns the scores of every cell, and the table."""
     values = recipe(material, output, {"name": "badit"}, validation_per_task=2)
     values["training"]["max_steps"] = 4
     badit.compare({**values, "compare": {"methods": COMPARED, "seeds": [0, 1]}}, progress=False)
@@ -102,7 +102,7 @@ def comparison(material: Path, output: Path) -> dict[str, Any]:
 
 
 def tables() -> dict[str, str]:
-    """The committed comparisons' tables in full precision."""
+    """Returns the hashes of the committed comparisons' tables in full precision."""
     results = ROOT.parent / "benchmarks" / "results"
     return {
         f"{name}{' by task' * by_task}": _digest(badit.table(results / name, form="csv", by_task=by_task))

@@ -10,7 +10,7 @@ from data.examples import CHATML, make_tokenizer
 
 
 def write_tasks(path):
-    """Two tasks of 12 training and 4 test instances, with inputs of several lengths."""
+    """Writes two tasks of 12 training and 4 test instances, with inputs of several lengths."""
     lines = [
         {"task": task, "instruction": f"Name the {verb}.", "input": f"land {i} " * (1 + i % 4), "output": f"{verb} {i}"}
         | {"split": "test" if i >= 12 else "train"}
@@ -32,7 +32,7 @@ def make_material(folder, **config):
 
 
 def make_recipe(model, tasks, output):
-    """24 training instances in batches of 4: six steps per epoch, twelve in total."""
+    """Returns a recipe for 24 training instances in batches of 4: six steps per epoch, twelve in total."""
     training = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01}
     return {
         "model": {"name": str(model), "dtype": "float32"},
@@ -45,7 +45,7 @@ def make_recipe(model, tasks, output):
 
 
 def results_cell(method, seed, instances, **fields):
-    """A finished cell of results.json with every instance's scores, by task and metric."""
+    """Returns a finished cell of results.json with the scores of every instance, by task and metric."""
     done = {"order": None, "learning_rate": None if seed is None else 5e-4, "status": "done", "error": None}
     scores = {"scores": mean_scores(instances), "instances": instances, "selected": True}
     return {"method": method, "seed": seed, **done, **scores, **fields}

@@ -1,4 +1,4 @@
-"""Reference implementations of the method's formulas in float64, for tests of ``badit``.
+"""Reference implementations of the method's formulas in float64, for the tests.
 
 Arguments may be tensors or arrays; functions return arrays.
 Component i is row i of A (N, in) and column i of B (out, N); its gradient is the concatenation of both gradients.

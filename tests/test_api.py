@@ -1,4 +1,4 @@
-"""The functions of `badit`: each against the files that it writes."""
+"""The public functions of `badit`, checked against the files that they write."""
 
 import pkgutil
 import re
@@ -16,7 +16,7 @@ from badit.files import read_json
 from badit.recipe import Recipe, load_recipe, make_recipe
 
 
-def test_from_a_recipe_to_a_report(recipe_file, tmp_path, capfd):
+def test_workflow_from_recipe_to_report(recipe_file, tmp_path, capfd):
     assert badit.plan(recipe_file, data={"train_per_task": 5}).training_instances == 10
     assert not (tmp_path / "run").exists()
 
@@ -39,7 +39,7 @@ def test_from_a_recipe_to_a_report(recipe_file, tmp_path, capfd):
     assert "default" in run.load()[0].peft_config
 
     exported = run.export(tmp_path / "exported", score=True, progress=False).folder
-    assert (exported / "adapter_model.safetensors").is_file()  # tests/export has what is in it
+    assert (exported / "adapter_model.safetensors").is_file()  # tests/export checks its content
     assert read_json(exported / "scores.json")["tasks"]["rivers"]["routed"] == scores["rouge_l"]["rivers"]
 
     tables = run.analyze(instances=2, progress=False)
@@ -50,15 +50,15 @@ def test_from_a_recipe_to_a_report(recipe_file, tmp_path, capfd):
     assert badit.write_report(run, tmp_path / "report.html", title="Two tasks") == tmp_path / "report.html"
     assert "<h1>Two tasks" in (tmp_path / "report.html").read_text()
     out, err = capfd.readouterr()
-    assert (out, re.search("Training|Encoding|Generating|gradients", err)) == ("", None), "no progress was asked for"
+    assert (out, re.search("Training|Encoding|Generating|gradients", err)) == ("", None), "progress bars are disabled"
 
 
-def test_a_comparison_in_a_notebook():
+def test_results_have_an_html_repr():
     results = badit.load_results(Path(__file__).parents[1] / "benchmarks/results/superni-sequence-cpu")
     assert "<td>gainlora</td>" in results._repr_html_()
 
 
-def test_a_recipe_may_be_a_file_values_or_a_recipe(recipe_file, recipe_values):
+def test_make_recipe_accepts_file_dict_or_recipe(recipe_file, recipe_values):
     recipe = load_recipe(recipe_file)
     assert make_recipe(None, {}) == Recipe()
     for given in (recipe_file, recipe_values, recipe):
@@ -67,13 +67,13 @@ def test_a_recipe_may_be_a_file_values_or_a_recipe(recipe_file, recipe_values):
         training = recipe.training.model_copy(update={"num_train_epochs": 3.0})
         assert (made.training, made.output) == (training, "elsewhere")
         other = make_recipe(given, {"method": {"name": "lora", "r": 3}})
-        assert other.method == {"name": "lora", "r": 3}, "options of one method mean nothing to another"
-    assert recipe_values["training"]["num_train_epochs"] == 2, "what is given is left as it is"
+        assert other.method == {"name": "lora", "r": 3}, "another method must not inherit the options"
+    assert recipe_values["training"]["num_train_epochs"] == 2, "the given values must not change"
     recipe_file.write_text("")
     assert make_recipe(recipe_file, {}) == Recipe()
 
 
-def test_bad_input_is_a_badit_error(recipe_file):
+def test_invalid_calls_raise_badit_error(recipe_file):
     run = recipe_file.rename(recipe_file.with_name("config.yaml")).parent
     for call, message in (
         (lambda: badit.compare(jobs=0), "jobs: must be at least 1, not 0"),
@@ -85,7 +85,7 @@ def test_bad_input_is_a_badit_error(recipe_file):
             call()
 
 
-def test_every_public_name_is_there():
+def test_public_names_are_listed_and_not_hidden_by_submodules():
     assert set(badit.__all__) == set(dir(badit))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = badit.nothing
@@ -93,10 +93,10 @@ def test_every_public_name_is_there():
     for name in badit.__all__:
         if name in modules:
             import_module(f"badit.{name}")
-        assert not isinstance(getattr(badit, name), ModuleType), "a module hides the name"
+        assert not isinstance(getattr(badit, name), ModuleType), "a submodule hides the name"
 
 
-def test_the_first_use_is_silent_and_leaves_the_users_settings():
+def test_import_is_silent_and_keeps_logging_and_warning_settings():
     script = """
 import logging, warnings
 logging.getLogger("torchao").setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""A first recipe, the check without training, the list of keys and the schema: each against what it stands for."""
+"""The first recipe of `badit init`, the check of a dry run, the list of keys, and the schema."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ from data.examples import write_rows
         (lambda line: line["task"] == "rivers", "test", "lora"),
     ],
 )
-def test_a_first_recipe_fits_the_data(material, tmp_path, monkeypatch, capsys, keep, split, method):
+def test_first_recipe_matches_the_data(material, tmp_path, monkeypatch, capsys, keep, split, method):
     lines = [json.loads(line) for line in (material / "tasks.jsonl").read_text().splitlines()]
     monkeypatch.chdir(tmp_path)
     data, path = Path("my tasks.jsonl"), Path("mine.yaml")
@@ -47,7 +47,7 @@ def test_a_first_recipe_fits_the_data(material, tmp_path, monkeypatch, capsys, k
 
 @pytest.fixture
 def rows(tmp_path):
-    """A function that writes so many training rows, and maybe a test row, with an answer, and returns the file."""
+    """A function that writes ``count`` training rows and, by default, one test row, and returns the file."""
 
     def write(count, answer="b", test=True):
         line = {"task": "a", "instruction": "Do.", "output": answer}
@@ -59,11 +59,11 @@ def rows(tmp_path):
 
 
 @pytest.mark.parametrize(("answer", "tokens"), [("дом " * 50, 250), ("word " * 50, 100), ("漢" * 100, 150)])
-def test_answers_in_other_scripts_have_room(rows, answer, tokens):
+def test_max_answer_tokens_of_a_first_recipe_depend_on_the_script(rows, answer, tokens):
     assert yaml.safe_load(first_recipe(rows(8, answer), "a.yaml"))["prompt"]["max_answer_tokens"] == tokens
 
 
-def test_of_few_rows_nothing_is_held_out_and_no_rate_searched_and_a_name_may_have_any_characters(rows):
+def test_few_rows_give_no_validation_or_rate_search_and_any_file_name_works(rows):
     values = yaml.safe_load(first_recipe(rows(3), "my recipe #2.yaml"))
     assert (values["output"], "learning_rates" in values["compare"]) == ("runs/my recipe #2", False)
     with pytest.raises(BaditError, match=r"no validation instances; at least 4 training instances are needed"):
@@ -82,7 +82,7 @@ def test_of_few_rows_nothing_is_held_out_and_no_rate_searched_and_a_name_may_hav
         ["training.max_steps=2"],
     ],
 )
-def test_a_check_says_what_training_then_does(recipe_values, overrides, capsys):
+def test_check_predicts_steps_parameters_and_regroupings(recipe_values, overrides, capsys):
     recipe = build_recipe(recipe_values, overrides)
     shown = "\n".join(check(recipe))
     run = fit(recipe, progress=False)
@@ -98,7 +98,7 @@ def test_a_check_says_what_training_then_does(recipe_values, overrides, capsys):
         assert warned == ("0 regroupings in 2 steps: lower method.regroup.every" in shown) == (due == 0)
 
 
-def test_a_check_finds_what_would_stop_the_training(recipe_values, tmp_path):
+def test_check_reports_invalid_recipes_without_creating_a_run(recipe_values, tmp_path):
     uneven = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 5, "load_best_model_at_end": True}
     for values, message in (
         ({"method": {"name": "badit", "num_experts": 8, "r": 40}}, "320 singular triples do not fit"),
@@ -115,7 +115,7 @@ def test_a_check_finds_what_would_stop_the_training(recipe_values, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_check_finds_everything_at_once(recipe_values):
+def test_check_reports_all_errors_at_once(recipe_values):
     data = {**recipe_values["data"], "order": "sapt-9"}
     method = {"name": "badit", "target_modules": ["gate_prj"]}
     training = {"load_best_model_at_end": True}
@@ -125,7 +125,7 @@ def test_a_check_finds_everything_at_once(recipe_values):
     assert all(line.startswith(part) for line, part in zip(str(error.value).split("\n"), parts, strict=True))
 
 
-def test_every_key_is_listed_with_default_and_meaning(capsys):
+def test_all_keys_are_listed_and_their_defaults_are_valid(capsys):
     listed = [key for key, _, _ in recipe_keys()]
     sections = {name: type(getattr(Recipe(), name)) for name in Recipe.model_fields} | {"compare": CompareSection}
     for name, section in sections.items():
@@ -134,13 +134,13 @@ def test_every_key_is_listed_with_default_and_meaning(capsys):
     assert main(["keys", "training.learning"]) == 0
     assert capsys.readouterr().out.split() == ["training.learning_rate", "0.0005", "a", "number,", "above", "0"]
     assert main(["keys", "lerning"]) == 2
-    # A default is what it is taken to be.
+    # A listed default is a valid value of its key.
     for key, default, _ in recipe_keys():
         if key.count(".") == 1 and not key.startswith(("method", "compare", "training.NAME")):
             build_recipe({}, [f"{key}={default}"])
 
 
-def test_the_schema_fits_the_recipes_and_knows_the_methods(capsys):
+def test_schema_accepts_shipped_recipes_and_rejects_unknown_names(capsys):
     assert main(["keys", "--schema"]) == 0
     validator = jsonschema.Draft202012Validator(json.loads(capsys.readouterr().out))
     for path in shipped_recipes().values():

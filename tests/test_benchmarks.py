@@ -1,4 +1,4 @@
-"""What the benchmarks compare with computes the same thing, and the page of their results is generated from these."""
+"""The baselines of the speed benchmarks compute the same result, and the results page is up to date."""
 
 import runpy
 from pathlib import Path
@@ -13,19 +13,19 @@ from training.trainers import PAPER
 from tuner.helpers import gradients, randomise
 
 
-def names_of(script):
-    """What a benchmark defines. Their folder is not on the path, where it would hide packages of the tests."""
+def load_script(script):
+    """Returns the globals of a benchmark script. Its folder on sys.path would shadow packages of the tests."""
     return runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "speed" / f"{script}.py"))
 
 
-def test_the_page_has_the_committed_results():
-    table = names_of("table")
+def test_results_page_is_up_to_date():
+    table = load_script("table")
     page = table["PAGE"].read_text(encoding="utf-8")
     assert table["render"](page) == page
 
 
 @pytest.mark.parametrize("per_sequence", [False, True])
-def test_the_usual_implementations_compute_the_same_mixture(per_sequence):
+def test_loop_implementations_match_outputs_and_gradients(per_sequence):
     base = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12))
     config = BaditConfig(num_experts=4, r=2, target_modules=["0", "2"], lora_dropout=0.0, **PAPER)
     model = BaditModel(base, config, "default")
@@ -38,9 +38,9 @@ def test_the_usual_implementations_compute_the_same_mixture(per_sequence):
         return output.detach(), gradients(model)
 
     output, wide = output_and_gradients()
-    names_of("loops")["use_loops"](model, per_sequence=per_sequence)
+    load_script("loops")["use_loops"](model, per_sequence=per_sequence)
     found, usual = output_and_gradients()
     torch.testing.assert_close(found, output, rtol=1e-4, atol=1e-5)
     assert usual.keys() == wide.keys()
-    for name, gradient in wide.items():  # in sums of large terms that cancel, their rounding errors stay
+    for name, gradient in wide.items():  # sums whose terms cancel keep the rounding errors
         torch.testing.assert_close(usual[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))

@@ -1,4 +1,4 @@
-"""Model cards: what they say, and that nothing in data can make them say more."""
+"""Model cards: their content, and the escaping of text from data."""
 
 import pytest
 from huggingface_hub import ModelCard
@@ -15,7 +15,7 @@ PAPER = "https://arxiv.org/abs/2605.05676"
 
 
 def make_run(folder, task="capitals", **sections):
-    """A run as training leaves it, without the training."""
+    """Creates the files of a finished run, without training."""
     recipe, run = build_recipe({**sections, "output": str(folder)}), Run.at(folder)
     run.adapter_path.mkdir(parents=True)
     run.config_path.write_text(dump_recipe(recipe))
@@ -33,7 +33,7 @@ def html_of(card):
     return MarkdownIt("commonmark", {"html": True}).enable("table").render(card.text)
 
 
-def test_a_runs_card_has_scores_data_options_and_the_way_to_load_it(tmp_path):
+def test_card_has_scores_data_options_and_loading_code(tmp_path):
     data = {"source": ["$NOT_SET/my-tasks.jsonl", "/home/someone/others.csv"]}
     card = card_of(*make_run(tmp_path / "mine", data=data, training={"deepspeed": "/home/someone/zero.json"}))
     expected = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "base_model_relation": "adapter"}
@@ -48,12 +48,12 @@ def test_a_runs_card_has_scores_data_options_and_the_way_to_load_it(tmp_path):
     assert "someone" not in str(card)
     assert "`pip install badit`" in card.text
     assert "import badit.tuner" in card.text
-    assert "4-bit" in card.text  # the hub's weights are others
+    assert "4-bit" in card.text  # the weights on the hub differ
     assert 'base, tokenizer = badit.load_base_model("smollm2-135m")' in card.text
     compile(card.text.partition("```python\n")[2].partition("```")[0], "card", "exec")
 
 
-def test_how_to_load_what_is_not_badits_own(tmp_path):
+def test_loading_code_for_baselines_lora_and_exports(tmp_path):
     other = make_run(tmp_path / "other", method={"name": "loramoe"}, model={"name": "org/base"})
     text = card_of(*other, address="org/tuned").text
     assert "import badit.baselines" in text
@@ -71,7 +71,7 @@ def test_how_to_load_what_is_not_badits_own(tmp_path):
     assert 'AutoModelForCausalLM.from_pretrained("org/merged")' in merged.text
 
 
-def test_the_base_models_licence_is_read_from_its_own_card(tmp_path):
+def test_base_model_licence_is_read_from_its_card(tmp_path):
     (tmp_path / "base").mkdir()
     _, recipe = make_run(tmp_path / "run", model={"name": str(tmp_path / "base")})
     assert Base.of(recipe) == Base(None, None)
@@ -81,7 +81,7 @@ def test_the_base_models_licence_is_read_from_its_own_card(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_text_from_data_is_harmless(tmp_path):
+def test_text_from_data_is_escaped(tmp_path):
     run = make_run(tmp_path / "a`<b>", HOSTILE, data={"source": f"/x/{HOSTILE.replace('/', '')}"})
     card = card_of(*run, export={"rank": 4, "mixture": HOSTILE})
     assert card.data.license == "apache-2.0"
@@ -90,4 +90,4 @@ def test_text_from_data_is_harmless(tmp_path):
     assert [each for each in ("\u202e", "https:", "www.", "&#91;") if each in text] == []
     assert page.count("<a ") == page.count(f'<a href="{PAPER}">') == page.count("<h1>") == 1
     scores = page.partition("<table>")[2].partition("</table>")[0]
-    assert (scores.count("<tr>"), scores.count("<td>")) == (3, 8), "a head, the task and the mean"
+    assert (scores.count("<tr>"), scores.count("<td>")) == (3, 8), "expected a header, the task and the mean"

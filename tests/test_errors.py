@@ -1,4 +1,4 @@
-"""Known exceptions become one line that names the place and the reason; unknown ones stay as they are."""
+"""Known exceptions become one line with the place and the reason; unknown exceptions propagate."""
 
 import errno
 import json
@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 
 from badit.errors import BaditError, explained, one_line
 
-http = import_module(HTTPError.__module__.partition(".")[0])  # the hub's client, which differs between its releases
-ANSWER = http.Response(401, request=http.Request("GET", "https://hub"))
-REFUSED = RepositoryNotFoundError("401 refused.\nmore", response=ANSWER)
+http = import_module(HTTPError.__module__.partition(".")[0])  # the HTTP client of the installed huggingface_hub
+RESPONSE = http.Response(401, request=http.Request("GET", "https://hub"))
+REFUSED = RepositoryNotFoundError("401 refused.\nmore", response=RESPONSE)
 FULL = r"place: cannot be written, the disk (or a quota) is full; free some space and run the same command again"
 READ_ONLY = "place: cannot be written, the file system is read-only; choose a folder that can be written"
 
@@ -26,7 +26,7 @@ def system_error(number, file=None):
     return OSError(number, os.strerror(number), file)
 
 
-def test_a_known_exception_is_one_line():
+def test_known_exceptions_become_one_line_errors():
     for error, message in (
         (lambda: TypeAdapter(list[float]).validate_python([1, "x"]), "place: 1: input should be a valid number"),
         (lambda: json.loads('{"a": }'), "place: invalid JSON at line 1 column 7"),
@@ -51,13 +51,13 @@ def test_a_known_exception_is_one_line():
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("no"), KeyError("k"), BrokenPipeError()])
-def test_an_unknown_exception_stays_what_it_is(error):
+def test_unknown_exceptions_propagate_unchanged(error):
     with pytest.raises(type(error)) as caught, explained("place"):
         raise error
     assert caught.value is error
 
 
-def test_options_and_control_characters():
+def test_options_and_escaping_of_control_characters():
     message = r"^place: cannot be loaded \(shapes differ\); fetch"
     with pytest.raises(BaditError, match=message), explained("place", action="loaded", fix="fetch", any_error=True):
         raise RuntimeError("shapes differ\nand more")
@@ -67,7 +67,7 @@ def test_options_and_control_characters():
     assert one_line("a\x1b[2J\nb\u202e\ud800é") == r"a\x1b[2J\nb\u202e\ud800é"
 
 
-def test_a_line_with_an_endless_name_loses_its_middle():
+def test_long_lines_are_shortened_in_the_middle():
     message = r"^place/999.*999: cannot be read or written .*; shorten it$"
     with pytest.raises(BaditError, match=message) as caught, explained("place/" + "9" * 5000, fix="shorten it"):
         raise system_error(errno.ENAMETOOLONG)

@@ -1,4 +1,4 @@
-"""The examples and the README's snippets, in their small form on a tiny model: they run and leave what they say."""
+"""The examples (with --small) and the README's snippet run on a tiny model and write usable adapters."""
 
 import re
 import runpy
@@ -52,7 +52,7 @@ def test_own_tasks(run, material, tmp_path, capsys):
     assert read_json(tmp_path / "out-lora" / "adapter_config.json")["peft_type"] == "LORA"
 
 
-def test_every_link_of_the_readme_and_every_path_of_the_tree_exists():
+def test_readme_links_and_paths_in_the_architecture_tree_exist():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README.text) if not link.startswith("https://")]
     assert links
     assert all((ROOT / link.partition("#")[0]).exists() for link in links)
@@ -61,7 +61,7 @@ def test_every_link_of_the_readme_and_every_path_of_the_tree_exists():
     assert [name for name in tree if not (ROOT / "src" / "badit" / name).exists()] == []
 
 
-def test_the_readmes_snippet_runs_and_its_adapter_loads(tiny_model, tmp_path, monkeypatch):
+def test_readme_snippet_runs_and_its_adapter_loads(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = TrainingArguments(output_dir="out", max_steps=3, remove_unused_columns=False, **QUIET)
     names = {"model": tiny_model("llama"), "args": args, "dataset": examples(), "collator": AnswerCollator(0)}
@@ -69,7 +69,7 @@ def test_the_readmes_snippet_runs_and_its_adapter_loads(tiny_model, tmp_path, mo
     load = Page("docs/integrations.md").blocks("python")[0].replace("runs/mine/adapter", "adapter")
     exec(tune, names)
     tiny_model("llama").save_pretrained("base")
-    # In another process, where only the snippet tells PEFT of the method.
+    # In a new process, in which only the snippet registers the method with PEFT.
     base = "from transformers import AutoModelForCausalLM\nbase = AutoModelForCausalLM.from_pretrained('base')\n"
     done = subprocess.run([sys.executable, "-c", base + load], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Reading strictly, writing whole, and no way out of a folder by a link."""
+"""File operations: strict reading, writing, and protection against links out of a folder."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from fuzz.damage import endless_file, folder_in_its_place, pipe_in_its_place
 
 @pytest.fixture
 def outside(tmp_path):
-    """A file that no link of ``run`` may lead to."""
+    """A file outside ``run``, for links in ``run``."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "outside" / "key.txt").write_text("mine")
     return tmp_path / "outside" / "key.txt"
 
 
-def test_what_is_not_json_is_named(tmp_path):
+def test_invalid_json_is_refused_with_file_and_reason(tmp_path):
     file = tmp_path / "value.json"
     for content, message in (
         (b'{"a": "\xc3', "not UTF-8 at byte 7"),
@@ -38,7 +38,7 @@ def test_what_is_not_json_is_named(tmp_path):
         assert str(caught.value).startswith(f"{file}: {message}")
 
 
-def test_numbers_that_are_not_json_whole_surrogate_pairs_and_a_linear_search_of_repeated_keys():
+def test_parse_json_constants_surrogate_pairs_and_repeated_keys():
     assert files.parse_json('["\\ud83d\\ude00", Infinity]', file=Path("x"), constants=True) == ["😀", float("inf")]
     with pytest.raises(BaditError, match=r"^x: -Infinity is not valid JSON; use a number or null \(from line 7\)$"):
         files.parse_json("-Infinity", file=Path("x"), first_line=7)
@@ -48,20 +48,20 @@ def test_numbers_that_are_not_json_whole_surrogate_pairs_and_a_linear_search_of_
 
 
 @pytest.mark.parametrize("replace", [pipe_in_its_place, endless_file, folder_in_its_place])
-def test_what_is_no_file_is_named(tmp_path, replace):
+def test_reading_refuses_pipes_devices_and_folders(tmp_path, replace):
     replace(tmp_path / "file")
     with pytest.raises(BaditError, match=r"/file: cannot be read \((a pipe or a device|Is a directory)\)"):
         files.read_text(tmp_path / "file")
 
 
-def test_only_a_line_feed_ends_a_line_and_a_line_cut_short_is_left_out(tmp_path):
+def test_jsonl_splits_at_line_feeds_only_and_skips_an_incomplete_last_line(tmp_path):
     path, separators = tmp_path / "log.jsonl", {"text": "one\u2028two\u0085three"}
     path.write_text(json.dumps(separators, ensure_ascii=False) + "\n" + '{"text": "cut', encoding="utf-8")
     assert list(files.read_jsonl(path)) == [separators]
     assert list(files.read_jsonl(tmp_path / "missing.jsonl")) == []
 
 
-def test_a_log_is_rewound_to_a_step(tmp_path):
+def test_rewind_log_removes_lines_after_a_step(tmp_path):
     path = tmp_path / "new" / "log.jsonl"
     files.rewind_log(path, 0)
     files.append_to_log(path, {"step": 5}, {"step": 10})
@@ -72,7 +72,7 @@ def test_a_log_is_rewound_to_a_step(tmp_path):
     assert list(files.read_jsonl(path)) == []
 
 
-def test_writing_replaces_a_link_and_leaves_its_target(outside, tmp_path):
+def test_writes_replace_or_refuse_links_and_keep_their_targets(outside, tmp_path):
     run = tmp_path / "run"
     for name in ("scores.json", "scores.json.partial", "log.jsonl"):
         (run / name).symlink_to(outside)
@@ -94,16 +94,16 @@ def test_writing_replaces_a_link_and_leaves_its_target(outside, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["../outside/key.txt", "../outside", "../outside/new.txt", "/etc/passwd", "loop"])
-def test_a_folder_with_a_link_out_of_it_is_refused_and_not_copied(outside, tmp_path, target):
+def test_folder_with_link_out_of_it_is_refused_and_not_copied(outside, tmp_path, target):
     run = tmp_path / "run"
     (run / "predictions").mkdir()
     (run / "inner").symlink_to("predictions")
     (run / "wandb").mkdir()
-    (run / "wandb" / "debug-core.log").symlink_to(outside)  # as wandb does it
-    (tmp_path / "named").symlink_to(run)  # what the user names may be a link
+    (run / "wandb" / "debug-core.log").symlink_to(outside)  # wandb creates such links
+    (tmp_path / "named").symlink_to(run)  # the folder itself may be a link
     with pytest.raises(BaditError, match=r"debug-core\.log: leads out of"):
         files.refuse_links(tmp_path / "named")
-    (run / "config.yaml").touch()  # a run
+    (run / "config.yaml").touch()  # marks the folder as a run
     files.refuse_links(tmp_path / "named")
     (run / "predictions" / "loop").symlink_to(os.path.relpath(target, "predictions") if ".." in target else target)
     with pytest.raises(BaditError, match="predictions/loop: leads out of"):
@@ -114,7 +114,7 @@ def test_a_folder_with_a_link_out_of_it_is_refused_and_not_copied(outside, tmp_p
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\0b"])
-def test_a_name_that_leads_out_of_its_folder_is_refused(tmp_path, name):
+def test_inside_refuses_paths_out_of_the_folder(tmp_path, name):
     with pytest.raises(BaditError, match="leads out of"):
         files.inside(tmp_path, tmp_path / name)
     assert files.inside(tmp_path, tmp_path / "a" / "b") == tmp_path / "a" / "b"

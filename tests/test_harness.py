@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on adapters that route by prompt: a continuation has no say in its own gates."""
+"""lm-evaluation-harness with prompt routing: gates do not depend on the continuation."""
 
 import logging
 import re
@@ -22,7 +22,7 @@ from data.examples import write_rows
 from studio.conftest import BADIT
 from tuner.helpers import adapted, cached_steps, generate
 
-# (context, continuation), of several lengths; the last two share all tokens that are read, but not the context.
+# (context, continuation) of several lengths; the last two have the same input tokens, but different contexts.
 PAIRS = [
     ("Name the capital of Italy.", " Rome"),
     ("Name the capital of Italy.", " Paris or Rome, one of the two"),
@@ -38,7 +38,7 @@ def requests(pairs, kind="loglikelihood"):
     return [Instance(request_type=kind, doc={}, arguments=pair, idx=i) for i, pair in enumerate(pairs)]
 
 
-def answers(model, pairs):
+def score_pairs(model, pairs):
     likelihoods, greedy = zip(*model.loglikelihood(requests(pairs), disable_tqdm=True), strict=True)
     return torch.tensor(likelihoods), list(greedy)
 
@@ -59,7 +59,7 @@ def wrapped(cls, model, batch_size=4, **options):
 
 
 def decoded_likelihood(model, context, continuation):
-    """The continuation token by token from a cache that the context alone has filled, as a generation goes."""
+    """Scores the continuation token by token with a cache that was filled by the context alone, as in generation."""
     ids = torch.tensor([context + continuation])
     logits = cached_steps(model, ids, torch.ones_like(ids), len(context), DynamicCache())[0, :-1]
     targets = ids[0, len(context) :]
@@ -67,41 +67,41 @@ def decoded_likelihood(model, context, continuation):
     return float(found), bool((logits.argmax(-1) == targets).all())
 
 
-def test_a_continuation_is_scored_by_the_gates_that_generate_it(routed):
+def test_continuation_is_scored_with_the_gates_of_generation(routed):
     scorer = wrapped(BaditLM, routed)
-    likelihoods, greedy = answers(scorer, PAIRS)
+    likelihoods, greedy = score_pairs(scorer, PAIRS)
     for (context, continuation), likelihood, is_greedy in zip(PAIRS, likelihoods, greedy, strict=True):
         whole = scorer.tok_encode(context + continuation)
-        start = len(scorer.tok_encode(context)) if context else 1  # without context, lm_eval puts a token before
+        start = len(scorer.tok_encode(context)) if context else 1  # without context, lm_eval prepends a token
         expected = decoded_likelihood(routed[0], whole[:start], whole[start:])
         assert (float(likelihood), is_greedy) == (pytest.approx(expected[0], rel=1e-5), expected[1])
 
 
-def test_the_batch_and_its_order_change_no_score_while_under_hf_they_do(routed):
-    """hf lets the continuation and the padding into the gates, as docs/lm-eval.md says."""
-    ours, _ = answers(wrapped(BaditLM, routed, 2), PAIRS)
+def test_scores_do_not_depend_on_batch_size_or_order_unlike_with_hf(routed):
+    """With hf, gates also depend on the continuation and the padding (docs/lm-eval.md)."""
+    ours, _ = score_pairs(wrapped(BaditLM, routed, 2), PAIRS)
     for batch_size, options in ((1, {}), (16, {}), ("auto", {"max_batch_size": 4})):
-        found, _ = answers(wrapped(BaditLM, routed, batch_size, **options), PAIRS[::-1])
+        found, _ = score_pairs(wrapped(BaditLM, routed, batch_size, **options), PAIRS[::-1])
         assert torch.allclose(found.flip(0), ours, rtol=1e-5)
-    alone, _ = answers(wrapped(HFLM, routed, 1, logits_cache=False), PAIRS)
-    batched, _ = answers(wrapped(HFLM, routed, 8, logits_cache=False), PAIRS)
+    alone, _ = score_pairs(wrapped(HFLM, routed, 1, logits_cache=False), PAIRS)
+    batched, _ = score_pairs(wrapped(HFLM, routed, 8, logits_cache=False), PAIRS)
     assert (alone - ours).abs().max() > 0.05
     assert (batched - alone).abs().max() > 0.05
     # A continuation of one token is predicted from the context alone.
     assert torch.isclose(alone[0], ours[0], rtol=1e-5)
 
 
-def test_other_models_score_as_under_hf(base):
+def test_plain_lora_scores_equal_those_of_hf(base):
     model, tokenizer = base
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["gate_proj"], init_lora_weights=False)).eval()
-    ours, greedy = answers(wrapped(BaditLM, (model, tokenizer)), PAIRS)
-    # Its cache takes the wrong positions for contexts that end apart within the same text, such as the last two.
-    theirs, theirs_greedy = answers(wrapped(HFLM, (model, tokenizer), logits_cache=False), PAIRS)
+    ours, greedy = score_pairs(wrapped(BaditLM, (model, tokenizer)), PAIRS)
+    # hf's cache uses wrong positions if the same text has contexts of different lengths, as in the last two pairs.
+    theirs, theirs_greedy = score_pairs(wrapped(HFLM, (model, tokenizer), logits_cache=False), PAIRS)
     assert torch.allclose(ours, theirs, rtol=1e-5)
     assert greedy == theirs_greedy
 
 
-def test_generations_are_those_of_hf_and_count_as_greedy(routed):
+def test_generations_equal_those_of_hf_and_are_scored_as_greedy(routed):
     contexts = [context for context, _ in PAIRS if context]
     asked = [(context, {"until": ["Rome"], "max_gen_toks": 6}) for context in contexts]
     one, several, under_hf = (
@@ -119,7 +119,7 @@ def test_generations_are_those_of_hf_and_count_as_greedy(routed):
     assert [greedy for _, greedy in scorer._loglikelihood_tokens(pairs, disable_tqdm=True)] == [True] * len(pairs)
 
 
-def test_a_text_without_context_is_routed_by_what_comes_before_each_window(routed):
+def test_rolling_windows_are_routed_by_the_text_before_them(routed):
     scorer = wrapped(BaditLM, routed, max_length=12)
     text = " ".join(["Answer with the capital of the country. Input: Italy Output: Rome"] * 3)
     text = scorer.tokenizer.decode(scorer.tok_encode(text)[1:-1])
@@ -128,13 +128,13 @@ def test_a_text_without_context_is_routed_by_what_comes_before_each_window(route
     assert len(windows) >= 3
     expected = sum(decoded_likelihood(routed[0], *window)[0] for window in windows)
     rest = ids[1 + 12 * len(windows) :]
-    assert rest, "a last window, whose context is the text before it that fits"
+    assert rest, "no last window; its context must be the preceding text that fits"
     expected += decoded_likelihood(routed[0], ids[-13 : -len(rest)], rest)[0]
     (found,) = scorer.loglikelihood_rolling(requests([(text,)], "loglikelihood_rolling"), disable_tqdm=True)
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_is_too_long_loses_its_beginning(routed):
+def test_long_contexts_lose_their_start_and_bad_continuations_are_refused(routed):
     scorer = wrapped(BaditLM, routed, max_length=8)
     context, continuation = list(range(5, 25)), [30, 31, 32]
     ((found, _),) = scorer._loglikelihood_tokens([(None, context, continuation)], disable_tqdm=True)
@@ -146,7 +146,7 @@ def test_what_is_too_long_loses_its_beginning(routed):
 
 @pytest.fixture
 def task_folder(tmp_path):
-    """Two tasks as lm_eval's users define them, a YAML file each on one .jsonl file."""
+    """Two custom lm_eval tasks, each with its own YAML file, on the same .jsonl file."""
     folder = tmp_path / "harness-tasks"
     folder.mkdir()
     choices = ["Rome, of course", "Paris", "Lima"]
@@ -165,9 +165,9 @@ def task_folder(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _apart(tmp_path, monkeypatch):
-    """No network, no files outside, none of lm_eval's own tasks (which take long to list), and its logging undone."""
+    """Disables the network and lm_eval's own tasks (slow to list), moves its cache, and restores its log settings."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(sys, "argv", sys.argv)  # which the command replaces
+    monkeypatch.setattr(sys, "argv", sys.argv)  # restored afterwards; the command replaces it
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     root = logging.getLogger()
@@ -178,7 +178,7 @@ def _apart(tmp_path, monkeypatch):
 
 
 def evaluated(model, arguments, tasks, batch_size=4):
-    """lm_eval's answers by task: log-likelihoods of the choices, and generations."""
+    """Evaluates both tasks; returns the log-likelihoods of the choices, and the generations."""
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     options = {"batch_size": batch_size, "device": "cpu", "bootstrap_iters": 0, "task_manager": manager}
     results = lm_eval.simple_evaluate(model, arguments, tasks=["toy_choice", "toy_answer"], **options)
@@ -187,7 +187,7 @@ def evaluated(model, arguments, tasks, batch_size=4):
     return {"likelihoods": likelihoods, "texts": [each["resps"][0][0] for each in samples["toy_answer"]]}
 
 
-def test_a_run_and_its_adapter_are_the_same_to_lm_eval(trained, task_folder):
+def test_run_and_its_adapter_give_the_same_results(trained, task_folder):
     run = trained(BADIT)
     base = run.trusted_recipe().model.name
     by_run = evaluated("badit", {"run": str(run.path)}, task_folder)
@@ -197,7 +197,7 @@ def test_a_run_and_its_adapter_are_the_same_to_lm_eval(trained, task_folder):
     assert by_run["texts"] == by_adapter["texts"] == under_hf["texts"]
 
 
-def test_the_command_line_on_tasks_of_ones_own(trained, task_folder, tmp_path, capsys):
+def test_harness_command_with_custom_tasks(trained, task_folder, tmp_path, capsys):
     arguments = ["--tasks", "toy_choice,toy_answer", "--include_path", str(task_folder)]
     written = ["--batch_size", "4", "--log_samples", "--output_path", str(tmp_path / "written")]
     assert main(["harness", str(trained(BADIT).path), *arguments, *written, "--apply_chat_template"]) == 0
@@ -206,19 +206,19 @@ def test_the_command_line_on_tasks_of_ones_own(trained, task_folder, tmp_path, c
     assert "<|im_start|>" in samples.read_text()
 
 
-def test_methods_that_tell_tasks_apart_are_told_the_task(trained):
+def test_methods_that_need_tasks_use_and_require_the_task_argument(trained):
     run = str(trained({"name": "mtl-lora", "r": 4}).path)
     asked, scores = requests([("Name the capital.", {"max_gen_toks": 4})], "generate_until"), []
     for task in ("cities", "rivers"):
         scorer = BaditLM(run=run, task=task, batch_size="auto", max_batch_size=2)
-        scores.append(answers(scorer, PAIRS)[0])
+        scores.append(score_pairs(scorer, PAIRS)[0])
         assert len(scorer.generate_until(asked, disable_tqdm=True)) == 1
     assert not torch.allclose(*scores, rtol=1e-4)
     with pytest.raises(BaditError, match="0 tasks are given"):
-        answers(BaditLM(run=run, batch_size=2), PAIRS)
+        score_pairs(BaditLM(run=run, batch_size=2), PAIRS)
 
 
-def test_bad_arguments_are_named(trained, task_folder, capsys):
+def test_invalid_arguments_are_refused(trained, task_folder, capsys):
     with pytest.raises(BaditError, match="give either run=FOLDER or pretrained=MODEL"):
         BaditLM(run="a", pretrained="b")
     with pytest.raises(BaditError, match="a run has its own adapter"):

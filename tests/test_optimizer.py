@@ -1,4 +1,4 @@
-"""The optimizers on adapters of every kind, in a loop and in other libraries' trainers; and what they refuse."""
+"""Optimizers with all kinds of adapters, in a loop and in other libraries' trainers; and invalid input."""
 
 import io
 from functools import partial
@@ -36,7 +36,7 @@ def train(model, optimizer, steps):
 
 
 class Factors(nn.Module):
-    """Trained factors only, A (N, I) and B (O, K·N), with gradients."""
+    """A module with only the trainable factors A (N, I) and B (O, K·N)."""
 
     def __init__(self, rows, columns):
         super().__init__()
@@ -49,7 +49,7 @@ class Factors(nn.Module):
 
 
 @pytest.mark.parametrize(("shared_by", "at_a_time"), [(1, 2**23), (3, 2**23), (1, 1)])
-def test_steps_equal_the_formulas(shared_by, at_a_time, monkeypatch):
+def test_steps_match_the_reference_implementation(shared_by, at_a_time, monkeypatch):
     """The B's of experts that share A are stacked: (K·O, N). Layers are updated in groups."""
     monkeypatch.setattr("badit.optimizer._NUMBERS_AT_A_TIME", at_a_time)
     layers = [Factors(4, 4 * shared_by) for _ in range(3)]
@@ -76,7 +76,7 @@ def test_steps_equal_the_formulas(shared_by, at_a_time, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_restored_optimizer_continues_to_the_bit(tiny_model, dtype):
+def test_restored_optimizer_continues_bit_identically(tiny_model, dtype):
     def fresh():
         torch.manual_seed(0)
         model = tuned(tiny_model("llama", dtype=dtype), "hydralora", autocast_adapter_dtype=False)
@@ -95,7 +95,7 @@ def test_a_restored_optimizer_continues_to_the_bit(tiny_model, dtype):
     assert {value.dtype for name, value in expected.items() if "badit_A" in name} == {dtype}
 
 
-def test_trainer_trl_and_accelerate_accept_it(tiny_model, model_folder, tmp_path):
+def test_orthogonal_updates_work_with_trainer_trl_and_accelerate(tiny_model, model_folder, tmp_path):
     options = {**QUIET, "output_dir": str(tmp_path), "save_strategy": "no", "max_steps": 3}
     rows = [{"input_ids": row["input_ids"][:4], "labels": row["input_ids"][:4]} for row in examples()]
     texts = [{"prompt": f"Name city {i}.", "completion": f" city {i}"} for i in range(12)]
@@ -113,8 +113,8 @@ def test_trainer_trl_and_accelerate_accept_it(tiny_model, model_folder, tmp_path
     assert losses[-1] < losses[0]
 
 
-def test_a_step_reads_no_value_of_a_tensor():
-    """Parameters without values refuse whatever would make a GPU's host wait."""
+def test_step_reads_no_tensor_values():
+    """Operations that would synchronise with a GPU raise an error on meta tensors."""
     with torch.device("meta"):
         layers = [Factors(4, 8) for _ in range(2)]
     optimizer = OrthogonalUpdates(nn.ModuleList(layers), 0.01, weight_decay=0.1)
@@ -124,7 +124,7 @@ def test_a_step_reads_no_value_of_a_tensor():
         optimizer.step()
 
 
-def test_embeddings_and_factors_without_a_partner_go_to_adamw(tiny_model):
+def test_embeddings_and_unpaired_factors_are_left_to_adamw(tiny_model):
     config = LoraConfig(r=4, target_modules=["gate_proj", "embed_tokens"], modules_to_save=["lm_head"], use_dora=False)
     model = get_peft_model(tiny_model("llama", tie_word_embeddings=False), config).train()
     factor_pairs(model)[0][0].requires_grad_(False)
@@ -137,7 +137,7 @@ def test_embeddings_and_factors_without_a_partner_go_to_adamw(tiny_model):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("method", METHODS)
-def test_one_call_builds_each_and_it_lowers_the_loss(tiny_model, name, method):
+def test_build_optimizer_groups_parameters_and_lowers_the_loss(tiny_model, name, method):
     model = tuned(tiny_model("llama"), method)
     optimizer = build_optimizer(name, model, 0.005, other_lr=0.002, ratio=4.0, weight_decay=0.01)
     groups, sides = optimizer.param_groups, [set(side) for side in zip(*factor_pairs(model), strict=True)]
@@ -152,7 +152,7 @@ def test_one_call_builds_each_and_it_lowers_the_loss(tiny_model, name, method):
     assert losses[-1] < losses[0] - (0.02 if name == "orthogonal" else 0)
 
 
-def test_what_does_not_go_is_refused_in_one_line(tiny_model, monkeypatch):
+def test_invalid_models_options_and_deepspeed_are_refused(tiny_model, monkeypatch):
     frozen, whole = tiny_model("llama").requires_grad_(False), tiny_model("llama")
     model = tuned(tiny_model("llama"), "badit")
     for words, call in [
@@ -167,7 +167,7 @@ def test_what_does_not_go_is_refused_in_one_line(tiny_model, monkeypatch):
     ]:
         with pytest.raises(BaditError, match=words):
             call()
-    # DeepSpeed gives its optimizer flat parts of the parameters.
+    # DeepSpeed passes flat partitions of the parameters to its optimizer.
     optimizer = OrthogonalUpdates(model)
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(10))]
     with pytest.raises(BaditError, match="use FSDP2 or DDP"):

@@ -1,4 +1,4 @@
-"""Recipes: what they accept, what they refuse and how they say so."""
+"""Recipes: valid values, invalid values and their error messages."""
 
 import dataclasses
 import itertools
@@ -21,19 +21,19 @@ PAPER = [path for path in RECIPES if path.parent.name == "paper"]
 
 
 def header(path):
-    """The lines of comment that a shipped recipe begins with."""
+    """Returns the comment lines at the start of a shipped recipe."""
     lines = (ROOT / path).read_text().splitlines()
     return [line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
 
 
-def written(folder, **texts):
-    """Writes ``NAME.yaml`` for each text and returns the path of the one called ``own``."""
+def write_recipes(folder, **texts):
+    """Writes ``NAME.yaml`` for each text and returns the path of ``own.yaml``."""
     for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(text)
     return folder / "own.yaml"
 
 
-def test_every_shipped_recipe_is_valid_and_listed_and_says_how_to_run_it():
+def test_shipped_recipes_are_valid_listed_and_show_their_command():
     linked = re.findall(r"\]\((\S+\.yaml)\)", (ROOT / "recipes/README.md").read_text())
     assert sorted(linked) == sorted(str(path.relative_to("recipes")) for path in RECIPES)
     for path in RECIPES:
@@ -41,12 +41,12 @@ def test_every_shipped_recipe_is_valid_and_listed_and_says_how_to_run_it():
         assert load_recipe(path.relative_to("recipes").with_suffix("")) == load_recipe(ROOT / path)
         assert f"badit train {path}" in "\n".join(header(path))
     comparison = load_recipe(ROOT / "recipes/superni-cpu.yaml")
-    assert comparison.compare.methods["badit"].model_extra == comparison.method, "badit train runs one of its cells"
+    assert comparison.compare.methods["badit"].model_extra == comparison.method, "badit train must run a cell"
     for path in (ROOT / "benchmarks/results").glob("**/config.yaml"):
-        assert load_config(path).training.per_device_train_batch_size > 0, "the recipes of earlier runs are read"
+        assert load_config(path).training.per_device_train_batch_size > 0, "recipes of earlier runs must be readable"
 
 
-def test_the_papers_recipes_have_its_settings_and_differ_in_model_memory_and_output_only():
+def test_paper_recipes_have_the_papers_settings_and_differ_only_by_model():
     recipes = {path: load_recipe(ROOT / path) for path in PAPER}
     assert len({recipe.model.name for recipe in recipes.values()}) == 6
     for path, recipe in recipes.items():
@@ -62,7 +62,7 @@ def test_the_papers_recipes_have_its_settings_and_differ_in_model_memory_and_out
     assert recipe.training.num_train_epochs == 10  # docs/paper-index.md has the other values
 
 
-def test_overrides_reach_nested_keys_with_yaml_values():
+def test_overrides_set_nested_keys_to_yaml_values():
     overrides = ["training.num_train_epochs=2.5", "training.learning_rate=5e-4", "data.tasks=[a, b]", "method.r=-4"]
     overrides += ["method.regroup=null", "data.seed=1_000", "training.seed=08"]
     recipe = build_recipe({"training": {"num_train_epochs": 1}}, overrides)
@@ -70,13 +70,13 @@ def test_overrides_reach_nested_keys_with_yaml_values():
     assert (training.num_train_epochs, training.learning_rate, training.seed) == (2.5, 5e-4, 8)
     assert (data.tasks, data.seed) == (["a", "b"], 1000)
     assert recipe.method == {"r": -4, "regroup": None}
-    # A task may be named by its number.
+    # A task can be given by its number.
     tasks = build_recipe({}, ["data.tasks=[363, 073, 002, 089, task511, 0]"]).data.tasks
     assert tasks == ["363", "073", "002", "089", "task511", "0"]
     assert build_recipe({"data": {"tasks": [363]}}).data.tasks == ["363"]
 
 
-def test_mistakes_are_named_on_one_line():
+def test_invalid_values_are_one_line_errors():
     for content, overrides, message in (
         ({"training": {"epoch": 1}}, [], r"training\.epoch: unknown key \(did you mean 'num_train_epochs'\?\)"),
         ({}, ["training.num_train_epochs"], r"has the form key=value"),
@@ -101,11 +101,11 @@ def test_mistakes_are_named_on_one_line():
         assert "\n" not in str(caught.value)
 
 
-def test_all_mistakes_are_named_at_once_before_any_slow_import(tmp_path):
+def test_all_errors_are_reported_at_once_without_importing_torch(tmp_path):
     text = "trainig: {}\ntraining: {seed: -1, optm: sgd, epochs: 1}\ndata: {order: 3}\n"
     text += "method: {name: badit, num_expert: 8, regroup: {evry: 2}}\n"
     text += "compare: {methods: {a: {name: lroa}, b: {name: mtl-lora, r: 2, seeds: [0]}}}"
-    path = written(tmp_path, own=text)
+    path = write_recipes(tmp_path, own=text)
     code = f"import sys; from badit.cli import main; main(['train', {str(path)!r}]); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
@@ -121,19 +121,19 @@ def test_all_mistakes_are_named_at_once_before_any_slow_import(tmp_path):
     ]
 
 
-def test_recipes_that_come_with_badit_are_read_by_name(tmp_path, monkeypatch):
+def test_shipped_recipes_are_loaded_and_extended_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_recipe("superni-cpu") == load_recipe(ROOT / "recipes/superni-cpu.yaml")
     assert load_recipe("paper/qwen3-4b").model.name == "Qwen/Qwen3-4B"
-    recipe = load_recipe(written(tmp_path, own="{extends: superni-cpu, output: mine}"))
+    recipe = load_recipe(write_recipes(tmp_path, own="{extends: superni-cpu, output: mine}"))
     assert (recipe.data.source, recipe.output) == ("$BADIT_SUPERNI", "mine")
-    written(tmp_path, **{"superni-cpu": "output: here"})
+    write_recipes(tmp_path, **{"superni-cpu": "output: here"})
     message = r"superni-cpuu: no such file, and no recipe.* \(did you mean 'superni-cpu'\?\)"
     with pytest.raises(BaditError, match=message):
         load_recipe("superni-cpuu")
 
 
-def test_the_training_section_accepts_and_forwards_every_other_argument():
+def test_training_arguments_are_forwarded_or_refused_with_a_reason():
     given = {"optim": "sgd", "adam_beta1": 0.8, "lr_scheduler_type": "polynomial", "neftune_noise_alpha": None}
     given |= {"save_strategy": "epoch", "fsdp_config": {"min_num_params": 1}, "debug": "", "dataloader_num_workers": 2}
     forwarded = build_recipe({"training": given}).training.arguments()
@@ -147,13 +147,13 @@ def test_the_training_section_accepts_and_forwards_every_other_argument():
             build_recipe({"training": {field.name: None if field.default is dataclasses.MISSING else field.default}})
         except BaditError as error:
             settled.append(str(error))
-    assert argument_names() == {field.name for field in fields}, "read from the source"
+    assert argument_names() == {field.name for field in fields}, "the names read from the source must be complete"
     assert all("cannot be set in a recipe: " in message for message in settled)
     assert 30 < len(settled) < 50 < len(others) - len(settled) + 10
 
 
 @pytest.mark.parametrize("old", RENAMED_ARGUMENTS)
-def test_an_earlier_name_is_answered_with_the_new_one_and_read_in_a_runs_own_recipe(tmp_path, old):
+def test_renamed_arguments_are_refused_in_recipes_but_read_from_runs(tmp_path, old):
     new, value = RENAMED_ARGUMENTS[old], {"scheduler": "linear", "deterministic": True}.get(old, 1)
     with pytest.raises(BaditError, match=rf"^recipe: training\.{old}: is now called {new}, as in transformers$"):
         build_recipe({"training": {old: value}})
@@ -161,7 +161,7 @@ def test_an_earlier_name_is_answered_with_the_new_one_and_read_in_a_runs_own_rec
     assert load_config(tmp_path / "config.yaml") == build_recipe({"training": {new: value}})
 
 
-def test_a_runs_recipe_without_a_format_means_the_papers_form(tmp_path):
+def test_run_recipe_without_format_uses_the_former_defaults(tmp_path):
     path, former = tmp_path / "config.yaml", {"init_weights": "bad", "router_input": "mean", "regroup": {}}
     for method, meant in (
         ("{name: badit, r: 2}", {**former, "name": "badit", "r": 2}),
@@ -178,7 +178,7 @@ def test_a_runs_recipe_without_a_format_means_the_papers_form(tmp_path):
         load_config(path)
 
 
-def test_broken_files_are_named(tmp_path):
+def test_invalid_files_are_one_line_errors(tmp_path):
     for text, message in (
         (b"training: [", "line 1.*: cannot be read as YAML"),
         (b"- a\n- b\n", "must contain 'key: value' lines, not a list"),
@@ -198,8 +198,8 @@ def test_broken_files_are_named(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_a_recipe_extends_another_key_by_key(tmp_path):
-    path = written(
+def test_recipe_extends_another_key_by_key(tmp_path):
+    path = write_recipes(
         tmp_path,
         base="{method: {name: badit, r: 2, regroup: {every: 5, stop: 1}}, training: {max_steps: 4, warmup_steps: 0.1}}",
         middle="{extends: base.yaml, training: {max_steps: 5}, output: b}",
@@ -211,7 +211,7 @@ def test_a_recipe_extends_another_key_by_key(tmp_path):
     assert "extends" not in dump_recipe(recipe)
 
 
-def test_another_method_or_model_does_not_inherit_the_options():
+def test_other_method_or_model_does_not_inherit_options():
     base = {"method": {"name": "badit", "r": 2, "regroup": {"every": 5}}, "model": {"name": "a/b", "revision": "main"}}
     assert merged(base, {"model": {"name": "c/d"}}) == {**base, "model": {"name": "c/d"}}
     assert merged(base, {"method": {"name": "lora"}})["method"] == {"name": "lora"}
@@ -219,7 +219,7 @@ def test_another_method_or_model_does_not_inherit_the_options():
     assert merged(base, {"method": {"regroup": None}})["method"] == {"name": "badit", "r": 2, "regroup": None}
 
 
-def test_what_cannot_be_extended_is_named(tmp_path):
+def test_invalid_extends_are_one_line_errors(tmp_path):
     for name, base, message in (
         ("a" * 3000, "", r"own\.yaml: extends: (must be a file in the recipe's folder|.*leads out of)"),
         ("none.yaml", "", r"none\.yaml: cannot be read"),
@@ -227,11 +227,11 @@ def test_what_cannot_be_extended_is_named(tmp_path):
         ("base.yaml", "extends: own.yaml", r"base\.yaml: extends: own\.yaml already extends this file; remove one"),
     ):
         with pytest.raises(BaditError, match=message) as caught:
-            load_recipe(written(tmp_path, own=f"extends: {name}", base=base))
+            load_recipe(write_recipes(tmp_path, own=f"extends: {name}", base=base))
         assert "\n" not in str(caught.value)
 
 
-def test_variables_in_the_source(monkeypatch):
+def test_environment_variables_in_the_source_are_expanded(monkeypatch):
     monkeypatch.setenv("TASKS", "/somewhere")
     monkeypatch.delenv("NO_TASKS", raising=False)
     assert expand_source("$TASKS/superni") == "/somewhere/superni"

@@ -1,4 +1,4 @@
-"""Nothing that is read runs: no pickle, no code from a model's folder or a run's, no file outside the folders given."""
+"""Files that are read cannot run code (pickle, Python files in model or run folders) or access other folders."""
 
 import ast
 import json
@@ -32,7 +32,7 @@ SMALL = {"name": "badit", "num_experts": 4, "r": 2}
 
 
 class Mark:
-    """Unpickled, it leaves a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -41,14 +41,14 @@ class Mark:
         return Path.touch, (self.path,)
 
 
-def test_the_source_has_no_pickle_no_code_from_text_no_shell_and_trusts_no_code_by_itself():
+def test_source_uses_no_pickle_eval_or_shell_and_trusts_no_remote_code():
     assert len(TREES) > 50
     assert Recipe().model.trust_remote_code is False
     for path, tree in TREES.items():
         for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
-                # checkpoint.py has an Unpickler that refuses what torch's own reader would take.
+                # checkpoint.py has an Unpickler that refuses globals that torch's own reader would load.
                 allowed = {"UnpicklingError", "Unpickler"} if "checkpoint" in str(path) else {"UnpicklingError"}
                 names += [node.module or ""] if {one.name for one in node.names} - allowed else []
             assert not UNSAFE_MODULES & {name.partition(".")[0] for name in names}, path
@@ -59,7 +59,7 @@ def test_the_source_has_no_pickle_no_code_from_text_no_shell_and_trusts_no_code_
                 assert not (keyword.arg in ("shell", "trust_remote_code") and constant is True), path
 
 
-def test_a_run_is_read_without_unpickling(trained, monkeypatch):
+def test_run_is_loaded_without_unpickling(trained, monkeypatch):
     run = trained(SMALL)
     expected = run.generate(["Name the capital."], max_new_tokens=3)
     for name in ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load"):
@@ -67,7 +67,7 @@ def test_a_run_is_read_without_unpickling(trained, monkeypatch):
     assert run.generate(["Name the capital."], max_new_tokens=3) == expected
 
 
-def test_a_pickled_adapter_is_refused(trained, tmp_path, capsys):
+def test_pickled_adapter_is_refused(trained, tmp_path, capsys):
     run = trained(SMALL)
     (run.adapter_path / "adapter_model.safetensors").unlink()
     for name, message in (
@@ -80,7 +80,7 @@ def test_a_pickled_adapter_is_refused(trained, tmp_path, capsys):
         assert not (tmp_path / "ran").exists()
 
 
-def test_a_pickled_base_model_is_refused(model_folder, tmp_path):
+def test_pickled_base_model_is_refused(model_folder, tmp_path):
     (model_folder / "model.safetensors").unlink()
     (model_folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weights": Mark(tmp_path / "ran")}))
     with pytest.raises(BaditError, match="weights: cannot be loaded"):
@@ -88,8 +88,8 @@ def test_a_pickled_base_model_is_refused(model_folder, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_adapter_names_no_module_to_import(trained, tmp_path, monkeypatch, capsys):
-    """PEFT's LoRA imports what `megatron_core` names, its auto classes what `auto_mapping` does."""
+def test_adapter_config_cannot_import_modules(trained, tmp_path, monkeypatch, capsys):
+    """PEFT's LoRA imports the module in `megatron_core`, its auto classes the one in `auto_mapping`."""
     run = trained({"name": "lora", "r": 2})
     (tmp_path / "leaves_a_mark.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -107,7 +107,7 @@ def test_an_adapter_names_no_module_to_import(trained, tmp_path, monkeypatch, ca
 
 @pytest.fixture
 def model_with_code(model_folder, tmp_path, monkeypatch):
-    """A base model of a type of its own, whose Python file leaves a mark when it is imported."""
+    """A base model with its own model type, whose Python file creates a file when it is imported."""
     (model_folder / "own.py").write_text(
         f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
@@ -122,17 +122,17 @@ def model_with_code(model_folder, tmp_path, monkeypatch):
     return model_folder
 
 
-def test_a_models_own_code_runs_only_when_it_is_trusted(model_with_code, tmp_path):
+def test_model_code_runs_only_with_trust_remote_code(model_with_code, tmp_path):
     with pytest.raises(BaditError, match="allow it with trust_remote_code if you trust it"):
         load_base_model(str(model_with_code))
     assert not (tmp_path / "ran").exists()
     load_base_model(str(model_with_code), trust_remote_code=True)
-    assert (tmp_path / "ran").exists(), "the switch is what decides"
+    assert (tmp_path / "ran").exists(), "trust_remote_code=True must run the code"
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "generate", "analyze", "studio", "serve", "export"])
-def test_a_runs_folder_alone_cannot_trust(verb, model_with_code, tmp_path, capsys):
-    """The folder's recipe asks for the code, but the folder may come from elsewhere: the user must allow it, too."""
+def test_run_folder_cannot_enable_trust_remote_code(verb, model_with_code, tmp_path, capsys):
+    """The run's recipe sets trust_remote_code, but the folder may be untrusted: the user must also allow it."""
     section = {"name": str(model_with_code), "trust_remote_code": True}
     run = tmp_path / "run"
     run.mkdir()
@@ -147,7 +147,7 @@ def test_a_runs_folder_alone_cannot_trust(verb, model_with_code, tmp_path, capsy
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "sub/../../base.yaml", "link.yaml", "\0", ["a"]])
-def test_a_recipe_reads_no_recipe_outside_its_folder(tmp_path, name, capsys):
+def test_recipe_cannot_extend_a_file_outside_its_folder(tmp_path, name, capsys):
     (tmp_path / "base.yaml").write_text("training: {seed: 1}\n")
     folder = tmp_path / "recipes"
     folder.mkdir()
@@ -157,8 +157,8 @@ def test_a_recipe_reads_no_recipe_outside_its_folder(tmp_path, name, capsys):
     assert "extends: " in capsys.readouterr().err
 
 
-# Each command with arguments, in which RUN is a folder that has what the command reads and a link out of it. What is
-# written to, such as an export, is such a folder too. "tasks" reads data, in which the user may have links.
+# Commands and their arguments. RUN is an input or output folder with the file that the command looks for and a link
+# out of it. "tasks" is left out: it reads data, which may contain links.
 LINKED = {
     **dict.fromkeys(["train", "train again", "compare", "compare again"], "RECIPE output=RUN"),
     **dict.fromkeys(["evaluate", "analyze", "report", "table"], "RUN"),
@@ -168,26 +168,26 @@ LINKED = {
     "export": "RUN --output=NEW", "export to": "WHOLE --output=RUN",
     "export gates": "WHOLE --output=NEW --gates=RUN/gates.json",
 }  # fmt: skip
-LINKS = {"compare": "lora", "demo": "lora", "analyze to": "analysis"}
+LINKS = {"compare": "lora", "demo": "lora", "analyze to": "analysis"}  # default: adapter.partial
 LINKS |= {"train again": "checkpoints", "compare again": "lora/lr-0.01/seed-0/log.txt"}
-HOLDS = dict.fromkeys(["compare again", "table"], "results.json")
+HOLDS = dict.fromkeys(["compare again", "table"], "results.json")  # default: config.yaml
 HOLDS |= dict.fromkeys(["push", "export to", "export gates"], "export.json")
 
 
-def test_every_command_is_tried_on_links():
+def test_link_cases_cover_every_command():
     commands = {name for name in app if not name.startswith("-")} - {"tasks", "init", "keys"}
     assert {name.partition(" ")[0] for name in LINKED} == commands
 
 
 @pytest.mark.parametrize("command", LINKED)
-def test_a_folder_with_a_link_out_of_it_is_refused(command, recipe_values, trained, tmp_path, capsys):
+def test_folder_with_link_out_of_it_is_refused(command, recipe_values, trained, tmp_path, capsys):
     run, outside = tmp_path / "linked", tmp_path / "outside"
     outside.mkdir()
     (outside / "key.json").write_text("mine")
     link = run / LINKS.get(command, "adapter.partial")
     link.parent.mkdir(parents=True)
     link.symlink_to(outside)
-    if command not in ("train", "compare", "demo"):  # as if one had been killed in its first write
+    if command not in ("train", "compare", "demo"):  # these find no file, as if killed in the first write
         (run / HOLDS.get(command, "config.yaml")).write_text("{}")
     recipe_values["compare"] = {"methods": {"lora": {"name": "lora", "r": 2}}, "reference": "lora"}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe_values))
@@ -202,7 +202,7 @@ def test_a_folder_with_a_link_out_of_it_is_refused(command, recipe_values, train
     assert [path.read_text() for path in outside.iterdir()] == ["mine"]
 
 
-def test_what_is_waited_for_commands_no_terminal(monkeypatch):
+def test_status_line_escapes_control_characters(monkeypatch):
     terminal = StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -211,8 +211,8 @@ def test_what_is_waited_for_commands_no_terminal(monkeypatch):
     assert r"loading x\x1b[2J[bold]" in terminal.getvalue()
 
 
-def test_nothing_that_is_printed_commands_the_terminal(recipe_values, tmp_path, capsys):
-    """Names of folders, tasks and options, and errors of cells, with codes that clear the screen and reverse text."""
+def test_commands_escape_control_characters(recipe_values, tmp_path, capsys):
+    """Names of folders, tasks and options, and errors of cells, contain codes that clear the screen or reverse text."""
     printing = {path.name for path, tree in TREES.items() for node in ast.walk(tree) if ast.unparse(node) == "print"}
     assert printing == {"errors.py"}
     codes = "x\x1b[2J\x07\u202e"

@@ -1,4 +1,4 @@
-"""``badit serve`` over HTTP, in front of a stand-in for vLLM: what answers, what is passed on, what is refused."""
+"""``badit serve`` over HTTP with a stand-in for vLLM: routed, forwarded and refused requests."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ from studio.conftest import BADIT, served
 MODELS = {"object": "list", "data": [{"id": "base"}]}
 CHAT = {"model": "auto", "messages": [{"role": "user", "content": "land 3"}]}
 WAIT = 60
-NOT_ONE = "prompt: must be one text or the token ids of one"
+NOT_ONE_PROMPT = "prompt: must be one text or the token ids of one"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def router(run, tmp_path_factory):
 
 @pytest.fixture
 def vllm(run, tmp_path):
-    """A stand-in: its port, what it was asked to complete, its LoRAs, and events around a stream's second chunk."""
+    """A stand-in for vLLM: its port, completion requests, LoRAs, and events that control a stream's second chunk."""
     _, tokenizer = base_model(run.recipe)
     here = SimpleNamespace(asked=[], loaded=[], goes_on=threading.Event(), ended=threading.Event(), copies=tmp_path)
 
@@ -79,7 +79,7 @@ def vllm(run, tmp_path):
             here.loaded.append(content["lora_name"])
         else:
             here.loaded.remove(content["lora_name"])
-            assert Path(content["lora_path"]).is_dir(), "it may be read again until it is unloaded"
+            assert Path(content["lora_path"]).is_dir(), "the folder must exist until the LoRA is unloaded"
         return PlainTextResponse("Success")
 
     calls = {"tokenize": tokenize, "v1/load_lora_adapter": lora, "v1/unload_lora_adapter": lora}
@@ -100,7 +100,7 @@ def client(router, vllm):
 
 
 def unloaded(vllm):
-    """Whether no LoRA is loaded, soon after an answer."""
+    """Waits until no LoRA is loaded; returns False after WAIT seconds."""
     until = time.monotonic() + WAIT
     while vllm.loaded and time.monotonic() < until:
         time.sleep(0.01)
@@ -113,11 +113,11 @@ def training_prompts(router):
     return encoded(base_model(recipe)[1], recipe, pairs, router.model)
 
 
-def test_a_prompt_goes_to_the_export_with_the_nearest_weights(client, router, vllm, run):
+def test_prompt_is_routed_to_the_export_with_the_nearest_weights(client, router, vllm, run):
     kept = json.loads((run.path / "gates.json").read_text())["tasks"]
     chosen = []
     for example in training_prompts(router):
-        batches = batches_by_task([{**example, "task": "t"}], AnswerCollator(0), 1)  # its answer is left out
+        batches = batches_by_task([{**example, "task": "t"}], AnswerCollator(0), 1)  # gates ignore the answer
         distances = dict.fromkeys(kept, 0.0)
         layers = adapted_layers(router.model)
         for one, gates_N in zip(layers, mean_component_gates(router.model, batches)["t"], strict=True):
@@ -133,12 +133,12 @@ def test_a_prompt_goes_to_the_export_with_the_nearest_weights(client, router, vl
     assert set(chosen) == {"cities", "rivers"}
 
 
-def test_texts_and_chats_are_read_as_vllm_reads_them_and_other_models_are_passed_on(client, router, vllm):
+def test_texts_and_chats_are_tokenised_by_vllm_and_other_models_forwarded(client, router, vllm):
     headers = {"authorization": "Bearer key"}
     _, tokenizer = base_model(router.run.recipe)
     chat = tokenizer.apply_chat_template(CHAT["messages"], add_generation_prompt=True)["input_ids"]
     plain = tokenizer("land 3")["input_ids"]
-    asked = [("chat/completions", content, chat) for content in (CHAT, {**CHAT, "model": "run"})]  # its own name
+    asked = [("chat/completions", content, chat) for content in (CHAT, {**CHAT, "model": "run"})]  # the run's name
     asked += [("completions", {"prompt": prompt}, plain) for prompt in ("land 3", ["land 3"])]
     for path, content, ids in asked:
         answer = client.post(f"/{path}", json=content, headers=headers)
@@ -153,15 +153,15 @@ def test_texts_and_chats_are_read_as_vllm_reads_them_and_other_models_are_passed
 
 
 @torch.no_grad()
-def test_without_exports_every_prompt_gets_a_lora_that_equals_the_run(router, vllm):
+def test_without_exports_each_prompt_gets_a_lora_equal_to_the_run(router, vllm):
     with proxied(Router(router.run, None), vllm.port) as port:
         for example in training_prompts(router)[::9]:
             prompt = example["input_ids"][: example["prompt_length"]]
             content = {"model": "auto", "prompt": prompt}
             answer = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json=content)
             name = answer.headers["x-badit-adapter"]
-            assert vllm.asked[-1][3] == [name], "loaded while it answers"
-            assert unloaded(vllm), "and no longer"
+            assert vllm.asked[-1][3] == [name], "the LoRA must be loaded during the request"
+            assert unloaded(vllm), "the LoRA must be unloaded after the request"
             ids = torch.tensor([prompt])
             base, own = base_model(router.run.recipe)[0](input_ids=ids).logits, router.model(input_ids=ids).logits
             model = PeftModel.from_pretrained(base_model(router.run.recipe)[0], str(vllm.copies / name))
@@ -170,7 +170,7 @@ def test_without_exports_every_prompt_gets_a_lora_that_equals_the_run(router, vl
 
 
 @pytest.mark.parametrize("exports", [True, False])
-def test_a_stream_is_sent_on_as_it_comes_and_ends_with_its_client(router, vllm, exports):
+def test_streams_are_forwarded_by_chunk_and_end_when_the_client_leaves(router, vllm, exports):
     with proxied(router if exports else Router(router.run, None), vllm.port) as port:
         for leaves in (False, True):
             vllm.goes_on.clear()
@@ -187,11 +187,11 @@ def test_a_stream_is_sent_on_as_it_comes_and_ends_with_its_client(router, vllm, 
     assert unloaded(vllm)
 
 
-def test_what_cannot_be_routed_is_refused_in_openais_form(client, vllm):
+def test_invalid_requests_are_refused_in_openai_format(client, vllm):
     for content, status, problem in (
         (b"{", 400, "request: invalid JSON"),
         (b"[]", 400, "request: must be a JSON object"),
-        *(({"prompt": prompt}, 400, NOT_ONE) for prompt in (["a", "b"], [1, True], [10**6])),
+        *(({"prompt": prompt}, 400, NOT_ONE_PROMPT) for prompt in (["a", "b"], [1, True], [10**6])),
         ({"prompt": []}, 400, "prompt: must have 1 to 128 tokens, not 0"),
         ({"prompt": [1] * 129}, 400, "prompt: must have 1 to 128 tokens, not 129"),
         ({"prompt": "refused"}, 422, "/tokenize: {"),
@@ -206,15 +206,15 @@ def test_what_cannot_be_routed_is_refused_in_openais_form(client, vllm):
     assert not vllm.asked
 
 
-def test_foreign_pages_and_hosts_are_refused(client, vllm):
+def test_foreign_origins_hosts_and_content_types_are_refused(client, vllm):
     for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Host": "evil.example"}):
         assert client.post("/chat/completions", json=CHAT, headers=headers).status_code in (400, 403)
     assert client.post("/chat/completions", content="{}").status_code == 415
     assert not vllm.asked
 
 
-def test_a_vllm_that_does_not_answer_or_does_not_load_is_told_in_one_line(router, vllm):
-    with proxied(router, 9) as port:  # nothing listens there
+def test_unreachable_vllm_or_missing_lora_loading_is_reported(router, vllm):
+    with proxied(router, 9) as port:  # no server listens on this port
         for content in (CHAT, {**CHAT, "model": "rivers"}):
             answer = httpx2.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=content)
             message = answer.json()["error"]["message"]
@@ -226,7 +226,7 @@ def test_a_vllm_that_does_not_answer_or_does_not_load_is_told_in_one_line(router
         assert answer.json()["error"]["message"].endswith("with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
 
 
-def test_a_run_or_a_folder_that_cannot_be_routed_is_refused(run, trained, tmp_path, capsys):
+def test_unsuitable_runs_exports_and_urls_are_refused(run, trained, tmp_path, capsys):
     for method in ({"name": "lora", "r": 2}, {"name": "mtl-lora", "r": 2}):
         with pytest.raises(BaditError, match="do not depend on the prompt; serve its export"):
             Router(trained(method).path, None)

@@ -1,4 +1,4 @@
-"""The atlas as written down: loops over layers, prompts and experts, float64; and the models and data for it."""
+"""Naive reference of the ability atlas (loops over layers, prompts and experts, float64), with models and data."""
 
 import itertools
 import math
@@ -23,12 +23,12 @@ BADIT = {"badit": {}, "badit softmax": {"gates": "softmax"}, "badit standardised
 BADIT |= {"badit token": {"routing": "token", "top_k": 2}}
 METHODS = (*BADIT, *mixtures.MIXTURES, "mtl-lora")
 EXAMPLES = make_examples(dict.fromkeys(TASKS, 3))
-# Two batches a task, of two prompts and of one, and the same prompts one by one, without padding.
+# Two batches per task, with two prompts and with one; then the same prompts one by one, without padding.
 BATCHES, ROWS = batched(EXAMPLES, 2), batched(EXAMPLES)
 
 
 def adapted(model, method, **options):
-    """A tiny model with the method's adapter as after training."""
+    """Returns the model with the method's adapter as after training."""
     if method in BADIT:
         return helpers.adapted(model, **BADIT[method], **options)
     return mixtures.adapted(model, method, **options)
@@ -36,14 +36,14 @@ def adapted(model, method, **options):
 
 @torch.no_grad()
 def gates(model, row):
-    """One prompt's gates (modules, experts), from every layer's own input and router, position by position."""
+    """Returns one prompt's gates (modules, experts), computed by position from each layer's input and router."""
     inputs = {}
     with ExitStack() as hooks:
         for layer in layers(model):
             keep = layer.register_forward_pre_hook(lambda layer, args: inputs.update({layer.name: args[0][0]}))
             hooks.callback(keep.remove)
         losses(model, row)
-    first = row["labels"][0].tolist().count(-100)  # the answer is the end
+    first = row["labels"][0].tolist().count(-100)  # the answer comes last
     prompts = [(layer, inputs[layer.name][:first]) for layer in layers(model)]
     found = np.array([np.mean([_gate(layer, x_t, prompt, row) for x_t in prompt], axis=0) for layer, prompt in prompts])
     return found / found.mean(axis=1, keepdims=True)
@@ -64,7 +64,7 @@ def _gate(layer, x_t, prompt, row):
 
 @torch.no_grad()
 def losses(model, row):
-    """The cross-entropy of every answer token of a row, from the logits of all positions."""
+    """Returns the cross-entropy of each answer token of a row, from the logits of all positions."""
     with hooks_of(model).rows_of(row["tasks"]):
         out = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"], labels=row["labels"])
     log_p, labels = log_softmax(reference.float64(out.logits[0]), axis=-1), row["labels"][0].tolist()
@@ -72,7 +72,7 @@ def losses(model, row):
 
 
 def change_error(pairs):
-    """The standard error of a change a token, from each prompt's losses before and after."""
+    """Returns the standard error of the change per token, from each prompt's losses before and after."""
     tokens = sum(len(before) for before, _ in pairs)
     change = sum(sum(after) - sum(before) for before, after in pairs) / tokens
     residuals = [sum(after) - sum(before) - change * len(before) for before, after in pairs]
@@ -81,7 +81,7 @@ def change_error(pairs):
 
 @torch.no_grad()
 def delete_expert(model, expert):
-    """Sets the expert's columns of B to zero in all layers; the frozen initial factors stay."""
+    """Sets the expert's columns of B to zero in all layers; the frozen initial factors are unchanged."""
     for layer in layers(model):
         layer.badit_B["default"][:, [of == expert for of in expert_of(layer)]] = 0
     return model
@@ -95,18 +95,18 @@ def expert_of(layer):
 
 
 def similarity(by_task):
-    """Pearson's correlation of the tasks' mean gates, each gate centred over tasks."""
+    """Returns the Pearson correlations of the tasks' mean gates, each gate centred over tasks."""
     profiles = np.array([[np.mean(gate) for gate in g.reshape(len(g), -1).T] for g in by_task.values()])
     return np.corrcoef([profile - np.mean(profiles, axis=0) for profile in profiles])
 
 
 def prompt_scores(by_task):
-    """(prompts, experts): mean over modules of each gate's z-score over all prompts."""
+    """Returns (prompts, experts): the mean over modules of each gate's z-score over all prompts."""
     return zscore(np.concatenate(list(by_task.values())).astype(float), axis=0).mean(axis=1)
 
 
 def recovery(similarity_, abilities):
-    """Value, mean and share of at least the value, over all permutations of the tasks."""
+    """Returns, by measure: value, mean over all permutations, and share of permutations with at least this value."""
     tasks = range(len(abilities))
     pairs = list(itertools.combinations(tasks, 2))
     nearest = [max((b for b in tasks if b != a), key=lambda b, a=a: similarity_[a, b]) for a in tasks]
@@ -120,13 +120,13 @@ def recovery(similarity_, abilities):
 
     results = {}
     for name, measure in (("correlation", correlation), ("nearest_neighbour", neighbours)):
-        values = [measure(sets) for sets in itertools.permutations(abilities)]  # the first is the given order
+        values = [measure(sets) for sets in itertools.permutations(abilities)]  # the given order comes first
         results[name] = values[0], float(np.mean(values)), float(np.mean([v >= values[0] - 1e-9 for v in values]))
     return results
 
 
 def gradients(model):
-    """Each layer's gradients of A and B, of the sum of all answer tokens' losses, row by row."""
+    """Returns each layer's gradients of A and B for the summed loss of all answer tokens, computed row by row."""
     for row in itertools.chain(*ROWS.values()):
         out = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"], labels=row["labels"])
         F.cross_entropy(out.logits[0, :-1], row["labels"][0, 1:], reduction="sum").backward()

@@ -1,4 +1,4 @@
-"""Interference as written down: whole gradients by autograd, an instance at a time, loops over pairs and units."""
+"""Naive reference of interference: full gradients by autograd on single instances, loops over pairs and units."""
 
 import copy
 import itertools
@@ -18,13 +18,13 @@ _ADAPTER = re.compile(r"\.layers\.(\d+)\.(mlp\.[a-z_]+)\.(?:badit|lora)_")
 
 
 def make_examples(sizes):
-    """Random prompts and answers of several lengths."""
+    """Returns random prompts and answers of several lengths, by task."""
     made = iter(examples(sum(sizes.values())))
     return {task: [{**next(made), "task": task} for _ in range(size)] for task, size in sizes.items()}
 
 
 def rows(frame):
-    """A frame's rows, None where a number is not defined."""
+    """Returns a frame's rows, with None for undefined numbers."""
     return frame.astype(object).where(frame.notna(), None).to_numpy().tolist()
 
 
@@ -39,7 +39,7 @@ def loss(model, example):
 
 
 def places(model):
-    """The names of the measured parameters, by kind, layer and module."""
+    """Returns the names of the measured parameters, by kind, layer and module."""
     found = {}
     for name, _ in model.named_parameters():
         if match := _ADAPTER.search(name):
@@ -50,7 +50,7 @@ def places(model):
 
 
 def gradients(model, examples):
-    """By task, each instance's gradient by parameter, in float64."""
+    """Returns, by task, each instance's gradients by parameter, in float64."""
     model = copy.deepcopy(model).requires_grad_(True)
     names = [name for of_place in places(model).values() for name in of_place]
     parameters = [dict(model.named_parameters())[name] for name in names]
@@ -62,7 +62,7 @@ def gradients(model, examples):
 
 
 def flat(instances, names):
-    """The instances' gradients as vectors, one row each."""
+    """Returns the instances' gradients as vectors, one per row."""
     return torch.stack([torch.cat([g[name].flatten() for name in names]) for g in instances])
 
 
@@ -75,7 +75,7 @@ def magnitude(a, b):
 
 
 def halves(vectors):
-    """The means of the even and of the odd rows; NaN where there is none."""
+    """Returns the means of the even and of the odd rows; NaN if there are none."""
     return [vectors[half::2].mean(dim=0) for half in (0, 1)]
 
 
@@ -87,7 +87,7 @@ def corrected(a, b):
 
 
 def tables(model, examples):
-    """The rows of the four gradient tables."""
+    """Returns the rows of the four gradient tables."""
     by_task, found = gradients(model, examples), places(model)
     pairs = list(itertools.combinations(sorted(by_task), 2))
     tables_ = {f"gradient_{name}": [] for name in ("pairs", "overall", "summary", "tasks")}
@@ -114,7 +114,7 @@ def tables(model, examples):
 
 
 def row_scores(model, examples):
-    """By task and layer, the mean squared gradient of every row of the weights."""
+    """Returns, by task and layer, the mean squared gradient of each row of the weights."""
     modules = {f"{name}.weight": module for name, module in model.named_modules()}
     scores = {}
     for task, instances in gradients(model, examples).items():
@@ -130,7 +130,7 @@ def row_scores(model, examples):
 
 @torch.no_grad()
 def neuron_means(model, examples):
-    """By task and layer, the outputs of the MLPs' first projections, averaged over all positions of all instances."""
+    """Returns, by task and layer, the outputs of the MLP's first projection, averaged over all instances' positions."""
     means, kept, model = {}, {}, copy.deepcopy(model)
     projections = [module for name, module in model.named_modules() if name.endswith((".mlp.gate_proj", ".mlp.c_fc"))]
     for module in projections:
@@ -150,7 +150,7 @@ def marked(scores, share):
 
 
 def coactivation(kind, marks):
-    """The rows of the three tables; chances by going through all outcomes of T tosses and both sets' sizes."""
+    """Returns the rows of the three tables; chances from all outcomes of T coin tosses and from the sets' sizes."""
     names, rows = list(marks), {"coactivation": [], "coactivation_tasks": [], "coactivation_pairs": []}
     for layer in range(len(marks[names[0]])):
         units = range(len(marks[names[0]][layer]))

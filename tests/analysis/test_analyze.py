@@ -1,4 +1,4 @@
-"""A whole analysis of a tiny run: which tables it leaves, that it continues where it stopped, and what it refuses."""
+"""Complete analyses of a tiny run: written tables, resuming after an interruption, and error messages."""
 
 import json
 from collections import Counter
@@ -20,14 +20,14 @@ EXPERTS = {"gates", "gate_similarity", "expert_losses", "nearest_prompts", "abil
 EXPERTS |= {"expert_angles", "component_flow"}
 
 
-def finished(recipe_values):
+def finished_run(recipe_values):
     recipe = build_recipe(recipe_values)
     train_and_score(recipe, progress=False)
     return Path(recipe.output)
 
 
-def test_a_run_with_experts_has_all_tables_and_a_finished_part_is_not_measured_again(recipe_values, monkeypatch):
-    run = finished(recipe_values)
+def test_run_with_experts_has_all_tables_and_skips_finished_parts(recipe_values, monkeypatch):
+    run = finished_run(recipe_values)
     with monkeypatch.context() as patch:
         patch.setattr(module, "ability_atlas", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -40,10 +40,10 @@ def test_a_run_with_experts_has_all_tables_and_a_finished_part_is_not_measured_a
     for name in ("coactivation", "coactivation_tasks", "coactivation_pairs"):
         assert tables[name]["kind"].unique().tolist() == ["neurons", "parameters", "experts"]
     flow, angles = tables["component_flow"], tables["expert_angles"]
-    assert set(flow["step"]) == {3, 6, 9}  # of twelve, with four experts of rank 2
+    assert set(flow["step"]) == {3, 6, 9}  # of twelve steps; the run has four experts of rank 2
     for side in ("from_expert", "to_expert"):
         moved = flow.groupby(["step", "layer", side])["components"].sum()
-        assert moved.tolist() == [2] * (3 * 2 * 4)  # nothing is lost: every expert keeps its rank
+        assert moved.tolist() == [2] * (3 * 2 * 4)  # every expert keeps its rank
     assert (flow["from_expert"] != flow["to_expert"]).any()
     assert Counter(angles["measured"]) == {"before": 3 * 2, "after": 3 * 2, "held-out": 2}
     assert set(angles.loc[angles["measured"] == "held-out", "step"]) == {12}
@@ -66,13 +66,13 @@ def test_a_run_with_experts_has_all_tables_and_a_finished_part_is_not_measured_a
         ({"tasks": ["cities"]}, {"method": {"name": "base"}}, INTERFERENCE - PAIRS),
     ],
 )
-def test_a_single_task_has_no_pairs_and_a_sequence_has_its_score_matrix(recipe_values, data, method, tables):
+def test_tables_depend_on_tasks_order_and_method(recipe_values, data, method, tables):
     recipe_values["data"] |= data
-    assert analyze(finished(recipe_values | method), instances=2, progress=False).keys() == tables
+    assert analyze(finished_run(recipe_values | method), instances=2, progress=False).keys() == tables
 
 
-def test_tables_in_another_folder_are_shown_with_the_runs_scores(recipe_values, tmp_path):
-    run, apart = finished(recipe_values), tmp_path / "apart"
+def test_report_in_another_folder_shows_the_runs_scores(recipe_values, tmp_path):
+    run, apart = finished_run(recipe_values), tmp_path / "apart"
     assert main(["analyze", str(run), "--instances", "2", "-o", str(apart)]) == 0
     assert not (run / "analysis").exists()
     page = (apart / "report.html").read_text()
@@ -80,7 +80,7 @@ def test_tables_in_another_folder_are_shown_with_the_runs_scores(recipe_values, 
     assert "<code>analysis/gates.json</code> of apart" in page
 
 
-def test_a_base_model_is_measured_on_named_tasks(model_folder, task_file, tmp_path):
+def test_base_model_is_measured_on_given_data(model_folder, task_file, tmp_path):
     output = tmp_path / "base"
     assert analyze(model_folder, data=str(task_file), instances=2, output=output, progress=False).keys() == INTERFERENCE
     assert (output / "config.yaml").is_file()
@@ -89,7 +89,7 @@ def test_a_base_model_is_measured_on_named_tasks(model_folder, task_file, tmp_pa
     assert json.loads((output / "environment.json").read_text())["packages"]
 
 
-def test_bad_input_is_a_line_and_exit_code_2(model_folder, tmp_path, capsys):
+def test_input_errors_are_one_line_with_exit_code_2(model_folder, tmp_path, capsys):
     lonely = tmp_path / "lonely.jsonl"
     lonely.write_text('{"task": "sums", "instruction": "Add.", "input": "1 1", "output": "2"}\n')
     for arguments, message in (

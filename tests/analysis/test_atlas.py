@@ -1,4 +1,4 @@
-"""Similarities, losses without experts, nearest prompts, summaries and recovery, against loops and planted answers."""
+"""The ability atlas against loops and planted data: similarity, losses, nearest prompts, abilities and recovery."""
 
 import copy
 
@@ -17,42 +17,42 @@ from data.examples import make_task
 from tuner import helpers
 
 
-def made(by_task):
-    """Gates (prompts, modules, experts) as they would have been read."""
+def wrapped(by_task):
+    """Returns PromptGates with the given gates (prompts, modules, experts) by task."""
     by_task = {task: np.asarray(values, dtype=np.float32) for task, values in by_task.items()}
     modules = next(iter(by_task.values())).shape[1]
     return PromptGates([(m, "mlp.gate_proj") for m in range(modules)], by_task)
 
 
 def random_gates(seed):
-    """Four tasks of three prompts; two modules of three experts."""
+    """Returns gates of four tasks with three prompts each, for two modules with three experts each."""
     rng = np.random.default_rng(seed)
-    return made({f"task{t}": 3 * rng.dirichlet(np.ones(3), (3, 2)) for t in range(4)})
+    return wrapped({f"task{t}": 3 * rng.dirichlet(np.ones(3), (3, 2)) for t in range(4)})
 
 
 @given(st.integers(0, 2**32 - 1), st.permutations(range(4)))
-def test_similarity_is_the_naive_one_and_does_not_see_what_the_tasks_share(seed, order):
+def test_similarity_matches_naive_and_ignores_a_shift_shared_by_all_tasks(seed, order):
     gates = random_gates(seed)
     shift = np.random.default_rng(seed).normal(size=(2, 3))
-    shift -= shift.mean(axis=1, keepdims=True)  # gates keep their sum
-    other = made({gates.tasks[t]: gates.by_task[gates.tasks[t]] + shift for t in order})
+    shift -= shift.mean(axis=1, keepdims=True)  # so that the gates keep their sum
+    other = wrapped({gates.tasks[t]: gates.by_task[gates.tasks[t]] + shift for t in order})
     expected = naive.similarity(gates.by_task)
     np.testing.assert_allclose(atlas.similarity(gates), expected, atol=1e-4)
     np.testing.assert_allclose(atlas.similarity(other), expected[np.ix_(order, order)], atol=1e-4)
 
 
-def test_similar_tasks_are_found():
+def test_gate_similarity_of_two_groups_and_of_constant_gates():
     first, second = [[1.5, 0.5, 1.0]], [[0.5, 1.5, 1.0]]
-    table = atlas.gate_similarity(made({"c": [second], "a": [first], "b": [first], "d": [second]}))
+    table = atlas.gate_similarity(wrapped({"c": [second], "a": [first], "b": [first], "d": [second]}))
     assert table.round(4).to_numpy().tolist() == [
         ["a", "b", 1], ["a", "c", -1], ["a", "d", -1], ["b", "c", -1], ["b", "d", -1], ["c", "d", 1],
     ]  # fmt: skip
     assert "at -0.33 on average" in table.attrs["about"]
-    assert atlas.gate_similarity(made({"a": np.ones((2, 3, 4)), "b": np.ones((2, 3, 4))}))["similarity"].isna().all()
+    assert atlas.gate_similarity(wrapped({"a": np.ones((2, 3, 4)), "b": np.ones((2, 3, 4))}))["similarity"].isna().all()
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_expert_switched_off_is_an_expert_deleted(tiny_model, method):
+def test_disabled_expert_matches_deleted_expert(tiny_model, method):
     model = naive.adapted(tiny_model("llama"), method).requires_grad_(True)
     with torch.enable_grad():
         losses_TS, errors_TK = atlas.expert_losses(model, BATCHES)
@@ -69,11 +69,11 @@ def test_an_expert_switched_off_is_an_expert_deleted(tiny_model, method):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_scores_of_prompts_are_the_naive_ones_and_do_not_see_a_modules_scale(seed):
+def test_prompt_scores_match_naive_and_ignore_a_modules_scale(seed):
     gates = random_gates(seed)
     scores = naive.prompt_scores(gates.by_task)
     np.testing.assert_allclose(atlas.prompt_scores(gates), scores, atol=1e-5)
-    scaled = made({task: values * [[[3.0], [0.5]]] - 1 for task, values in gates.by_task.items()})
+    scaled = wrapped({task: values * [[[3.0], [0.5]]] - 1 for task, values in gates.by_task.items()})
     np.testing.assert_allclose(atlas.prompt_scores(scaled), scores, atol=1e-4)
     texts = {task: [(f"{task}-{p}", f"prompt {p}") for p in range(len(each))] for task, each in gates.by_task.items()}
     names = [(task, *text) for task in gates.tasks for text in texts[task]]
@@ -86,14 +86,14 @@ def test_scores_of_prompts_are_the_naive_ones_and_do_not_see_a_modules_scale(see
 
 
 def abilities(gate_TK, change_TK, prompts=2, noise=0.0, error=0.0):
-    """The abilities for tasks with the given mean gates, whose prompts lie up to ``noise`` from them."""
+    """Returns the abilities for tasks with the given mean gates, from which the prompts differ by up to ``noise``."""
     offsets_P11 = np.linspace(-noise, noise, prompts)[:, None, None]
-    gates = made({f"task{t}_t{t}": np.asarray(gate_K) + offsets_P11 for t, gate_K in enumerate(gate_TK)})
+    gates = wrapped({f"task{t}_t{t}": np.asarray(gate_K) + offsets_P11 for t, gate_K in enumerate(gate_TK)})
     change_TK = np.asarray(change_TK, dtype=float)
     return atlas.expert_abilities(gates, change_TK, np.full_like(change_TK, error)).to_dict("records")
 
 
-def test_the_tasks_that_draw_on_an_expert_and_miss_it_most_are_named():
+def test_abilities_name_tasks_with_largest_gates_and_largest_loss_changes():
     gates = [[1.10, 0.9], [1.12, 0.9], [0.9, 1.1], [0.8, 1.1]]
     first, second = abilities(gates, [[0.0, 0.3], [0.01, 0.0], [0.6, 0.0], [0.0, 0.3]])
     assert (first["tasks"], first["hurt_most"]) == ("task1_t1, task0_t0", "task2_t2")
@@ -101,7 +101,7 @@ def test_the_tasks_that_draw_on_an_expert_and_miss_it_most_are_named():
     assert (second["tasks"], second["hurt_most"]) == ("task2_t2, task3_t3", "task0_t0, task3_t3")
 
 
-def test_no_task_is_named_where_tasks_hardly_differ_or_a_lead_is_within_noise():
+def test_no_task_is_named_if_tasks_hardly_differ_or_the_lead_is_noise():
     alike = [([1.02, 1.01, 1.022], [0.31, 0.3, 0.29]), ([1.0, 1.0], [-0.05, -0.03]), ([1.0, 1.0], [0, 4e-3])]
     for gates, changes in [*alike, ([1.2], [0.3])]:
         (found,) = abilities(np.transpose([gates]), np.transpose([changes]))
@@ -124,12 +124,12 @@ def recovered(similarity_TT, abilities):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_both_measures_equal_those_over_all_permutations(seed):
+def test_ability_recovery_matches_enumeration_of_all_permutations(seed):
     abilities, similar = [{"a"}, {"a", "b"}, {"b", "c"}, {"c"}, {"a", "c"}], random_similarity(seed, 5)
     found = recovered(similar, abilities)
     for measure, (value, *chances) in naive.recovery(similar, abilities).items():
         assert found[measure] == [pytest.approx(value, abs=1e-9), *(pytest.approx(p, abs=0.02) for p in chances)]
-    assert np.isnan(recovered(similar, [{"a"}] * 5)["correlation"]).all(), "it is not defined"
+    assert np.isnan(recovered(similar, [{"a"}] * 5)["correlation"]).all(), "the correlation is undefined"
     assert np.isnan([*recovered(np.full((5, 5), np.nan), abilities).values()]).all()
 
 
@@ -138,11 +138,11 @@ def test_planted_abilities_are_recovered():
     overlap = np.array([[len(a & b) for b in abilities] for a in abilities], dtype=float)
     for value, chance, p_value in recovered(overlap + 0.3 * random_similarity(0, len(abilities)), abilities).values():
         assert value > max(0.6, chance + 0.3)
-        assert 1 / 10_001 <= p_value < 0.001  # never 0: the observed order is one of those that may be
+        assert 1 / 10_001 <= p_value < 0.001  # never 0: the observed order counts as a permutation
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_the_atlas(tiny_model, known):
+def test_atlas_includes_recovery_only_if_abilities_are_known(tiny_model, known):
     model = helpers.adapted(tiny_model("llama"))
     own = {task: [(f"{task}-{i}", f"text {i}") for i in range(3)] for task in TASKS}
     tasks = [make_task(task, abilities=("lookup",) if known else ()) for task in TASKS]

@@ -1,4 +1,4 @@
-"""The gates of every method against each layer's own router, and that reading them leaves nothing behind."""
+"""The gates of every method against each layer's own router, and that reading them has no side effects."""
 
 from statistics import fmean, stdev
 
@@ -17,7 +17,7 @@ from tuner import helpers
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gates_are_those_of_every_row_by_itself_and_reading_them_changes_nothing(tiny_model, method):
+def test_gates_match_naive_gates_of_single_rows_without_side_effects(tiny_model, method):
     model = naive.adapted(tiny_model("llama"), method, target_modules=["gate_proj", "o_proj"])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     losses = naive.losses(model, ROWS["cities"][0])
@@ -30,16 +30,16 @@ def test_gates_are_those_of_every_row_by_itself_and_reading_them_changes_nothing
         expected = np.array([naive.gates(model, row) for row in ROWS[task]])
         np.testing.assert_allclose(gates.by_task[task], expected, atol=2e-5)
         np.testing.assert_allclose(gates.by_task[task].mean(axis=-1), 1, atol=1e-6)
-        assert gates.by_task[task].std(axis=-1).max() > 0.05  # else the comparison would say nothing
+        assert gates.by_task[task].std(axis=-1).max() > 0.05  # the comparison needs gates that differ
 
 
-def test_gates_of_a_model_that_sees_positions_as_rows():
+def test_gates_of_a_model_that_flattens_positions_into_rows():
     model = helpers.adapted(helpers.opt())
     together, apart = (prompt_gates(model, batches) for batches in (BATCHES, ROWS))
     np.testing.assert_allclose(together.by_task["cities"], apart.by_task["cities"], atol=2e-5)
 
 
-def test_at_step_0_all_gates_are_neutral_none_is_marked_and_an_error_leaves_nothing_behind(tiny_model):
+def test_gates_at_step_0_are_neutral_and_an_error_restores_the_layers(tiny_model):
     model = helpers.adapt(tiny_model("llama"))
     with pytest.raises(ZeroDivisionError), changed_gates(active_experts(model), lambda one, gates: 1 / 0):
         naive.losses(model, ROWS["cities"][0])
@@ -49,7 +49,7 @@ def test_at_step_0_all_gates_are_neutral_none_is_marked_and_an_error_leaves_noth
     assert not any(mask.any() for masks in marked_experts(gates).values() for mask in masks)
 
 
-def test_the_table_has_mean_and_deviation_over_prompts(tiny_model):
+def test_table_has_mean_and_standard_deviation_over_prompts(tiny_model):
     batches = {**BATCHES, "seas": BATCHES["seas"][1:]}  # a single prompt
     gates = prompt_gates(helpers.adapted(tiny_model("llama")), batches)
     table = gates_frame(gates)
@@ -62,7 +62,7 @@ def test_the_table_has_mean_and_deviation_over_prompts(tiny_model):
     assert "1 to 3 prompts of each of 3 tasks" in table.attrs["about"]
 
 
-def test_marked_experts_are_those_above_neutral(tiny_model):
+def test_marked_experts_have_a_mean_gate_above_neutral(tiny_model):
     modules = r".*(layers\.[01]\.mlp\.gate_proj|layers\.[01]\.mlp\.up_proj|layers\.1\.self_attn\.o_proj)"
     gates = prompt_gates(helpers.adapted(tiny_model("llama"), target_modules=modules), BATCHES)
     marked = marked_experts(gates)
@@ -75,7 +75,7 @@ def test_marked_experts_are_those_above_neutral(tiny_model):
     assert all(len(frame) for frame in coactivation({"experts": marked}, ""))
 
 
-def test_models_without_experts_have_none_and_several_adapters_are_refused(tiny_model):
+def test_active_experts_may_be_empty_and_several_active_adapters_are_refused(tiny_model):
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     for config in (None, lora, OLoraConfig(r=2, task_type="CAUSAL_LM")):
         model = tiny_model("llama") if config is None else get_peft_model(tiny_model("llama"), config)

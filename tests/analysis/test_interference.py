@@ -1,4 +1,4 @@
-"""Sketches, gradients of tasks and units that they share: against autograd, loops, enumeration and stated errors."""
+"""Sketches, task gradients and shared units against autograd, loops, enumeration and the stated errors."""
 
 import math
 from contextlib import ExitStack
@@ -16,12 +16,12 @@ from badit.analysis.tables import layer_and_module
 from badit.errors import BaditError
 from tuner.helpers import adapted
 
-SIZES = {"rivers": 5, "cities": 4, "jokes": 1}  # a single instance has no halves
+SIZES = {"rivers": 5, "cities": 4, "jokes": 1}  # a single instance cannot be split in halves
 SHARE = 0.2
 
 
 def sketched(vectors_RN, size, seed):
-    """The sketches of several vectors."""
+    """Returns the sketches of several vectors."""
     sketch = interference.SketchedSums(len(vectors_RN[0]), len(vectors_RN), size, torch.Generator().manual_seed(seed))
     for i, vector_N in enumerate(vectors_RN):
         sketch.add(i, vector_N)
@@ -30,13 +30,13 @@ def sketched(vectors_RN, size, seed):
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 60), st.integers(1, 24), st.integers(0, 1000))
-def test_a_sketch_is_linear_with_a_signed_bucket_for_each_coordinate(length, size, seed):
+def test_sketch_is_linear_with_one_signed_bucket_per_coordinate(length, size, seed):
     matrix_NM = sketched(torch.eye(length), size, seed).sums_RM
     assert matrix_NM.shape == (length, min(length, size))
     assert ((matrix_NM != 0).sum(dim=1) == 1).all()
     assert (matrix_NM.abs().sum(dim=1) == 1).all()
     for run_NM in matrix_NM.split(size):
-        assert (run_NM != 0).sum(dim=0).max() <= 1, "within a run nothing meets"
+        assert (run_NM != 0).sum(dim=0).max() <= 1, "coordinates of one run share no bucket"
     vectors_RN = torch.randn(2, length, generator=torch.Generator().manual_seed(seed))
     sketch = sketched(vectors_RN, size, seed)
     sketch.add(1, vectors_RN[0])
@@ -46,11 +46,11 @@ def test_a_sketch_is_linear_with_a_signed_bucket_for_each_coordinate(length, siz
 
 
 @pytest.mark.parametrize("kind", ["noise", "column", "row", "constant"])
-def test_inner_products_are_unbiased_with_the_stated_variance(kind):
-    """Two gradients of a weight (60, 32): noise with a common part, or all in one column, one row or equal numbers."""
+def test_inner_products_are_unbiased_with_bounded_variance(kind):
+    """Two gradients of a weight (60, 32): correlated noise, optionally with a strong column or row, or an offset."""
     a, b = torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(3))
     strong = torch.ones(60, 32)
-    # 32 divides the size below: a fold without shifts would give a column two buckets of 64.
+    # 32 divides the sketch size below: without shifts, a column would use only two of the 64 buckets.
     strong[{"column": (slice(None), 5), "row": 7}.get(kind, slice(0))] = 50
     shift = 20 if kind == "constant" else 0
     a, b = (a * strong + shift).flatten(), ((0.5 * a + b) * strong - shift).flatten()
@@ -69,14 +69,14 @@ vectors = st.lists(st.lists(st.floats(-4, 4, width=16), min_size=3, max_size=3),
 
 @settings(deadline=None, max_examples=100)
 @given(vectors, vectors)
-def test_agreement_follows_from_the_inner_products(of_a, of_b):
+def test_agreement_matches_naive_formulas(of_a, of_b):
     instances = [torch.tensor(of).double() for of in (of_a, of_b[:4])]
     sums_R = torch.stack([of[half::2].sum(dim=0) for of in instances for half in (0, 1)])
     found = interference.agreement((sums_R @ sums_R.T)[None], torch.tensor([[3.0, 2.0], [2.0, 2.0]]).double())
     assert not any((found[name].abs() > 1).any() for name in ("cosine", "corrected_cosine", "reliability"))
     a, b = (of.mean(dim=0) for of in instances)
     if min(float(v.norm()) for v in (a, b, *sums_R)) <= 1e-3:
-        return  # where sums all but cancel, rounding decides whether there is a direction
+        return  # if the sums nearly cancel, their direction depends on rounding
     expected = {"cosine": naive.cosine(a, b), "magnitude_similarity": naive.magnitude(a, b)}
     if min(abs(float(sums_R[0] @ sums_R[1])), abs(float(sums_R[2] @ sums_R[3]))) > 1e-6:
         expected["corrected_cosine"] = naive.corrected(*instances)
@@ -85,35 +85,35 @@ def test_agreement_follows_from_the_inner_products(of_a, of_b):
     assert float(found["reliability"][0, 1]) == pytest.approx(naive.cosine(*sums_R[2:]), abs=1e-6)
 
 
-def measured(model, examples, sketch_size=16384):
+def interference_tables(model, examples, sketch_size=16384):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("badit.analysis.interference.SKETCH_SIZE", sketch_size)
         frames = interference.measure_interference(model, naive.batched(examples))
         return {frame.attrs["name"]: frame for frame in frames}
 
 
-def make(tiny_model, kind):
+def make_model(tiny_model, kind):
     if kind == "lora":
         options = {"target_modules": ["gate_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
         return get_peft_model(tiny_model("llama"), LoraConfig(r=2, lora_alpha=4, **options)).eval()
     return adapted(tiny_model("llama")) if kind == "badit" else tiny_model(kind)
 
 
-def assert_same(frame, expected):
-    """The same rows in any order."""
+def assert_same_rows(frame, expected):
+    """Asserts that both have the same rows, in any order."""
 
     def key(row):
         return [str(value) for value in row if not isinstance(value, float) and value is not None]
 
     for row, twin in zip(sorted(naive.rows(frame), key=key), sorted(expected, key=key), strict=True):
-        known = [None if value != value else value for value in twin]  # NaN where it is not defined
+        known = [None if value != value else value for value in twin]  # NaN: undefined
         assert row == pytest.approx(known, abs=1e-4), (row, twin)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "badit", "lora"])
-def test_large_sketches_give_the_naive_tables(tiny_model, kind, monkeypatch):
+def test_large_sketches_match_naive_tables(tiny_model, kind, monkeypatch):
     monkeypatch.setattr("badit.analysis.interference.SHARE", SHARE)
-    model, examples = make(tiny_model, kind), naive.make_examples(SIZES)
+    model, examples = make_model(tiny_model, kind), naive.make_examples(SIZES)
     places = naive.places(model)
     parameters = dict(model.named_parameters())
     expected_places = {id(parameters[name]): place for place, names in places.items() for name in names}
@@ -122,7 +122,7 @@ def test_large_sketches_give_the_naive_tables(tiny_model, kind, monkeypatch):
     assert len([place for place in places if place[0] == "weights"]) == 2 * (4 if kind == "gpt2" else 7)
     assert len([place for place in places if place[0] == "adapter"]) == 2 * (kind in ("badit", "lora"))
     with torch.no_grad():
-        tables = measured(model, examples, sketch_size=10**4)
+        tables = interference_tables(model, examples, sketch_size=10**4)
     scores = {"neurons": naive.neuron_means(model, examples), "parameters": naive.row_scores(model, examples)}
     expected = naive.tables(model, examples)
     for of_kind, by_task in scores.items():
@@ -131,46 +131,46 @@ def test_large_sketches_give_the_naive_tables(tiny_model, kind, monkeypatch):
             expected.setdefault(name, []).extend(rows)
     assert expected.keys() == tables.keys()
     for name, rows in expected.items():
-        assert_same(tables[name], rows)
+        assert_same_rows(tables[name], rows)
     assert "strongest 0.2 of the units" in tables["coactivation"].attrs["about"]
-    assert tables["gradient_summary"]["conflict_rate"].nunique() > 1, "rates that are all alike show nothing"
+    assert tables["gradient_summary"]["conflict_rate"].nunique() > 1, "the rates must differ"
 
 
-def test_small_sketches_are_off_by_no_more_than_they_say(tiny_model):
+def test_errors_of_small_sketches_agree_with_the_stated_standard_error(tiny_model):
     model, examples, size = tiny_model("llama"), naive.make_examples(SIZES), 128
     exact = {tuple(row[:4]): row[4] for row in naive.tables(model, examples)["gradient_pairs"]}
-    table = measured(model, examples, sketch_size=size)["gradient_pairs"]
+    table = interference_tables(model, examples, sketch_size=size)["gradient_pairs"]
     errors = torch.tensor([row[4] - exact[tuple(row[:4])] for row in naive.rows(table)]) * math.sqrt(size)
     assert 0.2 < errors.square().mean().sqrt() < 1.2
     assert errors.abs().max() < 4.5
     assert "at most 0.088" in table.attrs["about"]
-    assert measured(model, examples, sketch_size=size)["gradient_pairs"].equals(table), "the signs are always the same"
+    assert interference_tables(model, examples, sketch_size=size)["gradient_pairs"].equals(table), "the signs are fixed"
 
 
-def test_no_hook_and_no_gradient_stays_and_a_loss_that_is_not_finite_is_refused(tiny_model):
-    model, examples = make(tiny_model, "badit"), naive.make_examples(SIZES)
+def test_hooks_and_gradients_are_removed_and_nonfinite_losses_are_refused(tiny_model):
+    model, examples = make_model(tiny_model, "badit"), naive.make_examples(SIZES)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     hooks = [len(module._forward_hooks) for module in model.modules()]
-    measured(model, examples)
+    interference_tables(model, examples)
     examples["cities"][1]["labels"] = [-100] * len(examples["cities"][1]["labels"])
     with pytest.raises(BaditError, match="task cities, instance 1: the loss is not finite; no answer tokens"):
-        measured(model, examples)
+        interference_tables(model, examples)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert not any(p._post_accumulate_grad_hooks or p.grad is not None for p in model.parameters())
     model.get_base_model().model.norm.weight.data.fill_(math.nan)
     with pytest.raises(BaditError, match="task a, instance 0: the loss is not finite; the dtype may overflow"):
-        measured(model, naive.make_examples({"a": 2}))
+        interference_tables(model, naive.make_examples({"a": 2}))
 
 
-def test_no_more_than_one_gradient_is_held(tiny_model):
+def test_at_most_one_gradient_is_stored_and_sketches_have_a_bounded_size(tiny_model):
     model, held = tiny_model("llama"), []
     parameters = [item.parameter for item in interference.measured_parameters(model)]
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(
             lambda _: held.append(sum(p.grad is not None for p in model.parameters()))
         )
-    measured(model, naive.make_examples({"a": 2, "b": 1}))
+    interference_tables(model, naive.make_examples({"a": 2, "b": 1}))
     assert held == [1] * (3 * len(parameters))
     sketches = interference.TaskGradients(model, [1] * 50, 8, ExitStack())._sketches
     assert sum(sketch.sums_RM.numel() for sketch in sketches) <= len(parameters) * 2 * 50 * 8
@@ -181,22 +181,22 @@ def test_no_more_than_one_gradient_is_held(tiny_model):
 
 @settings(deadline=None, max_examples=100)
 @given(st.data())
-def test_the_counts_are_the_naive_ones(data):
+def test_coactivation_matches_naive_counts(data):
     widths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     layers = [st.lists(st.booleans(), min_size=width, max_size=width) for width in widths]
     marks = data.draw(st.dictionaries(st.sampled_from("cabd"), st.tuples(*layers), min_size=1))
     marked = {name: [torch.tensor(layer) for layer in layers] for name, layers in marks.items()}
     frames = interference.coactivation({"experts": marked, "neurons": marked}, "about")
     for frame, rows in zip(frames, naive.coactivation("experts", marks).values(), strict=True):
-        assert_same(frame, rows + [["neurons", *row[1:]] for row in rows])
+        assert_same_rows(frame, rows + [["neurons", *row[1:]] for row in rows])
     for _, of_layer in frames[0].groupby(["kind", "layer"]):
         assert of_layer[["share", "chance"]].sum().tolist() == pytest.approx([1, 1])
-        # On average a unit has as many marks by chance as it really has.
+        # By chance, a unit has on average as many marks as observed.
         expected, observed = (sum(of_layer["tasks"] * of_layer[name]) for name in ("chance", "share"))
         assert observed == pytest.approx(expected)
 
 
-def test_a_model_without_known_mlps_is_refused(tiny_model):
+def test_model_with_unknown_mlps_is_refused(tiny_model):
     batches, model = naive.batched(naive.make_examples(SIZES)), tiny_model("llama")
     model.model.layers[1].mlp.second = nn.ModuleDict({"gate_proj": nn.Linear(2, 2)})
     with pytest.raises(BaditError, match="for type llama: every layer needs one MLP with"):

@@ -1,4 +1,4 @@
-"""Angles from logs and from the finished adapter's gradients, the flow of components, score matrices and task gaps."""
+"""Angles from logs and from the trained adapter's gradients, component flow, score matrices and task gaps."""
 
 import json
 
@@ -25,7 +25,7 @@ def regrouping(step, before=(0, 0, 1, 1), after=(1, 0, 0, 1), **angles):
     return {"step": step, "module": NAME, "previous_labels": list(before), "labels": list(after), **angles}
 
 
-def test_angles_and_moves_come_from_the_logs(tmp_path):
+def test_angles_and_component_flow_are_read_from_logs(tmp_path):
     assert expert_angles(Run.at(tmp_path)).empty
     assert component_flow(Run.at(tmp_path)).empty
     after = dict(zip(FIELDS, (70.0, 90.0, 0.4, 0.1), strict=True))
@@ -45,7 +45,7 @@ def test_angles_and_moves_come_from_the_logs(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_damaged_log_is_refused(tmp_path):
+def test_damaged_log_is_refused(tmp_path):
     path = tmp_path / "regroupings.jsonl"
     for read, line, message in (
         (expert_angles, regrouping(10, intra_degrees="x"), r"within_degrees\.0: input should be a valid number"),
@@ -59,7 +59,7 @@ def test_a_damaged_log_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["badit", "badit token", "loramoe", "goat"])
-def test_held_out_angles_equal_the_naive_ones(tiny_model, method):
+def test_held_out_angles_match_naive_angles(tiny_model, method):
     model = naive.adapted(tiny_model("llama"), method, target_modules=["gate_proj", "v_proj"])
     with torch.no_grad():
         found = held_out_angles(model.requires_grad_(False), naive.BATCHES)
@@ -71,7 +71,7 @@ def test_held_out_angles_equal_the_naive_ones(tiny_model, method):
     assert np.std([angles[0] for angles in found.values()]) > 0.5
 
 
-def test_experts_that_share_A_have_no_angles_and_single_components_none_within(tiny_model):
+def test_no_angles_with_shared_A_and_none_within_experts_of_rank_1(tiny_model):
     for method in ("hydralora", "mtl-lora"):
         assert held_out_angles(naive.adapted(tiny_model("llama"), method), naive.BATCHES) == {}
     angles = held_out_angles(helpers.adapted(tiny_model("llama"), r=1), naive.BATCHES)[0, "mlp.gate_proj"]
@@ -83,8 +83,8 @@ def test_experts_that_share_A_have_no_angles_and_single_components_none_within(t
 ALONE = "lora, one model per task"
 
 
-def results(tmp_path, cells, protocol="mixed"):
-    """A comparison's folder with (method, seed, order, scores) of done cells."""
+def comparison_folder(tmp_path, cells, protocol="mixed"):
+    """Returns the folder of a comparison whose cells (method, seed, order, scores) are finished."""
     made = [
         results_cell(method, seed, {t: {"rouge_l": [s], "exact_match": [0]} for t, s in scores.items()}, order=order)
         for method, seed, order, scores in cells
@@ -93,30 +93,30 @@ def results(tmp_path, cells, protocol="mixed"):
     return write_results(tmp_path, comparison(*made, methods=methods, protocol=protocol)).parent
 
 
-def test_the_gap_is_over_the_seeds_that_have_both_and_every_order(tmp_path):
-    scores = {("lora", 0): (40, 60), ("lora", 1): (50, 70), ("lora", 2): (0, 0)}  # no single task has seed 2
+def test_task_gap_averages_seeds_with_both_runs_and_all_orders(tmp_path):
+    scores = {("lora", 0): (40, 60), ("lora", 1): (50, 70), ("lora", 2): (0, 0)}  # no single-task run has seed 2
     scores |= {("badit", 0): (45, 65), (ALONE, 0): (60, 60), (ALONE, 1): (62, 64)}
     cells = [(*run, None, {"a": a, "b": b}) for run, (a, b) in scores.items()]
-    table = task_gap(results(tmp_path, cells))
+    table = task_gap(comparison_folder(tmp_path, cells))
     assert rows(table) == [["lora", "a", 61, 45, 16], ["lora", "b", 62, 65, -3]]
     assert "all tasks mixed" in table.attrs["about"]
     cells = [("lora", 0, "one", {"a": 40}), ("lora", 0, "two", {"a": 20}), (ALONE, 0, None, {"a": 60})]
-    table = task_gap(results(tmp_path, cells, protocol="sequential") / "results.json")
+    table = task_gap(comparison_folder(tmp_path, cells, protocol="sequential") / "results.json")
     assert rows(table) == [["lora", "a", 60, 30, 30]]
     assert "one after another" in table.attrs["about"]
-    assert task_gap(results(tmp_path, [("lora", 0, None, {"a": 40})])).empty
+    assert task_gap(comparison_folder(tmp_path, [("lora", 0, None, {"a": 40})])).empty
 
 
-def scored(tmp_path, **sequence):
+def scored_run(tmp_path, **sequence):
     content = {**mean_scores({"a": {"rouge_l": [55], "exact_match": [0]}}), **sequence}
     (tmp_path / "scores.json").write_text(json.dumps(content))
     return Run.at(tmp_path)
 
 
-def test_transfer_is_the_score_matrix(tmp_path):
-    table = transfer(scored(tmp_path, order=["b", "a"], matrix=[[50, None], [40, 70.5]]))
+def test_transfer_has_the_score_matrix_and_refuses_malformed_ones(tmp_path):
+    table = transfer(scored_run(tmp_path, order=["b", "a"], matrix=[[50, None], [40, 70.5]]))
     assert rows(table) == [[1, "b", "b", 50], [1, "b", "a", None], [2, "a", "b", 40], [2, "a", "a", 70.5]]
     with pytest.raises(BaditError, match=r"matrix\.0\.0: input should be a valid number"):
-        transfer(scored(tmp_path, order=["a"], matrix=[["x"]]))
+        transfer(scored_run(tmp_path, order=["a"], matrix=[["x"]]))
     with pytest.raises(BaditError, match="matrix: needs a row and a column per task"):
-        transfer(scored(tmp_path, order=["a", "b"], matrix=[[1, 2], [1]]))
+        transfer(scored_run(tmp_path, order=["a", "b"], matrix=[[1, 2], [1]]))

@@ -1,4 +1,4 @@
-"""A table's file: what is read is what was written, and what is damaged or of another kind is refused."""
+"""Table files: round trip, format of numbers, and refusal of missing columns and wrong values."""
 
 import json
 
@@ -15,13 +15,13 @@ VALUES = [[0.123456789, np.nan], [3, None], [0, 1023], [-1, 7], ["a", "b"]]
 
 
 def table(name):
-    """Two rows of values of each column's kind."""
+    """Returns a frame with two rows of values of each column's kind."""
     rows = {column: VALUES[KINDS.index(kind)] for column, (_, kind) in TABLES[name].columns.items()}
     return TABLES[name].frame(rows, f"About {name}.")
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_is_read_as_it_was_written_and_misses_no_column(tmp_path, name):
+def test_round_trip_and_missing_columns_are_refused(tmp_path, name):
     frame = table(name)
     path = save(frame, tmp_path)
     loaded = load_frame(path)
@@ -37,7 +37,7 @@ def test_a_table_is_read_as_it_was_written_and_misses_no_column(tmp_path, name):
             load_frame(path)
 
 
-def test_numbers_have_six_digits_and_null_where_they_are_not_defined(tmp_path):
+def test_numbers_have_six_digits_and_undefined_numbers_are_null(tmp_path):
     rows = [("a", 0, "m", 2, 1.23456789, np.inf), ("b", 0, "m", 2, 100, np.nan)]
     path = save(TABLES["gates"].frame(rows, ""), tmp_path)
     assert '  ["a", 0, "m", 2, 1.23457, null],\n  ["b", 0, "m", 2, 100.0, null]\n' in path.read_text()
@@ -45,7 +45,7 @@ def test_numbers_have_six_digits_and_null_where_they_are_not_defined(tmp_path):
     assert {name: len(frame) for name, frame in load_frames(tmp_path).items()} == {"gate_similarity": 0, "gates": 2}
 
 
-def test_wrong_values_are_named(tmp_path):
+def test_errors_name_the_column_and_row_of_a_wrong_value(tmp_path):
     path = save(table("gates"), tmp_path)
     wrong = {"mean": ["1.0", True, np.nan], "expert": [1.5, -1, 10**9], "layer": [None, 10**20], "task": [None]}
     for column, value in ((column, value) for column, values in wrong.items() for value in values):

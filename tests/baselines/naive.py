@@ -1,4 +1,4 @@
-"""The baselines' formulas as written down (loops over positions, experts and branches, float64), and shared steps."""
+"""Naive reference of the baselines (loops over positions, experts and branches, float64), and shared helpers."""
 
 import math
 
@@ -24,9 +24,9 @@ SMALL = {
     "o-lora": {"r": 2, "lora_alpha": 4},
     **{name: {"r": 2, "lora_alpha": 4, "gate_hidden_size": 10} for name in GATED},
 }
-RANK = 2  # one expert's, in all of the above; the scaling is 2
+RANK = 2  # rank of one expert in all of the above; the scaling is 2, but 16 for "badit standardised"
 ROWS = ["rivers", "cities", "rivers"]
-FIRST, SECOND = (padded(random_rows(*[5] * 4, seed=seed)) for seed in (1, 2))  # prompts of two tasks
+FIRST, SECOND = (padded(random_rows(*[5] * 4, seed=seed)) for seed in (1, 2))  # rows of two tasks
 
 
 def config(method, **options):
@@ -44,7 +44,7 @@ def adapt(model, method, **options):
 
 
 def adapted(model, method, tasks=3, **options):
-    """A model as after training; with branches, as after ``tasks`` tasks."""
+    """Returns a model as after training; for methods with branches, as after ``tasks`` tasks."""
     model = randomise(adapt(model, method, **options))
     for seed in range(1, tasks if method in BRANCHES else 1):
         model.base_model.end_task(batches(*padded(random_rows(5, 4, seed=seed))))
@@ -54,7 +54,7 @@ def adapted(model, method, tasks=3, **options):
 
 
 def batches(ids, prompt_mask):
-    """One task's, as hooks get them: all that is attended to is prompt."""
+    """Returns the batches of one task as passed to hooks; all attended positions are prompt."""
     return {"task": [{"input_ids": ids, "attention_mask": prompt_mask, "labels": torch.full_like(ids, -100)}]}
 
 
@@ -64,26 +64,26 @@ def trainable(model):
 
 @torch.no_grad()
 def logits(model, ids=IDS, mask=MASK, rows=ROWS):
-    """At the attended positions."""
+    """Returns the logits at the attended positions."""
     with hooks_of(model).rows_of(rows):
         return forward(model, ids, mask).logits[mask.bool()]
 
 
 def loss(model, rows=ROWS, **options):
-    """The answers are the last three tokens."""
+    """Returns the loss; the answers are the last three tokens."""
     labels = IDS.masked_fill(torch.arange(11) < 8, -100)
     with hooks_of(model).rows_of(rows):
         return forward(model, IDS, MASK, labels=labels, **options).loss
 
 
 def experts(method, A, B, num_experts):
-    """Each expert's (B_k, A_k)."""
+    """Returns (B_k, A_k) of each expert."""
     parts_of_A = num_experts * [A] if method == "hydralora" else np.split(A, num_experts)
     return list(zip(np.split(B, num_experts, axis=1), parts_of_A, strict=True))
 
 
 def goat_start(W, num_experts, rank, scaling, rho):
-    """Expert k from the first ``rank`` directions of the k-th chunk of the spectrum."""
+    """Returns (B0_k, A0_k) of each expert, from the first ``rank`` directions of the k-th chunk of the spectrum."""
     u, s, vh = np.linalg.svd(W, full_matrices=False)
     runs = [slice(start, start + rank) for start in range(0, len(s), len(s) // num_experts)][:num_experts]
     roots = [np.diag(np.sqrt(s[run] / (scaling * rho))) for run in runs]
@@ -95,8 +95,8 @@ def gates(layer, x):
     return reference.expert_gates(logits, "softmax", getattr(layer.badit_config["default"], "top_k", None))
 
 
-def with_parts(layer, x, parts_at):
-    """y = W x + b + s Σ_k w_k B_k A_k x, one position after another, at which ``parts_at`` has all (w_k, B_k, A_k)."""
+def forward_by_position(layer, x, parts_at):
+    """Returns y = W x + b + s Σ_k w_k B_k A_k x by position, where ``parts_at`` returns all (w_k, B_k, A_k)."""
     options, x_, y = layer.badit_config["default"], reference.float64(x), reference.float64(layer.get_base_layer()(x))
     for where in np.ndindex(*x.shape[:-1]):
         for weight, b_k, a_k in parts_at(where):
@@ -105,18 +105,18 @@ def with_parts(layer, x, parts_at):
 
 
 def mixture_forward(method, layer, x):
-    """y = W x + b + s Σ_k g_k B_k A_k x, and GOAT's − (s/K) Σ_k B0_k A0_k x, with B0 and A0 worked out again."""
+    """Returns y = W x + b + s Σ_k g_k B_k A_k x, for GOAT minus (s/K) Σ_k B0_k A0_k x, with B0 and A0 recomputed."""
     options, g, start = layer.badit_config["default"], gates(layer, x), []
     if method == "goat":
         W, s = reference.float64(layer.weight_OI), options.lora_alpha / options.r
         start = [(-1 / options.num_experts, *pair) for pair in goat_start(W, options.num_experts, RANK, s, options.rho)]
     A, B = (reference.float64(factors["default"]) for factors in (layer.badit_A, layer.badit_B))
     own = experts(method, A, B, options.num_experts)
-    return with_parts(layer, x, lambda where: start + [(g[(*where, k)], *pair) for k, pair in enumerate(own)])
+    return forward_by_position(layer, x, lambda where: start + [(g[(*where, k)], *pair) for k, pair in enumerate(own)])
 
 
 def imbalance(method, gates_, probabilities):
-    """Of one layer, from the gates and the full softmax (positions, experts) at the attended positions."""
+    """Returns the balance loss of one layer, from gates and full softmax (positions, experts) at attended positions."""
     positions, num_experts = gates_.shape
     if method == "loramoe":
         z = [sum(gates_[i, k] for i in range(positions)) for k in range(num_experts)]
@@ -131,7 +131,7 @@ def _silu(x):
 
 
 def weights(method, model, prompt):
-    """a (branches) for one p0."""
+    """Returns the branch weights a (branches) for one p0."""
     count = model.peft_config["default"].past_branches + 1
     if method == "o-lora":
         return np.ones(count)
@@ -153,7 +153,7 @@ def weights(method, model, prompt):
 
 
 def branch_forward(layer, x, a):
-    """y = W x + b + s Σ_i a_i B_i A_i x for the positions x (T, I) of one row."""
+    """Returns y = W x + b + s Σ_i a_i B_i A_i x for the positions x (T, I) of one row."""
     options, x, y = layer.badit_config["default"], reference.float64(x), reference.float64(layer.get_base_layer()(x))
     A = np.concatenate([reference.float64(p["default"]) for p in (layer.badit_A_past, layer.badit_A)])
     B = np.concatenate([reference.float64(p["default"]) for p in (layer.badit_B_past, layer.badit_B)], axis=1)
@@ -163,14 +163,14 @@ def branch_forward(layer, x, a):
 
 
 def penalty(layer):
-    """Σ_{i<t} Σ |A_i A_tᵀ| of one layer."""
+    """Returns Σ_{i<t} Σ |A_i A_tᵀ| of one layer."""
     current = reference.float64(layer.badit_A["default"])
     past = reference.float64(layer.badit_A_past["default"])
     return sum(abs(float(row @ other)) for row in past for other in current)
 
 
 def projector(old, inputs, share):
-    """Directions added one at a time until M holds the share of the energy."""
+    """Returns the projector after adding one direction at a time until it holds the share of the energy."""
     P, total = old.copy(), float((inputs**2).sum())
     while total - float(((inputs - inputs @ P) ** 2).sum()) < share * total:
         rest = inputs - inputs @ P
@@ -180,7 +180,7 @@ def projector(old, inputs, share):
 
 
 def mtl_forward(layer, x, rows):
-    """y = W x + b + s Σ_k softmax(w_t / τ)_k B_k Λ_t A x, one position after another."""
+    """Returns y = W x + b + s Σ_k softmax(w_t / τ)_k B_k Λ_t A x, by position."""
     options, parts = layer.badit_config["default"], ("A", "B", "lambda", "task_logits")
     A, B, Lambda, w = (reference.float64(getattr(layer, f"badit_{part}")["default"]) for part in parts)
 
@@ -190,4 +190,4 @@ def mtl_forward(layer, x, rows):
         pairs = experts("hydralora", Lambda[task] @ A, B, options.num_experts)
         return [(power / sum(powers), *pair) for power, pair in zip(powers, pairs, strict=True)]
 
-    return with_parts(layer, x, parts_at)
+    return forward_by_position(layer, x, parts_at)

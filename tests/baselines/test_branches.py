@@ -1,4 +1,4 @@
-"""One branch per task in whole models: formulas, tasks in a row, gates, O-LoRA's penalty, SAPT's attention."""
+"""Baselines with one branch per task in whole models: forward, next task, gates, O-LoRA's penalty, SAPT's keys."""
 
 import json
 from itertools import chain
@@ -22,7 +22,7 @@ from tuner.helpers import IDS, MASK, cache_name, gradients, layers
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("tasks", [1, 3])
 @pytest.mark.parametrize("method", BRANCHES)
-def test_forward_equals_the_loop_over_branches(tiny_model, method, tasks, family):
+def test_forward_matches_loop_over_branches(tiny_model, method, tasks, family):
     model = adapted(tiny_model(family, dtype=torch.float64), method, tasks).double()
     seen = {}
     for layer in layers(model):
@@ -41,7 +41,7 @@ def test_forward_equals_the_loop_over_branches(tiny_model, method, tasks, family
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", BRANCHES)
-def test_a_new_task_starts_where_the_last_ended(tiny_model, method, family):
+def test_next_task_reinitialises_the_branch_and_keeps_the_output(tiny_model, method, family):
     model = randomise(adapt(tiny_model(family), method))
     for _ in range(2):
         before, parameters = logits(model), [p for p in model.parameters() if p.requires_grad]
@@ -51,14 +51,14 @@ def test_a_new_task_starts_where_the_last_ended(tiny_model, method, family):
             spread = (3 * layer.weight_OI.shape[1]) ** -0.5
             assert layer.badit_A["default"].std().item() == pytest.approx(spread, rel=0.3)
         assert [*map(id, parameters)] == [id(p) for p in model.parameters() if p.requires_grad]
-        if method != "sapt":  # whose new key takes its share: see below
+        if method != "sapt":  # SAPT's new key scales the other weights: see below
             torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
         randomise(model, seed=5)
         assert (logits(model) - before).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("method", BRANCHES)
-def test_a_loaded_adapter_goes_on_to_the_next_task_as_it_would_have(tiny_model, tmp_path, method):
+def test_loaded_adapter_continues_with_next_task_like_the_original(tiny_model, tmp_path, method):
     model = adapted(tiny_model("llama"), method)
     expected = logits(model)
     model.save_pretrained(tmp_path)
@@ -81,7 +81,7 @@ def test_a_loaded_adapter_goes_on_to_the_next_task_as_it_would_have(tiny_model, 
 
 
 @pytest.mark.parametrize("method", GATED)
-def test_the_loss_trains_no_embeddings_through_the_gates(tiny_model, method):
+def test_gates_do_not_propagate_gradients_to_embeddings(tiny_model, method):
     model, found = adapted(tiny_model("llama"), method), []
     table = model.get_input_embeddings().weight.requires_grad_(True)
     layers(model)[0].register_forward_pre_hook(lambda layer, args: found.append(layer.gates("default", args[0])[:, 0]))
@@ -92,7 +92,7 @@ def test_the_loss_trains_no_embeddings_through_the_gates(tiny_model, method):
 
 
 @pytest.mark.parametrize("method", GATED)
-def test_passes_without_gates_are_refused(tiny_model, method):
+def test_forward_without_gates_and_unsuitable_models_are_refused(tiny_model, method):
     model = adapted(tiny_model("llama"), method)
     embeddings, name = model.get_input_embeddings()(IDS), cache_name(model)
     with model.disable_adapter():
@@ -114,7 +114,7 @@ def test_passes_without_gates_are_refused(tiny_model, method):
             get_peft_model(other, config(method, target_modules=[target], task_type=None))
 
 
-def test_a_model_without_tokens_can_have_branches_without_gates():
+def test_o_lora_works_without_token_embeddings():
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config("o-lora", target_modules=["0"], task_type=None))
     x = torch.randn(3, 4)
     randomise(model)
@@ -125,7 +125,7 @@ def test_a_model_without_tokens_can_have_branches_without_gates():
 
 
 @pytest.mark.parametrize("tasks", [2, 4])
-def test_the_penalty_equals_the_naive_sum(tiny_model, tasks):
+def test_orthogonality_penalty_matches_naive_sum(tiny_model, tasks):
     model = adapted(tiny_model("llama"), "o-lora", tasks, orthogonality_weight=0.3, target_modules="all-linear")
     expected = 0.3 * sum(naive.penalty(layer) for layer in layers(model))
     found = model.base_model.extra_loss(MASK)
@@ -134,11 +134,11 @@ def test_the_penalty_equals_the_naive_sum(tiny_model, tasks):
     assert gradients(model).keys() == {name for name in trainable(model) if "badit_A" in name}
     with model.disable_adapter():
         assert model.base_model.extra_loss(MASK) is None
-    assert adapt(tiny_model("llama"), "o-lora").base_model.extra_loss(MASK) is None, "the first task has none"
+    assert adapt(tiny_model("llama"), "o-lora").base_model.extra_loss(MASK) is None, "the first task has no penalty"
     assert adapted(tiny_model("llama"), "o-lora", orthogonality_weight=0).base_model.extra_loss(MASK) is None
 
 
-def test_one_task_is_plain_lora(tiny_model):
+def test_o_lora_with_one_task_matches_lora(tiny_model):
     ours = adapted(tiny_model("llama"), "o-lora", tasks=1)
     lora = LoraConfig(r=2, lora_alpha=4, target_modules=["gate_proj"], task_type="CAUSAL_LM")
     theirs = get_peft_model(tiny_model("llama"), lora).eval()
@@ -153,8 +153,8 @@ def test_one_task_is_plain_lora(tiny_model):
     assert ours.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
 
 
-def test_a_new_key_takes_the_same_share_from_all_others(tiny_model):
-    """The earlier branches keep their proportions."""
+def test_new_key_scales_all_other_weights_equally(tiny_model):
+    """The weights of the earlier branches keep their ratios."""
     model = adapted(tiny_model("llama"), "sapt")
     prompts = mean_embedding(model.get_input_embeddings()(IDS), MASK)
     before = gate(model)(prompts).detach()

@@ -1,4 +1,4 @@
-"""GainLoRA: its gates, the projectors, and what keeps a new gate shut on the earlier tasks' prompts."""
+"""GainLoRA: gates, projectors, and that a new gate stays near 0 on the prompts of earlier tasks."""
 
 import numpy as np
 import pytest
@@ -19,8 +19,8 @@ def new_gate(**options):
     return GainLoraGate(WIDTH, config("gainlora", **options), torch.device("cpu"))
 
 
-def after_a_task(prompts, monkeypatch):
-    """A gate of a second task that has kept all of the first one's energy."""
+def gate_of_second_task(prompts, monkeypatch):
+    """Returns the gate of a second task, whose projectors hold all energy of the first task's prompts."""
     monkeypatch.setattr("badit.baselines.gain_lora._SHARE_OF_ENERGY", 1.0)
     made = new_gate(energy="inputs")
     made.end_task(prompts)
@@ -28,8 +28,8 @@ def after_a_task(prompts, monkeypatch):
     return made
 
 
-def test_the_energy_of_the_covariance_is_held_by_fewer_directions():
-    """Its squared singular values are the fourth powers of the inputs'."""
+def test_covariance_energy_needs_fewer_directions():
+    """The squared singular values of XᵀX are the fourth powers of the singular values of X."""
     prompts = torch.randn(200, WIDTH) * torch.logspace(0, -2, WIDTH)
     ranks = []
     for energy, exponent in (("covariance", 4), ("inputs", 2)):
@@ -43,7 +43,7 @@ def test_the_energy_of_the_covariance_is_held_by_fewer_directions():
 
 @given(st.integers(1, 12), st.integers(1, 12), st.floats(0.5, 0.9999), st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
-def test_a_projector_grows_by_the_fewest_directions_that_hold_the_share(first, second, share, seed):
+def test_projector_grows_by_the_fewest_directions_that_hold_the_share(first, second, share, seed):
     generator = torch.Generator().manual_seed(seed)
     P = torch.zeros(8, 8, dtype=torch.float64)
     for count in (first, second):
@@ -54,7 +54,7 @@ def test_a_projector_grows_by_the_fewest_directions_that_hold_the_share(first, s
     torch.testing.assert_close(grown_projector(P, inputs, share), P)
 
 
-def test_a_projector_takes_no_rounding_for_a_direction():
+def test_projector_ignores_rounding_errors():
     inputs = torch.randn(30, 3) @ torch.randn(3, 8)
     P = grown_projector(torch.zeros(8, 8), inputs, 1.0)
     assert P.trace().item() == pytest.approx(3, abs=1e-4)
@@ -63,7 +63,7 @@ def test_a_projector_takes_no_rounding_for_a_direction():
 
 
 @pytest.mark.parametrize("past", [0, 3, 15, 40])
-def test_the_share_of_energy_grows_with_the_tasks(monkeypatch, past):
+def test_share_of_energy_grows_with_the_number_of_tasks(monkeypatch, past):
     shares = []
     monkeypatch.setattr("badit.baselines.gain_lora.grown_projector", lambda P, inputs, share: shares.append(share) or P)
     new_gate(past_branches=past).end_task(torch.randn(4, WIDTH))
@@ -72,11 +72,11 @@ def test_the_share_of_energy_grows_with_the_tasks(monkeypatch, past):
 
 @given(st.integers(1, 5), st.floats(1e-3, 1.0), st.integers(0, 2**32 - 1))
 @settings(max_examples=30, deadline=None)
-def test_no_update_opens_a_new_gate_on_the_earlier_prompts(count, size, seed):
+def test_updates_keep_the_new_gate_near_zero_on_earlier_prompts(count, size, seed):
     generator = torch.Generator().manual_seed(seed)
     prompts, others = torch.randn(2, count, WIDTH, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        made = after_a_task(prompts, patch)
+        made = gate_of_second_task(prompts, patch)
     old = made(prompts)[:, 0].detach()
     torch.testing.assert_close(made(prompts)[:, 1], torch.zeros(count), atol=1e-5, rtol=0)
     assert (made.key.norm() - 1).abs() < 1e-5
@@ -91,10 +91,10 @@ def test_no_update_opens_a_new_gate_on_the_earlier_prompts(count, size, seed):
     assert not torch.equal(made(others)[:, 1], before[:, 1])
 
 
-def test_a_task_starts_with_its_gate_open_and_the_earlier_ones_shut(monkeypatch):
+def test_start_task_opens_the_gate_on_new_prompts_but_not_on_earlier_ones(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     prompts, new = torch.randn(2, 5, WIDTH, generator=generator)
-    made = after_a_task(prompts, monkeypatch)
+    made = gate_of_second_task(prompts, monkeypatch)
     with torch.no_grad():
         before = made(new)[:, -1].mean()
         made.start_task(new)
@@ -107,7 +107,7 @@ def test_a_task_starts_with_its_gate_open_and_the_earlier_ones_shut(monkeypatch)
     assert abs(direction @ made.key.detach().double().numpy()) > 1 - 1e-5
 
 
-def test_prompts_that_leave_no_direction_end_the_learning():
+def test_next_task_is_refused_if_no_direction_is_left():
     made = new_gate()
     made.seen_by_key.copy_(torch.eye(WIDTH))
     with pytest.raises(BaditError, match="take up all 16 dimensions"):
@@ -122,7 +122,7 @@ def train(model, ids, mask, *, projected, steps=40):
 
 
 @pytest.mark.parametrize("projected", [True, False])
-def test_training_a_second_task_leaves_the_first_one_as_it_was(tiny_model, monkeypatch, projected):
+def test_only_projected_training_keeps_the_first_tasks_outputs(tiny_model, monkeypatch, projected):
     monkeypatch.setattr("badit.baselines.gain_lora._SHARE_OF_ENERGY", 1.0)
     model = adapt(tiny_model("llama"), "gainlora", gate_hidden_size=20)
     train(model, *FIRST, projected=projected, steps=5)

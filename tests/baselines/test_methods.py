@@ -1,4 +1,4 @@
-"""Every baseline by its name in a recipe: its options, its refusals, and a run from training to loading."""
+"""Every baseline as a recipe's method: options, error messages, and a run from training to loading."""
 
 import json
 
@@ -23,7 +23,7 @@ FROM_PEFT = [name for name, baseline in BASELINES.items() if baseline.config_cls
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_run_is_loaded_as_it_was_trained(recipe_values, monkeypatch, name):
+def test_loaded_run_matches_trained_model(recipe_values, monkeypatch, name):
     trained, apply = [], AdapterMethod.apply
     monkeypatch.setattr(AdapterMethod, "apply", lambda *given: trained.append(apply(*given)) or trained[0])
     recipe = build_recipe({**recipe_values, "method": {"name": name, **OPTIONS[name]}}, ["training.save_steps=100"])
@@ -36,7 +36,7 @@ def test_a_run_is_loaded_as_it_was_trained(recipe_values, monkeypatch, name):
     assert torch.equal(logits(loaded, IDS % 60), logits(trained[0].eval(), IDS % 60))
 
 
-def test_an_interrupted_run_that_changed_the_base_weight_ends_as_one_that_was_not(recipe_values, tmp_path):
+def test_resumed_pissa_run_matches_uninterrupted_run(recipe_values, tmp_path):
     values = {**recipe_values, "method": {"name": "pissa", **OPTIONS["pissa"]}}
     expected = train_and_score(build_recipe({**values, "output": str(tmp_path / "whole")}), progress=False)
     with with_callbacks(StopAt(8)), pytest.raises(KeyboardInterrupt):
@@ -62,7 +62,7 @@ def test_an_interrupted_run_that_changed_the_base_weight_ends_as_one_that_was_no
         ({"name": "goat", "r": 12}, r"method: r = 12 must be a multiple of num_experts = 8: it is GOAT's total rank"),
     ],
 )
-def test_mistakes_are_named_on_one_line(method, message):
+def test_config_errors_are_one_line(method, message):
     with pytest.raises(BaditError, match=message) as caught:
         build_method(method)
     assert "\n" not in str(caught.value)
@@ -70,7 +70,7 @@ def test_mistakes_are_named_on_one_line(method, message):
 
 @pytest.mark.parametrize("name", FROM_PEFT)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
-def test_where_lora_and_its_relatives_go(tiny_model, name, family):
+def test_peft_baselines_adapt_first_mlp_projection_and_start_as_base_model(tiny_model, name, family):
     method = build_method({"name": name, **OPTIONS[name], "fan_in_fan_out": family == "gpt2"})
     if (name, family) == ("olora", "gpt2"):
         with pytest.raises(BaditError, match=r"olora cannot adapt this model's Conv1D layers.*use pissa instead"):

@@ -1,4 +1,4 @@
-"""The layers of the mixtures against loops over their experts, what they start from, and their balance losses."""
+"""Mixture layers against loops over their experts, their initialisation, and their balance losses."""
 
 import math
 
@@ -15,10 +15,10 @@ from baselines.naive import MIXTURES, adapted, config
 from training.trainers import examples, make_trainer
 from tuner.helpers import KINDS, base_layer, forward, gradients, layers, padded, random_rows, randomise
 
-IN, OUT = 20, 18  # the chunks of four experts have 4 directions, of which rank 2 takes half
+IN, OUT = 20, 18  # with four experts, each chunk has 4 directions, and rank 2 uses half of them
 
 
-def make(method, kind="linear", *, dtype=torch.float64, at_start=False, **options):
+def make_layer(method, kind="linear", *, dtype=torch.float64, at_start=False, **options):
     base, options = base_layer(kind, IN, OUT).to(dtype), config(method, **options)
     layer = MixtureLinear(base, "layer", RoutingContext(), "default", options)
     return (layer if at_start else randomise(layer)).eval()
@@ -26,16 +26,16 @@ def make(method, kind="linear", *, dtype=torch.float64, at_start=False, **option
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("method", "options"), [*((method, {}) for method in MIXTURES), ("goat", {"top_k": 1})])
-def test_forward_equals_the_loop_over_experts(method, options, kind):
-    layer, x = make(method, kind, **options), torch.randn(3, 5, IN, dtype=torch.float64)
+def test_forward_matches_loop_over_experts(method, options, kind):
+    layer, x = make_layer(method, kind, **options), torch.randn(3, 5, IN, dtype=torch.float64)
     torch.testing.assert_close(layer(x), naive.mixture_forward(method, layer, x), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(layer(x[:, 0]), layer(x)[:, 0])
     assert (layer(x) - layer.get_base_layer()(x)).abs().mean() > 0.03
 
 
 @pytest.mark.parametrize("method", ["loramoe", "hydralora"])
-def test_experts_start_as_lora_does(method):
-    layer, bound = make(method, at_start=True), 1 / math.sqrt(IN)  # kaiming(√5)
+def test_experts_are_initialised_like_lora(method):
+    layer, bound = make_layer(method, at_start=True), 1 / math.sqrt(IN)  # of kaiming_uniform_(a=√5)
     for parameter in (layer.badit_A["default"], layer.badit_router["default"]):
         assert 0.8 * bound < parameter.abs().max().item() <= bound
         assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.3)
@@ -44,8 +44,8 @@ def test_experts_start_as_lora_does(method):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rho", [10.0, 2.0])
-def test_goat_starts_from_stretches_of_the_spectrum(kind, rho):
-    layer = make("goat", kind, dtype=torch.float32, at_start=True, rho=rho)
+def test_goat_experts_start_from_chunks_of_the_spectrum(kind, rho):
+    layer = make_layer("goat", kind, dtype=torch.float32, at_start=True, rho=rho)
     a, b = layer.badit_A["default"], layer.badit_B["default"]
     start = naive.goat_start(reference.float64(layer.weight_OI), 4, 2, 2.0, rho)
     found = naive.experts("goat", reference.float64(a), reference.float64(b), 4)
@@ -55,14 +55,14 @@ def test_goat_starts_from_stretches_of_the_spectrum(kind, rho):
     torch.testing.assert_close(layer.kept_factors("default"), (a, b), rtol=0, atol=0)
 
 
-def test_goat_refuses_a_weight_too_small_for_its_rank():
+def test_goat_refuses_a_weight_too_small_for_the_rank():
     with pytest.raises(BaditError, match=r"layer: a weight of shape \(18, 20\) has 4 directions .* at most r = 16$"):
-        make("goat", r=24)
+        make_layer("goat", r=24)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", ["loramoe", "goat"])
-def test_the_balance_loss_is_the_sum_over_layers_at_attended_positions_alone(tiny_model, method, family):
+def test_balance_loss_sums_over_layers_and_ignores_padding(tiny_model, method, family):
     model = adapted(tiny_model(family), method, balance_weight=0.3).train()
     ids, mask = padded(random_rows(4, 9, 7))
     inputs = {}
@@ -82,7 +82,7 @@ def test_the_balance_loss_is_the_sum_over_layers_at_attended_positions_alone(tin
     assert last.badit_B["default"].grad is None
 
 
-def test_it_is_read_once_and_only_after_a_training_pass(tiny_model):
+def test_balance_loss_is_read_once_per_training_pass_of_matching_size(tiny_model):
     ids, mask = padded(random_rows(4, 9))
     model = adapted(tiny_model("llama"), "goat").train()
     forward(model, ids, mask)
@@ -97,8 +97,8 @@ def test_it_is_read_once_and_only_after_a_training_pass(tiny_model):
 
 
 @pytest.mark.parametrize(("method", "option"), [("goat", "balance_weight"), ("o-lora", "orthogonality_weight")])
-def test_the_trainer_adds_it_in_training_and_not_in_evaluation(tiny_model, tmp_path, method, option):
-    """As it does O-LoRA's penalty."""
+def test_trainer_adds_extra_loss_in_training_only(tiny_model, tmp_path, method, option):
+    """The balance loss of GOAT and the penalty of O-LoRA."""
     batch, losses = dict(AnswerCollator(0)(examples(5))), {}
     for weight in (0.0, 0.5):
         model = adapted(tiny_model("llama"), method, **{option: weight})
@@ -113,8 +113,8 @@ def test_the_trainer_adds_it_in_training_and_not_in_evaluation(tiny_model, tmp_p
     assert torch.equal(losses[0.5, False], losses[0.0, False])
 
 
-def test_it_is_averaged_over_accumulated_micro_batches(tiny_model, tmp_path):
-    """Two batches of two: the step follows the answers' loss of the whole and the mean of the two balance losses."""
+def test_balance_loss_is_averaged_over_accumulated_micro_batches(tiny_model, tmp_path):
+    """A step of two micro-batches uses the answer loss over both together and the mean of their balance losses."""
     data = examples(4)
     model = adapted(tiny_model("llama"), "loramoe", balance_weight=5.0).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""Every baseline with experts in whole models: training, saving, switching, generating, and leaving no trace."""
+"""Every method with experts or branches in whole models: training, saving, switching, generating, unloading."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ by_method = pytest.mark.parametrize("method", naive.METHODS)
 
 @by_family
 @by_method
-def test_step_0_is_the_base_model_and_training_changes_its_own_parameters_only(tiny_model, method, family):
+def test_step_0_is_close_to_base_model_and_training_changes_only_the_adapter(tiny_model, method, family):
     model, base = adapt(tiny_model(family), method), logits(tiny_model(family))
     target = "transformer.h.{}.mlp.c_fc" if family == "gpt2" else "model.layers.{}.mlp.gate_proj"
     assert [layer.name for layer in layers(model)] == [target.format(i) for i in range(2)]
@@ -32,7 +32,7 @@ def test_step_0_is_the_base_model_and_training_changes_its_own_parameters_only(t
         assert 1e-3 < (logits(model) - base).norm() / base.norm() < 0.3
     else:
         torch.testing.assert_close(logits(model), base, atol=1e-5 if method == "badit" else 0, rtol=0)
-    if method in BRANCHES:  # in their third task, from which on every gate has a choice
+    if method in BRANCHES:  # in their third task, where gates weight several branches
         model = adapted(model.unload(), method, tasks=2)
         model.base_model.next_task()
     model.train()
@@ -52,7 +52,7 @@ def test_step_0_is_the_base_model_and_training_changes_its_own_parameters_only(t
 
 @by_family
 @by_method
-def test_saved_and_loaded(tiny_model, tmp_path, monkeypatch, method, family):
+def test_save_and_load_round_trip(tiny_model, tmp_path, monkeypatch, method, family):
     model = adapted(tiny_model(family), method)
     expected, settings = logits(model), model.peft_config["default"].to_dict()
     model.save_pretrained(tmp_path)
@@ -60,7 +60,7 @@ def test_saved_and_loaded(tiny_model, tmp_path, monkeypatch, method, family):
     for low_memory in (False, True):
         with monkeypatch.context() as patch:
             for module in ("badit.baselines.mixture", "badit.tuner.config"):
-                patch.setattr(f"{module}.top_singular_triples", None)  # loading needs no decomposition
+                patch.setattr(f"{module}.top_singular_triples", None)  # loading computes no decomposition
             loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path, low_cpu_mem_usage=low_memory).eval()
         assert torch.equal(logits(loaded), expected)
         assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
@@ -72,13 +72,13 @@ def test_saved_and_loaded(tiny_model, tmp_path, monkeypatch, method, family):
 
 @by_family
 @by_method
-def test_disabled_and_unloaded_it_is_the_base_model_to_the_bit(tiny_model, method, family):
+def test_disabled_or_unloaded_model_is_bit_identical_to_base_model(tiny_model, method, family):
     model, base = adapted(tiny_model(family), method, target_modules="all-linear"), logits(tiny_model(family))
     expected = logits(model)
     assert not torch.equal(expected, base)
     with model.disable_adapter():
         assert torch.equal(logits(model, rows=None), base)
-        model(input_ids=IDS, position_ids=torch.zeros_like(IDS))  # packed, and no gate there to mind
+        model(input_ids=IDS, position_ids=torch.zeros_like(IDS))  # packed rows are accepted without gates
     assert torch.equal(logits(model), expected)
     unloaded, plain = model.unload(), tiny_model(family)
     assert torch.equal(logits(unloaded), base)
@@ -90,7 +90,7 @@ def test_disabled_and_unloaded_it_is_the_base_model_to_the_bit(tiny_model, metho
 
 
 @by_method
-def test_a_second_adapter_is_switched_to_and_deleted(tiny_model, method):
+def test_second_adapter_can_be_activated_and_deleted(tiny_model, method):
     model = adapted(tiny_model("llama"), method)
     first, names = logits(model), trainable(model)
     model.add_adapter("second", config(method))
@@ -103,7 +103,7 @@ def test_a_second_adapter_is_switched_to_and_deleted(tiny_model, method):
     model.set_requires_grad("second", False)
     assert not trainable(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's, on which adapter takes its place
+        warnings.simplefilter("ignore")  # PEFT warns about the new active adapter
         model.delete_adapter("second")
     assert not [name for name in model.state_dict() if "second" in name]
     assert torch.equal(logits(model), first)
@@ -111,7 +111,7 @@ def test_a_second_adapter_is_switched_to_and_deleted(tiny_model, method):
 
 
 @by_method
-def test_what_it_cannot_do_is_refused(tiny_model, method):
+def test_merge_mixed_adapters_and_unsupported_layers_are_refused(tiny_model, method):
     model = adapted(tiny_model("llama"), method)
     for merge in (model.merge_and_unload, model.merge_adapter, layers(model)[0].merge):
         with pytest.raises(BaditError, match=r"no single weight to merge into; keep it as an adapter \(unload\(\)"):
@@ -125,8 +125,8 @@ def test_what_it_cannot_do_is_refused(tiny_model, method):
 
 @pytest.mark.parametrize("family", naive.FAMILIES)
 @by_method
-def test_padding_and_the_cache_change_nothing(tiny_model, method, family):
-    """A row alone, a row in a batch and a decoded row agree; where the cache holds gates, with a training pass, too."""
+def test_padding_and_cache_do_not_change_outputs(tiny_model, method, family):
+    """Outputs of a row are equal alone, in a batch and with a cache; with gates, they also equal teacher forcing."""
     model = adapted(tiny_model(family), method)
     together = logits(model).split([6, 11, 9])
     options = {"max_new_tokens": 4, "do_sample": False}
@@ -149,8 +149,8 @@ def test_padding_and_the_cache_change_nothing(tiny_model, method, family):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @by_method
-def test_gradient_checkpointing_changes_no_gradient(tiny_model, method, reentrant):
-    """Where it is re-entrant, gates outside the layers lose their gradient, and a router's output is out of reach."""
+def test_gradient_checkpointing_does_not_change_gradients(tiny_model, method, reentrant):
+    """Re-entrant checkpointing is refused for gates outside the layers and for balance losses of a router."""
     model = adapted(tiny_model("llama"), method, **({"balance_weight": 1.0} if method == "goat" else {})).train()
     model.enable_input_require_grads()
 
@@ -163,7 +163,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model, method, reentran
     start = copy.deepcopy(model.state_dict())
     expected = backward()
     assert expected.keys() == trainable(model)
-    model.load_state_dict(start)  # a pass in training moves the moments of a standardised input
+    model.load_state_dict(start)  # a training pass updates the moments of a standardised router input
     helpers.enable_checkpointing(model, reentrant)
     if reentrant and method in (*GATED, "goat"):
         with pytest.raises(BaditError, match="set use_reentrant=False"):
@@ -173,7 +173,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model, method, reentran
 
 
 @by_method
-def test_a_bf16_base_model_copies_and_names(tiny_model, tmp_path, method):
+def test_bf16_base_model_round_trip_deepcopy_and_repeated_registration(tiny_model, tmp_path, method):
     model = adapted(tiny_model("llama", dtype=torch.bfloat16), method)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if "badit_" in name}
     assert {tensor.dtype for name, tensor in tensors.items() if "expert_of" not in name} == {torch.float32}
@@ -186,5 +186,5 @@ def test_a_bf16_base_model_copies_and_names(tiny_model, tmp_path, method):
     assert not torch.equal(logits(randomise(copied, seed=5)), expected)
     assert torch.equal(logits(model), expected)
     options = config(method)
-    register(type(options), type(model.base_model))  # again, which changes nothing
+    register(type(options), type(model.base_model))  # a second registration changes nothing
     assert options.peft_type is PeftType[options.method]

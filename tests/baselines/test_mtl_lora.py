@@ -1,4 +1,4 @@
-"""MTL-LoRA: its formula row by row, its start, and how every row gets its task in training and generation."""
+"""MTL-LoRA: forward pass, initialisation, and the task of each row in training and generation."""
 
 import math
 import re
@@ -20,7 +20,7 @@ from tuner.helpers import IDS, KINDS, MASK, base_layer, enable_checkpointing, fo
 
 @settings(max_examples=15, deadline=None)
 @given(st.sampled_from(KINDS), st.lists(st.sampled_from(TASKS), min_size=1, max_size=4), st.booleans())
-def test_forward_equals_the_formula(kind, rows, with_positions):
+def test_forward_matches_formula(kind, rows, with_positions):
     torch.manual_seed(0)
     options = config("mtl-lora", target_modules=["0"], task_type=None)
     model = randomise(get_peft_model(nn.Sequential(base_layer(kind, 12, 10)), options).double()).eval()
@@ -31,7 +31,7 @@ def test_forward_equals_the_formula(kind, rows, with_positions):
     assert (found - layer.get_base_layer()(x)).abs().mean() > 1e-4
 
 
-def test_the_start(tiny_model):
+def test_initialisation(tiny_model):
     layer = layers(adapt(tiny_model("llama"), "mtl-lora", r=4, num_experts=5))[0]
     out_features, in_features = layer.weight_OI.shape
     shapes = [tuple(getattr(layer, f"badit_{part}")["default"].shape) for part in ("A", "B", "lambda", "task_logits")]
@@ -43,7 +43,7 @@ def test_the_start(tiny_model):
         assert 0.7 * bound < parameter.abs().max().item() <= bound
 
 
-def test_beams_are_rows(tiny_model):
+def test_each_beam_needs_a_task(tiny_model):
     model, options = adapted(tiny_model("llama"), "mtl-lora"), {"num_beams": 2, "max_new_tokens": 3, "do_sample": False}
     message = r"sees 6 rows, but 3 tasks are given.*each beam"
     with hooks_of(model).rows_of(ROWS), pytest.raises(BaditError, match=message):
@@ -52,7 +52,7 @@ def test_beams_are_rows(tiny_model):
         assert model.generate(input_ids=IDS, attention_mask=MASK, **options).shape == (3, 14)
 
 
-def test_a_batch_without_its_tasks_is_refused(tiny_model):
+def test_unknown_missing_or_too_few_tasks_are_refused(tiny_model):
     model = adapted(tiny_model("llama"), "mtl-lora")
     unknown = r"has no task 'river' \(did you mean 'rivers'\?\); its config lists its tasks"
     with pytest.raises(BaditError, match=unknown), hooks_of(model).rows_of(["cities", "river"]):
@@ -68,7 +68,7 @@ def test_a_batch_without_its_tasks_is_refused(tiny_model):
             entry(input_ids=IDS)
 
 
-def test_contexts_nest_and_end_with_an_error(tiny_model):
+def test_nested_contexts_restore_the_outer_tasks_even_after_an_error(tiny_model):
     model = adapted(tiny_model("llama"), "mtl-lora")
     outer, inner = logits(model), logits(model, rows=["seas"] * 3)
     with hooks_of(model).rows_of(ROWS):
@@ -82,8 +82,8 @@ def test_contexts_nest_and_end_with_an_error(tiny_model):
 
 @pytest.mark.parametrize("within", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_gradient(tiny_model, reentrant, within):
-    """Nor with two passes of other tasks before one backward pass, wherever that is."""
+def test_gradient_checkpointing_does_not_change_gradients(tiny_model, reentrant, within):
+    """Two forward passes with different tasks before one backward pass, inside or outside of another context."""
     found = []
     for checkpoint in (False, True):
         model = adapted(tiny_model("llama"), "mtl-lora").train()
@@ -98,7 +98,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model, reentrant, withi
 
 
 @pytest.mark.parametrize("tasks", [None, [], "cities", ["cities", 3], ["a", "b", "a"]])
-def test_the_tasks_must_be_there_when_the_adapter_is_made(tiny_model, tasks):
+def test_invalid_tasks_are_refused_when_the_adapter_is_created(tiny_model, tasks):
     options = config("mtl-lora", tasks=tasks)
     message = f"method.tasks: must list every task to be trained on once, by name, got {tasks!r}"
     with pytest.raises(BaditError, match=f"^{re.escape(message)}$"):

@@ -1,4 +1,4 @@
-"""Task neurons: the scores against one-by-one autograd, the choice, and what training then leaves alone."""
+"""Task neurons: scores against autograd on single examples, selection, and which parameters are trained."""
 
 import math
 from functools import partial
@@ -20,14 +20,14 @@ WIDTH = 48
 
 
 def last_projections(model):
-    """By the name of each layer's MLP, in Llama's and in GPT-2's words."""
+    """Returns the last projection of each MLP by the MLP's name, for GPT-2 and for models with Llama's names."""
     if hasattr(model, "transformer"):
         return {f"transformer.h.{i}.mlp": block.mlp.c_proj for i, block in enumerate(model.transformer.h)}
     return {f"model.layers.{i}.mlp": layer.mlp.down_proj for i, layer in enumerate(model.model.layers)}
 
 
 def naive_scores(model, data):
-    """One example at a time, without padding; the loss is differentiated by zeros that are added to the outputs."""
+    """Returns scores from single examples without padding, from gradients of zeros added to the neurons' outputs."""
     lasts, added, outputs = last_projections(model), {}, {}
     totals = {name: torch.zeros(WIDTH) for name in lasts}
     positions = sum(len(example["input_ids"]) for example in data)
@@ -50,10 +50,10 @@ def naive_scores(model, data):
     return totals
 
 
-@pytest.mark.parametrize(  # padding on the left would move GPT-2's absolute positions
+@pytest.mark.parametrize(  # left padding would shift GPT-2's absolute positions
     ("family", "side"), [("llama", "right"), ("llama", "left"), ("gemma2", "right"), ("gpt2", "right")]
 )
-def test_the_scores_equal_the_naive_ones_however_the_examples_are_batched(tiny_model, family, side):
+def test_scores_match_naive_scores_for_any_batching(tiny_model, family, side):
     model = tiny_model(family, attention_dropout=0.5)
     data, collate = examples(5), AnswerCollator(0, side)
     expected = naive_scores(model.eval(), data)
@@ -61,10 +61,10 @@ def test_the_scores_equal_the_naive_ones_however_the_examples_are_batched(tiny_m
         scores = neuron_scores(model.train(), [collate(batch) for batch in batches])
         assert model.training
         torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-7)
-        assert all(scores_F.min() < scores_F.max() / 2 for scores_F in scores.values()), "all alike show nothing"
+        assert all(scores_F.min() < scores_F.max() / 2 for scores_F in scores.values()), "the scores must differ"
 
 
-def test_scoring_touches_no_gradient_and_works_on_a_frozen_model(tiny_model):
+def test_scoring_sets_no_gradients_and_works_on_a_frozen_model(tiny_model):
     model, batch = tiny_model("llama"), AnswerCollator(0)(examples(4))
     scores = neuron_scores(model, [batch])
     assert all(p.grad is None for p in model.parameters())
@@ -74,7 +74,7 @@ def test_scoring_touches_no_gradient_and_works_on_a_frozen_model(tiny_model):
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.floats(0.01, 1), st.integers(0, 1000))
-def test_the_top_share_is_of_all_layers_together(widths, share, seed):
+def test_top_share_is_taken_over_all_layers_together(widths, share, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = {f"layer {i}": torch.rand(width, generator=generator) for i, width in enumerate(widths)}
     masks = top_neurons(scores, share)
@@ -86,7 +86,7 @@ def test_the_top_share_is_of_all_layers_together(widths, share, seed):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "llama with biases"])
-def test_a_step_moves_the_masked_neurons_and_nothing_else(tiny_model, family):
+def test_step_changes_only_the_selected_neurons(tiny_model, family):
     model = tiny_model(family.split()[0], **({"mlp_bias": True} if "biases" in family else {})).train()
     batch = AnswerCollator(0)(examples(6))
     masks = top_neurons(neuron_scores(model, [batch]), 0.25)
@@ -98,7 +98,7 @@ def test_a_step_moves_the_masked_neurons_and_nothing_else(tiny_model, family):
     for name, parameter in model.named_parameters():
         mask = next((mask for layer, mask in masks.items() if name.startswith(f"{layer}.")), None)
         moved = parameter != before[name]
-        if mask is None or WIDTH not in moved.shape:  # the last projection's bias is no neuron's
+        if mask is None or WIDTH not in moved.shape:  # the last projection's bias belongs to no neuron
             assert not moved.any(), name
             assert not parameter.requires_grad, name
         else:
@@ -106,7 +106,7 @@ def test_a_step_moves_the_masked_neurons_and_nothing_else(tiny_model, family):
             assert torch.equal(by_neuron.reshape(WIDTH, -1).any(dim=1), mask), name
 
 
-def test_what_it_cannot_do_is_refused(tiny_model):
+def test_model_with_adapter_is_refused(tiny_model):
     model = adapted(tiny_model("llama"), "loramoe")
     with pytest.raises(BaditError, match="task neurons do not support this model of type llama"):
         neuron_scores(model, [AnswerCollator(0)(examples(2))])

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, exit codes, one-line errors, and the demo on a tiny model."""
+"""The command line: help, exit codes, one-line errors, and the demo with a tiny model."""
 
 import json
 import os
@@ -40,13 +40,13 @@ def test_every_command_and_parameter_has_help(capsys):
           for words in (["--help"], ["train", "--help"], ["--version"])),
     ],
 )  # fmt: skip
-def test_imports_recipes_and_help_load_nothing_heavy(statement, heavy):
+def test_imports_recipes_and_help_do_not_load_heavy_libraries(statement, heavy):
     script = f"import sys; {statement}; print('loaded', *{{*{heavy.split()}}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "loaded"
 
 
-def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch):
+def test_invalid_input_gives_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
         (["trian"], 'Did you mean "train"?'),
@@ -65,13 +65,13 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
-def test_tasks_lists_the_suite_debug_raises_and_an_interruption_exits_with_130(capsys, monkeypatch, tmp_path):
+def test_tasks_lists_suite_debug_raises_and_interruption_exits_with_130(capsys, monkeypatch, tmp_path):
     assert main(["tasks", "builtin"]) == 0
     shown = capsys.readouterr().out
     assert "review_sentiment" in shown
     assert "16 tasks, all valid" in shown
     (tmp_path / "a.jsonl").write_text('{"task": "a", "instruction": "Do.", "output": "y", "split": "test"}\n')
-    assert main(["tasks", str(tmp_path / "a.jsonl"), "--show", "1"]) == 0, "without training instances too"
+    assert main(["tasks", str(tmp_path / "a.jsonl"), "--show", "1"]) == 0, "also without training instances"
 
     with pytest.raises(BaditError):
         main(["--debug", "tasks", "missing-data"])
@@ -80,7 +80,7 @@ def test_tasks_lists_the_suite_debug_raises_and_an_interruption_exits_with_130(c
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_a_dry_run_writes_nothing_and_overrides_may_follow_flags(tmp_path, capsys, monkeypatch):
+def test_dry_run_writes_nothing_and_overrides_may_follow_flags(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text("data: {train_per_task: 3, test_per_task: 2}\n")
     assert main(["train", "recipe.yaml", "data.train_per_task=4", "--dry-run", "output=somewhere"]) == 0
@@ -91,7 +91,7 @@ def test_a_dry_run_writes_nothing_and_overrides_may_follow_flags(tmp_path, capsy
 
 
 @pytest.mark.parametrize(("variables", "red"), [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_a_terminal_shows_what_is_waited_for_and_errors_in_red(tmp_path, variables, red):
+def test_terminal_shows_progress_and_red_errors_unless_no_color(tmp_path, variables, red):
     (tmp_path / "recipe.yaml").write_text("trainig: {}")
     terminal, stderr = os.openpty()
     environment = {**os.environ, "TERM": "xterm", **variables}
@@ -106,7 +106,7 @@ def test_a_terminal_shows_what_is_waited_for_and_errors_in_red(tmp_path, variabl
     assert "trainig: unknown key" in shown
 
 
-def test_the_demos_methods_have_the_same_budget_scaling_and_recipe():
+def test_demo_methods_have_the_same_budget_scaling_and_recipe():
     recipes = [build_recipe(demo.demo_recipe(name, "x", 1.0, 0)) for name in demo.METHODS]
     own = {"method": True, "training": {"learning_rate", "optimizer", "router_lr_ratio"}}
     assert len({recipe.model_dump_json(exclude=own) for recipe in recipes}) == 1
@@ -116,7 +116,7 @@ def test_the_demos_methods_have_the_same_budget_scaling_and_recipe():
     assert (lora.lora_alpha / lora.r, lora.lora_dropout) == (badit.scaling, badit.lora_dropout)
 
 
-def test_the_demo_shows_scores_budget_and_samples(recipe_values, monkeypatch, capsys, tmp_path):
+def test_demo_shows_scores_budget_and_samples(recipe_values, monkeypatch, capsys, tmp_path):
     def tiny(name, output, epochs, seed):
         training = {**recipe_values["training"], "num_train_epochs": epochs, "seed": seed}
         return {**recipe_values, "method": methods[name], "training": training, "output": output}
@@ -133,10 +133,10 @@ def test_the_demo_shows_scores_budget_and_samples(recipe_values, monkeypatch, ca
         assert text in shown
     assert all(f"  {name:10} " in shown for name in ("reference", "base", "LoRA", "BADIT"))
     assert main(command) == 0
-    assert capsys.readouterr().out == shown, "the second time it is shown again"
+    assert capsys.readouterr().out == shown, "a second call prints the same"
 
 
-def test_completion_is_installed_for_the_shell(tmp_path, monkeypatch):
+def test_shell_completion_is_installed(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["--install-completion", "--shell", "bash"]) == 0
     (script,) = [path for path in tmp_path.rglob("*badit*") if path.is_file()]
@@ -144,7 +144,7 @@ def test_completion_is_installed_for_the_shell(tmp_path, monkeypatch):
     assert "badit" in (tmp_path / ".bashrc").read_text()
 
 
-def test_from_a_table_to_a_scored_run_and_a_report_in_three_commands(tiny_built_in, tmp_path, monkeypatch, capsys):
+def test_init_train_and_analyze_turn_a_csv_into_scores_and_a_report(tiny_built_in, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = [f"{task},{task} of land {i},{task} {i}" for task in ("capital", "river") for i in range(8)]
     (tmp_path / "data.csv").write_text("\n".join(["task,question,answer", *rows]))

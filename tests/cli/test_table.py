@@ -1,4 +1,4 @@
-"""``badit table``: the four formats of the three tables, what is left out of them, and bad input."""
+"""``badit table``: four formats of three tables, omitted cells, and invalid input."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ bold = re.compile(r"\*\*(.*?)\*\*").findall
 
 @pytest.fixture
 def shown(tmp_path, capsys):
-    """What the command prints for some results."""
+    """A function that returns the output of the command for some results."""
 
     def show(content, *arguments):
         assert main(["table", str(write_results(tmp_path, content)), *arguments]) == 0
@@ -32,7 +32,7 @@ def renamed(content, new):
     return json.loads(json.dumps(content).replace('"badit_x"', json.dumps(new)))
 
 
-def test_text(shown):
+def test_text_table_and_notes_on_omitted_cells(shown):
     lines = shown(mixed()).splitlines()
     assert max(map(len, lines)) <= 140
     assert columns(lines[0])[0] == "method"
@@ -43,14 +43,14 @@ def test_text(shown):
     assert (badit[0], badit[6]) == ("badit_x", "+4.5 [+3.0, +6.0]")
     assert base[:5] == ["base", "–", "–", "1", "26.5"]
     assert "no finished run: goat" in lines
-    assert not any("that both have" in line or "one run" in line for line in lines), "all runs are paired"
+    assert not any("that both have" in line or "one run" in line for line in lines), "no note if all runs are paired"
     assert [line for line in lines if line.startswith("not in the table")] == [
         "not in the table: badit_x, seed 1, learning rate 0.002: failed (out of memory)",
         "not in the table: goat, seed 0: missing",
     ]
 
 
-def test_notes_on_differences(shown):
+def test_notes_on_unpaired_runs_single_runs_and_missing_reference(shown):
     content = mixed()
     content["cells"][3]["status"] = "failed"
     lines = shown(content).splitlines()
@@ -60,7 +60,7 @@ def test_notes_on_differences(shown):
     assert "no differences, because lora has no scores" in shown(content)
 
 
-def test_markdown_marks_the_best_and_escapes(shown):
+def test_markdown_bolds_the_best_and_escapes_names(shown):
     lines = shown(renamed(mixed(), "a|b_c*"), "--format", "markdown").splitlines()
     assert {len(re.split(r"(?<!\\)\|", line)) for line in lines[:5]} == {13}
     assert lines[4].startswith(r"| a\|b\_c\* |")
@@ -72,7 +72,7 @@ def test_markdown_marks_the_best_and_escapes(shown):
     assert shown(comparison(*cells, methods=["lora", "badit"]), "--format", "markdown").count("**46.5**") == 2
 
 
-def test_latex_is_a_booktabs_tabular_with_escaped_text(shown):
+def test_latex_is_a_booktabs_tabular_with_escaped_names(shown):
     lines = shown(renamed(mixed(), r"50%_a&b#{c}\d"), "--format", "latex").splitlines()
     assert lines[0] == r"\begin{tabular}{lrrrrrrrrrr}"
     assert [lines[1], lines[3], lines[7], lines[8]] == [r"\toprule", r"\midrule", r"\bottomrule", r"\end{tabular}"]
@@ -86,7 +86,7 @@ def test_latex_is_a_booktabs_tabular_with_escaped_text(shown):
     assert all(line.startswith("% ") for line in lines[9:])
 
 
-def test_csv_is_precise_and_has_the_omitted_cells(shown):
+def test_csv_has_full_precision_and_omitted_cells(shown):
     content = mixed()
     rows = [*csv.DictReader(io.StringIO(shown(content, "--format", "csv")))]
     assert [row["method"] for row in rows] == ["base", "lora", "badit_x", "badit_x", "goat"]
@@ -100,7 +100,7 @@ def test_csv_is_precise_and_has_the_omitted_cells(shown):
     assert rows[4]["status"] == "missing"
 
 
-def test_sequences_in_the_standard_and_the_released_form(shown):
+def test_sequential_table_in_standard_and_released_form(shown):
     content = sequential()
     header, _, lora, badit, *notes = shown(content).splitlines()
     assert columns(header)[3:] == ["runs", "AP", "forgetting", "BWT", "FWT", "vs lora [95 %]", "rank"]
@@ -116,7 +116,7 @@ def test_sequences_in_the_standard_and_the_released_form(shown):
     assert [bold(line) for line in lines[2:4]] == [["2.5 ± 1.3"], ["43.1 ± 1.4", "3.0 ± 0.0", "−3.0 ± 0.0"]]
 
 
-def test_by_task(shown):
+def test_table_by_task(shown):
     header, _, *lines = shown(mixed(), "--by-task").splitlines()
     assert header.split() == ["task", "base", "lora", "badit_x"]
     assert lines[0].split() == ["task002_quoref", "22.0", "43.2", "47.7"]
@@ -132,12 +132,12 @@ def test_by_task(shown):
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("by_task", [[], ["--by-task"]])
-def test_a_comparison_without_any_scores(shown, form, by_task):
+def test_comparison_without_scores_lists_missing_cells(shown, form, by_task):
     content = comparison(unscored("lora", 0, status="missing"), methods=["lora"])
     assert "missing" in shown(content, "--format", form, *by_task)
 
 
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
+def test_invalid_input_gives_one_line_and_exit_code_2(tmp_path, capsys):
     for content, arguments, message in (
         (mixed(), ["--released"], "--released: valid only for a sequential comparison and without --by-task"),
         (sequential(), ["--released", "--by-task"], "--released: valid only for a sequential"),

@@ -1,4 +1,4 @@
-"""A small comparison's recipe, and cells that run without a process of their own."""
+"""The recipe of a small comparison, and cells that run in the test's process."""
 
 from importlib import import_module
 
@@ -12,7 +12,7 @@ LORA = {"lora": {"name": "lora", "r": 4}}
 
 
 def comparison_values(material, output, **compare):
-    """A recipe that compares LoRA with BADIT, with equal budgets; two steps per run."""
+    """Returns a recipe that compares LoRA and BADIT with equal total ranks, for two steps per run."""
     methods = {"lora": {"name": "lora", "r": 8}, "badit": {"name": "badit", "num_experts": 4, "r": 2}}
     return {
         "model": {"name": str(material / "model"), "dtype": "float32"},
@@ -25,7 +25,7 @@ def comparison_values(material, output, **compare):
 
 
 class InlineCell:
-    """Replaces a cell's process: the same worker, in the process of the test."""
+    """Replaces CellProcess: runs the same worker in the test's process."""
 
     started = []  # noqa: RUF012
 
@@ -35,7 +35,7 @@ class InlineCell:
         self._folder, self._score = folder, score
 
     def stop(self, how):
-        """It runs while it is waited for, so there is nothing to stop."""
+        """Does nothing: the cell runs inside ``wait``."""
 
     def wait(self):
         code = worker.run_cell(self._folder, score=self._score)
@@ -43,11 +43,11 @@ class InlineCell:
 
 
 def by_status(results, **wanted):
-    """``method/seed`` of the cells whose fields have these values."""
+    """Returns ``method/seed`` of the cells whose fields have these values."""
     cells = [cell for cell in results["cells"] if wanted.items() <= {key: cell[key] for key in wanted}.items()]
     return [f"{cell['method']}/{cell['seed']}" for cell in cells]
 
 
 def compared(values, **options):
-    """The results of a comparison, by default without progress reports."""
+    """Runs a comparison, by default without progress reports, and returns its results."""
     return compare_module.compare(build_recipe(values), **{"report": lambda line: None, **options})

@@ -10,7 +10,7 @@ def values(material, tmp_path):
 
 @pytest.fixture
 def inline(monkeypatch):
-    """Runs cells in this process; lists the folders of those that were started."""
+    """Runs cells in this process; a list of the folders of the started cells."""
     monkeypatch.setattr(compare_module, "CellProcess", InlineCell)
     InlineCell.started.clear()
     return InlineCell.started

@@ -1,4 +1,4 @@
-"""A comparison from its recipe to results.json and the table: search, failures, sequences of tasks."""
+"""Comparisons from recipe to results.json and table: learning-rate search, failures, task sequences."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ LADDER = [0.001, 0.01, 0.1]
 
 @pytest.fixture(scope="module")
 def searched(material, tmp_path_factory):
-    """A finished comparison of two methods, two seeds and a ladder: its recipe, results and report."""
+    """A finished comparison of two methods, two seeds and three rates: its recipe, results and report."""
     output = tmp_path_factory.mktemp("searched") / "comparison"
     search = {"learning_rates": LADDER, "budget": "badit", "unmatched": ["lora"]}
     values, lines = comparison_values(material, output, seeds=[0, 1], **search), []
@@ -30,7 +30,7 @@ def searched(material, tmp_path_factory):
         return values, compared(values, report=lines.append), lines
 
 
-def test_every_method_gets_its_own_best_rate_and_the_results_hold_what_the_runs_hold(searched):
+def test_each_method_uses_its_best_rate_and_results_match_the_runs(searched):
     values, results, lines = searched
     output = Path(values["output"])
     for method in ("lora", "badit"):
@@ -65,7 +65,7 @@ def test_every_method_gets_its_own_best_rate_and_the_results_hold_what_the_runs_
     assert summary["trainable_parameters"].to_dict() == results["trainable_parameters"]
 
 
-def test_a_finished_comparison_is_not_done_again_and_another_recipes_is_refused(searched, monkeypatch):
+def test_finished_comparison_is_reused_and_other_recipes_are_refused(searched, monkeypatch):
     monkeypatch.setattr(compare_module, "CellProcess", None)  # no cell is started
     values, results, _ = searched
     assert compared(values) == results
@@ -83,7 +83,7 @@ def test_a_finished_comparison_is_not_done_again_and_another_recipes_is_refused(
     damaged.write_text(was)
 
 
-def test_a_failing_cell_stops_no_other_and_is_tried_again(values, inline, monkeypatch, capsys):
+def test_failed_cell_does_not_stop_others_and_is_retried(values, inline, monkeypatch, capsys):
     values["compare"]["methods"] = {"neurons": {"name": "task-neurons"}, **LORA}
     lines = []
     with monkeypatch.context() as patch:
@@ -96,11 +96,11 @@ def test_a_failing_cell_stops_no_other_and_is_tried_again(values, inline, monkey
         assert "not in the table: neurons, seed 0, learning rate 0.01: failed" in capsys.readouterr().out
         inline.clear()
         assert compared(values) == results
-        assert inline == ["lr-0.01/seed-0"], "the failed one only"
+        assert inline == ["lr-0.01/seed-0"], "only the failed cell is retried"
     assert by_status(compared(values), status="done", error=None) == ["neurons/0", "lora/0"]
 
 
-def test_rates_that_fail_or_diverge_are_worst_and_an_interruption_loses_no_finished_cell(values, inline, monkeypatch):
+def test_failed_rates_are_not_selected_and_interruption_keeps_finished_cells(values, inline, monkeypatch):
     values["compare"] |= {"learning_rates": [0.001, 0.01, 3e38], "methods": LORA}
     own = AdapterMethod.trainer
 
@@ -127,7 +127,7 @@ def test_rates_that_fail_or_diverge_are_worst_and_an_interruption_loses_no_finis
     assert [(cell["seed"], cell["status"]) for cell in chosen] == [(0, "done"), (1, "missing")]
 
 
-def test_a_search_on_less_data_is_kept_apart(values, inline):
+def test_search_with_other_settings_has_its_own_folder(values, inline):
     search = {"data": {"train_per_task": 4}, "training": {"max_steps": 1}}
     values["compare"] |= {"learning_rates": [0.01, 0.02], "search": search, "methods": LORA}
     results, output = compared(values), Path(values["output"])
@@ -140,13 +140,13 @@ def test_a_search_on_less_data_is_kept_apart(values, inline):
     assert chosen.recipe.data.train_per_task is None
     assert sum(not cell["selected"] for cell in results["cells"]) == 2
     assert compared(values) == results
-    assert len(inline) == 2 + 1, "it has searched two rates and trained once"
+    assert len(inline) == 2 + 1, "two rates in the search, and one final training"
     values["compare"]["search"] = {"training": {"max_steps": 3}}
     with pytest.raises(BaditError, match=r"search/.*run of another recipe .it differs in .*training\.max_steps"):
         compared(values)
 
 
-def test_sequences_in_two_orders(values, inline, capsys, monkeypatch):
+def test_sequential_comparison_with_two_orders_and_single_task_models(values, inline, capsys, monkeypatch):
     orders = [["rivers", "cities"], ["cities", "rivers"]]
     values["compare"] |= {"methods": {**LORA, "base": {"name": "base"}}, "orders": orders, "single_task": ["lora"]}
     own = worker._run
@@ -196,7 +196,7 @@ def test_sequences_in_two_orders(values, inline, capsys, monkeypatch):
         ({"methods": {"lora": {"name": "lora", "target_modules": ["x"]}}}, r"compare\.methods\.lora: method: Target"),
     ],
 )
-def test_what_would_spoil_it_is_found_before_anything_is_run(values, monkeypatch, changes, message):
+def test_invalid_comparisons_are_refused_before_any_cell_starts(values, monkeypatch, changes, message):
     monkeypatch.setattr(compare_module, "CellProcess", None)  # no cell is started
     values["compare"] |= changes
     with pytest.raises(BaditError, match=message):
@@ -205,7 +205,7 @@ def test_what_would_spoil_it_is_found_before_anything_is_run(values, monkeypatch
 
 
 @pytest.mark.usefixtures("inline")
-def test_the_command_checks_and_runs_and_prints(values, tmp_path, capsys):
+def test_compare_command_dry_run_and_results(values, tmp_path, capsys):
     same = {"name": "lora", "r": 8}
     values["compare"]["methods"] = {"lora": same, "again": same, "base": {"name": "base"}}
     path = tmp_path / "recipe.yaml"
@@ -223,7 +223,7 @@ def test_the_command_checks_and_runs_and_prints(values, tmp_path, capsys):
     assert f"Results: {values['output']}/results.json" in captured.out
     assert captured.out.startswith("method")
     assert "lora/lr-0.01/seed-0: done in" in captured.err
-    # Every instance has its NLL, which ranks the lowest first; equal methods are level.
+    # Every instance has an NLL; the lowest mean ranks first, and identical methods are level.
     results = load_results(values["output"])
     nll = results.instances[results.instances["metric"] == "nll"]
     assert len(nll) == len(results.instances) / 3

@@ -1,4 +1,4 @@
-"""The cells of a comparison: folders, recipes, budgets, what is refused, and the search for the learning rate."""
+"""The cells of a comparison: folders, recipes, budgets, invalid options, and the learning-rate search."""
 
 import math
 from contextlib import nullcontext
@@ -31,7 +31,7 @@ def grid_with(data=None, evaluation=None, **compare):
     return Grid(build_recipe({"data": data or {}, "evaluation": evaluation or {}, "output": "out", "compare": compare}))
 
 
-def test_cells_and_folders():
+def test_folders_of_cells():
     grid = grid_with()
     assert [str(cell) for cell in grid.chosen("lora", 5e-4)] == ["lora/lr-0.0005/seed-3", "lora/lr-0.0005/seed-5"]
     assert [str(cell) for cell in grid.chosen("base", None)] == ["base"]
@@ -43,7 +43,7 @@ def test_cells_and_folders():
     assert str(grid.searched("lora", 0.01)) == "lora/order-sapt-1/lr-0.01/seed-3"
 
 
-def test_a_cells_recipe_differs_in_what_the_cell_names():
+def test_cell_recipe_changes_only_the_fields_of_the_cell():
     grid = grid_with(data={"tasks": ["cities", "rivers"]}, orders=[["rivers", "cities"]])
 
     def without_method(recipe):
@@ -60,7 +60,7 @@ def test_a_cells_recipe_differs_in_what_the_cell_names():
     assert (single.data.tasks, single.data.order) == (["rivers"], None)
     base = grid.recipe_of(Cell("base", None, None))
     assert (without_method(base), base.output) == (plain, "out/base")
-    # A method may have training values and seeds of its own.
+    # A method may override training values and seeds.
     own = {**LORA["lora"], "training": {"optimizer": "orthogonal"}, "seeds": [4]}
     grid = grid_with(methods={**LORA, "own": own}, vary_data=True)
     cells = [cell for name in grid.methods for cell in grid.chosen(name, 0.01)]
@@ -72,14 +72,14 @@ def test_a_cells_recipe_differs_in_what_the_cell_names():
 
 
 @given(st.lists(st.permutations([f"review_sentiment_{i}" for i in range(12)]), min_size=2, max_size=2, unique_by=tuple))
-def test_long_orders_have_short_names_of_their_own(orders):
+def test_long_orders_have_short_and_distinct_names(orders):
     one, other = map(order_name, orders)
     assert one != other
     assert len(one) <= 80
     assert order_name(["task1000_x", "task1001_y", "cities"]) == "task1000-task1001-cities"
 
 
-def test_mistakes_are_named_on_one_line():
+def test_invalid_options_are_refused_in_one_line():
     for compare, message in (
         ({"reference": "lorra"}, r"compare\.reference: unknown 'lorra' \(did you mean 'lora'\?\)"),
         ({"methods": {"a/b": {"name": "lora"}}}, r"compare\.methods: 'a/b' is not a valid name; use letters"),
@@ -100,7 +100,7 @@ def test_mistakes_are_named_on_one_line():
         assert "\n" not in str(caught.value)
 
 
-def test_the_section_is_needed_for_a_comparison_and_ignored_by_a_run(tmp_path):
+def test_compare_section_is_required_by_comparisons_and_ignored_by_runs(tmp_path):
     with pytest.raises(BaditError, match="compare: the recipe has no compare section"):
         Grid(build_recipe({}))
     with pytest.raises(BaditError, match=r"compare\.methods: field required"):
@@ -112,11 +112,11 @@ def test_the_section_is_needed_for_a_comparison_and_ignored_by_a_run(tmp_path):
 
 
 def checked(material, methods, **compare):
-    """The numbers of parameters that methods train, after all checks."""
+    """Checks a comparison and returns the number of trainable parameters of each method."""
     return check(Grid(build_recipe(comparison_values(material, material / "none", methods=methods, **compare))))[1]
 
 
-def test_a_skeleton_counts_as_the_real_model_does(material):
+def test_skeleton_and_real_model_have_equal_parameter_counts(material):
     sections = {name: {"name": name, **OPTIONS.get(name, {"r": 4})} for name in ALL_METHODS}
     counts = checked(material, sections)
     real = {}
@@ -130,7 +130,7 @@ def test_a_skeleton_counts_as_the_real_model_does(material):
 
 
 @pytest.mark.parametrize(("rank", "fair"), [(42, True), (38, True), (43, False), (37, False)])
-def test_budgets_may_differ_by_five_percent(material, rank, fair):
+def test_budgets_may_differ_by_at_most_five_percent(material, rank, fair):
     methods = {f"r{r}": {"name": "lora", "r": r} for r in (40, rank)} | {"base": {"name": "base"}}
     counts = checked(material, methods, reference="r40")
     first, second = counts[f"r{rank}"], counts["r40"]
@@ -141,7 +141,7 @@ def test_budgets_may_differ_by_five_percent(material, rank, fair):
 
 
 def walk(losses, start):
-    """The rung found, and the rungs in the order of their trainings."""
+    """Returns the index of the rate found, and the indices tried, in order."""
     ladder, tried = LADDER[: len(losses)], []
 
     def loss_of(rate):
@@ -151,7 +151,7 @@ def walk(losses, start):
     return ladder.index(find_rate(ladder, ladder[start], loss_of)), tried
 
 
-def test_of_rates_that_are_level_the_lowest_is_taken_and_ties_and_failures_stay_at_the_first():
+def test_lowest_rate_within_the_margin_is_selected_and_ties_keep_the_start():
     losses = dict(zip(LADDER, [1.43, 1.405, 1.40, 1.42, *[9.0] * len(LADDER)], strict=False))
     assert find_rate(LADDER, LADDER[2], losses.__getitem__, 0.01) == LADDER[1]
     assert find_rate(LADDER, LADDER[2], losses.__getitem__, 0.004) == LADDER[2]
@@ -161,7 +161,7 @@ def test_of_rates_that_are_level_the_lowest_is_taken_and_ties_and_failures_stay_
 
 @st.composite
 def valleys(draw):
-    """Losses that fall strictly to one rung and rise strictly after it; that rung; a start."""
+    """Draws losses with a single minimum, the index of the minimum, and a start index."""
     size = draw(st.integers(1, len(LADDER)))
     best = draw(st.integers(0, size - 1))
     steps = draw(st.lists(st.floats(1e-3, 10), min_size=size, max_size=size))
@@ -170,17 +170,17 @@ def valleys(draw):
 
 
 @given(valleys())
-def test_in_a_single_valley_it_finds_the_lowest_rung_and_tries_no_rung_in_vain(valley):
+def test_search_finds_a_single_minimum_without_unnecessary_trials(valley):
     losses, best, start = valley
     found, tried = walk(losses, start)
     assert found == best
-    above = start if best < start else best + 1  # where the rung below the start is better, none above it is tried
+    above = start if best < start else best + 1  # if the next lower rate is better, no higher one is tried
     on_the_way = range(max(min(start, best) - 1, 0), min(above + 1, len(losses)))
-    assert sorted(tried) == list(on_the_way), "each once: the way from start to best and the neighbouring rungs"
+    assert sorted(tried) == list(on_the_way), "each rate once: from start to best, and the neighbours"
 
 
 @given(LOSSES, st.data())
-def test_on_any_losses_it_ends_no_worse_than_both_neighbours(losses, data):
+def test_search_returns_the_best_rate_tried_and_tries_its_neighbours(losses, data):
     found, tried = walk(losses, data.draw(st.integers(0, len(losses) - 1)))
     finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
     assert len(tried) == len(set(tried))

@@ -1,4 +1,4 @@
-"""Cells as processes: what they are given, how they end, and what an interruption leaves."""
+"""Cells as processes: their environment, how they end, and the state after an interruption."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def results_of(values):
     return read_json(Path(values["output"]) / "results.json")
 
 
-def test_a_cell_in_a_process_of_its_own(values):
+def test_cell_runs_in_its_own_process(values):
     values["compare"]["methods"] = LORA
     (cell,) = compared(values, jobs=2)["cells"]
     assert (cell["status"], cell["error"]) == ("done", None)
@@ -34,8 +34,8 @@ def test_a_cell_in_a_process_of_its_own(values):
     assert load_results(values["output"]).scored_methods == ["lora"]
 
 
-def test_jobs_are_shared_by_the_seeds_of_a_method_and_a_cell_gets_the_free_gpu(values, monkeypatch):
-    """One long cell; short ones next to it, which all belong on the other GPU."""
+def test_seeds_of_a_method_run_in_parallel_and_cells_get_the_free_gpu(values, monkeypatch):
+    """One long cell keeps its GPU busy, so all short cells must use the other GPU."""
     long_began, last_began, shares = threading.Event(), threading.Event(), {}
 
     class Cell:
@@ -65,7 +65,7 @@ def test_jobs_are_shared_by_the_seeds_of_a_method_and_a_cell_gets_the_free_gpu(v
 
 
 @pytest.mark.parametrize("sent", [None, signal.SIGTERM, signal.SIGKILL])
-def test_how_a_process_ended_is_named(values, sent):
+def test_wait_reports_interruptions_and_kills(values, sent):
     folder = Run.prepare(build_recipe({**values, "compare": None})).path
     process, error = CellProcess(folder, score=True, threads=None, device=None), folder / "error.txt"
     process.stop(sent) if sent else os.kill(process._process.pid, signal.SIGKILL)
@@ -73,7 +73,7 @@ def test_how_a_process_ended_is_named(values, sent):
     assert (error.read_text() if error.exists() else "") == ("" if sent else "killed by SIGKILL (out of memory?)\n")
 
 
-def test_a_process_gets_its_share_in_its_environment(tmp_path, monkeypatch):
+def test_process_gets_threads_and_gpu_from_its_environment(tmp_path, monkeypatch):
     script = "import os, sys; print(os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES']); sys.exit(7)"
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **k: start([sys.executable, "-c", script], **k))
@@ -82,7 +82,7 @@ def test_a_process_gets_its_share_in_its_environment(tmp_path, monkeypatch):
     assert log.read_text() == "3 1\n"
 
 
-def test_a_cell_ends_with_the_process_that_started_it():
+def test_cell_stops_when_its_standard_input_is_closed():
     script = """
 import sys, time
 from badit import worker
@@ -98,7 +98,7 @@ worker.main()
         assert process.wait() == -signal.SIGTERM
 
 
-def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values, tmp_path):
+def test_sigterm_stops_command_and_cell_and_saves_a_checkpoint(values, tmp_path):
     values["training"] |= {"max_steps": 100_000, "logging_steps": 1}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
@@ -119,21 +119,21 @@ def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values, 
     assert last_checkpoint(cell.checkpoints_path) == cell.checkpoints_path / f"checkpoint-{steps}"
     assert not (cell.path / "error.txt").exists()
     time.sleep(0.5)
-    assert cell.metrics_path.read_text().count("\n") == steps, "the cell has ended too"
+    assert cell.metrics_path.read_text().count("\n") == steps, "the cell has stopped too"
     assert by_status(results_of(values), status="missing", error=None) == ["lora/0", "badit/0"]
 
 
 @pytest.fixture
 def _ctrl_c_interrupts():
-    """As in a foreground process; a shell has those in the background ignore it."""
+    """Restores the default SIGINT handler: shells make background processes ignore SIGINT."""
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, former)
 
 
 @pytest.mark.usefixtures("_ctrl_c_interrupts")
-def test_running_cells_are_asked_to_stop_and_decide_nothing(values, monkeypatch):
-    """Two methods at a time: a Ctrl-C while one searches its last rate must not settle its rate."""
+def test_interrupted_search_stops_cells_and_selects_no_rate(values, monkeypatch):
+    """Two methods in parallel: Ctrl-C while one of them searches its last rate must not select a rate."""
     values["compare"]["learning_rates"] = [0.001, 0.01]
     waiting, stopped, lines = threading.Event(), [], []
 
@@ -167,7 +167,7 @@ def test_running_cells_are_asked_to_stop_and_decide_nothing(values, monkeypatch)
 
 
 @pytest.mark.usefixtures("_ctrl_c_interrupts")
-def test_a_second_interruption_ends_the_cells_at_once(values, monkeypatch):
+def test_second_interruption_kills_the_cells(values, monkeypatch):
     values["compare"]["methods"] = LORA
     told = []
 

@@ -1,4 +1,4 @@
-"""Small tasks and tokenizers that the tests of this room share."""
+"""Small tasks and tokenizers shared by tests."""
 
 import json
 
@@ -15,12 +15,12 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Writes BOS itself, trims, and leaves a space before the end of the turn.
+# Writes BOS itself, strips assistant messages, and adds a space before EOS.
 BRACKETS = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
     "{% else %} {{ m['content'] | trim }} {{ eos_token }}{% endif %}{% endfor %}"
 )
-# Ends an assistant's message with plain text alone.
+# Ends an assistant message with plain text, without a special token.
 UNMARKED = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 _TURNS = [("system", "Be brief."), ("user", "Capital of France?"), ("assistant", "Paris"), ("user", "And of Peru?")]
@@ -35,7 +35,7 @@ LINES = [
 
 
 def make_tokenizer(*, adds="<s> $A", chat_template=None, **options):
-    """A byte-level BPE tokenizer for any text; `adds` is what it puts around a sequence by default."""
+    """Returns a byte-level BPE tokenizer for any text; `adds` is its default template for special tokens."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
@@ -66,7 +66,7 @@ def encode_prompt(tokenizer, prompt, max_source_tokens=100, **options):
 
 
 def write_rows(file, *rows):
-    """Writes rows in the format that the file's name has; any other name gives a saved data set."""
+    """Writes rows in the format of the file's suffix; any other suffix writes a saved dataset."""
     if file.suffix == ".jsonl":
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif file.suffix == ".json":
@@ -86,7 +86,7 @@ def write_rows(file, *rows):
 
 
 def refusal(source, **options):
-    """The one line that says why a source cannot be read."""
+    """Returns the one-line error raised when a source is loaded."""
     with pytest.raises(BaditError) as caught:
         load_tasks(source, **options)
     assert len(str(caught.value).splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Every form of a row in a real file of every format, mixtures of sources, and data that is kept in the cache."""
+"""Row layouts in files of every format, mixtures of sources, and cached data."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def task_of(path, **options):
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "arrow", "json", "jsonl", "saved"])
-def test_the_same_rows_give_the_same_tasks_in_every_format(tmp_path, suffix):
+def test_same_rows_give_the_same_tasks_in_every_format(tmp_path, suffix):
     capitals, sums = load_tasks(write_rows(tmp_path / f"rows.{suffix}", *ROWS))
     assert (capitals.name, capitals.definition) == ("capitals", "Name the capital.")
     assert capitals.train == (
@@ -38,7 +38,7 @@ def test_the_same_rows_give_the_same_tasks_in_every_format(tmp_path, suffix):
     assert sums.train[0].outputs == ("2",)
 
 
-def test_a_csv_keeps_every_text_as_it_stands_and_is_refused_where_values_are_shifted(tmp_path):
+def test_csv_values_stay_text_and_malformed_files_are_refused(tmp_path):
     file = tmp_path / "codes.csv"
     file.write_text("\ufeffinput,output,split\n007,NA,train\nnull,1e3,dev\n", encoding="utf-8")
     task = task_of(file)
@@ -51,7 +51,7 @@ def test_a_csv_keeps_every_text_as_it_stands_and_is_refused_where_values_are_shi
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
-def test_a_task_may_have_several_wordings_and_a_named_column_be_empty_in_some_rows(tmp_path, suffix):
+def test_task_may_have_several_instructions_and_empty_inputs(tmp_path, suffix):
     rows = [{"topic": "sums", "do": "Add.", "context": "1 1", "answer": "2"}]
     rows += [{"topic": "sums", "do": "Greet.", "context": None, "answer": "Hi"}]
     columns = {"task": "topic", "instruction": "do", "input": "context", "output": "answer"}
@@ -60,7 +60,7 @@ def test_a_task_may_have_several_wordings_and_a_named_column_be_empty_in_some_ro
     assert [build_prompt(task, one).head.split("\n")[0] for one in task.train] == ["Add.", "Greet."]
 
 
-def test_files_of_a_folder_or_a_pattern_are_splits_or_tasks(tmp_path):
+def test_file_names_in_a_folder_or_glob_set_splits_and_tasks(tmp_path):
     for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "val.csv", "test.jsonl"):
         write_rows(tmp_path / name, HELLO)
     task = task_of(tmp_path)
@@ -74,7 +74,7 @@ def test_files_of_a_folder_or_a_pattern_are_splits_or_tasks(tmp_path):
     assert "test.jsonl: line 1: split: must be 'test', as in the file's name; change" in refusal(tmp_path)
 
 
-def test_the_forms_of_rows_that_name_no_task(tmp_path):
+def test_row_layouts_without_a_task_name(tmp_path):
     for row, prompt, answer in (
         ({"instruction": "Name it.", "input": "France", "output": "Paris", "text": ""}, "Name it.\n\nFrance", "Paris"),
         ({"instruction": "Say hello.", "output": "hello"}, "Say hello.", "hello"),
@@ -95,7 +95,7 @@ def test_the_forms_of_rows_that_name_no_task(tmp_path):
     assert message in refusal(tmp_path / "rows.jsonl")
 
 
-def test_columns_instructions_and_labels_have_the_names_that_are_given(tmp_path):
+def test_columns_instruction_and_class_labels_of_a_saved_dataset(tmp_path):
     label = datasets.ClassLabel(names=["bad", "good"])
     features = datasets.Features({"text": datasets.Value("string"), "label": label})
     rows = datasets.Dataset.from_dict({"text": ["Fine", "Dull"], "label": [1, 0]}, features=features)
@@ -108,7 +108,7 @@ def test_columns_instructions_and_labels_have_the_names_that_are_given(tmp_path)
     assert "train: row 1: data.columns: there is no column 'txt'; found: text, label" in refusal(wrong)
 
 
-def test_all_turns_are_instances_with_prompts_of_their_own(tmp_path):
+def test_all_turns_become_instances_with_their_own_prompts(tmp_path):
     task = task_of(write_rows(tmp_path / "chat.jsonl", {"messages": CHAT, "id": "x"}), turns="all")
     assert [(each.id, each.input, each.outputs, len(each.history)) for each in task.train] == [
         ("x", "Capital of France?", ("Paris",), 1),
@@ -121,7 +121,7 @@ def test_all_turns_are_instances_with_prompts_of_their_own(tmp_path):
     assert text.endswith("user: Capital of France?\n\nassistant: Paris\n\nuser: And of Peru?\n\nassistant: ")
 
 
-def test_a_long_chat_loses_its_oldest_messages_first():
+def test_long_chats_drop_the_oldest_messages_first():
     tokenizer = make_tokenizer(chat_template=CHATML)
     turns = [("user", "first question"), ("assistant", "first answer"), ("user", "second"), ("assistant", "reply")]
     instance = Instance(id="x", input="third", outputs=("end",), history=(("system", "Brief."), *turns))
@@ -136,7 +136,7 @@ def test_a_long_chat_loses_its_oldest_messages_first():
     assert seen == {0, 2, 4}
 
 
-def test_a_data_set_of_the_hub(monkeypatch):
+def test_hub_dataset_with_configuration_and_connection_error(monkeypatch):
     asked = []
     rows = datasets.Dataset.from_list([HELLO])
 
@@ -152,7 +152,7 @@ def test_a_data_set_of_the_hub(monkeypatch):
     assert "someone/things: no such file or folder" in refusal(Path("someone/things"))
 
 
-def test_sources_are_mixed_by_their_weights(tmp_path):
+def test_source_weights_set_the_mixture_and_conflicts_are_refused(tmp_path):
     a, b = (write_rows(tmp_path / f"{name}.csv", *[HELLO] * count) for name, count in (("a", 30), ("b", 10)))
     tasks = load_sources([Source(b, weight=3.0), Source(a)], weights={"a": 2.0})
     assert [(task.name, task.weight) for task in tasks] == [("a", 2.0), ("b", 3.0)]
@@ -165,7 +165,7 @@ def test_sources_are_mixed_by_their_weights(tmp_path):
 
 
 @given(sizes=st.lists(st.integers(1, 99), min_size=1, max_size=6), temperature=st.floats(1, 50))
-def test_quotas_weigh_sizes_by_the_temperature(sizes, temperature):
+def test_quotas_scale_task_sizes_by_temperature(sizes, temperature):
     instances = [tuple(Instance(id=str(i), input="", outputs=("a",)) for i in range(size)) for size in sizes]
     tasks = [Task(name=f"t{i}", definition="", train=train) for i, train in enumerate(instances)]
     assert quotas(tasks) is None
@@ -174,7 +174,7 @@ def test_quotas_weigh_sizes_by_the_temperature(sizes, temperature):
     assert list(found.values()) == [max(1, round(sum(sizes) * power / sum(powers))) for power in powers]
 
 
-def test_large_data_is_read_and_encoded_once(tmp_path, monkeypatch):
+def test_large_data_is_parsed_and_encoded_once(tmp_path, monkeypatch):
     monkeypatch.setenv("BADIT_CACHE", str(tmp_path / "cache"))
     rows = [{**ROWS[i % 2 * 2], "input": f"country {i}"} for i in range(50)]
     path = write_rows(tmp_path / "rows.jsonl", *rows)
@@ -195,11 +195,11 @@ def test_large_data_is_read_and_encoded_once(tmp_path, monkeypatch):
     assert examples.tasks == [each["task"] for each in expected]
     assert examples.largest_id == max(max(each["input_ids"]) for each in expected)
 
-    def parsed_again(*arguments, **options):
+    def fail_if_called(*arguments, **options):
         raise AssertionError("it is in the cache")
 
-    monkeypatch.setattr("badit.data.readers.read_rows", parsed_again)
-    monkeypatch.setattr(encode_tasks.__globals__["encode_examples"], "__code__", parsed_again.__code__)
+    monkeypatch.setattr("badit.data.readers.read_rows", fail_if_called)
+    monkeypatch.setattr(encode_tasks.__globals__["encode_examples"], "__code__", fail_if_called.__code__)
     assert load_tasks(path) == small
     assert len(encode_tasks(tokenizer, tasks, {"max_answer_tokens": 5}, order)) == 50
     write_rows(path, ROWS[0])
@@ -207,7 +207,7 @@ def test_large_data_is_read_and_encoded_once(tmp_path, monkeypatch):
         load_tasks(path)
 
 
-def test_the_command_shows_the_mixture_and_the_prompts(tmp_path, capsys, recipe_file):
+def test_tasks_command_shows_mixture_prompts_and_repeated_inputs(tmp_path, capsys, recipe_file):
     path = write_rows(tmp_path / "rows.jsonl", *ROWS, ROWS[0], {**ROWS[0], "split": "test"})
     assert main(["tasks", str(path), "data.sampling=balanced"]) == 0
     assert "capitals      3           0     1    50.0%  Name the capital." in capsys.readouterr().out
@@ -216,4 +216,4 @@ def test_the_command_shows_the_mixture_and_the_prompts(tmp_path, capsys, recipe_
     assert "Input: France\nOutput: " in shown
     assert "⟦Paris" in shown
     (row,) = [line for line in shown.splitlines() if line.startswith("capitals ") and "Name" not in line]
-    assert row.split()[-2:] == ["1", "2"], "an input is there again, and both times in the test set too"
+    assert row.split()[-2:] == ["1", "2"], "one repeated input; two training inputs are also in the test set"

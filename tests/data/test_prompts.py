@@ -1,4 +1,4 @@
-"""From a task's instance to token ids and batches, and from a conversation to rows."""
+"""Prompts: text, token ids, truncation, labels and batches; and rows from conversations."""
 
 import logging
 
@@ -33,10 +33,10 @@ PADDED = {
 }
 
 
-def test_the_text_without_and_with_demonstrations():
+def test_prompt_text_with_and_without_demonstrations():
     definition, question = TEXT.split("\n\n")
     one = " Positive Example 1 -\nInput: Italy\n Output: Rome\n\n"
-    two = f"{one} Positive Example 2 -\nInput: Peru\n Output: Lima\n\n"  # which are all that there are
+    two = f"{one} Positive Example 2 -\nInput: Peru\n Output: Lima\n\n"  # the task has only two
     for encoding, shots in {"def": "", "def+pos1": one, "def+pos2": two, "def+pos9": two}.items():
         assert prompt_text(TASK, FRANCE, encoding) == f"{definition}\n\n{shots}{question}"
     assert own_input(TEXT) == "France"
@@ -44,11 +44,11 @@ def test_the_text_without_and_with_demonstrations():
         prompt_text(TASK, FRANCE, "def-pos2")
 
 
-def test_the_prompt_is_bos_and_the_text_or_the_users_turn_and_the_assistants_header():
+def test_prompt_is_bos_and_text_or_the_rendered_chat_template():
     assert PLAIN.decode(encode_prompt(PLAIN, PROMPT)) == f"<s>{TEXT}"
     assert CHAT.decode(encode_prompt(CHAT, PROMPT)) == (f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\n")
     own = encode_prompt(PLAIN, "<s>France")
-    assert own.count(PLAIN.bos_token_id) == 1, "a text that starts with BOS gets no other"
+    assert own.count(PLAIN.bos_token_id) == 1, "no second BOS if the text starts with BOS"
     assert encode_prompt(CHAT, PROMPT, chat_template="never") == encode_prompt(PLAIN, PROMPT)
     assert encode_prompt(CHAT, PROMPT, chat_template="always") == encode_prompt(CHAT, PROMPT)
     with pytest.raises(BaditError, match="has no chat template"):
@@ -57,7 +57,7 @@ def test_the_prompt_is_bos_and_the_text_or_the_users_turn_and_the_assistants_hea
 
 @pytest.mark.parametrize("adds", ["$A", "<s> $A", "<s> $A </s>"])
 @pytest.mark.parametrize("template", [None, BRACKETS])
-def test_never_two_bos_and_never_eos_after_the_prompt(adds, template):
+def test_prompt_has_at_most_one_bos_and_no_eos(adds, template):
     tokenizer = make_tokenizer(adds=adds, chat_template=template)
     ids = encode_prompt(tokenizer, PROMPT)
     assert ids.count(tokenizer.bos_token_id) == (1 if template or adds != "$A" else 0)
@@ -67,7 +67,7 @@ def test_never_two_bos_and_never_eos_after_the_prompt(adds, template):
 @ALL
 @settings(max_examples=40, deadline=None)
 @given(text=st.text(max_size=300), limit=st.integers(40, 120))
-def test_truncation_keeps_the_definition_and_the_end(tokenizer, text, limit):
+def test_truncation_keeps_definition_and_end(tokenizer, text, limit):
     instance = Instance(id="x", input=text, outputs=("Paris",))
     ids = encode_prompt(tokenizer, build_prompt(TASK, instance), limit)
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -77,7 +77,7 @@ def test_truncation_keeps_the_definition_and_the_end(tokenizer, text, limit):
 
 
 @ALL
-def test_a_long_input_uses_the_room_it_has_and_a_long_definition_gives_way_too(tokenizer):
+def test_long_inputs_fill_the_limit_and_long_definitions_are_truncated(tokenizer):
     instance = Instance(id="x", input="France and Italy " * 500, outputs=("Paris",))
     frame = len(encode_prompt(tokenizer, ""))
     assert 95 <= len(encode_prompt(tokenizer, build_prompt(TASK, instance))) - frame <= 100
@@ -88,7 +88,7 @@ def test_a_long_input_uses_the_room_it_has_and_a_long_definition_gives_way_too(t
     assert "France" not in text
 
 
-def test_a_plain_string_is_cut_at_its_end_without_a_warning_and_no_room_for_the_end_is_refused(caplog):
+def test_plain_strings_are_truncated_silently_and_a_too_small_limit_is_refused(caplog):
     with caplog.at_level(logging.WARNING):
         ids = encode_prompt(tokenizer := make_tokenizer(), "France " * 500, 10)
     assert len(ids) <= 11
@@ -99,12 +99,12 @@ def test_a_plain_string_is_cut_at_its_end_without_a_warning_and_no_room_for_the_
 
 
 @pytest.mark.parametrize("template", [None, CHATML, BRACKETS, UNMARKED])
-def test_the_end_of_turn_is_what_the_template_writes(template):
+def test_end_of_turn_token_comes_from_the_chat_template(template):
     tokenizer = make_tokenizer(chat_template=template)
     assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>" if template == CHATML else "</s>")
     assert end_of_turn_id(tokenizer, "never") == tokenizer.eos_token_id
     tokenizer.chat_template = BRACKETS
-    assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id, "a changed template counts"
+    assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id, "the current template is used"
     with pytest.raises(BaditError, match="eos_token"):
         end_of_turn_id(make_tokenizer(eos_token=None))
 
@@ -112,7 +112,7 @@ def test_the_end_of_turn_is_what_the_template_writes(template):
 @ALL
 @settings(max_examples=30, deadline=None)
 @given(text=st.text(max_size=200), answer=st.text(max_size=60))
-def test_an_example_is_the_evaluations_prompt_and_then_the_answer_cut_and_ended(tokenizer, text, answer):
+def test_example_is_evaluation_prompt_truncated_answer_and_end_token(tokenizer, text, answer):
     before = (tokenizer.special_tokens_map, tokenizer.chat_template, len(tokenizer), tokenizer.pad_token)
     instance = Instance(id="x", input=text, outputs=(answer, "another"))
     lengths = {"max_source_tokens": 60, "max_answer_tokens": 20}
@@ -126,7 +126,7 @@ def test_an_example_is_the_evaluations_prompt_and_then_the_answer_cut_and_ended(
     assert (tokenizer.special_tokens_map, tokenizer.chat_template, len(tokenizer), tokenizer.pad_token) == before
 
 
-def test_each_answer_of_a_chat_has_all_that_came_before_it():
+def test_each_answer_of_a_chat_has_all_previous_messages_as_prompt():
     assert answer_rows([SYSTEM, USER, ANSWER, USER, LATER, USER]) == [
         {"prompt": [SYSTEM, USER], "completion": [ANSWER]},
         {"prompt": [SYSTEM, USER, ANSWER, USER], "completion": [LATER]},
@@ -139,7 +139,7 @@ def test_each_answer_of_a_chat_has_all_that_came_before_it():
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_padding_on_either_side_and_batches_by_task(side):
+def test_padding_sides_and_batches_by_task(side):
     batch = AnswerCollator(9, side)(EXAMPLES)
     assert all(tensor.dtype == torch.long for tensor in batch.values())
     assert [{key: tensor[i].tolist() for key, tensor in batch.items()} for i in (0, 1)] == [LONG, PADDED[side]]

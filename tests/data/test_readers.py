@@ -1,4 +1,4 @@
-"""The layouts of task data, and what is wrong in a file: reading it gives tasks or one line that names the file."""
+"""Layouts of task data, and invalid files: reading returns tasks or raises one line that names the file."""
 
 import json
 import os
@@ -19,7 +19,7 @@ OFFICIAL |= {"Categories": ["Question Answering"], "Domains": "Geography"}
 OFFICIAL |= {"Positive Examples": [{"input": "Italy", "output": "Rome", "explanation": "Since 1871."}]}
 OFFICIAL |= {"Negative Examples": [{"input": "Italy", "output": 3}]}
 OFFICIAL |= {"Instances": [{"id": "x1", "input": "France", "output": ["Paris"]}, {"input": "Peru", "output": "Lima"}]}
-OFFICIAL["Instances"] += [{"input": "a", "output": [""]}]  # a blank answer of the published data is kept
+OFFICIAL["Instances"] += [{"input": "a", "output": [""]}]  # the published data has blank answers, which are kept
 ITEM = {"id": "x", "input": "a", "output": "b"}
 LINE = {"task": "capitals", "instruction": "Name the capital.", "input": "France", "output": "Paris"}
 
@@ -55,14 +55,14 @@ def official(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_builtin_suite():
+def test_builtin_suite_and_selected_tasks():
     assert load_tasks("builtin") == builtin_tasks()
     assert [task.name for task in load_tasks("builtin", tasks=["which_day", "got_more"])] == ["which_day", "got_more"]
     with pytest.raises(BaditError, match="must be 'builtin'"):
         load_tasks("elsewhere", format="builtin")
 
 
-def test_sapt_leaves_the_validation_empty_and_reads_only_the_selected_files(sapt):
+def test_sapt_has_no_validation_set_and_reads_only_selected_tasks(sapt):
     tasks = load_tasks(sapt)
     assert list(sizes(tasks).items()) == [(name, (3, 0, 2)) for name in ("plain", "task002_quoref", "task363_sst2")]
     assert tasks[0].test[0].input == "test 0"
@@ -73,7 +73,7 @@ def test_sapt_leaves_the_validation_empty_and_reads_only_the_selected_files(sapt
     assert "invalid JSON at line 1 column 1" in refusal(sapt)
 
 
-def test_wrong_selections_are_refused(sapt):
+def test_invalid_task_selections_are_refused(sapt):
     write_task(sapt / "task2_b" / "train.json", 2)
     for wanted, message in (
         (["task363_sst"], "unknown task 'task363_sst' (did you mean 'task363_sst2'"),
@@ -86,7 +86,7 @@ def test_wrong_selections_are_refused(sapt):
         assert message in refusal(sapt, tasks=wanted)
 
 
-def test_without_lists_the_first_hundred_are_the_test_set_and_otherwise_the_lists_decide(official):
+def test_superni_split_lists_and_the_default_of_100_test_instances(official):
     tasks = load_tasks(official)
     assert set(sizes(tasks).values()) == {(30, 0, 100)}
     assert (tasks[0].test[0].id, tasks[0].train[0].id) == ("x0", "x100")
@@ -101,7 +101,7 @@ def test_without_lists_the_first_hundred_are_the_test_set_and_otherwise_the_list
     assert "'task1_a' is in both" in refusal(official)
 
 
-def test_nothing_to_read_and_a_broken_table_are_refused(tmp_path):
+def test_missing_sources_and_corrupt_tables_are_refused(tmp_path):
     assert "no tasks found" in refusal(tmp_path)
     assert "has no tasks; check the path and the format" in refusal(tmp_path, format="sapt")
     assert "no such file or folder" in refusal(tmp_path / "nowhere")
@@ -113,7 +113,7 @@ def test_nothing_to_read_and_a_broken_table_are_refused(tmp_path):
 
 
 @pytest.mark.skipif(not SUPERNI, reason="BADIT_SUPERNI does not name a copy of the benchmark")
-def test_the_published_benchmark():
+def test_published_superni_benchmark():
     tasks = load_tasks(str(SUPERNI))
     found = {task.name.removeprefix("task").split("_")[0]: task for task in tasks}
     assert {number: (len(task.train), len(task.test)) for number, task in found.items()} == SUPERNI_SIZES
@@ -124,7 +124,7 @@ def test_the_published_benchmark():
     assert load_tasks(str(SUPERNI), tasks=order) == [found[number] for number in order]
 
 
-def test_an_official_record_and_what_is_wrong_in_one(tmp_path):
+def test_official_superni_task_and_invalid_fields(tmp_path):
     (tmp_path / "capitals.json").write_text(json.dumps(OFFICIAL))
     (task,) = load_tasks(tmp_path)
     assert (task.name, task.definition) == ("capitals", "Name the capital.")
@@ -145,7 +145,7 @@ def test_an_official_record_and_what_is_wrong_in_one(tmp_path):
         assert refusal(tmp_path).startswith(f"{tmp_path}/capitals.json: {message}")
 
 
-def test_a_file_of_two_tasks(tmp_path):
+def test_jsonl_file_with_two_tasks(tmp_path):
     bare = {"task": "advice", "instruction": "Give advice.", "outputs": ["Rest.", ""], "split": "validation"}
     third = {**LINE, "id": "x", "input": "Peru\u2028!", "split": "test"}
     file = tmp_path / "all.jsonl"
@@ -159,7 +159,7 @@ def test_a_file_of_two_tasks(tmp_path):
     assert load_tasks(file, tasks=["capitals"], format="jsonl") == [capitals]
 
 
-def test_a_wrong_row_is_named(tmp_path):
+def test_invalid_rows_are_refused_with_their_line_number(tmp_path):
     same = {**LINE, "id": "same"}
     for rows, message in (
         ([{**LINE, "output": " "}], "line 1: outputs: must hold at least one answer that is not blank"),

@@ -1,4 +1,4 @@
-"""Tasks' names, splits, mixtures and orders, and the built-in suite."""
+"""Task names, splits, mixtures and orders, and the built-in suite."""
 
 import hashlib
 import json
@@ -16,11 +16,11 @@ from data.examples import make_task
 
 SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=5)
 BENCHMARK = Path(__file__).parents[2] / "docs/benchmark.md"
-# Results are published under the names of these orders: they must not move with Python or with the code.
+# Published results use these orders: they must not change with the Python version or the code.
 ROWS = re.findall(r"^\| (s\w+-\d) \| ([\d, ]+) \|$", BENCHMARK.read_text(), flags=re.MULTILINE)
 PUBLISHED = {name: [int(number) for number in row.split(",")] for name, row in ROWS}
 SUPERNI = [f"task{number:03}_of_superni" for number in PUBLISHED["sapt-1"]]
-# A change here changes every result on the suite: make it on purpose, and say so in the changelog.
+# A new hash means that all results on the suite change: update it only on purpose, and note it in the changelog.
 SUITE_SHA256 = "777982bd2ae00320cc2ac1c7c1fbd514c0477c428b55777cc41842af1b3139e4"
 
 
@@ -33,7 +33,7 @@ def numbers(names):
 
 
 @pytest.mark.parametrize("name", ["", " ", ".hidden", "a/b", "a\\b", "a\x7fb", "a\u2028b", "x" * 121, "語" * 81])
-def test_names_that_cannot_be_file_names_are_refused(name):
+def test_task_names_must_be_valid_file_names(name):
     with pytest.raises(ValidationError, match="file name"):
         Task(name=name, definition="d")
     for fine in ("x" * 120, "語" * 80, "task 1 (new)", "a..b"):
@@ -41,7 +41,7 @@ def test_names_that_cannot_be_file_names_are_refused(name):
 
 
 @given(SIZES, st.integers(0, 20), st.integers(0, 3))
-def test_holding_out_moves_at_most_a_quarter_and_no_draw_depends_on_other_tasks(sizes, per_task, seed):
+def test_hold_out_moves_at_most_a_quarter_and_draws_ignore_other_tasks(sizes, per_task, seed):
     tasks = [make_task(f"task-{i}", train=size) for i, size in enumerate(sizes)]
     for before, after in zip(tasks, hold_out(tasks, per_task, seed), strict=True):
         assert len(after.validation) == min(per_task, len(before.train) // 4)
@@ -53,16 +53,16 @@ def test_holding_out_moves_at_most_a_quarter_and_no_draw_depends_on_other_tasks(
         assert choose(tasks[::-1]) == [choose([task])[0] for task in tasks[::-1]]
 
 
-def test_the_draw_depends_on_seed_and_name_and_is_the_same_on_every_machine():
+def test_held_out_draw_is_deterministic_and_depends_on_seed_and_name():
     (task,) = hold_out([make_task(train=40)], 5, seed=0)
     assert [i.id for i in task.validation] == ["a2", "a11", "a20", "a26", "a36"]
     draws = [hold_out([make_task(name, train=100)], 10, seed)[0] for name in ("a", "b") for seed in (0, 1)]
     assert len({tuple(i.id for i in draw.validation) for draw in draws}) == 4
-    assert hold_out([task], 3, seed=1) == [task], "a validation set that is there stays"
+    assert hold_out([task], 3, seed=1) == [task], "an existing validation set is kept"
 
 
 @given(st.integers(0, 12), st.integers(0, 6), st.integers(0, 3))
-def test_limits(train, test, seed):
+def test_limit_nests_training_sets_and_keeps_the_first_test_instances(train, test, seed):
     task = make_task()
     (limited,) = limit([task], train, test, seed)
     (larger,) = limit([task], train + 1, None, seed)
@@ -73,7 +73,7 @@ def test_limits(train, test, seed):
 
 
 @given(SIZES, st.integers(0, 3))
-def test_the_mixture_has_every_instance_once_shuffled_by_the_seed(sizes, seed):
+def test_mixture_has_every_instance_once_in_an_order_set_by_the_seed(sizes, seed):
     tasks = [make_task(f"task-{i}", train=size) for i, size in enumerate(sizes)]
     order = mixture(tasks, seed)
     assert sorted(order) == list(range(sum(sizes)))
@@ -82,13 +82,13 @@ def test_the_mixture_has_every_instance_once_shuffled_by_the_seed(sizes, seed):
 
 
 @given(names=st.permutations(SUPERNI), count=st.integers(1, 15), order=st.sampled_from(list(PUBLISHED)))
-def test_the_published_orders_whatever_the_order_of_loading(names, count, order):
+def test_published_orders_do_not_depend_on_the_loading_order(names, count, order):
     loaded = names[:count] if order.startswith("sapt") else names
     assert len(PUBLISHED) == 7
     assert numbers(order_of(loaded, order)) == [number for number in PUBLISHED[order] if number in numbers(loaded)]
 
 
-def test_a_list_gives_the_order_itself_and_one_without_a_place_for_every_task_is_refused():
+def test_order_may_be_a_list_and_invalid_orders_are_refused():
     assert order_of(["a", "b", "c"], ["c", "a", "b"]) == ["c", "a", "b"]
     names = [name for name in SUPERNI if name.startswith(("task002", "task363", "task591"))]
     assert numbers(order_of(names, ["591", "task002", "363"])) == [591, 2, 363]
@@ -104,8 +104,8 @@ def test_a_list_gives_the_order_itself_and_one_without_a_place_for_every_task_is
             order_of(names, order)
 
 
-def test_the_suite_has_not_drifted_and_does_not_depend_on_the_hash_seed():
-    """Every process that runs the tests has another hash seed."""
+def test_suite_content_has_the_recorded_hash():
+    """Python's hash seed differs between test processes, so a dependence on it fails too."""
     tasks = builtin_tasks()
     content = [
         [task.name, task.definition, task.categories, task.abilities]

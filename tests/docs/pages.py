@@ -1,4 +1,4 @@
-"""The pages of the documentation and the code and commands in them."""
+"""The pages of the documentation, and the code and commands in them."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @dataclass(frozen=True)
 class Page:
-    """A page by its path in the repository; a recipe's page is its header."""
+    """A Markdown page or a recipe, given by its path in the repository."""
 
     path: str
 
@@ -20,20 +20,20 @@ class Page:
         return (ROOT / self.path).read_text()
 
     def blocks(self, language: str) -> list[str]:
-        """The page's fenced blocks of a language."""
+        """Returns the page's fenced code blocks of a language."""
         return re.findall(rf"^```{language}\n(.*?)^```", self.text, flags=re.DOTALL | re.MULTILINE)
 
     def commands(self) -> list[list[str]]:
-        """The arguments of every ``badit`` that a block of shell commands or a recipe's header calls."""
+        """Returns the arguments of each ``badit`` command in the page's shell blocks or the recipe's comments."""
         blocks = self.blocks("sh")
         if self.path.endswith(".yaml"):
             header = "\n".join(re.findall(r"^# *(.*)", self.text, flags=re.MULTILINE))
-            blocks = [re.sub(r" {2,}.*", "", header)]  # two spaces or more separate a command from its explanation
+            blocks = [re.sub(r" {2,}.*", "", header)]  # two or more spaces separate a command from its explanation
         found = []
         for block in blocks:
-            # A statement continues after a backslash and within quotes.
+            # A statement continues after a backslash or within quotes.
             for statement in re.findall(r'(?:"[^"]*"|\\\n|[^"\n])+', block):
-                # Without a launcher, up to badit's own arguments.
+                # Remove a launcher and its arguments.
                 statement = re.sub(r"^(?:accelerate launch|torchrun) .*?-m badit ", "badit ", statement)
                 if statement.startswith("badit "):
                     found.append(shlex.split(statement.replace("\\\n", "\n"), comments=True)[1:])
@@ -44,6 +44,6 @@ class Page:
 
 
 def pages(*patterns: str) -> list[Page]:
-    """The pages of these patterns; without any, all of Markdown that users read."""
+    """Returns the pages that match the patterns (default: all Markdown pages for users)."""
     files = [file for one in patterns or ("*.md", "docs/*.md", "recipes/README.md") for file in ROOT.glob(one)]
     return [Page(str(file.relative_to(ROOT))) for file in sorted(files)]

@@ -1,4 +1,4 @@
-"""The code of the documentation is run: a page's blocks in their order, in a folder of their own, with a tiny model."""
+"""Runs the code of the documentation: each page's blocks in order, in a temporary folder, with a tiny model."""
 
 import re
 import shutil
@@ -13,9 +13,9 @@ from comparison.cells import InlineCell, compare_module
 from docs.pages import ROOT, Page, pages
 
 _BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-WALK = Page("docs/quickstart.md")  # its commands are run besides, since each builds on those before it
+QUICKSTART = Page("docs/quickstart.md")  # tested separately, because its commands depend on the previous ones
 # tests/test_examples.py runs the README's code.
-WITH_CODE = [page for page in pages() if page.blocks("python") and page not in (WALK, Page("README.md"))]
+WITH_CODE = [page for page in pages() if page.blocks("python") and page not in (QUICKSTART, Page("README.md"))]
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def _folder(tiny_built_in, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(trained, tmp_path_factory):
-    """A folder with what pages take for granted: a run with its analysis, and its export."""
+    """A folder with the files that pages expect: a run with its analysis, and its export."""
     folder = tmp_path_factory.mktemp("finished")
     run = trained({"name": "badit", "num_experts": 4, "r": 2, "regroup": {"every": 2}})
     shutil.copytree(run.path, folder / "runs" / "mine")
@@ -38,7 +38,7 @@ def finished(trained, tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 @pytest.mark.parametrize("page", WITH_CODE, ids=str)
-def test_the_code_of_a_page_runs(page, finished, material, tmp_path):
+def test_python_code_of_a_page_runs(page, finished, material, tmp_path):
     for name in ("runs", "exports"):
         (tmp_path / name).symlink_to(finished / name)
     (tmp_path / "my-tasks.jsonl").symlink_to(material / "tasks.jsonl")
@@ -47,7 +47,7 @@ def test_the_code_of_a_page_runs(page, finished, material, tmp_path):
         exec(compile(block, page.path, "exec"), names)
 
 
-def test_dry_runs_find_nothing_amiss(material, tmp_path):
+def test_dry_runs_with_own_data_succeed(material, tmp_path):
     (tmp_path / "my-tasks.jsonl").symlink_to(material / "tasks.jsonl")
     commands = [command for page in pages() for command in page.commands() if "--dry-run" in command]
     complete = [command for command in commands if "data.source=my-tasks.jsonl" in command]
@@ -55,11 +55,11 @@ def test_dry_runs_find_nothing_amiss(material, tmp_path):
     assert all(main(command) == 0 for command in complete)
 
 
-def test_the_quickstart_comes_to_its_end(tmp_path):
-    commands, names = iter(WALK.commands()), {}
-    for language, block in _BLOCK.findall(WALK.text):
+def test_quickstart_runs_and_writes_its_report(tmp_path):
+    commands, names = iter(QUICKSTART.commands()), {}
+    for language, block in _BLOCK.findall(QUICKSTART.text):
         if language == "python":
-            exec(compile(block, WALK.path, "exec"), names)
+            exec(compile(block, QUICKSTART.path, "exec"), names)
             continue
         for _ in range(len(re.findall(r"^badit ", block, flags=re.MULTILINE))):
             arguments = next(commands)

@@ -1,4 +1,4 @@
-"""The pages of the documentation against the code: commands, recipes, figures, tables, messages, headings."""
+"""Checks the documentation against the code: commands, recipes, quoted numbers, tables, messages, sections."""
 
 import ast
 import json
@@ -16,12 +16,12 @@ from badit.report.page import SECTIONS
 from docs.pages import RESULTS, ROOT, Page, pages
 
 WITH_COMMANDS = [page for page in [*pages(), *pages("recipes/**/*.yaml")] if page.commands()]
-_FIGURE = re.compile(r"(\d+\.(\d+))<!-- ([\w/.-]+):([^>]+?) -->")
+_NUMBER = re.compile(r"(\d+\.(\d+))<!-- ([\w/.-]+):([^>]+?) -->")
 _TABLE = re.compile(r"<!-- table: ([\w/.-]+\.json) -->\n(.*?)\n<!-- end of table -->", flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=str)
-def test_every_command_is_one(page):
+def test_commands_parse_and_their_recipes_are_valid(page):
     assert sum(len(each.commands()) for each in WITH_COMMANDS) > 40
     for arguments in page.commands():
         _, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
@@ -31,9 +31,9 @@ def test_every_command_is_one(page):
 
 
 @pytest.mark.parametrize("page", pages(), ids=str)
-def test_what_is_called_in_a_sentence_exists(page):
+def test_mentioned_commands_make_targets_extras_and_scripts_exist(page):
     spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", page.text, flags=re.S))
-    verbs = [span.split()[1] for span in spans if re.match(r"\s*badit\s+[a-z]", span)]  # may go over a line's end
+    verbs = [span.split()[1] for span in spans if re.match(r"\s*badit\s+[a-z]", span)]  # may contain a line break
     assert set(verbs) <= set(app)
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:`|^|; )make ([a-z][a-z-]*)", page.text, flags=re.MULTILINE):
@@ -46,7 +46,7 @@ def test_what_is_called_in_a_sentence_exists(page):
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if page.blocks("yaml")], ids=str)
-def test_every_block_of_yaml_is_a_recipe(page):
+def test_yaml_blocks_are_valid_recipes(page):
     for block in page.blocks("yaml"):
         content = yaml.safe_load(block)
         content.pop("extends", None)
@@ -56,10 +56,10 @@ def test_every_block_of_yaml_is_a_recipe(page):
             build_method(section)
 
 
-@pytest.mark.parametrize("page", [page for page in pages() if _FIGURE.search(page.text)], ids=str)
-def test_figures_are_those_of_the_committed_results(page):
-    """A figure that is quoted from a results file carries a comment that names the file and the key."""
-    for figure, decimals, file, key in _FIGURE.findall(page.text):
+@pytest.mark.parametrize("page", [page for page in pages() if _NUMBER.search(page.text)], ids=str)
+def test_quoted_numbers_match_the_committed_results(page):
+    """A number quoted from a results file is followed by a comment with the file and the key."""
+    for figure, decimals, file, key in _NUMBER.findall(page.text):
         value = json.loads((RESULTS / file).read_text())
         for part in key.split("."):
             value = value[int(part) if isinstance(value, list) else part]
@@ -67,29 +67,29 @@ def test_figures_are_those_of_the_committed_results(page):
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if _TABLE.search(page.text)], ids=str)
-def test_tables_are_those_of_the_committed_results(page):
-    """A comparison's table stands between comments, the first of which names its results."""
+def test_tables_match_the_committed_results(page):
+    """A comparison's table is between two comments; the first one names its results file."""
     for file, found in _TABLE.findall(page.text):
         assert found == table(RESULTS / file, form="markdown").strip()
 
 
-def texts():
-    """Every text in the source, with … for what it fills in."""
+def source_strings():
+    """Returns all strings in the source, with … for the placeholders of f-strings."""
     nodes = [node for file in (ROOT / "src").glob("**/*.py") for node in ast.walk(ast.parse(file.read_text()))]
     plain = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     filled = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]
     return plain + ["".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in each) for each in filled]
 
 
-def test_the_reports_sections_are_those_of_the_page():
+def test_analysis_page_lists_the_report_sections():
     listed = re.findall(r"^\| \*\*(.+?)\*\* \|", Page("docs/analysis.md").text, flags=re.MULTILINE)
     assert len(listed) == len(SECTIONS)
-    assert set(listed) <= set(texts())
+    assert set(listed) <= set(source_strings())
 
 
-def test_every_quoted_message_is_in_the_source():
+def test_quoted_messages_are_in_the_source():
     quoted = re.findall(r"^### `([^`]+)`$", Page("docs/troubleshooting.md").text, flags=re.MULTILINE)
     assert len(quoted) > 30
-    known = texts()
+    known = source_strings()
     pattern = {text: re.escape(text).replace("…", ".*….*") for text in quoted}
     assert [text for text in quoted if not any(re.search(pattern[text], one, re.DOTALL) for one in known)] == []

@@ -1,4 +1,4 @@
-"""docs/paper-index.md against the code: every default is there, with the value that it has."""
+"""Checks docs/paper-index.md against the code: it lists every default with its value."""
 
 import dataclasses
 import inspect
@@ -17,9 +17,9 @@ from badit.regroup import RegroupOptions
 from badit.tuner.config import FORMAT_FIELD, ExpertConfig
 from docs.pages import ROOT, Page
 
-# Rows: an option, its default and, of a recipe's, the value in the paper's recipes.
+# Rows: an option, its default and, for recipe keys, the value in the paper's recipes.
 ROWS = re.findall(r"^\| `([\w.]+)` \| `([^`]+)` \| (?:`([^`]+)`)?", Page("docs/paper-index.md").text, flags=re.M)
-HERE = {option: value for option, value, _ in ROWS}
+DOCUMENTED = {option: value for option, value, _ in ROWS}
 SECTIONS = [name for name, field in Recipe.model_fields.items() if isinstance(field.default, BaseModel)]
 CONFIGS = {cls.__name__: cls for cls in (BaditConfig, NeuronOptions, LoraConfig)} | {"RegroupCallback": RegroupOptions}
 CONFIGS |= {each.config_cls.__name__: each.config_cls for each in BASELINES.values()}
@@ -30,7 +30,7 @@ def fields(cls):
 
 
 def default_of(option):
-    """The default in the code: of a configuration's field, a recipe's, a function's parameter; or a constant."""
+    """Returns the default of a configuration field, recipe key or parameter, or the value of a constant."""
     place, _, name = option.rpartition(".")
     module, _, owner = place.rpartition(".")
     if place == "RegroupCallback" and name not in fields(RegroupOptions):
@@ -44,12 +44,12 @@ def default_of(option):
     return inspect.signature(getattr(import_module(module), owner)).parameters[name].default
 
 
-@pytest.mark.parametrize("option", HERE)
-def test_a_default_is_what_the_page_says(option):
-    assert HERE[option] == repr(default_of(option))
+@pytest.mark.parametrize("option", DOCUMENTED)
+def test_documented_defaults_match_the_code(option):
+    assert DOCUMENTED[option] == repr(default_of(option))
 
 
-def test_the_papers_recipes_have_what_the_page_says():
+def test_documented_paper_values_match_the_paper_recipe():
     recipe = load_recipe(ROOT / "recipes/paper/qwen3-4b.yaml")
     for option, _, value in ROWS:
         section, _, name = option.partition(".")
@@ -57,7 +57,7 @@ def test_the_papers_recipes_have_what_the_page_says():
             assert value == repr(getattr(getattr(recipe, section), name)), option
 
 
-def test_the_page_has_every_default():
+def test_every_default_is_documented():
     peft = {*fields(PeftConfig), FORMAT_FIELD, "past_branches", "tasks"}
     names = {"BaditConfig": fields(BaditConfig).keys() - peft, "NeuronOptions": fields(NeuronOptions)}
     names |= {section: type(getattr(Recipe(), section)).model_fields for section in SECTIONS}
@@ -67,4 +67,4 @@ def test_the_page_has_every_default():
             own = fields(config).items() - fields(ExpertConfig).items()
             names[config.__name__] = {name for name, _ in own} - peft
     wanted = {f"{place}.{name}" for place, own in names.items() for name in own}
-    assert wanted - HERE.keys() == set()
+    assert wanted - DOCUMENTED.keys() == set()

@@ -1,4 +1,4 @@
-"""The site is built without a warning, so that every link and anchor holds, and needs no network to be read."""
+"""The site builds without warnings, so all links and anchors are valid, and it needs no network."""
 
 import os
 import re
@@ -23,7 +23,7 @@ def site(tmp_path_factory):
     return folder
 
 
-def test_nothing_is_fetched(site):
+def test_site_loads_nothing_from_the_network(site):
     for file in site.glob("**/*.html"):
         tags = re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*>", file.read_text())
         assert [tag for tag in tags if re.search(r"""(?:src|href)=["'](?:https?:)?//""", tag)] == [], file
@@ -31,7 +31,7 @@ def test_nothing_is_fetched(site):
         assert not re.search(r"@import|url\([\"']?(?:https?:)?//", file.read_text()), file
 
 
-def test_code_fits_a_phone(site, browser):
+def test_code_blocks_fit_a_phone_screen(site, browser):
     wider = "return [...document.querySelectorAll('pre, pre > code')].filter(e => e.scrollWidth > e.clientWidth).length"
     emulate(browser, width=400)
     for page in ("index", "quickstart", "own-tasks", "integrations", "api"):
@@ -44,11 +44,11 @@ def test_formulas_are_mathml(site):
         formulas = re.findall(r"<math .*?</math>", (site / f"{page}.html").read_text(), flags=re.DOTALL)
         assert len(formulas) == len(Page(f"docs/{page}.md").blocks("math")) > 0
         for formula in formulas:
-            # TeX that the converter does not know stays in the text.
+            # The converter leaves unknown TeX in the text.
             assert not set("\\&") & set(unescape(re.sub(r"<[^>]+>", "", formula))), formula
 
 
-def test_code_options_and_files_come_from_the_source(site):
+def test_code_options_and_recipes_are_included_from_the_source(site):
     shown = re.sub(r"<[^>]+>", "", (site / "method.html").read_text())
     assert "def expert_gates(logits: torch.Tensor" in shown
     assert "<!-- code" not in shown
@@ -58,6 +58,6 @@ def test_code_options_and_files_come_from_the_source(site):
     assert 'href="source/recipes/own-tasks.yaml.html"' in (site / "recipes.html").read_text()
 
 
-def test_the_api_has_every_public_name():
+def test_api_page_lists_all_public_names():
     described = set(re.findall(r"^::: badit\.(\w+)$", Page("docs/api.md").text, flags=re.MULTILINE))
     assert described == set(badit.__all__) - {"__version__"}

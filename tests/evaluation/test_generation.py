@@ -1,4 +1,4 @@
-"""Decoding against a naive loop: batches, end tokens, adapters, streaming; and scoring the answers."""
+"""Decoding compared with a naive loop: batches, end tokens, adapters, streaming; and scores of answers."""
 
 import itertools
 import warnings
@@ -38,7 +38,7 @@ def until(ends, tokens):
 
 
 def words(tokens):
-    return " ".join(f"w{token}" for token in tokens if token > 1)  # 0 and 1 are special
+    return " ".join(f"w{token}" for token in tokens if token > 1)  # tokens 0 and 1 are special
 
 
 def generate(model, tokenizer, prompts, **options):
@@ -46,27 +46,27 @@ def generate(model, tokenizer, prompts, **options):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_equals_naive_decoding_in_the_order_of_the_prompts(model, tokenizer, prompts, free, batch_size):
+def test_answers_match_naive_decoding_in_prompt_order(model, tokenizer, prompts, free, batch_size):
     expected = [words(until({1}, tokens)) for tokens in free]
-    assert len(set(expected)) > 4  # the answers differ, so that a wrong order shows
+    assert len(set(expected)) > 4  # a wrong order is detected only if the answers differ
     assert generate(model, tokenizer, prompts, batch_size=batch_size) == expected
     assert generate(model, tokenizer, []) == []
 
 
 def spy_on(model, monkeypatch):
-    """A mock in the place of ``model.generate``, which it calls."""
+    """Replaces ``model.generate`` by a mock that calls it, and returns the mock."""
     monkeypatch.setattr(model, "generate", Mock(wraps=model.generate))
     return model.generate
 
 
-def test_padding_with_an_ordinary_token_is_not_part_of_the_answer(model, prompts, free):
+def test_padding_with_a_regular_token_is_not_part_of_the_answer(model, prompts, free):
     model.generation_config.eos_token_id = end = free[1][4]
     expected = [" ".join(f"w{token}" for token in until({end}, tokens)) for tokens in free]
     assert len({len(answer.split()) for answer in expected}) > 1  # some answers end early and are padded
     assert generate(model, word_tokenizer(0), prompts) == expected
 
 
-def test_ignores_the_models_decoding_options_and_leaves_everything_as_it_was(model, tokenizer, prompts, monkeypatch):
+def test_model_decoding_options_are_ignored_and_all_state_is_restored(model, tokenizer, prompts, monkeypatch):
     expected = generate(model, tokenizer, prompts)
     model.train()
     model.model.layers[0].eval()
@@ -92,14 +92,14 @@ def test_ignores_the_models_decoding_options_and_leaves_everything_as_it_was(mod
 
 @pytest.fixture
 def ending(model, free):
-    """The model with end tokens by which its answers to the prompts have several lengths."""
+    """The model with end tokens that give its answers different lengths."""
     model.generation_config.eos_token_id = [free[1][4], free[5][2], free[2][7]]
     return model
 
 
 @pytest.mark.parametrize("routing", [None, "prompt", "token"])
-def test_a_batch_continues_without_the_rows_that_have_ended(ending, tokenizer, prompts, free, routing, monkeypatch):
-    """A row ends by an end token of model or tokenizer; the mixtures of the rows that continue are still theirs."""
+def test_finished_rows_are_removed_from_the_batch(ending, tokenizer, prompts, free, routing, monkeypatch):
+    """A row ends at an end token of model or tokenizer; the remaining rows keep their own mixtures."""
     model, expected = ending, [words(until({1, *ending.generation_config.eos_token_id}, tokens)) for tokens in free]
     if routing:
         config = BaditConfig(num_experts=4, r=2, target_modules=["gate_proj"], routing=routing, task_type="CAUSAL_LM")
@@ -114,7 +114,7 @@ def test_a_batch_continues_without_the_rows_that_have_ended(ending, tokenizer, p
     assert all(2 * after <= before for before, after in itertools.pairwise(rows))
 
 
-def test_where_rows_cannot_be_removed_from_a_cache_the_batch_stays_whole(ending, tokenizer, prompts, monkeypatch):
+def test_batch_keeps_all_rows_if_the_cache_cannot_remove_rows(ending, tokenizer, prompts, monkeypatch):
     expected = generate(ending, tokenizer, prompts)
     monkeypatch.setattr(generation, "select_rows", lambda cache, rows: False)
     spy = spy_on(ending, monkeypatch)
@@ -128,7 +128,7 @@ def stream(model, tokenizer, prompt, **options):
     return stream_answer(model, tokenizer, prompt, **options), shown
 
 
-def test_what_cannot_be_decoded_is_refused(model, tokenizer):
+def test_empty_prompts_and_invalid_options_are_refused(model, tokenizer):
     for call, message in (
         (lambda: generate(model, tokenizer, [[5], []]), "prompt 1 has no tokens"),
         (lambda: generate(model, tokenizer, [[5]], batch_size=0), "batch_size"),
@@ -140,7 +140,7 @@ def test_what_cannot_be_decoded_is_refused(model, tokenizer):
             call()
 
 
-def test_a_streamed_answer_is_the_same_and_grows_by_tokens(model, tokenizer, prompts, free):
+def test_streamed_answer_matches_naive_decoding_and_grows_by_tokens(model, tokenizer, prompts, free):
     ended = []
     for prompt, tokens in zip(prompts, free, strict=True):
         tokens = until({1}, tokens)
@@ -156,7 +156,7 @@ def test_a_streamed_answer_is_the_same_and_grows_by_tokens(model, tokenizer, pro
     assert (model.training, model.generation_config) == (True, own)
 
 
-def test_half_a_character_waits_for_its_other_half(model, prompts):
+def test_incomplete_characters_are_not_streamed(model, prompts):
     tokenizer = make_tokenizer()
     ids = tokenizer("naïve €", add_special_tokens=False)["input_ids"]
 
@@ -170,11 +170,11 @@ def test_half_a_character_waits_for_its_other_half(model, prompts):
     answer, shown = stream(model, tokenizer, prompts[0], max_new_tokens=len(ids))
     assert answer.text == "naïve €"
     assert all("naïve €".startswith(text) for text in shown)
-    assert len(set(shown)) < len(ids), "some tokens are a part of a character"
+    assert len(set(shown)) < len(ids), "some tokens are only part of a character"
 
 
 def tasks_of(*answers):
-    """Two tasks, of three instances and one, with these references."""
+    """Returns two tasks, with three instances and one, whose second references are the answers."""
     inputs = ["w5 w6 w7", "w9", "w3 w3 w3 w3 w90", "w77 w8"]
     pairs = zip(inputs, answers, strict=True)
     instances = [Instance(id=f"i{i}", input=text, outputs=("zzz", answer)) for i, (text, answer) in enumerate(pairs)]
@@ -182,7 +182,7 @@ def tasks_of(*answers):
     return [right, Task(name="wrong", definition="w1", test=tuple(instances[3:]))]
 
 
-def test_scores_and_predictions_belong_to_their_instances(model, tokenizer):
+def test_scores_and_predictions_match_their_instances(model, tokenizer):
     _, answers = score_model(model, tokenizer, RECIPE, tasks_of(*"abcd"), "test", progress=False)
     tasks = tasks_of(*[answer.prediction for answer in answers[:3]], "d")
     scores, predictions = score_model(model, tokenizer, RECIPE, tasks, "test", progress=False)
@@ -202,7 +202,7 @@ def test_scores_and_predictions_belong_to_their_instances(model, tokenizer):
 
 
 @pytest.mark.parametrize(("family", "options"), [*(("llama", one) for one in OPTIONS), ("gpt2", {}), ("gemma2", {})])
-def test_one_pass_serves_the_nll_and_the_answers(family, options, tiny_model, tokenizer, monkeypatch):
+def test_shared_prompt_cache_keeps_nll_and_answers(family, options, tiny_model, tokenizer, monkeypatch):
     model = tiny_model(family, vocab_size=128, initializer_range=0.5)
     model = model if options is None else adapted(model, **options)
     texts = [("w5 w6 w7", "w3 w4"), ("w9", "w5"), ("w3 w3 w3 w3 w90 w4 w6", "w7 w8 w9 w10"), ("w77 w8", "w9 w2 w3")]
@@ -216,11 +216,11 @@ def test_one_pass_serves_the_nll_and_the_answers(family, options, tiny_model, to
     _, predictions = score_model(model, tokenizer, RECIPE, [task], "test", progress=False)
     assert [prediction.nll for prediction in predictions] == pytest.approx([fmean(each) for each in losses], rel=1e-4)
     assert [prediction.prediction for prediction in predictions] == answers
-    # Positions that have left a sliding window's cache do not come back.
+    # A sliding-window cache cannot restore dropped positions, so gemma2 does not reuse it.
     assert any(name in spy.mock_calls[0].kwargs for name in ("cache", "past_key_values")) == (family != "gemma2")
 
 
-def test_predictions_survive_the_files_and_an_interrupted_write(tmp_path, monkeypatch):
+def test_predictions_round_trip_and_survive_an_interrupted_write(tmp_path, monkeypatch):
     folder = tmp_path / "new" / "folder"
     write_predictions(folder, [AWKWARD[1], AWKWARD[0], AWKWARD[2]])
     assert sorted(file.name for file in folder.iterdir()) == ["a.jsonl", "task b.jsonl"]
@@ -231,7 +231,7 @@ def test_predictions_survive_the_files_and_an_interrupted_write(tmp_path, monkey
     assert read_predictions(folder) == AWKWARD
 
 
-def test_a_task_name_never_leaves_the_folder(tmp_path):
+def test_task_names_cannot_lead_out_of_the_folder(tmp_path):
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "link.jsonl").symlink_to(tmp_path / "out.jsonl")
     for name in ("../up", f"{tmp_path}/absolute", "link"):
@@ -240,7 +240,7 @@ def test_a_task_name_never_leaves_the_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["inside"]
 
 
-def test_bad_predictions_and_splits_are_named(tmp_path):
+def test_invalid_predictions_and_unknown_splits_are_refused(tmp_path):
     for line in ("{", '{"references": [], "surplus": 1}'):
         write_predictions(tmp_path, AWKWARD[:1])
         with (tmp_path / "a.jsonl").open("a") as file:
@@ -254,7 +254,7 @@ def test_bad_predictions_and_splits_are_named(tmp_path):
 
 
 def word_tokenizer(start, **special):
-    """A tokenizer of 128 words, `w0` to `w127`, the first of them replaced by special tokens."""
+    """Returns a tokenizer of 128 words, `w0` to `w127`; special tokens replace those before `start`."""
     vocabulary = [*special.values(), *(f"w{i}" for i in range(start, 128))]
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="w127"))
     backend.pre_tokenizer = Whitespace()
@@ -268,7 +268,7 @@ def tokenizer():
 
 @pytest.fixture
 def model(tiny_model):
-    # With weights this large the logits are far from uniform, so that the largest one is never in doubt.
+    # Large weights make the logits far from uniform, so that the largest one is unambiguous.
     sizes = {"vocab_size": 128, "intermediate_size": 64, "initializer_range": 0.5}
     return tiny_model("llama", **sizes, bos_token_id=None, pad_token_id=None)
 
@@ -282,6 +282,6 @@ def prompts():
 
 @pytest.fixture
 def free(model, prompts):
-    """What follows each prompt, without cache and padding: the largest logit, whether it ends the answer or not."""
+    """Greedy continuations of the prompts, without cache and padding; end tokens do not stop them."""
     ids = [torch.tensor([prompt]) for prompt in prompts]
     return [greedy_by_hand(model, each, torch.ones_like(each), 12)[0, each.shape[1] :].tolist() for each in ids]

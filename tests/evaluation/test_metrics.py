@@ -1,4 +1,4 @@
-"""Rouge-L and exact match against plain formulas."""
+"""Rouge-L and exact match compared with plain formulas."""
 
 import re
 
@@ -39,7 +39,7 @@ REFERENCES = st.lists(SENTENCES, min_size=1, max_size=3)
 
 
 @given(SENTENCES, REFERENCES, SENTENCES)
-def test_rouge_l_equals_the_plain_formula_and_another_reference_never_lowers_a_score(prediction, references, another):
+def test_rouge_l_matches_the_formula_and_references_never_lower_scores(prediction, references, another):
     expected = max(naive_rouge_l(prediction, reference) for reference in references)
     assert rouge_l(prediction, references) == pytest.approx(expected)
     for metric in (rouge_l, exact_match):
@@ -47,13 +47,13 @@ def test_rouge_l_equals_the_plain_formula_and_another_reference_never_lowers_a_s
 
 
 @given(st.text(max_size=20))
-def test_of_any_text(text):
+def test_text_scored_against_itself_and_idempotent_normalization(text):
     assert rouge_l(text, [text]) == (100.0 if naive_tokens(text) else 0.0)
     normal = normalize_answer(text)
     assert normalize_answer(normal) == normalize_answer(f" \n{text}...!") == normal
 
 
-def test_known_scores_and_what_cannot_be_scored():
+def test_known_scores_and_invalid_references():
     for prediction, references, rouge, exact in (
         ("Yes.", ["no", "yes"], 100.0, 100.0),
         ("the cat", ["cat"], 200 / 3, 0.0),  # precision 1/2, recall 1; articles are kept

@@ -1,4 +1,4 @@
-"""Reading results.json, and the summaries against the numbers that they are computed from."""
+"""Reading results.json, and summaries compared with the numbers they are computed from."""
 
 import json
 from statistics import fmean, stdev
@@ -15,7 +15,7 @@ TASKS = {"task002_quoref": 3, "task_b": 2}
 
 
 def cell(method, seed, level, **fields):
-    """A finished cell whose scores lie around `level`; its seed is None for a method that does not train."""
+    """Returns a finished cell with scores around `level`; `seed` is None for a method without training."""
     shift = seed or 0
     instances = {
         task: {
@@ -58,13 +58,13 @@ def sequential():
 
 
 def summary_of(folder, content, **options):
-    """A row for each method, by name, as plain values; what is missing is None."""
+    """Returns a row for each method, by name, as plain values; missing values are None."""
     frame = summarise(load_results(write_results(folder, content)), **options)
     rows = frame.set_index("method").astype(object)
     return {method: SimpleNamespace(**row) for method, row in rows.where(rows.notna(), None).to_dict("index").items()}
 
 
-def test_the_frames_hold_the_cells_scores_and_instances(tmp_path):
+def test_frames_contain_cells_scores_and_instances(tmp_path):
     content = mixed()
     results = load_results(write_results(tmp_path, content))
     assert (results.protocol, results.reference, results.methods) == ("mixed", "lora", content["methods"])
@@ -81,7 +81,7 @@ def test_the_frames_hold_the_cells_scores_and_instances(tmp_path):
     pd.testing.assert_frame_equal(results.scores, load_results(tmp_path).scores)
 
 
-def test_summaries_of_a_partial_comparison(tmp_path):
+def test_summary_of_a_partial_comparison(tmp_path):
     content = mixed()
     base, lora, badit, goat = summary_of(tmp_path, content).values()
     scores = [entry["scores"]["rouge_l"] for entry in content["cells"][:4]]
@@ -90,17 +90,17 @@ def test_summaries_of_a_partial_comparison(tmp_path):
     assert (base.rouge_l_std, base.learning_rate, base.trainable_parameters, base.seconds) == (None,) * 4
     assert (base.rank, lora.rank, badit.rank) == (base.task_rank, lora.task_rank, badit.task_rank) == (3, 2, 1)
     assert (goat.runs, goat.rouge_l_mean, goat.rank, goat.difference_runs) == (0, None, None, None)
-    # Paired by run: 43 - 40 with seed 0 and 48 - 42 with seed 2; the instances add the same to both methods.
+    # Paired by run: 43 - 40 for seed 0 and 48 - 42 for seed 2; the instances shift both methods equally.
     assert badit.difference_runs == 2
     assert (badit.difference_mean, badit.difference_low, badit.difference_high) == pytest.approx((4.5, 3, 6))
-    # A method that does not train is paired with every run.
+    # A method without training is paired with every run.
     assert (base.runs, base.difference_runs) == (1, 3)
     assert base.difference_mean == pytest.approx(scores[0] - fmean(scores[1:]))
     lora = summary_of(tmp_path, {**content, "reference": "base"})["lora"]
     assert (lora.difference_mean, lora.difference_runs) == (pytest.approx(-base.difference_mean), 3)
 
 
-def test_a_sequence_is_summarised_over_seeds_and_orders(tmp_path):
+def test_sequential_summary_over_seeds_and_orders(tmp_path):
     content = sequential()
     content["methods"].append("joint")
     content["cells"] += [cell("joint", 0, 50), cell("joint", 1, 60)]
@@ -110,14 +110,14 @@ def test_a_sequence_is_summarised_over_seeds_and_orders(tmp_path):
         assert getattr(lora, f"{name}_mean") == mean
         assert getattr(lora, f"{name}_std") == pytest.approx(stdev([5, 6, 7, 8]))
     assert (badit.difference_mean, badit.difference_runs) == (pytest.approx(5), 4)
-    # A method without task order is paired by seed; lora has 30 and 31 in the orders of seed 0, 32 and 33 in seed 1.
+    # A method without task order is paired by seed; lora has 30 and 31 for seed 0, and 32 and 33 for seed 1.
     assert joint.forgetting_mean is None
     assert (joint.difference_mean, joint.difference_runs) == (pytest.approx(fmean([20, 19, 28, 27])), 4)
     released = summary_of(tmp_path, content, form="released")["lora"]
     assert (released.forgetting_mean, released.forward_transfer_mean) == (10.5, None)
 
 
-def test_ranks_and_differences_are_taken_in_the_metric_and_rounding_breaks_no_tie(tmp_path):
+def test_ranks_and_differences_use_the_metric_and_ties_ignore_rounding(tmp_path):
     results = load_results(write_results(tmp_path, mixed()))
     by_exact_match = summarise(results, "exact_match").set_index("method").iloc[:3]
     means = task_means(results, "exact_match")
@@ -132,7 +132,7 @@ def test_ranks_and_differences_are_taken_in_the_metric_and_rounding_breaks_no_ti
     assert ranks["rank"].tolist() == ranks["task_rank"].tolist() == [1.5, 1.5, 3]
 
 
-def test_incomplete_comparisons_and_several_learning_rates(tmp_path):
+def test_summary_of_incomplete_comparisons_and_several_learning_rates(tmp_path):
     content = mixed()
     content["cells"][5]["instances"] = content["cells"][6]["instances"] = None
     badit = summary_of(tmp_path, content)["badit_x"]
@@ -144,7 +144,7 @@ def test_incomplete_comparisons_and_several_learning_rates(tmp_path):
     assert summary_of(tmp_path, content)["lora"].learning_rate == "0.002 / 5e-05"
 
 
-def test_a_broken_file_is_refused_by_field(tmp_path):
+def test_invalid_results_are_refused_with_the_field(tmp_path):
     for path, value, message in (
         ("format", 2, "format: is 2, this badit version reads 1: pip install --upgrade badit, or create"),
         ("reference", "lroa", "reference: unknown 'lroa' (did you mean 'lora'?)"),
@@ -168,7 +168,7 @@ def test_a_broken_file_is_refused_by_field(tmp_path):
         assert "\n" not in str(refusal.value)
 
 
-def test_damaged_scores_of_a_run_are_refused(tmp_path):
+def test_scores_of_a_run_are_read_and_invalid_ones_refused(tmp_path):
     path = tmp_path / "scores.json"
     task = {"rouge_l": 1, "exact_match": 2, "instances": 3}
     good = {"rouge_l": 1.0, "exact_match": 2.0, "tasks": {"a": task}, "matrix": [[1.0]]}

@@ -1,4 +1,4 @@
-"""The paired bootstrap against a naive twin, and the continual-learning scores against their formulas."""
+"""The paired bootstrap and the continual-learning scores, compared with naive implementations."""
 
 import math
 
@@ -19,7 +19,7 @@ NAN = math.nan
 
 
 def naive_bootstrap(tasks, resample_seeds, resamples, rng):
-    """The mean over tasks of the mean over seeds and instances, and the interval of that mean over resamples."""
+    """Returns the mean over tasks of the mean over seeds and instances, and its percentile interval."""
 
     def mean(seeds, instances):
         means = [np.mean([table[s][i] for s in seeds for i in instances[task]]) for task, table in tasks.items()]
@@ -35,7 +35,7 @@ def naive_bootstrap(tasks, resample_seeds, resamples, rng):
 
 
 @pytest.mark.parametrize("resample_seeds", [True, False])
-def test_mean_and_interval_are_the_naive_ones(resample_seeds):
+def test_mean_and_interval_match_the_naive_bootstrap(resample_seeds):
     result = paired_bootstrap(TASKS, resample_seeds=resample_seeds)
     mean, low, high = naive_bootstrap(TASKS, resample_seeds, 3000, np.random.default_rng(1))
     assert result.mean == pytest.approx(mean, abs=1e-12)
@@ -44,7 +44,7 @@ def test_mean_and_interval_are_the_naive_ones(resample_seeds):
     assert result.runs == 3
 
 
-def test_instances_are_drawn_once_for_all_runs_and_runs_once_for_all_tasks():
+def test_all_runs_share_resampled_instances_and_all_tasks_resampled_runs():
     # Opposite differences cancel in every resample only if both halves are drawn together.
     column_1N, row_S1 = np.array([[5.0, -3.0, 8.0]]), np.array([[4.0], [-1.0], [7.0]])
     runs = paired_bootstrap({"a": np.concatenate([column_1N, -column_1N])}, resample_seeds=False)
@@ -52,8 +52,8 @@ def test_instances_are_drawn_once_for_all_runs_and_runs_once_for_all_tasks():
     assert (runs.low, runs.high, tasks.low, tasks.high) == (0, 0, 0, 0)
 
 
-def test_the_interval_covers_the_true_difference(monkeypatch):
-    """How often it contains the true difference of 1 over simulated comparisons."""
+def test_interval_coverage_in_simulated_comparisons(monkeypatch):
+    """Coverage: how often the interval contains the true difference of 1."""
 
     def coverage(runs, run_effect, resample_seeds):
         rng = np.random.default_rng(0)
@@ -68,16 +68,16 @@ def test_the_interval_covers_the_true_difference(monkeypatch):
     monkeypatch.setattr("badit.statistics._RESAMPLES", 400)
     assert 0.90 <= coverage(10, 0.5, True) <= 0.99
     assert 0.88 <= coverage(3, 0.0, False) <= 0.99
-    # Where runs differ, resampling only instances covers too little, and three runs are few.
+    # If runs differ, the coverage is too low without resampling runs, and lower with three runs than with ten.
     fixed, three, ten = coverage(3, 3.0, False), coverage(3, 3.0, True), coverage(10, 3.0, True)
     assert fixed < 0.75 < three < 0.92
     assert ten > max(three, 0.85)
 
 
-def test_the_share_counts_resamples_without_an_advantage():
+def test_share_not_positive_counts_resamples_without_an_advantage():
     same = paired_bootstrap({"a": np.zeros((3, 30)), "b": np.zeros((3, 4))})
     assert (same.mean, same.low, same.high, same.share_not_positive) == (0, 0, 0, 1)
-    thirds = np.array([[100 / 3], [100 / 3], [-200 / 3]])  # rounding makes no advantage
+    thirds = np.array([[100 / 3], [100 / 3], [-200 / 3]])  # a rounding error is not an advantage
     assert paired_bootstrap({"a": thirds + 1e-14}, resample_seeds=False).share_not_positive == 1
     assert paired_bootstrap({"a": np.full((3, 5), 2.0)}).share_not_positive == 0
     # Of four equally likely pairs of instances, one has a negative sum and two have the sum 0.
@@ -85,14 +85,14 @@ def test_the_share_counts_resamples_without_an_advantage():
     assert even.share_not_positive == pytest.approx(0.75, abs=0.02)
 
 
-def test_the_result_does_not_depend_on_the_order_of_tasks_and_the_size_of_chunks(monkeypatch):
+def test_result_does_not_depend_on_task_order_or_chunk_size(monkeypatch):
     original = paired_bootstrap(TASKS)
     assert paired_bootstrap(dict(reversed(TASKS.items()))) == original
     monkeypatch.setattr("badit.statistics._CHUNK", 400)
     assert paired_bootstrap(TASKS) == original
 
 
-def test_bad_differences_are_refused():
+def test_invalid_differences_are_refused():
     shapes = [[np.zeros(shape)] for shape in (4, (0, 3), (2, 0))]
     for tables in ([], *shapes, [[[1.0, NAN]]], [*TASKS.values(), [[1.0]]]):
         with pytest.raises(BaditError, match="every task needs finite numbers of the shape"):
@@ -100,7 +100,7 @@ def test_bad_differences_are_refused():
 
 
 def naive_scores(a, released):
-    """The formulas with indices from 0; released code takes scores from before a task was trained, and divides by T."""
+    """Plain formulas; the released form includes scores from before a task was trained, and divides BWT by T."""
     T = len(a)
     best = [max(a[i][j] for i in range(0 if released else j, T - 1)) for j in range(T - 1)]
     forgetting = sum(best[j] - a[T - 1][j] for j in range(T - 1)) / (T - 1)
@@ -110,23 +110,23 @@ def naive_scores(a, released):
 
 @pytest.mark.parametrize("form", FORMS)
 @given(matrix=MATRICES)
-def test_continual_scores_equal_the_plain_formulas(form, matrix):
+def test_continual_scores_match_the_formulas(form, matrix):
     expected = naive_scores(matrix, form == "released")
     assert continual_scores(matrix, form=form) == pytest.approx(expected, abs=1e-9)
-    # Without the scores from before a task was trained, which the standard form does not read, the forms forget alike.
+    # Without scores from before a task was trained, which the standard form ignores, both forms agree on forgetting.
     measured = [[score if j <= i else NAN for j, score in enumerate(row)] for i, row in enumerate(matrix)]
     assert continual_scores(measured, form=form).forgetting == pytest.approx(naive_scores(matrix, False)[1], abs=1e-9)
 
 
-def test_a_worked_example():
+def test_continual_scores_of_a_worked_example():
     matrix = [[80.0, 90.0, NAN], [60.0, 70.0, NAN], [50.0, 75.0, 40.0]]
     standard = continual_scores(matrix, [70.0, 70.0, 70.0])
     assert standard == pytest.approx((55, ((80 - 50) + (70 - 75)) / 2, ((50 - 80) + (75 - 70)) / 2, (10 + 0 - 30) / 3))
     for form in FORMS:
-        assert continual_scores([[30.0]], [25.0], form=form) == (30.0, 0.0, 0.0, 5.0), "one task cannot be forgotten"
+        assert continual_scores([[30.0]], [25.0], form=form) == (30.0, 0.0, 0.0, 5.0), "a single task: no forgetting"
 
 
-def test_incomplete_scores_are_refused():
+def test_incomplete_scores_and_unknown_forms_are_refused():
     for matrix in ([], [[1.0], [1.0, 2.0]], [[1.0, NAN], [NAN, 2.0]]):
         with pytest.raises(BaditError, match="a square matrix, with finite scores on and below the diagonal"):
             continual_scores(matrix)

@@ -1,4 +1,4 @@
-"""An export is the run's fixed mixture, loaded without badit; and the frozen factors layer by layer."""
+"""Exports are a run's fixed mixture and load without badit; frozen factors are checked layer by layer."""
 
 import fcntl
 import json
@@ -34,7 +34,7 @@ from tuner.helpers import FAMILIES, adapt, adapted, layers, logits
 TOKENS = [[5, 17, 33, 60, 9, 41, 8], [7, 7, 90, 12, 66, 23, 50]]
 BADIT = {"name": "badit", "num_experts": 3, "r": 2, "lora_dropout": 0.0, **PAPER, "regroup": {"every": 1}}
 LORA = {"r": 3, "lora_alpha": 12}
-# Each with the rank that an exact export takes.
+# Each method with the rank of its exact export.
 METHODS = {
     "badit": (BADIT, 12),
     "softmax": ({**BADIT, "gates": "softmax", "top_k": 2, "regroup": None}, 12),
@@ -49,12 +49,12 @@ METHODS = {
 }
 WEIGHTS = {"dora": {"name": "dora", **LORA}, "full": {"name": "full"}}
 VARY = ("badit", "softmax", "token", "directions", "loramoe", "hydralora", "goat", "mtl-lora", "gainlora")
-TASK_OF = {"mtl-lora": "cities"}  # which learns each task separately
+TASK_OF = {"mtl-lora": "cities"}  # it learns each task separately
 
 
 @torch.no_grad()
 def frozen_logits(run, folder, task):
-    """The run's own model with its gates held at those that the export has kept."""
+    """Returns the logits of the run's own model with the gates of the export."""
     model, _ = load_run(run)
     ids = torch.tensor(TOKENS)
     if not (folder / "gates.json").is_file():
@@ -68,7 +68,7 @@ def frozen_logits(run, folder, task):
         return model(input_ids=ids).logits
 
 
-def test_stock_peft_loads_every_methods_export_and_gets_the_frozen_mixture(trained, tmp_path):
+def test_stock_peft_loads_all_exports_and_computes_the_frozen_mixture(trained, tmp_path):
     runs, folders = {}, {}
     for name, (method, rank) in METHODS.items():
         run = runs[name] = trained(method)
@@ -97,14 +97,14 @@ def test_stock_peft_loads_every_methods_export_and_gets_the_frozen_mixture(train
             torch.testing.assert_close(found[kind], expected, atol=1e-5, rtol=1e-5, msg=lambda m, k=kind: f"{k}: {m}")
 
 
-def test_a_tasks_gates_are_the_mean_over_its_training_prompts(trained, tmp_path):
+def test_task_gates_are_the_mean_over_its_training_prompts(trained, tmp_path):
     run = trained(BADIT)
     recipe = run.trusted_recipe()
     model, tokenizer = load_run(run)
     means = {}
     for task in make_plan(recipe).tasks:
         examples = encoded(tokenizer, recipe, [(task, instance) for instance in task.train], None)
-        batches = batches_by_task(examples, AnswerCollator(0, with_tasks=True), 1)  # a prompt at a time
+        batches = batches_by_task(examples, AnswerCollator(0, with_tasks=True), 1)  # one prompt per batch
         means[task.name] = mean_component_gates(model, batches)[task.name]
     kept = {}
     for name in (None, "cities", "rivers"):
@@ -119,7 +119,7 @@ def test_a_tasks_gates_are_the_mean_over_its_training_prompts(trained, tmp_path)
         assert not torch.equal(of_name["cities"], of_name["rivers"])
 
 
-def test_all_tasks_get_their_adapters_from_gates_that_are_measured_once(trained, tmp_path, monkeypatch, capsys):
+def test_export_of_all_tasks_measures_each_tasks_gates_once(trained, tmp_path, monkeypatch, capsys):
     run, out = trained(BADIT), tmp_path / "all"
     one = export(run.path, tmp_path / "one", task="cities")
     measured, gates = [], "badit.analysis.gates.mean_component_gates"
@@ -138,14 +138,14 @@ def test_all_tasks_get_their_adapters_from_gates_that_are_measured_once(trained,
 
     path = run.adapter_path / "adapter_model.safetensors"
     save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path)
-    export(run.path, tmp_path / "mean")  # another adapter's gates
+    export(run.path, tmp_path / "mean")  # a changed adapter: its gates are measured again
     assert measured == ["rivers", "cities", "rivers"]
     (out / "cities" / "notes.txt").write_text("mine")
     with pytest.raises(BaditError, match=r"cities: holds notes\.txt"):
         export(run.path, out)
 
 
-def test_gates_of_a_file(trained, tmp_path):
+def test_gates_from_a_file_and_invalid_gates(trained, tmp_path):
     run = trained(BADIT)
     first = export(run.path, tmp_path / "first", task="cities").folder
     again = export(run.path, tmp_path / "again", gates=first / "gates.json").folder
@@ -165,7 +165,7 @@ def test_gates_of_a_file(trained, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_smaller_rank_is_the_closest_one_and_its_error_is_reported(trained, tmp_path, monkeypatch):
+def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(trained, tmp_path, monkeypatch):
     run = trained(BADIT)
     whole = load_file(export(run.path, tmp_path / "whole").folder / "adapter_model.safetensors")
     done = export(run.path, tmp_path / "small", rank=5)
@@ -184,7 +184,7 @@ def test_a_smaller_rank_is_the_closest_one_and_its_error_is_reported(trained, tm
     assert recorded == {"total": done.total_error, "modules": done.errors}
 
     assert [Export(Path("x"), None, None, rank, rank).max_lora_rank for rank in (1, 8, 12, 257)] == [1, 8, 16, 320]
-    monkeypatch.setattr(sys.modules["badit.export"], "VLLM_RANKS", (1, 8))  # as if a rank of 12 were too much to serve
+    monkeypatch.setattr(sys.modules["badit.export"], "VLLM_RANKS", (1, 8))  # as if rank 12 could not be served
     forced = export(run.path, tmp_path / "forced")
     assert (forced.rank, forced.exact_rank, forced.max_lora_rank) == (8, 12, 8)
     assert forced.errors
@@ -205,17 +205,17 @@ def test_a_smaller_rank_is_the_closest_one_and_its_error_is_reported(trained, tm
         ({"name": "lora", **LORA, "bias": "all"}, {}, "method.bias: makes the adapter more than a plain LoRA"),
     ],
 )
-def test_what_cannot_be_done_is_said_and_nothing_is_written(trained, tmp_path, method, options, message):
+def test_invalid_options_are_refused_and_nothing_is_written(trained, tmp_path, method, options, message):
     run = trained(method)
     with pytest.raises(BaditError, match=message):
         export(run.path, tmp_path / "out", **options)
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_folder_is_replaced_only_by_what_wrote_it(trained, tmp_path, monkeypatch):
+def test_folder_is_replaced_atomically_and_only_if_badit_wrote_it(trained, tmp_path, monkeypatch):
     run, out = trained(BADIT), tmp_path / "out"
     out.mkdir()
-    assert export(run.path, out, merged=True).folder == out  # an empty one is taken
+    assert export(run.path, out, merged=True).folder == out  # an empty folder is used
     for folder in (run.adapter_path, out):
         assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {folder.stat().st_mode & 0o666}
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -225,7 +225,7 @@ def test_a_folder_is_replaced_only_by_what_wrote_it(trained, tmp_path, monkeypat
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert not list(tmp_path.glob("*.partial"))
     monkeypatch.undo()
-    other = os.open(out, os.O_RDONLY)  # as another process that writes an export there
+    other = os.open(out, os.O_RDONLY)  # simulates another process that exports to this folder
     fcntl.flock(other, fcntl.LOCK_EX)
     with pytest.raises(BaditError, match="out: is in use by another process"):
         export(run.path, out)
@@ -244,7 +244,7 @@ def test_a_folder_is_replaced_only_by_what_wrote_it(trained, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("method", [BADIT, {"name": "lora", **LORA}], ids=["badit", "lora"])
-def test_a_run_that_has_diverged_is_not_exported(trained, tmp_path, method):
+def test_run_with_nan_weights_is_not_exported(trained, tmp_path, method):
     run = trained(method)
     path = run.adapter_path / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -256,7 +256,7 @@ def test_a_run_that_has_diverged_is_not_exported(trained, tmp_path, method):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_run_without_varying_gates_costs_nothing(trained, tmp_path):
+def test_export_of_a_run_without_varying_gates_has_the_same_scores(trained, tmp_path):
     run = trained({"name": "lora", **LORA})
     scores = {name: each["rouge_l"] for name, each in evaluate(run.path, progress=False)["tasks"].items()}
     for merged in (False, True):
@@ -267,7 +267,7 @@ def test_a_run_without_varying_gates_costs_nothing(trained, tmp_path):
         assert result["tasks"] == same
 
 
-def test_what_is_scored_is_the_folder(trained, tmp_path):
+def test_score_export_scores_the_folder_of_the_export(trained, tmp_path):
     run = trained({**BADIT, "regroup": None})
     scores = evaluate(run.path, progress=False)
     fake = {**scores, "tasks": {name: {**entry, "rouge_l": 77.0} for name, entry in scores["tasks"].items()}}
@@ -278,7 +278,7 @@ def test_what_is_scored_is_the_folder(trained, tmp_path):
     entry = result["tasks"]["cities"]
     assert (entry["routed"], entry["difference"]) == (77.0, pytest.approx(entry["frozen"] - 77.0))
     message = r"^engine: vllm: cannot be started \(No module named .vllm.\); install vLLM"
-    with pytest.raises(BaditError, match=message):  # tests/serving has it
+    with pytest.raises(BaditError, match=message):  # vLLM is tested in tests/serving
         score_export(run.path, done, engine="vllm", progress=False)
     path = done.folder / "adapter_model.safetensors"
     save_file({name: 0 * tensor for name, tensor in load_file(path).items()}, path)
@@ -286,7 +286,7 @@ def test_what_is_scored_is_the_folder(trained, tmp_path):
     assert base == evaluate(trained({"name": "base"}).path, progress=False)["tasks"]["cities"]["rouge_l"]
 
 
-def test_the_command(trained, tmp_path, capsys):
+def test_export_command(trained, tmp_path, capsys):
     run = trained(BADIT)
     out = tmp_path / "exports" / "mine"
     assert main(["export", str(run.path), "-o", str(out), "--rank", "4", "--score"]) == 0
@@ -297,11 +297,11 @@ def test_the_command(trained, tmp_path, capsys):
     assert (out / "scores.json").is_file()
     assert main(["export", str(run.path), "-o", str(out), "--merged"]) == 0
     assert f"vllm serve {out}" in capsys.readouterr().out
-    assert not (out / "scores.json").exists()  # they were the other export's
+    assert not (out / "scores.json").exists()  # they belonged to the previous export
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_adapts_merges_and_loads_alike(tiny_model, tmp_path, family):
+def test_every_family_has_equal_logits_adapted_merged_and_loaded(tiny_model, tmp_path, family):
     model, gates_K = adapted(tiny_model(family), target_modules="all-linear"), torch.tensor([0.25, 2.0, 0.75])
     for layer in layers(model):
         layer._route = lambda adapter, x: gates_K.expand(*x.shape[:-1], -1)
@@ -323,14 +323,14 @@ def test_every_family_adapts_merges_and_loads_alike(tiny_model, tmp_path, family
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_names_that_mean_other_modules_are_whole_and_nothing_is_merged_into_a_shared_weight(tiny_model):
+def test_ambiguous_module_names_are_full_and_shared_weights_are_not_merged(tiny_model):
     base = tiny_model("llama")
     names = [f"model.layers.{i}.mlp.{part}" for i in range(2) for part in ("gate_proj", "up_proj")]
     factors = dict.fromkeys(names)
     assert short_names(base, factors) == ["gate_proj", "up_proj"]
     del factors[names[0]]
     assert short_names(base, factors) == sorted(names[1:])
-    base = tiny_model("gpt2")  # whose head is its embedding
+    base = tiny_model("gpt2")  # its head shares the weight of the embedding
     before = base.lm_head.weight.clone()
     with pytest.raises(BaditError, match="lm_head: shares its weight with another module; export without"):
         merge(base, {"lm_head": (torch.ones(1, 32), torch.ones(len(before), 1))})
@@ -338,13 +338,13 @@ def test_names_that_mean_other_modules_are_whole_and_nothing_is_merged_into_a_sh
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_pefts_own_conversion_takes_fixed_mixtures_only(tiny_model, family):
+def test_peft_lora_conversion_accepts_only_fixed_mixtures(tiny_model, family):
     single = adapted(tiny_model(family), num_experts=1, r=4)
     branches = baselines.adapted(tiny_model(family), "o-lora")
     for model, rank in ((single, 8), (branches, 6)):
         assert model.supports_lora_conversion()
         config, tensors = convert_to_lora(model, rank=rank)
-        config.fan_in_fan_out = family == "gpt2"  # PEFT would set it with a warning
+        config.fan_in_fan_out = family == "gpt2"  # otherwise PEFT sets it with a warning
         plain = get_peft_model(tiny_model(family), config)
         named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
         assert not plain.load_state_dict(named, strict=False).unexpected_keys
@@ -355,7 +355,7 @@ def test_pefts_own_conversion_takes_fixed_mixtures_only(tiny_model, family):
             convert_to_lora(model, rank=4)
 
 
-def test_a_mixture_is_not_merged_into_quantised_weights(trained, tmp_path):
+def test_merging_into_quantised_weights_is_refused(trained, tmp_path):
     run = trained(BADIT)
     run.config_path.write_text(run.config_path.read_text().replace("quantisation: null", "quantisation: bnb-8bit"))
     with pytest.raises(BaditError, match=r"^--merged: the base weights are quantised"):

@@ -1,4 +1,4 @@
-"""`badit push` with the hub's own client and a server on this machine: what is uploaded, and refusals in one line."""
+"""`badit push` with the real hub client and a local server: uploaded files and one-line errors."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ from studio.conftest import BADIT, served
 
 @pytest.fixture(autouse=True)
 def hub(monkeypatch):
-    """Answers the client as the hub does. Every file goes into the commit itself."""
+    """A local server that answers the client like the hub. Every file is part of the commit request."""
     here = SimpleNamespace(private=None, files={}, status=200)
 
     async def answer(request):
@@ -31,7 +31,7 @@ def hub(monkeypatch):
         if path == "/api/repos/create":
             here.private = json.loads(body).get("visibility") == "private"
             content = {"url": f"{here.address}/org/tuned", "id": "1"}
-        elif path == "/api/validate-yaml":  # of the card
+        elif path == "/api/validate-yaml":  # of the model card
             content = {"warnings": [], "errors": []}
         elif path == "/api/models/org/tuned/preupload/main":
             names = [file["path"] for file in json.loads(body)["files"]]
@@ -56,7 +56,7 @@ def run(trained):
     return trained(BADIT)
 
 
-def test_a_run_and_its_export_are_uploaded_with_their_cards(run, hub, tmp_path, capsys):
+def test_runs_and_exports_are_uploaded_with_model_cards(run, hub, tmp_path, capsys):
     write_run_card(run)
     assert main(["push", str(run.path), "org/tuned", "--private"]) == 0
     assert capsys.readouterr().out.strip() == f"{hub.address}/org/tuned"
@@ -65,8 +65,8 @@ def test_a_run_and_its_export_are_uploaded_with_their_cards(run, hub, tmp_path, 
     assert hub.files["adapter_model.safetensors"] == (run.adapter_path / "adapter_model.safetensors").read_bytes()
     assert json.loads(hub.files["adapter_config.json"])["peft_type"] == "BADIT"
     assert b'PeftModel.from_pretrained(base, "org/tuned")' in hub.files["README.md"]
-    here = str(tmp_path.parent).encode()  # where the run lies, too
-    assert not any(here in content for content in hub.files.values()), "a path of this machine"
+    here = str(tmp_path.parent).encode()  # also a parent of the run
+    assert not any(here in content for content in hub.files.values()), "contains a path of this machine"
 
     badit.Run(run.path).export(tmp_path / "first", progress=False)
     badit.Run(run.path).export(tmp_path / "lora", gates=tmp_path / "first" / "gates.json", progress=False)
@@ -91,7 +91,7 @@ def test_a_run_and_its_export_are_uploaded_with_their_cards(run, hub, tmp_path, 
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "meta-llama/base"
 
 
-def test_what_cannot_be_pushed_is_one_line(run, hub, monkeypatch):
+def test_push_errors_are_one_line(run, hub, monkeypatch):
     for name in ("tuned", "a/b/c", "org/na--me", "../x", "org/" + "x" * 100):
         with pytest.raises(BaditError) as caught:
             badit.Run(run.path).push(name)
@@ -111,7 +111,7 @@ def test_what_cannot_be_pushed_is_one_line(run, hub, monkeypatch):
     assert hub.files == {}
 
 
-def test_only_the_files_that_badit_wrote_are_uploaded(run, hub, tmp_path):
+def test_only_files_written_by_badit_are_uploaded(run, hub, tmp_path):
     export = badit.Run(run.path).export(tmp_path / "lora", progress=False).folder
     for folder in (run.adapter_path, export):
         for name in (".env", "notes.txt"):
@@ -134,7 +134,7 @@ def test_only_the_files_that_badit_wrote_are_uploaded(run, hub, tmp_path):
     assert hub.files == {}
 
 
-def test_of_an_export_of_all_tasks_one_is_to_be_pushed(run, hub, tmp_path):
+def test_export_of_all_tasks_is_pushed_one_task_at_a_time(run, hub, tmp_path):
     folder = badit.Run(run.path).export(tmp_path / "all", all_tasks=True, progress=False).folder
     with pytest.raises(BaditError, match=r"has a LoRA for each task; push one of them: badit push .*all/cities org/x$"):
         badit.Run(folder).push("org/x")
@@ -142,7 +142,7 @@ def test_of_an_export_of_all_tasks_one_is_to_be_pushed(run, hub, tmp_path):
     assert "adapter_model.safetensors" in hub.files
 
 
-def test_a_run_without_an_adapter_is_refused(tmp_path):
+def test_run_without_an_adapter_is_refused(tmp_path):
     for name, message in (("base", "nothing to push"), ("full", "export .* --merged"), ("badit", "no adapter yet")):
         (tmp_path / "config.yaml").write_text(json.dumps({"method": {"name": name}}))
         with pytest.raises(BaditError, match=message):

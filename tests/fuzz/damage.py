@@ -1,4 +1,4 @@
-"""Ways to break a valid file, of which most still passes the first checks: values, bytes, what stands in its place."""
+"""Ways to damage a valid file so that most of it passes the first checks: values, bytes, or the file's type."""
 
 import copy
 import json
@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from badit.files import remove
 
-# Each has broken some reader, somewhere: wrong types, numbers beyond a type's range, names that leave a folder, text
-# that a terminal, a page or a file system reads as a command.
+# Known causes of errors in readers: wrong types, numbers out of range, names that lead out of a folder, and text that
+# a terminal, a page or a file system interprets.
 NASTY_VALUES = [
     *(None, True, False, 0, -1, 2**31, 2**64, 10**400, -(10**400), 0.5, 1e308, -1e308, 5e-324),
     *(float("nan"), float("inf"), float("-inf")),
@@ -19,7 +19,7 @@ NASTY_VALUES = [
     *("<script>alert(1)</script>", "</script>", "{{ 7*7 }}", "!!python/object:os.system", "lora", "badit", "builtin"),
     *([], {}, [[]], [None], {"": None}, {"name": {}}, ["a", 1], [1, 2, 3], {"a": {"b": {"c": []}}}),
 ]
-# A value may be damaged further once it is in its place.
+# Copies, because an inserted value may be damaged further.
 VALUES = st.sampled_from(NASTY_VALUES).map(copy.deepcopy) | st.integers() | st.floats() | st.text(max_size=12)
 VALUES |= st.lists(st.integers(-2, 2) | st.text(max_size=3), max_size=3)
 VALUES |= st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=3), max_size=2)
@@ -33,7 +33,7 @@ _INSERTED = [
 
 @st.composite
 def damaged_value(draw, value):
-    """The plain value with one to three of its parts replaced, removed, doubled, renamed, wrapped or added to."""
+    """Draws a copy of the value with one to three parts replaced, removed, wrapped, swapped, duplicated or nested."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 3))):
         parts = list(_parts(value))
@@ -63,7 +63,7 @@ def damaged_value(draw, value):
 
 
 def _parts(value, depth=0):
-    """Every part of a value, as the dict or list that holds it and its key."""
+    """Yields every part of a value as the dict or list that contains it, and its key or index."""
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in parts if depth < 8 else ():
         yield value, key
@@ -71,7 +71,7 @@ def _parts(value, depth=0):
 
 
 def as_json(value):
-    """NaN and infinities stay as Python writes them, half surrogates as escapes."""
+    """Returns JSON with NaN and infinities as Python writes them, and lone surrogates as escapes."""
     return json.dumps(value).encode()
 
 
@@ -85,7 +85,7 @@ def as_yaml(value):
 
 @st.composite
 def damaged_bytes(draw, content):
-    """The content cut short, with bytes flipped, put in, taken out or doubled, or in another encoding."""
+    """Draws the content truncated, with bytes changed, inserted, removed or repeated, or in another encoding."""
     start = draw(st.integers(0, len(content)))
     end = min(len(content), start + draw(st.integers(1, 40)))
     flipped = content[:start] + bytes([draw(st.integers(0, 255))]) + content[start + 1 :]
@@ -98,7 +98,7 @@ def damaged_bytes(draw, content):
 
 
 def damaged(value, form):
-    """A file's content, broken by its values (two times in three) or by its bytes."""
+    """Returns a strategy for file contents with damaged values (two of three cases) or damaged bytes."""
     by_value = damaged_value(value).map(form)
     return by_value | by_value | damaged_bytes(form(value))
 
@@ -109,7 +109,7 @@ def folder_in_its_place(file):
 
 
 def pipe_in_its_place(file):
-    """Opening it waits for a writer who never comes."""
+    """Replaces the file by a named pipe; opening it for reading blocks, because nothing writes to it."""
     remove(file)
     os.mkfifo(file)
 
@@ -125,5 +125,5 @@ def _link_to(target):
 endless_file = _link_to("/dev/zero")
 REPLACEMENTS = (
     *(folder_in_its_place, pipe_in_its_place, lambda file: file.chmod(0), remove, endless_file),
-    *(_link_to(target) for target in (None, "/etc/passwd", "/nonexistent/file")),  # None: to itself
+    *(_link_to(target) for target in (None, "/etc/passwd", "/nonexistent/file")),  # None: a link to itself
 )

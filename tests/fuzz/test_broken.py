@@ -1,4 +1,4 @@
-"""Broken files, through the commands that read them: each command does its work or says in one line why it cannot."""
+"""Damaged files and the commands that read them: each command succeeds or prints one-line errors."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ REGROUPING |= {"intra_abs_cos": 0.4, "inter_abs_cos": 0.1, "previous_intra_degre
 
 
 def recipe_values(method):
-    """Every field of a recipe, written out."""
+    """Returns a recipe with every field set."""
     content = build_recipe({"method": METHODS[method]}).model_dump(mode="json")
     content["data"] |= {"source": "tasks.jsonl", "tasks": ["capital", "river"], "train_per_task": 2}
     methods = {"lora": {"name": "lora", "r": 4}, "badit": {"name": "badit"}}
@@ -76,7 +76,7 @@ def run_files(folder, material):
     write_sequence(folder / "sequence", SHAPE)
 
 
-# What makes valid files, those of them that are broken, the commands that read them, and how many cases to try.
+# A function that writes valid files, the files to damage, the commands that read them, and the number of cases.
 Subject = namedtuple("Subject", "make broken commands cases", defaults=[40])
 
 
@@ -133,7 +133,7 @@ SECTIONS = {name: keys for name, keys in recipe_values("badit").items() if isins
 
 @pytest.fixture(autouse=True)
 def _counted(request, tiny_built_in):
-    """Counts the cases of broken input; tests/conftest.py sums them up."""
+    """Counts the cases of broken input; tests/conftest.py prints the sum."""
     before = command.tried
     yield
     request.node.user_properties.append((COUNTED, command.tried - before))
@@ -141,7 +141,7 @@ def _counted(request, tiny_built_in):
 
 @pytest.fixture(scope="module")
 def valid(material, tmp_path_factory):
-    """Puts a copy of a subject's valid files into a folder that is cleared; they are made once."""
+    """A function that replaces a folder by a copy of a subject's valid files, which are written once."""
     made = {}
 
     def put(name, folder):
@@ -155,7 +155,7 @@ def valid(material, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
-def test_whole_files_are_read(valid, tmp_path, monkeypatch, name):
+def test_valid_files_are_read(valid, tmp_path, monkeypatch, name):
     valid(name, tmp_path / "case")
     monkeypatch.chdir(tmp_path / "case")
     for words in SUBJECTS[name].commands:
@@ -163,7 +163,7 @@ def test_whole_files_are_read(valid, tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize(("name", "file"), BROKEN)
-def test_broken_files(valid, tmp_path, monkeypatch, name, file):
+def test_damaged_files(valid, tmp_path, monkeypatch, name, file):
     subject, folder = SUBJECTS[name], tmp_path / "case"
     valid(name, folder)
     content = (folder / file).read_bytes()
@@ -197,7 +197,7 @@ def broken(file, content):
 
 @st.composite
 def damaged_tensors(draw, content):
-    """A safetensors file: its header's values, the header's length, or any bytes."""
+    """Draws a safetensors file with damaged header values, header length, tensors or any bytes."""
     (length,) = struct.unpack("<Q", content[:8])
     header, tensors = json.loads(content[8 : 8 + length]), content[8 + length :]
     text = as_json(draw(damaged_value(header)))
@@ -208,7 +208,7 @@ def damaged_tensors(draw, content):
 
 
 @pytest.mark.parametrize(("name", "file"), BROKEN)
-def test_something_else_in_a_files_place(valid, tmp_path, monkeypatch, name, file):
+def test_files_that_are_missing_unreadable_or_not_regular(valid, tmp_path, monkeypatch, name, file):
     folder = tmp_path / "case"
     few = STRESS == 1 and name.startswith("report")
     for replace in REPLACEMENTS[BROKEN.index((name, file)) % len(REPLACEMENTS) :][:1] if few else REPLACEMENTS:
@@ -219,7 +219,7 @@ def test_something_else_in_a_files_place(valid, tmp_path, monkeypatch, name, fil
             ends_well(*words)
 
 
-def test_names_that_are_no_tasks(tmp_path):
+def test_unusual_task_names(tmp_path):
     names = ["two\nlines", "\x1b[2J", "é" * 110, "$HOME", "-", "CON", " ", ".hidden", "\u202e", "\u2028"]
     for i, name in enumerate([*names, "x" * 300, "..", "../x", "/x", "a/b", "a\\b", "", "\0"]):
         ends_well("tasks", str(write_rows(tmp_path / "tasks.jsonl", *({**line, "task": name} for line in LINES))))
@@ -229,14 +229,14 @@ def test_names_that_are_no_tasks(tmp_path):
 
 
 @pytest.mark.parametrize("filler", ["x", "\n", "[", "0", '"'])
-def test_ten_megabytes(tmp_path, filler):
+def test_ten_megabytes_of_trailing_data(tmp_path, filler):
     for name, content in (("task.json", OFFICIAL), ("tasks.jsonl", as_lines(LINES))):
         (tmp_path / name).write_bytes(content + filler.encode() * 10_000_000)
         ends_well("tasks", str(tmp_path / name if name == "tasks.jsonl" else tmp_path))
 
 
 @pytest.mark.parametrize("field", [f"{name}.{key}" for name, keys in SECTIONS.items() for key in keys])
-def test_every_field_with_every_nasty_value(valid, tmp_path, monkeypatch, field):
+def test_every_recipe_field_with_unusual_values(valid, tmp_path, monkeypatch, field):
     valid("recipe badit", tmp_path / "case")
     monkeypatch.chdir(tmp_path / "case")
     for value in NASTY_VALUES[:: 1 if STRESS > 1 else 5]:
@@ -247,8 +247,8 @@ def test_every_field_with_every_nasty_value(valid, tmp_path, monkeypatch, field)
         ends_well("train", "recipe.yaml", f"{field}={written_out}", "--dry-run")
 
 
-def doubled(first, each):
-    """Aliases that multiply to billions of values: every line names the one before it nine times."""
+def yaml_bomb(first, each):
+    """Returns YAML whose aliases expand to millions of values: each line refers nine times to the previous one."""
     lines = [f"{name}: &{name} {each.replace('_', ', '.join([f'*{old}'] * 9))}" for old, name in pairwise("abcdefghi")]
     return "\n".join([f"a: &a {first}", *lines, ""])
 
@@ -256,7 +256,7 @@ def doubled(first, each):
 @pytest.mark.parametrize(
     "text",
     [
-        *(doubled("[x, x]", "[_]"), doubled("{x: 1}", "{<<: [_]}"), "a: *nowhere\n", "? [a, b]\n: c\n", "1: 2\n"),
+        *(yaml_bomb("[x, x]", "[_]"), yaml_bomb("{x: 1}", "{<<: [_]}"), "a: *nowhere\n", "? [a, b]\n: c\n", "1: 2\n"),
         *("output: !!python/object/apply:os.system ['touch ran']\n", "output: !!timestamp 2001-99-99\n"),
         *("output: !!binary aGk=\n", "output: !!set {a, b}\n", "training: {seed: 1}\r\noutput: x\r\n"),
         *("training: {seed: 1:2:3}\n", "training: {num_train_epochs: 1_0.5e+3}\n", "\ufefftraining: {seed: 1}\n"),
@@ -264,7 +264,7 @@ def doubled(first, each):
     ],
     ids=lambda text: text[:30],
 )
-def test_yaml_that_does_more_than_hold_values(tmp_path, monkeypatch, text):
+def test_yaml_with_aliases_tags_and_unusual_syntax(tmp_path, monkeypatch, text):
     write(TASKS, tmp_path)
     monkeypatch.chdir(tmp_path)
     source = "" if text[0] in "[#-\ufeff" else "data: {source: tasks.jsonl}\n"

@@ -1,4 +1,4 @@
-"""Prints what W&B and MLflow have stored of the runs in these folders: a list of {store: {metric: {step: value}}}."""
+"""Prints the metrics that W&B and MLflow stored of the given runs, as a list of {store: {metric: {step: value}}}."""
 
 import json
 import struct
@@ -10,7 +10,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 
 def records(data):
-    """The protobuf records of a .wandb file: a LevelDB log in blocks of 32 KiB, after 7 bytes of its own."""
+    """The protobuf records of a .wandb file: a LevelDB log in 32 KiB blocks after a 7-byte header."""
     position, record = 7, b""
     while position + 7 <= len(data):
         if (left := -position % 32768) and left < 7:
@@ -19,7 +19,7 @@ def records(data):
         length, kind = struct.unpack_from("<HB", data, position + 4)
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
+        if kind in (1, 4):  # a full record, or the last part of one
             yield Record.FromString(record)
             record = b""
 

@@ -1,7 +1,7 @@
 """badit with W&B, MLflow, Axolotl and LLaMA-Factory, each in its own environment: ``make test-integrations``.
 
-The configurations and the script are those of docs/integrations.md, on a tiny model and data. Their fences are yml and
-py, since other tests read blocks of yaml and python as badit's own.
+The configurations and the script are taken from docs/integrations.md, with a tiny model and data. Their fences are yml
+and py because other tests read yaml and python blocks as badit's own.
 """
 
 import json
@@ -29,9 +29,9 @@ PAGE = Page("docs/integrations.md")
 CHATS = [
     [{"role": "user", "content": f"Name city {i}."}, {"role": "assistant", "content": f"city {i}"}] for i in range(24)
 ]
-NOT_THE_PROMPT = "or use routing='token'"  # the end of badit's warnings
+ROUTING_WARNING = "or use routing='token'"  # the end of badit's routing warnings
 OPTIONS = {"num_experts": 4, "r": 2, "target_modules": ["q_proj", "down_proj"]}
-# By kind of training, further options, the type of data, and whether badit warns of a training without labels.
+# By kind of training: extra options, the dataset type, and whether badit warns about training without labels.
 PACKED = {"sample_packing": True, "sequence_len": 64, "attn_implementation": "sdpa", "micro_batch_size": 1}
 AXOLOTL = {
     "answers": ({}, "chat_template", False),
@@ -46,7 +46,7 @@ def write(path, text):
 
 
 def call(tool, *arguments, folder, **variables):
-    """What a Python process of a tool's environment prints, errors included."""
+    """The output of a Python process in a tool's environment, stderr included."""
     command = [str(ENVIRONMENTS / tool / "bin" / "python"), *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -55,7 +55,7 @@ def call(tool, *arguments, folder, **variables):
     return done.stdout
 
 
-def test_wandb_and_mlflow_have_the_losses_and_regroupings_of_every_stage(recipe_values, tmp_path):
+def test_wandb_and_mlflow_store_losses_and_regroupings_of_every_stage(recipe_values, tmp_path):
     recipe_values["training"]["report_to"] = ["wandb", "mlflow"]
     recipe_values["data"]["order"] = ["cities", "rivers"]
     write(tmp_path / "recipe.yaml", yaml.safe_dump(recipe_values))
@@ -74,7 +74,7 @@ def test_wandb_and_mlflow_have_the_losses_and_regroupings_of_every_stage(recipe_
 
 
 def assert_trained(adapter, model_folder):
-    """An adapter that loads here, and of which every router and factor has moved from its start and is regrouped."""
+    """Asserts that the adapter loads, that all its trained parameters have changed, and that it was regrouped."""
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     untrained = get_peft_model(base, BaditConfig(**OPTIONS, task_type="CAUSAL_LM"))
     start = {name: p.detach().clone() for name, p in untrained.named_parameters()}
@@ -106,7 +106,7 @@ def test_axolotl_trains_an_adapter(model_folder, tmp_path, kind):
         return call("axolotl", "-m", f"axolotl.cli.{verb}", "axolotl.yaml", folder=tmp_path, AXOLOTL_DO_NOT_TRACK="1")
 
     said = axolotl("train", values | options)
-    assert (NOT_THE_PROMPT in said) == warns
+    assert (ROUTING_WARNING in said) == warns
     assert_trained(tmp_path / "out", model_folder)
     if kind == "answers":
         values |= {"lora_model_dir": "out", "output_dir": "again", "max_steps": 1, "learning_rate": 1e-12}
@@ -119,7 +119,7 @@ def test_axolotl_trains_an_adapter(model_folder, tmp_path, kind):
             axolotl("merge_lora", values)
 
 
-def test_llama_factory_trains_an_adapter_that_exists(model_folder, tmp_path):
+def test_llama_factory_trains_an_existing_adapter(model_folder, tmp_path):
     (text,) = (block for block in PAGE.blocks("yml") if "adapter_name_or_path" in block)
     (script,) = (block for block in PAGE.blocks("py") if "llamafactory" in block)
     options = "num_experts=8, r=4, "
@@ -129,7 +129,7 @@ def test_llama_factory_trains_an_adapter_that_exists(model_folder, tmp_path):
     values |= {"gradient_accumulation_steps": 1, "max_steps": 10, "learning_rate": 0.01, "use_cpu": True}
     write(tmp_path / "train.py", script)
     write(tmp_path / "train.yaml", yaml.safe_dump(values))
-    write(tmp_path / "torchaudio.py", "")  # that of PyPI needs CUDA's libraries, and text needs none
+    write(tmp_path / "torchaudio.py", "")  # PyPI's torchaudio needs CUDA libraries; text needs no audio
     contents = [[message["content"] for message in chat] for chat in CHATS]
     earlier = {"input": "", "history": [["Name a river.", "river 1"]]}
     pairs = [{"instruction": question, "output": answer, **earlier} for question, answer in contents]
@@ -138,5 +138,5 @@ def test_llama_factory_trains_an_adapter_that_exists(model_folder, tmp_path):
     information = {"chats": {"file_name": "chats.json", "columns": columns}}
     write(tmp_path / "data" / "dataset_info.json", json.dumps(information))
     said = call("llamafactory", "train.py", "train.yaml", folder=tmp_path)
-    assert NOT_THE_PROMPT not in said
+    assert ROUTING_WARNING not in said
     assert_trained(tmp_path / "out", model_folder)

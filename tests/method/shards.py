@@ -1,4 +1,4 @@
-"""Threads that stand for processes, each with a shard of the same tensors."""
+"""Threads that simulate processes, each with a shard of the same tensors."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,7 @@ import torch
 
 
 def in_processes(count, function):
-    """What ``function(rank, over_shards)`` returns on each rank; ``over_shards`` waits for the others' tensors."""
+    """Returns ``function(rank, over_shards)`` of every rank; ``over_shards`` reduces a tensor over all ranks."""
     tensors = [None] * count
     barrier = threading.Barrier(count, timeout=30)
 

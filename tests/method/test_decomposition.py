@@ -1,4 +1,4 @@
-"""BAD: triples, factors and the closest smaller rank against numpy's SVD, and the randomised method's own promise."""
+"""BAD: triples, factors and compression against numpy's SVD, and the tolerance of the randomised method."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ PROPERTY = settings(deadline=None, max_examples=40)
 _SEED = st.integers(0, 2**32 - 1)
 _EPS = torch.finfo(torch.float32).eps
 
-# Singular values (descending) of a weight with n of them.
+# n singular values in descending order.
 _SPECTRA = {
     "flat": lambda n: np.ones(n),
     "nearly flat": lambda n: np.linspace(1.0, 0.9, n),
@@ -30,7 +30,7 @@ _SPECTRA = {
 
 
 def weight_of(singular_values, shape, seed=0):
-    """A float32 weight with these singular values and random singular vectors."""
+    """Returns a float32 weight with these singular values and random singular vectors."""
     rng = np.random.default_rng(seed)
     u, v = (np.linalg.qr(rng.standard_normal((size, min(shape))))[0] for size in shape)
     return torch.tensor((u * singular_values) @ v.T, dtype=torch.float32)
@@ -41,7 +41,7 @@ def gaussian(shape, seed=0):
 
 
 def residuals(weight, triples):
-    """‖W v − σ u‖ and ‖Wᵀ u − σ v‖ of every triple, in float64."""
+    """Returns ‖W v − σ u‖ and ‖Wᵀ u − σ v‖ of every triple, in float64."""
     W, u, s, vh = (reference.float64(part) for part in (weight, *triples))
     return np.linalg.norm(W @ vh.T - u * s, axis=0), np.linalg.norm(W.T @ u - vh.T * s, axis=0)
 
@@ -54,7 +54,7 @@ def assert_orthonormal(triples, atol=1e-5):
 
 @PROPERTY
 @given(st.integers(1, 20), st.integers(1, 20), st.data())
-def test_exact_triples_equal_those_of_numpy(rows, columns, data):
+def test_exact_triples_equal_numpys_svd(rows, columns, data):
     rank, seed = data.draw(st.integers(1, min(rows, columns))), data.draw(_SEED)
     weight = gaussian((rows, columns), seed)
     triples = top_singular_triples(weight, rank, method="exact")
@@ -67,11 +67,11 @@ def test_exact_triples_equal_those_of_numpy(rows, columns, data):
 
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60), (70, 70)])
 @pytest.mark.parametrize("smallest", [1.0, 2e-4, 5e-5, 0.0])
-def test_leading_triples_keep_float32s_digits_down_to_small_singular_values(shape, smallest):
+def test_exact_triples_are_accurate_for_small_singular_values(shape, smallest):
     spectrum = np.append(np.geomspace(1.0, max(smallest, 1e-3), 7), [smallest] + [smallest / 2] * (min(shape) - 8))
     weight = weight_of(spectrum, shape)
     triples = top_singular_triples(weight, 8, method="exact")
-    # What a float32 weight can tell of its singular values: they are those of the exact one to its rounding.
+    # Rounding the weight to float32 already changes its singular values by about this much.
     np.testing.assert_allclose(triples.s_N, spectrum[:8], atol=5e-7)
     assert_orthonormal(triples)
     np.testing.assert_allclose(residuals(weight, triples), 0.0, atol=1e-6)
@@ -84,7 +84,7 @@ def test_every_randomised_triple_is_within_the_tolerance(spectrum, shape, scale)
     weight, rank, tolerance = weight_of(_SPECTRA[spectrum](min(shape)), shape) * scale, 16, 1e-3
     triples = top_singular_triples(weight, rank, method="randomized", tolerance=tolerance)
     (residual, _), s = residuals(weight, triples), reference.float64(triples.s_N)
-    # Below float32's resolution of the largest σ the directions are noise, and a relative residual means nothing.
+    # Below float32's resolution of the largest σ, directions are noise and relative residuals are meaningless.
     noise = 2 * _EPS * max(shape) ** 0.5 * s[0]
     assert (residual <= np.maximum(1.001 * tolerance * s, noise)).all()
     assert_orthonormal(triples)
@@ -94,7 +94,7 @@ def test_every_randomised_triple_is_within_the_tolerance(spectrum, shape, scale)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_starting_anew_from_the_leading_vectors_comes_to_the_same_end(monkeypatch, blocks):
+def test_restarted_iteration_converges_to_the_exact_singular_values(monkeypatch, blocks):
     weight = gaussian((200, 300), seed=3)
     exact = reference.singular_triples(weight, 12)[1]
     monkeypatch.setattr(decomposition, "_MAX_BLOCKS", blocks)
@@ -106,7 +106,7 @@ def test_starting_anew_from_the_leading_vectors_comes_to_the_same_end(monkeypatc
 
 
 @pytest.mark.parametrize("scale", [2.0**-100, 1.0, 2.0**100])
-def test_when_the_passes_run_out_the_exact_triples_are_returned(monkeypatch, scale):
+def test_exact_triples_are_returned_when_the_passes_run_out(monkeypatch, scale):
     monkeypatch.setattr(decomposition, "_MAX_PASSES", 1)
     weight = gaussian((80, 100))
     triples = top_singular_triples(weight * scale, 5, method="randomized")
@@ -114,16 +114,16 @@ def test_when_the_passes_run_out_the_exact_triples_are_returned(monkeypatch, sca
     torch.testing.assert_close(triples, exact._replace(s_N=exact.s_N * scale))
 
 
-def test_the_start_depends_on_the_seed_alone():
+def test_randomised_triples_depend_on_the_seed_argument_only():
     weight, state = gaussian((120, 160)), torch.get_rng_state()
     first, again, other = (top_singular_triples(weight, 8, method="randomized", seed=seed) for seed in (5, 5, 6))
-    assert torch.equal(torch.get_rng_state(), state), "the global generator was drawn from"
+    assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
     torch.testing.assert_close(again, first, rtol=0, atol=0)
     assert not torch.equal(first.u_ON, other.u_ON)
     torch.testing.assert_close(first.s_N, other.s_N, rtol=1e-3, atol=0)
 
 
-def test_auto_iterates_only_where_both_sides_are_large_against_the_rank(monkeypatch):
+def test_auto_iterates_only_if_both_dimensions_are_large(monkeypatch):
     monkeypatch.setattr(decomposition, "_EXACT_UP_TO", 32)
     options = [{"method": each, "tolerance": 1e-1} for each in ("auto", "exact", "randomized")]
     cases = [(32, 90, 4, "exact"), (90, 32, 4, "exact"), (80, 90, 20, "exact"), (80, 90, 4, "randomized")]
@@ -135,7 +135,7 @@ def test_auto_iterates_only_where_both_sides_are_large_against_the_rank(monkeypa
 
 @pytest.mark.parametrize("method", ["exact", "randomized"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_triples_are_float32_whatever_the_weight(dtype, method):
+def test_triples_are_float32_for_any_weight_dtype(dtype, method):
     weight = gaussian((50, 40)).to(dtype).requires_grad_()
     triples = top_singular_triples(weight, 6, method=method)
     assert {(part.dtype, part.requires_grad) for part in triples} == {(torch.float32, False)}
@@ -144,7 +144,7 @@ def test_triples_are_float32_whatever_the_weight(dtype, method):
 
 
 @pytest.mark.parametrize("method", ["exact", "randomized"])
-def test_signs_are_settled_by_the_largest_entry_of_u(method):
+def test_largest_entry_of_every_u_is_positive(method):
     weight = weight_of(_SPECTRA["slow"](50), (50, 70))
     triples = top_singular_triples(weight, 8, method=method, tolerance=1e-5)
     peaks = triples.u_ON.gather(0, triples.u_ON.abs().argmax(dim=0, keepdim=True))
@@ -165,14 +165,14 @@ def test_signs_are_settled_by_the_largest_entry_of_u(method):
         (torch.ones(4, 9), {"method": "lanczos"}, "svd_method: unknown 'lanczos'; known: auto, exact, randomized"),
     ],
 )
-def test_what_cannot_be_decomposed_is_refused(weight, options, message):
+def test_invalid_weights_ranks_and_methods_are_refused(weight, options, message):
     with pytest.raises(BaditError, match=message):
         top_singular_triples(weight, **{"rank": 2, **options})
 
 
 @PROPERTY
 @given(st.integers(1, 4), st.integers(1, 3), st.floats(1e-3, 1e3), _SEED)
-def test_factors_equal_the_papers_split(num_experts, r, scaling, seed):
+def test_factors_split_the_singular_values_as_in_the_paper(num_experts, r, scaling, seed):
     weight, rank = gaussian((14, 17), seed), num_experts * r
     factor_A, factor_B = expert_factors(top_singular_triples(weight, rank), scaling)
     u, s, vh = reference.singular_triples(weight, rank)
@@ -183,7 +183,7 @@ def test_factors_equal_the_papers_split(num_experts, r, scaling, seed):
 
 @PROPERTY
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 6), st.integers(1, 9), _SEED)
-def test_compressing_takes_the_leading_triples_and_says_what_it_lost(rows, columns, rank, smaller, seed):
+def test_compress_returns_the_closest_product_and_the_error_norm(rows, columns, rank, smaller, seed):
     a, b = gaussian((rank, columns), seed).double(), gaussian((rows, rank), seed + 1).double() * (seed % 9 > 0)
     found = compress(a, b, smaller)
     assert (found.a_PI.shape, found.b_OP.shape) == ((smaller, columns), (rows, smaller))

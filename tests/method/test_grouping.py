@@ -1,4 +1,4 @@
-"""DOG: the Gram-space solvers against the loops in ``reference``, which work on the gradients themselves."""
+"""DOG: the solvers on the Gram matrix against the loops in ``reference``, which work on the gradients."""
 
 import itertools
 import threading
@@ -19,7 +19,7 @@ _SEED = st.integers(0, 2**32 - 1)
 _EXPERTS_AND_SIZE = st.tuples(st.integers(1, 5), st.integers(1, 4))
 _SOLVER = st.sampled_from(["swap", "paper"])
 
-# Gradients (components, dimensions) on which clustering is degenerate, besides the ordinary ones.
+# Gradients (components, dimensions): random ones, and ones whose clustering is degenerate.
 _GRADIENTS = {
     "random": lambda rng, n: rng.standard_normal((n, 7)),
     "few dimensions": lambda rng, n: rng.standard_normal((n, 2)),
@@ -44,7 +44,7 @@ def contiguous(num_experts, size):
 
 
 def planted_gradients(seed, num_experts=8, size=4, dimensions=200, noise=0.06):
-    """Noisy copies of orthogonal directions, in shuffled order; returns them with the true labels."""
+    """Returns noisy copies of orthogonal directions in shuffled order, and the true labels."""
     rng = np.random.default_rng(seed)
     directions = np.linalg.qr(rng.standard_normal((dimensions, num_experts)))[0].T
     labels = rng.permutation(contiguous(num_experts, size))
@@ -62,8 +62,8 @@ _DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.f
 
 @PROPERTY
 @given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 6), _DTYPES, st.sampled_from([0, 30]), _SEED)
-def test_gram_equals_the_cosines_pair_by_pair(components, in_features, out_features, dtype, exponent, seed):
-    """Whatever the lengths of the gradients."""
+def test_cosine_gram_equals_pairwise_cosines(components, in_features, out_features, dtype, exponent, seed):
+    """For gradients of any norm."""
     grad_A, grad_B = gradient_pair(seed, components, in_features, out_features)
     scale = 10.0 ** torch.from_numpy(np.random.default_rng(seed).integers(-exponent, exponent + 1, components)).float()
     grad_A, grad_B = (grad_A * scale[:, None]).to(dtype), (grad_B * scale).to(dtype)
@@ -74,7 +74,7 @@ def test_gram_equals_the_cosines_pair_by_pair(components, in_features, out_featu
 
 @pytest.mark.parametrize("poison", [0.0, float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("side", ["A", "B"])
-def test_a_component_without_a_usable_gradient_has_a_zero_row(poison, side):
+def test_zero_or_non_finite_gradients_have_zero_rows_in_the_gram(poison, side):
     grad_A, grad_B = gradient_pair(3)
     if poison == 0.0:
         grad_A[2], grad_B[:, 2] = 0.0, 0.0
@@ -87,20 +87,20 @@ def test_a_component_without_a_usable_gradient_has_a_zero_row(poison, side):
 
 @PROPERTY
 @given(_EXPERTS_AND_SIZE, _KIND, _SEED)
-def test_objective_and_angles_equal_those_on_the_gradients(shape, kind, seed):
+def test_objective_and_angles_from_the_gram_equal_those_from_gradients(shape, kind, seed):
     num_experts, size = shape
     gradients = unit_gradients(kind, num_experts * size, seed)
     labels = np.random.default_rng(seed).permutation(contiguous(num_experts, size))
     gram = gradients @ gradients.T
     assert grouping_objective(gram, labels) == pytest.approx(reference.objective(gradients, labels), abs=1e-9)
     found, expected = expert_angles(gram, labels), reference.angles(gradients, labels)
-    np.testing.assert_allclose(found[:2], expected[:2], atol=1e-4)  # arccos near ±1 turns 1e-16 into 1e-6 degrees
+    np.testing.assert_allclose(found[:2], expected[:2], atol=1e-4)  # near ±1, arccos turns 1e-16 into 1e-6 degrees
     np.testing.assert_allclose(found[2:], expected[2:], atol=1e-9)
 
 
 @PROPERTY
 @given(_EXPERTS_AND_SIZE, _KIND, _SOLVER, _SEED)
-def test_grouping_is_an_exact_partition_never_worse_and_determined_by_its_seed(shape, kind, solver, seed):
+def test_grouping_is_balanced_never_worse_and_deterministic(shape, kind, solver, seed):
     num_experts, size = shape
     gradients = unit_gradients(kind, num_experts * size, seed)
     gram, current = gradients @ gradients.T, np.random.default_rng(seed).permutation(contiguous(num_experts, size))
@@ -111,13 +111,13 @@ def test_grouping_is_an_exact_partition_never_worse_and_determined_by_its_seed(s
     assert np.array_equal(current, kept)
     before, after = reference.objective(gradients, current), reference.objective(gradients, labels)
     assert after > before or np.array_equal(labels, current)
-    np.random.seed(seed)  # the global generator must not matter
+    np.random.seed(seed)  # the global generator must have no effect
     assert np.array_equal(group_components(gram.copy(), current, solver=solver, restarts=3, seed=seed), labels)
 
 
 @pytest.mark.parametrize("solver", ["swap", "paper"])
 @pytest.mark.parametrize(("kind", "noise"), [("zero", 0), ("all equal", 0), ("orthogonal", 0), ("all equal", 1e-9)])
-def test_labels_stay_where_every_grouping_is_as_good_up_to_rounding(kind, noise, solver):
+def test_labels_are_kept_if_all_groupings_are_equally_good(kind, noise, solver):
     gradients, rng = unit_gradients(kind, 12, 0), np.random.default_rng(2)
     gram = gradients @ gradients.T + noise * rng.standard_normal((12, 12))
     current = rng.permutation(contiguous(3, 4))
@@ -135,7 +135,7 @@ def test_labels_stay_where_every_grouping_is_as_good_up_to_rounding(kind, noise,
         (np.zeros((0, 0)), [], "same number of components"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(gram, labels, message):
+def test_invalid_gram_labels_and_solver_are_refused(gram, labels, message):
     with pytest.raises(BaditError, match=message):
         group_components(gram, np.array(labels, dtype=np.int64))
     with pytest.raises(BaditError, match=r"solver: unknown 'greedy'.*swap, paper"):
@@ -143,7 +143,7 @@ def test_inputs_that_do_not_fit_are_refused(gram, labels, message):
 
 
 @pytest.mark.parametrize(("components", "num_experts"), [(6, 3), (8, 2), (8, 4), (9, 3), (10, 2)])
-def test_the_swap_solver_finds_the_optimum_of_small_cases(components, num_experts):
+def test_swap_solver_finds_the_optimum_in_nearly_all_small_cases(components, num_experts):
     current, found = contiguous(num_experts, components // num_experts), 0
     for seed in range(30):
         gradients = unit_gradients("random" if seed % 2 else "few dimensions", components, seed)
@@ -156,14 +156,14 @@ def test_the_swap_solver_finds_the_optimum_of_small_cases(components, num_expert
 
 @PROPERTY
 @given(st.sampled_from([(2, 4), (3, 3), (4, 2), (4, 3)]), _KIND, st.integers(0, 3), _SEED)
-def test_no_exchange_improves_a_grouping_of_the_swap_solver(shape, kind, restarts, seed):
+def test_no_single_swap_improves_the_result_of_the_swap_solver(shape, kind, restarts, seed):
     num_experts, size = shape
     gradients = unit_gradients(kind, num_experts * size, seed)
     labels = group_components(gradients @ gradients.T, contiguous(num_experts, size), restarts=restarts, seed=seed)
     assert reference.best_exchange(gradients, labels) <= 1e-6 * max(1.0, reference.objective(gradients, labels))
 
 
-def test_the_swap_solver_finds_planted_groups_where_the_papers_loop_is_stuck():
+def test_swap_solver_finds_planted_groups_where_the_papers_loop_is_stuck():
     stuck, bad = 0, contiguous(8, 4)
     for seed in range(12):
         gradients, planted = planted_gradients(seed)
@@ -171,16 +171,16 @@ def test_the_swap_solver_finds_planted_groups_where_the_papers_loop_is_stuck():
         assert reference.objective(gradients, bad) < 0.6 * best
         assert reference.objective(gradients, group_components(gram, bad, seed=seed)) == pytest.approx(best)
         stuck += np.array_equal(grouping._until_stable(gram, bad, 8, grouping._polar_similarity), bad)
-    assert stuck >= 4, "the bad grouping was expected to be a fixed point of the paper's loop, often"
+    assert stuck >= 4, "expected the initial grouping to be a fixed point of the paper's loop for at least 4 seeds"
 
 
 @pytest.mark.parametrize(
     ("seed", "num_experts", "size", "scale"), [(32, 5, 1, 1e9), (85, 4, 1, 1e11), (336, 2, 4, 1e10), (360, 5, 4, 1e8)]
 )
-def test_exchanges_come_to_an_end_on_ties_in_large_numbers(seed, num_experts, size, scale):
+def test_swaps_terminate_on_ties_between_large_values(seed, num_experts, size, scale):
     rng = np.random.default_rng(seed)
     matrix = scale * rng.choice([-1.0, 1.0, 0.5, rng.standard_normal()], (num_experts * size,) * 2)
-    # In a thread, so that exchanges which undo one another for ever fail here rather than hang.
+    # In a thread, so that an endless loop of swaps fails the test instead of blocking it.
     arguments = (matrix + matrix.T, contiguous(num_experts, size))
     thread = threading.Thread(target=group_components, args=arguments, kwargs={"seed": seed}, daemon=True)
     thread.start()
@@ -189,17 +189,17 @@ def test_exchanges_come_to_an_end_on_ties_in_large_numbers(seed, num_experts, si
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_papers_loop_equals_it_on_real_vectors(seed):
+def test_papers_loop_on_the_gram_equals_the_loop_on_gradients(seed):
     gradients, planted = planted_gradients(seed, num_experts=4, size=5, dimensions=30, noise=0.3)
     start = np.roll(planted, seed)
-    start[:2] = start[2]  # k-means hands over groups of unequal sizes
+    start[:2] = start[2]  # k-means returns groups of unequal sizes
     found = grouping._until_stable(gradients @ gradients.T, start, 4, grouping._polar_similarity)
     assert np.array_equal(found, reference.polar_grouping(gradients, start, 4, 5))
 
 
 @PROPERTY
 @given(st.tuples(st.integers(1, 4), st.integers(1, 4)), _SEED)
-def test_matching_keeps_the_groups_and_the_largest_overlap(shape, seed):
+def test_matching_keeps_the_groups_and_maximises_the_overlap(shape, seed):
     num_experts, size = shape
     rng = np.random.default_rng(seed)
     labels, current = (rng.permutation(contiguous(num_experts, size)) for _ in range(2))
@@ -212,7 +212,7 @@ def test_matching_keeps_the_groups_and_the_largest_overlap(shape, seed):
     assert int((matched == current).sum()) == largest
 
 
-def test_cosines_rounded_past_one_give_angles_of_zero_and_a_half_turn():
+def test_cosines_rounded_above_1_give_angles_of_0_and_180_degrees():
     over = np.float32(1.0 + 2e-7)
     gram = np.array([[over, over, -over], [over, over, -over], [-over, -over, over]], dtype=np.float32)
     assert expert_angles(gram, np.array([0, 0, 1])) == (0.0, 180.0, 1.0, 1.0)

@@ -1,4 +1,4 @@
-"""Orthogonal updates against the formulas in ``reference``, and what they promise of ΔW = B A."""
+"""Orthogonal updates against the formulas in ``reference``, and their guarantees for ΔW = B A."""
 
 import numpy as np
 import pytest
@@ -14,10 +14,10 @@ PROPERTY = settings(deadline=None, max_examples=25)
 BETAS, LR = (0.9, 0.98), 0.02
 
 _SEED = st.integers(0, 2**32 - 1)
-# N, I, O. With as many components as features a step from B = 0 can bring A to about zero; see the test of extremes.
+# N, I, O. With N as large as I or O, a step from B = 0 can make A almost zero; see the test of extreme problems.
 _SHAPE = st.tuples(st.integers(1, 4), st.integers(7, 10), st.integers(7, 10))
 
-# How the columns of B start, besides those that are drawn: (O, N) -> (O, N).
+# The initial B, from a random one: (O, N) -> (O, N).
 _STARTS = {
     "random": lambda B: B,
     "zero": torch.zeros_like,
@@ -37,7 +37,7 @@ _START, _KIND = st.sampled_from(sorted(_STARTS)), st.sampled_from(sorted(_GRADIE
 
 
 def problem(shape, seed, dtype=torch.float64, start="random", kind="random"):
-    """A (N, I), B (O, N) and the gradients (O, I) of ΔW at four steps."""
+    """Returns A (N, I), B (O, N) and the gradients (O, I) of ΔW at four steps."""
     components, in_features, out_features = shape
     generator = torch.Generator().manual_seed(seed)
     sizes = (components, in_features), (out_features, components), (4, out_features, in_features)
@@ -47,7 +47,7 @@ def problem(shape, seed, dtype=torch.float64, start="random", kind="random"):
 
 
 def train(A, B, gradients, **options):
-    """A and B after every step; the gradients, or functions of A and B, are those of ΔW."""
+    """Returns A and B after every step; ``gradients`` are gradients of ΔW, or functions of A and B that return them."""
     moments = no_moments(A), no_moments(B.mT)
     found = []
     for gradient in gradients:
@@ -61,27 +61,27 @@ def train(A, B, gradients, **options):
 
 @PROPERTY
 @given(_SHAPE, _SEED, _START, _KIND)
-def test_steps_equal_the_formulas(shape, seed, start, kind):
+def test_steps_equal_the_reference(shape, seed, start, kind):
     A, B, gradients = problem(shape, seed, start=start, kind=kind)
     own = reference.OrthogonalFactor(), reference.OrthogonalFactor()
     a, b = reference.float64(A), reference.float64(B)
     for gradient, (found_A, found_B) in zip(gradients, train(A, B, gradients), strict=True):
         gradient = gradient.numpy()
         a, b = reference.orthogonal_step(a, b, b.T @ gradient, gradient @ a.T, *own, LR, BETAS)
-        # Where B is nearly singular, A moves far, and what rounding changes is relative to that.
+        # If B is nearly singular, A moves far, and rounding errors are relative to its size.
         np.testing.assert_allclose(found_A, a, rtol=1e-5, atol=1e-6 * max(1.0, np.abs(a).max()))
         np.testing.assert_allclose(found_B, b, rtol=1e-5, atol=1e-6 * max(1.0, np.abs(b).max()))
 
 
 @PROPERTY
 @given(st.tuples(*[st.integers(1, 6)] * 3), _SEED, st.sampled_from([torch.float32, torch.float64]), _START, _KIND)
-def test_extremes_stay_finite(shape, seed, dtype, start, kind):
+def test_factors_of_extreme_problems_stay_finite(shape, seed, dtype, start, kind):
     """More components than features, factors near zero, gradients of rank one."""
     found = train(*problem(shape, seed, dtype, start, kind))
     assert all(factor.isfinite().all() for factors in found for factor in factors)
 
 
-def test_layers_are_apart_and_float32_does():
+def test_stacked_float32_layers_equal_separate_float64_layers():
     problems = [problem((4, 9, 7), seed, torch.float32) for seed in range(3)]
     A, B, gradients = (torch.stack(parts) for parts in zip(*problems, strict=True))
     B[1] = 0
@@ -95,14 +95,14 @@ def test_layers_are_apart_and_float32_does():
 
 @PROPERTY
 @given(_SHAPE, _SEED, st.booleans(), st.floats(0, 1))
-def test_the_change_of_the_product_is_the_same_for_all_its_factors(shape, seed, starts_at_zero, spread):
+def test_products_do_not_depend_on_the_factorisation(shape, seed, starts_at_zero, spread):
     components = shape[0]
     A, B, targets = problem(shape, seed)
     B = B * (not starts_at_zero)
     generator = torch.Generator().manual_seed(seed)
     left, right = torch.linalg.qr(torch.randn(2, components, components, generator=generator, dtype=torch.float64)).Q
     R = left @ torch.diag(torch.logspace(-spread, spread, components, dtype=torch.float64)) @ right
-    # The gradients of losses of the product: ‖ΔW − T‖² / 2.
+    # Gradients of losses that depend on the product only: ‖ΔW − T‖² / 2.
     losses = [lambda A, B, target=target: B @ A - target for target in targets]
     starts = (A, B), (R @ A, B @ torch.linalg.inv(R))
     products = ([b @ a for a, b in train(*start, losses, floor=1e-14)] for start in starts)
@@ -119,24 +119,24 @@ def test_components_move_in_orthogonal_directions_of_limited_length(components, 
     def updates(sizes=1.0, **options):
         return orthogonal_updates((A, B.mT), (B.mT @ gradient * sizes, A @ gradient.mT), moments, **options)[0]
 
-    # In the other factor's frame the updates are orthogonal and as long as Adam's: √D for D entries of about 1.
+    # In the other factor's frame, updates are orthogonal and as long as Adam's: √D for D entries of about 1.
     for other, update in zip((B.mT, A), updates(lr=1e-4, floor=1e-12), strict=True):
         frame = torch.linalg.solve_triangular(torch.linalg.cholesky(other @ other.mT), other, upper=False)
         in_frame, length = frame @ other.mT @ update, update.shape[-1]  # from the change of ΔW, or of its transpose
         expected = length * torch.eye(components, dtype=A.dtype)
         torch.testing.assert_close(in_frame @ in_frame.mT, expected, rtol=0, atol=1e-4 * length)
-    # No feature dominates by its scale.
+    # The scale of a feature's gradients does not change A's update.
     sizes = torch.logspace(-2, 2, 12, dtype=torch.float64)
     torch.testing.assert_close(updates(sizes, lr=LR)[0], updates(lr=LR)[0], rtol=1e-5, atol=1e-6)
-    # A changes the product by a tenth at most.
+    # A's update changes the product by at most a tenth.
     assert lr * (B @ updates(lr=lr, floor=1e-12)[0]).norm() <= 0.101 * (B @ A).norm()
 
 
-def test_factors_at_zero_wait_and_start_with_the_first_gradient():
+def test_zero_b_delays_a_by_one_step_and_zero_a_stays_zero():
     A, B, gradients = problem((3, 6, 5), 0, start="zero")
     torch.testing.assert_close(train(A, B, 0 * gradients)[-1], (A, B), rtol=0, atol=0)
     after_one, after_two = train(A, B, gradients[:2])
-    assert torch.equal(after_one[0], A), "A has no frame yet"
+    assert torch.equal(after_one[0], A), "A must not move while B = 0 gives no frame"
     assert after_one[1].abs().max() > 0
     assert not torch.equal(after_two[0], A)
     dead = torch.zeros_like(A)
@@ -145,26 +145,26 @@ def test_factors_at_zero_wait_and_start_with_the_first_gradient():
 
 @PROPERTY
 @given(st.integers(1, 8), st.integers(0, 8), _SEED, st.integers(-25, 25), st.sampled_from([1e-9, 1e-6, 1e-3]))
-def test_inverse_root_equals_that_of_the_eigenvalues(size, rank, seed, exponent, floor):
+def test_inverse_root_equals_the_eigendecomposition(size, rank, seed, exponent, floor):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(3, size, rank, generator=generator, dtype=torch.float64)
     grams = 10.0**exponent * (x @ x.mT)
     for gram, found in zip(grams, inverse_root(grams, floor), strict=True):
         expected = reference.power(gram, -0.5, floor)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-30))
-    negative = torch.diag(torch.tensor([3.0, -4.0], dtype=torch.float64))  # has no root: taken for its norm times 1
+    negative = torch.diag(torch.tensor([3.0, -4.0], dtype=torch.float64))  # has no root: treated as its norm times 1
     torch.testing.assert_close(inverse_root(negative), torch.eye(2).double() / 5**0.5, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e-6, 1.0, 1e12])
-def test_steps_ignore_the_scale_of_the_loss(scale):
+def test_steps_do_not_depend_on_the_scale_of_the_loss(scale):
     A, B, gradients = problem((4, 30, 20), 0, torch.float32)
     for found, expected in zip(train(A, B, gradients * scale), train(A, B, gradients), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("parts", [2, 3])
-def test_the_grams_of_shards_add_up(parts):
+def test_sharded_updates_equal_unsharded_updates(parts):
     A, B, gradients = problem((4, 7, 9), 0)
     steps = [(B.mT @ gradient, A @ gradient.mT) for gradient in gradients[:3]]
 

@@ -1,4 +1,4 @@
-"""Routing: gates and the prompt's mean against the loops in ``reference``, and what the rest relies on."""
+"""Routing: gates, prompt means and moments against ``reference``, and properties that other code relies on."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ _LOGITS = st.integers(1, 12).flatmap(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_experts", [*range(1, 65), 97, 128])
-def test_a_router_at_zero_gives_gates_of_exactly_one(num_experts, dtype):
+def test_zero_logits_give_gates_of_exactly_one(num_experts, dtype):
     gates = expert_gates(torch.zeros(2, num_experts, dtype=dtype))
     assert gates.dtype == dtype
     assert (gates == 1.0).all()
@@ -28,8 +28,8 @@ def test_a_router_at_zero_gives_gates_of_exactly_one(num_experts, dtype):
 
 @PROPERTY
 @given(_LOGITS, st.none() | st.integers(1, 12), st.sampled_from(["mean_one", "softmax"]))
-@example([[0.0, 1.0, 0.0, 0.0], [0.0] * 4], 2, "mean_one")  # ties go to the lower index
-def test_gates_equal_the_naive_ones_and_sum_to_what_they_say(rows, top_k, kind):
+@example([[0.0, 1.0, 0.0, 0.0], [0.0] * 4], 2, "mean_one")  # on ties, the lower index is kept
+def test_gates_equal_the_reference_and_have_the_documented_sum(rows, top_k, kind):
     logits = torch.tensor(rows)
     num_experts = logits.shape[-1]
     gates = expert_gates(logits, kind=kind, top_k=top_k)
@@ -40,7 +40,7 @@ def test_gates_equal_the_naive_ones_and_sum_to_what_they_say(rows, top_k, kind):
 
 @PROPERTY
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 5), _SEED)
-def test_means_over_prompts_and_segments_equal_the_loops(batch, positions, count, seed):
+def test_prompt_and_segment_means_equal_the_reference(batch, positions, count, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, positions, 3, generator=generator)
     mask = torch.rand(batch, positions, generator=generator) < 0.6
@@ -58,7 +58,7 @@ def test_means_over_prompts_and_segments_equal_the_loops(batch, positions, count
 
 @PROPERTY
 @given(st.integers(1, 70), _SEED, st.floats(0, 100))
-def test_the_moments_are_the_naive_ones_whatever_the_common_part(count, seed, common):
+def test_running_moments_equal_the_reference_for_any_offset(count, seed, common):
     generator = torch.Generator().manual_seed(seed)
     batches = [common + torch.randn(1 + n % 4, 5, generator=generator) for n in range(count)]
     mean, variance = reference.prompt_moments(batches)
@@ -71,14 +71,14 @@ def test_the_moments_are_the_naive_ones_whatever_the_common_part(count, seed, co
     np.testing.assert_allclose(standardised(x, found), reference.standardised(x, *found.double().numpy()), rtol=1e-4)
 
 
-def test_ranks_that_add_up_have_the_moments_of_the_whole_batch():
+def test_moments_summed_over_ranks_equal_those_of_the_whole_batch():
     rows = 100 + torch.randn(6, 5)
     whole = batch_moments(rows)
     others = [torch.cat([rows[2:].sum(dim=0), torch.tensor([4.0])]), (rows[2:] - whole[0]).square().sum(dim=0)]
     torch.testing.assert_close(batch_moments(rows[:2], lambda sums: sums + others.pop(0)), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_features_that_do_not_vary_pass_no_gradient_on():
+def test_constant_features_pass_no_gradient():
     moments_2I = torch.stack([torch.zeros(3), torch.tensor([0.0, 1e-30, 4.0])])
     x_BI = torch.randn(2, 3, requires_grad=True)
     standardised(x_BI, moments_2I).sum().backward()

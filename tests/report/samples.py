@@ -1,4 +1,4 @@
-"""Synthetic runs: every table of an analysis and every file of a run's folder."""
+"""Writes synthetic runs: all tables of an analysis and all files of a run's folder."""
 
 import json
 import math
@@ -24,7 +24,7 @@ LARGE = Shape(MANY, 30, tuple(f"block.of_module_{number}" for number in range(7)
 
 
 def tables(shape=SMALL):
-    """Every table of an analysis."""
+    """Returns all tables of an analysis, by name."""
     rng = np.random.default_rng(shape.seed)
     kinds, tasks, experts = ("neurons", "parameters"), shape.tasks, range(shape.experts)
     count, places = len(tasks), list(product(range(shape.layers), shape.modules))
@@ -91,7 +91,7 @@ def save_tables(folder, shape=SMALL, *, leave_out=("task_gap", "transfer")):
 
 
 def write_run(folder, shape=SMALL, *, method="badit", analysed=True):
-    """A trained and scored run's folder."""
+    """Writes the folder of a trained and scored run, and returns it."""
     rng = np.random.default_rng(shape.seed + 1)
     folder.mkdir(parents=True)
     own = {"num_experts": shape.experts, "r": 4} if method == "badit" else {}
@@ -122,7 +122,7 @@ def write_lines(path, lines):
 
 
 def write_sequence(folder, shape=SMALL):
-    """A run that learns its tasks one after another: stages with losses of their own, and a matrix of scores."""
+    """Writes a run that learns its tasks in sequence, with the losses of each stage and a matrix of scores."""
     write_run(folder, shape, analysed=False)
     (folder / "metrics.jsonl").unlink()
     for number, task in enumerate(shape.tasks, start=1):
@@ -135,7 +135,7 @@ def write_sequence(folder, shape=SMALL):
 
 
 def write_comparison(folder, shape=SMALL, *, methods=("base", "lora", "badit")):
-    """A comparison of three seeds with single-task models of LoRA, one failed run, and the runs' own folders."""
+    """Writes a comparison of three seeds, with single-task LoRA models, one failed run, and the runs' folders."""
     folder.mkdir(parents=True)
     cells = []
     for number, method in enumerate(methods):

@@ -1,4 +1,4 @@
-"""The page in a browser: it draws, sorts, changes layers and themes, and neither fetches nor runs anything foreign."""
+"""The report page in a browser: charts, sorting, choices, themes, no network requests and no injected scripts."""
 
 import pytest
 from selenium.webdriver import ActionChains, Keys
@@ -19,35 +19,35 @@ def page(tmp_path_factory):
     return write_report(runs, folder / "report.html")
 
 
-def opened(browser, page, *, width=1200, theme="light"):
-    """The page, its charts drawn, with the logs of what came before it emptied."""
+def open_page(browser, page, *, width=1200, theme="light"):
+    """Opens the page with empty logs and waits until its charts are drawn."""
     emulate(browser, width=width, theme=theme)
     browser.get(page.as_uri())
-    drawn(browser, theme)
+    wait_until_drawn(browser, theme)
 
 
-def drawn(browser, theme):
+def wait_until_drawn(browser, theme):
     script = "return document.documentElement.dataset.drawn"
     until(lambda: browser.execute_script(script) == theme, f"the charts are drawn for a {theme} page")
 
 
-def of_each(browser, selector, what):
-    """What a script finds of each element, which it calls ``one``."""
+def map_elements(browser, selector, what):
+    """Returns the value of a JavaScript expression for each matching element, called ``one`` in it."""
     return browser.execute_script(f"return [...document.querySelectorAll(arguments[0])].map((one) => {what})", selector)
 
 
 def fills(browser, figure):
-    return of_each(browser, f"#{figure} .mark-rect.role-mark path", "one.getAttribute('fill')")
+    return map_elements(browser, f"#{figure} .mark-rect.role-mark path", "one.getAttribute('fill')")
 
 
 def column(browser, table, number):
-    return of_each(browser, f"#{table} tbody tr > :nth-child({number})", "one.textContent")
+    return map_elements(browser, f"#{table} tbody tr > :nth-child({number})", "one.textContent")
 
 
-def test_every_chart_is_drawn_and_nothing_is_requested_but_the_page(browser, page):
-    opened(browser, page)
+def test_all_charts_are_drawn_without_network_requests(browser, page):
+    open_page(browser, page)
     paths = "one.querySelectorAll('svg g[class*=mark-] path').length"
-    charts = of_each(browser, "figure:has(.specification)", f"[one.id, {paths}, one.offsetWidth]")
+    charts = map_elements(browser, "figure:has(.specification)", f"[one.id, {paths}, one.offsetWidth]")
     assert len(charts) >= 14
     assert all(marks > 5 and width > 300 for _, marks, width in charts), charts
     assert browser.get_log("browser") == []
@@ -55,8 +55,8 @@ def test_every_chart_is_drawn_and_nothing_is_requested_but_the_page(browser, pag
     assert {"file"} <= schemes <= {"file", "data", "blob"}
 
 
-def test_tables_sort_by_click_and_by_key(browser, page):
-    opened(browser, page)
+def test_tables_sort_by_click_and_keyboard(browser, page):
+    open_page(browser, page)
     table = "gradient-pairs-1-badit"
     before = column(browser, table, 4)
     assert "–" in before, "one pair has no corrected cosine"
@@ -66,7 +66,7 @@ def test_tables_sort_by_click_and_by_key(browser, page):
     def numbers():
         shown = column(browser, table, 4)
         known = [text for text in shown if text != "–"]
-        assert shown[: len(known)] == known, "what is not known stays below"
+        assert shown[: len(known)] == known, "unknown values stay at the bottom"
         return [float(text.replace("−", "-")) for text in known]
 
     button.click()
@@ -75,16 +75,16 @@ def test_tables_sort_by_click_and_by_key(browser, page):
     button.send_keys(Keys.ENTER)
     assert header.get_attribute("aria-sort") == "ascending"
     assert numbers() == sorted(numbers())
-    assert of_each(browser, f"#{table} thead th", "one.getAttribute('aria-sort')").count("none") == 4
+    assert map_elements(browser, f"#{table} thead th", "one.getAttribute('aria-sort')").count("none") == 4
     assert sorted(column(browser, table, 4)) == sorted(before)
     browser.find_element(By.CSS_SELECTOR, "#scores-table thead button").click()
-    assert column(browser, "scores-table", 1)[0] == "002 quoref", "text sorts from a"
-    assert of_each(browser, "#scores-table thead th", "one.getAttribute('aria-sort')")[0] == "ascending"
-    assert of_each(browser, "#scores-table tfoot", "one.innerText")[0].startswith("mean over tasks")
+    assert column(browser, "scores-table", 1)[0] == "002 quoref", "the first click sorts text in ascending order"
+    assert map_elements(browser, "#scores-table thead th", "one.getAttribute('aria-sort')")[0] == "ascending"
+    assert map_elements(browser, "#scores-table tfoot", "one.innerText")[0].startswith("mean over tasks")
 
 
-def test_the_choice_of_a_layer_changes_the_chart_and_outlives_the_theme(browser, page):
-    opened(browser, page)
+def test_layer_and_module_choices_change_the_chart_and_survive_a_theme_switch(browser, page):
+    open_page(browser, page)
     figure = "gradient-cosines-1-badit"
     layer = browser.find_element(By.CSS_SELECTOR, f"#{figure} select[name=layer]")
     assert [option.text for option in Select(layer).options] == ["all layers", "layer 0", "layer 1", "layer 2"]
@@ -95,36 +95,36 @@ def test_the_choice_of_a_layer_changes_the_chart_and_outlives_the_theme(browser,
     Select(module).select_by_visible_text("mlp.gate_proj")
     until(lambda: fills(browser, figure) not in (everywhere, one_layer), "the colours change again")
     browser.find_element(By.ID, "theme").click()
-    drawn(browser, "dark")
-    assert of_each(browser, f"#{figure} select", "one.selectedOptions[0].text") == ["layer 1", "mlp.gate_proj"]
+    wait_until_drawn(browser, "dark")
+    assert map_elements(browser, f"#{figure} select", "one.selectedOptions[0].text") == ["layer 1", "mlp.gate_proj"]
     assert browser.get_log("browser") == []
 
 
-def test_the_theme_is_the_systems_until_it_is_chosen(browser, page):
+def test_theme_follows_the_system_until_the_button_is_clicked(browser, page):
     background = "return getComputedStyle(document.body).backgroundColor"
-    opened(browser, page, theme="light")
+    open_page(browser, page, theme="light")
     light, light_fills = browser.execute_script(background), fills(browser, "gates-1-badit")
-    opened(browser, page, theme="dark")
+    open_page(browser, page, theme="dark")
     dark, dark_fills = browser.execute_script(background), fills(browser, "gates-1-badit")
     assert sum(map(int, light[4:-1].split(","))) > 700 > 200 > sum(map(int, dark[4:-1].split(",")))
     assert light_fills != dark_fills
     button = browser.find_element(By.ID, "theme")
     assert (button.text, button.get_attribute("aria-pressed")) == ("Light", "true")
     button.click()
-    drawn(browser, "light")
+    wait_until_drawn(browser, "light")
     assert browser.execute_script(background) == light
     assert fills(browser, "gates-1-badit") == light_fills
 
 
-def test_a_phone_scrolls_tables_and_not_the_page(browser, page):
-    opened(browser, page, width=390)
+def test_phone_layout_scrolls_tables_but_not_the_page(browser, page):
+    open_page(browser, page, width=390)
     assert browser.execute_script("return document.documentElement.scrollWidth") == 390
-    assert max(of_each(browser, ".chart svg", "one.getBoundingClientRect().right")) <= 390
-    assert of_each(browser, "#scores-table .scroll", "one.scrollWidth > one.clientWidth") == [True]
+    assert max(map_elements(browser, ".chart svg", "one.getBoundingClientRect().right")) <= 390
+    assert map_elements(browser, "#scores-table .scroll", "one.scrollWidth > one.clientWidth") == [True]
 
 
-def test_samples_of_a_task_are_chosen_and_a_figure_is_saved(browser, page, tmp_path):
-    opened(browser, page)
+def test_samples_open_by_task_and_figures_are_saved_as_svg(browser, page, tmp_path):
+    open_page(browser, page)
     browser.find_element(By.XPATH, "//summary[text()='1290 xsum']").click()
     (seen,) = browser.find_elements(By.CSS_SELECTOR, ".samples details[open]")
     assert seen.get_attribute("title") == "task1290_xsum_answer_generation"
@@ -136,17 +136,17 @@ def test_samples_of_a_task_are_chosen_and_a_figure_is_saved(browser, page, tmp_p
     assert saved.read_text().startswith("<svg")
 
 
-def test_markup_in_names_stays_text_also_in_charts(browser, tmp_path):
+def test_markup_in_names_is_shown_as_text_on_the_page_and_in_charts(browser, tmp_path):
     tasks = (MARKUP, "<b>second</b>", "third", "javascript:window.ran = true", '" onmouseover="window.ran = true')
     run = write_run(tmp_path / "run", Shape(("third",)), analysed=False)
     save_tables(run, Shape(tasks, modules=(MARKUP, "m")))
-    opened(browser, write_report([run], tmp_path / "report.html", title=MARKUP))
+    open_page(browser, write_report([run], tmp_path / "report.html", title=MARKUP))
     cell = browser.find_element(By.CSS_SELECTOR, "#gates .mark-rect.role-mark path")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", cell)
     ActionChains(browser).move_to_element(cell).perform()
     tooltip = until(lambda: browser.find_elements(By.CSS_SELECTOR, "#vg-tooltip-element.visible"), "a tooltip")[0]
     assert "mean gate" in tooltip.text
-    assert MARKUP in of_each(browser, "#gates select[name=module] option", "one.textContent")
+    assert MARKUP in map_elements(browser, "#gates select[name=module] option", "one.textContent")
     assert browser.find_elements(By.CSS_SELECTOR, "img, main b:not([aria-hidden])") == []
     assert browser.execute_script("return window.ran") is None
     assert browser.get_log("browser") == []

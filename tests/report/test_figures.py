@@ -1,4 +1,4 @@
-"""Figures: what they look up, their limits, and that each exports as SVG and PDF."""
+"""Figures: their values, their limits, and their export as SVG and PDF."""
 
 import itertools
 import json
@@ -17,8 +17,8 @@ from report.samples import SMALL, TASKS, tables, write_comparison, write_run, wr
 FRAMES = tables()
 
 
-def stored(chart):
-    """What a chart with choices holds: a row for each place, a column for each combination of options."""
+def chart_values(chart):
+    """Returns the values of a chart with choices: a row per place, a column per combination of options."""
     spec = chart.to_dict()
     places = next(data for data in spec["datasets"].values() if "values" in data[0])
     keys = json.loads(re.search(r"indexof\((\[.*?\]),", json.dumps(spec).replace('\\"', '"'))[1])
@@ -26,17 +26,17 @@ def stored(chart):
     return pd.concat([pd.DataFrame(places), pd.DataFrame(values, columns=keys)], axis="columns")
 
 
-def shown(chart, key):
-    """What a heat map shows for a choice, by row and column."""
-    return stored(chart).set_index(["row", "column"])[key].dropna().to_dict()
+def cell_values(chart, key):
+    """Returns the values that a heat map shows for a choice, by row and column."""
+    return chart_values(chart).set_index(["row", "column"])[key].dropna().to_dict()
 
 
-# What a source makes of the two tables.
+# The frame ``gradient_cosines`` of a source, without and with the overall cosines.
 PAIRS = FRAMES["gradient_pairs"].assign(parameters="adapter")
 COSINES = pd.concat([PAIRS, FRAMES["gradient_overall"].assign(layer="all", module="all")])
 
 
-def test_cosines_of_a_layer_a_module_and_all(monkeypatch):
+def test_gradient_cosines_are_means_for_the_chosen_layer_and_module(monkeypatch):
     pairs, overall = FRAMES["gradient_pairs"], FRAMES["gradient_overall"]
     chart, alone = figures.gradient_cosines(COSINES), figures.gradient_cosines(PAIRS)
     for chart_, key, rows in (
@@ -48,32 +48,32 @@ def test_cosines_of_a_layer_a_module_and_all(monkeypatch):
     ):
         means = rows.groupby(["task_a", "task_b"])["cosine"].mean().to_dict()
         both = means | {(b, a): mean for (a, b), mean in means.items()}
-        assert shown(chart_, key) == pytest.approx(both, abs=1e-4)
-    # Many tasks leave out single modules of a layer.
+        assert cell_values(chart_, key) == pytest.approx(both, abs=1e-4)
+    # Above MOST_VALUES, a layer or a module can be chosen, but not both.
     monkeypatch.setattr(charts, "MOST_VALUES", 50)
-    keys = [key for key in stored(figures.gradient_cosines(COSINES)) if "|" in key]
+    keys = [key for key in chart_values(figures.gradient_cosines(COSINES)) if "|" in key]
     assert {"all" in key.split("|") for key in keys} == {True}
 
 
-def test_shared_units_and_angles_are_means():
+def test_shared_units_and_expert_angles_are_means_over_layers_and_modules():
     frame = FRAMES["coactivation"]
-    found = stored(figures.shared_units(frame)).set_index(["tasks", "series"])
+    found = chart_values(figures.shared_units(frame)).set_index(["tasks", "series"])
     rows = frame.query("kind == 'neurons' and tasks == 2")
     for series, shares in (("measured", rows["share"]), ("by chance", rows["chance"])):
         expected = [shares.mean(), shares.iloc[1]]
         assert found.loc[(2, series), ["neurons|all", "neurons|1"]].tolist() == pytest.approx(expected, rel=1e-3)
-    assert set(found.index.levels[0]) == set(range(1, len(TASKS) + 1)), "units of no task are not drawn"
+    assert set(found.index.levels[0]) == set(range(1, len(TASKS) + 1)), "units that no task marks are left out"
     frame = FRAMES["expert_angles"]
-    found = stored(figures.expert_angles(frame)).set_index(["step", "measured", "group"])
+    found = chart_values(figures.expert_angles(frame)).set_index(["step", "measured", "group"])
     rows = frame.query("step == 40 and measured == 'after'")
     expected = [rows["within_degrees"].mean(), rows.query("layer == 1")["within_degrees"].mean()]
     values = found.loc[(40, "after regrouping", "within experts"), ["all", "1"]]
     assert values.tolist() == pytest.approx(expected, rel=1e-3)
 
 
-def test_flow_is_a_share_of_each_row():
+def test_component_flow_is_normalised_per_row():
     frame = FRAMES["component_flow"]
-    cells = shown(figures.component_flow(frame), "all|40")
+    cells = cell_values(figures.component_flow(frame), "all|40")
     for expert, rows in frame.query("step == 40").groupby("from_expert"):
         moved = rows.groupby("to_expert")["components"].sum().reindex(range(SMALL.experts), fill_value=0)
         found = [cells.pop((str(expert), str(to))) for to in moved.index]
@@ -81,7 +81,7 @@ def test_flow_is_a_share_of_each_row():
     assert not cells
 
 
-def test_of_many_pairs_those_in_the_middle_are_left_out_and_long_curves_are_thinned_to_means():
+def test_gradient_pairs_are_limited_and_long_loss_curves_are_averaged():
     pairs = pd.DataFrame(itertools.combinations([f"t{i}" for i in range(20)], 2), columns=["task_a", "task_b"])
     frame = pairs.assign(cosine=np.linspace(-1, 1, len(pairs)), parameters="adapter", corrected_cosine=np.nan)
     table = figures.gradient_pairs(frame.assign(magnitude_similarity=1.0))
@@ -94,17 +94,17 @@ def test_of_many_pairs_those_in_the_middle_are_left_out_and_long_curves_are_thin
     assert records[-1]["step"] == 1000
 
 
-def test_the_table_of_scores_ends_with_means_and_marks_the_best():
+def test_scores_table_ends_with_means_and_marks_the_best():
     rows = [("mean over tasks", "x", 1.0), ("b", "x", 4.0), ("mean over tasks", "y", 2.0)]
     frame = pd.DataFrame(rows, columns=["task", "run", "score"]).assign(metric="rouge_l", n=8)
     table = figures.scores_table(frame)
     assert table["x: Rouge-L"].tolist() == ["1.0", "4.0", "2.5"]
-    assert table["y: Rouge-L"].tolist() == ["2.0", "–", "2.0"], "a mean is over the tasks that there are"
+    assert table["y: Rouge-L"].tolist() == ["2.0", "–", "2.0"], "the mean is over tasks with a score"
     assert set(table.attrs["strong"]) == {(0, "y: Rouge-L"), (1, "x: Rouge-L"), (2, "x: Rouge-L")}
 
 
-def test_every_figure_follows_the_schema_names_no_colours_and_exports(tmp_path):
-    """Every figure there is: of a run, a sequence and a comparison."""
+def test_every_figure_has_a_caption_a_valid_schema_and_svg_and_pdf_exports(tmp_path):
+    """A run, a sequence and a comparison together have all figures except one."""
     runs = [write_run(tmp_path / "badit"), write_sequence(tmp_path / "sequence"), write_comparison(tmp_path / "all")]
     found = [block for section in sections_of(read_sources(runs)) for block in section.blocks]
     assert {figure.title for figure in FIGURES} - {block.title for block in found} == {"Cosine of weight gradients"}
@@ -120,16 +120,16 @@ def test_every_figure_follows_the_schema_names_no_colours_and_exports(tmp_path):
     export_figures([Section("all", "All", blocks=blocks)], tmp_path / "figures")
     written = [*(tmp_path / "figures").iterdir()]
     names = {block.name for block in blocks}
-    assert len(names) == len(blocks) >= 18, "each has a name of its own"
+    assert len(names) == len(blocks) >= 18, "figure names are unique"
     assert {path.name for path in written} == {f"{name}.{kind}" for name in names for kind in ("svg", "pdf")}
     for path in written:
         content = path.read_bytes()
         assert content.startswith(b"%PDF" if path.suffix == ".pdf" else b"<svg")
-        # Axes alone have few marks; an empty chart would be nothing but axes.
+        # An empty chart has only axes, and these have fewer paths.
         assert path.suffix == ".pdf" or content.count(b"<path") > 8, path.name
         assert path.suffix == ".pdf" or not re.search(b"NaN|undefined", content), path.name
 
 
-def test_one_task_has_nothing_to_itself():
+def test_units_of_tasks_returns_none_for_a_single_task():
     units = FRAMES["coactivation_tasks"]
     assert figures.units_of_tasks(units[units["task"] == units["task"].iloc[0]]) is None

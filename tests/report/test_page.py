@@ -1,4 +1,4 @@
-"""The page: its contents, where each number is from, what is missing, and that no text becomes markup."""
+"""The report page: its sections, the sources of its figures, notes on missing results, and escaped text."""
 
 import json
 import re
@@ -15,12 +15,12 @@ from report.samples import LARGE, TASKS, Shape, save_frame, save_tables, tables,
 
 NASTY = '<script>alert("x")</script>'
 NASTY_TASK = "<img src=x onerror=alert(1)> & \"quotes\" 'single' <!-- {{ 7*7 }}"
-QUOTES = ('" onmouseover=alert(1) x="', "' onfocus=alert(1) autofocus='")
-OF_EXPERTS = ("gates", "gate_similarity", "expert_losses", "nearest_prompts", "abilities", "ability_recovery")
+HANDLERS = ('" onmouseover=alert(1) x="', "' onfocus=alert(1) autofocus='")
+EXPERT_TABLES = ("gates", "gate_similarity", "expert_losses", "nearest_prompts", "abilities", "ability_recovery")
 
 
 class Page(HTMLParser):
-    """A page's elements, and its text outside scripts."""
+    """A parsed page: its elements, and its text outside scripts and styles."""
 
     def __init__(self, path):
         super().__init__()
@@ -33,7 +33,7 @@ class Page(HTMLParser):
         self.elements.append((tag, dict(attrs)))
 
     def handle_data(self, data):
-        if self.cdata_elem is None:  # neither in a script nor in a style
+        if self.cdata_elem is None:  # not in a script or style
             self.words.append(data)
 
     def all(self, tag, **attributes):
@@ -44,11 +44,11 @@ def page_of(runs, folder, title=None):
     return Page(write_report(runs, folder / "report.html", title=title))
 
 
-def test_a_run_has_every_section_and_each_figure_is_described_and_traced(tmp_path):
+def test_run_page_has_all_sections_and_figures_have_captions_and_sources(tmp_path):
     page = page_of([write_run(tmp_path / "run")], tmp_path)
     links = [link["href"] for link in page.all("a") if link.get("href")]
     parts = [part["id"] for part in page.all("section", **{"class": "part"})]
-    assert links == ["#overview", *(f"#{part}" for part in parts)], "the link past the contents, then each section"
+    assert links == ["#overview", *(f"#{part}" for part in parts)], "the skip link, then one link per section"
     assert len(parts) == 10
     files = ["scores.json", "metrics.jsonl", "predictions/", "config.yaml", "environment.json"]
     files += [f"analysis/{table.name}" for table in (tmp_path / "run" / "analysis").iterdir()]
@@ -64,14 +64,14 @@ def test_a_run_has_every_section_and_each_figure_is_described_and_traced(tmp_pat
         assert re.search(r'role="group" aria-label="[^"]{20,}"', figure) or "specification" not in figure
 
 
-def test_what_is_missing_says_how_to_make_it(tmp_path):
+def test_missing_results_are_shown_with_the_command_that_creates_them(tmp_path):
     run = write_run(tmp_path / "my run", method="lora", analysed=False)
     page = page_of([run], tmp_path)
     again = "Not measured yet. Measure it, then write the report again:"
     assert page.text.count(f"{again} badit analyze '{run}'") == 4
     assert all(name in page.source for name in ("scores-by-task", "loss-curves", "a small red house"))
     assert "gradient-cosines" not in page.source
-    save_tables(run, leave_out=(*OF_EXPERTS, "expert_angles", "component_flow", "task_gap", "transfer"))
+    save_tables(run, leave_out=(*EXPERT_TABLES, "expert_angles", "component_flow", "task_gap", "transfer"))
     page = page_of([run], tmp_path)
     assert again not in page.text
     assert "The method has no experts to measure." in page.text
@@ -80,13 +80,13 @@ def test_what_is_missing_says_how_to_make_it(tmp_path):
     assert f"{again} badit evaluate '{run}'" in page_of([run], tmp_path).text
 
 
-def test_any_single_table_is_enough(tmp_path):
+def test_report_works_with_any_single_table(tmp_path):
     for name, table in tables().items():
         save_frame(table, tmp_path / name / "analysis")
         assert f"analysis/{name}.json" in page_of([tmp_path / name], tmp_path).text
 
 
-def test_several_runs_are_side_by_side(tmp_path):
+def test_several_runs_are_shown_side_by_side(tmp_path):
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", Shape(seed=5))]
     runs.append(write_run(tmp_path / "lora", Shape(TASKS[:2], seed=5), method="lora", analysed=False))
     page = page_of(runs, tmp_path)
@@ -98,14 +98,14 @@ def test_several_runs_are_side_by_side(tmp_path):
     assert "analysis/gates.json</code> of a" in page.source
     headers = " ".join(re.findall(r'<th scope="col".*?</th>', page.source))
     assert all(f"{run}: Rouge-L" in headers for run in ("a", "b", "lora"))
-    assert re.search(r"<th scope=row[^>]*>1290 xsum</th>.*?>–</td>", page.source), "a task that a run has not"
+    assert re.search(r"<th scope=row[^>]*>1290 xsum</th>.*?>–</td>", page.source), "a task that one run does not have"
     assert "differences" in dict(figures)
     again = f"lora: not measured yet. Measure it, then write the report again: badit analyze {runs[2]}"
     assert page.text.count(again) == 4
 
 
-def test_three_full_analyses_have_fewer_than_2500_words_and_are_small(tmp_path):
-    """Captions stand once, and long tables and settings are folded."""
+def test_three_full_analyses_have_fewer_than_2500_words_and_limited_size(tmp_path):
+    """Each caption appears once, and tables with more than 14 rows are collapsed."""
     page = page_of([write_run(tmp_path / name, LARGE._replace(seed=i)) for i, name in enumerate("abc")], tmp_path)
     hidden = r"<(script|style)\b.*?</\1>|<details(?![^>]* open)[^>]*>.*?</details>|<[^>]+>"
     assert 1000 < len(re.sub(hidden, " ", page.source, flags=re.DOTALL).split()) < 2500
@@ -116,7 +116,7 @@ def test_three_full_analyses_have_fewer_than_2500_words_and_are_small(tmp_path):
     assert sorted(map(int, folded)) == sorted(count for count in rows if count > 14)
 
 
-def test_heat_maps_side_by_side_have_one_colour_scale(tmp_path):
+def test_side_by_side_heat_maps_share_one_colour_scale(tmp_path):
     for name, factor in (("weak", 0.1), ("strong", 1.0)):
         frame = tables()["gates"]
         save_frame(frame.assign(mean=1 + factor * (frame["mean"] - 1)), tmp_path / name / "analysis")
@@ -127,26 +127,26 @@ def test_heat_maps_side_by_side_have_one_colour_scale(tmp_path):
     assert both == strong * 2
 
 
-def test_a_comparison(tmp_path):
+def test_comparison_page_has_its_table_failed_runs_and_loss_curves(tmp_path):
     page = page_of([write_comparison(tmp_path / "compared") / "results.json"], tmp_path)
     for words in ("vs lora [95 %]", "failed (out of memory)", "lora, one model per task", "task-gap", "differences"):
         assert words in page.source
     assert re.search(r'>badit</th>.*?<td class=" strong">[\d.]+ ± [\d.]+</td>', page.source, re.DOTALL)
     assert "name a run's folder as well" in page.text
-    assert page.source.count('"series":"badit"') > 37, "the curves of all seeds are there"
+    assert page.source.count('"series":"badit"') > 37, "the page has the curves of several seeds"
 
 
-def test_no_text_becomes_markup_or_an_address(tmp_path):
-    """Names, answers, prompts, modules, settings and folders, each with markup or an attribute that would run."""
-    names = (NASTY.replace("/", "∕"), NASTY_TASK, "third", *QUOTES, "javascript:alert(1)")
+def test_untrusted_text_never_becomes_markup_or_a_link(tmp_path):
+    """Names, answers, prompts, modules, settings and folders contain markup or event handlers."""
+    names = (NASTY.replace("/", "∕"), NASTY_TASK, "third", *HANDLERS, "javascript:alert(1)")
     shape = Shape(names, modules=(NASTY, "</script><script>alert(1)</script>", "<!--<script>"))
-    run = write_run(tmp_path / f"<b>{QUOTES[0]}", Shape(names[2:4]), analysed=False)
+    run = write_run(tmp_path / f"<b>{HANDLERS[0]}", Shape(names[2:4]), analysed=False)
     save_tables(run, shape)
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("smollm2-135m", NASTY) + f'note: "{NASTY_TASK!r:.20}</pre>"\n')
     answer = {"task": "third", "instance_id": "1", "prompt": f"Input: {NASTY}\nOutput:", "references": [NASTY, "</dd>"]}
     (run / "predictions" / "third.jsonl").write_text(json.dumps({**answer, "prediction": f"</article>{NASTY}"}) + "\n")
-    compared = write_comparison(tmp_path / names[-1], Shape(names[3:5]), methods=("lora", names[-1], QUOTES[0]))
+    compared = write_comparison(tmp_path / names[-1], Shape(names[3:5]), methods=("lora", names[-1], HANDLERS[0]))
     page = page_of([run, compared], tmp_path, title=NASTY)
     assert not page.all("img")
     assert "49" not in page.text.split()
@@ -165,7 +165,7 @@ def test_no_text_becomes_markup_or_an_address(tmp_path):
     assert "connect-src" not in policy
 
 
-def test_the_command_also_without_the_extra(tmp_path, monkeypatch, capsys):
+def test_report_command_output_errors_and_missing_extra(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "run", analysed=False)
     page, figures = tmp_path / "pages" / "mine.html", tmp_path / "figures"
     assert main(["report", str(run), "-o", str(page), "--figures", str(figures), "--title", "My runs"]) == 0

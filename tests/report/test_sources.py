@@ -1,4 +1,4 @@
-"""What a report is made from: folders, frames and their errors, and the forms of numbers and names."""
+"""The sources of a report: folders, frames and their errors, and the formats of names and numbers."""
 
 import itertools
 
@@ -14,14 +14,14 @@ from badit.report.sources import by_similarity, read_sources, together
 from report.samples import SMALL, TASKS, tables, write_comparison, write_lines, write_run, write_sequence
 
 
-def test_a_comparison_is_its_folder_or_its_file(tmp_path):
+def test_comparison_is_read_from_its_folder_or_its_results_file(tmp_path):
     folder = write_comparison(tmp_path / "compared")
     for path in (folder, folder / "results.json"):
         (source,) = read_sources([path])
         assert list(source.frames["methods"]["method"]) == ["base", "lora", "badit", "lora, one model per task"]
-        assert set(source.frames["task_gap"]["method"]) == {"lora"}, "without any analysis"
+        assert set(source.frames["task_gap"]["method"]) == {"lora"}, "no analysis is needed"
         assert source.frames["task_gap"].attrs["file"] == "results.json"
-        assert source.frames["differences"]["method"].tolist() == ["badit", "lora, one model per task"], "not the base"
+        assert source.frames["differences"]["method"].tolist() == ["badit", "lora, one model per task"], "without base"
         notes = source.frames["methods"].attrs["notes"]
         assert "not in the table: goat, seed 0, learning rate 0.0005: failed (out of memory)" in notes
     methods, runs = zip(*source.members, strict=True)
@@ -31,7 +31,7 @@ def test_a_comparison_is_its_folder_or_its_file(tmp_path):
     assert runs.to_dict() == {"badit": 3, "base": 1, "lora": 3}
 
 
-def test_a_sequence_has_a_matrix_and_the_losses_of_all_stages(tmp_path):
+def test_sequence_has_a_transfer_matrix_and_the_losses_of_all_stages(tmp_path):
     sources = read_sources([write_sequence(tmp_path / "run")])
     assert len(sources[0].frames["transfer"]) == len(TASKS) ** 2
     assert sources[0].frames["transfer"].attrs["file"] == "scores.json"
@@ -46,10 +46,10 @@ def test_regroupings_are_read_without_an_analysis(tmp_path):
     assert set(source.frames["component_flow"]["components"]) == {1}
     assert source.frames["expert_angles"]["within_degrees"].tolist() == [78.0]
     write_lines(run / "regroupings.jsonl", [{"step": 20, "modules": 30, "objective_before": 1.0}])
-    assert not read_sources([run])[0].frames, "a run that was kept for its results has means over modules alone"
+    assert not read_sources([run])[0].frames, "a committed result has only means over modules"
 
 
-def test_differences_are_over_the_instances_that_both_runs_have(tmp_path):
+def test_differences_use_the_instances_that_both_runs_answered(tmp_path):
     runs = [write_run(tmp_path / name, analysed=False) for name in ("a", "b")]
     answers, *others = [runs[1] / "predictions" / f"{task}.jsonl" for task in TASKS]
     write_lines(answers, [{**line, "prediction": ""} for line in [*read_jsonl(answers)][:4]])
@@ -64,7 +64,7 @@ def test_differences_are_over_the_instances_that_both_runs_have(tmp_path):
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=8), st.randoms(use_true_random=False))
-def test_two_groups_of_similar_tasks_become_two_blocks(groups, random):
+def test_two_groups_of_similar_tasks_are_ordered_as_two_blocks(groups, random):
     tasks = {f"t{i}": group for i, group in enumerate(groups)}
     pairs = [(a, b, 0.8 * (tasks[a] == tasks[b]) + 0.1 * random.random()) for a, b in itertools.combinations(tasks, 2)]
     order = by_similarity(pd.DataFrame(pairs, columns=["task_a", "task_b", "cosine"]), "cosine")
@@ -73,7 +73,7 @@ def test_two_groups_of_similar_tasks_become_two_blocks(groups, random):
     assert sum(one != two for one, two in itertools.pairwise(sides)) <= 1 or len(tasks) < 3
 
 
-def test_matrices_of_several_runs_have_one_order_of_tasks(tmp_path):
+def test_matrices_of_several_runs_have_the_same_task_order(tmp_path):
     order = by_similarity(tables()["gate_similarity"], "similarity")
     assert sorted(order) == sorted(TASKS)
     for run in read_sources([write_run(tmp_path / "a"), write_run(tmp_path / "b", SMALL)]):
@@ -81,7 +81,7 @@ def test_matrices_of_several_runs_have_one_order_of_tasks(tmp_path):
             assert list(run.frames[name][column].cat.categories) == order
 
 
-def test_labels_tell_runs_apart_and_what_is_no_run_is_refused(tmp_path):
+def test_labels_are_unique_and_non_runs_are_refused(tmp_path):
     paths = [write_run(tmp_path / name, analysed=False) for name in ("a/badit", "b/badit", "b/lora")]
     assert [source.label for source in read_sources(paths)] == ["a/badit", "b/badit", "b/lora"]
     assert [source.label for source in read_sources(paths[1:])] == ["badit", "lora"]
@@ -97,13 +97,13 @@ def test_labels_tell_runs_apart_and_what_is_no_run_is_refused(tmp_path):
 
 
 @given(st.lists(st.text(alphabet="ab_t1", min_size=1, max_size=40), unique=True, max_size=8))
-def test_short_names_stay_unique(names):
+def test_short_names_are_unique(names):
     short = short_names(names)
     assert list(short) == names
     assert len(set(short.values())) == len(names)
 
 
-def test_forms_of_names_and_numbers():
+def test_formats_of_names_and_numbers():
     assert short_names([TASKS[3], "who_has_more"]) == {TASKS[3]: "1590 diplomacy", "who_has_more": "who has more"}
     assert (number(-0.25, ".2f"), number(-0.001), number(2_165_760, ".0f")) == ("−0.25", "0.0", "2,165,760")
     assert number(None) == number(float("nan")) == "–"

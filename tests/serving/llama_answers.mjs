@@ -1,4 +1,4 @@
-// Greedy answers of llama.cpp on the CPU in float32. Argument: a JSON file of a job. A job is {"model": GGUF file,
+// Greedy answers of llama.cpp on the CPU in float32. Argument: a job as a JSON file. A job is {"model": GGUF file,
 // "lora": GGUF file or null, "prompts": [[token, …], …], "tokens": N, "answers": FILE}.
 import {readFileSync, writeFileSync} from "node:fs";
 import {createRequire} from "node:module";

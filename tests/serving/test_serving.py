@@ -1,7 +1,7 @@
-"""Exports of a BADIT run answer in vLLM and llama.cpp, token by token, as in transformers: ``make test-serving``.
+"""Exports of a BADIT run give the same tokens in vLLM and llama.cpp as in transformers: ``make test-serving``.
 
-BADIT_SERVING is the folder of the Makefile's environment, to which results.json goes; without it the tests are skipped.
-Everything is in float32 on the CPU. The base model is the built-in one, under its hub id in a local hub cache.
+BADIT_SERVING is the folder of the Makefile's environment and of results.json; without it the tests are skipped.
+Everything runs in float32 on the CPU. The base model is the built-in one, under its hub id in a local hub cache.
 """
 
 import json
@@ -31,9 +31,9 @@ SNAPSHOT = Path(f"models--{BUILT_IN_HUB_ID.replace('/', '--')}") / "snapshots" /
 SOURCE = str(HERE.parents[1] / "src")
 LLAMA, PYTHON = SERVING / "llama.cpp", SERVING / "bin" / "python"
 
-# Standardised, the gates vary after few steps. llama.cpp permutes q_proj.
+# Standardised router inputs make the gates vary after a few steps. llama.cpp permutes q_proj.
 METHOD = {"name": "badit", "router_input": "standardised", "target_modules": ["q_proj", "gate_proj"]}
-# 20 steps, after which the answers are others and still long.
+# 20 steps, after which the answers differ from the base model's and are still long.
 TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
 RECIPE = {
     "model": {"name": "smollm2-135m", "dtype": "float32"},
@@ -48,20 +48,20 @@ REQUESTS = ["Explain how {} works.", "Write a short story about {}.", "List five
             "Describe {} to a child.", "What would the world be like without {}?"]  # fmt: skip
 TOPICS = ["a bicycle", "the tide", "bread", "a library", "the violin", "electricity", "a volcano", "chess"]
 TOKENS, LONG = 32, 20
-# Servers sum in another order. A token may differ only where transformers' two largest logits are this close.
+# Servers add in another order, so a token may differ, but only if transformers' two largest logits are this close.
 BOUND = 1e-3
 ENGINES = [("vllm", "lora"), ("vllm", "rank-16"), ("vllm", "merged"), ("llama", "lora"), ("llama", "merged")]
 
 
-def surroundings(python_path=""):
-    """The environment of a process whose hub cache has only the built-in model."""
+def process_environment(python_path=""):
+    """Environment variables of a process whose hub cache has only the built-in model."""
     hub = {"HF_HUB_CACHE": str(WORK / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path}
-    one_thread = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}  # and 1 GiB
+    one_thread = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}  # and 1 GiB of cache
     return {**os.environ, **hub, **one_thread, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 
 def call(command, python_path=""):
-    environment = surroundings(python_path)
+    environment = process_environment(python_path)
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
@@ -96,7 +96,7 @@ def exports():
 
 @pytest.fixture(scope="module")
 def references(exports, prompts):
-    """transformers' answers and margins, by export; under "base" those of the base model."""
+    """The answers and margins of transformers by export, and under "base" those of the base model."""
     program = [sys.executable, HERE / "transformers_answers.py"]
     models = {"base": BUILT_IN_HUB_ID, **exports}
     return {name: answer(program, f"transformers-{name}", model, prompts) for name, model in models.items()}
@@ -104,7 +104,7 @@ def references(exports, prompts):
 
 @pytest.fixture(scope="module")
 def vllm(exports, prompts):
-    """By export; one engine serves both LoRAs."""
+    """vLLM's answers by export; one engine serves both LoRAs."""
     program = [PYTHON, HERE / "vllm_answers.py"]
     loras = {name: str(exports[name]) for name in ("lora", "rank-16")}
     found = answer(program, "vllm-loras", BUILT_IN_HUB_ID, prompts, loras=loras, rank=64)
@@ -113,7 +113,7 @@ def vllm(exports, prompts):
 
 @pytest.fixture(scope="module")
 def llama(exports, prompts):
-    """By export, after llama.cpp's own conversion."""
+    """llama.cpp's answers by export, converted with its own scripts."""
     found = {}
     for name, whole in (("lora", WORK / "hub" / SNAPSHOT), ("merged", exports["merged"])):
         model, lora = WORK / f"{name}-model.gguf", WORK / "lora.gguf" if name == "lora" else None
@@ -126,8 +126,8 @@ def llama(exports, prompts):
 
 @pytest.fixture(scope="module")
 def results():
-    """The record of all comparisons, written at the end."""
-    converters = next((SERVING / "source").iterdir()).name  # of which the hash is checked
+    """All comparisons, written to results.json at the end."""
+    converters = next((SERVING / "source").iterdir()).name  # its hash is checked by pip
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
     versions["converters"] = converters.removesuffix(".tar.gz")
     found = {"versions": versions, "max_new_tokens": TOKENS, "bound": BOUND, "comparisons": []}
@@ -136,7 +136,7 @@ def results():
 
 
 @pytest.mark.parametrize(("engine", "export"), ENGINES)
-def test_answers_are_those_of_transformers(engine, export, request, references, results):
+def test_answers_match_transformers(engine, export, request, references, results):
     expected, margins = references[export]["answers"], references[export]["margins"]
     served = request.getfixturevalue(engine)
     differences = []
@@ -156,7 +156,7 @@ def test_answers_are_those_of_transformers(engine, export, request, references, 
     assert all(each["margin"] < BOUND for each in differences), differences
 
 
-def test_vllm_scores_an_export_as_transformers_does(exports):
+def test_vllm_and_transformers_give_an_export_the_same_scores(exports):
     run, found = WORK / "run", {}
     for engine, python in (("transformers", sys.executable), ("vllm", PYTHON)):
         out = WORK / f"scored-{engine}"
@@ -168,16 +168,16 @@ def test_vllm_scores_an_export_as_transformers_does(exports):
 
 @contextmanager
 def started(*words, output=subprocess.PIPE):
-    """A server, until the end of the context."""
+    """A server process that is terminated at the end of the context."""
     command = list(map(str, words))
-    with subprocess.Popen(command, env=surroundings(SOURCE), stdout=output, text=True) as process:
+    with subprocess.Popen(command, env=process_environment(SOURCE), stdout=output, text=True) as process:
         try:
             yield process
         finally:
             process.terminate()
 
 
-def test_a_proxy_in_front_of_vllm_answers_as_the_run_or_as_the_export_that_it_names(exports, prompts):
+def test_proxy_to_vllm_answers_like_the_run_or_the_named_export(exports, prompts):
     run, asked = Run(WORK / "run"), prompts[::5]
     tasks = run.export(WORK / "tasks", all_tasks=True, progress=False)
     expected = generate_answers(*run.load(), asked, max_new_tokens=TOKENS, batch_size=8)
@@ -209,7 +209,7 @@ def test_a_proxy_in_front_of_vllm_answers_as_the_run_or_as_the_export_that_it_na
             assert answer.headers["x-badit-adapter"] in tasks.tasks
             assert text(answer) == text(ask(vllm, answer.headers["x-badit-adapter"], prompt))
         served = {model["id"] for model in httpx2.get(f"{urls[1]}/v1/models").json()["data"]}
-        assert served == {"auto", BUILT_IN_HUB_ID, *tasks.tasks}, "the LoRAs of prompts are unloaded"
+        assert served == {"auto", BUILT_IN_HUB_ID, *tasks.tasks}, "per-prompt LoRAs are unloaded"
 
 
 def answers_on(url):

@@ -1,4 +1,4 @@
-"""Tiny trained runs, loaded, and served."""
+"""Fixtures: studio sessions of tiny trained runs, and a server for them."""
 
 import threading
 from contextlib import contextmanager
@@ -20,13 +20,13 @@ def session(trained):
 
 @pytest.fixture(scope="session")
 def plain_session(trained):
-    """Of a method without gates."""
+    """A session of a method without gates."""
     return Session(trained({"name": "lora", "r": 4}).path)
 
 
 @contextmanager
 def served(web):
-    """A real server of a web application; its port."""
+    """Runs a web application on a real server, and yields its port."""
     with listen(0) as listening:
         running = server(web)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})

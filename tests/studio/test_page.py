@@ -1,4 +1,4 @@
-"""The page in a browser: an answer streams, sliders send their gates, text stays text, and a phone shows all of it."""
+"""The studio page in a browser: streamed answers, sliders that send gates, escaped text, and the phone layout."""
 
 import json
 
@@ -14,13 +14,13 @@ from badit.studio.server import application
 from browsers import emulate, requests, until
 from studio.conftest import BADIT, served
 
-# No slash in it, which the name of a task may not have.
+# Without a slash, because task names must not contain one.
 MARKUP = "<img src=x onerror='window.ran = true'><b>bold"
 NUMBERS = ".slider input[type=number]"
 
 
 class Page:
-    """The studio's page in the browser, as a reader uses it."""
+    """The studio's page in a browser, with helpers to operate and read it."""
 
     def __init__(self, browser, address, *, width=1200, theme="light"):
         self.browser, self.address = browser, address
@@ -40,20 +40,20 @@ class Page:
     def text(self, selector):
         return self.one(selector).text
 
-    def told(self, status):
+    def wait_for_status(self, status):
         until(lambda: self.text("#status") == status, f"the page says: {status}")
 
     def ask(self):
         self.one("#answer").click()
-        self.told("Done.")
+        self.wait_for_status("Done.")
 
     def sent(self):
-        """The questions that the page has sent since the last look."""
+        """Returns the questions that the page has sent since the last call."""
         return [json.loads(request["postData"]) for request in requests(self.browser) if "postData" in request]
 
     def next_question(self):
         question = until(self.sent, "the page has asked")[-1]
-        self.told("Done.")
+        self.wait_for_status("Done.")
         return question
 
     def values(self):
@@ -74,14 +74,14 @@ def page(browser, address):
     return Page(browser, address)
 
 
-def test_an_answer_streams_next_to_the_base_models(page):
+def test_answer_streams_next_to_the_base_models_answer(page):
     page.run("""
         window.seen = new Set();
         const side = document.querySelector("#side-router .text");
         new MutationObserver(() => seen.add(side.textContent)).observe(side, {childList: true});
     """)
     page.ask()
-    assert len(page.run("return [...window.seen]")) >= 3, "it has grown"
+    assert len(page.run("return [...window.seen]")) >= 3, "the text arrives in several parts"
     assert page.text("#side-base .facts").startswith("8 tokens, cut at the limit")
     assert page.text("#side-router .text") != page.text("#side-base .text")
     assert page.text("#reference") == "Reference answer: capital 12"
@@ -93,7 +93,7 @@ def test_an_answer_streams_next_to_the_base_models(page):
     assert all(url.startswith((page.address, "data:", "chrome:", "chrome-untrusted:")) for url in requested), requested
 
 
-def test_the_heat_map_is_walked_by_keys_every_control_has_a_name_and_the_theme_can_be_chosen(page, session):
+def test_heat_map_keyboard_navigation_accessible_names_and_theme_switch(page, session):
     page.ask()
     cells = page.all("#heat-map td")
     assert len(cells) == session.number_of_experts * len(session.experts)
@@ -112,7 +112,7 @@ def test_the_heat_map_is_walked_by_keys_every_control_has_a_name_and_the_theme_c
     assert page.one("#heat-map td").value_of_css_property("background-color") != light
 
 
-def test_the_heat_map_is_of_a_module_or_of_their_mean(browser, trained):
+def test_heat_map_shows_one_module_or_the_mean_over_modules(browser, trained):
     session = Session(trained({**BADIT, "target_modules": ["gate_proj", "o_proj"]}).path)
     with served(application(session)) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")
@@ -127,7 +127,7 @@ def test_the_heat_map_is_of_a_module_or_of_their_mean(browser, trained):
     assert mean == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)], abs=0.0011)
 
 
-def test_sliders_send_their_gates_and_the_router_comes_back(page):
+def test_sliders_send_their_gates_and_can_be_reset_to_the_router(page):
     page.ask()
     (first,) = page.sent()
     assert (first["sides"], first["gates"]) == (["router", "base"], None)
@@ -135,7 +135,7 @@ def test_sliders_send_their_gates_and_the_router_comes_back(page):
     assert len(set(router)) > 1, "the sliders show the router's gates"
     page.one("#gate-2").send_keys(Keys.HOME)
     question = page.next_question()
-    assert question["sides"] == ["hand"], "the other answers are there already"
+    assert question["sides"] == ["hand"], "the other sides are already answered"
     assert question["gates"] == page.values() == [*router[:2], 0, router[3]]
     assert page.one("#side-hand").is_displayed()
     assert page.text("#side-router h3") == "With the router’s gates"
@@ -143,45 +143,45 @@ def test_sliders_send_their_gates_and_the_router_comes_back(page):
 
     page.all(".slider button")[3].click()
     assert page.next_question()["gates"] == page.values() == [0, 0, 0, 1]
-    assert set(page.gates()) == {0, 1}, "the map shows the mixture by hand"
+    assert set(page.gates()) == {0, 1}, "the heat map shows the gates set by hand"
 
     number = page.all(NUMBERS)[0]
     number.clear()
     number.send_keys("99", Keys.TAB)
     assert page.next_question()["gates"] == page.values()
-    assert page.values()[0] <= 4, "what is beyond bounds is put back"
+    assert page.values()[0] <= 4, "values out of bounds are reset"
 
     page.one("#own").click()
     assert page.values() == router
     assert not page.one("#side-hand").is_displayed()
-    assert page.sent() == [], "its answer is there"
+    assert page.sent() == [], "the router's answer is not requested again"
     assert page.browser.get_log("browser") == []
 
 
-def test_an_answer_can_be_stopped_and_a_prompt_of_ones_own_be_asked(page):
+def test_answer_can_be_stopped_and_custom_prompts_are_answered(page):
     limit, box = page.one("#limit"), page.one("#text")
     limit.clear()
     limit.send_keys("512")
     page.one("#answer").click()
     until(lambda: page.text("#side-router .text"), "it has begun")
     page.one("#stop").click()
-    page.told("Stopped.")
+    page.wait_for_status("Stopped.")
     assert not page.one("#stop").is_enabled()
     limit.clear()
     limit.send_keys("4")
     Select(page.one("#task")).select_by_value("")
     box.clear()
     box.send_keys("Hello there", Keys.CONTROL, Keys.ENTER)
-    page.told("Done.")
+    page.wait_for_status("Done.")
     assert page.text("#side-base .facts").startswith("4 tokens")
     assert page.sent()[-1]["task"] is None
     box.clear()
     box.send_keys("   ")
     page.one("#answer").click()
-    page.told("text: the prompt is empty")
+    page.wait_for_status("text: the prompt is empty")
 
 
-def test_a_method_without_gates_says_so_and_a_studio_that_has_ended_is_told(browser, plain_session):
+def test_page_reports_a_method_without_gates_and_a_stopped_server(browser, plain_session):
     with served(application(plain_session)) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")
         page.ask()
@@ -191,10 +191,10 @@ def test_a_method_without_gates_says_so_and_a_studio_that_has_ended_is_told(brow
         assert page.text("#side-router .facts")
         assert browser.get_log("browser") == []
     page.one("#answer").click()
-    page.told("The studio does not answer; is it still running?")
+    page.wait_for_status("The studio does not answer; is it still running?")
 
 
-def test_markup_in_names_data_and_tables_stays_text(browser, trained, tmp_path):
+def test_markup_in_names_data_and_tables_is_shown_as_text(browser, trained, tmp_path):
     source = tmp_path / "tasks.jsonl"
     lines = [
         {"task": MARKUP, "instruction": MARKUP, "input": f"{MARKUP} {i}", "output": MARKUP, "split": split}
@@ -220,7 +220,7 @@ def test_markup_in_names_data_and_tables_stays_text(browser, trained, tmp_path):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_phone_shows_it_without_scrolling_sideways(browser, address, theme):
+def test_phone_layout_does_not_scroll_sideways(browser, address, theme):
     page = Page(browser, address, width=390, theme=theme)
     page.ask()
     assert page.sent()

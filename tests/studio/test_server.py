@@ -1,4 +1,4 @@
-"""``badit studio``: its command, and calls over HTTP: what is answered, how it streams and ends, what is refused."""
+"""``badit studio``: the command, and its HTTP server: responses, streaming, disconnects and refused requests."""
 
 import http.client
 import json
@@ -23,7 +23,7 @@ from studio.conftest import BADIT, served
 PAGE = "http://127.0.0.1:8642"
 ASK = {"text": "land 3", "task": "rivers", "sides": ["router", "base"], "max_new_tokens": 6}
 FILES = ("/", "/studio.js", "/studio.css", "/look.css")
-PATIENCE = 60
+TIMEOUT = 60
 
 
 @pytest.fixture
@@ -31,17 +31,17 @@ def client(session):
     return TestClient(application(session), base_url=PAGE, headers={"Origin": PAGE})
 
 
-def parsed(body):
-    """Server-sent events by name."""
+def parse_events(body):
+    """Returns server-sent events as pairs of name and data."""
     events = [event.split("\n") for event in body.split("\n\n")[:-1]]
     assert all(name.startswith("event: ") and data.startswith("data: ") for name, data in events)
     return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in events]
 
 
-def test_an_answer_or_an_error_in_its_midst_streams_as_events(client, session, monkeypatch):
+def test_answers_and_errors_during_an_answer_are_streamed_as_events(client, session, monkeypatch):
     response = client.post("/api/answer", json=ASK)
     assert response.headers["content-type"].startswith("text/event-stream")
-    events = parsed(response.text)
+    events = parse_events(response.text)
     one_side = ["text"] * 6 + ["end"]
     assert [name for name, _ in events] == ["prompt", "gates", *one_side, *one_side, "done"]
 
@@ -50,11 +50,11 @@ def test_an_answer_or_an_error_in_its_midst_streams_as_events(client, session, m
         raise BaditError("the model\nbroke")
 
     monkeypatch.setattr(session, "answer", fail)
-    events = parsed(client.post("/api/answer", json=ASK).text)
+    events = parse_events(client.post("/api/answer", json=ASK).text)
     assert events[-1] == ("error", {"message": "the model\\nbroke"})
 
 
-def test_every_response_carries_the_policy_and_no_file_names_another_machine(client):
+def test_responses_have_security_headers_and_files_have_no_external_urls(client):
     for path in (*FILES, "/api/run", "/api/nothing", "/../x"):
         headers = client.get(path).headers
         policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
@@ -68,7 +68,7 @@ def test_every_response_carries_the_policy_and_no_file_names_another_machine(cli
         assert not [word for word in ("://", "innerHTML", "style=") if word in response.text], path
 
 
-def test_only_the_page_itself_may_ask_by_the_names_of_this_machine(session):
+def test_foreign_hosts_and_origins_are_refused(session):
     client = TestClient(application(session), base_url=PAGE)
     for host in ("evil.example:8642", "127.0.0.1.evil.example", "192.168.1.5", "", "["):
         for method, path in (("GET", "/"), ("GET", "/api/run"), ("POST", "/api/answer")):
@@ -84,7 +84,7 @@ def test_only_the_page_itself_may_ask_by_the_names_of_this_machine(session):
         assert client.post("/api/answer", json={**ASK, "sides": ["base"]}, headers=headers).status_code == 200
 
 
-def test_what_is_no_question_is_refused_in_one_line(client):
+def test_invalid_requests_are_refused_with_one_line(client):
     for question, problem in (
         ({"text": "x" * (MAX_CHARACTERS + 1)}, "request: text: "),
         ({"sides": []}, "request: sides: "),
@@ -111,7 +111,7 @@ def test_what_is_no_question_is_refused_in_one_line(client):
 
 
 class Slow:
-    """A session whose answers end when they are told to, and which notes how many run."""
+    """A session whose answers run until ``goes_on`` is set; it counts the running answers."""
 
     def __init__(self):
         self.running = self.most_running = 0
@@ -141,20 +141,20 @@ def slow():
         yield session, port
 
 
-def asked(port, text, **question):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+def ask(port, text, **question):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
     headers = {"Origin": f"http://127.0.0.1:{port}", "Content-Type": "application/json"}
     connection.request("POST", "/api/answer", json.dumps({**ASK, "text": text, **question}), headers)
     return closing(connection)
 
 
-def test_events_come_while_the_answer_is_being_written_and_others_wait(slow):
+def test_events_are_sent_during_the_answer_and_other_requests_wait(slow):
     session, port = slow
-    with asked(port, "number 0") as first, asked(port, "number 1") as second, closing(first.getresponse()) as response:
+    with ask(port, "number 0") as first, ask(port, "number 1") as second, closing(first.getresponse()) as response:
         assert response.readline() == b"event: text\n"
         assert b"number 0" in response.readline()
-        assert session.began.acquire(timeout=PATIENCE)
-        assert not session.began.acquire(timeout=0.3), "the other waits"
+        assert session.began.acquire(timeout=TIMEOUT)
+        assert not session.began.acquire(timeout=0.3), "the second request waits"
         session.goes_on.set()
         assert response.read().endswith(b"event: done\ndata: {}\n\n")
         with closing(second.getresponse()) as later:
@@ -162,46 +162,46 @@ def test_events_come_while_the_answer_is_being_written_and_others_wait(slow):
     assert session.most_running == 1
 
 
-def test_an_answer_ends_when_its_reader_goes_away(slow):
+def test_answer_stops_when_the_client_disconnects(slow):
     session, port = slow
-    with asked(port, "first") as first, closing(first.getresponse()) as response:
+    with ask(port, "first") as first, closing(first.getresponse()) as response:
         assert response.readline()
-        with asked(port, "gone before its turn"):
+        with ask(port, "gone before its turn"):
             pass
-    assert session.stopped.wait(PATIENCE)
+    assert session.stopped.wait(TIMEOUT)
     session.goes_on.set()
-    with asked(port, "last") as last, closing(last.getresponse()) as response:
-        assert b"last" in response.read(), "the lock is free again"
+    with ask(port, "last") as last, closing(last.getresponse()) as response:
+        assert b"last" in response.read(), "the lock is released"
     assert session.running == 0
-    assert [session.began.acquire(blocking=False) for _ in range(3)] == [True, True, False], "one was never begun"
+    assert [session.began.acquire(blocking=False) for _ in range(3)] == [True, True, False], "one never started"
 
 
-def test_a_request_that_does_not_come_to_its_end_is_closed(capfd, slow, monkeypatch):
+def test_incomplete_requests_time_out_but_running_answers_do_not(capfd, slow, monkeypatch):
     session, port = slow
     head = f"POST /api/answer HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nOrigin: http://127.0.0.1:{port}\r\n"
     head += "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
     with socket.create_connection(("127.0.0.1", port)) as leaves:
         leaves.sendall(head.encode())
     monkeypatch.setattr("badit.studio.server._PATIENCE", 0.2)
-    with asked(port, "longer than that") as first, closing(first.getresponse()) as response:
+    with ask(port, "longer than that") as first, closing(first.getresponse()) as response:
         for sent in ("", head[:20], head):
-            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+            with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as connection:
                 connection.sendall(sent.encode())
-                assert connection.recv(1000) in (b"", b"HTTP/1.1 400 Bad Request"), "closed"
+                assert connection.recv(1000) in (b"", b"HTTP/1.1 400 Bad Request"), "the connection is closed"
         session.goes_on.set()
         assert b"longer than that" in response.read()
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_it_serves_until_it_is_interrupted(trained):
+def test_studio_serves_until_interrupted(trained):
     command = [sys.executable, "-m", "badit", "studio", str(trained(BADIT).path), "--port", "0", "--no-browser"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         assert line.startswith("Studio: http://127.0.0.1:")
         port = int(line.split()[1].rpartition(":")[2])
         assert httpx2.get(f"http://127.0.0.1:{port}/api/run").json()["run"] == "run"
-        # An answer that is still being written does not delay the end.
-        with asked(port, "land", task=None, max_new_tokens=512) as asking, closing(asking.getresponse()) as response:
+        # A running answer does not delay the shutdown.
+        with ask(port, "land", task=None, max_new_tokens=512) as asking, closing(asking.getresponse()) as response:
             assert response.readline() == b"event: prompt\n"
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=60)
@@ -209,7 +209,7 @@ def test_it_serves_until_it_is_interrupted(trained):
     assert "Traceback" not in errors
 
 
-def test_mistakes_are_told_in_one_line_before_a_model_is_loaded(monkeypatch, capsys):
+def test_errors_are_one_line_and_reported_before_a_model_is_loaded(monkeypatch, capsys):
     with server.listen(0) as taken:
         host, port = taken.getsockname()
         assert host == "127.0.0.1", "only this machine can reach it"
@@ -227,7 +227,7 @@ def test_mistakes_are_told_in_one_line_before_a_model_is_loaded(monkeypatch, cap
     assert "module uvicorn is not installed; run pip install 'badit[studio]'" in capsys.readouterr().err
 
 
-def test_a_browser_is_opened_if_there_is_a_screen(monkeypatch):
+def test_browser_opens_only_with_a_display(monkeypatch):
     seen = []
     monkeypatch.setattr(webbrowser, "open", seen.append)
     monkeypatch.setattr(sys, "platform", "linux")

@@ -1,4 +1,4 @@
-"""A loaded run: the sides' answers against the library's own, gates that are exactly those asked for, nearest tasks."""
+"""Studio sessions: the answers of each side compared with the library's, gates set by hand, and nearest tasks."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from badit.train import encoded
 from badit.tuner import hooks_of
 from studio.conftest import BADIT
 
-HAND = [0.0, 2.5, 1.25, 0.1]
+HAND_GATES = [0.0, 2.5, 1.25, 0.1]
 
 
 def events(session, **question):
@@ -28,7 +28,7 @@ def events(session, **question):
     return shown
 
 
-def one(shown, name, side):
+def event_data(shown, name, side):
     (found,) = [data for kind, data in shown if kind == name and data.get("side") == side]
     return found
 
@@ -45,25 +45,25 @@ def answer_of(session, model):
     return generate_answers(model, session.tokenizer, [ids], max_new_tokens=8, progress=False)[0]
 
 
-def test_the_sides_answer_as_the_run_and_its_base_model_do(session):
+def test_sides_answer_like_the_run_and_its_base_model(session):
     ids = prompt(session)["input_ids"]
     shown = events(session, sides=["router", "base"])
     expected = answer_of(session, session.model)
     with session.model.disable_adapter():
         base = answer_of(session, session.model)
-    assert [one(shown, "end", side)["text"] for side in ("router", "base")] == [expected, base]
+    assert [event_data(shown, "end", side)["text"] for side in ("router", "base")] == [expected, base]
     assert expected != base
     assert shown[0] == ("prompt", {"text": session.tokenizer.decode(ids), "tokens": len(ids)})
-    assert [name for name, data in shown if data.get("side") == "base"] == ["text"] * 8 + ["end"], "it has no gates"
-    # The router's gates are those that the analysis measures.
+    assert [name for name, data in shown if data.get("side") == "base"] == ["text"] * 8 + ["end"], "base has no gates"
+    # The router's gates equal those measured by the analysis.
     batches = batches_by_task([prompt(session, answer=True)], AnswerCollator(0, with_tasks=True), 1)
     gates = prompt_gates(session.model, batches).by_task["rivers"][0]
-    np.testing.assert_allclose(one(shown, "gates", "router")["gates"], gates, atol=2e-5)
+    np.testing.assert_allclose(event_data(shown, "gates", "router")["gates"], gates, atol=2e-5)
     assert np.ptp(gates) > 0.01
 
 
 @pytest.mark.parametrize(
-    ("method", "neutral"),  # the gate that changes nothing, in the method's own numbers
+    ("method", "neutral"),  # the neutral gate on the method's own scale
     [
         (BADIT, 1),
         ({"name": "badit", "num_experts": 3, "r": 2, "gates": "softmax", "routing": "token"}, 1 / 3),
@@ -73,12 +73,12 @@ def test_the_sides_answer_as_the_run_and_its_base_model_do(session):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_mixture_by_hand_is_the_plain_lora_of_those_gates(trained, method, neutral):
+def test_gates_set_by_hand_match_an_adapter_merged_with_these_gates(trained, method, neutral):
     session = Session(trained(method).path)
-    gates = HAND[: session.number_of_experts]
+    gates = HAND_GATES[: session.number_of_experts]
     shown = events(session, sides=["hand", "router"], gates=gates)
-    assert one(shown, "gates", "hand")["gates"] == [gates] * len(session.experts)
-    np.testing.assert_allclose(np.mean(one(shown, "gates", "router")["gates"], axis=1), 1, atol=2e-5)
+    assert event_data(shown, "gates", "hand")["gates"] == [gates] * len(session.experts)
+    np.testing.assert_allclose(np.mean(event_data(shown, "gates", "router")["gates"], axis=1), 1, atol=2e-5)
     lora = copy.deepcopy(session.model).unload()
     ids = torch.tensor([prompt(session)["input_ids"]])
     with torch.no_grad(), hooks_of(session.model).rows_of(["rivers"]):
@@ -88,19 +88,19 @@ def test_a_mixture_by_hand_is_the_plain_lora_of_those_gates(trained, method, neu
         with mixed(session.experts, gates):
             logits = session.model(input_ids=ids).logits
         torch.testing.assert_close(logits, lora(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
-        assert (logits - session.model(input_ids=ids).logits).abs().max() > 1e-3, "the router does something else"
-    assert one(shown, "end", "hand")["text"] == answer_of(session, lora), "the gates are those of every pass"
+        assert (logits - session.model(input_ids=ids).logits).abs().max() > 1e-3, "the router's logits differ"
+    assert event_data(shown, "end", "hand")["text"] == answer_of(session, lora), "the gates are used in every pass"
 
 
-def test_the_nearest_task_comes_first(session):
-    shown = one(events(session, sides=["router"]), "gates", "router")
+def test_nearest_tasks_are_sorted_by_difference(session):
+    shown = event_data(events(session, sides=["router"]), "gates", "router")
     apart = np.abs(session.task_gates.to_numpy() - np.ravel(shown["gates"])).mean(axis=1)
     expected = sorted(zip(apart, session.task_gates.index, strict=True))
     found = [(near["difference"], near["task"]) for near in shown["nearest"]]
     assert found == [(pytest.approx(difference, abs=1e-4), task) for difference, task in expected]
 
 
-def test_tasks_gates_are_measured_once_and_again_if_they_are_damaged(trained, monkeypatch):
+def test_task_gates_are_cached_and_measured_again_if_damaged(trained, monkeypatch):
     run = trained(BADIT)
     first = Session(run.path)
     assert first.unmeasured
@@ -122,32 +122,32 @@ def test_tasks_gates_are_measured_once_and_again_if_they_are_damaged(trained, mo
     Session(run.path).measure()
 
 
-def test_questions_are_answered_while_tasks_are_measured(trained):
-    """The model is switched from side to side: what is measured meanwhile must not be measured of another side."""
+def test_questions_are_answered_while_task_gates_are_measured(trained):
+    """Answering switches the model between sides. This must not change the gates measured at the same time."""
     quiet, busy = Session(trained(BADIT).path), Session(trained(BADIT).path)
     quiet.measure()
-    expected = events(quiet, sides=["hand", "base"], gates=HAND)
+    expected = events(quiet, sides=["hand", "base"], gates=HAND_GATES)
     measuring = threading.Thread(target=busy.measure)
     measuring.start()
-    shown = events(busy, sides=["hand", "base"], gates=HAND)
+    shown = events(busy, sides=["hand", "base"], gates=HAND_GATES)
     measuring.join()
     for side in ("hand", "base"):
-        assert one(shown, "end", side)["text"] == one(expected, "end", side)["text"]
+        assert event_data(shown, "end", side)["text"] == event_data(expected, "end", side)["text"]
     assert quiet.task_gates.equals(busy.task_gates)
 
 
-def test_a_run_whose_data_is_gone_still_answers(trained, task_file):
+def test_run_without_its_data_still_answers(trained, task_file):
     run = trained(BADIT, task_file)
     task_file.unlink()
     session = Session(run.path)
     assert session.tasks == {}
     assert "The run's tasks cannot be loaded: " in session.about()["remark"]
     shown = events(session, task=None, sides=["router"])
-    assert one(shown, "gates", "router")["nearest"] == []
-    assert one(shown, "end", "router")["tokens"]
+    assert event_data(shown, "gates", "router")["nearest"] == []
+    assert event_data(shown, "end", "router")["tokens"]
 
 
-def test_what_cannot_be_answered_is_refused(session, plain_session, trained, tmp_path):
+def test_unanswerable_questions_and_unusable_runs_are_refused(session, plain_session, trained, tmp_path):
     by_task = Session(trained({"name": "mtl-lora", "num_experts": 3, "r": 2}).path)
     assert by_task.about()["needs_task"]
     assert {name for name, _ in events(plain_session, sides=["router", "base"])} == {"prompt", "text", "end"}
@@ -157,7 +157,7 @@ def test_what_cannot_be_answered_is_refused(session, plain_session, trained, tmp
         (session, {"sides": ["hand"], "gates": [1.0] * 3}, "must be 4 numbers from 0 to 4"),
         (session, {"sides": ["hand"], "gates": [1.0, 1.0, 1.0, 4.5]}, "must be 4 numbers"),
         (by_task, {"task": None}, "needs the prompt's task"),
-        (plain_session, {"sides": ["hand"], "gates": HAND}, "gates: lora has no gates to set by hand"),
+        (plain_session, {"sides": ["hand"], "gates": HAND_GATES}, "gates: lora has no gates to set by hand"),
     ):
         with pytest.raises(BaditError, match=message):
             events(asked, **{"sides": ["router"], **question})

@@ -14,7 +14,7 @@ def launches(recipe_values, tmp_path, processes):
 
 @pytest.fixture(scope="module")
 def processes():
-    """Forks of a server process that has imported everything once."""
+    """A multiprocessing context whose fork server has already imported the modules."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training.killed", "training.ranks"])
     with patch.dict(os.environ, OF_PROCESSES):

@@ -1,4 +1,4 @@
-"""A process of ``badit`` that ends as it is told to: by a signal, or on a full disk."""
+"""Runs ``badit`` in a process that sends itself a signal, or simulates a full disk, at a given event."""
 
 import gc
 import json
@@ -24,7 +24,7 @@ EVENTS = (*STEP_EVENTS, "on_log", "on_save", "on_train_end")
 
 
 class Striker:
-    """Counts events and strikes at one of them."""
+    """Counts events and injects a failure at one of them."""
 
     def __init__(self, order: dict[str, Any]) -> None:
         self.order = order
@@ -48,11 +48,11 @@ class Striker:
 
 
 def start(processes: Any, command: list[str], output: Path, event: str = "", number: int = 0, sent: int = 0) -> Any:
-    """Starts a command that writes the folder ``output``.
+    """Starts a process that runs a command, which writes to the folder ``output``.
 
-    At the ``number``-th ``event``, a callback's such as on_step_end or "file", an operation on a file in that folder,
-    it sends itself the signal ``sent``; if that is 0, from there on no file may grow beyond 2 kB, as on a full disk.
-    The counts of all events are in OUTPUT.json if the process ends by itself.
+    At the ``number``-th ``event`` (a callback event such as on_step_end, or "file": an operation on a file in that
+    folder) the process sends itself the signal ``sent``. If ``sent`` is 0, it limits the size of files to 2 kB from
+    then on, as on a full disk. A process that exits by itself writes the counts of all events to OUTPUT.json.
     """
     order = {"command": command, "output": str(output), "event": event, "number": number, "signal": sent}
     process = processes.Process(target=run, args=(order,), name=str(output))
@@ -61,7 +61,7 @@ def start(processes: Any, command: list[str], output: Path, event: str = "", num
 
 
 def end(process: Any) -> tuple[int, str]:
-    """Its exit code and what it said."""
+    """Waits for a process; returns its exit code and its standard error."""
     process.join()
     return process.exitcode, Path(f"{process.name}.txt").read_text()
 
@@ -81,4 +81,4 @@ def run(order: dict[str, Any]) -> None:
 
 
 gc.collect()
-gc.freeze()  # so that the forked processes' collections skip the imported modules
+gc.freeze()  # garbage collection in the forked processes skips the imported modules

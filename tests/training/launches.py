@@ -1,4 +1,4 @@
-"""Trainings in several processes, launched as in docs/several-gpus.md or forked, and what must be the same in all."""
+"""Training in several processes, launched as in docs/several-gpus.md or forked, and assertions on the results."""
 
 import os
 import shutil
@@ -32,14 +32,14 @@ SHARDED_ON_CPU = {**ON_CPU, "BADIT_SHARD_ON_CPU": "1"}
 PYTHONPATH = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
 OF_PROCESSES = {"PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 
-# The arguments of `accelerate launch` and further variables of the environment. None: torchrun, which is DDP.
+# The arguments of `accelerate launch` and additional environment variables. None: torchrun, which uses DDP.
 ENGINES: dict[str, tuple[list[str] | None, dict[str, str]]] = {
     "ddp": (None, ON_CPU),
     "fsdp2": (FSDP2, SHARDED_ON_CPU),
     "fsdp2, full state": (FULL_STATE, SHARDED_ON_CPU),
     "deepspeed, stage 2": (["--use_deepspeed", "--zero_stage", "2"], {}),
     "deepspeed, stage 3": (["--use_deepspeed", "--zero_stage", "3"], {}),
-    # Stage 3 keeps small parameters whole unless it is told to divide every one.
+    # By default, stage 3 does not partition small parameters. This configuration partitions all of them.
     "deepspeed, all divided": (
         ["--use_deepspeed", "--deepspeed_config_file", str(SCRIPT.with_name("all_divided.json"))],
         {},
@@ -52,11 +52,11 @@ def _accelerate(arguments: list[str], processes: int) -> list[str]:
 
 
 class Launches:
-    """Trains a recipe in so many processes, with ``batch`` instances in each, into a folder of its own.
+    """Trains a recipe in one or several processes, each run in its own folder.
 
     Args:
-        recipe_values: a recipe; its dropout, which depends on the process, is switched off.
-        folder: for the runs.
+        recipe_values: a recipe; its dropout, which differs between ranks, is disabled.
+        folder: the parent folder of the runs.
         forks: the fixture ``processes``.
     """
 
@@ -74,17 +74,17 @@ class Launches:
         return [str(self._recipe), f"output={self.folder / name}", *sizes, *held_out]
 
     def train_alone(self, name: str, *, batch: int = 2) -> int:
-        """In this process; returns the exit code."""
+        """Trains in this process and returns the exit code."""
         with patch.dict(os.environ, ON_CPU):
             return main(["train", *self.settings(name, batch)])
 
     def train(
         self, name: str, processes: int, engine: str, *, code: int = 0, stop_at: int = 0, launcher: bool = False
     ) -> str:
-        """Returns what was printed.
+        """Trains in several processes and returns what they print.
 
-        ``code``: the exit code that is expected. ``stop_at``: see ranks.py. ``launcher``: start it as a user would, and
-        not in forks, which take a third of the time.
+        ``code``: the expected exit code. ``stop_at``: the step of BADIT_STOP_AT, see ranks.py. ``launcher``: use the
+        launcher, as a user would, instead of forks, which take a third of the time. DeepSpeed always uses it.
         """
         start = self._launched if launcher or engine.startswith("deepspeed") else self._forked
         arguments, variables = ENGINES[engine]
@@ -107,7 +107,7 @@ class Launches:
     def _forked(
         self, name: str, processes: int, arguments: list[str] | None, variables: dict[str, str], code: int
     ) -> str:
-        """With the variables that the launcher would set."""
+        """Trains in forks, with the environment variables that the launcher would set."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), **variables}
@@ -128,7 +128,7 @@ class Launches:
             rank.start()
         while alive := [rank.sentinel for rank in ranks if rank.is_alive()]:
             wait(alive)
-            if any(rank.exitcode not in (None, code) for rank in ranks):  # the others would wait for it forever
+            if any(rank.exitcode not in (None, code) for rank in ranks):  # the other ranks would wait for it forever
                 for rank in ranks:
                     rank.kill()
         said = Path(printed).read_text()
@@ -141,13 +141,13 @@ class Launches:
 
 
 def losses(run: Run) -> list[float]:
-    """Of every step, and the held-out loss after steps 6 and 12."""
+    """Returns the loss of every step, followed by the held-out losses after steps 6 and 12."""
     lines = list(read_jsonl(run.metrics_path))
     return [line[key] for key in ("loss", "eval_loss") for line in lines if key in line]
 
 
 def assert_same_run(two: Run, one: Run) -> None:
-    """A run in two processes has trained and written what the run in one did."""
+    """Asserts that a run in two processes has the same weights, regroupings and losses as the run in one process."""
     torch.testing.assert_close(learned(two), learned(one), rtol=0, atol=1e-5)
     logs = [list(read_jsonl(run.regroupings_path)) for run in (two, one)]
     assert [line["labels"] for line in logs[0]] == [line["labels"] for line in logs[1]]
@@ -163,9 +163,9 @@ def assert_same_run(two: Run, one: Run) -> None:
 
 
 def assert_stops_and_resumes(launches: Launches, engine: str, *, whole: str = "") -> None:
-    """A signal to one process stops both at the same step; resumed, they end as those that were not, to the bit.
+    """Asserts that a signal to one process stops both at the same step and that the resumed run is bit-identical.
 
-    ``whole`` names the finished run (by default the engine's own). A copy of the stopped run stays as ENGINE-copied.
+    ``whole`` is the name of the uninterrupted run (default: ``engine``). The stopped run is copied to ENGINE-copied.
     """
     name = f"{engine}-stopped"
     printed = launches.train(name, 2, engine, code=130, stop_at=7)

@@ -1,9 +1,9 @@
-"""What each of several processes runs in ``launches``: the command, launched as a script or forked.
+"""The training command that every process of ``launches`` runs, launched as a script or forked.
 
     python ranks.py RECIPE [key=value …]
 
-accelerate shards a model (FSDP2) on accelerators only; with ``BADIT_SHARD_ON_CPU`` set it takes CPU processes for such.
-``BADIT_STOP_AT=N`` sends the last process, and no other, a SIGTERM in step N.
+accelerate shards a model (FSDP2) on accelerators only. ``BADIT_SHARD_ON_CPU`` makes it treat CPU processes as XPUs.
+With ``BADIT_STOP_AT=N`` set, the last rank, and no other, sends itself SIGTERM in step N.
 """
 
 import os
@@ -32,7 +32,7 @@ def shard_on_cpu() -> None:
 
 
 def deepspeed_on_cpu() -> None:
-    """accelerate starts DeepSpeed on accelerators only, and DeepSpeed would first compile its own communication."""
+    """Lets accelerate start DeepSpeed on the CPU, and keeps DeepSpeed from compiling its own communication library."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
         import deepspeed
 
@@ -47,7 +47,7 @@ def stop(state: Any, keywords: dict[str, Any]) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process at once: gloo's threads and Python's own cleanup sometimes wait for each other forever."""
+    """Exits without Python's cleanup, which sometimes deadlocks with gloo's threads."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Checkpoints are complete or absent; damaged ones are skipped, none is executed. Signals and logs of a resumed run."""
+"""Damaged checkpoints are skipped, pickled code is never executed, old checkpoints are deleted. Signal handling."""
 
 import os
 import pickle
@@ -39,7 +39,7 @@ def flip(path):
         (lambda folder: (folder / SEAL).write_text("[]"), "seal.json: must hold one JSON object"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys, damage, message):
+def test_damaged_checkpoint_is_reported_and_previous_one_is_used(tmp_path, capsys, damage, message):
     good, bad = sealed(tmp_path, 5), sealed(tmp_path, 10)
     assert last_checkpoint(tmp_path) == bad
     damage(bad)
@@ -47,7 +47,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caps
     assert capsys.readouterr().err.startswith(f"badit: {bad} is damaged ({message}")
 
 
-def test_two_checkpoints_are_kept_and_none_of_another_future(tmp_path):
+def test_seal_keeps_previous_checkpoint_and_deletes_later_ones(tmp_path):
     for step, earlier in ((5, 5), (10, 5), (15, 10), (12, 10)):
         sealed(tmp_path, step)
         assert {folder.name for folder in tmp_path.glob("c*")} == {f"checkpoint-{earlier}", f"checkpoint-{step}"}
@@ -58,11 +58,11 @@ def test_two_checkpoints_are_kept_and_none_of_another_future(tmp_path):
 
 @pytest.fixture
 def stopped(recipe_values):
-    """Has checkpoints of steps 5 and 10."""
+    """A run stopped after step 11, with checkpoints of steps 5 and 10."""
     return fit_until(11, build_recipe(recipe_values))
 
 
-def test_a_run_continues_from_the_last_good_checkpoint(recipe_values, tmp_path, stopped, capsys):
+def test_run_with_damaged_checkpoint_ends_bit_identical_to_uninterrupted_run(recipe_values, tmp_path, stopped, capsys):
     flip(stopped.checkpoints_path / "checkpoint-10" / "optimizer.pt")
     fit(build_recipe(recipe_values), progress=False)
     assert "checkpoint-10 is damaged (optimizer.pt does not match seal.json)" in capsys.readouterr().err
@@ -71,7 +71,7 @@ def test_a_run_continues_from_the_last_good_checkpoint(recipe_values, tmp_path, 
     assert stopped.metrics_path.read_text() == whole.metrics_path.read_text()
 
 
-def test_no_code_in_a_checkpoint_is_run_even_if_it_is_sealed(recipe_values, tmp_path, stopped):
+def test_pickled_code_in_sealed_checkpoint_is_never_executed(recipe_values, tmp_path, stopped):
     checkpoint, marker = stopped.checkpoints_path / "checkpoint-10", tmp_path / "attacked"
     good = shutil.copytree(checkpoint, tmp_path / "good")
     for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "optimizer_0/.metadata", "training_args.bin"):
@@ -82,7 +82,7 @@ def test_no_code_in_a_checkpoint_is_run_even_if_it_is_sealed(recipe_values, tmp_
         (staged / SEAL).unlink()
         seal(staged, stopped.checkpoints_path)
         assert last_checkpoint(stopped.checkpoints_path) == checkpoint
-        if file == "training_args.bin":  # which the trainer writes and nothing reads
+        if file == "training_args.bin":  # written by the Trainer, never read
             fit(build_recipe(recipe_values), progress=False)
         else:
             with pytest.raises(BaditError, match="checkpoint-10: contains pickled objects that badit does not write"):
@@ -90,7 +90,7 @@ def test_no_code_in_a_checkpoint_is_run_even_if_it_is_sealed(recipe_values, tmp_
         assert not marker.exists()
 
 
-def test_signals_stop_after_the_step_and_a_second_one_at_once(capfd):
+def test_first_signal_is_deferred_and_second_one_interrupts_at_once(capfd):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     reached = []
 
@@ -104,5 +104,5 @@ def test_signals_stop_after_the_step_and_a_second_one_at_once(capfd):
     assert reached == [0]
     assert capfd.readouterr().err == "\nbadit: finishing the step and saving; press Ctrl-C again to stop now\n"
     with pytest.raises(KeyboardInterrupt), StopOnSignal():
-        os.kill(os.getpid(), signal.SIGTERM)  # after the last step
+        os.kill(os.getpid(), signal.SIGTERM)  # as after the last step: raised on exit
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers

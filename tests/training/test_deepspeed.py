@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO, in two processes on the CPU: what is trained and how it is resumed. `make stress` installs it."""
+"""DeepSpeed ZeRO in two processes on the CPU: training and resuming. `make stress` installs DeepSpeed."""
 
 from importlib.util import find_spec
 
@@ -10,7 +10,7 @@ if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed; `make stress` installs it and runs this", allow_module_level=True)
 
 
-def test_two_processes_end_as_one_does_and_resume_exactly(launches, capsys):
+def test_two_processes_match_one_process_and_resume_bit_identically(launches, capsys):
     launches.train_alone("one", batch=4)
     for engine in (name for name in ENGINES if name.startswith("deepspeed")):
         launches.train(engine, 2, engine)

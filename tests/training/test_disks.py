@@ -1,8 +1,8 @@
-"""On a full disk or a read-only file system a command says so in one line; with room it continues to the same result.
+"""Commands report a full or read-only disk in one line. Run again with free space, they give the same result.
 
-So does a command that is killed. Kills of a training are in test_kills.
+So do commands that were killed. Killed training runs are tested in test_kills.py.
 
-The disk is a small tmpfs. Where none may be mounted, a limit on the size of files stands in for it.
+The disk is a small tmpfs. Where tmpfs cannot be mounted, a limit on file sizes simulates a full disk.
 """
 
 import resource
@@ -22,10 +22,10 @@ from training.trainers import contents
 
 FULL = "cannot be written, the disk (or a quota) is full; free some space and run the same command again"
 READ_ONLY = "cannot be written, the file system is read-only; choose a folder that can be written"
-# Each command with the kB that are left on the disk, None for a read-only one; `make stress` adds many.
+# The free space in kB to test each command with; None is a read-only disk. `make stress` tests more values.
 CASES = {"train": [None, 0, 24, 100], "train a sequence": [150], "evaluate": [None, 0, 4], "analyze": [None, 0, 16]}
 CASES |= {"export": [None, 0, 8], "export --merged": [40], "report": [None, 0]}
-# What depends on the time or the folder.
+# Files that depend on the time or the folder.
 ASIDE = ("environment.json", "config.yaml", "gates.json", "export.json", "analysis.json", ".html", "README.md")
 if STRESS > 1:
     CASES = {command: [None, *range(0, 240, 8)] for command in CASES}
@@ -33,7 +33,7 @@ if STRESS > 1:
 
 @pytest.fixture
 def disk(tmp_path):
-    """A folder on a disk of its own, and a context within which so many kB can be written to it; see CASES."""
+    """A folder on a separate disk, and a context manager that limits the free space of the disk to a value of CASES."""
     folder, mounted = tmp_path / "disk", False
     folder.mkdir()
     with suppress(FileNotFoundError):
@@ -42,7 +42,7 @@ def disk(tmp_path):
 
     @contextmanager
     def with_room(kilobytes):
-        """What a command then says."""
+        """Yields the error message that a command must print."""
         if not mounted:
             former = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (min(kilobytes or 0, 1) * 1024, former[1]))
@@ -64,16 +64,16 @@ def disk(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(material, tmp_path_factory):
-    """What the commands leave on a disk with room: by their names, the folder that they have written."""
+    """The output folder of each command on a disk with enough space, by command."""
     folder = tmp_path_factory.mktemp("whole")
     values = make_recipe(material / "model", material / "tasks.jsonl", folder / "train")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     for command in CASES:
-        assert main(words(command, folder / "train", folder / command)) == 0
+        assert main(command_line(command, folder / "train", folder / command)) == 0
     return {command: folder / command for command in CASES}
 
 
-def words(command, run, output):
+def command_line(command, run, output):
     verb, *more = command.split()
     if verb == "train":
         order = ["data.order=[rivers,cities]"] if more else []
@@ -86,14 +86,14 @@ def words(command, run, output):
 
 
 @pytest.mark.parametrize(("command", "room"), [(command, room) for command, rooms in CASES.items() for room in rooms])
-def test_a_disk_that_cannot_be_written(command, room, whole, disk, capsys):
+def test_full_or_read_only_disk_is_one_error_and_repeating_gives_same_files(command, room, whole, disk, capsys):
     folder, with_room = disk
     place = folder / "out"
-    arguments = words(command, whole["train"], place)
+    arguments = command_line(command, whole["train"], place)
     with with_room(room) as problem:
         code = main(arguments)
     said = capsys.readouterr().err.splitlines()
-    if code != 0 or room is None or STRESS == 1:  # else the room was enough
+    if code != 0 or room is None or STRESS == 1:  # otherwise the space was sufficient
         assert code == 2, said
         assert said[-1].startswith(f"badit: {folder}")
         assert said[-1].endswith(problem)
@@ -104,13 +104,13 @@ def test_a_disk_that_cannot_be_written(command, room, whole, disk, capsys):
 
 
 @pytest.mark.parametrize("command", ["evaluate", "analyze", "export", "export --merged", "report"])
-def test_a_command_that_is_killed_in_an_operation_on_a_file(command, whole, processes, tmp_path):
+def test_command_killed_in_a_file_operation_gives_same_files_when_repeated(command, whole, processes, tmp_path):
     for number in range(1, 10 * STRESS + 1) if STRESS > 1 else [1, 3]:
         place = tmp_path / str(number)
-        arguments = words(command, whole["train"], place)
+        arguments = command_line(command, whole["train"], place)
         code, said = killed.strike(processes, arguments, place, "file", number, signal.SIGKILL)
         if code == 0:
-            assert number > 1, "there are fewer operations"
+            assert number > 1, "the command has no file operation"
             return
         assert code == -signal.SIGKILL, said
         assert main(arguments) == 0

@@ -1,4 +1,4 @@
-"""Gram matrices from shards add up to that of the whole gradient; DeepSpeed's are read by its API, in time."""
+"""Gram matrices of sharded gradients equal those of whole ones; DeepSpeed's gradients are read before its step."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9))
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 4), SHAPES, st.sampled_from([1e-30, 1.0, 1e30]), st.booleans(), st.booleans())
-def test_shards_give_the_gram_of_the_whole(count, shape, scale, dead, broken):
+def test_gram_of_shards_equals_gram_of_whole_gradient(count, shape, scale, dead, broken):
     components, inputs, outputs = shape
     generator = torch.Generator().manual_seed(0)
     grad_A = torch.randn(components, inputs, generator=generator) * scale
@@ -36,7 +36,7 @@ def test_shards_give_the_gram_of_the_whole(count, shape, scale, dead, broken):
 
 
 @pytest.mark.parametrize("at_a_time", [1, 60, 2**24])
-def test_layers_taken_together_are_what_each_is_alone(monkeypatch, at_a_time):
+def test_batched_layers_give_the_same_grams_as_single_layers(monkeypatch, at_a_time):
     monkeypatch.setattr("badit.gradients._NUMBERS_AT_A_TIME", at_a_time)
     factors = []
     for components, inputs, outputs in [(2, 3, 6), (4, 5, 1), (4, 3, 6), (2, 3, 6), (4, 5, 1)]:
@@ -52,7 +52,7 @@ def test_layers_taken_together_are_what_each_is_alone(monkeypatch, at_a_time):
 
 @pytest.fixture
 def deepspeed(monkeypatch):
-    """A stub of DeepSpeed's accessors (test_deepspeed.py runs DeepSpeed): its whole fp32 weights by parameter's id."""
+    """Stubs DeepSpeed's accessors (test_deepspeed.py runs DeepSpeed); returns its fp32 weights by parameter id."""
     masters = {}
     stub = SimpleNamespace(
         safe_get_full_grad=lambda parameter: parameter.kept_gradient,
@@ -65,7 +65,7 @@ def deepspeed(monkeypatch):
 
 
 @pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])  # ZeRO-1 and -2; ZeRO-3
-def test_gradients_and_weights_that_deepspeed_keeps(deepspeed, mark):
+def test_gradients_and_weights_are_accessed_through_deepspeed(deepspeed, mark):
     a_NI, b_ON = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(5, 4))
     grad_A, grad_B = torch.randn(4, 3), torch.randn(5, 4)
     for parameter, gradient in ((a_NI, grad_A), (b_ON, grad_B)):
@@ -78,12 +78,12 @@ def test_gradients_and_weights_that_deepspeed_keeps(deepspeed, mark):
     deepspeed[id(b_ON)] = master_ON
     scale_columns(b_ON, scale_N)
     assert torch.equal(deepspeed[id(b_ON)], master_ON * scale_N)
-    assert torch.equal(b_ON, master_ON * scale_N), "the copy that the next forward pass reads"
+    assert torch.equal(b_ON, master_ON * scale_N), "the copy that the next forward pass reads is not scaled"
     whole = whole_weights(nn.ModuleList([nn.ParameterList([b_ON])]))
     assert torch.equal(whole["0.0"], deepspeed[id(b_ON)]) if mark == "ds_id" else whole is None
 
 
-def test_an_engine_that_steps_in_the_backward_pass_is_read_just_before():
+def test_before_step_reads_before_every_step_of_deepspeed_engine():
     order = []
     engine = SimpleNamespace(step=lambda: order.append("step"))
     wrapper = type("DeepSpeedOptimizerWrapper", (), {"optimizer": engine})()
@@ -94,6 +94,6 @@ def test_an_engine_that_steps_in_the_backward_pass_is_read_just_before():
     assert not before_step(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), lambda: None)
 
 
-def test_methods_that_need_whole_weights_say_so():
+def test_gainlora_and_task_neurons_need_whole_weights():
     for name in ("badit", "lora", "full", "gainlora", "task-neurons"):
         assert build_method({"name": name}).needs_whole_weights == (name in ("gainlora", "task-neurons"))

@@ -1,4 +1,4 @@
-"""The loss on held-out instances during training: what it is, that it disturbs nothing, best model, early stopping."""
+"""The held-out loss during training: its value, no effect on training, best model, early stopping."""
 
 from statistics import fmean
 from unittest.mock import Mock
@@ -13,13 +13,13 @@ from training.trainers import StopAt, assert_same, fit_until, learned, on, with_
 
 HELD_OUT = {"eval_strategy": "steps", "eval_steps": 2}
 BEST = {**HELD_OUT, "save_steps": 4, "load_best_model_at_end": True, "early_stopping_patience": 2}
-# At this rate the held-out loss rises after a few steps.
+# With this learning rate the held-out loss rises after a few steps.
 RISING = {"learning_rate": 0.3, "lr_scheduler_type": "constant", "num_train_epochs": 6, "warmup_steps": 0}
 
 
 @pytest.fixture
 def recipe(recipe_values, tmp_path):
-    """A factory of recipes with held-out instances, each with a folder of its own."""
+    """A factory of recipes with held-out instances, each with its own output folder."""
 
     def make(name, **training):
         values = {**recipe_values, "training": {**recipe_values["training"], **training}}
@@ -29,7 +29,7 @@ def recipe(recipe_values, tmp_path):
     return make
 
 
-def test_it_is_the_mean_nll_of_instances_and_changes_no_training(recipe):
+def test_held_out_loss_is_mean_instance_nll_and_does_not_affect_training(recipe):
     plain, measured = recipe("plain", logging_steps=5), recipe("measured", **HELD_OUT, logging_steps=5)
     one, other = (fit(each, progress=False) for each in (plain, measured))
     assert_same(learned(one), learned(other))
@@ -37,7 +37,7 @@ def test_it_is_the_mean_nll_of_instances_and_changes_no_training(recipe):
     assert losses["step"].tolist() == [2, 4, 6, 8, 10]
     assert one.metrics["step"].tolist() == [5, 10]
     last = fit(recipe("last", logging_steps=7), progress=False)
-    assert last.metrics["step"].tolist() == [7, 10], "the last step is logged"
+    assert last.metrics["step"].tolist() == [7, 10], "the last step is not logged"
     model, tokenizer = load_run(other, measured)
     pairs = [(task, instance) for task in make_plan(measured).tasks for instance in task.validation]
     examples = encoded(tokenizer, measured, pairs, model)
@@ -46,7 +46,7 @@ def test_it_is_the_mean_nll_of_instances_and_changes_no_training(recipe):
 
 
 def assert_resumes(recipe, whole, stop):
-    """A run that a callback stops and that is continued ends as the whole one."""
+    """Asserts that a run stopped by the callback ``stop`` and resumed is bit-identical to the run ``whole``."""
     with with_callbacks(stop), pytest.raises(KeyboardInterrupt):
         fit(recipe, progress=False)
     run = fit(recipe, progress=False)
@@ -55,16 +55,16 @@ def assert_resumes(recipe, whole, stop):
     assert run.environment["training"]["steps"] == whole.environment["training"]["steps"]
 
 
-def test_the_best_model_is_kept_and_training_stops_and_resumes_as_if_it_had_not_been_stopped(recipe):
+def test_best_model_is_kept_and_early_stopping_resumes_bit_identically(recipe):
     whole = fit(recipe("whole", **BEST, **RISING), progress=False)
     losses = whole.metrics.dropna(subset="eval_loss").set_index("step")["eval_loss"]
     best, last = int(losses.idxmin()), int(losses.index[-1])
-    assert best < last == best + 4 < 30, "two evaluations without a better one"
+    assert best < last == best + 4 < 30, "early stopping must come two evaluations after the best"
     until = fit_until(last, recipe("until", **BEST, **RISING))
     kept = {folder.name: folder for folder in until.checkpoints_path.iterdir()}
     assert_same(learned(whole), load_file(kept[f"checkpoint-{best}"] / "adapter_model.safetensors"))
     at_the_end = on("on_train_end", Mock(side_effect=KeyboardInterrupt))  # after the last checkpoint
     for name, stop in enumerate([*map(StopAt, (best, last - 1, last)), at_the_end]):
         assert_resumes(recipe(str(name), **BEST, **RISING), whole, stop)
-    whole = fit(recipe("three-steps", max_steps=3), progress=False)  # ends within an epoch
+    whole = fit(recipe("three-steps", max_steps=3), progress=False)  # ends in the middle of an epoch
     assert_resumes(recipe("ended", max_steps=3), whole, at_the_end)

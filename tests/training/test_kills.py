@@ -1,7 +1,7 @@
-"""Runs that are killed, interrupted or run out of disk end as if they had not been: to the bit, in every file.
+"""Runs that are killed, interrupted or out of disk space resume to bit-identical files (see ``contents``).
 
-``make stress`` kills each kind of run at 20 random steps and at the first 20 and 20 random operations on its files;
-``make test`` at two of each.
+``make stress`` kills each kind of run at 20 random steps, at its first 20 file operations and at 20 random ones;
+``make test`` kills it at two of each.
 """
 
 import random
@@ -17,7 +17,7 @@ from training import killed
 from training.trainers import contents
 
 KILLS = 20 if STRESS > 1 else 2
-# Twelve steps; checkpoints, lines of the log, regroupings and epochs end at different ones.
+# Twelve steps; checkpoints, log lines and regroupings have different periods.
 TRAINING = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 5, "save_steps": 3}
 LORAMOE = "method={name: loramoe, num_experts: 3, r: 2, lora_dropout: 0.1}"
 KINDS = {
@@ -29,7 +29,7 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def train(request, processes, material, tmp_path_factory):
-    """Trains one kind of run into a folder, to its end or to where it is struck; "whole" has been trained."""
+    """Trains one kind of run, to the end or until an injected failure. The run "whole" is already finished."""
     folder = tmp_path_factory.mktemp(request.param)
     values = make_recipe(material / "model", material / "tasks.jsonl", folder)
     values["training"] |= TRAINING
@@ -51,11 +51,11 @@ def assert_ends_as_whole(train, name):
     assert [key for key in whole if whole[key] != resumed[key]] == [], name
 
 
-def test_killed_runs_end_as_the_one_that_was_not(train):
+def test_killed_runs_resume_bit_identically(train):
     counts = read_json(train.folder / "whole.json")
     rng = random.Random(0)
     strikes = [(rng.choice(killed.STEP_EVENTS), rng.randint(1, counts["on_step_end"])) for _ in range(KILLS)]
-    strikes += [("file", number) for number in range(1, KILLS + 1)]  # from the first
+    strikes += [("file", number) for number in range(1, KILLS + 1)]  # the first ones
     strikes += [("file", rng.randint(1, counts["file"])) for _ in range(KILLS)]
     strikes += [("on_train_end", 1)]  # after the last checkpoint
     for i, (event, number) in enumerate(strikes):
@@ -64,7 +64,7 @@ def test_killed_runs_end_as_the_one_that_was_not(train):
         assert_ends_as_whole(train, f"killed-{i}")
 
 
-def test_a_run_may_be_stopped_several_times(train):
+def test_run_stopped_five_times_resumes_bit_identically(train):
     for event, number, sent, status in [
         ("on_save", 1, signal.SIGKILL, -signal.SIGKILL),
         ("on_step_begin", 2, signal.SIGTERM, 130),

@@ -1,7 +1,7 @@
-"""Where a training step makes the program wait for a GPU: two places, and none per layer.
+"""A training step synchronises with the GPU in two places, and in none per layer.
 
-Without a GPU the waits are counted where they would be: a value that Python reads from a tensor, a copy to the host, a
-shape that depends on values.
+The test runs on the CPU and counts the operations that would synchronise on a GPU: reading a tensor's value in Python,
+copying a tensor to the host, and computing a data-dependent shape.
 """
 
 import sys
@@ -27,8 +27,8 @@ SHAPED_BY_VALUES |= {aten._unique2.default, aten.repeat_interleave.Tensor}
 waits = Counter()
 
 
-def place():
-    """The function of badit that waits; None where it is one of another library's."""
+def calling_function():
+    """Returns the badit function that synchronises; None if a function of transformers, accelerate or PEFT does."""
     frame = sys._getframe(1)
     while not (file := frame.f_code.co_filename).startswith(PACKAGE):
         frame = frame.f_back
@@ -39,7 +39,7 @@ def place():
 
 class Reads(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in READS and (where := place()):
+        if getattr(func, "__name__", "") in READS and (where := calling_function()):
             waits[where] += 1
         return func(*args, **(kwargs or {}))
 
@@ -47,19 +47,19 @@ class Reads(TorchFunctionMode):
 class Shapes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         by_mask = func in MASKED and any(index is not None and index.dtype == torch.bool for index in args[1])
-        if (by_mask or func in SHAPED_BY_VALUES) and (where := place()):
+        if (by_mask or func in SHAPED_BY_VALUES) and (where := calling_function()):
             waits[where] += 1
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("options", [{}, {"router_input": "standardised", "top_k": 2}, {"routing": "token"}], ids=str)
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_step_waits_for_its_labels_and_once_before_the_optimizer(tiny_model, tmp_path, options, micro_batches):
+def test_step_syncs_once_per_micro_batch_and_once_before_optimizer(tiny_model, tmp_path, options, micro_batches):
     modes, counted = ExitStack(), []
     waits.clear()
 
     def begin(state, keywords):
-        if state.global_step > 0:  # the first batch is checked for a warning
+        if state.global_step > 0:  # a check of the first batch synchronises once more
             modes.enter_context(Reads())
             modes.enter_context(Shapes())
             counted.append(state.global_step)
@@ -69,5 +69,5 @@ def test_a_step_waits_for_its_labels_and_once_before_the_optimizer(tiny_model, t
     steps = {"max_steps": 4, "gradient_accumulation_steps": micro_batches, "logging_steps": 100}
     make_trainer(adapted(tiny_model("llama"), **options), tmp_path, callbacks, save_strategy="no", **steps).train()
     assert len(counted) == 3
-    # The number of labels sets the size of the logits; the optimizer must not step on what is not finite.
+    # The number of labels determines the shape of the logits; the optimizer must skip steps that are not finite.
     assert waits == {"trainer.py:answer_losses": 3 * micro_batches, "trainer.py:on_pre_optimizer_step": 3}

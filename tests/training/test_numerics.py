@@ -1,4 +1,4 @@
-"""Losses and gradients are finite on odd batches and odd weights; steps that are not finite are skipped and counted."""
+"""Losses and gradients stay finite on edge-case batches and weights; non-finite steps are skipped and counted."""
 
 import itertools
 import math
@@ -19,8 +19,8 @@ from training.trainers import adapted, fit_until, learned, make_trainer, on, wit
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"router_input": "standardised"}, {"routing": "token"}, {"top_k": 1}], ids=str)
-def test_odd_rows_give_finite_losses_and_gradients(tiny_model, tmp_path, dtype, options):
-    """An ordinary row, one whose prompt is one token, one without an answer, and one that is all padding."""
+def test_edge_case_rows_give_finite_losses_and_gradients(tiny_model, tmp_path, dtype, options):
+    """Four rows: an ordinary one, one with a one-token prompt, one without an answer, and one of padding only."""
     model = adapted(tiny_model("llama", dtype=dtype), **options).train()
     trainer = make_trainer(model, tmp_path, [])
     ids, position = torch.arange(3, 3 + 4 * 8).view(4, 8), torch.arange(8)
@@ -39,7 +39,7 @@ def test_odd_rows_give_finite_losses_and_gradients(tiny_model, tmp_path, dtype, 
 
 @pytest.mark.parametrize("weight", ["rank one", 0.0, 1e-20, 1e-39, 1e6])
 @pytest.mark.parametrize("init_weights", ["bad", "directions"])
-def test_odd_base_weights_are_trained(tiny_model, tmp_path, weight, init_weights):
+def test_training_on_degenerate_base_weights_stays_finite(tiny_model, tmp_path, weight, init_weights):
     base = tiny_model("llama")
     with torch.no_grad():
         for layer in base.model.layers:
@@ -53,7 +53,7 @@ def test_odd_base_weights_are_trained(tiny_model, tmp_path, weight, init_weights
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_run_in_every_precision_learns(recipe_values, dtype):
+def test_loss_decreases_and_experts_are_float32_in_every_precision(recipe_values, dtype):
     overrides = [f"model.dtype={dtype}", "training.num_train_epochs=4", "training.warmup_steps=0"]
     run = fit(build_recipe(recipe_values, overrides), progress=False)
     losses = [line["loss"] for line in read_jsonl(run.metrics_path)]
@@ -65,7 +65,7 @@ def test_a_run_in_every_precision_learns(recipe_values, dtype):
 
 
 def break_loss(monkeypatch, steps):
-    """Makes the loss infinite in some steps, counted from 1."""
+    """Makes the loss infinite in the given steps, counted from 1."""
     compute = AnswerTrainer.compute_loss
 
     def broken(self, model, inputs, **options):
@@ -75,7 +75,7 @@ def break_loss(monkeypatch, steps):
     monkeypatch.setattr(AnswerTrainer, "compute_loss", broken)
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(recipe_values, monkeypatch, tmp_path):
+def test_non_finite_steps_are_skipped_and_counted_across_resume(recipe_values, monkeypatch, tmp_path):
     break_loss(monkeypatch, {4, 5, 6})
     weights, options = [], ["method.init_weights=bad", "method.regroup.every=4", "training.weight_decay=0.1"]
 
@@ -85,7 +85,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(recipe_values, monkeyp
     with with_callbacks(on("on_step_end", keep_weights)):
         run = fit(build_recipe(recipe_values, options), progress=False)
     unchanged = [all(map(torch.equal, *pair)) for pair in itertools.pairwise(weights)]
-    # The regrouping after step 4 rescales, so only steps 5 and 6 show that they were skipped.
+    # The regrouping after step 4 rescales weights, so only steps 5 and 6 leave all weights unchanged.
     assert unchanged == [step in (5, 6) for step in range(2, 13)]
     lines = list(read_jsonl(run.metrics_path))
     assert [line.get("skipped_steps", 0) for line in lines] == [0, 0, 0, 1, 2, *[3] * 7]
@@ -97,10 +97,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(recipe_values, monkeyp
     assert fit(resumed, progress=False).metrics_path.read_text() == run.metrics_path.read_text()
 
 
-def test_too_many_of_them_stop_the_run_and_name_the_batch(recipe_values, monkeypatch):
+def test_too_many_non_finite_steps_stop_the_run_and_name_the_batch(recipe_values, monkeypatch):
     recipe = build_recipe(recipe_values, ["training.max_skipped_steps=2"])
     message = "training: the loss or its gradient is not finite in step 9, after 2 skipped steps; "
-    # The checkpoint of step 5 has counted one skipped step, so the run continues with one skip left, not two.
+    # The checkpoint of step 5 has counted one skipped step, so the resumed run may skip one more, not two.
     for steps in ({3, 7, 9}, {7, 9}):
         with monkeypatch.context() as patch:
             break_loss(patch, steps)
@@ -113,13 +113,13 @@ def test_too_many_of_them_stop_the_run_and_name_the_batch(recipe_values, monkeyp
     fit(recipe, progress=False)
     short = build_recipe(recipe_values, ["training.max_steps=6", f"output={recipe.output}-short"])
     break_loss(monkeypatch, range(1, 7))
-    with pytest.raises(BaditError, match="not finite in step 4, after 3 skipped steps"):  # half of its steps
+    with pytest.raises(BaditError, match="not finite in step 4, after 3 skipped steps"):  # half of the 6 steps
         fit(short, progress=False)
     assert Run(short.output).metrics["loss"].isna().all()
     assert not Run(short.output).adapter_path.exists()
 
 
-def test_deterministic_algorithms_are_used_in_training_only(recipe_values, monkeypatch):
+def test_deterministic_algorithms_are_enabled_only_during_training(recipe_values, monkeypatch):
     found = []
     for variable in ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
         monkeypatch.setenv(variable, "")  # transformers sets them for the whole process

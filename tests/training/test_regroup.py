@@ -1,4 +1,4 @@
-"""Regrouping in a Trainer and in a plain loop: what it reads, changes, saves and is measured on."""
+"""Regrouping in a Trainer and in a plain loop: partitions, logged angles, changed tensors, saved state, refusals."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ BATCHES = 12
 
 
 def gradients_into(steps, model):
-    """A callback that adds every step's gradients of A and B, by layer."""
+    """A callback that appends each step's gradients of A and B, by layer, to ``steps``."""
     layers = list(trainable_adapters(model, ExpertLinear))
 
     def keep(state, keywords):
@@ -38,7 +38,7 @@ def mean_gram(steps, line):
     return np.mean([reference.cosine_gram(*step[line["module"]]) for step in steps], axis=0)
 
 
-def test_every_line_has_a_partition_by_the_mean_gram_and_the_angles_of_the_next_window(tiny_model, tmp_path):
+def test_log_has_partition_by_mean_gram_and_angles_of_next_window(tiny_model, tmp_path):
     model = adapted(tiny_model("llama"))
     layers, steps = dict(trainable_adapters(model)), []
     callbacks = [RegroupCallback(every=3, stop=0.8), gradients_into(steps, model)]
@@ -66,12 +66,12 @@ def test_every_line_has_a_partition_by_the_mean_gram_and_the_angles_of_the_next_
 
 
 @pytest.mark.parametrize("config_class", [LoraMoeConfig, BaditConfig, HydraLoraConfig])
-def test_without_regrouping_every_window_has_the_angles_of_its_mean_gradients(tiny_model, tmp_path, config_class):
+def test_angle_log_has_angles_of_the_mean_gram_of_each_window(tiny_model, tmp_path, config_class):
     steps, path = [], tmp_path / "angles.jsonl"
     model = get_peft_model(tiny_model("llama"), config_class(num_experts=3, r=2))
     make_trainer(model, tmp_path, [gradients_into(steps, model), AngleLog(path, every=5)]).train()
     if config_class is HydraLoraConfig:
-        assert not path.exists(), "experts that share their A have no angles"
+        assert not path.exists(), "experts that share one A have no angles"
         return
     lines = list(read_jsonl(path))
     assert [(line["step"], line["window_steps"]) for line in lines[::2]] == [(5, 5), (10, 5), (12, 2)]
@@ -82,8 +82,8 @@ def test_without_regrouping_every_window_has_the_angles_of_its_mean_gradients(ti
 
 
 @pytest.mark.parametrize("rescale", [False, True])
-def test_what_a_regrouping_changes(tiny_model, tmp_path, rescale):
-    """Without rescale no weight; with it the weight of the mean mixture stays."""
+def test_regrouping_changes_weights_only_with_rescale(tiny_model, tmp_path, rescale):
+    """Without rescale no weight changes; with it B changes, but the delta weight at the mean gates does not."""
     model = adapted(tiny_model("llama"))
     regroup = RegroupCallback(every=6, rescale=rescale)
     seen, gates = [], {}
@@ -91,13 +91,13 @@ def test_what_a_regrouping_changes(tiny_model, tmp_path, rescale):
     def look(state, keywords):
         if state.global_step != 6:
             return
-        if not gates:  # the regrouping starts new windows
+        if not gates:  # read before the regrouping resets the windows
             windows = regroup.regrouper.windows.items()
             gates.update({name: window.gate_sums[:-1] / window.gate_sums[-1] for name, window in windows})
         deltas = [layer.get_delta_weight(a, gates[name]) for name, (layer, a) in trainable_adapters(model)]
         seen.append((adapter_state(model), deltas))
 
-    # A large router gives the experts different mean gates, so that a moved component is scaled differently.
+    # Large router weights give the experts different mean gates, so moved components are rescaled.
     for _, (layer, adapter) in trainable_adapters(model):
         torch.nn.init.normal_(layer.badit_router[adapter], std=0.5)
     make_trainer(model, tmp_path, [on("on_step_end", look), regroup, on("on_step_end", look)]).train()
@@ -110,7 +110,7 @@ def test_what_a_regrouping_changes(tiny_model, tmp_path, rescale):
     assert drift < 1e-5 if rescale else drift > 1e-3
 
 
-def test_a_checkpoint_has_safetensors_and_is_refused_without_a_valid_state(tiny_model, tmp_path):
+def test_checkpoint_saves_labels_and_is_refused_without_a_valid_state(tiny_model, tmp_path):
     checkpoint, moved = tmp_path / "checkpoint-10", tmp_path / "moved"
     make_trainer(adapted(tiny_model("llama")), tmp_path, [RegroupCallback(every=3)]).train()
     saved = load_file(checkpoint / "adapter_model.safetensors")
@@ -130,7 +130,7 @@ def test_a_checkpoint_has_safetensors_and_is_refused_without_a_valid_state(tiny_
         resume()
 
 
-def test_the_solver_is_used(tiny_model, tmp_path):
+def test_swap_solver_is_at_least_as_good_as_the_paper_solver(tiny_model, tmp_path):
     objectives = []
     for solver in ("swap", "paper"):
         callbacks = [RegroupCallback(every=3, stop=0.3, solver=solver)]
@@ -140,7 +140,7 @@ def test_the_solver_is_used(tiny_model, tmp_path):
     assert (objectives[0] != objectives[1]).any()
 
 
-def test_when_it_regroups_and_what_is_refused(tiny_model):
+def test_regrouping_schedule_and_refused_options(tiny_model):
     model, switched_off = adapted(tiny_model("llama")), adapted(tiny_model("llama"), top_k=2)
     for every, steps in ((0.1, [10, 20, 30, 40, 50]), (0.25, [25, 50]), (30, [30]), (1e-9, [*range(1, 51)])):
         assert [*Regrouper(model, 100, every=every, stop=0.5).due] == steps
@@ -162,7 +162,7 @@ def test_when_it_regroups_and_what_is_refused(tiny_model):
         Regrouper(switched_off, 10)
 
 
-def test_the_papers_form_has_one_name():
+def test_paper_preset_sets_the_config_and_the_regrouping():
     method = build_method({"name": "badit", "preset": "paper"})
     for config in (method.config, BaditConfig.paper()):
         assert {name: getattr(config, name) for name in BaditConfig.PAPER} == BaditConfig.PAPER
@@ -200,7 +200,7 @@ def train_by_trainer(model, folder, accumulated):
         optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
         callbacks=[RegroupCallback(every=2, stop=1.0)],
     )
-    trainer.model_accepts_loss_kwargs = False  # the mean over each batch, as in the loop below
+    trainer.model_accepts_loss_kwargs = False  # use the mean over each batch, as the loop below does
     trainer.train()
 
 
@@ -230,7 +230,7 @@ class Loop:
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_a_plain_loop_ends_as_the_trainer_does(tiny_model, tmp_path, accumulated):
+def test_plain_loop_is_bit_identical_to_the_trainer(tiny_model, tmp_path, accumulated):
     trained, model = (adapted(tiny_model("llama"), lora_dropout=0.0) for _ in range(2))
     train_by_trainer(trained, tmp_path, accumulated)
     loop = Loop(model, tmp_path / "own.jsonl", accumulated)
@@ -245,8 +245,8 @@ def test_a_plain_loop_ends_as_the_trainer_does(tiny_model, tmp_path, accumulated
         assert loop.regrouper.metrics[field] == pytest.approx(np.mean(last))
 
 
-def test_a_loop_continues_from_accelerates_checkpoint_or_from_safetensors(tiny_model, tmp_path):
-    """Within a window; what the first loop logs after its checkpoint is logged once."""
+def test_plain_loop_resumes_from_an_accelerate_checkpoint_or_a_state_file(tiny_model, tmp_path):
+    """The checkpoint is taken within a window."""
     whole = Loop(adapted(tiny_model("llama"), lora_dropout=0.0), tmp_path / "whole.jsonl")
     whole.run(last=7)
     whole.accelerator.save_state(str(tmp_path / "checkpoint"))

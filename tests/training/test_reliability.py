@@ -1,4 +1,4 @@
-"""Two processes on one run, kills at the first write, a moved run, changed inputs, and prompts that do not fit."""
+"""Locks, kills in the first write, moved runs, changed inputs, and prompts beyond the model's limits."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def run(recipe_file, recipe_values):
     return Run(recipe_values["output"])
 
 
-def test_a_run_in_use_is_refused_and_free_once_its_process_is_killed(run, recipe_file, capsys):
+def test_run_in_use_is_refused_until_its_process_is_killed(run, recipe_file, capsys):
     output = str(run.path)
     held = [sys.executable, "-c", HOLD + "    print('held', flush=True); sys.stdin.read()", output]
     with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
@@ -46,13 +46,13 @@ def test_a_run_in_use_is_refused_and_free_once_its_process_is_killed(run, recipe
         other.kill()
     assert main(["train", str(recipe_file)]) == 0
     assert not Path(output, OWNER).exists()
-    with exclusive(Path(output)), exclusive(Path(output)):  # a process may enter again what it holds
+    with exclusive(Path(output)), exclusive(Path(output)):  # the lock is reentrant within a process
         assert main(["evaluate", output]) == 0
 
 
 @pytest.mark.parametrize("attempt", range(STRESS))
-def test_of_two_processes_on_one_folder_one_is_refused(attempt, recipe_file, recipe_values, tmp_path, processes):
-    """Unless they run one after the other."""
+def test_second_process_on_the_same_folder_is_refused(attempt, recipe_file, recipe_values, tmp_path, processes):
+    """Both succeed if they happen to run one after the other."""
     pair = [killed.start(processes, ["train", str(recipe_file)], tmp_path / name) for name in ("one", "other")]
     ends = [killed.end(process) for process in pair]
     assert sorted(code for code, _ in ends) in ([0, 2], [0, 0]), ends
@@ -63,7 +63,7 @@ def test_of_two_processes_on_one_folder_one_is_refused(attempt, recipe_file, rec
     assert_same(learned(shared), learned(alone))
 
 
-def test_a_refused_folder_is_left_alone_and_a_kill_in_the_first_write_stops_nothing(recipe_file, recipe_values, capsys):
+def test_foreign_folder_is_untouched_and_leftover_first_writes_do_not_block(recipe_file, recipe_values, capsys):
     output = Path(recipe_values["output"])
     output.mkdir()
     (output / "notes.txt").touch()
@@ -79,8 +79,8 @@ def test_a_refused_folder_is_left_alone_and_a_kill_in_the_first_write_stops_noth
     assert not list(output.rglob("*.partial"))
 
 
-def test_a_moved_run_is_the_folder_that_it_is_in(recipe_file, recipe_values, tmp_path):
-    """Its config.yaml names the former folder, where a copy is that must not be touched."""
+def test_moved_run_uses_its_current_folder(recipe_file, recipe_values, tmp_path):
+    """Its config.yaml names the old folder, which still holds the original and must not change."""
     assert main(["train", str(recipe_file), "data.order=seeded-0"]) == 0
     old, moved = Path(recipe_values["output"]), tmp_path / "moved"
     shutil.copytree(old, moved)
@@ -93,7 +93,7 @@ def test_a_moved_run_is_the_folder_that_it_is_in(recipe_file, recipe_values, tmp
     assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
 
 
-def test_a_run_whose_inputs_have_changed_is_not_continued(run, recipe_file, recipe_values, capsys):
+def test_run_with_changed_tasks_or_base_weights_is_refused(run, recipe_file, recipe_values, capsys):
     source = Path(recipe_values["data"]["source"])
     shutil.rmtree(run.adapter_path)
     run.scores_path.unlink()
@@ -118,7 +118,7 @@ def test_a_run_whose_inputs_have_changed_is_not_continued(run, recipe_file, reci
     assert f"{run.path}: the base model changed" in capsys.readouterr().err
 
 
-def test_an_answer_to_a_tasks_input_has_the_prompt_that_the_task_was_trained_with(run, recipe_values, monkeypatch):
+def test_generate_for_a_task_uses_the_prompt_format_of_training(run, recipe_values, monkeypatch):
     seen = []
     encode = train_module.encode_prompts
     monkeypatch.setattr(train_module, "encode_prompts", lambda t, new, **kw: seen.extend(new) or encode(t, new, **kw))
@@ -132,7 +132,7 @@ def test_an_answer_to_a_tasks_input_has_the_prompt_that_the_task_was_trained_wit
         run.generate("Lima", task="citys")
 
 
-def test_instances_beyond_the_model_are_named(tiny_model):
+def test_instances_beyond_model_positions_or_embeddings_are_refused(tiny_model):
     example = {"task": "cities", "id": "7", "input_ids": [5] * 60}
     model, rotary = tiny_model("gpt2", n_positions=64), tiny_model("llama", max_position_embeddings=20)
     refuse_beyond_model([example], model, more=4)
@@ -143,8 +143,8 @@ def test_instances_beyond_the_model_are_named(tiny_model):
         refuse_beyond_model([{**example, "input_ids": [100]}], rotary)
 
 
-def test_prompts_beyond_the_model_are_refused_by_every_command(tiny_model, recipe_values, tmp_path, capsys):
-    """A GPT-2 of 96 positions, on which LoRA also changes a Conv1D's setting that PEFT saves."""
+def test_prompts_beyond_model_positions_are_refused_by_commands(tiny_model, recipe_values, tmp_path, capsys):
+    """GPT-2 with 96 positions; PEFT also changes and saves a LoRA setting for its Conv1D layers (fan_in_fan_out)."""
     folder = Path(recipe_values["model"]["name"])
     vocabulary = len(AutoTokenizer.from_pretrained(folder))
     tiny_model("gpt2", n_positions=96, vocab_size=vocabulary, eos_token_id=2).save_pretrained(folder)
@@ -175,13 +175,13 @@ def test_prompts_beyond_the_model_are_refused_by_every_command(tiny_model, recip
         ("{{ ''.__class__.__mro__ }}", r"chat_template: (cannot be rendered|the rendered prompt lacks)"),
     ],
 )
-def test_a_chat_template_that_loses_the_prompt_is_refused(recipe_file, recipe_values, capsys, template, message):
+def test_chat_template_that_raises_or_loses_text_is_refused(recipe_file, recipe_values, capsys, template, message):
     (Path(recipe_values["model"]["name"]) / "chat_template.jinja").write_text(template)
     assert main(["train", str(recipe_file)]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_file_of_inputs_gives_json_lines(trained, tmp_path, capsys):
+def test_generate_from_a_file_prints_json_lines(trained, tmp_path, capsys):
     run = trained({"name": "badit", "num_experts": 4, "r": 2})
     text, rows, folder = tmp_path / "inputs.txt", tmp_path / "inputs.jsonl", str(run.path)
     text.write_text("Lima\n\nRome\n")

@@ -1,4 +1,4 @@
-"""A run from recipe to scores on a tiny model: its folder, its resuming, its validation loss, what it refuses."""
+"""A run from recipe to scores on a tiny model: files, resuming, validation loss and refusals."""
 
 import shutil
 import weakref
@@ -22,20 +22,20 @@ from training.trainers import change_tensors, fit_until, train_module
 
 @pytest.fixture(scope="module")
 def finished(material, tmp_path_factory):
-    """A trained and scored run with held-out instances: its recipe and its scores."""
+    """The recipe and the scores of a trained and scored run with held-out instances."""
     values = make_recipe(material / "model", material / "tasks.jsonl", tmp_path_factory.mktemp("finished") / "run")
     recipe = build_recipe(values, ["data.validation_per_task=3", "training.learning_rate=0.05"])
     return recipe, train(recipe, progress=False)
 
 
-def test_a_run_leaves_all_its_files(finished):
+def test_run_writes_all_its_files(finished):
     recipe, scores = finished
     run = Run(recipe.output)
     assert read_json(run.scores_path) == scores
     assert {"rouge_l", "rouge_l_instances", "exact_match"} <= scores.keys()
     assert {file.stem for file in run.predictions_path.iterdir()} == {"cities", "rivers"} == scores["tasks"].keys()
     assert run.trusted_recipe() == recipe
-    assert run.environment["mixture"] == {"cities": 9, "rivers": 9}, "each instance comes once"
+    assert run.environment["mixture"] == {"cities": 9, "rivers": 9}, "each instance is used once"
     assert run.environment["packages"]["torch"] == version("torch")
     assert run.metrics["step"].tolist() == [*range(1, run.environment["training"]["steps"] + 1)]
     assert {line["step"] for line in read_jsonl(run.regroupings_path)} == {3, 6, 9}
@@ -45,16 +45,16 @@ def test_a_run_leaves_all_its_files(finished):
     assert not list(run.path.glob("*.partial"))
 
 
-def test_a_sapt_task_may_have_an_empty_definition(recipe_values, tmp_path):
+def test_sapt_task_may_have_an_empty_definition(recipe_values, tmp_path):
     content = {"Definition": [""], "Instances": [{"id": "x", "input": "land", "output": ["city"]}]}
     (tmp_path / "sapt" / "copa").mkdir(parents=True)
     for split in ("train", "test"):
         write_json(tmp_path / "sapt" / "copa" / f"{split}.json", content)
     (task,) = make_plan(build_recipe(recipe_values, [f"data.source={tmp_path / 'sapt'}"])).tasks
-    assert prompt_text(task, task.train[0]).startswith("Now complete"), "no blank lines before it"
+    assert prompt_text(task, task.train[0]).startswith("Now complete"), "no leading blank lines"
 
 
-def test_splits_are_scored_apart_and_a_finished_run_is_not_done_again(finished, monkeypatch):
+def test_splits_have_separate_scores_and_a_finished_run_is_not_repeated(finished, monkeypatch):
     recipe, scores = finished
     validation = evaluate(recipe.output, split="validation", progress=False)
     assert validation["tasks"]["cities"]["instances"] == 3
@@ -87,18 +87,18 @@ def change_config(**changes):
         (change_config(format_version=9), r"config\.json: format_version: the adapter has format 9, this badit reads"),
     ],
 )
-def test_a_damaged_adapter_is_named(finished, tmp_path, damage, message):
+def test_damaged_adapter_is_refused_with_the_reason(finished, tmp_path, damage, message):
     run = Run(shutil.copytree(finished[0].output, tmp_path / "copied"))
     damage(run.adapter_path / "adapter_model.safetensors")
     with pytest.raises(BaditError, match=message):
         evaluate(run.path, progress=False)
 
 
-def test_a_resumed_run_keeps_the_fast_dtype_that_it_began_with(recipe_values, monkeypatch):
+def test_resumed_run_keeps_the_fast_dtype_it_started_with(recipe_values, monkeypatch):
     recipe = build_recipe(recipe_values, ["model.dtype=fast"])
     began, apply = [], AdapterMethod.apply
     monkeypatch.setattr(AdapterMethod, "apply", lambda *args: began.append(args[1].dtype) or apply(*args))
-    monkeypatch.setattr(models, "slowdown", lambda dtype: 36.4)  # a processor that is slow in 16 bits
+    monkeypatch.setattr(models, "slowdown", lambda dtype: 36.4)  # a CPU that is slow in 16 bits
     assert models.fast_dtype(torch.device("cuda")) == "bfloat16"
     fit_until(5, recipe)
     monkeypatch.setattr(models, "slowdown", lambda dtype: 0.6)
@@ -107,8 +107,8 @@ def test_a_resumed_run_keeps_the_fast_dtype_that_it_began_with(recipe_values, mo
     assert began == [torch.float32] * 2
 
 
-def test_a_base_model_frees_the_one_before_it_and_ends_answers_as_the_chat_template_does(recipe_values):
-    """Also where neither the tokenizer's end token nor the model's is that of a turn."""
+def test_base_model_frees_the_previous_one_and_stops_at_the_end_of_turn(recipe_values):
+    """Even if the end-of-turn token is not the tokenizer's EOS token."""
     recipe = build_recipe(recipe_values)
     model = build_method(recipe.method).apply(base_model(recipe)[0])
     former = weakref.ref(model.get_base_model())
@@ -120,7 +120,7 @@ def test_a_base_model_frees_the_one_before_it_and_ends_answers_as_the_chat_templ
     assert end in model.generation_config.eos_token_id
 
 
-def test_of_a_slow_dtype_is_warned_once(recipe_values, monkeypatch, capsys):
+def test_slow_dtype_warns_once(recipe_values, monkeypatch, capsys):
     assert 0 < models.slowdown("bfloat16") < 1000
     monkeypatch.setattr(models, "slowdown", lambda dtype: 36.4)
     models.warn_of_slow_dtype.cache_clear()
@@ -131,7 +131,7 @@ def test_of_a_slow_dtype_is_warned_once(recipe_values, monkeypatch, capsys):
     assert "takes 36 times as long as in float32; set model.dtype=float32" in line
 
 
-def test_every_data_option_reaches_the_plan(recipe_values):
+def test_data_options_change_the_plan(recipe_values):
     def plan(*overrides):
         return make_plan(build_recipe(recipe_values, list(overrides)))
 
@@ -149,7 +149,7 @@ def test_every_data_option_reaches_the_plan(recipe_values):
         plan("evaluation.split=validation")
 
 
-def test_bad_methods_are_named(recipe_values, monkeypatch):
+def test_invalid_methods_and_optimizers_are_refused(recipe_values, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     for method, message in (
         ("{name: full, r: 4}", r"method\.r: unknown key"),
@@ -165,7 +165,7 @@ def test_bad_methods_are_named(recipe_values, monkeypatch):
             make_plan(build_recipe(recipe_values, options))
 
 
-def test_training_and_prompt_options_have_their_effects(recipe_values):
+def test_run_applies_scheduler_and_chat_template_options(recipe_values):
     training = {"max_steps": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant", "warmup_steps": 0}
     training |= {"gradient_checkpointing": True}
     prompt = {"encoding": "def+pos1", "chat_template": "never", "max_source_tokens": 40, "max_answer_tokens": 2}
@@ -179,7 +179,7 @@ def test_training_and_prompt_options_have_their_effects(recipe_values):
 
 
 def naive_loss(recipe, *, routed_by=None):
-    """By task: −log p of its answers' tokens, one example at a time, where a router reads the "prompt" or "all"."""
+    """By task, the mean −log p of answer tokens, one example at a time; a router reads the "prompt" or "all"."""
     model, tokenizer = load_run(Run(recipe.output))
     by_task = {}
     for task in make_plan(recipe).tasks:
@@ -198,7 +198,7 @@ def naive_loss(recipe, *, routed_by=None):
 
 
 @pytest.mark.parametrize("method", [None, {"name": "mtl-lora", "r": 2}, {"name": "full"}])
-def test_the_validation_loss_is_each_tasks_mean_over_answer_tokens(finished, recipe_values, method, monkeypatch):
+def test_validation_loss_is_the_mean_of_per_task_token_means(finished, recipe_values, method, monkeypatch):
     recipe = finished[0]  # BADIT
     if method is not None:
         recipe = build_recipe({**recipe_values, "method": method}, ["data.validation_per_task=3"])
@@ -209,7 +209,7 @@ def test_the_validation_loss_is_each_tasks_mean_over_answer_tokens(finished, rec
     assert found["loss"] == pytest.approx((expected["cities"] + expected["rivers"]) / 2, rel=1e-5)
     assert expected["cities"] != pytest.approx(expected["rivers"], rel=1e-3)
     if method is None:
-        assert naive_loss(recipe, routed_by="all") != pytest.approx(expected, rel=1e-4), "the answer must not route"
+        assert naive_loss(recipe, routed_by="all") != pytest.approx(expected, rel=1e-4), "only the prompt routes"
     assert read_json(Run(recipe.output).path / "validation.json") == found
     monkeypatch.setattr(train_module, "load_base_model", None)  # no model is loaded
     assert validation_loss(recipe.output) == found

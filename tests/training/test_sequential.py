@@ -1,4 +1,4 @@
-"""Tasks learnt one after another: the folders of a sequence, its scores, its resuming, and every method in one."""
+"""Sequential training: stage folders, scores, resuming, and every method in a sequence."""
 
 import math
 
@@ -39,14 +39,14 @@ def stages(recipe):
 
 @pytest.fixture(scope="module")
 def finished(material, tmp_path_factory):
-    """A trained and scored sequence of LoRA: its recipe, its run and its scores."""
+    """The recipe, run and scores of a trained and scored LoRA sequence."""
     values = make_recipe(material / "model", material / "tasks.jsonl", tmp_path_factory.mktemp("sequence") / "run")
     recipe = sequence(values, LORA, "data.validation_per_task=2")
     scores = train_and_score(recipe, progress=False)
     return recipe, Run(recipe.output), scores
 
 
-def test_every_stage_leaves_its_files_and_the_last_ones_are_the_runs(finished):
+def test_each_stage_writes_its_files_and_the_run_has_those_of_the_last(finished):
     recipe, run, scores = finished
     assert sorted((run.path / "stages").iterdir()) == [stage.path for stage in stages(recipe)]
     assert [stage.path.name for stage in stages(recipe)] == STAGES
@@ -55,25 +55,25 @@ def test_every_stage_leaves_its_files_and_the_last_ones_are_the_runs(finished):
         assert {file.stem for file in folder.predictions_path.iterdir()} == set(ORDER)
         assert folder.metrics_path.read_text().count("\n") == 3
         assert not folder.checkpoints_path.exists()
-    kept = [file for file in last.adapter_path.iterdir() if file.name != "README.md"]  # the card is the whole run's
+    kept = [file for file in last.adapter_path.iterdir() if file.name != "README.md"]  # the card is of the whole run
     for file in [*kept, *last.predictions_path.iterdir()]:
         assert (run.path / file.relative_to(last.path)).read_bytes() == file.read_bytes()
     assert not list(run.path.rglob("*.partial"))
     assert read_json(run.scores_path) == scores
     assert scores["tasks"] == read_json(last.scores_path)["tasks"]
     assert scores["order"] == ORDER
-    assert run.environment["mixture"] == {"rivers": 10, "cities": 10}, "of each task's own stage"
+    assert run.environment["mixture"] == {"rivers": 10, "cities": 10}, "each task is counted in its own stage"
     whole, one, other = (folder.environment["training"] for folder in (run, first, last))
     assert (whole["steps"], whole["tokens"]) == (6, one["tokens"] + other["tokens"])
     assert whole["trainable_parameters"] == one["trainable_parameters"]
 
 
-def test_what_is_trained_and_scored_stays_so_unless_it_is_evaluated_again(finished, monkeypatch):
+def test_finished_stages_are_not_retrained_or_rescored_except_by_evaluate(finished, monkeypatch):
     recipe, run, scores = finished
     stages(recipe)[0].scores_path.write_text("{}")
     assert evaluate(run.path, progress=False) == scores
     assert read_json(stages(recipe)[0].scores_path)["rouge_l"] == scores["matrix"][0][0]
-    assert "matrix" not in evaluate(recipe.output, split="validation", progress=False), "of the last state only"
+    assert "matrix" not in evaluate(recipe.output, split="validation", progress=False), "only the last state is scored"
     assert read_json(run.scores_path) == scores
     run.scores_path.unlink()
     stages(recipe)[1].scores_path.unlink()
@@ -86,12 +86,12 @@ def test_what_is_trained_and_scored_stays_so_unless_it_is_evaluated_again(finish
 
 
 @pytest.mark.parametrize("unseen", [True, False])
-def test_the_matrix_and_the_scores_computed_from_it(recipe_values, unseen):
+def test_score_matrix_and_continual_scores(recipe_values, unseen):
     recipe = sequence(recipe_values, LORA, f"evaluation.unseen_tasks={str(unseen).lower()}")
     scores = train_and_score(recipe, progress=False)
     assert [[score is None for score in row] for row in scores["matrix"]] == [[False, not unseen], [False, False]]
     assert list(read_json(stages(recipe)[0].scores_path)["tasks"]) == (ORDER if unseen else ORDER[:1])
-    # The scores of a tiny model are all alike, so they are replaced.
+    # A tiny model's scores are all alike, so replace them.
     made_up = [[60.0, 10.0 if unseen else None], [40.0, 80.0]]
     for folder, row in zip(stages(recipe), made_up, strict=True):
         content = read_json(folder.scores_path)
@@ -106,7 +106,7 @@ def test_the_matrix_and_the_scores_computed_from_it(recipe_values, unseen):
     assert scores["tasks"]["cities"]["rouge_l"] == 80.0
 
 
-def test_an_interruption_in_the_second_stage_changes_nothing(recipe_values, tmp_path):
+def test_interrupted_second_stage_resumes_to_identical_results(recipe_values, tmp_path):
     method = {"name": "gainlora", "lora_dropout": 0.1, "r": 2}
     whole, recipe = (sequence(recipe_values, method, f"output={tmp_path / name}") for name in ("whole", "resumed"))
     expected = train_and_score(whole, progress=False)
@@ -121,7 +121,7 @@ def test_an_interruption_in_the_second_stage_changes_nothing(recipe_values, tmp_
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_continues_from_the_previous_task(recipe_values, name, monkeypatch):
+def test_every_method_starts_the_second_stage_from_the_first(recipe_values, name, monkeypatch):
     overrides = ["training.max_steps=2", "data.test_per_task=1", "evaluation.max_new_tokens=2"]
     recipe = sequence(recipe_values, {"name": name, **OPTIONS.get(name, {"r": 2})}, *overrides)
     begun = []
@@ -138,12 +138,12 @@ def test_every_method_continues_from_the_previous_task(recipe_values, name, monk
     first, second = (logits(load_run(folder, recipe)[0], rows=ORDER[:1] * 3) for folder in stages(recipe))
     assert not torch.equal(first, second), "the second stage learns"
     if name == "sapt":
-        assert not torch.equal(first, at_the_start), "the new branch's key takes a share of the weight"
+        assert not torch.equal(first, at_the_start), "the new key reduces the weights of earlier branches"
     else:
         torch.testing.assert_close(at_the_start, first, rtol=0, atol=1e-5)
 
 
-def test_two_tasks_have_different_random_numbers(recipe_values):
+def test_stages_use_different_seeds_and_initial_weights(recipe_values):
     recipe = sequence(recipe_values, {"name": "o-lora", "r": 2, "lora_dropout": 0.1})
     begun = []
 
@@ -158,7 +158,7 @@ def test_two_tasks_have_different_random_numbers(recipe_values):
     assert len({*orders}) == len({*dropouts}) == 2
 
 
-def test_a_task_without_training_instances_has_no_place(recipe_values, task_file):
+def test_data_order_refuses_a_task_without_training_instances(recipe_values, task_file):
     lines = task_file.read_text().splitlines(keepends=True)
     task_file.write_text("".join(line for line in lines if '"rivers"' in line or '"split": "test"' in line))
     with pytest.raises(BaditError, match=r"task cities has no training instances, which data\.order needs"):

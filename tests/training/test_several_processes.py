@@ -1,4 +1,4 @@
-"""Training in two processes ends as in one, whichever engine divides the work; only the first writes and prints."""
+"""Training in two processes with DDP or FSDP2 matches training in one; only the first process writes and prints."""
 
 import shutil
 
@@ -9,15 +9,15 @@ from training.launches import Launches, assert_same_run, assert_stops_and_resume
 from training.trainers import learned
 
 
-def test_two_processes_end_as_one_does(launches, capsys):
+def test_two_processes_match_one_process_and_resume_in_one_or_three(launches, capsys):
     launches.train_alone("one", batch=4)
     for engine in ("ddp", "fsdp2"):
         printed = launches.train(engine, 2, engine, launcher=True)
         assert printed.count("mean over tasks") == 1
-        assert printed.count("0/12 [00:00<?") == 1, "one bar"
+        assert printed.count("0/12 [00:00<?") == 1, "one progress bar"
         assert_same_run(launches.run(engine), launches.run("one"))
         assert_stops_and_resumes(launches, engine)
-    # The stopped run of two processes continues in one, whose steps have half as many instances; and in three.
+    # Stopped runs resume in one process (DDP only), with half as many instances per step, and in three.
     shutil.copytree(launches.run("ddp-copied").path, launches.folder / "alone")
     assert launches.train_alone("alone") == 0
     capsys.readouterr()
@@ -32,7 +32,7 @@ def test_two_processes_end_as_one_does(launches, capsys):
     assert losses(launches.run("fsdp2-copied")) == pytest.approx(losses(launches.run("ddp-copied")), abs=1e-5)
 
 
-def test_a_sequence_in_two_processes_leaves_one_whole_run(recipe_values, tmp_path, processes):
+def test_sequence_in_two_processes_writes_one_complete_run(recipe_values, tmp_path, processes):
     values = {**recipe_values, "data": {**recipe_values["data"], "order": "seeded-0"}}
     launches = Launches(values, tmp_path, processes)
     launches.train("sequence", 2, "ddp")

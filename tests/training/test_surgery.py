@@ -1,4 +1,4 @@
-"""Gradient surgery: the combinations against loops, and what the trainer does with them."""
+"""Gradient surgery: PCGrad and CAGrad against naive implementations, and their use in the trainer."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ TASKS = ("cities", "rivers", "hills")
 
 
 def naive_pcgrad(gradients, orders):
-    """Algorithm 1, with the order in which each gradient meets the others."""
+    """Algorithm 1, given the order in which each gradient is projected against the others."""
     g = float64(gradients)
     total = 0.0 * g[0]
     for i, order in enumerate(orders):
@@ -34,7 +34,7 @@ def naive_pcgrad(gradients, orders):
 
 
 def naive_cagrad(gradients, c):
-    """Algorithm 1 for two tasks, times two: the weights by trying ten thousand of them."""
+    """Algorithm 1 for two tasks, times two, with weights from a grid search over 10,001 values."""
     g, norm = float64(gradients), np.linalg.norm
     mean = g.mean(axis=0)
     mixtures = [w * g[0] + (1 - w) * g[1] for w in np.linspace(0, 1, 10001)]
@@ -60,16 +60,16 @@ def flat(gradients):
 
 
 def step(trainer, model, *batches, accumulation=1):
-    """The last loss and the gradients that add up over micro-batches."""
+    """The last loss, and the gradients accumulated over the micro-batches."""
     model.zero_grad()
-    trainer.current_gradient_accumulation_steps = accumulation  # as the Trainer sets it in its own loop
+    trainer.current_gradient_accumulation_steps = accumulation  # set by the Trainer in its own loop
     losses = [trainer.training_step(model, batch, (batch["labels"] != -100).sum()) for batch in batches]
     return losses[-1], [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
 @settings(deadline=None, max_examples=60)
 @given(tasks=st.integers(1, 5), parameters=st.integers(2, 6), seed=st.integers(0, 10_000))
-def test_pcgrad_equals_the_loops_in_the_seeded_order(tasks, parameters, seed):
+def test_pcgrad_matches_naive_pcgrad_in_the_seeded_order(tasks, parameters, seed):
     gradients = torch.randn(tasks, parameters, generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)
     found = pcgrad()(gradients)
@@ -80,7 +80,7 @@ def test_pcgrad_equals_the_loops_in_the_seeded_order(tasks, parameters, seed):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("size", [1.0, 1e-6])
-def test_cagrad_equals_a_search_over_its_weights(seed, size):
+def test_cagrad_matches_a_grid_search_over_its_weights(seed, size):
     gradients = size * torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))
     found, expected = cagrad()(gradients) / size, naive_cagrad(gradients, 0.5) / size
     torch.testing.assert_close(found.double(), expected, atol=2e-3, rtol=2e-3)
@@ -89,7 +89,7 @@ def test_cagrad_equals_a_search_over_its_weights(seed, size):
 
 @pytest.mark.parametrize("surgery", ["pcgrad", "cagrad"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_tasks_gradients_are_combined_as_one_vector_each(tiny_model, tmp_path, surgery, family):
+def test_gradients_are_combined_as_one_vector_per_task(tiny_model, tmp_path, surgery, family):
     model = randomise(adapted(tiny_model(family), lora_dropout=0.0))
     trainer = surgery_trainer(model, tmp_path, surgery)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -101,7 +101,7 @@ def test_the_tasks_gradients_are_combined_as_one_vector_each(tiny_model, tmp_pat
             loss = trainer.compute_loss(model.train(), rows_of_task(batch, task), num_items_in_batch=labels)
             rows.append(flat(torch.autograd.grad(loss, trained)))
         gradients = torch.stack(rows)
-        assert (gradients @ gradients.T).min() < 0, "tasks that agree show nothing"
+        assert (gradients @ gradients.T).min() < 0, "at least two tasks must conflict"
         torch.manual_seed(3)
         wanted = (pcgrad() if surgery == "pcgrad" else cagrad())(gradients)
         torch.manual_seed(3)
@@ -114,10 +114,10 @@ def test_the_tasks_gradients_are_combined_as_one_vector_each(tiny_model, tmp_pat
         torch.testing.assert_close(gradients.sum(dim=0), flat(plain), rtol=1e-4, atol=1e-6)
 
 
-def test_micro_batches_add_up(tiny_model, tmp_path):
+def test_micro_batch_gradients_add_up(tiny_model, tmp_path):
     model = randomise(adapted(tiny_model("llama"), lora_dropout=0.0))
     model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
-    trainer = surgery_trainer(model, tmp_path, "cagrad")  # which has no random order
+    trainer = surgery_trainer(model, tmp_path, "cagrad")  # CAGrad has no random order
     batches = [batch_of(with_tasks(10)[:4]), batch_of(with_tasks(10)[4:])]
     first, second = (step(trainer, model, batch, accumulation=2)[1] for batch in batches)
     _, found = step(trainer, model, *batches, accumulation=2)
@@ -125,8 +125,8 @@ def test_micro_batches_add_up(tiny_model, tmp_path):
     assert model.unused.grad is None
 
 
-def test_a_methods_own_loss_counts_once_per_micro_batch(tiny_model, tmp_path):
-    """The mean over the tasks of the balance loss on their rows, halved by accumulation over two micro-batches."""
+def test_extra_loss_counts_once_per_micro_batch(tiny_model, tmp_path):
+    """It is the mean of the tasks' balance losses on their rows, halved by accumulation over two micro-batches."""
     batch = batch_of(with_tasks(7))
     losses, extras = {}, []
     for weight in (0.0, 0.5):
@@ -140,11 +140,11 @@ def test_a_methods_own_loss_counts_once_per_micro_batch(tiny_model, tmp_path):
     assert (losses[0.5] - losses[0.0]).item() == pytest.approx(sum(extras) / 3 / 2, rel=1e-3)
 
 
-def test_several_processes_and_a_missing_package_are_refused(tiny_model, tmp_path, monkeypatch):
+def test_several_processes_and_a_missing_solver_package_are_refused(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.MULTI_CPU))
     with pytest.raises(BaditError, match="surgery runs in a single process"):
         surgery_trainer(adapted(tiny_model("llama")), tmp_path)
     monkeypatch.setattr("torchjd._mixins.find_spec", lambda name: None)
-    assert pcgrad()(torch.ones(2, 1)).tolist() == [2.0], "needs no solver"
+    assert pcgrad()(torch.ones(2, 1)).tolist() == [2.0], "pcgrad needs no solver"
     with pytest.raises(BaditError, match=r"surgery needs torchjd and a solver: pip install 'badit\[surgery\]'"):
         cagrad()

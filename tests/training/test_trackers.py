@@ -1,4 +1,4 @@
-"""Runs that report to trackers: what TensorBoard and Trackio have of them, read from their files."""
+"""Runs that report to trackers: the metrics in the files of TensorBoard and Trackio."""
 
 import pandas as pd
 import pytest
@@ -12,7 +12,7 @@ from training.trainers import fit_until
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard", "ignore::DeprecationWarning:trackio")
 
 
-def test_tensorboard_has_the_losses_and_the_regroupings_of_a_resumed_run_once(recipe_values):
+def test_tensorboard_has_losses_and_regroupings_of_a_resumed_run_once(recipe_values):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recipe = build_recipe(recipe_values, ["training.report_to=[tensorboard]"])
@@ -30,12 +30,12 @@ def test_tensorboard_has_the_losses_and_the_regroupings_of_a_resumed_run_once(re
     means = pd.DataFrame(read_jsonl(run.regroupings_path)).groupby("step").mean(numeric_only=True)
     for field in ("objective_before", "objective_after", "components_moved"):
         assert scalars(f"train/regroup/{field}") == pytest.approx(means[field].to_dict(), rel=1e-5)
-    assert scalars("train/regroup/intra_degrees").keys() == {6, 9}, "measured on the steps that follow"
+    assert scalars("train/regroup/intra_degrees").keys() == {6, 9}, "angles are measured on the following steps"
 
 
-def test_trackio_has_them_in_its_database(recipe_values, tmp_path, monkeypatch):
+def test_trackio_stores_losses_and_regroupings(recipe_values, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    from trackio.sqlite_storage import SQLiteStorage  # not before, since it reads the variable once
+    from trackio.sqlite_storage import SQLiteStorage  # imported here because it reads TRACKIO_DIR on import
 
     run = fit(build_recipe(recipe_values, ["training.report_to=[trackio]"]), progress=False)
     logged = SQLiteStorage.get_logs("badit", run.path.name)
@@ -45,7 +45,7 @@ def test_trackio_has_them_in_its_database(recipe_values, tmp_path, monkeypatch):
     assert moved == {3, 6, 9}
 
 
-def test_a_tracker_that_is_unknown_or_not_installed_is_one_line(recipe_values, monkeypatch):
+def test_unknown_or_missing_tracker_is_refused(recipe_values, monkeypatch):
     with pytest.raises(BaditError, match=r"report_to: unknown tracker 'tensorbord' \(did you mean 'tensorboard'\?\)"):
         build_recipe(recipe_values, ["training.report_to=[tensorbord]"])
     monkeypatch.setattr("transformers.integrations.integration_utils.is_swanlab_available", lambda: False)

@@ -1,4 +1,4 @@
-"""The answer-only loss against a naive one, and the order of the batches."""
+"""The answer-only loss against a naive implementation, and the order of the examples."""
 
 from collections import Counter
 
@@ -15,7 +15,7 @@ from tuner.helpers import randomise
 
 
 def naive_loss(model, batch, items):
-    """Every logit computed, then the mean negative log-likelihood of the answers' tokens, one by one."""
+    """Computes all logits, adds up the negative log-likelihoods of the answer tokens, and divides by ``items``."""
     logs = F.log_softmax(model(**batch).logits.float(), dim=-1)
     answers = (batch["labels"] != -100).nonzero().tolist()
     return -sum(logs[row, position - 1, batch["labels"][row, position]] for row, position in answers) / items
@@ -23,7 +23,7 @@ def naive_loss(model, batch, items):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_the_loss_and_its_gradients_equal_the_naive_ones(tiny_model, tmp_path, family, side):
+def test_loss_and_gradients_match_the_naive_loss(tiny_model, tmp_path, family, side):
     model = randomise(adapted(tiny_model(family), lora_dropout=0.0)).eval()
     trainer = make_trainer(model, tmp_path, [])
     batch = dict(AnswerCollator(0, side=side)(examples(5)))
@@ -35,11 +35,11 @@ def test_the_loss_and_its_gradients_equal_the_naive_ones(tiny_model, tmp_path, f
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
     again, outputs = trainer.compute_loss(model, batch, return_outputs=True)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5) == again.item()
-    assert outputs.logits.shape[:2] == (1, items), "logits at labels only"
+    assert outputs.logits.shape[:2] == (1, items), "logits only for labels"
     assert model(input_ids=batch["input_ids"]).logits.shape[:2] == batch["input_ids"].shape, "the hook is removed"
 
 
-def test_accumulated_batches_weigh_tokens_equally(tiny_model, tmp_path):
+def test_gradient_accumulation_weights_all_tokens_equally(tiny_model, tmp_path):
     models = [adapted(tiny_model("llama"), lora_dropout=0.0) for _ in range(2)]
     options = {"count": 4, "max_steps": 1, "save_strategy": "no", "optim": "sgd"}
     for model, size, accumulation in zip(models, (4, 2), (1, 2), strict=True):
@@ -54,7 +54,7 @@ def order_of(lengths, per_step, seed=0, epoch=0, tasks=(), quotas=None):
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=300), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5))
-def test_every_example_comes_once_in_steps_sorted_by_length_with_the_longest_first(lengths, per_step, seed, epoch):
+def test_epoch_has_each_example_once_in_steps_sorted_longest_first(lengths, per_step, seed, epoch):
     order = order_of(lengths, per_step, seed, epoch)
     assert sorted(order) == list(range(len(lengths)))
     assert order == order_of(lengths, per_step, seed, epoch)
@@ -66,7 +66,7 @@ def test_every_example_comes_once_in_steps_sorted_by_length_with_the_longest_fir
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 4), st.integers(0, 5))
-def test_a_balanced_epoch_has_every_task_alike_and_epochs_together_every_example(sizes, per_step, seed):
+def test_balanced_epochs_have_equal_task_shares_and_cover_all_examples(sizes, per_step, seed):
     tasks = [f"task-{i}" for i, size in enumerate(sizes) for _ in range(size)]
     share = round(len(tasks) / len(sizes))
     seen = set()
@@ -80,10 +80,10 @@ def test_a_balanced_epoch_has_every_task_alike_and_epochs_together_every_example
             counts = [uses[index] for index, name in enumerate(tasks) if name == task]
             assert max(counts) - min(counts) <= 1
         seen |= set(order)
-    assert share / max(sizes) < 0.2 or seen == set(range(len(tasks))), "large tasks are drawn from again in every epoch"
+    assert share / max(sizes) < 0.2 or seen == set(range(len(tasks))), "each epoch draws a new subset of large tasks"
 
 
-def test_the_order_depends_on_seed_and_epoch_and_steps_mix_tasks_and_micro_batches_save_padding():
+def test_order_depends_on_seed_and_epoch_saves_padding_and_mixes_tasks():
     lengths = torch.randint(10, 500, (512,), generator=torch.Generator().manual_seed(0)).tolist()
     assert len({tuple(order_of(lengths, 8, seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (1, 0))}) == 3
 
@@ -93,13 +93,13 @@ def test_the_order_depends_on_seed_and_epoch_and_steps_mix_tasks_and_micro_batch
         return size * sum(widths) - sum(lengths)
 
     assert padding(2, 4) < 0.25 * padding(8, 1)
-    # Four tasks, one after another, of lengths that differ.
+    # Four consecutive tasks with different lengths.
     order = order_of([100 * (index // 64) + index % 10 + 1 for index in range(256)], 8)
     kinds = [len({index // 64 for index in order[start : start + 8]}) for start in range(0, 256, 8)]
     assert sum(kinds) / len(kinds) > 3
 
 
-def test_of_several_gpus_one_process_uses_one_and_says_so_once(tiny_model, tmp_path, monkeypatch, capsys):
+def test_one_process_uses_one_of_several_gpus_and_says_so_once(tiny_model, tmp_path, monkeypatch, capsys):
     models = [adapted(tiny_model("llama")) for _ in range(2)]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for model in models:

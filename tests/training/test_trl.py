@@ -1,4 +1,4 @@
-"""TRL's trainers with a BADIT configuration and the regrouping callback, as a user would write it."""
+"""TRL trainers with a BADIT configuration and the regrouping callback, as in user code."""
 
 import math
 from contextlib import nullcontext
@@ -18,7 +18,7 @@ from badit.tuner.layer import BaditLinear
 from data.examples import CHATML, make_tokenizer
 from training.trainers import QUIET
 
-# CHATML with TRL's marks of what the assistant says.
+# CHATML with TRL's generation markers around the assistant's turns.
 TURN = "{{ m['content'] }}<|im_end|>"
 BY_ROLE = "{% if m['role'] == 'assistant' %}{% generation %}TURN{% endgeneration %}\n{% else %}TURN\n{% endif %}"
 MARKED = CHATML.replace(f"{TURN}\n", BY_ROLE.replace("TURN", TURN))
@@ -37,12 +37,12 @@ def chat(i, turns=1):
 
 
 def reward(completions, **columns):
-    """The number of an answer's vowels and digits."""
+    """The number of vowels and digits in each answer."""
     return [float(sum(letter in "aeiou0123456789" for letter in message["content"])) for (message,) in completions]
 
 
 def make_trainer(kind, model_folder, output, rows, *, model=None, tokenizer=None, adapter=None, **options):
-    """One of TRL's, for a model that is adapted already or a new adapter with these options."""
+    """A TRL trainer for an adapted ``model``, or for a new adapter with the options ``adapter``."""
     return kind(
         model=model or AutoModelForCausalLM.from_pretrained(model_folder),
         processing_class=tokenizer or AutoTokenizer.from_pretrained(model_folder),
@@ -55,14 +55,14 @@ def make_trainer(kind, model_folder, output, rows, *, model=None, tokenizer=None
 
 
 def routed_on(trainer):
-    """Trains, and returns of every forward pass the texts that the router reads, one for each row."""
+    """Trains, and returns for each forward pass the texts that the router reads, one per row."""
     passes, tokenizer = [], trainer.processing_class
     base = trainer.model.get_base_model()
 
     def keep(module, args, kwargs, output):
-        # Registered before badit's own hook ends the pass.
+        # Runs before badit's own hook, which ends the pass.
         mask_BT = base.__dict__["_badit_routing"].forward_pass().prompt_mask_BT
-        if mask_BT is not None:  # a decoding step has the gates of its prompt
+        if mask_BT is not None:  # a decoding step reuses the gates of its prompt
             passes.append([tokenizer.decode(ids[mask]) for ids, mask in zip(kwargs["input_ids"], mask_BT, strict=True)])
 
     handle = base.register_forward_hook(keep, with_kwargs=True, prepend=True)
@@ -72,12 +72,12 @@ def routed_on(trainer):
 
 
 def prompts_of(tokenizer, chats):
-    """What generation would read."""
+    """The prompts as generation reads them."""
     return {tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats}
 
 
 @pytest.mark.parametrize("rows", ["one turn", "two turns", "one row per answer"])
-def test_chats_with_a_loss_on_the_assistant_are_routed_on_the_prompt(model_folder, tmp_path, rows):
+def test_sft_on_chats_routes_on_the_prompt(model_folder, tmp_path, rows):
     tokenizer, chats, options = make_tokenizer(chat_template=MARKED), [chat(i, turns=2) for i in range(2)], {}
     prompts = [messages[:end] for messages in chats for end in (2, 4)]
     if rows == "one row per answer":
@@ -116,7 +116,7 @@ def test_padding_free_training_equals_padded_training(model_folder, tmp_path):
     assert (tmp_path / "regroupings.jsonl").read_text()
 
 
-def test_rows_that_are_cut_anywhere_are_refused(model_folder, tmp_path):
+def test_wrapped_packing_is_refused(model_folder, tmp_path):
     options = {"packing": True, "packing_strategy": "wrapped", "max_length": 64}
     with pytest.raises(BaditError, match="wrapped rows are cut anywhere"):
         make_trainer(SFTTrainer, model_folder, tmp_path, ROWS[:16], **options).train()
@@ -129,21 +129,21 @@ def dpo_trainer(model_folder, output, **options):
 
 
 @pytest.mark.parametrize("precomputed", [False, True])
-def test_dpo_uses_the_base_model_as_its_reference(model_folder, tmp_path, precomputed):
+def test_dpo_uses_the_base_model_as_reference(model_folder, tmp_path, precomputed):
     trainer = dpo_trainer(model_folder, tmp_path, precompute_ref_log_probs=precomputed)
     passes = routed_on(trainer)
     assert 8 in map(len, passes), "both answers are routed on the prompt"
     read = {text.removeprefix("<s>") for text in chain(*passes)}
     assert read - {""} == prompts_of(trainer.processing_class, [chat(i)[:-1] for i in range(16)])
-    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5), "BADIT starts from exactly the base model"
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5), "BADIT starts exactly at the base model"
     assert losses(trainer)[-1] < losses(trainer)[0]
     lines = list(read_jsonl(tmp_path / "regroupings.jsonl"))
     assert {line["step"] for line in lines} == {2}
     assert any(line["components_moved"] for line in lines)
 
 
-def test_dpo_after_fine_tuning_uses_the_tuned_adapter_as_its_reference(model_folder, tmp_path):
-    """TRL adds a copy named ref; after a regrouping no two of its tensors are what a new adapter starts with."""
+def test_dpo_after_fine_tuning_uses_the_tuned_adapter_as_reference(model_folder, tmp_path):
+    """TRL copies the adapter to "ref"; here labels, router, B and moments differ from those of a new adapter."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), BaditConfig(**ADAPTER))
     layers = [layer for layer in model.modules() if isinstance(layer, BaditLinear)]
     for layer in layers:
@@ -151,7 +151,7 @@ def test_dpo_after_fine_tuning_uses_the_tuned_adapter_as_its_reference(model_fol
         torch.nn.init.normal_(layer.badit_router["default"], std=0.02)
         torch.nn.init.normal_(layer.badit_B["default"])
         layer.badit_moments["default"].fill_(0.3)
-        layer.badit_batches["default"].fill_(1000)  # a batch then changes the moments by a fiftieth
+        layer.badit_batches["default"].fill_(1000)  # so that a batch weighs only 1/50 in the moments
     trainer = dpo_trainer(model_folder, tmp_path, model=model)
     for layer in layers:
         for tensors in (layer.badit_A, layer.badit_B, layer.badit_router, layer.badit_A0, layer.badit_B0):
@@ -160,7 +160,7 @@ def test_dpo_after_fine_tuning_uses_the_tuned_adapter_as_its_reference(model_fol
         assert torch.equal(layer.expert_of("default"), layer.expert_of("ref"))
         assert torch.equal(layer.badit_moments["default"], layer.badit_moments["ref"])
     trainer.train()
-    # The reference's moments stay, the trained adapter's follow its first batch.
+    # The reference's moments do not change; those of the trained adapter do.
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=0.02)
     assert all((layer.badit_moments["ref"] == 0.3).all() for layer in layers)
     assert not any((layer.badit_moments["default"] == 0.3).all() for layer in layers)
@@ -169,7 +169,7 @@ def test_dpo_after_fine_tuning_uses_the_tuned_adapter_as_its_reference(model_fol
 @pytest.mark.parametrize("kind", [KTOTrainer, GRPOTrainer])
 @pytest.mark.parametrize("routing", ["prompt", "token"])
 def test_kto_and_grpo_train_the_router_on_the_prompt_and_regroup(model_folder, tmp_path, kind, routing):
-    """GRPO's passes include those in which it generates: both read the same prompts."""
+    """GRPO's passes include those of generation; both kinds read the same prompts."""
     rows = [{"prompt": chat(i)[:-1], "completion": chat(i)[-1:], "label": i % 2 == 0} for i in range(4)]
     options = {"max_steps": 4, "adapter": {"routing": routing}}
     if kind is GRPOTrainer:

@@ -1,4 +1,4 @@
-"""Runs of the methods that train the base weights (full fine-tuning, task neurons), and of gradient surgery."""
+"""Runs of methods that train base weights (full fine-tuning, task neurons), and of gradient surgery."""
 
 import json
 
@@ -32,13 +32,13 @@ def base_weights(recipe):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The models of the runs, as they are when their training has ended."""
+    """The models of the runs at the end of training."""
     models, save = [], WeightsMethod.save
     monkeypatch.setattr(WeightsMethod, "save", lambda *given: models.append(given[1]) or save(*given))
     return models
 
 
-def test_full_fine_tuning_changes_every_weight_and_loads_them_back(recipe_values, trained):
+def test_full_fine_tuning_changes_every_weight_and_round_trips(recipe_values, trained):
     recipe = recipe_with(recipe_values, FULL)
     run = fit(recipe, progress=False)
     base, weights = base_weights(recipe), learned(run)
@@ -52,7 +52,7 @@ def test_full_fine_tuning_changes_every_weight_and_loads_them_back(recipe_values
     assert torch.equal(logits(load_run(run)[0]), logits(trained[0].eval()))
 
 
-def test_a_bfloat16_recipe_trains_and_saves_float32_and_uses_bfloat16(recipe_values):
+def test_bfloat16_recipe_saves_float32_and_loads_bfloat16(recipe_values):
     run = fit(recipe_with(recipe_values, FULL, "model.dtype=bfloat16"), progress=False)
     weights = learned(run)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
@@ -62,15 +62,15 @@ def test_a_bfloat16_recipe_trains_and_saves_float32_and_uses_bfloat16(recipe_val
         assert torch.equal(parameter, weights[name].bfloat16())
 
 
-def test_task_neurons_change_the_tasks_neurons_only(recipe_values, trained):
+def test_task_neurons_changes_only_the_top_neurons_of_each_task(recipe_values, trained):
     recipe = recipe_with(recipe_values, NEURONS, "training.per_device_train_batch_size=12")
     count, per_neuron = 2 * 48, 3 * 32
     method = make_plan(recipe).method
-    assert method.trained_parameters(base_model(recipe)[0]) == round(SHARE * count * per_neuron), "of one task"
+    assert method.trained_parameters(base_model(recipe)[0]) == round(SHARE * count * per_neuron), "for one task"
     run = fit(recipe, progress=False)
     base, weights, of_tasks = base_weights(recipe), learned(run), []
     model, tokenizer = base_model(recipe)
-    for task in make_plan(recipe).tasks:  # of which each is one batch
+    for task in make_plan(recipe).tasks:  # each task is one batch
         batch = encoded(tokenizer, recipe, [(task, instance) for instance in task.train], None)
         of_tasks.append(top_neurons(neuron_scores(model, [AnswerCollator(pad_id(tokenizer))(batch)]), SHARE))
     masks = {name: sum(mask[name] for mask in of_tasks).bool() for name in of_tasks[0]}
@@ -86,7 +86,7 @@ def test_task_neurons_change_the_tasks_neurons_only(recipe_values, trained):
 
 
 @pytest.mark.parametrize("method", [FULL, NEURONS, {"name": "pcgrad", "r": 4}], ids=str)
-def test_an_interrupted_run_ends_as_one_that_was_not(recipe_values, tmp_path, method):
+def test_resumed_run_saves_bit_identical_weights(recipe_values, tmp_path, method):
     whole = fit(recipe_with(recipe_values, method, f"output={tmp_path / 'whole'}"), progress=False)
     recipe = recipe_with(recipe_values, method)
     kind = AdapterMethod if method["name"] == "pcgrad" else Method
@@ -94,11 +94,11 @@ def test_an_interrupted_run_ends_as_one_that_was_not(recipe_values, tmp_path, me
     begun = []
     with with_callbacks(on("on_step_begin", lambda state, _: begun.append(state.global_step)), kind=kind):
         fit(recipe, progress=False)
-    assert begun == [5], "the sixth step only"
+    assert begun == [5], "only the sixth step is repeated"
     counts = [each.environment["training"]["trainable_parameters"] for each in (whole, run)]
     assert counts[0] == counts[1]
     files = [next(each.adapter_path.glob("*.safetensors")).read_bytes() for each in (whole, run)]
-    assert files[0] == files[1], "the metadata too"
+    assert files[0] == files[1], "including the metadata"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(recipe_values, tmp_path, me
         (change_tensors(lambda t: {"lm_head.bias": torch.zeros(3)}), r"the one with the weight 'lm_head\.bias'"),
     ],
 )
-def test_damaged_weights_are_named_on_one_line(recipe_values, damage, message):
+def test_damaged_weights_give_a_one_line_error(recipe_values, damage, message):
     recipe = recipe_with(recipe_values, FULL)
     run = Run.prepare(recipe)
     WeightsMethod("full").save(base_model(recipe)[0], run.adapter_path, recipe.model.name)
@@ -122,7 +122,7 @@ def test_damaged_weights_are_named_on_one_line(recipe_values, damage, message):
     assert "\n" not in str(caught.value)
 
 
-def test_surgery_trains_differently_from_the_plain_sum(recipe_values, tmp_path):
+def test_lora_pcgrad_and_cagrad_train_different_adapters(recipe_values, tmp_path):
     adapters = []
     for name in ("lora", "pcgrad", "cagrad"):
         recipe = recipe_with(recipe_values, {"name": name, "r": 4}, f"output={tmp_path / name}")

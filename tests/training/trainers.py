@@ -1,4 +1,4 @@
-"""Small trainings, callbacks that watch or stop them, and comparisons of what they leave."""
+"""Helpers for small trainings: data, callbacks that observe or stop them, and comparisons of their results."""
 
 from contextlib import contextmanager
 from importlib import import_module
@@ -23,7 +23,7 @@ QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin
 
 
 def examples(count=24):
-    """Prompts and answers of several lengths, the same at every call."""
+    """Prompts and answers of several lengths, identical in every call."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for i in range(count):
@@ -39,7 +39,7 @@ def adapted(model, **options):
 
 
 def make_trainer(model, folder, callbacks, *, count=24, **options):
-    """By default, twelve steps of four examples."""
+    """A trainer that takes twelve steps of four examples by default."""
     arguments = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01, "save_steps": 5}
     arguments |= {"output_dir": str(folder), "remove_unused_columns": False, **QUIET, **options}
     data = {"train_dataset": examples(count), "data_collator": AnswerCollator(0)}
@@ -56,7 +56,7 @@ def on(event, function):
 
 
 class StopAt(TrainerCallback):
-    """Ends the process's training as a kill would, right after a step."""
+    """Stops training right after a step, without saving, as a kill would."""
 
     def __init__(self, step):
         self.step = step
@@ -68,7 +68,7 @@ class StopAt(TrainerCallback):
 
 @contextmanager
 def with_callbacks(*added, kind=AdapterMethod, folder=""):
-    """Within, runs also have these callbacks; with ``folder``, only those in a folder of that name."""
+    """In this context, runs also have these callbacks; with ``folder``, only runs in a folder of that name."""
     own = kind.callbacks
 
     def all_callbacks(self, run):
@@ -79,7 +79,7 @@ def with_callbacks(*added, kind=AdapterMethod, folder=""):
 
 
 def fit_until(step, recipe, **options):
-    """A run that was stopped after a step."""
+    """Trains a run, stops it after ``step``, and returns it."""
     with with_callbacks(StopAt(step), **options), pytest.raises(KeyboardInterrupt):
         fit(recipe, progress=False)
     return Run.at(recipe.output)
@@ -92,7 +92,7 @@ def learned(run):
 
 
 def change_tensors(change):
-    """A function that rewrites a safetensors file."""
+    """A function that applies ``change`` to the tensors of a safetensors file."""
 
     def rewrite(path):
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
@@ -106,13 +106,13 @@ def adapter_state(model):
 
 
 def assert_same(one, other):
-    """To the bit."""
+    """Asserts that names and tensors are bit-identical."""
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def contents(folder, *aside):
-    """Every file's bytes but config.yaml and names with these ends; of environment.json what time does not change."""
+    """Bytes of all files but config.yaml and names that end in ``aside``; of environment.json the constant counts."""
     found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     found = {name: path for name, path in found.items() if name != "config.yaml" and not name.endswith(aside)}
     for name, path in found.items():

@@ -1,4 +1,4 @@
-"""Steps that the tuner's tests share: adapting a tiny model, random adapter weights, decoding by hand."""
+"""Helpers shared by the tuner tests: adapting a tiny model, random adapter weights, decoding by hand."""
 
 import inspect
 
@@ -13,35 +13,35 @@ from badit.tuner import BaditConfig, ExpertLinear
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
 SMALL = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 SMALL |= {"init_weights": "bad", "router_input": "mean"}
-NEW = 6  # tokens that `generate` adds, unless told otherwise
+NEW = 6  # default number of tokens that `generate` adds
 KINDS = ("linear", "linear without bias", "conv1d")
 
 
 def config(**options):
-    """A small configuration: K = 3, r = 2, scaling 2, no dropout, the paper's start and router input."""
+    """Returns a small configuration: K = 3, r = 2, scaling 2, no dropout, BAD initialisation, mean router input."""
     return BaditConfig(**{**SMALL, **options})
 
 
 def adapt(model, **options):
-    """The model with a small adapter at step 0, in eval mode."""
+    """Returns the model with a small adapter at step 0, in eval mode."""
     return get_peft_model(model, config(**options)).eval()
 
 
 def opt():
-    """A random OPT, whose MLP sees all positions of a batch as rows."""
+    """Returns a random OPT, whose MLP flattens the positions of a batch into rows."""
     sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "vocab_size": 100}
     ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "init_std": 0.2}
     return OPTForCausalLM(OPTConfig(**sizes, **ends, num_attention_heads=4, max_position_embeddings=64)).eval()
 
 
 def layers(model):
-    """The adapted layers, first to last."""
+    """Returns the adapted layers, from first to last."""
     return [module for module in model.modules() if isinstance(module, ExpertLinear)]
 
 
 @torch.no_grad()
 def randomise(model, adapter="default", seed=0):
-    """An adapter as after training: factors off their start, a router or gate that decides, a shuffled grouping."""
+    """Gives an adapter weights as after training: perturbed factors, router or gate; random moments and grouping."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(tensor, size):
@@ -67,18 +67,18 @@ def randomise(model, adapter="default", seed=0):
 
 
 def adapted(model, **options):
-    """The model with an adapter as after training: gates differ clearly between prompts."""
+    """Returns the model with an adapter as after training: gates differ clearly between prompts."""
     return randomise(adapt(model, **options))
 
 
 def cache_name(model):
-    """The forward argument that takes a cache, which transformers renames within version 5."""
+    """Returns the name of the forward argument for a cache, which transformers renames within version 5."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     return "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
 
 
 def forward(model, ids, mask, cache=None, **options):
-    """One call on the newest tokens of a batch, whose padding has no position; ``mask`` covers the cached ones too."""
+    """Calls the model on the newest tokens of a batch. Positions skip padding; ``mask`` includes cached tokens."""
     if cache is not None:
         options[cache_name(model)] = cache
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -86,7 +86,7 @@ def forward(model, ids, mask, cache=None, **options):
 
 
 def generate(model, ids, mask, new_tokens=NEW, **options):
-    """Greedy decoding by the model's own ``generate``."""
+    """Decodes greedily with the model's ``generate``."""
     if "cache" in options:
         options[cache_name(model)] = options.pop("cache")
     options |= {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
@@ -95,14 +95,14 @@ def generate(model, ids, mask, new_tokens=NEW, **options):
 
 @torch.no_grad()
 def teacher_forced(model, ids, mask, prompt_length):
-    """Logits of a training-like forward pass: prompt and answer together, labels on the answer."""
+    """Returns the logits of a forward pass as in training: prompt and answer together, labels on the answer."""
     labels = ids.masked_fill((mask == 0) | (torch.arange(ids.shape[1]) < prompt_length), -100)
     return forward(model, ids, mask, labels=labels).logits
 
 
 @torch.no_grad()
 def cached_steps(model, ids, mask, prompt_length, cache):
-    """Logits from the prompt's last position on: the prompt in one call, then one token at a time."""
+    """Returns the logits from the prompt's last position on: the prompt in one call, then one token at a time."""
     bounds = [(0, prompt_length), *((end - 1, end) for end in range(prompt_length + 1, ids.shape[1] + 1))]
     steps = (forward(model, ids[:, i:end], mask[:, :end], cache, use_cache=True).logits[:, -1:] for i, end in bounds)
     return torch.cat(list(steps), dim=1)
@@ -110,17 +110,17 @@ def cached_steps(model, ids, mask, prompt_length, cache):
 
 @torch.no_grad()
 def greedy_by_hand(model, ids, mask, new_tokens):
-    """Greedy continuation with every token chosen from a full teacher-forced pass, without any cache."""
+    """Decodes greedily without a cache: each token comes from a full teacher-forced pass."""
     prompt_length = ids.shape[1]
     for _ in range(new_tokens):
-        # The newest position has no label yet: a stand-in keeps the prompt's end where it is.
+        # A placeholder at the newest position gets a label, so that the prompt ends at the same position.
         ids, mask = nn.functional.pad(ids, (0, 1), value=3), nn.functional.pad(mask, (0, 1), value=1)
         ids[:, -1] = teacher_forced(model, ids, mask, prompt_length)[:, -2].argmax(dim=-1)
     return ids
 
 
 def padded(rows, side="left"):
-    """Rows of tokens as one batch and its mask."""
+    """Returns rows of tokens as one padded batch and its mask."""
     width = max(len(row) for row in rows)
     ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):
@@ -130,13 +130,13 @@ def padded(rows, side="left"):
 
 
 def random_rows(*lengths, seed=0):
-    """Rows of random tokens (never the special ones)."""
+    """Returns rows of random tokens, without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, 100, (length,), generator=generator).tolist() for length in lengths]
 
 
 def enable_checkpointing(model, reentrant):
-    """Gradient checkpointing, which transformers renames within version 5."""
+    """Enables gradient checkpointing, whose method transformers renames within version 5."""
     inner = model.get_base_model()
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
@@ -147,12 +147,12 @@ IDS, MASK = padded(random_rows(6, 11, 9))
 
 @torch.no_grad()
 def logits(model, ids=IDS, mask=MASK):
-    """At the attended positions."""
+    """Returns the logits at the attended positions."""
     return forward(model, ids, mask).logits[mask.bool()].float()
 
 
 def take_steps(optimizer, steps, loss, before=lambda: None, after=lambda: None):
-    """The losses of some steps, with calls right before and after every update."""
+    """Takes steps and returns their losses; calls ``before`` and ``after`` around each update."""
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -166,14 +166,14 @@ def take_steps(optimizer, steps, loss, before=lambda: None, after=lambda: None):
 
 
 def gradients(model):
-    """By name; the model's own are cleared."""
+    """Returns the gradients by name and clears the model's own."""
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
 
 
 def base_layer(kind, in_features, out_features):
-    """One frozen layer of the kinds that are adapted, KINDS."""
+    """Returns a frozen layer of one of the adaptable KINDS."""
     if kind != "conv1d":
         return nn.Linear(in_features, out_features, bias=kind == "linear").requires_grad_(False)
     layer = Conv1D(out_features, in_features)

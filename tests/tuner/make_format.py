@@ -1,6 +1,6 @@
-"""Writes the adapter that holds the present format: ``PYTHONPATH=tests python -m tuner.make_format``, once a format.
+"""Writes adapters in the current format: ``PYTHONPATH=tests python -m tuner.make_format``, once per format.
 
-Later releases must read it as it is meant: the file next to the adapter's has what its layers then compute.
+Later releases must read them with the same result: ``computed.safetensors`` has the expected output of the layers.
 """
 
 from pathlib import Path
@@ -13,19 +13,19 @@ from badit.tuner.config import FORMAT
 from tuner.helpers import adapted, layers
 
 FOLDER = Path(__file__).parent / "formats"
-# Both kinds of saved state: initial factors to subtract, and a router input with its running moments.
+# Covers both kinds of saved state: initial factors to subtract, and a router input with its running moments.
 OPTIONS = {"bad": {}, "standardised": {"router_input": "standardised", "init_weights": "lora"}}
 
 
 def base_model():
-    """A model of one tiny layer; its weights are others in every process, and nothing here depends on them."""
+    """Returns a model of one tiny layer; its weights differ in every process, and the results do not depend on them."""
     shape = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 1}
     return LlamaForCausalLM(LlamaConfig(vocab_size=16, **shape)).eval()
 
 
 @torch.no_grad()
 def computed(model):
-    """What the adapter adds to the weight under two mixtures (each 12 × 8), and its gates for five inputs (5 × 3)."""
+    """Returns the adapter's delta weight for two mixtures (each 12 × 8), and its gates for five inputs (5 × 3)."""
     (layer,) = layers(model)
     x = torch.arange(40, dtype=torch.float32).reshape(5, 8).sin()
     return {

@@ -1,4 +1,4 @@
-"""Every option of BaditConfig does something, and a bad value is refused by a message that names its field."""
+"""Options of BaditConfig take effect, and an invalid value is refused with a message that names its field."""
 
 import re
 
@@ -34,12 +34,12 @@ BAD_VALUES = {
         ({"layers_pattern": "layers"}, "layers_pattern"),
     ],
 )
-def test_bad_values_and_contradictions_are_refused(options, message):
+def test_invalid_values_and_conflicting_options_are_refused(options, message):
     with pytest.raises(BaditError, match=message):
         BaditConfig(**options)
 
 
-def test_the_router_compares_prompts_unless_it_routes_tokens():
+def test_default_router_input_depends_on_routing():
     assert [BaditConfig(routing=each).router_input for each in ("prompt", "token")] == ["standardised", "mean"]
 
 
@@ -61,7 +61,7 @@ def test_lora_dropout_is_active_in_training_only(tiny_model):
     ],
     ids=str,
 )
-def test_which_modules_are_adapted(tiny_model, options, expected):
+def test_module_options_select_the_adapted_layers(tiny_model, options, expected):
     model = adapt(tiny_model("llama"), **options)
     assert [layer.name for layer in layers(model)] == [f"model.layers.{name}_proj" for name in expected]
 
@@ -79,14 +79,14 @@ def test_modules_that_cannot_be_adapted_are_refused(tiny_model, options, message
         adapt(tiny_model("llama"), **options)
 
 
-def test_svd_method_and_tolerance_reach_the_decomposition(tiny_model, monkeypatch):
+def test_svd_method_and_tolerance_are_passed_to_the_decomposition(tiny_model, monkeypatch):
     seen, real = [], tuner_config.top_singular_triples
     monkeypatch.setattr(tuner_config, "top_singular_triples", lambda *a, **k: seen.append(k) or real(*a, **k))
     adapt(tiny_model("llama"), svd_method="randomized", svd_tolerance=0.5)
     assert seen == 2 * [{"method": "randomized", "tolerance": 0.5}]
 
 
-# What PEFT 0.19 wrongly says of models without a saved configuration.
+# PEFT 0.19 emits this warning wrongly for models without a saved configuration.
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
 @pytest.mark.parametrize(
     ("family", "options", "trained"),
@@ -96,7 +96,7 @@ def test_svd_method_and_tolerance_reach_the_decomposition(tiny_model, monkeypatc
         ("llama", {"modules_to_save": ["lm_head"]}, {"lm_head"}),
     ],
 )
-def test_biases_and_further_modules_are_trained_and_saved(tiny_model, tmp_path, family, options, trained):
+def test_biases_and_modules_to_save_are_trainable_and_saved(tiny_model, tmp_path, family, options, trained):
     if "bias" in options and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):  # PEFT before 0.21
         with pytest.raises(BaditError, match=r"^bias must be 'none' with PEFT before 0\.21"):
             config(**options)

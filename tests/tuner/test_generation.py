@@ -1,4 +1,4 @@
-"""`generate` chooses the tokens that a teacher-forced pass would, in every way of running it."""
+"""``generate`` chooses the same tokens as a teacher-forced pass in all of its modes."""
 
 import copy
 from itertools import product
@@ -11,7 +11,7 @@ from badit.errors import BaditError
 from tuner.helpers import FAMILIES, NEW, adapted, forward, generate, greedy_by_hand, layers, opt, padded, random_rows
 
 ROWS = random_rows(5, 9, 7)
-STATIC = {"cache_implementation": "static"}  # for which `generate` gives the model masks of four dimensions
+STATIC = {"cache_implementation": "static"}  # `generate` then passes 4-D masks to the model
 EAGER = {"_attn_implementation": "eager"}
 
 
@@ -19,21 +19,21 @@ EAGER = {"_attn_implementation": "eager"}
     ("overrides", "options"), [({}, {}), ({}, {"use_cache": False}), ({}, STATIC), (EAGER, STATIC)], ids=str
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_teacher_forcing(tiny_model, family, overrides, options):
+def test_greedy_decoding_equals_teacher_forcing(tiny_model, family, overrides, options):
     model = adapted(tiny_model(family, **overrides))
     ids, mask = padded(ROWS)
     assert torch.equal(generate(model, ids, mask, **options), greedy_by_hand(model, ids, mask, NEW))
 
 
 @pytest.mark.parametrize(("family", "use_cache"), [*product(FAMILIES, [True]), ("llama", False)])
-def test_beams_equal_the_beams_of_a_batch_of_one(tiny_model, family, use_cache):
+def test_batched_beam_search_equals_beam_search_of_single_rows(tiny_model, family, use_cache):
     model = adapted(tiny_model(family))
     together = generate(model, *padded(ROWS), num_beams=3, use_cache=use_cache)[:, -NEW:]
     for row, expected in zip(ROWS, together, strict=True):
         assert torch.equal(generate(model, *padded([row]), num_beams=3)[0, -NEW:], expected)
 
 
-def test_inputs_embeds_and_positional_input(tiny_model):
+def test_generate_accepts_inputs_embeds_and_positional_input_ids(tiny_model):
     model = adapted(tiny_model("llama"))
     ids, mask = padded(ROWS)
     expected = generate(model, ids, mask)
@@ -46,7 +46,7 @@ def test_inputs_embeds_and_positional_input(tiny_model):
 
 @torch.no_grad()
 def continue_by_hand(model, cache, ids, mask, steps):
-    """The first token after a prefilled cache, then greedy steps; yields each token, so that runs can take turns."""
+    """Yields the first token after a prefilled cache, then greedy ones; a generator, so runs can be interleaved."""
     for _ in range(steps):
         yield ids
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
@@ -60,7 +60,7 @@ def prefill(model, ids, mask):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompt_caches_and_their_copies_carry_their_routing_and_take_turns(tiny_model, family):
+def test_interleaved_prompt_caches_and_copies_keep_their_gates(tiny_model, family):
     model = adapted(tiny_model(family))
     batches = [padded(ROWS), padded(ROWS), padded(random_rows(8, 4, seed=9))]
     caches = [prefill(model, *batch) for batch in (batches[0], batches[2])]
@@ -71,74 +71,74 @@ def test_prompt_caches_and_their_copies_carry_their_routing_and_take_turns(tiny_
         assert torch.equal(torch.cat(tokens, dim=1), greedy_by_hand(model, *batch, NEW)[:, -NEW:])
 
 
-def continued(model, cache, ids):
-    """``generate`` from a copy of a cache that holds the beginning of these prompts."""
+def generate_from_copy(model, cache, ids):
+    """Calls ``generate`` with a copy of a cache that holds the beginning of these prompts."""
     return generate(model, ids, torch.ones_like(ids), cache=copy.deepcopy(cache))
 
 
-def chosen(model, ids, prompt_length):
-    """The token after each position by one pass over all, routed on the first ones."""
+def next_tokens(model, ids, prompt_length):
+    """Returns the most likely token after each position, from one full pass routed by the first ``prompt_length``."""
     prompt_mask = (torch.arange(ids.shape[1]) < prompt_length).expand(len(ids), -1)
     return model(input_ids=ids, prompt_mask=prompt_mask).logits.argmax(dim=-1)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])  # OPT's MLP sees positions as rows
+@pytest.mark.parametrize("family", ["llama", "opt"])  # OPT's MLP flattens positions into rows
 def test_generate_continues_from_a_copied_prompt_cache(tiny_model, family):
-    """The prompt cache of a shared beginning: its routing stays, whatever text is appended."""
+    """The cache of a shared prefix keeps its gates, whatever text is appended."""
     model = adapted(opt() if family == "opt" else tiny_model(family))
     cache, _ = prefill(model, *padded(random_rows(6, 6)))
     ids = torch.cat([padded(random_rows(6, 6))[0], torch.tensor([[7, 8], [9, 10]])], dim=1)
     with pytest.warns(UserWarning, match="keeps the gates of its first prompt"):
-        found = continued(model, cache, ids)
-    assert torch.equal(continued(model, cache, ids), found)  # a second warning is an error
-    assert torch.equal(found[:, 8:], chosen(model, found, 6)[:, 7:-1])
+        found = generate_from_copy(model, cache, ids)
+    assert torch.equal(generate_from_copy(model, cache, ids), found)  # a second warning is an error
+    assert torch.equal(found[:, 8:], next_tokens(model, found, 6)[:, 7:-1])
 
 
 @pytest.mark.parametrize("routing", ["prompt", "token"])
-def test_a_recurrent_model_generates(routing):
+def test_generation_of_a_recurrent_model_equals_one_full_pass(routing):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 100, "state_size": 4}
     mamba = MambaForCausalLM(MambaConfig(**sizes, pad_token_id=0, eos_token_id=None, initializer_range=0.2)).eval()
     model = adapted(mamba, routing=routing, target_modules=["in_proj"])
     ids = torch.tensor([[5, 6, 7, 8]])
     found = generate(model, ids, torch.ones_like(ids))
-    assert torch.equal(found[:, 4:], chosen(model, found, 4)[:, 3:-1])
+    assert torch.equal(found[:, 4:], next_tokens(model, found, 4)[:, 3:-1])
 
 
-def test_a_prompt_cache_is_decoded_with_the_present_weights(tiny_model):
-    """What a generation keeps ends with it: the cache may stay, and training may continue in between."""
+def test_prompt_cache_is_decoded_with_the_current_weights(tiny_model):
+    """What ``generate`` stores is dropped when it returns, so the weights may change while a cache is kept."""
     model = adapted(tiny_model("llama"))
     ids, mask = padded(random_rows(6))
     cache, first = prefill(model, ids, mask)
     ids = torch.cat([ids, first], dim=1)
-    before = continued(model, cache, ids)
+    before = generate_from_copy(model, cache, ids)
     with torch.no_grad():
         for layer in layers(model):
             layer.badit_B["default"].mul_(-3)
-    after = continued(model, cache, ids)
+    after = generate_from_copy(model, cache, ids)
     assert not torch.equal(before, after)
     tokens = list(continue_by_hand(model, cache, first, mask, NEW + 1))
     assert torch.equal(torch.cat(tokens, dim=1), after[:, -NEW - 1 :])
 
 
-def test_candidate_tokens_do_not_join_the_prompt(tiny_model):
-    """Prompt lookup's first pass holds the prompt and guesses at the answer."""
+def test_prompt_lookup_decoding_equals_greedy_decoding(tiny_model):
+    """The first pass of prompt lookup contains the prompt and candidate tokens, which are not part of the prompt."""
     model = adapted(tiny_model("llama"))
     ids, mask = padded([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
     assert torch.equal(generate(model, ids, mask, 12, prompt_lookup_num_tokens=3), generate(model, ids, mask, 12))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_gates_are_worked_in_once_a_generation(tiny_model, monkeypatch, rows):
+def test_component_gates_are_computed_twice_per_generation(tiny_model, monkeypatch, rows):
     model = adapted(tiny_model("llama"))
     first, times = layers(model)[0], []
     own = first.component_gates
     monkeypatch.setattr(first, "component_gates", lambda *arguments: times.append(1) or own(*arguments))
     for generation in (1, 2):
         generate(model, *padded(ROWS[:rows]))
-        assert len(times) == 2 * generation, "for the prompt, and for the first token after it"
+        assert len(times) == 2 * generation, "expected one call for the prompt and one for the first token after it"
 
 
-def test_a_prompt_in_pieces_guidance_and_batches_without_padding_need_routing_by_token(tiny_model):
+def test_chunked_prefill_guidance_and_generate_batch_need_token_routing(tiny_model):
     by_prompt, by_token = (adapted(tiny_model("llama"), routing=routing) for routing in ("prompt", "token"))
     with pytest.raises(BaditError, match="without prefill_chunk_size, or use routing='token'"):
         generate(by_prompt, *padded(ROWS), prefill_chunk_size=4)
@@ -148,7 +148,7 @@ def test_a_prompt_in_pieces_guidance_and_batches_without_padding_need_routing_by
         with pytest.raises(BaditError, match="guidance_scale: generates from an unconditional prompt too"):
             by_prompt.generate(input_ids=ids, **options)
     assert generate(by_token, ids, mask, guidance_scale=2.0).shape == (1, len(ROWS[1]) + NEW)
-    # Without numbers it would take most of the machine's memory.
+    # Without these limits, it would allocate most of the machine's memory.
     room = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
     options = {"generation_config": config, "continuous_batching_config": room}
@@ -159,7 +159,7 @@ def test_a_prompt_in_pieces_guidance_and_batches_without_padding_need_routing_by
         assert answer.generated_tokens == generate(by_token, *padded([row]))[0, -NEW:].tolist()
 
 
-def test_a_second_turn_on_a_kept_cache_warns_and_a_reset_cache_mixes_again(tiny_model):
+def test_text_added_to_a_cache_warns_and_reset_recomputes_the_gates(tiny_model):
     model = adapted(tiny_model("llama"))
     ids, mask = padded(random_rows(9, 9))
     cache, _ = prefill(model, ids[:, :6], mask[:, :6])

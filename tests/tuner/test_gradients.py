@@ -1,4 +1,4 @@
-"""Checkpointing, autocast and low precision leave the gradients what they are."""
+"""Gradients are the same with checkpointing, and close with autocast and a bfloat16 base model."""
 
 import pytest
 import torch
@@ -9,20 +9,20 @@ from torch.nn.utils import parameters_to_vector
 from badit.errors import BaditError
 from tuner.helpers import adapted, enable_checkpointing, forward, generate, gradients, padded, random_rows
 
-OTHERS = padded(random_rows(4, 20, 8, seed=7))
-# transformers before 5.24 checkpoints a pass without gradients, too, of which torch warns.
+OTHER_BATCH = padded(random_rows(4, 20, 8, seed=7))
+# transformers before 5.24 also checkpoints passes without gradients, and torch warns about it.
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 
 
 def batch(seed=0, lengths=(5, 9, 7)):
-    """Prompts of `lengths`, answers of six; every seed and every choice of lengths has other prompt masks."""
+    """Returns prompts of ``lengths`` with answers of six tokens; the seed sets the tokens, the lengths the masks."""
     ids, mask = padded(random_rows(*(length + 6 for length in lengths), seed=seed), "right")
     in_prompt = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
     return {"ids": ids, "mask": mask, "labels": ids.masked_fill(in_prompt | (mask == 0), -100)}
 
 
 def passes(model, between=lambda model: None, **options):
-    """The outputs of two forward passes."""
+    """Returns the outputs of two forward passes."""
     first = forward(model, **batch(), use_cache=False, **options)
     between(model)
     return first, forward(model, **batch(1, (8, 3, 10)), use_cache=False, **options)
@@ -30,38 +30,38 @@ def passes(model, between=lambda model: None, **options):
 
 def evaluate(model):
     with torch.no_grad():
-        forward(model, *OTHERS)
-    generate(model.eval(), *OTHERS)
+        forward(model, *OTHER_BATCH)
+    generate(model.eval(), *OTHER_BATCH)
     model.train()
 
 
-def one_after_the_other(model, order=1):
+def backward_separately(model, order=1):
     for output in passes(model)[::order]:
         output.loss.backward()
 
 
-def inner_layer(model):
-    """A loss on an inner layer's output, with a pass without gradients before the backward pass."""
+def backward_from_inner_layer(model):
+    """Backpropagates a loss on an inner layer's output, after another pass without gradients."""
     inner = []
     handle = model.get_base_model().model.norm.register_forward_hook(lambda module, args, output: inner.append(output))
     forward(model, **batch(), use_cache=False)
     handle.remove()
     with torch.no_grad():
-        forward(model, *OTHERS)
+        forward(model, *OTHER_BATCH)
     inner[0].square().mean().backward()
 
 
 CHECKPOINTED = {
     "one pass": lambda model: forward(model, **batch(), use_cache=False).loss.backward(),
     "two passes": lambda model: sum(output.loss for output in passes(model)).backward(),
-    "two passes, one after the other": one_after_the_other,
-    "two passes, the second first": lambda model: one_after_the_other(model, order=-1),
+    "two passes, one after the other": backward_separately,
+    "two passes, the second first": lambda model: backward_separately(model, order=-1),
     "an evaluation in between": lambda model: sum(output.loss for output in passes(model, evaluate)).backward(),
     "hidden states": lambda model: sum(
         output.hidden_states[-1].square().mean() for output in passes(model, output_hidden_states=True)
     ).backward(),
     "tuples": lambda model: sum(output[0] for output in passes(model, return_dict=False)).backward(),
-    "an inner layer": inner_layer,
+    "an inner layer": backward_from_inner_layer,
 }
 
 
@@ -72,8 +72,8 @@ CHECKPOINTED = {
     [("gemma3", "one pass"), ("gpt2", "one pass"), ("gemma2", "two passes"), ("gpt2", "two passes, the second first")]
     + [("llama", how) for how in CHECKPOINTED],
 )
-def test_gradient_checkpointing_changes_no_gradient(tiny_model, family, how, router_input, reentrant):
-    """Each pass is computed again with the running moments that it had, and counts its prompts once."""
+def test_gradient_checkpointing_changes_no_gradients_or_moments(tiny_model, family, how, router_input, reentrant):
+    """A recomputed pass uses the running moments of the original pass, and its prompts are counted once."""
     found = []
     for checkpointed in (False, True):
         targets = "all-linear" if how == "one pass" else None
@@ -86,24 +86,24 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model, family, how, rou
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
     counted = 1 if how in ("one pass", "an inner layer") else 2
     batches = {int(b) for name, b in model.named_buffers() if "batches" in name}
-    assert batches == ({3 + counted} if router_input == "standardised" else set()), "three of them made up"
+    assert batches == ({3 + counted} if router_input == "standardised" else set()), "randomise() starts the count at 3"
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_generation_in_training_mode_under_checkpointing(tiny_model, reentrant):
+def test_generate_with_checkpointing_equals_eval_mode_or_is_refused(tiny_model, reentrant):
     model = adapted(tiny_model("llama"))
-    expected = generate(model, *OTHERS)
+    expected = generate(model, *OTHER_BATCH)
     enable_checkpointing(model.train(), reentrant)
     if Version(transformers.__version__) < Version("5.24"):
         with pytest.raises(BaditError, match=r"lost its cache.* model.eval\(\) first"):
-            generate(model, *OTHERS)
+            generate(model, *OTHER_BATCH)
     else:
-        assert torch.equal(generate(model, *OTHERS), expected)
+        assert torch.equal(generate(model, *OTHER_BATCH), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 @pytest.mark.parametrize("how", ["autocast", "bf16 base"])
-def test_low_precision_gradients_point_the_same_way(tiny_model, family, how):
+def test_low_precision_gradients_have_the_same_direction(tiny_model, family, how):
     exact = adapted(tiny_model(family)).train()
     forward(exact, **batch()).loss.backward()
     expected = parameters_to_vector(gradients(exact).values())
@@ -114,8 +114,8 @@ def test_low_precision_gradients_point_the_same_way(tiny_model, family, how):
     found = parameters_to_vector(gradients(model).values())
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert found.isfinite().all()
-    # Rounding alone: random weights are near 0.98, while a lost mask or gate is below 0.8.
+    # With rounding errors alone the similarity is about 0.98; with a lost mask or gate it is below 0.8.
     assert torch.cosine_similarity(found, expected, dim=0) > 0.9
-    # A batch of which this is not the gradient, for scale.
+    # For comparison: the gradient of another batch.
     forward(exact, **batch(3)).loss.backward()
     assert torch.cosine_similarity(parameters_to_vector(gradients(exact).values()), expected, dim=0) < 0.8

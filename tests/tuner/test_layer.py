@@ -1,4 +1,4 @@
-"""One adapted layer against the naive loop over experts: values, gradients, running moments."""
+"""One adapted layer against a naive loop over experts: outputs, gradients, running moments."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ MASK = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]]).bool()
 
 
 def naive_gates(layer, x, mask):
-    """Each position's gates (batch, positions, K), or (batch, 1, K) by the prompt; differentiable."""
+    """Returns gates per position (batch, positions, K) or per prompt (batch, 1, K); differentiable."""
     options, seen = layer.badit_config["default"], x
     if options.routing == "prompt":
         seen = torch.stack([row[prompt].mean(dim=0) for row, prompt in zip(x, mask, strict=True)])[:, None]
@@ -30,7 +30,7 @@ def naive_gates(layer, x, mask):
 
 
 def naive_forward(layer, x, mask):
-    """y = W x + b + s·Σ_k gate_k B_k A_k x − s·B0 A0 x, one expert after another."""
+    """Returns y = W x + b + s·Σ_k gate_k B_k A_k x − s·B0 A0 x, computed one expert at a time."""
     options, gates, y = layer.badit_config["default"], naive_gates(layer, x, mask), layer.get_base_layer()(x)
     for k in range(options.num_experts):
         mine = layer.expert_of("default") == k
@@ -65,7 +65,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_values_and_gradients_equal_the_loop_over_experts(kind, options):
+def test_outputs_and_gradients_equal_a_loop_over_experts(kind, options):
     layer, (x, mask) = make(kind, **options), batch()
     x.requires_grad_()
     assert options.get("top_k") == 1 or naive_gates(layer, x, mask).std(dim=0).max() > 0.1
@@ -83,7 +83,7 @@ def test_values_and_gradients_equal_the_loop_over_experts(kind, options):
     [("bad", {}), *(("directions", g) for g in ({}, {"gates": "softmax"}, {"top_k": 1})), ("lora", {})],
     ids=str,
 )
-def test_a_layer_starts_as_the_base_layer(kind, init_weights, gates):
+def test_layer_equals_the_base_layer_at_step_0(kind, init_weights, gates):
     layer = make(kind, dtype=torch.float32, at_start=True, init_weights=init_weights, **gates)
     x, mask = batch(torch.float32)
     found, expected = run(layer, x, mask), layer.get_base_layer()(x)
@@ -102,13 +102,13 @@ def test_a_layer_starts_as_the_base_layer(kind, init_weights, gates):
         torch.testing.assert_close((3**0.5 * A * vh[:6]).sum(dim=1).abs(), torch.ones(6), atol=1e-4, rtol=0)
 
 
-def test_only_training_passes_without_overflow_count_prompts_and_gates():
+def test_only_training_passes_update_moments_and_gate_sums():
     layer = make(router_input="standardised", at_start=True)
     passes = [batch() for _ in range(3)]
     for x, mask in passes:
         layer.train()
         run(layer, x, mask)
-        with torch.no_grad():  # as those of a preference loss's reference
+        with torch.no_grad():  # like the reference passes of a preference loss
             run(layer, x + 1, mask)
         layer.eval()
         run(layer, x + 1, mask)
@@ -118,7 +118,7 @@ def test_only_training_passes_without_overflow_count_prompts_and_gates():
     *sums, count = layer.gate_sums["default"].tolist()
     assert (count, sum(sums)) == (9, pytest.approx(27))
     before = layer.badit_moments["default"].clone()
-    run(layer.train(), x * float("inf"), mask)
+    run(layer.train(), x * float("inf"), mask)  # an overflow is not counted
     assert torch.equal(layer.badit_moments["default"], before)
     assert layer.badit_batches["default"] == 3
     run(layer.to(torch.bfloat16), x.to(torch.bfloat16), mask)
@@ -126,7 +126,7 @@ def test_only_training_passes_without_overflow_count_prompts_and_gates():
     assert layer.badit_moments["default"].isfinite().all()
 
 
-def test_an_input_without_positions_has_one_gate_a_row_and_one_that_is_not_the_batch_is_refused():
+def test_2d_input_is_routed_by_row_and_a_shape_mismatch_is_refused():
     layer, x = make(), torch.randn(4, IN, dtype=torch.float64)
     alone = torch.cat([layer(row[None]) for row in x])
     torch.testing.assert_close(layer(x), alone)

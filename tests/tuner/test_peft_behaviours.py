@@ -1,4 +1,4 @@
-"""What PEFT does with any method: registration, several adapters, copies, ways of loading; done right, or refused."""
+"""PEFT's features for any method: registration, several adapters, copies, ways of loading; supported or refused."""
 
 import copy
 import importlib
@@ -16,11 +16,11 @@ from badit.errors import BaditError
 from badit.tuner.model import register
 from tuner.helpers import FAMILIES, IDS, MASK, adapt, adapted, config, generate, layers, logits, randomise
 
-# With PEFT 0.19 transformers 5.24 loads no adapter at all into GPT-2, LoRA included.
+# With PEFT 0.19, transformers 5.24 cannot load any adapter into GPT-2, not even LoRA.
 LOADED_BY_TRANSFORMERS = [each for each in FAMILIES if not (peft.__version__.startswith("0.19.") and each == "gpt2")]
 
 
-def test_the_enum_member_is_like_any_other_and_made_once():
+def test_peft_type_member_is_created_once_and_round_trips():
     members, member = list(PeftType), config().peft_type
     importlib.reload(badit.tuner)
     assert list(PeftType) == members
@@ -30,7 +30,7 @@ def test_the_enum_member_is_like_any_other_and_made_once():
     assert json.loads(json.dumps({"peft_type": member})) == {"peft_type": "BADIT"}
 
 
-def test_a_foreign_registration_under_the_name_is_refused(monkeypatch):
+def test_name_registered_by_another_package_is_refused(monkeypatch):
     foreign = type("ForeignConfig", (), {"__module__": "elsewhere.config"})
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, config().peft_type, foreign)
     with pytest.raises(BaditError, match=r"'badit' is already registered by elsewhere\.config; uninstall"):
@@ -38,7 +38,7 @@ def test_a_foreign_registration_under_the_name_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(("family", "more"), [("llama", "q_proj"), ("gpt2", "c_attn")])
-def test_adapters_are_switched_saved_apart_and_add_up(tiny_model, tmp_path, family, more):
+def test_adapters_are_switched_saved_separately_and_added(tiny_model, tmp_path, family, more):
     model = adapted(tiny_model(family))
     target = layers(model)[0].name.rpartition(".")[2]
     other = {"num_experts": 4, "target_modules": [target, more]}
@@ -59,19 +59,19 @@ def test_adapters_are_switched_saved_apart_and_add_up(tiny_model, tmp_path, fami
     torch.testing.assert_close(added[2], added[0] + added[1], atol=1e-4, rtol=1e-4)
 
 
-def test_a_refused_adapter_leaves_no_configuration_behind(tiny_model):
-    """Also where PEFT does not roll back itself, as when transformers adds an adapter to its own model."""
+def test_refused_adapter_leaves_no_configuration(tiny_model):
+    """Also if PEFT does not roll back by itself, as when transformers adds an adapter to its own model."""
     tuner = adapted(tiny_model("llama")).base_model
     for name in ("second", "third"):
         tuner.peft_config[name] = config()
-        tuner.peft_config[name].bias = "all"  # afterwards, since with PEFT before 0.21 the configuration refuses it
+        tuner.peft_config[name].bias = "all"  # set later, because with PEFT before 0.21 the configuration refuses it
     with pytest.raises(ValueError, match="bias"):
         tuner.inject_adapter(tuner.model, "third")
     assert "third" not in tuner.peft_config
 
 
-def test_a_deep_copy_is_independent(tiny_model):
-    """Its generation and its hooks, too; see tests/baselines/test_models.py for its tensors."""
+def test_deep_copy_is_independent(tiny_model):
+    """Covers ``generate`` and hooks; tests/baselines/test_models.py covers tensors."""
     model = adapted(tiny_model("llama"))
     copied = randomise(copy.deepcopy(model), seed=5)
     changed, tokens = logits(copied), generate(copied, IDS, MASK, use_cache=False)
@@ -82,7 +82,7 @@ def test_a_deep_copy_is_independent(tiny_model):
     assert not copied.unload()._forward_pre_hooks
 
 
-def test_unloading_leaves_the_models_own_generate(tiny_model):
+def test_unload_restores_the_models_own_generate(tiny_model):
     base = tiny_model("llama")
     base.generate = own = lambda *args, **kwargs: "own"
     model = adapted(base)
@@ -91,7 +91,7 @@ def test_unloading_leaves_the_models_own_generate(tiny_model):
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
-def test_an_adapter_on_a_head_that_is_the_embedding_leaves_the_embedding(tiny_model, tmp_path):
+def test_adapter_on_a_tied_head_does_not_change_the_embedding(tiny_model, tmp_path):
     base = tiny_model("gpt2")
     assert base.lm_head.weight is base.transformer.wte.weight
     embedding = base.transformer.wte.weight.detach().clone()
@@ -104,7 +104,7 @@ def test_an_adapter_on_a_head_that_is_the_embedding_leaves_the_embedding(tiny_mo
 
 
 @pytest.mark.parametrize("family", LOADED_BY_TRANSFORMERS)
-def test_auto_classes_and_the_adapter_loader_of_transformers(tiny_model, tmp_path, family):
+def test_auto_class_and_transformers_load_adapter_give_the_same_model(tiny_model, tmp_path, family):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tiny_model(family).save_pretrained(base)
     model = adapted(type(tiny_model(family)).from_pretrained(base))
@@ -118,9 +118,9 @@ def test_auto_classes_and_the_adapter_loader_of_transformers(tiny_model, tmp_pat
     torch.testing.assert_close(logits(plain), expected)
     tokens = generate(model, IDS, MASK)
     assert torch.equal(generate(plain, IDS, MASK), tokens)
-    # There `generate` is not ours; without a cache it must not let the answer into the routing either.
+    # These are not calls of PeftModel.generate; without a cache, the answer must still not affect the routing.
     assert torch.equal(generate(plain, IDS, MASK, use_cache=False), tokens)
     assert torch.equal(generate(model.get_base_model(), IDS, MASK, use_cache=False), tokens)
-    for layer in layers(plain):  # plain.disable_adapters() of transformers 5.24 asks for a PEFT yet to come
+    for layer in layers(plain):  # disable_adapters() of transformers 5.24 requires an unreleased PEFT
         layer.enable_adapters(False)
     assert torch.equal(logits(plain), logits(tiny_model(family)))

@@ -1,6 +1,6 @@
-"""Routing means the same in training and in generation, whatever the padding, the batch-mates and the cache.
+"""Routing is the same in training and in generation, with any padding, other rows in the batch, and any cache.
 
-The routers decide and the groupings are shuffled, so a gate taken from the wrong tokens changes the logits.
+Routers are random and groupings shuffled, so that gates computed from the wrong tokens change the logits.
 """
 
 from contextlib import nullcontext
@@ -18,11 +18,11 @@ from tuner.helpers import FAMILIES, adapted, cached_steps, config, forward, padd
 PROMPTS = random_rows(5, 9, 7)
 ANSWERS = random_rows(6, 6, 6, seed=1)
 ROWS = [prompt + answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
-LENGTH = 9  # of the prompts, padded on the left
+LENGTH = 9  # of the left-padded prompts
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
-def plain(model, ids, mask, **options):
+def logits_of(model, ids, mask, **options):
     with torch.no_grad():
         return forward(model, ids, mask, **options).logits
 
@@ -35,12 +35,12 @@ def test_teacher_forcing_equals_cached_decoding(tiny_model, family, options):
     forced = teacher_forced(model, ids, mask, LENGTH)[:, LENGTH - 1 :]
     for cache in (DynamicCache(config=inner), StaticCache(config=inner, max_cache_len=24)):
         torch.testing.assert_close(cached_steps(model, ids, mask, LENGTH, cache), forced, **CLOSE)
-    # Without labels the answer would join the routing by prompt, which changes the logits.
-    unforced = plain(model, ids, mask)[:, LENGTH - 1 :]
+    # Without labels, prompt routing also reads the answer, which changes the logits.
+    unforced = logits_of(model, ids, mask)[:, LENGTH - 1 :]
     assert ((unforced - forced).abs().max() > 0.1) == ("routing" not in options)
 
 
-def test_two_adapters_at_once_decode_as_they_are_teacher_forced(tiny_model):
+def test_cached_decoding_with_two_active_adapters_equals_teacher_forcing(tiny_model):
     model, (ids, mask) = adapted(tiny_model("llama")), padded(ROWS)
     model.add_adapter("second", config(num_experts=4))
     helpers.randomise(model, "second", seed=1).base_model.set_adapter(["default", "second"])
@@ -49,23 +49,23 @@ def test_two_adapters_at_once_decode_as_they_are_teacher_forced(tiny_model):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", [*FAMILIES, "opt"])  # OPT's MLP sees positions as rows
-def test_padding_and_batch_mates_do_not_matter(tiny_model, family, side):
+@pytest.mark.parametrize("family", [*FAMILIES, "opt"])  # OPT's MLP flattens positions into rows
+def test_logits_do_not_depend_on_padding_or_other_rows(tiny_model, family, side):
     model = adapted(helpers.opt() if family == "opt" else tiny_model(family))
     rows = [prompt + answer for prompt, answer in zip(PROMPTS, random_rows(2, 6, 3, seed=1), strict=True)]
     ids, mask = padded(rows, side)
     answers = mask.cumsum(dim=1) > torch.tensor([[len(prompt)] for prompt in PROMPTS])
     labels = ids.masked_fill(~(answers & mask.bool()), -100)
-    together = plain(model, ids, mask, labels=labels)
+    together = logits_of(model, ids, mask, labels=labels)
     for i, (prompt, row) in enumerate(zip(PROMPTS, rows, strict=True)):
         alone = teacher_forced(model, *padded([row]), len(prompt))[0]
         torch.testing.assert_close(together[i][mask[i].bool()], alone, **CLOSE)
 
 
-def test_no_mask_means_all_of_it_and_arguments_may_be_positional_or_embedded(tiny_model):
+def test_mask_may_be_omitted_and_inputs_positional_or_embedded(tiny_model):
     model = adapted(tiny_model("llama"))
     ids, mask = padded(random_rows(7, 7))
-    expected = plain(model, ids, mask)
+    expected = logits_of(model, ids, mask)
     torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
     torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, expected, **CLOSE)
     torch.testing.assert_close(model.get_base_model()(ids, mask).logits, expected, **CLOSE)
@@ -75,22 +75,22 @@ def test_no_mask_means_all_of_it_and_arguments_may_be_positional_or_embedded(tin
     ("labelled", "prompt_length", "message"),
     [([range(9), range(9)], 1, "every position has a label"), ([[3, 4, 7, 8], range(3, 9)], 3, "several answers")],
 )
-def test_unclear_labels_warn_once_and_a_prompt_mask_overrides_labels(tiny_model, labelled, prompt_length, message):
+def test_ambiguous_labels_warn_once_and_prompt_mask_overrides_labels(tiny_model, labelled, prompt_length, message):
     model = adapted(tiny_model("llama"))
     ids, mask = padded(random_rows(9, 9))
     labels = torch.full_like(ids, -100)
     for row, where in enumerate(labelled):
         labels[row, list(where)] = ids[row, list(where)]
     with pytest.warns(UserWarning, match=message):
-        found = plain(model, ids, mask, labels=labels)
-    plain(model, ids, mask, labels=labels)  # silent, or the warning would be an error
-    plain(adapted(tiny_model("llama"), routing="token"), ids, mask, labels=labels)
+        found = logits_of(model, ids, mask, labels=labels)
+    logits_of(model, ids, mask, labels=labels)  # a second warning would be an error
+    logits_of(adapted(tiny_model("llama"), routing="token"), ids, mask, labels=labels)
     prompt = torch.zeros_like(mask)
     prompt[:, :prompt_length] = 1
-    torch.testing.assert_close(found, plain(model, ids, mask, labels=ids, prompt_mask=prompt), **CLOSE)
+    torch.testing.assert_close(found, logits_of(model, ids, mask, labels=ids, prompt_mask=prompt), **CLOSE)
 
 
-def test_calls_that_hide_the_prompt_are_refused(tiny_model):
+def test_decoder_calls_block_masks_and_data_parallel_are_refused(tiny_model):
     from torch.nn.attention.flex_attention import create_block_mask
 
     ids, mask = padded(PROMPTS)
@@ -101,7 +101,7 @@ def test_calls_that_hide_the_prompt_are_refused(tiny_model):
     blocks = create_block_mask(lambda b, h, q, k: q >= k, B=3, H=None, Q_LEN=LENGTH, KV_LEN=LENGTH, device="cpu")
     with pytest.raises(BaditError, match=r"attention mask of type BlockMask.*prompt_mask="):
         model(input_ids=ids, attention_mask=blocks)
-    model.get_base_model()._is_replica = True  # as nn.DataParallel marks its copies
+    model.get_base_model()._is_replica = True  # nn.DataParallel marks its replicas this way
     with pytest.raises(BaditError, match=r"nn\.DataParallel: .*accelerate launch"):
         model(input_ids=ids)
 
@@ -109,8 +109,8 @@ def test_calls_that_hide_the_prompt_are_refused(tiny_model):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("options", [{}, {"router_input": "standardised"}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-def test_training_on_packed_rows_equals_training_on_separate_ones(tiny_model, family, options, checkpointing):
-    """Packed as by TRL's and transformers' padding-free collators."""
+def test_loss_and_gradients_of_packed_rows_equal_those_of_padded_rows(tiny_model, family, options, checkpointing):
+    """Rows are packed as by the padding-free collators of TRL and transformers."""
     labels = [[-100] * len(prompt) + answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
     ids, mask = padded(ROWS, side="right")
     padded_labels = padded(labels, side="right")[0].masked_fill(mask == 0, -100)
@@ -129,11 +129,11 @@ def test_training_on_packed_rows_equals_training_on_separate_ones(tiny_model, fa
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-def test_packed_rows_have_their_own_prompts_by_labels_and_by_a_given_mask(tiny_model):
+def test_packed_segments_have_their_own_prompts_from_labels_or_mask(tiny_model):
     model, context = adapted(tiny_model("llama")), RoutingContext.of(tiny_model("llama").model)
     ids, expected = torch.tensor(random_rows(9)), torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0, 0]]).bool()
     labels, positions_ = ids.masked_fill(expected, -100), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    by_ends = {"labels": labels, "cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32)}  # flash attention's
+    by_ends = {"labels": labels, "cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32)}  # for flash attention
     by_positions = {"labels": labels.repeat(2, 1), "position_ids": positions_.repeat(2, 1)}
     by_mask = {"position_ids": positions_, "prompt_mask": expected}
     for rows, batch in ((1, by_ends), (2, by_positions), (1, by_mask)):
@@ -141,40 +141,40 @@ def test_packed_rows_have_their_own_prompts_by_labels_and_by_a_given_mask(tiny_m
         assert torch.equal(found.prompt[0], expected.repeat(rows, 1))
         assert found.prompt[1].of_BT.tolist() == [[0] * 4 + [1] * 5, [2] * 4 + [3] * 5][:rows]
         with pytest.raises(BaditError, match="set packing=False and padding_free=False"):
-            _ = found.prompt_mask_BT  # which methods with one mixture in a row ask for
+            _ = found.prompt_mask_BT  # read by methods with one set of gates per row
 
 
 @pytest.mark.parametrize(
     ("filled_by", "decoded_by", "rows"), [(None, "default", 3), ("default", "other", 3), ("default", "default", 2)]
 )
-def test_a_cache_filled_with_something_else_is_refused(tiny_model, filled_by, decoded_by, rows):
+def test_cache_of_another_adapter_or_batch_size_is_refused(tiny_model, filled_by, decoded_by, rows):
     model, cache, (ids, mask) = adapted(tiny_model("llama")), DynamicCache(), padded(ROWS)
     model.add_adapter("other", config())
     with nullcontext() if filled_by else model.disable_adapter():
-        plain(model, ids[:, :LENGTH], mask[:, :LENGTH], cache=cache, use_cache=True)
+        logits_of(model, ids[:, :LENGTH], mask[:, :LENGTH], cache=cache, use_cache=True)
     model.set_adapter(decoded_by)
     cache.batch_select_indices(torch.arange(rows))
     other_rows = "filled with a batch of 3 rows, but the batch now has 2"
     with pytest.raises(BaditError, match=other_rows if rows == 2 else "this cache was filled without the adapter"):
-        plain(model, ids[:rows, LENGTH : LENGTH + 1], mask[:rows, : LENGTH + 1], cache=cache, use_cache=True)
+        logits_of(model, ids[:rows, LENGTH : LENGTH + 1], mask[:rows, : LENGTH + 1], cache=cache, use_cache=True)
 
 
-def test_a_failed_pass_leaves_no_trace(tiny_model):
+def test_failed_forward_pass_leaves_no_state(tiny_model):
     model = adapted(tiny_model("llama"))
     ids, mask = padded(PROMPTS)
-    expected = plain(model, ids, mask)
+    expected = logits_of(model, ids, mask)
     with pytest.raises(IndexError):
-        plain(model, ids + 1000, mask)
+        logits_of(model, ids + 1000, mask)
     assert RoutingContext.of(model.get_base_model())._running is None
-    torch.testing.assert_close(plain(model, ids, mask), expected)
+    torch.testing.assert_close(logits_of(model, ids, mask), expected)
 
 
-def test_training_a_language_model_without_labels_warns_once(tiny_model):
+def test_training_without_labels_warns_once(tiny_model):
     ids, mask = padded(random_rows(6, 6))
     model = adapted(tiny_model("llama")).train()
     with pytest.warns(UserWarning, match="trained without labels"):
         model(input_ids=ids, attention_mask=mask)
-    model(input_ids=ids, attention_mask=mask)  # silent, or the warning would be an error
+    model(input_ids=ids, attention_mask=mask)  # a second warning would be an error
     others = adapted(tiny_model("llama")).train()
     others(input_ids=ids, attention_mask=mask, prompt_mask=mask)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_training_a_language_model_without_labels_warns_once(tiny_model):
     adapted(tiny_model("llama"), routing="token").train()(input_ids=ids, attention_mask=mask)
 
 
-def test_a_classifier_of_tokens_reads_the_whole_row_with_and_without_labels():
+def test_labels_do_not_change_the_routing_of_a_token_classifier():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 100}
     bert = BertForTokenClassification(BertConfig(**sizes, num_attention_heads=4, num_labels=3)).eval()
     model = adapted(bert, task_type="TOKEN_CLS", target_modules=["intermediate.dense"])
@@ -192,7 +192,7 @@ def test_a_classifier_of_tokens_reads_the_whole_row_with_and_without_labels():
     torch.testing.assert_close(model(input_ids=ids).logits, with_labels)
 
 
-def test_an_adapted_model_can_be_pickled_whole(tiny_model, tmp_path):
+def test_adapted_model_can_be_pickled(tiny_model, tmp_path):
     model = adapted(tiny_model("llama")).train()
     ids, mask = padded(PROMPTS)
     model(input_ids=ids, attention_mask=mask, prompt_mask=mask).logits.sum().backward()

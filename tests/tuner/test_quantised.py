@@ -1,4 +1,4 @@
-"""Experts next to quantised base weights: started from what these stand for, which never change, trained and saved."""
+"""Experts on quantised base weights: initialised from the dequantised weights, trained and saved; the base is kept."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,16 +20,16 @@ from badit.tuner.targets import refuse_unsuitable_layer
 from materials import make_material
 from tuner.helpers import adapt, layers, take_steps
 
-# torchao does not go with the lowest torch that all else goes with.
+# torchao needs a newer torch than the lowest version that badit supports.
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 KINDS = [pytest.param(kind, marks=[needs_torchao] if "torchao" in kind else []) for kind in get_args(Quantisation)]
 IDS = torch.arange(3, 15)[None]
-TO_THE_BIT = {"rtol": 0, "atol": 0, "equal_nan": True}
+BIT_IDENTICAL = {"rtol": 0, "atol": 0, "equal_nan": True}
 
 
 @pytest.fixture
 def model_folder(tmp_path):
-    """Wide enough for blocks of 64 weights that share a scale."""
+    """A model wide enough for blocks of 64 weights that share a scale."""
     make_material(tmp_path, hidden_size=128, intermediate_size=256, initializer_range=0.2)
     return tmp_path / "model"
 
@@ -40,7 +40,7 @@ def load(model_folder):
 
 
 def stored(model):
-    """The base model's numbers as they are kept, bytes and scales."""
+    """Returns the base model's tensors as they are stored, packed bytes and scales."""
     kept = {}
     for name, value in model.state_dict().items():
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
@@ -50,8 +50,8 @@ def stored(model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_experts_start_as_the_weights_leading_part_and_change_nothing(load, kind):
-    # In training mode, since in evaluation on some CPUs bitsandbytes computes in another precision.
+def test_experts_start_as_top_singular_triples_and_keep_the_output(load, kind):
+    # In training mode, because bitsandbytes uses another precision in eval mode on some CPUs.
     base = load(kind).train()
     layer = base.model.layers[0].mlp.gate_proj
     assert type(layer.weight) is not nn.Parameter
@@ -71,41 +71,41 @@ def test_the_experts_start_as_the_weights_leading_part_and_change_nothing(load, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_learns_leaves_the_base_alone_and_is_saved(load, tmp_path, kind):
+def test_training_lowers_the_loss_keeps_the_base_and_round_trips(load, tmp_path, kind):
     losses = []
-    for evaluated in (False, True):  # an evaluation changes neither the weights nor the training after it
+    for evaluated in (False, True):  # an evaluation changes neither the weights nor later training
         base = load(kind)
         before = stored(base)
         model = adapt(base, num_experts=4)
         if evaluated:
             with torch.no_grad():
                 model.eval()(input_ids=IDS)
-        assert_close(stored(model), before, **TO_THE_BIT)
+        assert_close(stored(model), before, **BIT_IDENTICAL)
         optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=0.01)
         batch = {"input_ids": IDS, "labels": IDS.masked_fill(IDS < 9, -100)}
         losses.append(take_steps(optimizer, 8, lambda model=model, batch=batch: model(**batch).loss))
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0] / 2
-    assert_close(stored(model), before, **TO_THE_BIT)
+    assert_close(stored(model), before, **BIT_IDENTICAL)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     again = PeftModel.from_pretrained(load(kind), str(tmp_path / "adapter")).train()
     with torch.no_grad():
         assert_close(again(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
-    assert_close(stored(model.unload()), before, **TO_THE_BIT)
+    assert_close(stored(model.unload()), before, **BIT_IDENTICAL)
 
 
-def test_a_base_that_has_been_reordered_is_refused(load):
+def test_base_weights_repacked_for_the_cpu_are_refused(load):
     base = load("bnb-4bit").eval()
     layer = base.model.layers[1].mlp.gate_proj
     with torch.no_grad():
-        base(input_ids=IDS)  # reorders it on a CPU with AVX-512 in bfloat16; elsewhere the next line stands for that
+        base(input_ids=IDS)  # repacks the weight on a CPU with AVX-512 BF16; elsewhere the flag below simulates it
     layer.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(BaditError, match=r"has been evaluated on a CPU.*load the model again"):
         adapt(base, num_experts=4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_recipe_with_a_quantised_model_runs_to_its_scores(recipe_values, kind):
+def test_recipe_with_a_quantised_model_trains_and_scores(recipe_values, kind):
     recipe = build_recipe(recipe_values, [f"model.quantisation={kind}"])
     scores = train_and_score(recipe, progress=False)
     losses = [line["loss"] for line in read_jsonl(Path(recipe.output) / "metrics.jsonl")]
@@ -113,7 +113,7 @@ def test_a_recipe_with_a_quantised_model_runs_to_its_scores(recipe_values, kind)
     assert evaluate(recipe.output, progress=False) == scores
 
 
-def test_what_cannot_be_quantised_is_refused(recipe_values, model_folder, monkeypatch):
+def test_unsupported_quantisation_is_refused(recipe_values, model_folder, monkeypatch):
     class WQLinear(nn.Module):
         qweight = torch.zeros(2, 2, dtype=torch.int32)
 

@@ -1,4 +1,4 @@
-"""Where the adapter goes in every family, fused weights of MoE models too, and that step 0 is the base model."""
+"""Target modules of every model family, fused weights of MoE models, and equality to the base model at step 0."""
 
 import copy
 import re
@@ -30,11 +30,11 @@ LABELS = IDS.masked_fill((MASK == 0) | (torch.arange(11) < 8), -100)
 
 
 @pytest.mark.parametrize("family", DEFAULTS)
-def test_the_default_is_the_documented_one_in_every_layer(family):
+def test_default_targets_are_the_documented_ones_in_every_layer(family):
     config = AutoConfig.for_model(family)
     text = config.get_text_config()
     text.num_hidden_layers = 4
-    with suppress(AttributeError, TypeError):  # some have none, or derive it from the number
+    with suppress(AttributeError, TypeError):  # some have none, or derive it from the number of layers
         text.layer_types = text.layer_types[:4]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -53,16 +53,16 @@ def test_the_default_is_the_documented_one_in_every_layer(family):
 
 @pytest.mark.parametrize(("dtype", "targets", "atol"), [("float32", "all-linear", 1e-5), ("bfloat16", None, 0.02)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_step_0_equals_the_base_model(tiny_model, family, dtype, targets, atol):
+def test_adapted_model_equals_the_base_model_at_step_0(tiny_model, family, dtype, targets, atol):
     base = tiny_model(family, dtype=getattr(torch, dtype))
     expected, model = logits(base), adapt(base, target_modules=targets)
     assert layers(model)[0].weight_OI.dtype == getattr(torch, dtype)
     assert len(layers(model)) == (2 if targets is None else 8 if family == "gpt2" else 14)
     torch.testing.assert_close(logits(model), expected, atol=atol, rtol=0)
-    assert expected.std() > 0.5  # the tolerance means something
+    assert expected.std() > 0.5  # far above the tolerance
 
 
-def test_an_encoder_decoder_routes_by_token_only():
+def test_encoder_decoder_needs_token_routing():
     sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)).eval()
     with pytest.raises(BaditError, match="decoder-only models; use routing='token'"):
@@ -74,8 +74,8 @@ def test_an_encoder_decoder_routes_by_token_only():
     torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
 
 
-def test_smollm2_in_the_published_setting(smollm2):
-    """Real weights and text: step 0 is the base model, and what is learnt routes alike in generation."""
+def test_smollm2_equals_base_at_step_0_and_generates_as_teacher_forced(smollm2):
+    """Real weights and text: step 0 equals the base model; generation with changed weights equals decoding by hand."""
     base, tokenizer = smollm2
     texts = ["Classify the sentiment of the sentence as positive or negative.", "What is the capital of France?"]
     ids, mask = tokenizer(texts, padding=True, return_tensors="pt").values()
@@ -113,7 +113,7 @@ def test_fused_weights_that_cannot_be_adapted_are_refused(tiny_model, family, op
 
 
 @pytest.mark.parametrize("family", MOE)
-def test_fused_experts_are_adapted_from_step_0_to_unloading(tiny_model, tmp_path, family):
+def test_fused_experts_forward_generate_save_and_unload(tiny_model, tmp_path, family):
     base, (ids, mask) = tiny_model(family), padded(random_rows(5, 9, 7))
     before, names = logits(base), set(base.state_dict())
     model = adapt(base, target_parameters=FUSED)
@@ -125,7 +125,7 @@ def test_fused_experts_are_adapted_from_step_0_to_unloading(tiny_model, tmp_path
     assert (expected - before).abs().max() > 0.5
     alone = [logits(model, IDS[i : i + 1, -length:], MASK[i : i + 1, -length:]) for i, length in enumerate((6, 11, 9))]
     torch.testing.assert_close(torch.cat(alone), expected, atol=2e-5, rtol=0)
-    if family != "gpt_oss":  # whose attention does not tell packed rows apart in transformers 5.24
+    if family != "gpt_oss":  # its attention does not separate packed rows in transformers 5.24
         packed = {"input_ids": IDS[MASK.bool()][None], "position_ids": (MASK.cumsum(dim=1) - 1)[MASK.bool()][None]}
         found = model(**packed, use_cache=False).logits[0].detach()
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
@@ -142,8 +142,8 @@ def test_fused_experts_are_adapted_from_step_0_to_unloading(tiny_model, tmp_path
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MOE])
-def test_the_adapted_model_is_the_model_with_its_mixture_written_in(tiny_model, family):
-    """For one prompt the gates are fixed; a matrix of a fused weight routes on the prompt's tokens that reach it."""
+def test_adapted_model_equals_base_model_with_the_mixture_merged(tiny_model, family):
+    """For one prompt the gates are fixed; a matrix of a fused weight is routed by the prompt's tokens that reach it."""
     ids, mask = padded(random_rows(9))
     options = {"target_parameters": FUSED} if family in MOE else {"target_modules": "all-linear"}
     model, plain = adapted(tiny_model(family), **options), tiny_model(family)
@@ -173,7 +173,7 @@ def test_the_adapted_model_is_the_model_with_its_mixture_written_in(tiny_model, 
 
 
 @pytest.mark.parametrize("family", MOE)
-def test_gradients_are_those_of_finite_differences(tiny_model, family):
+def test_gradients_of_fused_experts_equal_finite_differences(tiny_model, family):
     model = adapted(tiny_model(family), target_parameters=FUSED).double().train()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -201,11 +201,11 @@ def test_gradients_are_those_of_finite_differences(tiny_model, family):
 
 
 @pytest.mark.parametrize("family", MOE)
-def test_training_regroups_every_matrix_and_the_export_is_peft_s_own(tiny_model, tmp_path, family):
+def test_fused_experts_train_with_regrouping_and_export_to_plain_lora(tiny_model, tmp_path, family):
     options = {"target_parameters": FUSED, "target_modules": ["q_proj"]}
     model = adapt(tiny_model(family), **options).train()
     optimizer, regrouper = OrthogonalUpdates(model, lr=2e-3), Regrouper(model, total_steps=8, every=4)
-    batch = {"input_ids": IDS[:1, -5:], "labels": LABELS[:1, -5:]}  # so few tokens that some matrices see none
+    batch = {"input_ids": IDS[:1, -5:], "labels": LABELS[:1, -5:]}  # so few tokens that some matrices receive none
     losses = helpers.take_steps(optimizer, 8, lambda: model(**batch).loss, regrouper.after_backward, regrouper.step)
     assert losses[-1] < 0.8 * losses[0]
     assert regrouper.metrics["components_moved"] > 0
@@ -222,7 +222,7 @@ def test_training_regroups_every_matrix_and_the_export_is_peft_s_own(tiny_model,
     factors = mixture_factors(model, fixed)
     plain = model.unload()
     write_adapter(tmp_path, factors, plain, "base")
-    if Version(peft.__version__) >= Version("0.21"):  # older ones cannot load their own LoRAs of these models
+    if Version(peft.__version__) >= Version("0.21"):  # older versions cannot load even PEFT's own LoRAs of these models
         loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path)
         torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
     merge(plain, factors)
