@@ -159,7 +159,7 @@ def test_invalid_models_options_and_deepspeed_are_refused(tiny_model, monkeypatc
         ("no pair of trainable factors", lambda: OrthogonalUpdates(whole)),
         ("no trainable parameters", lambda: lora_plus_groups(frozen, 0.1)),
         ("did you mean 'orthogonal'", lambda: build_optimizer("ortogonal", model, 0.1)),
-        ("lr must be a positive number", lambda: OrthogonalUpdates(model, 0.0)),
+        ("^lr must be a positive number", lambda: OrthogonalUpdates(model, 0.0)),
         ("other_lr must be a positive number", lambda: OrthogonalUpdates(model, 0.1, other_lr=-1)),
         ("betas must be at least 0 and below 1", lambda: OrthogonalUpdates(model, betas=(0.9, 1.0))),
         ("weight_decay must be at least 0", lambda: OrthogonalUpdates(model, weight_decay=-0.1)),

@@ -46,7 +46,8 @@ def router(run, tmp_path_factory):
 def vllm(run, tmp_path):
     """A stand-in for vLLM: its port, completion requests, LoRAs, and events that control a stream's second chunk."""
     _, tokenizer = base_model(run.recipe)
-    here = SimpleNamespace(asked=[], loaded=[], goes_on=threading.Event(), ended=threading.Event(), copies=tmp_path)
+    here = SimpleNamespace(asked=[], loaded=[], removed_too_early=False, copies=tmp_path)
+    here.goes_on, here.ended = threading.Event(), threading.Event()
 
     async def tokenize(request):
         content = await request.json()
@@ -79,7 +80,7 @@ def vllm(run, tmp_path):
             here.loaded.append(content["lora_name"])
         else:
             here.loaded.remove(content["lora_name"])
-            assert Path(content["lora_path"]).is_dir(), "the folder must exist until the LoRA is unloaded"
+            here.removed_too_early |= not Path(content["lora_path"]).is_dir()
         return PlainTextResponse("Success")
 
     calls = {"tokenize": tokenize, "v1/load_lora_adapter": lora, "v1/unload_lora_adapter": lora}
@@ -100,11 +101,11 @@ def client(router, vllm):
 
 
 def unloaded(vllm):
-    """Waits until no LoRA is loaded; returns False after WAIT seconds."""
+    """Waits until no LoRA is loaded; returns False after WAIT seconds, or if a LoRA's folder was removed before."""
     until = time.monotonic() + WAIT
     while vllm.loaded and time.monotonic() < until:
         time.sleep(0.01)
-    return not vllm.loaded
+    return not vllm.loaded and not vllm.removed_too_early
 
 
 def training_prompts(router):

@@ -31,7 +31,7 @@ class InlineCell:
 
     def __init__(self, folder, *, score, threads, device):
         (folder / ERROR).unlink(missing_ok=True)
-        self.started.append(f"{folder.parent.name}/{folder.name}")
+        self.started.append("/".join(folder.parts[-3:]))
         self._folder, self._score = folder, score
 
     def stop(self, how):

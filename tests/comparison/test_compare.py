@@ -96,7 +96,7 @@ def test_failed_cell_does_not_stop_others_and_is_retried(values, inline, monkeyp
         assert "not in the table: neurons, seed 0, learning rate 0.01: failed" in capsys.readouterr().out
         inline.clear()
         assert compared(values) == results
-        assert inline == ["lr-0.01/seed-0"], "only the failed cell is retried"
+        assert inline == ["neurons/lr-0.01/seed-0"], "only the failed cell is retried"
     assert by_status(compared(values), status="done", error=None) == ["neurons/0", "lora/0"]
 
 
@@ -161,8 +161,9 @@ def test_sequential_comparison_with_two_orders_and_single_task_models(values, in
         first, _, _, single = compared(values)["cells"]
     assert (first["status"], single["status"], single["error"]) == ("done", "failed", "rivers are dry")
     assert first["continual"]["standard"]["forward_transfer"] is None
-    single_tasks = ["seed-0/cities", "seed-0/rivers"]
-    assert sorted(inline) == ["comparison/base", "lr-0.01/seed-0", "lr-0.01/seed-0", *single_tasks]
+    sequences = [f"order-{order}/lr-0.01/seed-0" for order in ("cities-rivers", "rivers-cities")]
+    assert sorted(inline[:-1]) == ["lr-0.01/seed-0/cities", "lr-0.01/seed-0/rivers", *sequences]
+    assert inline[-1].endswith("comparison/base")
 
     results = compared(values)
     assert results["protocol"] == "sequential"

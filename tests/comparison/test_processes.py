@@ -75,6 +75,7 @@ def test_wait_reports_interruptions_and_kills(values, sent):
 
 def test_process_gets_threads_and_gpu_from_its_environment(tmp_path, monkeypatch):
     script = "import os, sys; print(os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES']); sys.exit(7)"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **k: start([sys.executable, "-c", script], **k))
     log = tmp_path / "log.txt"
