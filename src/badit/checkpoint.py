@@ -3,9 +3,9 @@
 The Trainer writes to ``checkpoints/partial/``. A complete checkpoint is sealed and renamed to
 ``checkpoints/checkpoint-STEP``. If a run is killed at any point, the last sealed checkpoint stays intact.
 
-The checksums detect damage, not tampering: whoever can write the files can also write the checksums. transformers reads
-its files with ``weights_only=True``, which runs no pickled code. torch reads the metadata of sharded FSDP checkpoints
-without it, so badit checks them before (:func:`refuse_pickled_code`). DeepSpeed's files are not checked.
+The checksums detect damage, not tampering: whoever can write the files can also write the checksums. Files are read
+with ``weights_only=True``, which runs no pickled code, except for DeepSpeed's files and sharded ones of FSDP, which
+:func:`save_unsharded` avoids.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ import shutil
 import signal
 from contextlib import suppress
 from pathlib import Path
-from pickle import Unpickler, UnpicklingError
 from types import FrameType
 from typing import Any
 
-import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from badit.environment import is_main_process
@@ -32,17 +30,6 @@ STAGING = "partial"
 SEAL = "seal.json"
 _PREFIX = "checkpoint-"
 _SUMS = "badit_sums.json"
-# The classes and functions that torch pickles into the metadata of a sharded checkpoint, by module.
-_METADATA = {
-    **dict.fromkeys(("pathlib", "pathlib._local"), ("PosixPath",)),
-    "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
-    "torch.serialization": ("_get_layout",),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.distributed.checkpoint.metadata": (
-        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
-        *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
-    ),
-}
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
@@ -83,7 +70,15 @@ def engine_of(trainer: Any) -> str:
     """Returns the engine that determines the format of a trainer's checkpoints (of weights and optimizer state)."""
     if trainer.is_deepspeed_enabled:  # every rank has its own file
         return f"DeepSpeed in {trainer.accelerator.num_processes} processes"
-    return "FSDP" if trainer.is_fsdp_enabled else "neither FSDP nor DeepSpeed"
+    return "FSDP, unsharded" if trainer.is_fsdp_enabled else "neither FSDP nor DeepSpeed"
+
+
+def save_unsharded(trainer: Any) -> None:
+    """Makes FSDP's checkpoints single files of the trained weights; torch unpickles sharded ones unrestrictedly."""
+    if trainer.is_fsdp_enabled:
+        plugin = trainer.accelerator.state.fsdp_plugin
+        plugin.state_dict_config = plugin.optim_state_dict_config = None  # else those of the former type are kept
+        plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
 def refuse_other_engine(checkpoint: Path, trainer: Any) -> None:
@@ -92,20 +87,6 @@ def refuse_other_engine(checkpoint: Path, trainer: Any) -> None:
     if wrote not in (None, engine_of(trainer)):
         fix = "launch the training in the same way, or remove the run's folder to start over"
         raise BaditError(f"{checkpoint}: was written with {wrote}; {fix}")
-
-
-class _MetadataUnpickler(Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _METADATA.get(module, ()):
-            raise UnpicklingError(f"{module}.{name}")
-        return super().find_class(module, name)
-
-
-def refuse_pickled_code(checkpoint: Path) -> None:
-    """Raises UnpicklingError if the metadata of a sharded checkpoint refers to anything that torch does not write."""
-    for path in checkpoint.rglob("*.metadata"):
-        with path.open("rb") as file:
-            _MetadataUnpickler(file).load()
 
 
 class SealCheckpoints(TrainerCallback):
@@ -217,7 +198,7 @@ def _checksums(folder: Path) -> dict[str, str]:
     """Returns the SHA-256 of every file except the seal, by path relative to the folder."""
     sums = {}
     for path in sorted(folder.rglob("*")):
-        if not path.is_dir() and path != folder / SEAL:
+        if path != folder / SEAL and (path.is_symlink() or not path.is_dir()):  # a link to a folder cannot be read
             with path.open("rb") as file:
                 sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums

@@ -228,8 +228,9 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Mapping[str, tuple[i
         refuse_newer_format(saved.get(FORMAT_FIELD, 1))
     except BaditError as error:
         raise BaditError(f"{path}: {error}") from None
-    if isinstance(config, BaditConfig) and saved.get("init_weights") is True:  # of format 1
-        saved = {"router_input": "mean", **saved, "init_weights": "bad"}
+    if isinstance(config, BaditConfig) and saved.get(FORMAT_FIELD, 1) == 1:
+        bad = {"init_weights": "bad"} if saved.get("init_weights") is True else {}
+        saved = {"router_input": "mean", **saved, **bad}
     # Both in the form of JSON, with sets as sorted lists.
     in_order = partial(sorted, key=json.dumps)
     defaults, wanted = (json.loads(json.dumps(each.to_dict(), default=in_order)) for each in (type(config)(), config))

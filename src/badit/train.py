@@ -31,7 +31,7 @@ from badit.checkpoint import (
     discard,
     last_checkpoint,
     refuse_other_engine,
-    refuse_pickled_code,
+    save_unsharded,
 )
 from badit.data import (
     AnswerCollator,
@@ -231,6 +231,7 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
     trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which are in metrics.jsonl
     if method.needs_whole_weights and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         raise BaditError(f"method: {method.name} needs unsharded weights; launch it without FSDP and DeepSpeed")
+    save_unsharded(trainer)
     if checkpoint is not None:
         refuse_other_engine(checkpoint, trainer)
 
@@ -239,8 +240,6 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
     trainer.add_callback(stop := StopOnSignal())
     with stop, fast_on_short_sequences(base), tracker_folders(recipe.training, folder.path):
         try:
-            if checkpoint is not None:
-                refuse_pickled_code(checkpoint)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except UnpicklingError:  # torch's loader found something other than tensors and plain values
             raise BaditError(

@@ -26,7 +26,7 @@ from training.trainers import assert_same, learned
 TESTS = Path(__file__).parents[1]
 SCRIPT = TESTS / "training" / "ranks.py"
 FSDP2 = ["--config_file", str(TESTS.parent / "docs" / "fsdp2.yaml")]
-FULL_STATE = [*FSDP2, "--fsdp_state_dict_type", "FULL_STATE_DICT"]
+SHARDED_STATE = [*FSDP2, "--fsdp_state_dict_type", "SHARDED_STATE_DICT"]
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 SHARDED_ON_CPU = {**ON_CPU, "BADIT_SHARD_ON_CPU": "1"}
 PYTHONPATH = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
@@ -36,7 +36,7 @@ OF_PROCESSES = {"PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore", "OMP_NUM_T
 ENGINES: dict[str, tuple[list[str] | None, dict[str, str]]] = {
     "ddp": (None, ON_CPU),
     "fsdp2": (FSDP2, SHARDED_ON_CPU),
-    "fsdp2, full state": (FULL_STATE, SHARDED_ON_CPU),
+    "fsdp2, sharded state": (SHARDED_STATE, SHARDED_ON_CPU),
     "deepspeed, stage 2": (["--use_deepspeed", "--zero_stage", "2"], {}),
     "deepspeed, stage 3": (["--use_deepspeed", "--zero_stage", "3"], {}),
     # By default, stage 3 does not partition small parameters. This configuration partitions all of them.

@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from badit.errors import BaditError
-from badit.tuner.config import FORMAT
+from badit.tuner.config import FORMAT, BaditConfig
 from tuner.make_format import FOLDER, OPTIONS, base_model, computed
 
 SAVED = [FOLDER / str(version) / name for version in range(1, FORMAT + 1) for name in OPTIONS]
@@ -32,6 +32,12 @@ def test_adapters_of_all_formats_reproduce_their_saved_outputs(tmp_path, folder,
     torch.testing.assert_close(found, load_file(folder / "computed.safetensors"), atol=1e-6, rtol=1e-5)
     assert torch.equal(found["delta"], computed(PeftModel.from_pretrained(base_model(), str(folder)))["delta"])
     assert model.peft_config["default"].to_dict()["format_version"] == FORMAT
+
+
+def test_adapter_without_format_and_router_input_reads_the_mean(tmp_path):
+    left_out = dict.fromkeys(("format_version", "router_input", "base_weight"), "left out")
+    folder = copy_with_settings(tmp_path / "copy", init_weights="lora", **left_out)
+    assert BaditConfig.from_pretrained(str(folder)).router_input == "mean"
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")

@@ -137,7 +137,7 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
             content = f"{text}\n\n{content}" if content else text
         found = [((), content, outputs)]
     elif pair := next((pair for pair in _PAIRS if row.keys() >= {*pair}), None):
-        if "instruction" in row and pair[0] in ("input", "question"):  # other inputs are whole prompts
+        if row.get("instruction") and pair[0] in ("input", "question"):  # other inputs are whole prompts
             fix = f"name the columns with data.columns={{input: {pair[0]}, output: {pair[1]}}}"
             raise BaditError(f"instruction: not used in a row with {pair[0]} and {pair[1]}; {fix}")
         found = [((), row[pair[0]], row[pair[1]])]

@@ -250,6 +250,11 @@ class BaditConfig(ExpertConfig):
         """Returns the paper's exact form (in a recipe ``method: {preset: paper}``); ``options`` override its fields."""
         return cls(**{**cls.PAPER, **options})
 
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Adds the format of saved adapters without one."""
+        return super().check_kwargs(**{FORMAT_FIELD: 1, **kwargs})
+
     def __post_init__(self) -> None:
         if self.init_weights is True or self.format_version == 1:  # of a release with the paper's defaults
             self.init_weights = "bad" if self.init_weights is True else self.init_weights
