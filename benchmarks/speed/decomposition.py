@@ -46,7 +46,7 @@ def initialisation(rounds: int) -> list[float]:
     seconds = []
     for _ in range(rounds):
         model = base("bfloat16")
-        config = BaditConfig(num_experts=EXPERTS, r=RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
+        config = BaditConfig.paper(num_experts=EXPERTS, r=RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
         started = time.perf_counter()
         get_peft_model(model, config)
         seconds.append(time.perf_counter() - started)

@@ -82,7 +82,7 @@ method: {method}  # others: badit keys method
 training:
   num_train_epochs: 3
   per_device_train_batch_size: 8   # if memory runs out, lower it and raise gradient_accumulation_steps
-  learning_rate: 5.0e-4            # for BADIT; LoRA's best rate is two to four times BADIT's
+  learning_rate: 5.0e-4            # for BADIT; with AdamW, LoRA's best rate was twice this
   optimizer: {optimizer:<22}# others: adamw, lora+, orthogonal
   router_lr_ratio: 0.3             # learning rate of BADIT's router relative to its factors
   # eval_strategy: epoch           # log the loss on the held-out instances after every epoch

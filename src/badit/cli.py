@@ -433,8 +433,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if is_main_process():
             say("")
-            resumes = words[debug : debug + 1] in (["train"], ["compare"], ["demo"])
-            hint = "; run the same command again to resume from the last checkpoint" if resumes else ""
+            resumes = words[debug : debug + 1] in (["train"], ["compare"], ["demo"], ["analyze"])
+            hint = "; run the same command again to resume" if resumes else ""
             _complain(f"interrupted{hint}")
         return 130
     except BrokenPipeError:  # the reader of the pipe (head, less) has closed it

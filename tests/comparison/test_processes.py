@@ -114,7 +114,7 @@ def test_sigterm_stops_command_and_cell_and_saves_a_checkpoint(values, tmp_path)
     finally:
         process.kill()
     assert (process.returncode, out) == (130, "")
-    message = "badit: interrupted; run the same command again to resume from the last checkpoint"
+    message = "badit: interrupted; run the same command again to resume"
     assert err.splitlines() == ["lora/lr-0.01/seed-0: training and scoring", "", message]
     steps = cell.metrics_path.read_text().count("\n")
     assert last_checkpoint(cell.checkpoints_path) == cell.checkpoints_path / f"checkpoint-{steps}"
