@@ -20,6 +20,11 @@ def outside(tmp_path):
     return tmp_path / "outside" / "key.txt"
 
 
+def test_folder_is_not_replaced_by_a_file(tmp_path):
+    with pytest.raises(BaditError, match="is a folder; name a file"):
+        files.write_text(tmp_path, "text")
+
+
 def test_invalid_json_is_refused_with_file_and_reason(tmp_path):
     file = tmp_path / "value.json"
     for content, message in (

@@ -88,6 +88,8 @@ def test_invalid_values_are_one_line_errors():
         ({}, ["training.max_steps=3000000000"], r"training\.max_steps: input should be less than or equal to"),
         ({"output": "a\0b"}, [], r"output: must be a name or a path"),
         ({"k" * 500: 1}, [], r"^recipe: k{120}: unknown key$"),
+        ({}, ["data.source=[{path: a.csv, tsk: b}, c.csv]"], r"^recipe: data\.source\.0\.tsk: .* 'task'\?\)$"),
+        ({}, ["data.source=[{task: b}]"], r"^recipe: data\.source\.0\.path: field required$"),
         ({}, ["training.output_dir=x"], "cannot be set in a recipe: set output, the run's folder"),
         ({}, ["training.fp16=true"], "set model.dtype, or bf16"),
         ({}, ["training.gradient_checkpointing_kwargs={}"], "use_reentrant"),

@@ -91,6 +91,11 @@ class TrainingSection(Section):
     )
     report_to: list[str] = Field([], description="tensorboard, trackio (both in badit[trackers]), wandb, mlflow, …")
 
+    @field_validator("eval_strategy", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads no as false
+
     @field_validator("report_to", mode="before")
     @classmethod
     def _one_or_several(cls, names: Any) -> Any:

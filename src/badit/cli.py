@@ -29,7 +29,7 @@ from badit.run import train as run_training
 
 app = App(
     name="badit",
-    help="Multi-task instruction tuning by basic-ability decomposition. --debug before a command shows tracebacks.",
+    help="Tunes a model on many tasks and compares methods. --debug before a command shows tracebacks.",
     version=f"badit {__version__}",
     help_flags=["--help", "-h"],
     help_format="plaintext",
@@ -47,7 +47,7 @@ def train(recipe: str, *overrides: str, dry_run: bool = False, allow_changed_inp
     The same command resumes an interrupted run. Finished work is not repeated.
 
     Args:
-        recipe: a YAML file, such as recipes/superni-cpu.yaml.
+        recipe: a YAML file, or the name of a recipe that comes with badit, such as superni-cpu.
         overrides: key=value, such as training.num_train_epochs=2 output=runs/mine.
         dry_run: check recipe, data and model, print the steps and the estimated costs, and exit without training.
         allow_changed_inputs: resume the run even if its data or base weights have changed, and record the change.
@@ -72,7 +72,7 @@ def compare(recipe: str, *overrides: str, jobs: int = 1, dry_run: bool = False) 
     To print the table again, also in other formats: badit table OUTPUT
 
     Args:
-        recipe: a YAML file with a compare section, such as recipes/superni-cpu.yaml.
+        recipe: a YAML file with a compare section, or the name of one that comes with badit, such as superni-cpu.
         overrides: key=value, such as compare.seeds=[0] output=runs/mine.
         jobs: number of runs at a time; they share the cores and GPUs.
         dry_run: check everything, print the methods, their budgets and the estimated costs of one run, and exit.
@@ -137,7 +137,7 @@ def init(data: str = "builtin", *overrides: str, output: Output = "recipe.yaml")
 
     Args:
         data: the recipe's data.source: a file, a folder, a dataset on the hub or 'builtin'.
-        overrides: data keys that are needed to read the data, such as data.columns={input: text, output: label}.
+        overrides: data keys that are needed to read the data, such as data.columns.input=text.
         output: the recipe's file, which must not exist yet.
     """
     if Path(output).exists():
@@ -170,7 +170,7 @@ def tasks(source: str, *overrides: str, show: int = 0) -> str:
 
     Args:
         source: a recipe, or a value of its data.source: a file, a folder, a dataset on the hub or 'builtin'.
-        overrides: key=value, such as data.columns={input: text, output: label} or data.format=superni.
+        overrides: key=value, such as data.columns.input=text or data.format=superni.
         show: number of training prompts per task to print in the model's input format, with token statistics.
     """
     from badit.recipe import build_recipe, load_recipe

@@ -124,12 +124,12 @@ def problems(
     found: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         place, inner = [], values
-        for part in problem["loc"]:  # this also contains the tried alternative of a union
+        for number, part in enumerate(problem["loc"], start=1):
             try:
                 inner = inner[part]
             except (LookupError, TypeError):
-                if problem["type"] != "missing":
-                    break
+                if problem["type"] != "missing" or number < len(problem["loc"]):
+                    continue  # the tried alternative of a union
             place.append(part)
         message = _message(problem)
         if problem["type"] == "extra_forbidden":
@@ -139,7 +139,8 @@ def problems(
             given = repr(problem["input"])
             message += f", got {given if len(given) < 60 else given[:57] + '...'}"
         found.setdefault(f"{'.'.join(map(str, place)):.120}", message)
-    return list(found.items())
+    # Without those of the alternatives of a union that do not reach as deep.
+    return [(place, text) for place, text in found.items() if not any(p.startswith(f"{place}.") for p in found)]
 
 
 def _message(problem: Any) -> str:

@@ -94,6 +94,8 @@ def refuse_other_format(content: Mapping[str, Any], path: Path, known: int) -> N
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file atomically: it is complete or unchanged, even if the process or the machine stops."""
+    if path.is_dir():
+        raise BaditError(f"{path}: is a folder; name a file")
     partial = path.with_name(path.name + ".partial")
     with explained(path, action="written"):
         partial.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -123,6 +124,8 @@ class AdapterMethod(Method):
             return get_peft_model(model, config)  # pyright: ignore[reportReturnType] (never a PeftMixedModel)
         except BaditError:
             raise
+        except re.error as error:
+            raise BaditError(f"method.target_modules: is not a regular expression ({error})") from None
         # Modules that do not exist, a rank that does not fit in memory, or a rank that is not a number.
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise BaditError(f"method: {first_line(error)}") from None
@@ -306,9 +309,9 @@ def build_method(section: Mapping[str, Any]) -> Method:
         if preset == "paper":
             options = {**BaditConfig.PAPER, **options}
             regroup = None if regroup is None else {**RegroupOptions.PAPER, **regroup}
-    config = _built(kind.config_cls, options, kind.fixed)
+    config = _built(name, kind.config_cls, options, kind.fixed)
     if regroup is not None:
-        _built(RegroupOptions, regroup, {}, "method.regroup")
+        _built("regroup", RegroupOptions, regroup, {}, "method.regroup")
         if config.top_k is not None and config.top_k < config.num_experts:
             raise BaditError(f"method.regroup: {TOP_K_REFUSED} (regroup: null)")
     if name == "task-neurons":
@@ -353,11 +356,13 @@ def on_skeleton(recipe: Recipe, tasks: Sequence[str], dtype: str = "float32") ->
         return method, method.apply(model, tasks)
 
 
-def _built(kind: type[Any], options: Mapping[str, Any], fixed: Mapping[str, Any], place: str = "method") -> Any:
+def _built(
+    name: str, kind: type[Any], options: Mapping[str, Any], fixed: Mapping[str, Any], place: str = "method"
+) -> Any:
     known = {field.name for field in dataclasses.fields(kind) if field.init} - _INTERNAL - fixed.keys()
     for key in options:
         if key not in known:
-            raise BaditError(f"{place}.{key}: unknown key{nearest(key, known)}")
+            raise BaditError(f"{place}.{key}: {name} has no such option{nearest(key, known)}; see: badit keys method")
     of_peft = {"task_type": "CAUSAL_LM"} if issubclass(kind, PeftConfig) else {}
     try:
         return kind(**of_peft, **fixed, **options)

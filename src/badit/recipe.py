@@ -414,7 +414,8 @@ def _known_keys(location: Sequence[int | str]) -> list[str]:
     """Returns the keys of the section at a location in the recipe."""
     section: Any = Recipe
     for part in location:
-        section = section_of(section.model_fields[str(part)])
+        if (field := section.model_fields.get(str(part))) is not None:
+            section = section_of(field) or SourceSection  # the only section within a list
     return list(section.model_fields)
 
 

@@ -152,6 +152,8 @@ def load_results(path: str | os.PathLike[str]) -> Results:
     if path.is_dir():
         refuse_links(path)
         path = path / RESULTS
+        if not path.is_file():
+            raise BaditError(f"{path.parent}: has no {RESULTS}, so it is not a comparison; run: badit compare RECIPE")
     content = read_json(path)
     refuse_other_format(content, path, FORMAT)
     with explained(path):

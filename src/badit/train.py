@@ -368,7 +368,7 @@ def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | N
     }
     try:
         return TrainingArguments(**{**defaults, **given, **fixed})
-    except (ValueError, TypeError) as error:  # incompatible values
+    except (ValueError, TypeError, ImportError) as error:  # incompatible values, or DeepSpeed is not installed
         raise BaditError(f"training: {first_line(error)}") from None
 
 

@@ -13,6 +13,7 @@ from badit.cli import main
 from badit.files import read_json
 from badit.methods import AdapterMethod, NeuronMethod
 from badit.metrics import METRICS
+from badit.recipe import build_recipe
 from badit.statistics import FORMS, continual_scores
 from comparison.cells import LORA, InlineCell, by_status, compare_module, compared, comparison_values
 
@@ -85,6 +86,10 @@ def test_finished_comparison_is_reused_and_other_recipes_are_refused(searched, m
 
 def test_failed_cell_does_not_stop_others_and_is_retried(values, inline, monkeypatch, capsys):
     values["compare"]["methods"] = {"neurons": {"name": "task-neurons"}, **LORA}
+    run = {**values, "output": f"{values['output']}-of-a-run"}
+    Run.prepare(build_recipe({key: value for key, value in run.items() if key != "compare"}))
+    with pytest.raises(BaditError, match="of-a-run: contains a run; choose another output=FOLDER"):
+        compared(run)
     lines = []
     with monkeypatch.context() as patch:
         patch.setattr(NeuronMethod, "trainer", Mock(side_effect=BaditError("no room for neurons")))

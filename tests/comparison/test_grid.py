@@ -84,7 +84,7 @@ def test_invalid_options_are_refused_in_one_line():
         ({"reference": "lorra"}, r"compare\.reference: unknown 'lorra' \(did you mean 'lora'\?\)"),
         ({"methods": {"a/b": {"name": "lora"}}}, r"compare\.methods: 'a/b' is not a valid name; use letters"),
         ({"methods": {"lora": {"name": "lroa"}}}, r"compare\.methods\.lora: method\.name: unknown method 'lroa'"),
-        (one_method(rank=4), r"compare\.methods\.lora: method\.rank: unknown key"),
+        (one_method(rank=4), r"compare\.methods\.lora: method\.rank: lora has no such option"),
         ({"learning_rates": [1e-4, 1e-3]}, r"training\.learning_rate: the search starts at 0\.0005; add this value"),
         ({"learning_rates": [5e-4]}, r"data\.validation_per_task: choosing learning rates needs held-out instances"),
         ({"learning_rates": [1e-3, 5e-4]}, r"compare\.learning_rates: must be positive and ascending"),

@@ -81,6 +81,7 @@ def test_row_layouts_without_a_task_name(tmp_path):
         ({"inputs": "1 + 1 =", "targets": "2", "task_source": "Flan2021"}, "1 + 1 =", "2"),
         ({"inputs_pretokenized": "Good?", "targets_pretokenized": "no", "inputs": [3], "targets": [5]}, "Good?", "no"),
         ({"question": "Why?", "answer": "So."}, "Why?", "So."),
+        ({"input": "1 + 1", "output": 2}, "1 + 1", "2"),
         ({"prompt": CHAT[1:2], "completion": CHAT[2:3]}, "Capital of France?", "Paris"),
         ({"messages": CHAT}, "And of Peru?", "Lima"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, CHAT[2]]}, "Hi", "Paris"),
@@ -91,7 +92,7 @@ def test_row_layouts_without_a_task_name(tmp_path):
         assert (task.train[0].input, task.train[0].outputs) == (prompt, (answer,))
     assert task_of(tmp_path / "rows.jsonl", task="mine").name == "mine"
     write_rows(tmp_path / "rows.jsonl", {"instruction": "Answer.", "question": "Why?", "answer": "So."})
-    message = "instruction: not used in a row with question and answer; name the columns with data.columns="
+    message = "instruction: not used in a row with question and answer; name the columns with data.columns.input="
     assert message in refusal(tmp_path / "rows.jsonl")
 
 

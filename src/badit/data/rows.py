@@ -11,7 +11,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from badit.data.tasks import Messages, Outputs, Split, TaskName
 from badit.errors import BaditError, explained, nearest
@@ -72,8 +72,9 @@ def _not_blank(outputs: tuple[str, ...]) -> tuple[str, ...]:
     return outputs
 
 
+_number_as_text: Any = lambda answer: str(answer) if type(answer) is int else answer  # noqa: E731
 # Stricter than Instance: the published benchmark has blank answers, but in a user's data they are mistakes.
-_Answers = Annotated[Outputs, AfterValidator(_not_blank)]
+_Answers = Annotated[Outputs, AfterValidator(_not_blank), BeforeValidator(_number_as_text)]
 
 
 class _Row(BaseModel):
@@ -102,7 +103,7 @@ def read_rows(
                     if strict and (one.instruction or "") != known:
                         raise BaditError(
                             f"instruction: differs from other rows of task '{one.task}'; use one instruction per task, "
-                            "or keep several with data.columns={instruction: instruction}"
+                            "or keep several with data.columns.instruction=instruction"
                         )
                     if file_split and one.split and one.split != file_split:
                         raise BaditError(f"split: must be '{file_split}', as in the file's name; change one of them")
@@ -138,12 +139,12 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         found = [((), content, outputs)]
     elif pair := next((pair for pair in _PAIRS if row.keys() >= {*pair}), None):
         if row.get("instruction") and pair[0] in ("input", "question"):  # other inputs are whole prompts
-            fix = f"name the columns with data.columns={{input: {pair[0]}, output: {pair[1]}}}"
+            fix = f"name the columns with data.columns.input={pair[0]} data.columns.output={pair[1]}"
             raise BaditError(f"instruction: not used in a row with {pair[0]} and {pair[1]}; {fix}")
         found = [((), row[pair[0]], row[pair[1]])]
     else:
         _refuse_near("output", row)
-        fix = "name the columns with data.columns={input: COLUMN, output: COLUMN}"
+        fix = "name the columns with data.columns.input=COLUMN data.columns.output=COLUMN"
         raise BaditError(f"unknown form of row: found {', '.join(map(str, row)):.200}; {fix}")
     split, identity = row.get("split") or None, row.get("id") or None
     about: dict[str, Any] = {
