@@ -152,7 +152,7 @@ def test_data_options_change_the_plan(recipe_values):
 def test_invalid_methods_and_optimizers_are_refused(recipe_values, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     for method, message in (
-        ("{name: full, r: 4}", r"method\.r: unknown key"),
+        ("{name: full, r: 4}", r"method\.r: full has no such option"),
         ("{name: task-neurons, share: 0}", "method: share must be above 0 and at most 1, got 0"),
         ("{name: task-neurons, score_batches: 0}", "method: score_batches must be a whole number of at least 1"),
         ("{name: task-neurons}", r"training\.weight_decay: must be 0 with task-neurons"),
