@@ -93,7 +93,7 @@ class TrainingSection(Section):
 
     @field_validator("eval_strategy", mode="before")
     @classmethod
-    def _text(cls, value: Any) -> Any:
+    def _no_as_text(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads no as false
 
     @field_validator("report_to", mode="before")

@@ -239,7 +239,7 @@ def _activations(recipe: Recipe, model: Any, rows: int, tokens: int) -> float | 
 def recipe_keys() -> Iterator[tuple[str, str, str]]:
     """Yields the dotted name, default (YAML) and description of every key; once for an option that methods share."""
     for name, field in Recipe.model_fields.items():
-        if (section := section_of(field)) is not None:
+        if (section := section_of(field.annotation)) is not None:
             yield from ((f"{name}.{key}", as_yaml(default), text) for key, default, text in described_section(section))
             if name == "training":
                 yield "training.NAME", "", "any other field of TrainingArguments, such as optim or adam_beta2"

@@ -433,7 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if is_main_process():
             say("")
-            resumes = words[debug : debug + 1] in (["train"], ["compare"], ["demo"], ["analyze"])
+            resumes = not {"train", "compare", "demo", "analyze"}.isdisjoint(words[debug : debug + 1])
             hint = "; run the same command again to resume" if resumes else ""
             _complain(f"interrupted{hint}")
         return 130

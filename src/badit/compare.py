@@ -59,7 +59,7 @@ def compare(recipe: Recipe, *, report: Callable[[str], None], jobs: int = 1) -> 
     warn_of_slow_dtype(recipe.model.dtype, device())  # warnings of the cells go to their log files
     comparison = _Comparison(grid, tasks, jobs, report)
     with exclusive(output):
-        if (output / "config.yaml").is_file():
+        if Run.at(output).config_path.is_file():
             raise BaditError(f"{output}: contains a run; choose another output=FOLDER for the comparison")
         try:
             comparison.run()

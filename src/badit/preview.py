@@ -40,9 +40,7 @@ def preview(recipe: Recipe, count: int) -> str:
     for task in tasks:
         instances = list(task.train[:_MEASURED])
         examples = encode_examples(tokenizer, [(task, instance) for instance in instances], **section.model_dump())
-        histories = ["".join(text for _, text in instance.history) for instance in instances]
-        prompts = [prompt_text(task, instance, section.encoding) for instance in instances]
-        texts = [history + prompt for history, prompt in zip(histories, prompts, strict=True)]
+        texts = [prompt_text(task, instance, section.encoding) for instance in instances]
         prompts = _measured(tokenizer, texts, section.max_source_tokens)
         answers = _measured(tokenizer, [instance.outputs[0] for instance in instances], section.max_answer_tokens)
         scored = {(instance.input, instance.history) for instance in (*task.test, *task.validation)}

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic.fields import FieldInfo
 
 from badit.arguments import (
     LARGEST,
@@ -414,15 +413,16 @@ def _known_keys(location: Sequence[int | str]) -> list[str]:
     """Returns the keys of the section at a location in the recipe."""
     section: Any = Recipe
     for part in location:
-        if (field := section.model_fields.get(str(part))) is not None:
-            section = section_of(field) or SourceSection  # the only section within a list
+        if (field := section.model_fields.get(str(part))) is not None:  # else an index, or the alternative of a union
+            section = section_of(field.annotation)
     return list(section.model_fields)
 
 
-def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """Returns the section class of a field, or None."""
-    kinds = [field.annotation, *get_args(field.annotation)]
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """Returns the section class in a field's type, also within a union or a list, or None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(section_of, get_args(annotation))), None)
 
 
 def parse_yaml(text: str, *, where: str | Path) -> Any:

@@ -61,8 +61,8 @@ def build_prompt(task: Task, instance: Instance, encoding: PromptEncoding = "def
 
 
 def prompt_text(task: Task, instance: Instance, encoding: PromptEncoding = "def") -> str:
-    """Returns the whole text of an instance's prompt, before truncation and the chat template."""
-    return "".join(build_prompt(task, instance, encoding)[:3])
+    """Returns the whole text of an instance's prompt with its chat history, before truncation and the chat template."""
+    return "".join([*(content for _, content in instance.history), *build_prompt(task, instance, encoding)[:3]])
 
 
 def own_input(text: str) -> str:

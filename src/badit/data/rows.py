@@ -72,9 +72,8 @@ def _not_blank(outputs: tuple[str, ...]) -> tuple[str, ...]:
     return outputs
 
 
-_number_as_text: Any = lambda answer: str(answer) if type(answer) is int else answer  # noqa: E731
 # Stricter than Instance: the published benchmark has blank answers, but in a user's data they are mistakes.
-_Answers = Annotated[Outputs, AfterValidator(_not_blank), BeforeValidator(_number_as_text)]
+_Answers = Annotated[Outputs, AfterValidator(_not_blank), BeforeValidator(lambda x: str(x) if type(x) is int else x)]
 
 
 class _Row(BaseModel):
