@@ -40,7 +40,9 @@ def test_first_recipe_matches_the_data(material, tmp_path, monkeypatch, capsys, 
         build_method(compared.model_extra)
     assert all(len(line) <= 110 for line in path.read_text().splitlines())
     assert main(["train", str(path), "--dry-run", f"model.name={material / 'model'}"]) == 0
-    assert "GiB of memory" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "GiB of memory" in shown
+    assert path.read_text().split("\n")[0].removeprefix("# ").replace(" with", ",").rstrip(".") in shown
     assert main(["init", str(data), "-o", str(path)]) == 2
     assert "exists" in capsys.readouterr().err
 
@@ -100,6 +102,7 @@ def test_check_predicts_steps_parameters_and_regroupings(recipe_values, override
 
 def test_check_reports_invalid_recipes_without_creating_a_run(recipe_values, tmp_path):
     uneven = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 5, "load_best_model_at_end": True}
+    (tmp_path / "notes.txt").touch()
     for values, message in (
         ({"method": {"name": "badit", "num_experts": 8, "r": 40}}, "320 singular triples do not fit"),
         ({"model": {"name": "no-such-folder"}}, "not an existing folder"),
@@ -107,6 +110,7 @@ def test_check_reports_invalid_recipes_without_creating_a_run(recipe_values, tmp
         ({"training": {"load_best_model_at_end": True}}, "load_best_model_at_end"),
         ({"training": {"early_stopping_patience": 2}}, "early_stopping_patience needs load_best_model_at_end"),
         ({"data": {"validation_per_task": 2}, "training": uneven}, "round multiple"),
+        ({"output": str(tmp_path)}, "exists and is not a run's folder"),
         ({"training": {"eval_strategy": "epoch"}}, "eval_strategy: task cities has no validation instances; set data"),
     ):
         values = {**recipe_values, **values, "data": {**recipe_values["data"], **values.get("data", {})}}
@@ -132,7 +136,7 @@ def test_all_keys_are_listed_and_their_defaults_are_valid(capsys):
         assert {f"{name}.{key}" for key in getattr(section, "model_fields", ())} <= {*listed}
     assert {f"method.regroup.{name}" for name in RegroupOptions().__dict__} <= {*listed}
     assert main(["keys", "training.learning"]) == 0
-    assert capsys.readouterr().out.split() == ["training.learning_rate", "0.0005", "a", "number,", "above", "0"]
+    assert capsys.readouterr().out.split()[:6] == ["training.learning_rate", "0.0005", "a", "number,", "above", "0;"]
     assert main(["keys", "lerning"]) == 2
     # A listed default is a valid value of its key.
     for key, default, _ in recipe_keys():

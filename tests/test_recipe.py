@@ -167,7 +167,7 @@ def test_run_recipe_without_format_uses_the_former_defaults(tmp_path):
     path, former = tmp_path / "config.yaml", {"init_weights": "bad", "router_input": "mean", "regroup": {}}
     for method, meant in (
         ("{name: badit, r: 2}", {**former, "name": "badit", "r": 2}),
-        ("{init_weights: true, regroup: null}", {**former, "regroup": None}),
+        ("{init_weights: true, regroup: null}", {**former, "init_weights": True, "regroup": None}),
         ("{name: badit, preset: paper}", {"name": "badit", "preset": "paper"}),
         ("{name: lora}", {"name": "lora"}),
     ):
@@ -183,7 +183,7 @@ def test_run_recipe_without_format_uses_the_former_defaults(tmp_path):
 def test_invalid_files_are_one_line_errors(tmp_path):
     for text, message in (
         (b"training: [", "line 1.*: cannot be read as YAML"),
-        (b"- a\n- b\n", "must contain 'key: value' lines, not a list"),
+        (b"- a\n- b\n", "must contain 'key: value' lines, not a list; for a data file, write a recipe with badit init"),
         (b"\xff\xfe", "not UTF-8 at byte 0"),
         (b"!!python/object/apply:os.system ['true']", "cannot be read as YAML"),
         (b"a: " + b"[" * 1000, "cannot be read as YAML"),

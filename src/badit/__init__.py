@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from badit.data import load_tasks
     from badit.errors import BaditError
     from badit.models import load_base_model
-    from badit.optimizer import OrthogonalUpdates, build_optimizer, lora_plus_groups
+    from badit.optimizer import OrthogonalUpdates, lora_plus_groups
     from badit.recipe import load_recipe
     from badit.regroup import RegroupCallback, Regrouper
     from badit.render import table
@@ -37,7 +37,7 @@ _NAMES = {
     "data": ["load_tasks"],
     "errors": ["BaditError"],
     "models": ["load_base_model"],
-    "optimizer": ["OrthogonalUpdates", "build_optimizer", "lora_plus_groups"],
+    "optimizer": ["OrthogonalUpdates", "lora_plus_groups"],
     "recipe": ["load_recipe"],
     "regroup": ["RegroupCallback", "Regrouper"],
     "render": ["table"],
@@ -50,7 +50,7 @@ _HOMES = {name: f"badit.{module}" for module, names in _NAMES.items() for name i
 
 __all__ = [
     "BaditConfig", "BaditError", "BaditModel", "OrthogonalUpdates", "RegroupCallback", "Regrouper", "Run",
-    "__version__", "analyze", "build_optimizer", "compare", "load_base_model", "load_recipe", "load_results",
+    "__version__", "analyze", "compare", "load_base_model", "load_recipe", "load_results",
     "load_tasks", "lora_plus_groups", "plan", "summarise", "table", "train", "write_report",
 ]  # fmt: skip
 

@@ -58,10 +58,10 @@ class TrainingSection(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    num_train_epochs: float = Field(1.0, gt=0, le=1e6)
+    num_train_epochs: float = Field(1.0, gt=0, le=1e6, description="passes over the training data")
     max_steps: int = Field(-1, ge=-1, le=LARGEST, description="if positive, overrides num_train_epochs")
-    per_device_train_batch_size: Count = 8
-    gradient_accumulation_steps: Count = 1
+    per_device_train_batch_size: Count = Field(8, description="instances of a micro-batch")
+    gradient_accumulation_steps: Count = Field(1, description="micro-batches of a step")
     optimizer: OptimizerName = Field(
         "adamw", description="lora+: B learns lora_plus_ratio times as fast as A; orthogonal: badit.OrthogonalUpdates"
     )
@@ -69,13 +69,13 @@ class TrainingSection(Section):
     router_lr_ratio: float = Field(
         1.0, gt=0, description="learning rate of parameters other than the factors, over that of the factors"
     )
-    learning_rate: float = Field(5e-4, gt=0)
+    learning_rate: float = Field(5e-4, gt=0, description="of the factors; see router_lr_ratio and lora_plus_ratio")
     lr_scheduler_type: str = Field("cosine", description="such as cosine, linear, constant or constant_with_warmup")
     warmup_steps: Steps = Field(0.03, description="below 1: a fraction of the run")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, as in AdamW")
     max_grad_norm: float = Field(1.0, ge=0, description="0 disables clipping")
-    gradient_checkpointing: bool = False
-    seed: Seed = 0
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
+    seed: Seed = Field(0, description="of the initialisation, the order of the data, and dropout")
     full_determinism: bool = Field(False, description="use only deterministic operations, which may be slower")
     max_skipped_steps: CountOrZero = Field(10, description="non-finite losses or gradients to skip before an error")
     logging_steps: PositiveSteps = Field(10, description="steps between lines of metrics.jsonl")

@@ -18,14 +18,15 @@ from torch.utils.benchmark import Timer
 from badit.arguments import argument_names, fixed_reason
 from badit.compare import Cell, Grid
 from badit.compare import check as check_grid
-from badit.data import Instance, load_sources
+from badit.data import Instance, hold_out, limit, load_sources
 from badit.environment import status
 from badit.errors import BaditError
 from badit.methods import NAMES, AdapterMethod, Method, build_method, on_skeleton, options_of
 from badit.models import device, load_tokenizer
 from badit.recipe import Recipe, build_recipe, parse_yaml, section_of
 from badit.regroup import RegroupOptions
-from badit.render import text_table
+from badit.render import counted, text_table
+from badit.run import Run
 from badit.train import Plan, Stage, encoded, make_plan, model_dtype, training_arguments
 from badit.trainer import prompt_argument
 
@@ -49,11 +50,10 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     extra = "".join(f"\n  {key}: {as_yaml(value)}" for key, value in given.items())
     with status("reading the tasks"):
         tasks = load_sources(data.sources(), data.tasks, data.weights)
-    train, test = (sum(len(getattr(task, split)) for task in tasks) for split in ("train", "test"))
     held_out = data.validation_per_task or min(10, *(len(task.train) // 4 for task in tasks))
+    tasks = limit(hold_out(tasks, held_out, data.seed), data.train_per_task, data.test_per_task, data.seed)
     split, scored = ("test", "") if all(task.test for task in tasks) else ("validation", ", and scored")
-    if scored and not all(task.validation for task in tasks):
-        train -= held_out * len(tasks)
+    train, test = (sum(len(getattr(task, part)) for task in tasks) for part in ("train", split))
     answer = max((_most_tokens(output) for task in tasks for one in task.train for output in one.outputs), default=0)
     tokens = min(1024, max(50, math.ceil(answer / 50) * 50))
     rates = "\n  learning_rates: [1.25e-4, 2.5e-4, 5.0e-4, 1.0e-3, 2.0e-3]  # selected per method by the held-out loss"
@@ -63,7 +63,7 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
         (badit, "orthogonal", "5.0e-4") if len(tasks) > 1 else (lora, "adamw", "1.0e-3")
     )  # BADIT is for several tasks
     text = f"""\
-# {len(tasks)} {"task" if len(tasks) == 1 else "tasks"} with {train:,} training and {test:,} test instances.
+# {counted(len(tasks), "task")} with {train:,} training and {test:,} {split} instances.
 #
 #   badit train {path} --dry-run    check it: steps, parameters, memory
 #   badit train {path}              train and score; the same command resumes an interrupted run
@@ -122,12 +122,13 @@ def check(recipe: Recipe) -> list[str]:
         access = section.model_dump(include={"trust_remote_code", "revision"})
         tokenizer = tried(lambda: load_tokenizer(section.name, **access))
     names = [task.name for task in plan.tasks] if plan else []
+    tried(lambda: Run.at(recipe.output).belongs_to(recipe))
     applied = tried(lambda: on_skeleton(recipe, names, dtype=model_dtype(recipe)))
     if errors:
         raise BaditError(*dict.fromkeys("\n".join(errors).split("\n")))
     method, model = applied
     counts = f"{plan.training_instances} training and {plan.test_instances} {recipe.evaluation.split} instances"
-    lines = [f"{len(plan.tasks)} tasks, {counts}; the run would be written to {recipe.output}"]
+    lines = [f"{counted(len(plan.tasks), 'task')}, {counts}; the run would be written to {recipe.output}"]
     size, processes = recipe.training.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
     with status("reading the longest prompts"):
         pairs = ((task, instance) for task in plan.tasks for instance in task.train)
@@ -263,7 +264,7 @@ def schema() -> dict[str, Any]:
         section, *option = key.split(".")
         if section == "method" and option != ["name"]:
             place = words["regroup"]["properties"] if len(option) > 1 else words
-            place[option[-1]] = {"description": text}
+            place.setdefault(option[-1], {})["description"] = text
     others = {name: {} for name in sorted(argument_names()) if not fixed_reason(name)}
     method, inner = made["properties"]["method"], made["$defs"]
     for section, more in ((method, words), (inner["ComparedMethod"], words), (inner["TrainingSection"], others)):

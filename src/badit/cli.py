@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
+from cyclopts.validators import Number
 
 from badit import __version__
 from badit.environment import is_main_process, quiet_notices, status
@@ -65,7 +66,9 @@ def train(recipe: str, *overrides: str, dry_run: bool = False, allow_changed_inp
 
 
 @app.command
-def compare(recipe: str, *overrides: str, jobs: int = 1, dry_run: bool = False) -> str | int:
+def compare(
+    recipe: str, *overrides: str, jobs: Annotated[int, Parameter(validator=Number(gte=1))] = 1, dry_run: bool = False
+) -> str | int:
     """Train and score methods with the same budget, each at its best learning rate.
 
     The same command resumes an interrupted comparison: finished runs are kept, failed runs are repeated.
@@ -165,7 +168,7 @@ def keys(prefix: str = "", *, schema: bool = False) -> str:
 
 
 @app.command
-def tasks(source: str, *overrides: str, show: int = 0) -> str:
+def tasks(source: str, *overrides: str, show: Annotated[int, Parameter(validator=Number(gte=0))] = 0) -> str:
     """List and validate task data, and print prompts in the model's input format.
 
     Args:

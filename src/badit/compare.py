@@ -59,8 +59,6 @@ def compare(recipe: Recipe, *, report: Callable[[str], None], jobs: int = 1) -> 
     warn_of_slow_dtype(recipe.model.dtype, device())  # warnings of the cells go to their log files
     comparison = _Comparison(grid, tasks, jobs, report)
     with exclusive(output):
-        if Run.at(output).config_path.is_file():
-            raise BaditError(f"{output}: contains a run; choose another output=FOLDER for the comparison")
         try:
             comparison.run()
         finally:
@@ -190,7 +188,9 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
 
     BaditError if the comparison cannot run, the budgets differ, or the folder holds runs of another recipe or data.
     """
-    section, counts = grid.section, dict[str, int]()
+    section, counts, output = grid.section, dict[str, int](), grid.recipe.output
+    if Run.at(output).config_path.is_file():
+        raise BaditError(f"{output}: contains a run; choose another output=FOLDER for the comparison")
     plan = make_plan(grid.recipe_of(grid.chosen(section.reference, grid.start_rates[section.reference])[0]))
     if section.learning_rates is not None:
         make_plan(plan.recipe, split="validation")

@@ -344,6 +344,7 @@ def options_of(name: str) -> list[tuple[str, Any, str]]:
     options = [one for one in described(kind.config_cls) if one[0] not in _INTERNAL | kind.fixed.keys()]
     if name == "badit":
         options.append(("preset", "default", "'paper': the paper's exact form."))
+        options.append(("regroup", None, "Regroup components (DOG), with the options below or {} (default: do not)."))
         options += [(f"regroup.{key}", default, text) for key, default, text in described(RegroupOptions)]
     return options
 
@@ -366,5 +367,7 @@ def _built(
     of_peft = {"task_type": "CAUSAL_LM"} if issubclass(kind, PeftConfig) else {}
     try:
         return kind(**of_peft, **fixed, **options)
-    except (ValueError, TypeError, OverflowError) as error:  # also BaditError
+    except BaditError as error:  # begins with the option's name
+        raise BaditError(f"method.{error}") from None
+    except (ValueError, TypeError, OverflowError) as error:
         raise BaditError(f"method: {error}") from None

@@ -15,20 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from badit.arguments import OptimizerName
-from badit.errors import BaditError, refuse_unknown
+from badit.errors import BaditError
 from badit.gradients import by_shape, dtensor, over_shards, placements_along, stacked, stacked_placements
 from badit.method import Moments, no_moments, orthogonal_updates
 from badit.tuner.config import POSITIVE
-
-OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 
@@ -48,36 +45,6 @@ _FLATTENED = (
     "orthogonal updates need factors as matrices, but DeepSpeed and FSDP1 flatten them; "
     "use FSDP2 or DDP, or the optimizer adamw or lora+"
 )
-
-
-def build_optimizer(
-    name: str,
-    model: nn.Module,
-    lr: float,
-    *,
-    other_lr: float | None = None,
-    ratio: float = 16.0,
-    weight_decay: float = 0.0,
-) -> torch.optim.Optimizer:
-    """Returns an optimizer for all trainable parameters of a model.
-
-    Args:
-        name: ``adamw``, ``lora+`` or ``orthogonal``.
-        model: a model with trainable parameters, optionally wrapped for data parallelism.
-        lr: the learning rate of the factors; for LoRA+, of A.
-        other_lr: the learning rate of all other trainable parameters (default: ``lr``).
-        ratio: the ratio of B's learning rate to A's, for LoRA+.
-        weight_decay: decoupled weight decay, as in AdamW.
-
-    Raises:
-        BaditError: if the name is unknown, a learning rate or the ratio is not positive, or nothing is trainable; for
-            orthogonal updates, also without trainable factors or under DeepSpeed.
-    """
-    refuse_unknown("optimizer", name, OPTIMIZERS)
-    if name == "orthogonal":
-        return OrthogonalUpdates(model, lr, other_lr=other_lr, weight_decay=weight_decay)
-    groups = lora_plus_groups(model, lr, ratio if name == "lora+" else 1.0, other_lr=other_lr)
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
 
 
 def lora_plus_groups(

@@ -10,7 +10,7 @@ from badit.data import encode_examples, prompt_text
 from badit.errors import one_line
 from badit.models import load_tokenizer
 from badit.recipe import Recipe
-from badit.render import text_table
+from badit.render import counted, text_table
 
 # The token statistics use at most this number of training instances per task, the first ones.
 _MEASURED = 1_000
@@ -31,7 +31,7 @@ def preview(recipe: Recipe, count: int) -> str:
         share = f"{shares.get(task.name, 0) / total:.1%}"
         rows.append([task.name, *sizes, share, " ".join((task.definition or "–").split())[:60]])
     heading = ["task", "train", "validation", "test", "mixture", "definition"]
-    listed = f"{text_table(heading, rows, right={1, 2, 3, 4})}\n\n{len(tasks)} tasks, all valid"
+    listed = f"{text_table(heading, rows, right={1, 2, 3, 4})}\n\n{counted(len(tasks), 'task')}, all valid"
     if not count:
         return listed
     model, section = recipe.model, recipe.prompt

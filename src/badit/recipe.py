@@ -90,7 +90,7 @@ class DataSection(Section):
     source: PathText | list[PathText | SourceSection] = Field(
         "builtin", description="'builtin', file, folder, glob, hub dataset, or list of these; $VARIABLES are expanded"
     )
-    format: Format = "auto"
+    format: Format = Field("auto", description="layout of a folder; auto detects it")
     task: TaskName | None = Field(None, description="task of all rows (default: the row's own, or the file's name)")
     instruction: str | None = Field(None, description="instruction of rows without one (default: none)")
     columns: dict[Column, str] = Field({}, description="column of each field, such as {input: text, output: label}")
@@ -100,7 +100,7 @@ class DataSection(Section):
     test_per_task: Count | None = Field(None, description="number of test instances per task (the first ones)")
     validation_per_task: CountOrZero = Field(0, description="instances to hold out of each task's training data")
     sampling: Literal["proportional", "balanced"] = Field("proportional", description="task weights: by size, or equal")
-    temperature: float = Field(1.0, ge=1, description="T: a task's weight is its size to the power of 1/T")
+    temperature: float = Field(1.0, ge=1, description="T, if proportional: weight is size to the power of 1/T")
     weights: dict[TaskName, Annotated[float, Field(gt=0)]] = Field({}, description="factors on the weights of tasks")
     order: str | list[TaskName] | None = Field(
         None, description="train tasks one after another: sapt-1, sapt-2, seeded-N or a list of names; null: mix them"
@@ -136,17 +136,17 @@ class PromptSection(Section):
     """Prompts and tokenisation."""
 
     encoding: PromptEncoding = Field("def", description="'def', or 'def+posN' with N demonstrations")
-    max_source_tokens: int = Field(1024, ge=8, le=LARGEST)
-    max_answer_tokens: Count = 50
-    chat_template: ChatTemplate = "auto"
+    max_source_tokens: int = Field(1024, ge=8, le=LARGEST, description="longer prompts are truncated")
+    max_answer_tokens: Count = Field(50, description="longer answers are truncated in training")
+    chat_template: ChatTemplate = Field("auto", description="use the model's chat template; auto: if it has one")
 
 
 class EvaluationSection(Section):
     """Generation and scoring."""
 
-    split: Split = "test"
-    batch_size: Count = 16
-    max_new_tokens: Count = 50
+    split: Split = Field("test", description="the instances to score")
+    batch_size: Count = Field(16, description="number of prompts that are answered at a time")
+    max_new_tokens: Count = Field(50, description="longest generated answer")
     unseen_tasks: bool = Field(True, description="in a sequence, also score tasks that are not trained yet")
 
 
@@ -164,7 +164,7 @@ class CompareSection(Section):
 
     methods: dict[str, ComparedMethod] = Field(description="the methods to compare: a name and a method section each")
     reference: str = Field("lora", description="the baseline: differences are relative to this method")
-    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1, description="each method is trained with each of them")
     vary_data: bool = Field(False, description="add the seed to data.seed, so the spread includes the choice of data")
     orders: list[str | list[TaskName]] | None = Field(None, min_length=1, description="each as data.order; null: mixed")
     learning_rates: list[float] | None = Field(
@@ -264,8 +264,7 @@ def _of_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
         del content["format"]
     elif isinstance(method := content.get("method"), dict) and method.get("name", "badit") == "badit":
         former = {"init_weights": "bad", "router_input": "mean", "regroup": {}}
-        bad = {"init_weights": "bad"} if method.get("init_weights") is True else {}
-        content["method"] = {**({} if method.get("preset") == "paper" else former), **method, **bad}
+        content["method"] = {**({} if method.get("preset") == "paper" else former), **method}
     if isinstance(training := content.get("training"), dict):
         content["training"] = {RENAMED_ARGUMENTS.get(key, key): value for key, value in training.items()}
         content["training"].pop("group_by_length", None)  # an option of earlier releases
@@ -314,7 +313,8 @@ def read_values(path: Path) -> dict[str, Any]:
     content = parse_yaml(read_text(path), where=path)
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise BaditError(f"{path}: must contain 'key: value' lines, not a {type(content).__name__}")
+        fix = "for a data file, write a recipe with badit init"
+        raise BaditError(f"{path}: must contain 'key: value' lines, not a {type(content).__name__}; {fix}")
     return content
 
 

@@ -42,6 +42,11 @@ def number(value: Any, form: str = ".1f", sign: str = "-") -> str:
     return UNKNOWN if pd.isna(value) else f"{value:{sign}z,{form}}".replace("-", "−")
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun, in the plural unless it is 1."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def table(
     path: str | os.PathLike[str],
     *,

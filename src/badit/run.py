@@ -83,23 +83,30 @@ class Run:
     @classmethod
     def prepare(cls, recipe: Recipe) -> Run:
         """Creates the recipe's output folder, or reuses it if it has a run of the same recipe; else BaditError."""
-        from badit.recipe import differing_keys, dump_recipe
+        from badit.recipe import dump_recipe
 
         run = cls.at(recipe.output)
-        refuse_links(run.path)
-        if run.config_path.is_file():
-            aside = {"output", "compare"}
-            if keys := differing_keys(run.recipe.model_dump(exclude=aside), recipe.model_dump(exclude=aside)):
-                other = f"holds a run of another recipe (it differs in {', '.join(keys[:5])})"
-                raise BaditError(f"{run.path}: {other}; choose another output=FOLDER, or remove the folder")
-            return run
-        # A process that is killed in its first write leaves the owner file and a .partial file.
-        remains = run.path.is_dir() and all(p.name == OWNER or p.suffix == ".partial" for p in run.path.iterdir())
-        if run.path.exists() and not remains:
-            raise BaditError(f"{run.path}: exists and is not a run's folder; choose another output=FOLDER")
-        run.path.mkdir(parents=True, exist_ok=True)
-        write_text(run.config_path, dump_recipe(recipe))
+        if not run.belongs_to(recipe):
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_text(run.config_path, dump_recipe(recipe))
         return run
+
+    def belongs_to(self, recipe: Recipe) -> bool:
+        """Returns whether the folder has a run of the recipe; False if it is new, BaditError if it has other files."""
+        from badit.recipe import differing_keys
+
+        refuse_links(self.path)
+        if self.config_path.is_file():
+            aside = {"output", "compare"}
+            if keys := differing_keys(self.recipe.model_dump(exclude=aside), recipe.model_dump(exclude=aside)):
+                other = f"holds a run of another recipe (it differs in {', '.join(keys[:5])})"
+                raise BaditError(f"{self.path}: {other}; choose another output=FOLDER, or remove the folder")
+            return True
+        # A process that is killed in its first write leaves the owner file and a .partial file.
+        remains = self.path.is_dir() and all(p.name == OWNER or p.suffix == ".partial" for p in self.path.iterdir())
+        if self.path.exists() and not remains:
+            raise BaditError(f"{self.path}: exists and is not a run's folder; choose another output=FOLDER")
+        return False
 
     def trusted_recipe(self, trust_remote_code: bool = False) -> Recipe:
         """Returns the recipe; BaditError if its model runs its own Python code and the caller does not allow this."""

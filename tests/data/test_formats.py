@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.cli import main
-from badit.data import Instance, Source, Task, build_prompt, encode_example, encode_examples, quotas
+from badit.data import Instance, Source, Task, build_prompt, encode_examples, quotas
 from badit.data.encoded import encode_tasks
 from badit.data.readers import load_sources, load_tasks
 from badit.errors import BaditError
@@ -44,10 +44,12 @@ def test_csv_values_stay_text_and_malformed_files_are_refused(tmp_path):
     task = task_of(file)
     assert (task.name, task.definition, task.train[0].input, task.train[0].outputs) == ("codes", None, "007", ("NA",))
     assert (task.validation[0].input, task.validation[0].outputs) == ("null", ("1e3",))
+    file.write_text("input;output\nGreat food, really;positive\n")
+    assert task_of(file).train[0].input == "Great food, really"
     file.write_text("input,output\nGreat food, really,positive\n")
     assert "row 1 has more values than the first line has names" in refusal(file)
     file.write_text('input,output\n"Great food,positive\nBad,negative\n')
-    assert "codes.csv: cannot be read (unexpected end of data)" in refusal(file)
+    assert "codes.csv: after line 1: unexpected end of data; close every quote" in refusal(file)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
@@ -117,7 +119,8 @@ def test_all_turns_become_instances_with_their_own_prompts(tmp_path):
     ]
     tokenizer, plain = make_tokenizer(chat_template=CHATML), make_tokenizer(chat_template=None)
     text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in CHAT)
-    assert tokenizer.decode(encode_example(tokenizer, task, task.train[1])["input_ids"]) == text.rstrip("\n")
+    (example,) = encode_examples(tokenizer, [(task, task.train[1])])
+    assert tokenizer.decode(example["input_ids"]) == text.rstrip("\n")
     text = str(plain.decode(encode_prompt(plain, build_prompt(task, task.train[1]), 500)))
     assert text.endswith("user: Capital of France?\n\nassistant: Paris\n\nuser: And of Peru?\n\nassistant: ")
 

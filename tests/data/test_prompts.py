@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from badit.data.encoded import AnswerCollator, batches_by_task, on_device
-from badit.data.prompts import answer_rows, build_prompt, encode_example, end_of_turn_id, own_input, prompt_text
+from badit.data.prompts import answer_rows, build_prompt, encode_examples, end_of_turn_id, own_input, prompt_text
 from badit.data.tasks import Instance
 from badit.errors import BaditError
 from data.examples import BRACKETS, CHATML, UNMARKED, encode_prompt, make_task, make_tokenizer
@@ -116,7 +116,7 @@ def test_example_is_evaluation_prompt_truncated_answer_and_end_token(tokenizer, 
     before = (tokenizer.special_tokens_map, tokenizer.chat_template, len(tokenizer), tokenizer.pad_token)
     instance = Instance(id="x", input=text, outputs=(answer, "another"))
     lengths = {"max_source_tokens": 60, "max_answer_tokens": 20}
-    trained = encode_example(tokenizer, TASK, instance, **lengths)
+    (trained,) = encode_examples(tokenizer, [(TASK, instance)], **lengths)
     n = trained["prompt_length"]
     assert trained["input_ids"][:n] == encode_prompt(tokenizer, build_prompt(TASK, instance), 60)
     assert trained["labels"] == [-100] * n + trained["input_ids"][n:]

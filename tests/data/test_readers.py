@@ -162,7 +162,7 @@ def test_jsonl_file_with_two_tasks(tmp_path):
 def test_invalid_rows_are_refused_with_their_line_number(tmp_path):
     same = {**LINE, "id": "same"}
     for rows, message in (
-        ([{**LINE, "output": " "}], "line 1: outputs: must hold at least one answer that is not blank"),
+        ([{**LINE, "output": " "}], "line 1: output: must hold at least one answer that is not blank"),
         ([{"task": "a", "instruction": "b"}], "line 1: unknown form of row: found task, instruction; name"),
         ([{**LINE, "inptu": "x"}], "line 1: inptu: unknown key (did you mean 'input'?)"),
         ([{**LINE, "split": "later"}], "line 1: split: input should be 'train', 'validation' or 'test'"),
@@ -174,6 +174,7 @@ def test_invalid_rows_are_refused_with_their_line_number(tmp_path):
         ([{"task": "a", "instruction": "b", "ouput": "d"}], "line 1: found 'ouput', did you mean 'output'?"),
         ([{"messages": CHAT[:2]}], "line 1: messages: there is no assistant message"),
         ([{"messages": [CHAT[0], CHAT[2]]}], "line 1: messages.1: an assistant message must follow a user message"),
+        ([{"messages": "[]"}], "line 1: messages: must be a list of messages, not '[]'"),
         ([{"messages": ["Hi"]}], "line 1: messages.0: must have a role and text as content"),
     ):
         file = write_rows(tmp_path / "rows.jsonl", *rows)

@@ -3,7 +3,6 @@
 import http.client
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -174,23 +173,6 @@ def test_answer_stops_when_the_client_disconnects(slow):
         assert b"last" in response.read(), "the lock is released"
     assert session.running == 0
     assert [session.began.acquire(blocking=False) for _ in range(3)] == [True, True, False], "one never started"
-
-
-def test_incomplete_requests_time_out_but_running_answers_do_not(capfd, slow, monkeypatch):
-    session, port = slow
-    head = f"POST /api/answer HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nOrigin: http://127.0.0.1:{port}\r\n"
-    head += "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
-    with socket.create_connection(("127.0.0.1", port)) as leaves:
-        leaves.sendall(head.encode())
-    monkeypatch.setattr("badit.studio.server._PATIENCE", 0.2)
-    with ask(port, "longer than that") as first, closing(first.getresponse()) as response:
-        for sent in ("", head[:20], head):
-            with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as connection:
-                connection.sendall(sent.encode())
-                assert connection.recv(1000) in (b"", b"HTTP/1.1 400 Bad Request"), "the connection is closed"
-        session.goes_on.set()
-        assert b"longer than that" in response.read()
-    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_studio_serves_until_interrupted(trained):

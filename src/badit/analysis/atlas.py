@@ -19,10 +19,11 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from badit.analysis.gates import Batches, PromptGates, active_experts, changed_gates, gates_frame
+from badit.analysis.gates import PromptGates, active_experts, changed_gates, gates_frame
 from badit.analysis.tables import EXPERT, INDEX, TEXT, Column, Table
 from badit.data import Task, on_device
 from badit.trainer import answer_losses
+from badit.tuner.model import TaskBatches
 
 _NEAREST = 5
 _SHOWN_CHARACTERS = 300
@@ -81,7 +82,7 @@ ABILITY_RECOVERY = Table(
 
 
 def ability_atlas(
-    model: Any, batches: Batches, gates: PromptGates, texts: Texts, tasks: Sequence[Task], *, progress: bool = False
+    model: Any, batches: TaskBatches, gates: PromptGates, texts: Texts, tasks: Sequence[Task], *, progress: bool = False
 ) -> list[pd.DataFrame]:
     """Returns all tables of the atlas, from one forward pass over the batches and another for each disabled expert.
 
@@ -148,7 +149,7 @@ def prompt_scores(gates: PromptGates) -> np.ndarray:
 
 
 @torch.no_grad()
-def expert_losses(model: Any, batches: Batches, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def expert_losses(model: Any, batches: TaskBatches, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean losses of answer tokens with all experts and without each (T, S), and the changes' errors (T, K)."""
     experts = active_experts(model)
     estimates = []

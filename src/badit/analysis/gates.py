@@ -34,6 +34,7 @@ from badit.train import encoded, model_dtype, model_fingerprint, pad_id, task_fi
 from badit.trainer import answer_losses
 from badit.tuner.config import is_number
 from badit.tuner.layer import ExpertLinear
+from badit.tuner.model import TaskBatches
 from badit.tuner.prompt import before_first_label
 
 # Rounding tolerance: an expert is marked only if its mean gate exceeds 1 by more than this.
@@ -46,8 +47,6 @@ _BATCH_SIZE = 8
 
 #: Maps a module's name to the gates of its K experts as used in the forward pass, not divided by their mean.
 Gates = Mapping[str, Sequence[float]]
-Batches = Mapping[str, Sequence[Mapping[str, Any]]]
-Change = Callable[["Experts", torch.Tensor], torch.Tensor]
 
 GATES = Table(
     "gates",
@@ -115,7 +114,9 @@ def active_experts(model: nn.Module) -> list[Experts]:
 
 
 @contextmanager
-def changed_gates(experts: Sequence[Experts], change: Change) -> Iterator[None]:
+def changed_gates(
+    experts: Sequence[Experts], change: Callable[[Experts, torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
     """Context manager in which ``change`` replaces the component gates (B, 1 or T, N) of every layer."""
     try:
         for one in experts:  # the instance attribute shadows the class's method
@@ -128,7 +129,7 @@ def changed_gates(experts: Sequence[Experts], change: Change) -> Iterator[None]:
 
 
 @torch.no_grad()
-def prompt_gates(model: Any, batches: Batches) -> PromptGates:
+def prompt_gates(model: Any, batches: TaskBatches) -> PromptGates:
     """Returns the gates of every prompt, from one forward pass of a model with experts in evaluation mode."""
     experts = active_experts(model)
     by_task = {}
@@ -140,7 +141,7 @@ def prompt_gates(model: Any, batches: Batches) -> PromptGates:
 
 
 @torch.no_grad()
-def mean_component_gates(model: Any, batches: Batches) -> dict[str, list[torch.Tensor]]:
+def mean_component_gates(model: Any, batches: TaskBatches) -> dict[str, list[torch.Tensor]]:
     """Returns, by task, the component gates (N) of every adapted layer: undivided means over the task's prompts."""
     adapted = adapted_layers(model)
     return {

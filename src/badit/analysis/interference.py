@@ -38,12 +38,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from badit.analysis.gates import Batches, PromptGates, marked_experts, span
+from badit.analysis.gates import PromptGates, marked_experts, span
 from badit.analysis.tables import COUNT, INDEX, SHARED, Column, Table, layer_and_module
 from badit.baselines.neurons import top_neurons
 from badit.data import on_device
 from badit.errors import BaditError
 from badit.trainer import answer_losses
+from badit.tuner.model import TaskBatches
 from badit.tuner.targets import PROJECTIONS, default_targets
 
 # Size of the sketch of each parameter's gradient. A cosine has a standard error of at most 1 / √SKETCH_SIZE.
@@ -99,7 +100,7 @@ COACTIVATION_PAIRS = Table(
 
 
 def measure_interference(
-    model: nn.Module, batches: Batches, gates: PromptGates | None = None, *, progress: bool = False
+    model: nn.Module, batches: TaskBatches, gates: PromptGates | None = None, *, progress: bool = False
 ) -> list[pd.DataFrame]:
     """Returns the gradient tables and the co-activation tables of "neurons", "parameters" and, with gates, "experts".
 

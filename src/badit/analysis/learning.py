@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from badit.analysis.gates import Batches, active_experts
+from badit.analysis.gates import active_experts
 from badit.analysis.tables import COUNT, EXPERT, INDEX, SHARED, TEXT, Column, Table, layer_and_module
 from badit.data import on_device
 from badit.errors import BaditError, explained
@@ -31,6 +31,7 @@ from badit.method import expert_angles as angles_of
 from badit.results import SINGLE_TASK, load_results, paired, read_scores
 from badit.run import AnyPath, Run
 from badit.trainer import answer_losses
+from badit.tuner.model import TaskBatches
 
 EXPERT_ANGLES = Table(
     "expert_angles",
@@ -113,7 +114,7 @@ def component_flow(run: Run) -> pd.DataFrame:
 
 
 @torch.enable_grad()
-def held_out_angles(model: Any, batches: Batches, *, progress: bool = False) -> dict[tuple[int, str], list]:
+def held_out_angles(model: Any, batches: TaskBatches, *, progress: bool = False) -> dict[tuple[int, str], list]:
     """Returns, for each module whose experts do not share A, the angles between their gradients over all batches.
 
     Afterwards, only these experts' A and B require a gradient.

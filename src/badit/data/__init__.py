@@ -7,7 +7,6 @@ from badit.data.encoded import AnswerCollator, Examples, batches_by_task, encode
 from badit.data.prompts import (
     answer_rows,
     build_prompt,
-    encode_example,
     encode_examples,
     encode_prompts,
     own_input,
@@ -20,7 +19,7 @@ from badit.data.tasks import Demonstration, Instance, Task, hold_out, limit, mix
 
 __all__ = [
     "ABILITIES", "AnswerCollator", "Demonstration", "Examples", "Instance", "Source", "Task", "answer_rows",
-    "batches_by_task", "build_prompt", "builtin_tasks", "encode_example", "encode_examples", "encode_prompts",
+    "batches_by_task", "build_prompt", "builtin_tasks", "encode_examples", "encode_prompts",
     "encode_tasks", "hold_out", "limit", "load_sources", "load_tasks", "mixture", "on_device", "ordered", "own_input",
     "prompt_text", "quotas",
 ]  # fmt: skip

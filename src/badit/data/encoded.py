@@ -29,7 +29,7 @@ _SCHEMA = pa.schema(
 
 
 class Examples(cache.Table[dict[str, Any]]):
-    """Encoded instances in an Arrow table; an item has the form that :func:`badit.data.encode_example` returns."""
+    """Encoded instances in an Arrow table; items have the form of :func:`badit.data.encode_examples`."""
 
     @property
     def lengths(self) -> list[int]:

@@ -157,13 +157,6 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTempla
     return end
 
 
-def encode_example(
-    tokenizer: PreTrainedTokenizerBase, task: Task, instance: Instance, **options: Any
-) -> dict[str, Any]:
-    """Encodes one instance; see :func:`encode_examples` for the options and the result."""
-    return encode_examples(tokenizer, [(task, instance)], **options)[0]
-
-
 def encode_examples(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[Task, Instance]],

@@ -260,12 +260,18 @@ def _rows_in(file: Path) -> Iterator[tuple[str, Any]]:
     elif file.suffix in (".csv", ".tsv"):
         csv.field_size_limit(2**31 - 1)  # in characters; the default is 131,072
         with explained(file, action="read", any_error=True), file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
-            for number, row in enumerate(reader, start=1):
-                if None in row:
-                    fix = "quote values that contain the separator"
-                    raise BaditError(f"{file}: row {number} has more values than the first line has names; {fix}")
-                yield f"{file}: row {number}", row
+            names = stream.readline()
+            separator = "\t" if file.suffix == ".tsv" else ";" if ";" in names and "," not in names else ","
+            stream.seek(0)
+            reader = csv.DictReader(stream, delimiter=separator, strict=True)
+            try:
+                for number, row in enumerate(reader, start=1):
+                    if None in row:
+                        fix = "quote values that contain the separator"
+                        raise BaditError(f"{file}: row {number} has more values than the first line has names; {fix}")
+                    yield f"{file}: row {number}", row
+            except csv.Error as error:
+                raise BaditError(f"{file}: after line {reader.line_num}: {error}; close every quote") from None
     elif _holds_rows(file):
         for number, row in enumerate(parse_json(read_text(file), file=file), start=1):
             yield f"{file}: item {number}", row

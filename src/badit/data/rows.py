@@ -79,7 +79,7 @@ _Answers = Annotated[Outputs, AfterValidator(_not_blank), BeforeValidator(lambda
 class _Row(BaseModel):
     task: TaskName
     input: str
-    outputs: _Answers
+    outputs: _Answers = Field(validation_alias="output")
     instruction: str | None = None
     history: Messages = ()
     id: str | None = Field(None, coerce_numbers_to_str=True)
@@ -153,7 +153,8 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     }
     for number, (history, content, outputs) in enumerate(found):
         own_id = f"{identity}-{number}" if identity and number else identity
-        yield _Row(**about, id=own_id, history=history, input=content, outputs=outputs)
+        fields = {"id": own_id, "history": history, "input": content, "output": outputs}
+        yield _Row.model_validate(about | fields)
 
 
 def _refuse_near(key: str, row: Mapping[str, Any]) -> None:
@@ -167,6 +168,8 @@ def _chat_of(row: Mapping[str, Any]) -> list[Any] | None:
     for keys in (("messages",), ("conversations",), ("prompt", "completion")):
         if all(isinstance(row.get(key), list) for key in keys):
             return [message for key in keys for message in row[key]]
+        if keys[0] in row and len(keys) == 1:
+            raise BaditError(f"{keys[0]}: must be a list of messages, not {row[keys[0]]!r:.60}")
     return None
 
 
@@ -177,8 +180,8 @@ def _answers(messages: Sequence[Any], turns: Turns) -> Iterator[tuple[Messages, 
     if not answered:
         raise BaditError("messages: there is no assistant message; add an answer")
     for number in answered if turns == "all" else answered[-1:]:
-        if number == 0 or chat[number - 1][0] != "user":
-            raise BaditError(f"messages.{number}: an assistant message must follow a user message")
+        if (before := chat[number - 1][0] if number else "nothing") != "user":
+            raise BaditError(f"messages.{number}: an assistant message must follow a user message, not {before!r:.60}")
         yield chat[: number - 1], chat[number - 1][1], chat[number][1]
 
 

@@ -27,7 +27,6 @@ from badit.studio import Question, Session
 
 try:
     import anyio
-    import h11
     import uvicorn
     from anyio import from_thread, to_thread
     from starlette.applications import Starlette
@@ -40,13 +39,11 @@ try:
     from starlette.routing import Mount, Route
     from starlette.staticfiles import StaticFiles
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
-    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as error:
     raise BaditError(f"module {error.name} is not installed; run pip install 'badit[studio]'") from None
 
 HOST = "127.0.0.1"
 MAX_BODY = 128 * 1024
-_PATIENCE = 30  # seconds for a request to arrive completely
 _GRACE = 5  # seconds for a running answer to stop at its next token
 _HEADERS = {
     # The empty icon is a data: URL.
@@ -98,29 +95,11 @@ def open_browser(url: str) -> None:
         webbrowser.open(url)
 
 
-class _Connection(H11Protocol):
-    """Closes a connection whose request does not arrive completely in time."""
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._timer = self.loop.call_later(_PATIENCE, transport.close)
-
-    def handle_events(self) -> None:
-        super().handle_events()
-        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
-            self._timer.cancel()
-
-    def on_response_complete(self) -> None:
-        self._timer.cancel()
-        self._timer = self.loop.call_later(_PATIENCE, self.transport.close)
-        super().on_response_complete()
-
-
 def server(web: Starlette) -> uvicorn.Server:
     """Returns a server whose ``run(sockets=[listening])`` serves an application until Ctrl-C or SIGTERM."""
     options: dict[str, Any] = {"lifespan": "on", "ws": "none", "proxy_headers": False, "server_header": False}
     options |= {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": _GRACE}
-    web.state.server = uvicorn.Server(uvicorn.Config(web, http=_Connection, **options))
+    web.state.server = uvicorn.Server(uvicorn.Config(web, **options))
     return web.state.server
 
 

@@ -18,8 +18,8 @@ from badit.tuner.layer import BaditLinear, ExpertLinear
 from badit.tuner.prompt import RoutingContext
 from badit.tuner.targets import chosen_targets, join_experts, keep_in_place, refuse_unsuitable_layer, split_experts
 
-# The training batches of one stage, by task.
-TaskBatches = Mapping[str, Sequence[Mapping[str, torch.Tensor]]]
+# Batches by task.
+TaskBatches = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 class Hooks:
