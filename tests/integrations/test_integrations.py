@@ -73,8 +73,8 @@ def test_wandb_and_mlflow_store_losses_and_regroupings_of_every_stage(recipe_val
             assert run[f"{name}components_moved"] == pytest.approx(moved)
 
 
-def assert_trained(adapter, model_folder):
-    """Asserts that the adapter loads, that all its trained parameters have changed, and that it was regrouped."""
+def assert_trained(adapter, model_folder, regroupings=()):
+    """Asserts that the adapter loads, all its trained parameters have changed, and it was regrouped at these steps."""
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     untrained = get_peft_model(base, BaditConfig(**OPTIONS, task_type="CAUSAL_LM"))
     start = {name: p.detach().clone() for name, p in untrained.named_parameters()}
@@ -83,8 +83,8 @@ def assert_trained(adapter, model_folder):
     assert any("router" in name for name in learned)
     assert not [name for name, p in learned.items() if start[name].requires_grad and torch.equal(p, start[name])]
     lines = list(read_jsonl(adapter / "regroupings.jsonl"))
-    assert {line["step"] for line in lines} == {4, 8}
-    assert any(line["components_moved"] for line in lines)
+    assert {line["step"] for line in lines} == {*regroupings}
+    assert any(line["components_moved"] for line in lines) == bool(regroupings)
 
 
 @pytest.mark.parametrize("kind", AXOLOTL)
@@ -107,13 +107,14 @@ def test_axolotl_trains_an_adapter(model_folder, tmp_path, kind):
 
     said = axolotl("train", values | options)
     assert (ROUTING_WARNING in said) == warns
-    assert_trained(tmp_path / "out", model_folder)
+    assert_trained(tmp_path / "out", model_folder, regroupings=(4, 8))
     if kind == "answers":
         values |= {"lora_model_dir": "out", "output_dir": "again", "max_steps": 1, "learning_rate": 1e-12}
         values["badit"]["regroup"] = False
         axolotl("train", values)
         first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "again"))
-        torch.testing.assert_close(again, first)
+        trained = [name for name in first if not name.endswith(("badit_batches", "badit_moments"))]
+        torch.testing.assert_close({name: again[name] for name in trained}, {name: first[name] for name in trained})
         assert not (tmp_path / "again" / "regroupings.jsonl").exists()
         with pytest.raises(AssertionError, match="BaditError: merge-lora: a BADIT adapter has no single weight"):
             axolotl("merge_lora", values)
@@ -124,7 +125,7 @@ def test_llama_factory_trains_an_existing_adapter(model_folder, tmp_path):
     (script,) = (block for block in PAGE.blocks("py") if "llamafactory" in block)
     options = "num_experts=8, r=4, "
     assert options in script
-    script = script.replace(options, f"**{OPTIONS}, ").replace("every=20", "every=4")
+    script = script.replace(options, f"**{OPTIONS}, ")
     values = yaml.safe_load(text) | {"model_name_or_path": str(model_folder), "output_dir": "out", "report_to": "none"}
     values |= {"gradient_accumulation_steps": 1, "max_steps": 10, "learning_rate": 0.01, "use_cpu": True}
     write(tmp_path / "train.py", script)
