@@ -34,11 +34,14 @@ app = App(
     version=f"badit {__version__}",
     help_flags=["--help", "-h"],
     help_format="plaintext",
+    default_parameter=Parameter(negative_bool=()),
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
 app.register_install_completion_command(help="Install completion for your shell, and print the path of the script.")
 Output = Annotated[str, Parameter(name=["--output", "-o"])]
+Jobs = Annotated[int, Parameter(validator=Number(gte=1))]
+Enabled = Annotated[bool, Parameter(negative_bool="no-")]  # a flag that is set unless --no-NAME is given
 
 
 @app.command
@@ -66,9 +69,7 @@ def train(recipe: str, *overrides: str, dry_run: bool = False, allow_changed_inp
 
 
 @app.command
-def compare(
-    recipe: str, *overrides: str, jobs: Annotated[int, Parameter(validator=Number(gte=1))] = 1, dry_run: bool = False
-) -> str | int:
+def compare(recipe: str, *overrides: str, jobs: Jobs = 1, dry_run: bool = False) -> str | int:
     """Train and score methods with the same budget, each at its best learning rate.
 
     The same command resumes an interrupted comparison: finished runs are kept, failed runs are repeated.
@@ -184,7 +185,7 @@ def tasks(source: str, *overrides: str, show: Annotated[int, Parameter(validator
 
 
 @app.command
-def studio(run: str, *, port: int = 8642, browser: bool = True, trust_remote_code: bool = False) -> None:
+def studio(run: str, *, port: int = 8642, browser: Enabled = True, trust_remote_code: bool = False) -> None:
     """Try a run's adapter in the browser: answers, gates, and mixtures with gates that you set.
 
     The server listens on 127.0.0.1, so only this machine can reach it. Ctrl-C stops it.
@@ -245,6 +246,7 @@ def _derive(function: Callable[..., Any], show: Callable[..., str | None], modul
     parameters = [first.replace(name="run" if of_run else first.name, annotation="str")]
     for one in others:
         kind = one.annotation.replace("AnyPath", "Output" if one.name == "output" else "str")
+        kind = "Enabled" if one.default is True else kind
         parameters.append(one.replace(annotation=kind))
 
     def command(path: str, *arguments: Any, **options: Any) -> str | None:

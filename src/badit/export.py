@@ -46,7 +46,7 @@ from badit.run import RECORD, AnyPath, Run
 from badit.train import base_model, make_plan, model_dtype
 from badit.tuner import hooks_of
 from badit.tuner.config import ExpertConfig
-from badit.tuner.targets import FusedExpert, base_layer, short_names
+from badit.tuner.targets import FusedExpert, base_layer, short_module_names
 
 #: The values of vLLM's ``--max-lora-rank``. An adapter needs the smallest one that is not below its rank.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -393,7 +393,7 @@ def write_adapter(folder: Path, factors: Factors, base: nn.Module, name: str, re
     config |= {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0}  # scaling 1, because B contains the scaling
     layers = {module: getattr(layer := base_layer(base, module), "base_layer", layer) for module in factors}
     modules = [module for module, layer in layers.items() if not isinstance(layer, FusedExpert)]
-    config |= {"target_modules": short_names(base, modules), "bias": "none", "modules_to_save": None}
+    config |= {"target_modules": short_module_names(base, modules), "bias": "none", "modules_to_save": None}
     config |= {"fan_in_fan_out": any(isinstance(layer, Conv1D) for layer in layers.values())}
     config |= {"use_rslora": False, "use_dora": False, "init_lora_weights": True, "inference_mode": True}
     config |= {"rank_pattern": {}, "alpha_pattern": {}}

@@ -322,8 +322,7 @@ class RegroupCallback(TrainerCallback):
     """Regroups the components of every trainable BADIT adapter during training with HF's or TRL's trainers.
 
     Args:
-        log_path: the log file, with one line per layer and regrouping (default: ``regroupings.jsonl`` in the trainer's
-            output folder).
+        log_path: the log, one line per layer and regrouping (default: ``regroupings.jsonl`` in the output folder).
         checkpoint: the checkpoint folder to resume from; needed only if it is neither the arguments'
             ``resume_from_checkpoint`` nor the trainer's ``output_dir/checkpoint-STEP``.
         options: the fields of :class:`RegroupOptions`: every, stop, solver, restarts, rescale.

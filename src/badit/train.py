@@ -1,7 +1,6 @@
 """Trains a recipe: reads the tasks, loads the base model, applies the method, encodes, trains and saves.
 
-With ``data.order`` the tasks are trained one after another, each in its own folder. An interrupted run resumes from its
-last checkpoint.
+With ``data.order`` the tasks are trained one after another, each in its own folder. Interrupted runs can be resumed.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from badit.export import Export, export, merge, mixture_factors, score_export, w
 from badit.files import OWNER, read_json
 from badit.train import encoded, make_plan
 from badit.tuner import hooks_of
-from badit.tuner.targets import short_names
+from badit.tuner.targets import short_module_names
 from baselines import naive as baselines
 from export.contract import check_adapter
 from training.trainers import PAPER
@@ -327,9 +327,9 @@ def test_ambiguous_module_names_are_full_and_shared_weights_are_not_merged(tiny_
     base = tiny_model("llama")
     names = [f"model.layers.{i}.mlp.{part}" for i in range(2) for part in ("gate_proj", "up_proj")]
     factors = dict.fromkeys(names)
-    assert short_names(base, factors) == ["gate_proj", "up_proj"]
+    assert short_module_names(base, factors) == ["gate_proj", "up_proj"]
     del factors[names[0]]
-    assert short_names(base, factors) == sorted(names[1:])
+    assert short_module_names(base, factors) == sorted(names[1:])
     base = tiny_model("gpt2")  # its head shares the weight of the embedding
     before = base.lm_head.weight.clone()
     with pytest.raises(BaditError, match="lm_head: shares its weight with another module; export without"):

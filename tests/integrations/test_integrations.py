@@ -123,8 +123,8 @@ def test_axolotl_trains_an_adapter(model_folder, tmp_path, kind):
 def test_llama_factory_trains_an_existing_adapter(model_folder, tmp_path):
     (text,) = (block for block in PAGE.blocks("yml") if "adapter_name_or_path" in block)
     (script,) = (block for block in PAGE.blocks("py") if "llamafactory" in block)
-    assert (options := "num_experts=8, r=4, ") in script
-    script = script.replace(options, f"**{OPTIONS}, ")
+    script = script.replace("num_experts=8, r=4, ", f"**{OPTIONS}, ")
+    assert str(OPTIONS) in script
     values = yaml.safe_load(text) | {"model_name_or_path": str(model_folder), "output_dir": "out", "report_to": "none"}
     values |= {"gradient_accumulation_steps": 1, "max_steps": 10, "learning_rate": 0.01, "use_cpu": True}
     write(tmp_path / "train.py", script)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from badit.errors import BaditError
 from badit.files import read_jsonl
-from badit.report.charts import number, short_names, text_table
+from badit.report.charts import as_text, number, short_task_names
 from badit.report.sources import by_similarity, read_sources, together
 from report.samples import OTHER, SMALL, TASKS, tables, write_comparison, write_lines, write_run, write_sequence
 
@@ -100,14 +100,14 @@ def test_labels_are_unique_and_non_runs_are_refused(tmp_path):
 
 @given(st.lists(st.text(alphabet="ab_t1", min_size=1, max_size=40), unique=True, max_size=8))
 def test_short_names_are_unique(names):
-    short = short_names(names)
+    short = short_task_names(names)
     assert list(short) == names
     assert len(set(short.values())) == len(names)
 
 
 def test_formats_of_names_and_numbers():
-    assert short_names([TASKS[3], "who_has_more"]) == {TASKS[3]: "1590 diplomacy", "who_has_more": "who has more"}
+    assert short_task_names([TASKS[3], "who_has_more"]) == {TASKS[3]: "1590 diplomacy", "who_has_more": "who has more"}
     assert (number(-0.25, ".2f"), number(-0.001), number(2_165_760, ".0f")) == ("−0.25", "0.0", "2,165,760")
     assert number(None) == number(float("nan")) == "–"
-    shown = text_table(pd.DataFrame({"task_a": ["x"], "p_value": [0.04]}), {"p_value": ".3f", "task_a": ""})
+    shown = as_text(pd.DataFrame({"task_a": ["x"], "p_value": [0.04]}), {"p_value": ".3f", "task_a": ""})
     assert shown.to_dict("records") == [{"p value": "0.040", "task a": "x"}]

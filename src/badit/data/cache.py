@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 Indices = Sequence[int] | np.ndarray
 
 
-class Table(Sequence[Item]):
+class Items(Sequence[Item]):
     """A sequence of items stored in an Arrow table; each item is created when it is read.
 
     Args:
@@ -74,7 +74,7 @@ class Table(Sequence[Item]):
             yield self._batches[number].take(pa.array(self.rows[part] - self._starts[number]))
 
 
-def table(
+def arrow_table(
     schema: pa.Schema, make: Callable[[dict[str, Any]], Iterable[dict[str, Any]]], key: Any = None
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Returns a table and its notes, from the cache if possible; BaditError if the cache cannot be read or written.

@@ -28,7 +28,7 @@ _SCHEMA = pa.schema(
 )
 
 
-class Examples(cache.Table[dict[str, Any]]):
+class Examples(cache.Items[dict[str, Any]]):
     """Encoded instances in an Arrow table; items have the form of :func:`badit.data.encode_examples`."""
 
     @property
@@ -80,7 +80,7 @@ def encode_tasks(
                 bar.update(len(chunk))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # so that a later fork causes no warning
 
-    table, _ = cache.table(_SCHEMA, make, key)
+    table, _ = cache.arrow_table(_SCHEMA, make, key)
     return Examples(table, order, with_labels)
 
 

@@ -135,9 +135,9 @@ def _build_tasks(where: Source, files: Sequence[Path], records: Iterable[Record]
             instance = Instance(**{**fields, **own})
             yield {"task": task, "split": split, "hash": instance.hash, **instance.model_dump()}
 
-    table, notes = cache.table(_SCHEMA, make, key)
+    table, notes = cache.arrow_table(_SCHEMA, make, key)
     rows = table.select(["task", "split"]).to_pandas().groupby(["task", "split"]).indices
-    whole, tasks = cache.Table(table, range(len(table)), Instance.model_validate), []
+    whole, tasks = cache.Items(table, range(len(table)), Instance.model_validate), []
     for name, about in notes.items():
         parts = {split: whole.select(rows.get((name, split), [])) for split in SPLITS}
         with explained(f"{where.path}: task '{name}'"):

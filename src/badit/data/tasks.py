@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from badit.data.cache import Item, Table
+from badit.data.cache import Item, Items
 from badit.errors import BaditError, nearest
 
 Split = Literal["train", "validation", "test"]
@@ -84,11 +84,11 @@ class Demonstration(BaseModel):
 
 
 def _column(instances: Sequence[Instance], name: str) -> list[Any]:
-    return instances.column(name) if isinstance(instances, Table) else [getattr(one, name) for one in instances]
+    return instances.column(name) if isinstance(instances, Items) else [getattr(one, name) for one in instances]
 
 
 def _selected(instances: Sequence[Instance], indices: Sequence[int]) -> Sequence[Instance]:
-    return instances.select(indices) if isinstance(instances, Table) else tuple(instances[index] for index in indices)
+    return instances.select(indices) if isinstance(instances, Items) else tuple(instances[index] for index in indices)
 
 
 def _distinct_ids(instances: Sequence[Instance]) -> Sequence[Instance]:
@@ -99,7 +99,7 @@ def _distinct_ids(instances: Sequence[Instance]) -> Sequence[Instance]:
 
 
 # A table has one column for each field of Instance, and a column for its hash.
-Instances = Annotated[Table | tuple[Instance, ...], Field(union_mode="left_to_right"), AfterValidator(_distinct_ids)]
+Instances = Annotated[Items | tuple[Instance, ...], Field(union_mode="left_to_right"), AfterValidator(_distinct_ids)]
 
 
 class Task(BaseModel):

@@ -20,7 +20,7 @@ ROW = 23
 MOST_VALUES = 150_000
 
 
-def text_table(frame: pd.DataFrame, forms: Mapping[str, str]) -> pd.DataFrame:
+def as_text(frame: pd.DataFrame, forms: Mapping[str, str]) -> pd.DataFrame:
     """Returns columns of a frame as text, with headings without underscores; an empty form means a text column."""
     columns = {
         name.replace("_", " "): [number(value, form) if form else str(value) for value in frame[name]]
@@ -29,7 +29,7 @@ def text_table(frame: pd.DataFrame, forms: Mapping[str, str]) -> pd.DataFrame:
     return pd.DataFrame(columns, dtype=object)
 
 
-def short_names(names: Iterable[str]) -> dict[str, str]:
+def short_task_names(names: Iterable[str]) -> dict[str, str]:
     """Returns short task names: "1590 diplomacy" for task1590_diplomacy_text_generation; full names for duplicates."""
     plain = {name: re.sub(r"^task(\d+)_([^_]+).*", r"\1 \2", name, flags=re.DOTALL).replace("_", " ") for name in names}
     short = {name: text if len(text) <= 22 else text[:21].rstrip() + "…" for name, text in plain.items()}
@@ -41,7 +41,7 @@ def names_in(frame: pd.DataFrame, column: str) -> dict[str, str]:
     """Returns the values of a column with their short names, ordered by category, by number or by first appearance."""
     values = frame[column]
     known = values.cat.categories if values.dtype == "category" else values.unique()
-    return short_names(map(str, sorted(known) if pd.api.types.is_numeric_dtype(values) else known))
+    return short_task_names(map(str, sorted(known) if pd.api.types.is_numeric_dtype(values) else known))
 
 
 def name_axis(names: Mapping[str, str], **options: Any) -> alt.Axis:
@@ -118,8 +118,7 @@ def heat_map(
     """Returns a heat map of the means of a column under the chosen options (``choices``, the layer first).
 
     Args:
-        rows, columns: columns of the frame; their categories, if any, define the order. Pairs of tasks are shown in
-            both orders.
+        rows, columns: columns of the frame, in the order of their categories, if any. Pairs of tasks appear twice.
         label: the meaning and unit of the values; ``form`` is their d3 format.
         limit: the largest distance from ``middle`` on the colour scale, on both sides if ``signed`` (default: covers
             98 % of the values).

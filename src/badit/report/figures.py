@@ -98,7 +98,7 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
     chart = charts.chart_of(rows).transform_calculate(score="datum[metric]").mark_point(filled=True, size=75)
     chart = chart.add_params(pick, charts.choice("metric", labels)).encode(
         x=alt.X("score:Q", **score),
-        y=alt.Y("task:N", title=None, sort=order, axis=charts.name_axis(charts.short_names(order), grid=True)),
+        y=alt.Y("task:N", title=None, sort=order, axis=charts.name_axis(charts.short_task_names(order), grid=True)),
         color=_colour("run", series, present),
         shape=alt.Shape("run:N", scale=shapes, legend=charts.legend(present, values=present)),
         opacity=_picked(pick, 0.9, 0.08),
@@ -151,7 +151,7 @@ def task_gap(frame: pd.DataFrame) -> Any:
     single, multi = kinds = ["one model per task", "one model for all"]
     rows = frame.sort_values("gap").rename(columns={"single": single, "multi": multi})
     order = list(dict.fromkeys(rows["task"]))
-    y = alt.Y("task:N", title=None, sort=order, axis=charts.name_axis(charts.short_names(order)))
+    y = alt.Y("task:N", title=None, sort=order, axis=charts.name_axis(charts.short_task_names(order)))
     tooltip = ["task:N", *(alt.Tooltip(f"{name}:Q", format=".1f") for name in (*kinds, "gap"))]
     base = charts.chart_of(rows, chosen="method").encode(y=y, tooltip=tooltip)
     x = alt.X(f"{single}:Q", title="Rouge-L", axis=alt.Axis(tickCount=6))
@@ -237,13 +237,13 @@ def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
         rows = pd.concat([rows[: _MOST_PAIRS // 2], rows[-_MOST_PAIRS // 2 :]])
     rows = rows.rename(columns={"task_a": "task", "task_b": "other_task"})
     forms = {"task": "", "other_task": "", "cosine": ".3f", "corrected_cosine": ".2f", "magnitude_similarity": ".2f"}
-    return charts.text_table(rows, forms)
+    return charts.as_text(rows, forms)
 
 
 def gradient_tasks(frame: pd.DataFrame) -> pd.DataFrame:
     """A task with a large norm has more effect on a mixed batch. A task with low reliability needs more instances."""
     forms = {"task": "", "norm": ".2f", "reliability": ".2f", "instances": ".0f", "parameters": ""}
-    return charts.text_table(frame, forms)
+    return charts.as_text(frame, forms)
 
 
 def shared_units(frame: pd.DataFrame) -> Any:
@@ -386,13 +386,13 @@ def abilities(frame: pd.DataFrame) -> pd.DataFrame:
     forms = {"expert": ".0f", "mean_gate": ".2f", "spread": ".3f", "change": ".3f", "tasks": "", "hurt_most": ""}
     headings = {"spread": "spread over tasks", "change": "loss increase without it"}
     headings |= {"tasks": "tasks with largest gates", "hurt most": "tasks with largest loss increase"}
-    return charts.text_table(frame.assign(**named.replace({"": UNKNOWN})), forms).rename(columns=headings)
+    return charts.as_text(frame.assign(**named.replace({"": UNKNOWN})), forms).rename(columns=headings)
 
 
 def nearest_prompts(frame: pd.DataFrame) -> pd.DataFrame:
     """Prompts of the measured instances, ranked by their gate for the expert relative to the other prompts."""
     forms = {"expert": ".0f", "rank": ".0f", "task": "", "prompt": ""}
-    return charts.text_table(frame.sort_values(["expert", "rank"]), forms)
+    return charts.as_text(frame.sort_values(["expert", "rank"]), forms)
 
 
 def ability_recovery(frame: pd.DataFrame) -> pd.DataFrame:
@@ -402,7 +402,7 @@ def ability_recovery(frame: pd.DataFrame) -> pd.DataFrame:
         "nearest_neighbour": "share of tasks whose nearest neighbour shares an ability",
     }
     forms = {"measure": "", "value": ".2f", "chance": ".2f", "p_value": ".4f"}
-    return charts.text_table(frame.replace({"measure": measures}), forms)
+    return charts.as_text(frame.replace({"measure": measures}), forms)
 
 
 # In the order of the page.

@@ -127,7 +127,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
         style=Markup(_resource("look.css") + _resource("page.css")),
         scripts=[Markup(script) for script in scripts],
         themes={"light": chart_config("light"), "dark": chart_config("dark")},
-        short_names=charts.short_names,
+        short_names=charts.short_task_names,
     )
 
 

@@ -40,7 +40,7 @@ def default_targets(model: Any) -> set[str] | None:
     for pattern in _PATTERNS:
         found = [name for name in layers if re.fullmatch(pattern, name)]
         if found and {layers[name] for name in found} == set(layers.values()):
-            return set(short_names(model, found))
+            return set(short_module_names(model, found))
     return None
 
 
@@ -51,7 +51,7 @@ def chosen_targets(model: Any, config: Any) -> set[str] | None:
     return set() if getattr(config, "target_parameters", None) else default_targets(model)
 
 
-def short_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+def short_module_names(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Returns the last parts of the modules' names if these match the same modules; else the full names."""
     names = set(names)
     last_names = {name.rpartition(".")[2] for name in names}
