@@ -110,6 +110,7 @@ def test_check_reports_invalid_recipes_without_creating_a_run(recipe_values, tmp
         ({"training": {"load_best_model_at_end": True}}, "load_best_model_at_end"),
         ({"training": {"early_stopping_patience": 2}}, "early_stopping_patience needs load_best_model_at_end"),
         ({"data": {"validation_per_task": 2}, "training": uneven}, "round multiple"),
+        ({"method": {"name": "badit", "exclude_modules": "("}}, "method.exclude_modules: is not a regular expression"),
         ({"output": str(tmp_path)}, "exists and is not a run's folder"),
         ({"training": {"eval_strategy": "epoch"}}, "eval_strategy: task cities has no validation instances; set data"),
     ):

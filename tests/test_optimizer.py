@@ -139,11 +139,10 @@ def test_embeddings_and_unpaired_factors_are_left_to_adamw(tiny_model):
 @pytest.mark.parametrize("method", METHODS)
 def test_optimizers_group_parameters_and_lower_the_loss(tiny_model, name, method):
     model = tuned(tiny_model("llama"), method)
+    groups = lora_plus_groups(model, 0.005, 4.0 if name == "lora+" else 1.0, other_lr=0.002)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     if name == "orthogonal":
         optimizer = OrthogonalUpdates(model, 0.005, other_lr=0.002, weight_decay=0.01)
-    else:
-        groups = lora_plus_groups(model, 0.005, 4.0 if name == "lora+" else 1.0, other_lr=0.002)
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     groups, sides = optimizer.param_groups, [set(side) for side in zip(*factor_pairs(model), strict=True)]
     assert len(sides[0]) == (4 if method == "lora" else 2)
     rates = {"adamw": [0.005, 0.005, 0.002], "lora+": [0.005, 0.02, 0.002], "orthogonal": [0.005, 0.002]}[name]

@@ -125,7 +125,8 @@ class AdapterMethod(Method):
         except BaditError:
             raise
         except re.error as error:
-            raise BaditError(f"method.target_modules: is not a regular expression ({error})") from None
+            field = "exclude_modules" if error.pattern == config.exclude_modules else "target_modules"
+            raise BaditError(f"method.{field}: is not a regular expression ({error})") from None
         # Modules that do not exist, a rank that does not fit in memory, or a rank that is not a number.
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise BaditError(f"method: {first_line(error)}") from None
