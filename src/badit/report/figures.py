@@ -133,7 +133,7 @@ def methods(frame: pd.DataFrame) -> pd.DataFrame:
 
 def differences(frame: pd.DataFrame) -> Any:
     """Mean paired difference and its 95 % bootstrap interval over runs and instances. An interval that includes 0 (the
-    dotted line) is not conclusive. An interval over one run does not cover other seeds. The untuned model is omitted."""
+    dotted line) is not conclusive. An interval over one run covers no other seeds. The untuned model is left out."""
     tooltip = ["method:N", *(alt.Tooltip(f"{name}:Q", format="+.2f") for name in ("mean", "low", "high"))]
     base = charts.chart_of(frame).encode(y=alt.Y("method:N", title=None, sort=None), tooltip=tooltip)
     title = f"Rouge-L points above {frame['reference'].iloc[0]}"
