@@ -54,11 +54,11 @@ def compare(recipe: Recipe, *, report: Callable[[str], None], jobs: int = 1) -> 
     ``report`` is called with one line when a cell starts and when it ends.
     """
     grid, output = Grid(recipe), Path(recipe.output)
-    with status("checking data and methods"):
-        tasks, counts = check(grid)
-    warn_of_slow_dtype(recipe.model.dtype, device())  # warnings of the cells go to their log files
-    comparison = _Comparison(grid, tasks, jobs, report)
     with exclusive(output):
+        with status("checking data and methods"):
+            tasks, counts = check(grid)
+        warn_of_slow_dtype(recipe.model.dtype, device())  # warnings of the cells go to their log files
+        comparison = _Comparison(grid, tasks, jobs, report)
         try:
             comparison.run()
         finally:
