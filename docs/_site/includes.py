@@ -85,7 +85,8 @@ def _inherited_from_peft(name: str) -> bool:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    # A cell that ends with braces would be read as a list of attributes.
+    return " ".join(text.split()).replace("|", "\\|").replace("{", "&#123;")
 
 
 _PARTS = {"code": code, "beginning": beginning, "options": options}

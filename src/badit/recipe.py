@@ -100,7 +100,7 @@ class DataSection(Section):
     test_per_task: Count | None = Field(None, description="number of test instances per task (the first ones)")
     validation_per_task: CountOrZero = Field(0, description="instances to hold out of each task's training data")
     sampling: Literal["proportional", "balanced"] = Field("proportional", description="task weights: by size, or equal")
-    temperature: float = Field(1.0, ge=1, description="T, if proportional: weight is size to the power of 1/T")
+    temperature: float = Field(1.0, ge=1, description="T: weights are sizes to the power of 1/T (proportional only)")
     weights: dict[TaskName, Annotated[float, Field(gt=0)]] = Field({}, description="factors on the weights of tasks")
     order: str | list[TaskName] | None = Field(
         None, description="train tasks one after another: sapt-1, sapt-2, seeded-N or a list of names; null: mix them"
