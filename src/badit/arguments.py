@@ -85,7 +85,7 @@ class TrainingSection(Section):
     load_best_model_at_end: bool = Field(
         False, description="keep the adapter with the lowest eval_loss; saves a checkpoint at every evaluation"
     )
-    metric_for_best_model: Literal["loss", "eval_loss"] | None = None
+    metric_for_best_model: Literal["loss", "eval_loss"] | None = Field(None, description="only the loss is measured")
     early_stopping_patience: Count | None = Field(
         None, description="stop after this many evaluations without a lower eval_loss (needs load_best_model_at_end)"
     )
