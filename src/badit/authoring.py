@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from torch.utils.benchmark import Timer
 
 from badit.arguments import argument_names, fixed_reason
-from badit.compare import Cell, Grid
+from badit.compare import Grid
 from badit.compare import check as check_grid
 from badit.data import Instance, hold_out, limit, load_sources
 from badit.environment import status
@@ -51,17 +51,16 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     with status("reading the tasks"):
         tasks = load_sources(data.sources(), data.tasks, data.weights)
     held_out = data.validation_per_task or min(10, *(len(task.train) // 4 for task in tasks))
-    tasks = limit(hold_out(tasks, held_out, data.seed), data.train_per_task, data.test_per_task, data.seed)
     split, scored = ("test", "") if all(task.test for task in tasks) else ("validation", ", and scored")
-    train, test = (sum(len(getattr(task, part)) for task in tasks) for part in ("train", split))
+    used = limit(hold_out(tasks, held_out, data.seed), data.train_per_task, data.test_per_task, data.seed)
+    train, test = (sum(len(getattr(task, part)) for task in used) for part in ("train", split))
     answer = max((_most_tokens(output) for task in tasks for one in task.train for output in one.outputs), default=0)
     tokens = min(1024, max(50, math.ceil(answer / 50) * 50))
     rates = "\n  learning_rates: [1.25e-4, 2.5e-4, 5.0e-4, 1.0e-3, 2.0e-3]  # selected per method by the held-out loss"
     lora = "{name: lora, r: 34, lora_alpha: 272, lora_dropout: 0.05}"
     badit = "{name: badit, num_experts: 8, r: 4}"
-    method, optimizer, rate = (
-        (badit, "orthogonal", "5.0e-4") if len(tasks) > 1 else (lora, "adamw", "1.0e-3")
-    )  # BADIT is for several tasks
+    # BADIT is for several tasks.
+    method, optimizer, rate = (badit, "orthogonal", "5.0e-4") if len(tasks) > 1 else (lora, "adamw", "1.0e-3")
     text = f"""\
 # {counted(len(tasks), "task")} with {train:,} training and {test:,} {split} instances.
 #
@@ -166,7 +165,8 @@ def check(recipe: Recipe) -> list[str]:
 def check_comparison(recipe: Recipe) -> list[str]:
     """Describes a comparison, as lines of text: the methods with their budgets, and one run of the reference method."""
     grid = Grid(recipe)
-    a_run = check(grid.recipe_of(Cell(grid.section.reference)))[1:]
+    reference = grid.section.reference
+    a_run = check(grid.recipe_of(grid.chosen(reference, grid.start_rates[reference])[0]))[1:]
     with status("checking data and methods"):
         tasks, counts = check_grid(grid)
     cells = {name: len(grid.chosen(name, rate, tasks)) for name, rate in grid.start_rates.items()}
@@ -174,7 +174,7 @@ def check_comparison(recipe: Recipe) -> list[str]:
     lines = [*text_table(["method", "runs", "trainable parameters"], rows, right={1, 2}).split("\n"), ""]
     search = ", plus those of the learning rate search" if grid.section.learning_rates else ""
     lines.append(f"{sum(cells.values())} runs{search}; they would be written to {recipe.output}")
-    return [*lines, f"one run of {grid.section.reference}:", *(f"  {line}" for line in a_run)]
+    return [*lines, f"one run of {reference}:", *(f"  {line}" for line in a_run)]
 
 
 def _seconds_per_token(recipe: Recipe, model: Any, method: Method) -> float:

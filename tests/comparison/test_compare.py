@@ -224,7 +224,7 @@ def test_compare_command_dry_run_and_results(values, tmp_path, capsys):
     about = " ".join(shown[shown.index("one run of lora:") :])
     assert all(words in about for words in ("steps of", "minutes of training", "GiB of memory", "1,280 of"))
     assert not Path(values["output"]).exists()
-    assert main(["compare", str(path)]) == 0
+    assert [main(["compare", str(path), *flag]) for flag in ([], ["--dry-run"])] == [0, 0]
     captured = capsys.readouterr()
     assert f"Results: {values['output']}/results.json" in captured.out
     assert captured.out.startswith("method")

@@ -142,6 +142,8 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
             raise BaditError(f"instruction: not used in a row with {pair[0]} and {pair[1]}; {fix}")
         found = [((), row[pair[0]], row[pair[1]])]
     else:
+        for key in row.keys() & {"messages", "conversations"}:
+            raise BaditError(f"{key}: must be a list of messages, not {row[key]!r:.60}")
         _refuse_near("output", row)
         fix = "name the columns with data.columns.input=COLUMN data.columns.output=COLUMN"
         raise BaditError(f"unknown form of row: found {', '.join(map(str, row)):.200}; {fix}")
@@ -168,8 +170,6 @@ def _chat_of(row: Mapping[str, Any]) -> list[Any] | None:
     for keys in (("messages",), ("conversations",), ("prompt", "completion")):
         if all(isinstance(row.get(key), list) for key in keys):
             return [message for key in keys for message in row[key]]
-        if keys[0] in row and len(keys) == 1:
-            raise BaditError(f"{keys[0]}: must be a list of messages, not {row[keys[0]]!r:.60}")
     return None
 
 
