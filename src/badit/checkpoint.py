@@ -4,8 +4,8 @@ The Trainer writes to ``checkpoints/partial/``. A complete checkpoint is sealed 
 ``checkpoints/checkpoint-STEP``. If a run is killed at any point, the last sealed checkpoint stays intact.
 
 The checksums detect damage, not tampering: whoever can write the files can also write the checksums. Files are read
-with ``weights_only=True``, which runs no pickled code, except for DeepSpeed's files and sharded ones of FSDP, which
-:func:`save_unsharded` avoids.
+with ``weights_only=True``, which runs no pickled code: :func:`safe_unpickling` has DeepSpeed do so, and
+:func:`save_unsharded` avoids FSDP's sharded files, which torch reads without this restriction.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ import hashlib
 import os
 import shutil
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from pkgutil import resolve_name
 from types import FrameType
 from typing import Any
 
+import torch
+from accelerate.utils import patch_environment
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from badit.environment import is_main_process
@@ -30,6 +34,13 @@ STAGING = "partial"
 SEAL = "seal.json"
 _PREFIX = "checkpoint-"
 _SUMS = "badit_sums.json"
+# The objects in DeepSpeed's checkpoints, apart from tensors and plain values.
+_DEEPSPEED_TYPES = (
+    "deepspeed.runtime.fp16.loss_scaler:LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",
+    "deepspeed.runtime.zero.config:ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment:fragment_address",
+)
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
@@ -79,6 +90,17 @@ def save_unsharded(trainer: Any) -> None:
         plugin = trainer.accelerator.state.fsdp_plugin
         plugin.state_dict_config = plugin.optim_state_dict_config = None  # else those of the former type are kept
         plugin.set_state_dict_type("FULL_STATE_DICT")
+
+
+@contextmanager
+def safe_unpickling(trainer: Any) -> Iterator[None]:
+    """A context in which DeepSpeed, which asks torch for its unrestricted reader, gets the restricted one."""
+    if not trainer.is_deepspeed_enabled:
+        yield
+        return
+    known = [resolve_name(name) for name in _DEEPSPEED_TYPES]
+    with patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"), torch.serialization.safe_globals(known):
+        yield
 
 
 def refuse_other_engine(checkpoint: Path, trainer: Any) -> None:

@@ -30,6 +30,7 @@ from badit.checkpoint import (
     discard,
     last_checkpoint,
     refuse_other_engine,
+    safe_unpickling,
     save_unsharded,
 )
 from badit.data import (
@@ -237,7 +238,7 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
     started = time.monotonic()
     trainer.add_callback(SealCheckpoints(trainer, folder.checkpoints_path))
     trainer.add_callback(stop := StopOnSignal())
-    with stop, fast_on_short_sequences(base), tracker_folders(recipe.training, folder.path):
+    with stop, fast_on_short_sequences(base), tracker_folders(recipe.training, folder.path), safe_unpickling(trainer):
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except UnpicklingError:  # torch's loader found something other than tensors and plain values

@@ -71,14 +71,20 @@ def test_run_with_damaged_checkpoint_ends_bit_identical_to_uninterrupted_run(rec
     assert stopped.metrics_path.read_text() == whole.metrics_path.read_text()
 
 
+def put_code(checkpoint, pattern, marker, good):
+    """Replaces a checkpoint by the good one with code in the files of this pattern, and seals it."""
+    staged = shutil.copytree(good, checkpoint.parent / STAGING / checkpoint.name)
+    for file in staged.rglob(pattern):
+        torch.save(Mark(marker), file)
+    (staged / SEAL).unlink()
+    seal(staged, checkpoint.parent)
+
+
 def test_pickled_code_in_sealed_checkpoint_is_never_executed(recipe_values, tmp_path, stopped):
     checkpoint, marker = stopped.checkpoints_path / "checkpoint-10", tmp_path / "attacked"
     good = shutil.copytree(checkpoint, tmp_path / "good")
     for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
-        staged = shutil.copytree(good, stopped.checkpoints_path / STAGING / "checkpoint-10")
-        torch.save(Mark(marker), staged / file)
-        (staged / SEAL).unlink()
-        seal(staged, stopped.checkpoints_path)
+        put_code(checkpoint, file, marker, good)
         assert last_checkpoint(stopped.checkpoints_path) == checkpoint
         if file == "training_args.bin":  # written by the Trainer, never read
             fit(build_recipe(recipe_values), progress=False)
