@@ -158,8 +158,7 @@ def test_without_exports_each_prompt_gets_a_lora_equal_to_the_run(router, vllm):
     with proxied(Router(router.run, None), vllm.port) as port:
         for example in training_prompts(router)[::9]:
             prompt = example["input_ids"][: example["prompt_length"]]
-            content = {"model": "auto", "prompt": prompt}
-            answer = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json=content)
+            answer = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json={"model": "auto", "prompt": prompt})
             name = answer.headers["x-badit-adapter"]
             assert vllm.asked[-1][3] == [name], "the LoRA must be loaded during the request"
             assert unloaded(vllm), "the LoRA must be unloaded after the request"

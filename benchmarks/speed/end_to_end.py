@@ -66,11 +66,7 @@ def theirs(examples: list[dict[str, Any]], tokenizer: Any, folder: str, attentio
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
-            output_dir=folder,
-            completion_only_loss=True,
-            gradient_checkpointing=False,
-            max_length=None,
-            **SHARED,
+            output_dir=folder, completion_only_loss=True, gradient_checkpointing=False, max_length=None, **SHARED
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,

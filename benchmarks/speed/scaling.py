@@ -21,11 +21,7 @@ from badit.cli import quiet_libraries
 from badit.methods import build_method
 
 START = {"experts": 8, "rank": 4, "rows": 4, "tokens": 320}
-VARIED: dict[str, list[int]] = {
-    "experts": [2, 8, 64],
-    "tokens": [80, 320, 1024],
-    "rows": [1, 4, 8],
-}
+VARIED: dict[str, list[int]] = {"experts": [2, 8, 64], "tokens": [80, 320, 1024], "rows": [1, 4, 8]}
 TASKS = (4, 16, 64)
 
 

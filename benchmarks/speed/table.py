@@ -132,10 +132,7 @@ def _decoding() -> list[Row]:
         speed = one["1 prompts at a time"]["speed to the base model's"]
         rows += [
             Row(f"decoding, {what}, {dtype}", "base model", speed[name]["median"], target, True, _near_times)
-            for what, name, target in (
-                ("tokens per second", "badit", 0.95),
-                ("merged", "merged", 1.0),
-            )
+            for what, name, target in (("tokens per second", "badit", 0.95), ("merged", "merged", 1.0))
         ]
     return rows
 

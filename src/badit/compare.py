@@ -137,8 +137,7 @@ class Grid:
 
     def searched(self, method: str, rate: float | None) -> Cell:
         """Returns the cell that measures a learning rate in the search, with the first seed and order."""
-        seed = self.seeds_of(method)[0]
-        return Cell(method, rate, seed, self.orders[0], is_search=self.section.search is not None)
+        return Cell(method, rate, self.seeds_of(method)[0], self.orders[0], is_search=self.section.search is not None)
 
     def seeds_of(self, method: str) -> Sequence[int]:
         return self.section.methods[method].seeds or self.section.seeds

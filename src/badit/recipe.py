@@ -194,8 +194,7 @@ class Recipe(Section):
     data: DataSection = DataSection()  # pyright: ignore[reportCallIssue]
     prompt: PromptSection = PromptSection()  # pyright: ignore[reportCallIssue]
     method: dict[str, Any] = Field(
-        default={"name": "badit"},
-        description="the method's name (see badit keys method.name) and its options",
+        default={"name": "badit"}, description="the method's name (see badit keys method.name) and its options"
     )
     training: TrainingSection = TrainingSection()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationSection = EvaluationSection()  # pyright: ignore[reportCallIssue]

@@ -330,12 +330,7 @@ def plan(recipe: RecipeLike | None = None, /, **values: Any) -> Plan:
 
 
 def train(
-    recipe: RecipeLike | None = None,
-    /,
-    *,
-    progress: bool = True,
-    allow_changed_inputs: bool = False,
-    **values: Any,
+    recipe: RecipeLike | None = None, /, *, progress: bool = True, allow_changed_inputs: bool = False, **values: Any
 ) -> Run:
     """Trains and scores a recipe, or resumes an interrupted run. Finished work is not repeated.
 

@@ -51,10 +51,7 @@ def test_resumed_pissa_run_matches_uninterrupted_run(recipe_values, tmp_path):
         ({"name": "hidralora"}, r"unknown method 'hidralora' \(did you mean 'hydralora'\?\); known: badit, lora, "),
         ({"name": ["goat"]}, r"unknown method \['goat'\]"),
         ({"name": "pissa", "init_lora_weights": 1}, r"init_lora_weights: is set by the method name pissa \(to pissa\)"),
-        (
-            {"name": "loramoe", "num_expert": 4},
-            r"num_expert: loramoe has no such option .* 'num_experts'\?\)",
-        ),
+        ({"name": "loramoe", "num_expert": 4}, r"num_expert: loramoe has no such option .* 'num_experts'\?\)"),
         ({"name": "loramoe", "balance_weight": -1}, r"method.balance_weight must be a number of at least 0, got -1"),
         ({"name": "mtl-lora", "temperature": 0}, r"method.temperature must be a positive number, got 0"),
         ({"name": "o-lora", "num_experts": 2}, r"method\.num_experts: o-lora has no such option"),

@@ -141,8 +141,7 @@ def test_search_with_other_settings_has_its_own_folder(values, inline):
     assert searched.validation_path.is_file()
     assert not searched.scores_path.exists()
     rate = next(cell["learning_rate"] for cell in results["cells"] if cell["selected"])
-    chosen = Run(output / "lora" / f"lr-{rate:g}" / "seed-0")
-    assert chosen.recipe.data.train_per_task is None
+    assert Run(output / "lora" / f"lr-{rate:g}" / "seed-0").recipe.data.train_per_task is None
     assert sum(not cell["selected"] for cell in results["cells"]) == 2
     assert compared(values) == results
     assert len(inline) == 2 + 1, "two rates in the search, and one final training"

@@ -47,8 +47,7 @@ def test_prompt_text_with_and_without_demonstrations():
 def test_prompt_is_bos_and_text_or_the_rendered_chat_template():
     assert PLAIN.decode(encode_prompt(PLAIN, PROMPT)) == f"<s>{TEXT}"
     assert CHAT.decode(encode_prompt(CHAT, PROMPT)) == (f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\n")
-    own = encode_prompt(PLAIN, "<s>France")
-    assert own.count(PLAIN.bos_token_id) == 1, "no second BOS if the text starts with BOS"
+    assert encode_prompt(PLAIN, "<s>France").count(PLAIN.bos_token_id) == 1, "no second BOS if the text starts with BOS"
     assert encode_prompt(CHAT, PROMPT, chat_template="never") == encode_prompt(PLAIN, PROMPT)
     assert encode_prompt(CHAT, PROMPT, chat_template="always") == encode_prompt(CHAT, PROMPT)
     with pytest.raises(BaditError, match="has no chat template"):

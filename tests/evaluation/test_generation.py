@@ -276,8 +276,7 @@ def model(tiny_model):
 @pytest.fixture(scope="module")
 def prompts():
     generator = torch.Generator().manual_seed(1)
-    lengths = [3, 17, 1, 9, 9, 30, 2, 5]
-    return [torch.randint(2, 128, (length,), generator=generator).tolist() for length in lengths]
+    return [torch.randint(2, 128, (length,), generator=generator).tolist() for length in [3, 17, 1, 9, 9, 30, 2, 5]]
 
 
 @pytest.fixture

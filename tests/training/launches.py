@@ -119,8 +119,7 @@ class Launches:
         printed = str(self.folder / f"{name}-{port}.txt")
         ranks = [
             self._forks.Process(
-                target=forked,
-                args=(self.settings(name, 2), {**variables, "RANK": rank, "LOCAL_RANK": rank}, printed),
+                target=forked, args=(self.settings(name, 2), {**variables, "RANK": rank, "LOCAL_RANK": rank}, printed)
             )
             for rank in map(str, range(processes))
         ]
@@ -142,8 +141,7 @@ class Launches:
 
 def losses(run: Run) -> list[float]:
     """Returns the loss of every step, followed by the held-out losses after steps 6 and 12."""
-    lines = list(read_jsonl(run.metrics_path))
-    return [line[key] for key in ("loss", "eval_loss") for line in lines if key in line]
+    return [line[key] for key in ("loss", "eval_loss") for line in read_jsonl(run.metrics_path) if key in line]
 
 
 def assert_same_run(two: Run, one: Run) -> None:

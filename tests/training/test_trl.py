@@ -182,5 +182,4 @@ def test_kto_and_grpo_train_the_router_on_the_prompt_and_regroup(model_folder, t
     trained = dict(trainer.model.named_parameters())
     assert routers
     assert not any(torch.equal(trained[name], router) for name, router in routers.items())
-    lines = list(read_jsonl(tmp_path / "regroupings.jsonl"))
-    assert {line["step"] for line in lines} == {2}
+    assert {line["step"] for line in read_jsonl(tmp_path / "regroupings.jsonl")} == {2}

@@ -128,8 +128,7 @@ def test_only_training_passes_update_moments_and_gate_sums():
 
 def test_2d_input_is_routed_by_row_and_a_shape_mismatch_is_refused():
     layer, x = make(), torch.randn(4, IN, dtype=torch.float64)
-    alone = torch.cat([layer(row[None]) for row in x])
-    torch.testing.assert_close(layer(x), alone)
+    torch.testing.assert_close(layer(x), torch.cat([layer(row[None]) for row in x]))
     torch.testing.assert_close(layer(x), layer(x[:, None])[:, 0])
     x, mask = batch()
     with pytest.raises(BaditError, match=r"layer: the input has shape \(3, 4, 12\).*leave it out of target_modules"):

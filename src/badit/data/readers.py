@@ -64,9 +64,7 @@ def load_tasks(
 
 
 def load_sources(
-    sources: Sequence[Source],
-    wanted: Sequence[str] | None = None,
-    weights: Mapping[str, float] | None = None,
+    sources: Sequence[Source], wanted: Sequence[str] | None = None, weights: Mapping[str, float] | None = None
 ) -> list[Task]:
     """Reads the tasks of several sources, sorted by name, or those listed in `wanted`, in that order.
 

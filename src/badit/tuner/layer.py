@@ -22,14 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from badit.errors import BaditError
-from badit.method import (
-    batch_moments,
-    expert_gates,
-    prompt_mean,
-    segment_means,
-    standardised,
-    updated_moments,
-)
+from badit.method import batch_moments, expert_gates, prompt_mean, segment_means, standardised, updated_moments
 from badit.tuner.config import BaditConfig
 from badit.tuner.prompt import RoutingContext
 from badit.tuner.targets import FusedExpert, weight_as_used
