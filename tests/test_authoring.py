@@ -101,15 +101,18 @@ def test_check_predicts_steps_parameters_and_regroupings(recipe_values, override
 
 
 def test_check_reports_invalid_recipes_without_creating_a_run(recipe_values, tmp_path):
-    uneven = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 5, "load_best_model_at_end": True}
+    unsaved = {"eval_strategy": "steps", "save_strategy": "no", "load_best_model_at_end": True}
     (tmp_path / "notes.txt").touch()
     for values, message in (
         ({"method": {"name": "badit", "num_experts": 8, "r": 40}}, "320 singular triples do not fit"),
         ({"model": {"name": "no-such-folder"}}, "not an existing folder"),
         ({"prompt": {"max_source_tokens": 1024, "encoding": "def+pos2"}, "data": {"max": 1}}, "data.max: unknown key"),
-        ({"training": {"load_best_model_at_end": True}}, "load_best_model_at_end"),
-        ({"training": {"early_stopping_patience": 2}}, "early_stopping_patience needs load_best_model_at_end"),
-        ({"data": {"validation_per_task": 2}, "training": uneven}, "round multiple"),
+        ({"training": {"load_best_model_at_end": True}}, "load_best_model_at_end needs eval_strategy"),
+        ({"training": {"early_stopping_patience": 2}}, "early_stopping_patience needs load_best_model_at_end: true$"),
+        (
+            {"data": {"validation_per_task": 2}, "training": unsaved},
+            "load_best_model_at_end needs eval_strategy and save_strategy",
+        ),
         ({"method": {"name": "badit", "exclude_modules": "("}}, "method.exclude_modules: is not a regular expression"),
         ({"output": str(tmp_path)}, "exists and is not a run's folder"),
         ({"training": {"eval_strategy": "epoch"}}, "eval_strategy: task cities has no validation instances; set data"),
@@ -123,10 +126,10 @@ def test_check_reports_invalid_recipes_without_creating_a_run(recipe_values, tmp
 def test_check_reports_all_errors_at_once(recipe_values):
     data = {**recipe_values["data"], "order": "sapt-9"}
     method = {"name": "badit", "target_modules": ["gate_prj"]}
-    training = {"load_best_model_at_end": True}
+    training = {"report_to": ["comet_ml"]}
     with pytest.raises(BaditError) as error:
         check(build_recipe({**recipe_values, "data": data, "method": method, "training": training}))
-    parts = ("data.order: unknown order", "training: ", "method: Target modules")
+    parts = ("data.order: unknown order", "training.report_to: ", "method: Target modules")
     assert all(line.startswith(part) for line, part in zip(str(error.value).split("\n"), parts, strict=True))
 
 

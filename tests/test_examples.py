@@ -33,8 +33,7 @@ def run(material, tmp_path, monkeypatch):
 
 def test_sft_trl(run, material, tmp_path):
     run("sft_trl.py", write_rows(tmp_path / "chats.jsonl", *[{"messages": CHAT[1:]}] * 4))
-    base = AutoModelForCausalLM.from_pretrained(material / "model")
-    PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(material / "model"), tmp_path / "out" / "adapter")
 
 
 def test_accelerate_loop(run, material, tmp_path):

@@ -114,8 +114,7 @@ def test_generations_equal_those_of_hf_and_are_scored_as_greedy(routed):
     pairs = []
     for prompt in map(scorer.tok_encode, contexts):
         ids = torch.tensor([prompt])
-        new = generate(routed[0], ids, torch.ones_like(ids), 4)
-        pairs.append((None, prompt, new[0, len(prompt) :].tolist()))
+        pairs.append((None, prompt, generate(routed[0], ids, torch.ones_like(ids), 4)[0, len(prompt) :].tolist()))
     assert [greedy for _, greedy in scorer._loglikelihood_tokens(pairs, disable_tqdm=True)] == [True] * len(pairs)
 
 

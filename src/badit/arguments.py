@@ -102,9 +102,11 @@ class TrainingSection(Section):
         return ([] if names == "none" else [names]) if isinstance(names, str) else names
 
     @model_validator(mode="after")
-    def _stops_at_the_best(self) -> TrainingSection:
+    def _keeps_the_best(self) -> TrainingSection:
         if self.early_stopping_patience and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end: true")
+        if self.load_best_model_at_end and "no" in (self.eval_strategy, (self.model_extra or {}).get("save_strategy")):
+            raise ValueError("load_best_model_at_end needs eval_strategy and save_strategy: steps or epoch")
         return self
 
     def arguments(self) -> dict[str, Any]:

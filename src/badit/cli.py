@@ -423,8 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(found, str):
             show(found)
     except CycloptsError as error:
-        command = " ".join(["badit", *(error.command_chain or [])])
-        _complain(f"{error} See: {command} --help")
+        _complain(f"{error} See: {' '.join(['badit', *(error.command_chain or [])])} --help")
         return 2
     except BaditError as error:
         if debug:
@@ -439,8 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_main_process():
             say("")
             resumes = not {"train", "compare", "demo", "analyze"}.isdisjoint(words[debug : debug + 1])
-            hint = "; run the same command again to resume" if resumes else ""
-            _complain(f"interrupted{hint}")
+            _complain("interrupted" + ("; run the same command again to resume" if resumes else ""))
         return 130
     except BrokenPipeError:  # the reader of the pipe (head, less) has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

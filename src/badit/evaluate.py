@@ -73,8 +73,7 @@ def train_and_score(recipe: Recipe, *, progress: bool = True, allow_changed_inpu
         if run.scores_path.is_file():
             write_run_card(run)  # an interrupted run may have scores but no card
             return read_scores(run.scores_path)
-        trusted = recipe.model.trust_remote_code
-        return evaluate(run.path, progress=progress, trust_remote_code=trusted, keep_stages=True)
+        return evaluate(run.path, progress=progress, trust_remote_code=recipe.model.trust_remote_code, keep_stages=True)
 
 
 def evaluate(

@@ -57,8 +57,7 @@ def preview(recipe: Recipe, count: int) -> str:
         f"Tokens of the first {_MEASURED:,} training instances: median, maximum, and how many are truncated (cut). Of "
         "all training instances: how many repeat an earlier input or have an input of the test or validation data."
     )
-    table = text_table(heading, rows, right=set(range(1, len(heading))))
-    return "\n\n".join([listed, table, note, *shown])
+    return "\n\n".join([listed, text_table(heading, rows, right=set(range(1, len(heading)))), note, *shown])
 
 
 def _measured(tokenizer: Any, texts: list[str], most: int) -> list[str]:

@@ -215,8 +215,7 @@ def make_recipe(recipe: RecipeLike | None, values: Mapping[str, Any]) -> Recipe:
     if isinstance(recipe, str | os.PathLike):
         path = _or_shipped(Path(recipe))
         return build_recipe(merged(_content(path), values), where=path)
-    content = recipe.model_dump() if isinstance(recipe, Recipe) else recipe or {}
-    return build_recipe(merged(content, values))
+    return build_recipe(merged(recipe.model_dump() if isinstance(recipe, Recipe) else recipe or {}, values))
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:

@@ -356,8 +356,7 @@ class RegroupCallback(TrainerCallback):
             optimizer=kwargs.get("optimizer"),
         )
         if state.global_step > 0:
-            checkpoint = Path(self._checkpoint or resumed_checkpoint(args, state))
-            self.regrouper.windows.load(checkpoint / STATE_FILE)
+            self.regrouper.windows.load(Path(self._checkpoint or resumed_checkpoint(args, state)) / STATE_FILE)
             self.regrouper.steps = state.global_step
         self.regrouper.open_log()
 

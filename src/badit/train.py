@@ -366,10 +366,15 @@ def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | N
         "prediction_loss_only": True,
         "per_device_eval_batch_size": plan.recipe.evaluation.batch_size,
     }
+    if best := given.pop("load_best_model_at_end"):
+        given["metric_for_best_model"] = "loss"
     try:
-        return TrainingArguments(**{**defaults, **given, **fixed})
+        arguments = TrainingArguments(**{**defaults, **given, **fixed})
     except (ValueError, TypeError, ImportError) as error:  # incompatible values, or DeepSpeed is not installed
         raise BaditError(f"training: {first_line(error)}") from None
+    # Set afterwards: transformers refuses other intervals of checkpoints, but AnswerTrainer saves at every evaluation.
+    arguments.load_best_model_at_end = best
+    return arguments
 
 
 def joint_training(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from tuner import helpers
 def wrapped(by_task):
     """Returns PromptGates with the given gates (prompts, modules, experts) by task."""
     by_task = {task: np.asarray(values, dtype=np.float32) for task, values in by_task.items()}
-    modules = next(iter(by_task.values())).shape[1]
-    return PromptGates([(m, "mlp.gate_proj") for m in range(modules)], by_task)
+    return PromptGates([(m, "mlp.gate_proj") for m in range(next(iter(by_task.values())).shape[1])], by_task)
 
 
 def random_gates(seed):

@@ -66,8 +66,7 @@ def test_save_and_load_round_trip(tiny_model, tmp_path, monkeypatch, method, fam
         assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
         assert loaded.peft_config["default"].to_dict() == {**settings, "inference_mode": True}
         assert not trainable(loaded)
-    again = PeftModel.from_pretrained(tiny_model(family), tmp_path, is_trainable=True)
-    assert trainable(again) == trainable(model)
+    assert trainable(PeftModel.from_pretrained(tiny_model(family), tmp_path, is_trainable=True)) == trainable(model)
 
 
 @by_family

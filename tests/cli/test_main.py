@@ -153,7 +153,6 @@ def test_init_train_and_analyze_turn_a_csv_into_scores_and_a_report(tiny_built_i
     assert main(["init", "data.csv", "data.columns={input: question, output: answer}", "-o", "own.yaml"]) == 0
     assert load_recipe("own.yaml").data.columns == {"input": "question", "output": "answer"}
     assert main(["init", "data.csv", "training.seed=1", "-o", "other.yaml"]) == 2
-    scores = json.loads((tmp_path / "runs/recipe/scores.json").read_text())
-    assert scores["tasks"].keys() == {"capital", "river"}
+    assert json.loads((tmp_path / "runs/recipe/scores.json").read_text())["tasks"].keys() == {"capital", "river"}
     assert "capital" in (tmp_path / "runs/recipe/report.html").read_text()
     assert f"Report: runs{os.sep}recipe{os.sep}report.html" in capsys.readouterr().out

@@ -78,8 +78,7 @@ def test_truncation_keeps_definition_and_end(tokenizer, text, limit):
 @ALL
 def test_long_inputs_fill_the_limit_and_long_definitions_are_truncated(tokenizer):
     instance = Instance(id="x", input="France and Italy " * 500, outputs=("Paris",))
-    frame = len(encode_prompt(tokenizer, ""))
-    assert 95 <= len(encode_prompt(tokenizer, build_prompt(TASK, instance))) - frame <= 100
+    assert 95 <= len(encode_prompt(tokenizer, build_prompt(TASK, instance))) - len(encode_prompt(tokenizer, "")) <= 100
     task = TASK.model_copy(update={"definition": "Name the capital. " * 200})
     text = tokenizer.decode(encode_prompt(tokenizer, build_prompt(task, FRANCE), 30))
     assert "Name the capital. Name" in text

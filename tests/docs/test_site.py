@@ -49,8 +49,7 @@ def test_formulas_are_mathml(site):
 
 
 def test_code_options_and_recipes_are_included_from_the_source(site):
-    shown = re.sub(r"<[^>]+>", "", (site / "method.html").read_text())
-    assert "def expert_gates(logits: torch.Tensor" in shown
+    assert "def expert_gates(logits: torch.Tensor" in re.sub(r"<[^>]+>", "", (site / "method.html").read_text())
     assert "such as {input: text, output: label}" in unescape((site / "options.html").read_text())
     options = (site / "options.html").read_text()
     assert all(f"<code>{name}</code>" in options for name in ("num_experts", "rho", "gradient_accumulation_steps"))

@@ -81,8 +81,7 @@ def test_share_not_positive_counts_resamples_without_an_advantage():
     assert paired_bootstrap({"a": thirds + 1e-14}, resample_seeds=False).share_not_positive == 1
     assert paired_bootstrap({"a": np.full((3, 5), 2.0)}).share_not_positive == 0
     # Of four equally likely pairs of instances, one has a negative sum and two have the sum 0.
-    even = paired_bootstrap({"a": np.array([[1.0, -1.0]])})
-    assert even.share_not_positive == pytest.approx(0.75, abs=0.02)
+    assert paired_bootstrap({"a": np.array([[1.0, -1.0]])}).share_not_positive == pytest.approx(0.75, abs=0.02)
 
 
 def test_result_does_not_depend_on_task_order_or_chunk_size(monkeypatch):

@@ -96,8 +96,7 @@ def test_gradient_pairs_are_limited_and_long_loss_curves_are_averaged():
 
 def test_scores_table_ends_with_means_and_marks_the_best():
     rows = [("mean over tasks", "x", 1.0), ("b", "x", 4.0), ("mean over tasks", "y", 2.0)]
-    frame = pd.DataFrame(rows, columns=["task", "run", "score"]).assign(metric="rouge_l", n=8)
-    table = figures.scores_table(frame)
+    table = figures.scores_table(pd.DataFrame(rows, columns=["task", "run", "score"]).assign(metric="rouge_l", n=8))
     assert table["x: Rouge-L"].tolist() == ["1.0", "4.0", "2.5"]
     assert table["y: Rouge-L"].tolist() == ["2.0", "–", "2.0"], "the mean is over tasks with a score"
     assert set(table.attrs["strong"]) == {(0, "y: Rouge-L"), (1, "x: Rouge-L"), (2, "x: Rouge-L")}

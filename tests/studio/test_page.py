@@ -113,8 +113,7 @@ def test_heat_map_keyboard_navigation_accessible_names_and_theme_switch(page, se
 
 
 def test_heat_map_shows_one_module_or_the_mean_over_modules(browser, trained):
-    session = Session(trained({**BADIT, "target_modules": ["gate_proj", "o_proj"]}).path)
-    with served(application(session)) as port:
+    with served(application(Session(trained({**BADIT, "target_modules": ["gate_proj", "o_proj"]}).path))) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")
         page.ask()
         choice, shown = Select(page.one("#module")), {}

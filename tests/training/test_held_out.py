@@ -6,13 +6,15 @@ from unittest.mock import Mock
 import pytest
 from safetensors.torch import load_file
 
+from badit.checkpoint import step_of
 from badit.evaluate import answer_token_losses, load_run
 from badit.recipe import build_recipe
+from badit.run import Run
 from badit.train import encoded, fit, make_plan
 from training.trainers import StopAt, assert_same, fit_until, learned, on, with_callbacks
 
 HELD_OUT = {"eval_strategy": "steps", "eval_steps": 2}
-BEST = {**HELD_OUT, "save_steps": 4, "load_best_model_at_end": True, "early_stopping_patience": 2}
+BEST = {**HELD_OUT, "save_steps": 3, "load_best_model_at_end": True, "early_stopping_patience": 2}
 # With this learning rate the held-out loss rises after a few steps.
 RISING = {"learning_rate": 0.3, "lr_scheduler_type": "constant", "num_train_epochs": 6, "warmup_steps": 0}
 
@@ -68,3 +70,12 @@ def test_best_model_is_kept_and_early_stopping_resumes_bit_identically(recipe):
         assert_resumes(recipe(str(name), **BEST, **RISING), whole, stop)
     whole = fit(recipe("three-steps", max_steps=3), progress=False)  # ends in the middle of an epoch
     assert_resumes(recipe("ended", max_steps=3), whole, at_the_end)
+
+
+def test_best_model_of_epochs_is_kept_with_checkpoints_at_other_steps(recipe):
+    epochs = recipe("epochs", **BEST | RISING | {"learning_rate": 1.0, "eval_strategy": "epoch"})
+    with with_callbacks(on("on_train_end", Mock(side_effect=KeyboardInterrupt))), pytest.raises(KeyboardInterrupt):
+        fit(epochs, progress=False)
+    run = Run(epochs.output)
+    best = int(run.metrics.dropna(subset="eval_loss").set_index("step")["eval_loss"].idxmin())
+    assert {best, best + 10} < set(map(step_of, run.checkpoints_path.iterdir()))

@@ -211,8 +211,7 @@ class Loop:
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulated)
         parts = model.train(), optimizer_of(model), DataLoader(batches(), batch_size=None)
         self.model, self.optimizer, self.loader = self.accelerator.prepare(*parts)
-        steps = BATCHES // accumulated
-        self.regrouper = Regrouper(self.model, steps, every=2, stop=1.0, log_path=log)
+        self.regrouper = Regrouper(self.model, BATCHES // accumulated, every=2, stop=1.0, log_path=log)
         self.accelerator.register_for_checkpointing(self.regrouper)
 
     def run(self, first=0, last=BATCHES):

@@ -154,8 +154,7 @@ def test_chunked_prefill_guidance_and_generate_batch_need_token_routing(tiny_mod
     options = {"generation_config": config, "continuous_batching_config": room}
     (refused,) = by_prompt.generate_batch(inputs=ROWS[:1], **options).values()
     assert "generate_batch: does not store a prompt's gates" in refused.error
-    found = by_token.generate_batch(inputs=ROWS, **options)
-    for row, answer in zip(ROWS, found.values(), strict=True):
+    for row, answer in zip(ROWS, by_token.generate_batch(inputs=ROWS, **options).values(), strict=True):
         assert answer.generated_tokens == generate(by_token, *padded([row]))[0, -NEW:].tolist()
 
 

@@ -188,8 +188,7 @@ def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.nda
         gate_error_T = np.array([g_P.std(ddof=min(1, len(g_P) - 1)) / np.sqrt(len(g_P)) for g_P in of_prompts])
         drawn = _standing_out(gate_T, gate_error_T) if np.ptp(gate_T) >= _LEAST_SPREAD else []
         mean, most = change_T.mean(), change_T.max()
-        missed = most >= _NO_CHANGE and most - mean > _LEAST_LEAD * mean
-        hurt = _standing_out(change_T, error_T) if missed else []
+        hurt = _standing_out(change_T, error_T) if most >= _NO_CHANGE and most - mean > _LEAST_LEAD * mean else []
         names = (", ".join(gates.tasks[t] for t in named) for named in (drawn, hurt))
         rows.append((expert, *names, gate_T.mean(), np.ptp(gate_T), mean))
     about = "Summary of each expert over all modules. Mean gate and change of the loss are means over all tasks."

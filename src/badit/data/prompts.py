@@ -145,8 +145,7 @@ def _recent_messages(tokenizer: PreTrainedTokenizerBase, history: Messages, most
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate = "auto") -> int:
     """Returns the token that ends an answer: the first added token after the template's assistant message, or EOS."""
     if uses_template(tokenizer, chat_template):
-        rendered = _rendered(tokenizer, (("user", "QUESTION"), ("assistant", "ANSWER")))
-        _, found, after = rendered.rpartition("ANSWER")
+        _, found, after = _rendered(tokenizer, (("user", "QUESTION"), ("assistant", "ANSWER"))).rpartition("ANSWER")
         added = tokenizer.added_tokens_decoder
         # Text between the message and that token, such as Llama 2's space, has no added tokens.
         if found and (ends := [token for token in _tokens(tokenizer, [after])[0] if token in added]):
