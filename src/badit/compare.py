@@ -203,8 +203,7 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     if section.budget is not None:
         budget = counts[section.budget]
         for name, method in grid.methods.items():
-            free = name in section.unmatched or not method.trains
-            if not free and abs(counts[name] - budget) > _TOLERANCE * budget:
+            if name not in section.unmatched and method.trains and abs(counts[name] - budget) > _TOLERANCE * budget:
                 raise BaditError(
                     f"compare.methods.{name}: trains {counts[name]:,} parameters, {section.budget} trains {budget:,}; "
                     f"change its rank to agree within {_TOLERANCE:.0%}, or list it in compare.unmatched"
@@ -271,8 +270,9 @@ class _Comparison:
                     while todo and len(running) < self._jobs:
                         running.add(pool.submit(todo.popleft()))
                     done, running = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:  # a search returns the cells of its method; they run before the next search
-                        todo.extendleft(reversed(future.result() or ()))
+                    for cells in [future.result() or [] for future in done]:  # a search returns its method's cells
+                        todo.extendleft(cells[:1])  # the first of each method comes before further ones
+                        todo.extend(cells[1:])
             except BaseException:
                 self._stop(signal.SIGTERM)
                 try:
