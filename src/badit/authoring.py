@@ -57,8 +57,7 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     answer = max((_most_tokens(output) for task in tasks for one in task.train for output in one.outputs), default=0)
     tokens = min(1024, max(50, math.ceil(answer / 50) * 50))
     rates = "\n  learning_rates: [1.25e-4, 2.5e-4, 5.0e-4, 1.0e-3, 2.0e-3]  # selected per method by the held-out loss"
-    lora = "{name: lora, r: 34, lora_alpha: 272, lora_dropout: 0.05}"
-    badit = "{name: badit, num_experts: 8, r: 4}"
+    lora, badit = "{name: lora, r: 34, lora_alpha: 272, lora_dropout: 0.05}", "{name: badit, num_experts: 8, r: 4}"
     # BADIT is for several tasks.
     method, optimizer, rate = (badit, "orthogonal", "5.0e-4") if len(tasks) > 1 else (lora, "adamw", "1.0e-3")
     text = f"""\
@@ -94,7 +93,8 @@ compare:                           # for badit compare; training values of a met
   methods:
     lora: {lora[:-1]}, training: {{optimizer: adamw}}}}
     badit: {badit[:-1]}, training: {{optimizer: orthogonal}}}}
-  reference: lora                  # differences are relative to this method{rates if held_out else ""}
+  reference: lora                  # differences are relative to this method
+  budget: badit                    # the other methods must train as many parameters as this one, within 5 %{rates if held_out else ""}
   seeds: [0, 1, 2]
 output: {as_yaml(f"runs/{Path(path).stem}")}
 """
