@@ -55,7 +55,7 @@ def main() -> None:
         exported = run.export(f"{folder}/tasks", all_tasks=True, progress=False)
         loras = {name: part.folder for name, part in exported.tasks.items()}
         loras["mean"] = run.export(f"{folder}/mean", progress=False).folder
-        router = Router(run.path, exported.folder)
+        router = Router(run, exported.folder)
         pairs = [(task, instance) for task in badit.plan(run.recipe).tasks for instance in task.test]
         base, tokenizer = base_model(run.recipe)
         examples = encoded(tokenizer, run.recipe, pairs, base)

@@ -63,8 +63,7 @@ def decoded_likelihood(model, context, continuation):
     ids = torch.tensor([context + continuation])
     logits = cached_steps(model, ids, torch.ones_like(ids), len(context), DynamicCache())[0, :-1]
     targets = ids[0, len(context) :]
-    found = logits.log_softmax(-1).gather(1, targets[:, None]).sum()
-    return float(found), bool((logits.argmax(-1) == targets).all())
+    return float(logits.log_softmax(-1).gather(1, targets[:, None]).sum()), bool((logits.argmax(-1) == targets).all())
 
 
 def test_continuation_is_scored_with_the_gates_of_generation(routed):

@@ -38,8 +38,8 @@ def run(trained):
 
 @pytest.fixture(scope="module")
 def router(run, tmp_path_factory):
-    done = export(run.path, tmp_path_factory.mktemp("exports") / "tasks", all_tasks=True, progress=False)
-    return Router(run.path, done.folder)
+    done = export(run, tmp_path_factory.mktemp("exports") / "tasks", all_tasks=True, progress=False)
+    return Router(run, done.folder)
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_unreachable_vllm_or_missing_lora_loading_is_reported(router, vllm):
 def test_unsuitable_runs_exports_and_urls_are_refused(run, trained, tmp_path, capsys):
     for method in ({"name": "lora", "r": 2}, {"name": "mtl-lora", "r": 2}):
         with pytest.raises(BaditError, match="do not depend on the prompt; serve its export"):
-            Router(trained(method).path, None)
+            Router(trained(method), None)
     wrong = {str(tmp_path): "has no LoRAs of tasks; run badit export"}
     wrong |= {"--url=localhost:8000": "--url: must be an address such as http://127.0.0.1:8000"}
     for argument, problem in wrong.items():

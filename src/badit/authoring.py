@@ -94,7 +94,7 @@ compare:                           # for badit compare; training values of a met
     lora: {lora[:-1]}, training: {{optimizer: adamw}}}}
     badit: {badit[:-1]}, training: {{optimizer: orthogonal}}}}
   reference: lora                  # differences are relative to this method
-  budget: badit                    # the other methods must train as many parameters as this one, within 5 %{rates if held_out else ""}
+  budget: badit                    # all methods must train as many parameters, within 5 %{rates if held_out else ""}
   seeds: [0, 1, 2]
 output: {as_yaml(f"runs/{Path(path).stem}")}
 """

@@ -196,7 +196,7 @@ def studio(run: str, *, port: int = 8642, browser: Enabled = True, trust_remote_
         browser: open the page in the browser.
         trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
     """
-    _load("badit.studio.server").serve(run, port=port, browser=browser, trust_remote_code=trust_remote_code)
+    _load("badit.studio.server").serve(Run(run, trust_remote_code=trust_remote_code), port=port, browser=browser)
 
 
 @app.command
@@ -221,7 +221,7 @@ def serve(
         trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
     """
     _load("badit.studio.server")  # names the extra, which both need, if it is missing
-    _load("badit.serve").serve(run, exports, url=url, port=port, trust_remote_code=trust_remote_code)
+    _load("badit.serve").serve(Run(run, trust_remote_code=trust_remote_code), exports, url=url, port=port)
 
 
 @app.command
@@ -240,25 +240,32 @@ def harness(run: str, *options: Annotated[str, Parameter(allow_leading_hyphen=Tr
 
 
 def _derive(function: Callable[..., Any], show: Callable[..., str | None], module: str = "badit.evaluate") -> None:
-    """Adds a command from a method of Run or a function of a path; it prints ``show(run or path, result, options)``."""
+    """Adds a command from a method of Run or a function of a path; it prints ``show(run or path, result, options)``.
+
+    The method's command has the run's folder and, if it shows progress (loads the model), Run's ``trust_remote_code``.
+    """
     first, *others = inspect.signature(function).parameters.values()
     of_run = first.name == "self"
+    more = ["run: a run's folder."] if of_run else []
     parameters = [first.replace(name="run" if of_run else first.name, annotation="str")]
     for one in others:
         kind = one.annotation.replace("AnyPath", "Output" if one.name == "output" else "str")
         kind = "Enabled" if one.default is True else kind
         parameters.append(one.replace(annotation=kind))
+    if of_run and "progress" in function.__annotations__:
+        parameters.append(parameters[-1].replace(name="trust_remote_code", default=False, annotation="bool"))
+        more.append("trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.")
 
     def command(path: str, *arguments: Any, **options: Any) -> str | None:
-        found = Run(path) if of_run else path
+        found = Run(path, trust_remote_code=options.pop("trust_remote_code", False)) if of_run else path
         _load(module)
         return show(found, function(found, *arguments, **options), options)
 
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__name__ = function.__name__
-    run = "Args:\n            run: a run's folder.\n"
-    command.__doc__ = (function.__doc__ or "").replace("Args:\n", run if of_run else "Args:\n", 1)
+    documented = "".join(["Args:\n", *(f"            {line}\n" for line in more)])
+    command.__doc__ = (function.__doc__ or "").replace("Args:\n", documented, 1)
     app.command(command)
 
 
@@ -329,11 +336,10 @@ def generate(
     """
     if (prompt is None) == (file is None):
         raise BaditError("generate: give either a prompt, or --file FILE with one prompt per line")
-    found = Run(run)
+    found = Run(run, trust_remote_code=trust_remote_code)
     texts = sys.stdin.read() if prompt == "-" else _inputs(Path(file)) if file else prompt or ""
     _load("badit.evaluate")
-    options = {"max_new_tokens": max_new_tokens, "trust_remote_code": trust_remote_code}
-    answers = found.generate(texts, task=task, raw=raw, progress=file is not None, **options)
+    answers = found.generate(texts, task=task, raw=raw, max_new_tokens=max_new_tokens, progress=file is not None)
     if isinstance(texts, str):
         return answers
     pairs = ({"input": text, "answer": answer} for text, answer in zip(texts, answers, strict=True))

@@ -73,16 +73,11 @@ def train_and_score(recipe: Recipe, *, progress: bool = True, allow_changed_inpu
         if run.scores_path.is_file():
             write_run_card(run)  # an interrupted run may have scores but no card
             return read_scores(run.scores_path)
-        return evaluate(run.path, progress=progress, trust_remote_code=recipe.model.trust_remote_code, keep_stages=True)
+        return evaluate(run, progress=progress, keep_stages=True)
 
 
 def evaluate(
-    path: str | Path,
-    *,
-    split: Split | None = None,
-    progress: bool = True,
-    trust_remote_code: bool = False,
-    keep_stages: bool = False,
+    run: Run, *, split: Split | None = None, progress: bool = True, keep_stages: bool = False
 ) -> dict[str, Any]:
     """Scores a run on its tasks and writes the scores and predictions to its folder.
 
@@ -91,15 +86,12 @@ def evaluate(
     the matrix of these scores. On another split, only the final model is scored. With ``keep_stages``, stages that
     already have scores are not scored again.
 
-    A run whose base model needs its own Python code is refused unless ``trust_remote_code`` is set.
-
     Raises:
         BaditError: the run or split does not exist, the adapter is missing or damaged, or the split has no instances.
     """
     if split is not None:
         refuse_unknown("split", split, get_args(Split))
-    run = Run(path)
-    recipe = run.trusted_recipe(trust_remote_code)
+    recipe = run.trusted_recipe()
     split = split or recipe.evaluation.split
     plan = make_plan(recipe, split=split)
     is_own = split == recipe.evaluation.split
@@ -259,7 +251,7 @@ def answer_token_losses(
     return losses
 
 
-def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def validation_loss(run: Run) -> dict[str, Any]:
     """Measures the NLL of the answers per token on the validation split and writes it to ``validation.json``.
 
     Learning rates are chosen by this loss. It needs only forward passes and is far less noisy than generated answers.
@@ -267,10 +259,9 @@ def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dic
     Returns:
         ``loss``, the mean over tasks, and ``tasks``, the loss of each task, in nats.
     """
-    run = Run(path)
     if run.validation_path.is_file():
         return read_json(run.validation_path)
-    recipe = run.trusted_recipe(trust_remote_code)
+    recipe = run.trusted_recipe()
     plan = make_plan(recipe, split="validation")
     model, tokenizer = load_run(run, recipe)
     examples = encoded(tokenizer, recipe, [(task, each) for task in plan.tasks for each in task.validation], model)

@@ -107,7 +107,7 @@ class Export:
 
 
 def export(
-    run: AnyPath,
+    run: Run,
     output: AnyPath,
     *,
     task: str | None = None,
@@ -116,15 +116,13 @@ def export(
     rank: int | None = None,
     merged: bool = False,
     progress: bool = True,
-    trust_remote_code: bool = False,
 ) -> Export:
     """Writes a run's adapter as a plain LoRA or a merged model; see :meth:`badit.Run.export`.
 
     ``output`` must be new, empty or an earlier export. The LoRA equals the adapter with fixed gates exactly, unless
     ``rank`` is below the exact rank or the exact rank is above 512, vLLM's maximum. It is then compressed by SVD.
     """
-    folder = Run(run)
-    recipe = folder.trusted_recipe(trust_remote_code)
+    recipe = run.trusted_recipe()
     method = build_method(recipe.method)
     config = getattr(method, "config", None)  # a PEFT config, if the method trains an adapter
     has_experts = isinstance(config, ExpertConfig)
@@ -139,8 +137,8 @@ def export(
         "give only one of --task, --all-tasks and --gates": chosen > 1,
         "--merged: writes a model without a rank; remove --all-tasks and --rank": merged and (all_tasks or rank),
         f"--rank: must be between 1 and {VLLM_RANKS[-1]}, not {rank}": not servable,
-        f"{folder.path}: is a run of the unchanged base model; there is nothing to export": not method.trains,
-        f"{folder.path}: {method.name} trains the base weights; export it with --merged": config is None and not merged,
+        f"{run.path}: is a run of the unchanged base model; there is nothing to export": not method.trains,
+        f"{run.path}: {method.name} trains the base weights; export it with --merged": config is None and not merged,
         "--merged: the base weights are quantised, and rounding would lose the adapter; remove --merged": quantised,
         f"--task, --all-tasks, --gates: {method.name} has no gates that vary; remove these options": chosen
         and not mixes,
@@ -152,13 +150,13 @@ def export(
     if task is not None:
         refuse_unknown("--task", task, tasks)
 
-    loaded, tokenizer = load_run(folder, recipe)
+    loaded, tokenizer = load_run(run, recipe)
     model: Any = loaded  # a PeftModel, except for methods that train the base weights
     mixtures: Mapping[str | None, tuple[str | None, Gates | None]] = {task: (None, None)}
     if gates is not None:
         mixtures = {None: (f"gates of {Path(gates).name}", read_gates(Path(gates), model))}
     elif mixes:
-        mixtures = _mean_gates(folder, model, tokenizer, tasks, list(tasks) if all_tasks else [task], progress)
+        mixtures = _mean_gates(run, model, tokenizer, tasks, list(tasks) if all_tasks else [task], progress)
 
     about = Base.of(recipe)
     base = about.hub_id or str(Path(recipe.model.name).expanduser().resolve())
@@ -190,8 +188,8 @@ def export(
                     write_adapter(place, factors, model.get_base_model(), base, recipe.model.revision)
                 if fixed is not None:
                     write_json(place / GATES_FILE, fixed)
-                record = done.record(folder, method.name)
-                write_text(place / CARD, model_card(folder, recipe, about, export=record))
+                record = done.record(run, method.name)
+                write_text(place / CARD, model_card(run, recipe, about, export=record))
                 _write_record(place, record)
                 exported.append(done)
             done = max(exported, key=lambda each: each.total_error)
@@ -199,7 +197,7 @@ def export(
                 mixture = f"mean gates of each of {len(exported)} tasks"
                 tasks_done = {str(each.task): each for each in exported}
                 done = dataclasses.replace(done, folder=output, mixture=mixture, task=None, tasks=tasks_done)
-                _write_record(partial, done.record(folder, method.name))
+                _write_record(partial, done.record(run, method.name))
             replace_folder(partial, output)
         finally:
             remove(partial)
@@ -221,12 +219,7 @@ def _compressed(done: Export, factors: Factors, rank: int | None) -> tuple[Expor
 
 
 def score_export(
-    run: str | Path,
-    exported: Export,
-    *,
-    engine: Engine = "transformers",
-    progress: bool = True,
-    trust_remote_code: bool = False,
+    run: Run, exported: Export, *, engine: Engine = "transformers", progress: bool = True
 ) -> dict[str, Any]:
     """Loads an export as other tools do, scores it, writes its ``scores.json`` and returns the content.
 
@@ -234,12 +227,11 @@ def score_export(
     ``mean`` has the means. One task's export is scored on that task only; for all tasks, each task uses its adapter.
     """
     refuse_unknown("engine", engine, get_args(Engine))
-    folder = Run(run)
-    recipe = folder.trusted_recipe(trust_remote_code)
+    recipe = run.trusted_recipe()
     split = recipe.evaluation.split
-    if not folder.scores_path.is_file():
-        evaluate(run, progress=progress, trust_remote_code=trust_remote_code)
-    routed = read_scores(folder.scores_path)["tasks"]
+    if not run.scores_path.is_file():
+        evaluate(run, progress=progress)
+    routed = read_scores(run.scores_path)["tasks"]
     vllm = _vllm(exported, recipe) if engine == "vllm" else None
     known = make_plan(recipe).tasks
     by_task: dict[str, dict[str, float]] = {}
@@ -250,8 +242,8 @@ def score_export(
         if vllm is not None:
             tokenizer, answer = vllm[0], partial(vllm[1], part)
         elif part.merged:
-            options: Any = {"dtype": model_dtype(recipe), "device": device(), "trust_remote_code": trust_remote_code}
-            model, tokenizer = load_base_model(part.folder, **options)
+            options: Any = {"trust_remote_code": run.trust_remote_code, "device": device()}
+            model, tokenizer = load_base_model(part.folder, dtype=model_dtype(recipe), **options)
         else:
             model, tokenizer = base_model(recipe)
             with explained(part.folder, action="loaded", any_error=True):

@@ -69,8 +69,8 @@ class BaditLM(_HFLM):
         if run is not None:
             if "peft" in options:
                 raise BaditError("model_args: a run has its own adapter; remove peft, or use pretrained instead of run")
-            folder = Run(run)
-            recipe = folder.trusted_recipe(trust_remote_code)
+            folder = Run(run, trust_remote_code=trust_remote_code)
+            recipe = folder.trusted_recipe()
             pretrained, tokenizer = load_run(folder, recipe)
             options.setdefault("tokenizer", tokenizer)
             if uses_template(tokenizer, recipe.prompt.chat_template):

@@ -34,10 +34,11 @@ class Run:
     """A run, given by its folder. Properties read the folder's files at every access.
 
     With ``check``, BaditError if the folder has neither a run nor an export (for push), or if a link leads out of it.
+    If the recipe has ``model.trust_remote_code``, loading the model needs ``trust_remote_code`` here too.
     """
 
-    def __init__(self, path: AnyPath, *, check: bool = True) -> None:
-        self.path = Path(path)
+    def __init__(self, path: AnyPath, *, check: bool = True, trust_remote_code: bool = False) -> None:
+        self.path, self.trust_remote_code = Path(path), trust_remote_code
         self.config_path = self.path / "config.yaml"  # the resolved recipe
         self.environment_path = self.path / "environment.json"  # see the property environment
         self.metrics_path = self.path / "metrics.jsonl"  # one line per logged step
@@ -85,7 +86,7 @@ class Run:
         """Creates the recipe's output folder, or reuses it if it has a run of the same recipe; else BaditError."""
         from badit.recipe import dump_recipe
 
-        run = cls.at(recipe.output)
+        run = cls(recipe.output, check=False, trust_remote_code=recipe.model.trust_remote_code)
         if not run.belongs_to(recipe):
             run.path.mkdir(parents=True, exist_ok=True)
             write_text(run.config_path, dump_recipe(recipe))
@@ -108,10 +109,10 @@ class Run:
             raise BaditError(f"{self.path}: exists and is not a run's folder; choose another output=FOLDER")
         return False
 
-    def trusted_recipe(self, trust_remote_code: bool = False) -> Recipe:
+    def trusted_recipe(self) -> Recipe:
         """Returns the recipe; BaditError if its model runs its own Python code and the caller does not allow this."""
         recipe = self.recipe
-        if recipe.model.trust_remote_code and not trust_remote_code:
+        if recipe.model.trust_remote_code and not self.trust_remote_code:
             raise BaditError(
                 f"{self.config_path}: model.trust_remote_code: is true, so Python code of the model "
                 f"{recipe.model.name!r:.60} would run; allow it with --trust-remote-code if you trust run and model"
@@ -167,19 +168,13 @@ class Run:
 
         return load_frames(self.analysis_path)
 
-    def load(self, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    def load(self) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Loads the base model with the run's trained weights, for inference, and the tokenizer."""
         from badit.evaluate import load_run
 
-        return load_run(self, self.trusted_recipe(trust_remote_code))
+        return load_run(self)
 
-    def evaluate(
-        self,
-        *,
-        split: Literal["test", "validation"] | None = None,
-        progress: bool = True,
-        trust_remote_code: bool = False,
-    ) -> pd.DataFrame:
+    def evaluate(self, *, split: Literal["test", "validation"] | None = None, progress: bool = True) -> pd.DataFrame:
         """Score a run again, on the test or the validation split.
 
         Scores and predictions are written to the run's folder.
@@ -187,7 +182,6 @@ class Run:
         Args:
             split: the split to score (default: the recipe's).
             progress: show a progress bar on stderr.
-            trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
 
         Returns:
             The scores: task, metric, score (0 to 100), n.
@@ -198,7 +192,7 @@ class Run:
         from badit.evaluate import evaluate
         from badit.results import scores_frame
 
-        return scores_frame(evaluate(self.path, split=split, progress=progress, trust_remote_code=trust_remote_code))
+        return scores_frame(evaluate(self, split=split, progress=progress))
 
     def generate(
         self,
@@ -209,7 +203,6 @@ class Run:
         max_new_tokens: int = 50,
         batch_size: int = 16,
         progress: bool = False,
-        trust_remote_code: bool = False,
     ) -> Any:
         """Answers prompts with a run's adapter, by greedy decoding; BaditError for an empty prompt.
 
@@ -223,7 +216,6 @@ class Run:
             max_new_tokens: maximum number of tokens of an answer.
             batch_size: number of prompts decoded at a time.
             progress: show a progress bar on stderr.
-            trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
         """
         from badit.data import load_sources
         from badit.generation import generate_answers
@@ -232,9 +224,9 @@ class Run:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not all(text.strip() for text in texts):
             raise BaditError("the prompt is empty")
-        recipe = self.trusted_recipe(trust_remote_code)
+        recipe = self.trusted_recipe()
         found = None if task is None else load_sources(recipe.data.sources(), [task])[0]
-        model, tokenizer = self.load(trust_remote_code=trust_remote_code)
+        model, tokenizer = self.load()
         answers = generate_answers(
             model,
             tokenizer,
@@ -247,16 +239,10 @@ class Run:
         return answers[0] if isinstance(prompts, str) else answers
 
     def analyze(
-        self,
-        *,
-        data: AnyPath | None = None,
-        instances: int = 8,
-        output: AnyPath | None = None,
-        progress: bool = True,
-        trust_remote_code: bool = False,
+        self, *, data: AnyPath | None = None, instances: int = 8, output: AnyPath | None = None, progress: bool = True
     ) -> dict[str, pd.DataFrame]:
         """Measures the run; see :func:`analyze`."""
-        options = {"progress": progress, "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"progress": progress, "trust_remote_code": self.trust_remote_code}
         return analyze(self.path, data=data, instances=instances, output=output, **options)
 
     def export(
@@ -271,7 +257,6 @@ class Run:
         score: bool = False,
         engine: Literal["transformers", "vllm"] = "transformers",
         progress: bool = True,
-        trust_remote_code: bool = False,
     ) -> Export:
         """Write a run as a plain LoRA or a merged model, for PEFT, vLLM and llama.cpp.
 
@@ -287,7 +272,6 @@ class Run:
             score: also score the export on the run's split, and write its scores.json.
             engine: the library that generates the answers to score; vllm must be installed separately.
             progress: show progress bars on stderr.
-            trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
 
         Raises:
             BaditError: the run or task does not exist, the output is in use, or the method cannot be exported.
@@ -295,10 +279,9 @@ class Run:
         from badit.export import export, score_export
 
         choices: dict[str, Any] = {"task": task, "all_tasks": all_tasks, "gates": gates, "rank": rank, "merged": merged}
-        options: dict[str, Any] = {"progress": progress, "trust_remote_code": trust_remote_code}
-        exported = export(self.path, output, **choices, **options)
+        exported = export(self, output, **choices, progress=progress)
         if score:
-            score_export(self.path, exported, engine=engine, **options)
+            score_export(self, exported, engine=engine, progress=progress)
         return exported
 
     def push(self, repository: str, *, private: bool = False) -> str:
@@ -351,7 +334,7 @@ def train(
 
     made = make_recipe(recipe, values)
     train_and_score(made, progress=progress, allow_changed_inputs=allow_changed_inputs)
-    return Run(made.output)
+    return Run(made.output, trust_remote_code=made.model.trust_remote_code)
 
 
 def compare(recipe: RecipeLike | None = None, /, *, jobs: int = 1, progress: bool = True, **values: Any) -> Results:

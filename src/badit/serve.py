@@ -52,12 +52,11 @@ class Router:
         BaditError: the run's gates do not depend on the prompt, or the folder has no exports of its tasks.
     """
 
-    def __init__(self, run: str | Path, exports: str | Path | None, *, trust_remote_code: bool = False) -> None:
-        self.run = Run(run)
-        recipe = self.run.trusted_recipe(trust_remote_code)
+    def __init__(self, run: Run, exports: str | Path | None) -> None:
+        self.run, recipe = run, run.trusted_recipe()
         method = build_method(recipe.method)
         if method.needs_tasks or getattr(getattr(method, "config", None), "has_fixed_gates", True):
-            raise BaditError(f"{run}: the gates of {method.name} do not depend on the prompt; serve its export")
+            raise BaditError(f"{run.path}: the gates of {method.name} do not depend on the prompt; serve its export")
         self.model: Any = load_run(self.run, recipe)[0]
         self.base = recipe.model.name
         self.layers = adapted_layers(self.model)
@@ -65,7 +64,9 @@ class Router:
         if exports is not None:
             refuse_links(Path(exports))
             if not (files := sorted(Path(exports).glob(f"*/{GATES_FILE}"))):
-                raise BaditError(f"{exports}: has no LoRAs of tasks; run badit export {run} --all-tasks -o {exports}")
+                raise BaditError(
+                    f"{exports}: has no LoRAs of tasks; run badit export {run.path} --all-tasks -o {exports}"
+                )
             self.exports = [file.parent.name for file in files]
             self.gates_TMN = torch.stack([self._by_component(read_gates(file, self.model)) for file in files])
             self.gram_MNN = torch.stack([_gram(one) for one in self.layers])
@@ -106,12 +107,12 @@ def _gram(one: Experts) -> torch.Tensor:
     return ((b_ON.T @ b_ON) * (a_NI @ a_NI.T)).cpu()
 
 
-def serve(run: str, exports: str | None, *, url: str, port: int, trust_remote_code: bool) -> None:
+def serve(run: Run, exports: str | None, *, url: str, port: int) -> None:
     """Serves a run in front of the vLLM server at ``url`` until Ctrl-C or SIGTERM; port 0 uses a free port."""
     if not url.startswith(("http://", "https://")):
         raise BaditError(f"--url: must be an address such as http://127.0.0.1:8000, not {url!r:.80}")
     with listen(port) as listening:
-        web = application(Router(run, exports, trust_remote_code=trust_remote_code), url)
+        web = application(Router(run, exports), url)
         show(f"Proxy: http://{HOST}:{listening.getsockname()[1]}/v1, forwards to {url}   (Ctrl-C stops it)")
         run_until_ended(web, listening)
 

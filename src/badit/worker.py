@@ -95,7 +95,7 @@ def _run(folder: Path, *, score: bool) -> None:
 
     run = Run(folder)
     if not score:
-        validation_loss(fit(run.recipe, progress=False).path, trust_remote_code=run.recipe.model.trust_remote_code)
+        validation_loss(fit(run.recipe, progress=False))
         return
     train_and_score(run.recipe, progress=False)
     write_json(run.instances_path, instance_scores(group_by_task(read_predictions(run.predictions_path))))

@@ -103,8 +103,7 @@ def test_start_task_opens_the_gate_on_new_prompts_but_not_on_earlier_ones(monkey
         hidden = torch.nn.functional.silu(new @ made.down.T)
         z = torch.nn.functional.silu(hidden @ made.up.T).double().numpy()
     left = z - z @ made.seen_by_key.double().numpy()
-    direction = np.linalg.eigh(left.T @ left)[1][:, -1]
-    assert abs(direction @ made.key.detach().double().numpy()) > 1 - 1e-5
+    assert abs(np.linalg.eigh(left.T @ left)[1][:, -1] @ made.key.detach().double().numpy()) > 1 - 1e-5
 
 
 def test_next_task_is_refused_if_no_direction_is_left():

@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from badit import BaditConfig, generation
+from badit import BaditConfig, Run, generation
 from badit.data import Instance, Task
 from badit.errors import BaditError
 from badit.evaluate import answer_token_losses, evaluate, read_predictions, score_model, write_predictions
@@ -250,7 +250,7 @@ def test_invalid_predictions_and_unknown_splits_are_refused(tmp_path):
     with pytest.raises(BaditError, match=r"no \.jsonl files"):
         read_predictions(tmp_path / "empty")
     with pytest.raises(BaditError, match=r"split: unknown 'tests' \(did you mean 'test'\?\); known: test, validation"):
-        evaluate(tmp_path, split="tests")
+        evaluate(Run.at(tmp_path), split="tests")
 
 
 def word_tokenizer(start, **special):

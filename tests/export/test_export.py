@@ -72,7 +72,7 @@ def test_stock_peft_loads_all_exports_and_computes_the_frozen_mixture(trained, t
     runs, folders = {}, {}
     for name, (method, rank) in METHODS.items():
         run = runs[name] = trained(method)
-        done = export(run.path, tmp_path / f"{name}-lora", task=TASK_OF.get(name))
+        done = export(run, tmp_path / f"{name}-lora", task=TASK_OF.get(name))
         assert (done.rank, done.exact_rank, done.errors) == (rank, rank, {}), name
         assert (done.mixture is not None) == (done.folder / "gates.json").is_file() == (name in VARY), name
         check_adapter(done.folder, load_run(run)[0].unload())
@@ -80,9 +80,9 @@ def test_stock_peft_loads_all_exports_and_computes_the_frozen_mixture(trained, t
     for name, method in WEIGHTS.items():
         runs[name] = trained(method)
         with pytest.raises(BaditError, match="--merged"):
-            export(runs[name].path, tmp_path / f"{name}-lora")
+            export(runs[name], tmp_path / f"{name}-lora")
     for name, run in runs.items():
-        merged = export(run.path, tmp_path / f"{name}-merged", merged=True, task=TASK_OF.get(name))
+        merged = export(run, tmp_path / f"{name}-merged", merged=True, task=TASK_OF.get(name))
         folders[f"{name}-merged"] = str(merged.folder)
     folders["base"] = runs["badit"].trusted_recipe().model.name
     script, file = Path(__file__).with_name("stock.py"), tmp_path / "logits.safetensors"  # a process without badit
@@ -108,7 +108,7 @@ def test_task_gates_are_the_mean_over_its_training_prompts(trained, tmp_path):
         means[task.name] = mean_component_gates(model, batches)[task.name]
     kept = {}
     for name in (None, "cities", "rivers"):
-        done = export(run.path, tmp_path / "out", task=name)
+        done = export(run, tmp_path / "out", task=name)
         kept[name] = read_json(done.folder / "gates.json")
     assert done.mixture == "mean gates of task rivers on 12 training prompts"
     for i, one in enumerate(adapted_layers(model)):
@@ -121,10 +121,10 @@ def test_task_gates_are_the_mean_over_its_training_prompts(trained, tmp_path):
 
 def test_export_of_all_tasks_measures_each_tasks_gates_once(trained, tmp_path, monkeypatch, capsys):
     run, out = trained(BADIT), tmp_path / "all"
-    one = export(run.path, tmp_path / "one", task="cities")
+    one = export(run, tmp_path / "one", task="cities")
     measured, gates = [], "badit.analysis.gates.mean_component_gates"
     monkeypatch.setattr(gates, lambda model, batches: measured.extend(batches) or mean_component_gates(model, batches))
-    done = export(run.path, out, all_tasks=True)
+    done = export(run, out, all_tasks=True)
     assert measured == ["rivers"]
     assert [each.folder for each in done.tasks.values()] == [out / "cities", out / "rivers"]
     for name in ("adapter_model.safetensors", "adapter_config.json", "gates.json"):
@@ -133,22 +133,22 @@ def test_export_of_all_tasks_measures_each_tasks_gates_once(trained, tmp_path, m
     shown = capsys.readouterr().out
     assert f"--lora-modules cities={out}/cities rivers={out}/rivers" in shown
     assert "mean over tasks" in shown
-    export(run.path, tmp_path / "mean")
+    export(run, tmp_path / "mean")
     assert measured == ["rivers"]
 
     path = run.adapter_path / "adapter_model.safetensors"
     save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path)
-    export(run.path, tmp_path / "mean")  # a changed adapter: its gates are measured again
+    export(run, tmp_path / "mean")  # a changed adapter: its gates are measured again
     assert measured == ["rivers", "cities", "rivers"]
     (out / "cities" / "notes.txt").write_text("mine")
     with pytest.raises(BaditError, match=r"cities: holds notes\.txt"):
-        export(run.path, out)
+        export(run, out)
 
 
 def test_gates_from_a_file_and_invalid_gates(trained, tmp_path):
     run = trained(BADIT)
-    first = export(run.path, tmp_path / "first", task="cities").folder
-    again = export(run.path, tmp_path / "again", gates=first / "gates.json").folder
+    first = export(run, tmp_path / "first", task="cities").folder
+    again = export(run, tmp_path / "again", gates=first / "gates.json").folder
     one, other = ((folder / "adapter_model.safetensors").read_bytes() for folder in (first, again))
     assert one == other
     gates = read_json(first / "gates.json")
@@ -161,14 +161,14 @@ def test_gates_from_a_file_and_invalid_gates(trained, tmp_path):
     ]:
         (tmp_path / "wrong.json").write_text(json.dumps(wrong))
         with pytest.raises(BaditError, match=message):
-            export(run.path, tmp_path / "other", gates=tmp_path / "wrong.json")
+            export(run, tmp_path / "other", gates=tmp_path / "wrong.json")
     assert not (tmp_path / "other").exists()
 
 
 def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(trained, tmp_path, monkeypatch):
     run = trained(BADIT)
-    whole = load_file(export(run.path, tmp_path / "whole").folder / "adapter_model.safetensors")
-    done = export(run.path, tmp_path / "small", rank=5)
+    whole = load_file(export(run, tmp_path / "whole").folder / "adapter_model.safetensors")
+    done = export(run, tmp_path / "small", rank=5)
     small = load_file(done.folder / "adapter_model.safetensors")
     lost, norm = 0.0, 0.0
     for name, relative in done.errors.items():
@@ -185,7 +185,7 @@ def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(traine
 
     assert [Export(Path("x"), None, None, rank, rank).max_lora_rank for rank in (1, 8, 12, 257)] == [1, 8, 16, 320]
     monkeypatch.setattr(sys.modules["badit.export"], "VLLM_RANKS", (1, 8))  # as if rank 12 could not be served
-    forced = export(run.path, tmp_path / "forced")
+    forced = export(run, tmp_path / "forced")
     assert (forced.rank, forced.exact_rank, forced.max_lora_rank) == (8, 12, 8)
     assert forced.errors
 
@@ -208,29 +208,29 @@ def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(traine
 def test_invalid_options_are_refused_and_nothing_is_written(trained, tmp_path, method, options, message):
     run = trained(method)
     with pytest.raises(BaditError, match=message):
-        export(run.path, tmp_path / "out", **options)
+        export(run, tmp_path / "out", **options)
     assert not list(tmp_path.glob("out*"))
 
 
 def test_folder_is_replaced_atomically_and_only_if_badit_wrote_it(trained, tmp_path, monkeypatch):
     run, out = trained(BADIT), tmp_path / "out"
     out.mkdir()
-    assert export(run.path, out, merged=True).folder == out  # an empty folder is used
+    assert export(run, out, merged=True).folder == out  # an empty folder is used
     for folder in (run.adapter_path, out):
         assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {folder.stat().st_mode & 0o666}
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     monkeypatch.setattr(sys.modules["badit.export"], "write_adapter", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        export(run.path, out)
+        export(run, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert not list(tmp_path.glob("*.partial"))
     monkeypatch.undo()
     other = os.open(out, os.O_RDONLY)  # simulates another process that exports to this folder
     fcntl.flock(other, fcntl.LOCK_EX)
     with pytest.raises(BaditError, match="out: is in use by another process"):
-        export(run.path, out)
+        export(run, out)
     os.close(other)
-    assert export(run.path, out).folder == out
+    assert export(run, out).folder == out
     assert not (out / OWNER).exists()
     (out / "notes.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
@@ -240,7 +240,7 @@ def test_folder_is_replaced_atomically_and_only_if_badit_wrote_it(trained, tmp_p
         (run.config_path, "is a file"),
     ):
         with pytest.raises(BaditError, match=message):
-            export(run.path, folder)
+            export(run, folder)
 
 
 @pytest.mark.parametrize("method", [BADIT, {"name": "lora", **LORA}], ids=["badit", "lora"])
@@ -252,15 +252,15 @@ def test_run_with_nan_weights_is_not_exported(trained, tmp_path, method):
     save_file(tensors, path)
     for merged in (False, True):
         with pytest.raises(BaditError, match="NaN"):
-            export(run.path, tmp_path / "out", merged=merged)
+            export(run, tmp_path / "out", merged=merged)
     assert not list(tmp_path.glob("out*"))
 
 
 def test_export_of_a_run_without_varying_gates_has_the_same_scores(trained, tmp_path):
     run = trained({"name": "lora", **LORA})
-    scores = {name: each["rouge_l"] for name, each in evaluate(run.path, progress=False)["tasks"].items()}
+    scores = {name: each["rouge_l"] for name, each in evaluate(run, progress=False)["tasks"].items()}
     for merged in (False, True):
-        result = score_export(run.path, export(run.path, tmp_path / "out", merged=merged), progress=False)
+        result = score_export(run, export(run, tmp_path / "out", merged=merged), progress=False)
         assert read_json(tmp_path / "out" / "scores.json") == result
         assert result["mixture"] is None
         same = {name: {"routed": score, "frozen": score, "difference": 0.0} for name, score in scores.items()}
@@ -269,21 +269,21 @@ def test_export_of_a_run_without_varying_gates_has_the_same_scores(trained, tmp_
 
 def test_score_export_scores_the_folder_of_the_export(trained, tmp_path):
     run = trained({**BADIT, "regroup": None})
-    scores = evaluate(run.path, progress=False)
+    scores = evaluate(run, progress=False)
     fake = {**scores, "tasks": {name: {**entry, "rouge_l": 77.0} for name, entry in scores["tasks"].items()}}
     run.scores_path.write_text(json.dumps(fake))
-    done = export(run.path, tmp_path / "out", task="cities", progress=False)
-    result = score_export(run.path, done, progress=False)
+    done = export(run, tmp_path / "out", task="cities", progress=False)
+    result = score_export(run, done, progress=False)
     assert list(result["tasks"]) == ["cities"]
     entry = result["tasks"]["cities"]
     assert (entry["routed"], entry["difference"]) == (77.0, pytest.approx(entry["frozen"] - 77.0))
     message = r"^engine: vllm: cannot be started \(No module named .vllm.\); install vLLM"
     with pytest.raises(BaditError, match=message):  # vLLM is tested in tests/serving
-        score_export(run.path, done, engine="vllm", progress=False)
+        score_export(run, done, engine="vllm", progress=False)
     path = done.folder / "adapter_model.safetensors"
     save_file({name: 0 * tensor for name, tensor in load_file(path).items()}, path)
-    base = score_export(run.path, done, progress=False)["tasks"]["cities"]["frozen"]
-    assert base == evaluate(trained({"name": "base"}).path, progress=False)["tasks"]["cities"]["rouge_l"]
+    base = score_export(run, done, progress=False)["tasks"]["cities"]["frozen"]
+    assert base == evaluate(trained({"name": "base"}), progress=False)["tasks"]["cities"]["rouge_l"]
 
 
 def test_export_command(trained, tmp_path, capsys):
@@ -357,4 +357,4 @@ def test_merging_into_quantised_weights_is_refused(trained, tmp_path):
     run = trained(BADIT)
     run.config_path.write_text(run.config_path.read_text().replace("quantisation: null", "quantisation: bnb-8bit"))
     with pytest.raises(BaditError, match=r"^--merged: the base weights are quantised"):
-        export(run.path, tmp_path / "model", merged=True)
+        export(run, tmp_path / "model", merged=True)

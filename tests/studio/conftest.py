@@ -13,7 +13,7 @@ BADIT = {"name": "badit", "num_experts": 4, "r": 2, "init_weights": "bad", "regr
 
 @pytest.fixture(scope="session")
 def session(trained):
-    session = Session(trained(BADIT).path)
+    session = Session(trained(BADIT))
     session.measure()
     return session
 
@@ -21,7 +21,7 @@ def session(trained):
 @pytest.fixture(scope="session")
 def plain_session(trained):
     """A session of a method without gates."""
-    return Session(trained({"name": "lora", "r": 4}).path)
+    return Session(trained({"name": "lora", "r": 4}))
 
 
 @contextmanager

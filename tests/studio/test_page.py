@@ -113,7 +113,7 @@ def test_heat_map_keyboard_navigation_accessible_names_and_theme_switch(page, se
 
 
 def test_heat_map_shows_one_module_or_the_mean_over_modules(browser, trained):
-    with served(application(Session(trained({**BADIT, "target_modules": ["gate_proj", "o_proj"]}).path))) as port:
+    with served(application(Session(trained({**BADIT, "target_modules": ["gate_proj", "o_proj"]})))) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")
         page.ask()
         choice, shown = Select(page.one("#module")), {}
@@ -202,7 +202,7 @@ def test_markup_in_names_data_and_tables_is_shown_as_text(browser, trained, tmp_
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = trained(BADIT, source, MARKUP)
     save_frame(ABILITIES.frame([[expert, MARKUP, "", 1.0, 0.0, 0.0] for expert in range(4)], ""), run.analysis_path)
-    session = Session(run.path)
+    session = Session(run)
     with served(application(session)) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")
         page.ask()

@@ -12,6 +12,7 @@ from badit.analysis.gates import prompt_gates
 from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
 from badit.generation import generate_answers
+from badit.run import Run
 from badit.studio import Question, Session, mixed
 from badit.train import encoded
 from badit.tuner import hooks_of
@@ -74,7 +75,7 @@ def test_sides_answer_like_the_run_and_its_base_model(session):
     ids=lambda value: str(value)[:40],
 )
 def test_gates_set_by_hand_match_an_adapter_merged_with_these_gates(trained, method, neutral):
-    session = Session(trained(method).path)
+    session = Session(trained(method))
     gates = HAND_GATES[: session.number_of_experts]
     shown = events(session, sides=["hand", "router"], gates=gates)
     assert event_data(shown, "gates", "hand")["gates"] == [gates] * len(session.experts)
@@ -102,7 +103,7 @@ def test_nearest_tasks_are_sorted_by_difference(session):
 
 def test_task_gates_are_cached_and_measured_again_if_damaged(trained, monkeypatch):
     run = trained(BADIT)
-    first = Session(run.path)
+    first = Session(run)
     assert first.unmeasured
     first.measure()
     assert not first.unmeasured
@@ -115,16 +116,16 @@ def test_task_gates_are_cached_and_measured_again_if_damaged(trained, monkeypatc
     kept = json.loads(run.gates_path.read_text())
     for damaged in ("[", json.dumps({**kept, "tasks": []}), json.dumps({**kept, "tasks": {"rivers": [1]}})):
         run.gates_path.write_text(damaged)
-        again = Session(run.path)
+        again = Session(run)
         again.measure()
         assert again.task_gates.equals(first.task_gates)
     monkeypatch.delattr("badit.analysis.gates.mean_component_gates")
-    Session(run.path).measure()
+    Session(run).measure()
 
 
 def test_questions_are_answered_while_task_gates_are_measured(trained):
     """Answering switches the model between sides. This must not change the gates measured at the same time."""
-    quiet, busy = Session(trained(BADIT).path), Session(trained(BADIT).path)
+    quiet, busy = Session(trained(BADIT)), Session(trained(BADIT))
     quiet.measure()
     expected = events(quiet, sides=["hand", "base"], gates=HAND_GATES)
     measuring = threading.Thread(target=busy.measure)
@@ -139,7 +140,7 @@ def test_questions_are_answered_while_task_gates_are_measured(trained):
 def test_run_without_its_data_still_answers(trained, task_file):
     run = trained(BADIT, task_file)
     task_file.unlink()
-    session = Session(run.path)
+    session = Session(run)
     assert session.tasks == {}
     assert "The run's tasks cannot be loaded: " in session.about()["remark"]
     shown = events(session, task=None, sides=["router"])
@@ -148,7 +149,7 @@ def test_run_without_its_data_still_answers(trained, task_file):
 
 
 def test_unanswerable_questions_and_unusable_runs_are_refused(session, plain_session, trained, tmp_path):
-    by_task = Session(trained({"name": "mtl-lora", "num_experts": 3, "r": 2}).path)
+    by_task = Session(trained({"name": "mtl-lora", "num_experts": 3, "r": 2}))
     assert by_task.about()["needs_task"]
     assert {name for name, _ in events(plain_session, sides=["router", "base"])} == {"prompt", "text", "end"}
     for asked, question, message in (
@@ -164,4 +165,4 @@ def test_unanswerable_questions_and_unusable_runs_are_refused(session, plain_ses
     for method, message in (("full", "trains no adapter"), ("badit", "has no adapter yet; finish its training")):
         (tmp_path / "config.yaml").write_text(json.dumps({"method": {"name": method}}))
         with pytest.raises(BaditError, match=message):
-            Session(tmp_path)
+            Session(Run(tmp_path))

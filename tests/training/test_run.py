@@ -56,7 +56,7 @@ def test_sapt_task_may_have_an_empty_definition(recipe_values, tmp_path):
 
 def test_splits_have_separate_scores_and_a_finished_run_is_not_repeated(finished, monkeypatch):
     recipe, scores = finished
-    validation = evaluate(recipe.output, split="validation", progress=False)
+    validation = evaluate(Run(recipe.output), split="validation", progress=False)
     assert validation["tasks"]["cities"]["instances"] == 3
     assert read_json(Run(recipe.output).path / "scores-validation.json") == validation
     monkeypatch.setattr(train_module, "load_base_model", None)  # no model is loaded
@@ -91,7 +91,7 @@ def test_damaged_adapter_is_refused_with_the_reason(finished, tmp_path, damage, 
     run = Run(shutil.copytree(finished[0].output, tmp_path / "copied"))
     damage(run.adapter_path / "adapter_model.safetensors")
     with pytest.raises(BaditError, match=message):
-        evaluate(run.path, progress=False)
+        evaluate(run, progress=False)
 
 
 def test_resumed_run_keeps_the_fast_dtype_it_started_with(recipe_values, monkeypatch):
@@ -203,7 +203,7 @@ def test_validation_loss_is_the_mean_of_per_task_token_means(finished, recipe_va
     if method is not None:
         recipe = build_recipe({**recipe_values, "method": method}, ["data.validation_per_task=3"])
         fit(recipe, progress=False)
-    found = validation_loss(recipe.output)
+    found = validation_loss(Run(recipe.output))
     expected = naive_loss(recipe, routed_by="prompt" if method is None else None)
     assert found["tasks"] == pytest.approx(expected, rel=1e-5)
     assert found["loss"] == pytest.approx((expected["cities"] + expected["rivers"]) / 2, rel=1e-5)
@@ -212,4 +212,4 @@ def test_validation_loss_is_the_mean_of_per_task_token_means(finished, recipe_va
         assert naive_loss(recipe, routed_by="all") != pytest.approx(expected, rel=1e-4), "only the prompt routes"
     assert read_json(Run(recipe.output).path / "validation.json") == found
     monkeypatch.setattr(train_module, "load_base_model", None)  # no model is loaded
-    assert validation_loss(recipe.output) == found
+    assert validation_loss(Run(recipe.output)) == found

@@ -71,9 +71,9 @@ def test_each_stage_writes_its_files_and_the_run_has_those_of_the_last(finished)
 def test_finished_stages_are_not_retrained_or_rescored_except_by_evaluate(finished, monkeypatch):
     recipe, run, scores = finished
     stages(recipe)[0].scores_path.write_text("{}")
-    assert evaluate(run.path, progress=False) == scores
+    assert evaluate(run, progress=False) == scores
     assert read_json(stages(recipe)[0].scores_path)["rouge_l"] == scores["matrix"][0][0]
-    assert "matrix" not in evaluate(recipe.output, split="validation", progress=False), "only the last state is scored"
+    assert "matrix" not in evaluate(run, split="validation", progress=False), "only the last state is scored"
     assert read_json(run.scores_path) == scores
     run.scores_path.unlink()
     stages(recipe)[1].scores_path.unlink()
@@ -98,7 +98,7 @@ def test_score_matrix_and_continual_scores(recipe_values, unseen):
         for name in content["tasks"]:
             content["tasks"][name]["rouge_l"] = row[ORDER.index(name)]
         write_json(folder.scores_path, content)
-    scores = evaluate(recipe.output, progress=False, keep_stages=True)
+    scores = evaluate(Run(recipe.output), progress=False, keep_stages=True)
     assert scores["matrix"] == made_up
     matrix = [[math.nan if score is None else score for score in row] for row in made_up]
     assert scores["continual"] == {form: continual_scores(matrix, form=form)._asdict() for form in FORMS}

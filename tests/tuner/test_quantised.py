@@ -15,6 +15,7 @@ from badit.evaluate import evaluate, train_and_score
 from badit.files import read_jsonl
 from badit.models import Quantisation, load_base_model
 from badit.recipe import build_recipe
+from badit.run import Run
 from badit.train import make_plan
 from badit.tuner.targets import refuse_unsuitable_layer
 from materials import make_material
@@ -110,7 +111,7 @@ def test_recipe_with_a_quantised_model_trains_and_scores(recipe_values, kind):
     scores = train_and_score(recipe, progress=False)
     losses = [line["loss"] for line in read_jsonl(Path(recipe.output) / "metrics.jsonl")]
     assert losses[-1] < losses[0]
-    assert evaluate(recipe.output, progress=False) == scores
+    assert evaluate(Run(recipe.output), progress=False) == scores
 
 
 def test_unsupported_quantisation_is_refused(recipe_values, model_folder, monkeypatch):

@@ -53,7 +53,7 @@ def analyze(
         save_frame(task_gap(folder), output / "analysis")
         return output
     if is_run:
-        recipe = Run(folder).trusted_recipe(trust_remote_code)
+        recipe = Run(folder, trust_remote_code=trust_remote_code).trusted_recipe()
     elif data is None:
         raise BaditError(f"{target}: not a run's folder; to analyze a base model, set its tasks with --data")
     else:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -59,12 +58,11 @@ class Question(BaseModel):
 class Session:
     """A loaded run. Its model is switched between the sides, so it answers one question at a time; others wait."""
 
-    def __init__(self, path: str | Path, *, trust_remote_code: bool = False) -> None:
-        self.run = Run(path)
-        self.recipe = self.run.trusted_recipe(trust_remote_code)
+    def __init__(self, run: Run) -> None:
+        self.run, self.recipe = run, run.trusted_recipe()
         self.method = build_method(self.recipe.method)
         if not isinstance(self.method, AdapterMethod):
-            raise BaditError(f"{path}: its method, {self.method.name}, trains no adapter; use another run")
+            raise BaditError(f"{run.path}: its method, {self.method.name}, trains no adapter; use another run")
         self.tasks: dict[str, Task] = {}
         self.remark = ""
         try:

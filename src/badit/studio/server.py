@@ -23,6 +23,7 @@ from typing import Any
 from badit.errors import BaditError, explained, show
 from badit.files import parse_json
 from badit.report import chart_config
+from badit.run import Run
 from badit.studio import Question, Session
 
 try:
@@ -57,10 +58,10 @@ _HEADERS = {
 }
 
 
-def serve(run: str, *, port: int = 8642, browser: bool = True, trust_remote_code: bool = False) -> None:
+def serve(run: Run, *, port: int, browser: bool) -> None:
     """Serves the page of a run until Ctrl-C or SIGTERM and prints its address; port 0 uses a free port."""
     with listen(port) as listening:
-        session = Session(run, trust_remote_code=trust_remote_code)
+        session = Session(run)
         # The page can be used meanwhile. A daemon thread does not delay the exit.
         threading.Thread(target=session.measure, daemon=True).start()
         url = f"http://{HOST}:{listening.getsockname()[1]}"
