@@ -135,9 +135,7 @@ def problems(
         if problem["type"] == "extra_forbidden":
             *section, key = problem["loc"]
             message = f"unknown key{nearest(str(key), known_keys(section)) if known_keys else ''}"
-        elif problem["type"] != "missing" and not (
-            problem["type"] == "value_error" and isinstance(problem["input"], dict)
-        ):
+        elif problem["type"] not in ("missing", "value_error") or not isinstance(problem["input"], dict):
             given = repr(problem["input"])
             message += f", got {given if len(given) < 60 else given[:57] + '...'}"
         found.setdefault(f"{'.'.join(map(str, place)):.120}", message)

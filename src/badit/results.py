@@ -139,7 +139,7 @@ class Results:
     @property
     def scored_methods(self) -> list[str]:
         """The methods that have scores, in the order of the table."""
-        return [method for method in self.methods if method in set(self.scores["method"])]
+        return [method for method in self.methods if method in self.scores["method"].array]
 
 
 def load_results(path: str | os.PathLike[str]) -> Results:
