@@ -47,7 +47,7 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
     """Returns the newest undamaged checkpoint, if any; rank 0 reports the damaged checkpoints that are skipped."""
     for folder in reversed(_folders(checkpoints)):
         try:
-            sealed, present = read_json(folder / SEAL), _checksums(folder)
+            sealed, present = read_json(folder / SEAL), checksums(folder)
             changed = [name for name in sealed.keys() | present.keys() if sealed.get(name) != present.get(name)]
             if not changed:
                 return folder
@@ -61,7 +61,7 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
 
 def seal(staged: Path, checkpoints: Path, best: str | None = None) -> None:
     """Seals a staged checkpoint, moves it to ``checkpoints``, and deletes all others but the previous and ``best``."""
-    write_json(staged / SEAL, _checksums(staged))
+    write_json(staged / SEAL, checksums(staged))
     final = checkpoints / staged.name
     replace_folder(staged, final)
     # Checkpoints of later steps are left from before the run resumed from an earlier step.
@@ -216,7 +216,7 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(_PREFIX))
 
 
-def _checksums(folder: Path) -> dict[str, str]:
+def checksums(folder: Path) -> dict[str, str]:
     """Returns the SHA-256 of every file except the seal, by path relative to the folder."""
     sums = {}
     for path in sorted(folder.rglob("*")):

@@ -50,9 +50,18 @@ def test_run_with_experts_has_all_tables_and_skips_finished_parts(recipe_values,
     assert angles["within_degrees"].between(0, 180, inclusive="neither").all()
     record = json.loads((run / "analysis.json").read_text())
     assert list(record["parts"]) == ["interference", "experts", "learning"]
-    assert record["settings"] == {"target": ".", "data": None, "instances": 2}
     with pytest.raises(BaditError, match=r"analysis: belongs to .* or to other settings; delete it and analysis\."):
         analyze(run, instances=3, progress=False)
+    source = Path(recipe_values["data"]["source"])
+    for file, word in ((run / "adapter" / "adapter_model.safetensors", b"layers"), (source, b"rivers")):
+        content = file.read_bytes()
+        file.write_bytes(content.replace(word, word.upper()))
+        with pytest.raises(BaditError, match="belongs to another run, model or data"):
+            analyze(run, instances=2, progress=False)
+        file.write_bytes(content)
+    (run / "analysis" / "gates.json").unlink()
+    with pytest.raises(pytest.fail.Exception, match="loaded a model"):
+        analyze(run, instances=2, progress=False)
     (run / "analysis.json").write_text(json.dumps({**record, "parts": 5}))
     with pytest.raises(BaditError, match="delete it and analysis"):
         analyze(run, instances=2, progress=False)
@@ -84,7 +93,9 @@ def test_base_model_is_measured_on_given_data(model_folder, task_file, tmp_path)
     output = tmp_path / "base"
     assert analyze(model_folder, data=str(task_file), instances=2, output=output, progress=False).keys() == INTERFERENCE
     assert (output / "config.yaml").is_file()
-    with pytest.raises(BaditError, match=r"to another run or model, .*; delete it, analysis\.json and config\.yaml"):
+    with pytest.raises(
+        BaditError, match=r"to another run, model or data, .*; delete it, analysis\.json and config\.yaml"
+    ):
         analyze("smollm2-135m", data=str(task_file), instances=2, output=output, progress=False)
     assert json.loads((output / "environment.json").read_text())["packages"]
 

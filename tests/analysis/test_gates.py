@@ -47,7 +47,7 @@ def test_gates_at_step_0_are_neutral_and_an_error_restores_the_layers(tiny_model
     assert not any("component_gates" in vars(layer) for layer in naive.layers(model))
     gates = prompt_gates(model, BATCHES)
     np.testing.assert_allclose(gates.means, 1, atol=1e-6)
-    assert not any(mask.any() for masks in marked_experts(gates).values() for mask in masks)
+    assert not any(mask.any() for masks in marked_experts(gates).values() for mask in masks.values())
 
 
 def test_table_has_mean_and_standard_deviation_over_prompts(tiny_model):
@@ -63,17 +63,20 @@ def test_table_has_mean_and_standard_deviation_over_prompts(tiny_model):
     assert "1 to 3 prompts of each of 3 tasks" in table.attrs["about"]
 
 
-def test_marked_experts_have_a_mean_gate_above_neutral(tiny_model):
-    modules = r".*(layers\.[01]\.mlp\.gate_proj|layers\.[01]\.mlp\.up_proj|layers\.1\.self_attn\.o_proj)"
+@pytest.mark.parametrize(("layers", "sizes"), [("01", {0: 2 * 3, 1: 3 * 3}), ("1", {1: 3 * 3})])
+def test_marked_experts_have_a_mean_gate_above_neutral(tiny_model, layers, sizes):
+    modules = rf".*(layers\.[{layers}]\.mlp\.(gate|up)_proj|layers\.1\.self_attn\.o_proj)"
     gates = prompt_gates(helpers.adapted(tiny_model("llama"), target_modules=modules), BATCHES)
     marked = marked_experts(gates)
     for t, task in enumerate(TASKS):
-        assert [len(mask) for mask in marked[task]] == [2 * 3, 3 * 3]
-        for layer, mask in enumerate(marked[task]):
+        assert {layer: len(mask) for layer, mask in marked[task].items()} == sizes
+        for layer, mask in marked[task].items():
             own = [gates.means[t, m] for m, (of_layer, _) in enumerate(gates.modules) if of_layer == layer]
             assert mask.tolist() == [bool(gate > 1) for gates_K in own for gate in gates_K]
-    assert 0 < sum(int(mask.sum()) for masks in marked.values() for mask in masks) < 3 * 15
-    assert all(len(frame) for frame in coactivation({"experts": marked}, ""))
+    assert 0 < sum(int(mask.sum()) for masks in marked.values() for mask in masks.values()) < 3 * 15
+    counts, by_task, pairs = coactivation({"experts": marked, "parameters": {task: {} for task in TASKS}}, "")
+    assert set(counts["layer"]) == set(by_task["layer"]) == sizes.keys()
+    assert set(pairs["kind"]) == {"experts"}, "a kind without units is left out"
 
 
 def test_active_experts_may_be_empty_and_several_active_adapters_are_refused(tiny_model):

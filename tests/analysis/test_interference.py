@@ -185,7 +185,7 @@ def test_coactivation_matches_naive_counts(data):
     widths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     layers = [st.lists(st.booleans(), min_size=width, max_size=width) for width in widths]
     marks = data.draw(st.dictionaries(st.sampled_from("cabd"), st.tuples(*layers), min_size=1))
-    marked = {name: [torch.tensor(layer) for layer in layers] for name, layers in marks.items()}
+    marked = {name: dict(enumerate(map(torch.tensor, layers))) for name, layers in marks.items()}
     frames = interference.coactivation({"experts": marked, "neurons": marked}, "about")
     for frame, rows in zip(frames, naive.coactivation("experts", marks).values(), strict=True):
         assert_same_rows(frame, rows + [["neurons", *row[1:]] for row in rows])

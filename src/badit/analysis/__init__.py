@@ -20,18 +20,19 @@ from badit.analysis.gates import active_experts, prompt_gates
 from badit.analysis.interference import measure_interference
 from badit.analysis.learning import component_flow, expert_angles, held_out_angles, task_gap, transfer
 from badit.analysis.tables import save_frame
+from badit.checkpoint import checksums
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_sources
 from badit.environment import environment, peak_memory
-from badit.errors import BaditError
+from badit.errors import BaditError, explained
 from badit.evaluate import load_run
 from badit.files import exclusive, inside, read_json, refuse_links, write_json
 from badit.methods import build_method
 from badit.recipe import DataSection, Recipe, build_recipe
 from badit.results import RESULTS
 from badit.run import AnyPath, Run
-from badit.train import encoded, make_plan, pad_id
+from badit.train import encoded, make_plan, pad_id, task_fingerprints
 
-_BATCH_SIZE = 4
+_BATCH_SIZE, _PARTS = 4, 3
 
 
 def analyze(
@@ -66,14 +67,20 @@ def analyze(
     # The run's folder relative to the output folder, so that both can be moved together.
     measured = os.path.relpath(folder.resolve(), output.resolve()) if is_run else target
     settings = {"target": measured, "data": data, "instances": instances}
+    weights = {name: each for name, each in checksums(Run.at(folder).adapter_path).items() if "safetensors" in name}
+    settings |= {"weights": weights, "tasks": task_fingerprints(tasks)}
     record = read_json(path) if path.is_file() else {"settings": settings, "environment": environment(), "parts": {}}
     known, done = record.get("settings") or {}, record.get("parts")
     # Earlier releases did not record the target.
     if not (isinstance(known, dict) and isinstance(done, dict) and settings | known == settings):
         others = f"it and {path.name}" if is_run else f"it, {path.name} and config.yaml"
         fix = f"delete {others} to measure again, or choose another --output"
-        raise BaditError(f"{output / 'analysis'}: belongs to another run or model, or to other settings; {fix}")
-    if "learning" in done:  # the last part
+        raise BaditError(f"{output / 'analysis'}: belongs to another run, model or data, or to other settings; {fix}")
+    with explained(path, fix="delete it to measure again", any_error=True):
+        for part, about in list(done.items()):
+            if not all((output / "analysis" / f"{name}.json").is_file() for name in about["tables"]):
+                del done[part]
+    if len(done) == _PARTS:
         return output
     with exclusive(output):
         for part, measure in _parts(recipe, chosen, progress).items():
@@ -113,10 +120,9 @@ def _parts(
         if gates is None:
             return []
         texts = {task.name: [(instance.id, instance.input) for instance in found] for task, found in chosen}
-        # The losses need one forward pass per expert, so only the first batch of each task is used.
-        first = {task: of_task[:1] for task, of_task in batches.items()}
-        atlas = ability_atlas(model, first, gates, texts, [task for task, _ in chosen], progress=progress)
-        held_out = held_out_angles(model, batches, progress=progress)
+        atlas = ability_atlas(model, batches, gates, texts, [task for task, _ in chosen], progress=progress)
+        unseen = all(instances[0] not in task.train[:1] for task, instances in chosen)
+        held_out = held_out_angles(model, batches, progress=progress) if unseen else None
         return [expert_angles(run, held_out), component_flow(run), *atlas]
 
     has_matrix = recipe.data.order is not None and run.scores_path.is_file()

@@ -47,6 +47,8 @@ _BATCH_SIZE = 8
 
 #: Maps a module's name to the gates of its K experts as used in the forward pass, not divided by their mean.
 Gates = Mapping[str, Sequence[float]]
+#: Values (U) of the units of each layer, such as whether they are marked.
+ByLayer = Mapping[int, torch.Tensor]
 
 GATES = Table(
     "gates",
@@ -189,11 +191,11 @@ def gates_frame(gates: PromptGates) -> pd.DataFrame:
     )
 
 
-def marked_experts(gates: PromptGates) -> dict[str, list[torch.Tensor]]:
-    """Returns, by task, a mask (U,) per layer: the experts whose mean gate over the task's prompts is above 1."""
+def marked_experts(gates: PromptGates) -> dict[str, ByLayer]:
+    """Returns, by task and layer, a mask (U,): the experts whose mean gate over the task's prompts is above 1."""
     layers_M = np.array([layer for layer, _ in gates.modules])
     return {
-        task: [torch.from_numpy(marked_MK[layers_M == layer].ravel()) for layer in np.unique(layers_M)]
+        task: {layer: torch.from_numpy(marked_MK[layers_M == layer].ravel()) for layer in np.unique(layers_M).tolist()}
         for task, marked_MK in zip(gates.tasks, gates.means > 1 + _ROUNDING, strict=True)
     }
 

@@ -38,14 +38,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from badit.analysis.gates import PromptGates, marked_experts, span
+from badit.analysis.gates import ByLayer, PromptGates, marked_experts, span
 from badit.analysis.tables import COUNT, INDEX, SHARED, Column, Table, layer_and_module
 from badit.baselines.neurons import top_neurons
 from badit.data import on_device
 from badit.errors import BaditError
 from badit.trainer import answer_losses
 from badit.tuner.model import TaskBatches
-from badit.tuner.targets import PROJECTIONS, default_targets
+from badit.tuner.targets import PROJECTIONS, default_targets, is_quantised
 
 # Size of the sketch of each parameter's gradient. A cosine has a standard error of at most 1 / √SKETCH_SIZE.
 SKETCH_SIZE = 16384
@@ -119,7 +119,7 @@ def measure_interference(
     def add(layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         sums[layer] = sums.get(layer, 0) + output.detach().flatten(0, -2).sum(dim=0, dtype=torch.float32)
 
-    marked: dict[str, dict[str, list[torch.Tensor]]] = {"neurons": {}, "parameters": {}}
+    marked: dict[str, dict[str, ByLayer]] = {"neurons": {}, "parameters": {}}
     with ExitStack() as hooks, torch.enable_grad():
         gradients = TaskGradients(model, sizes, SKETCH_SIZE, hooks)
         bar = hooks.enter_context(tqdm(total=sum(sizes), desc="Gradients", disable=not progress))
@@ -137,7 +137,7 @@ def measure_interference(
                 losses_L.mean().backward()
                 positions += instance["input_ids"].numel()
                 bar.update()
-            marked["neurons"][task] = _strongest([sums[layer].cpu() / positions for layer in sorted(sums)])
+            marked["neurons"][task] = _strongest({layer: sums[layer].cpu() / positions for layer in sorted(sums)})
             marked["parameters"][task] = _strongest(gradients.row_scores(number))
     data = f"Measured on {len(sizes)} tasks with {span(sizes)} instances each."
     about_gradients = (
@@ -149,7 +149,7 @@ def measure_interference(
     about_units = (
         f"{data} Each task marks the strongest {SHARE:.3g} of the units of every layer. Neurons: outputs of the MLP's "
         "first projection, before the activation function, averaged over all tokens. Parameters: rows of the layer's "
-        "weight matrices, by their squared gradient, averaged over the row and the instances."
+        "weight matrices, by their squared gradient, averaged over row and instances, unless they are quantised."
     )
     if gates is not None:
         marked["experts"] = marked_experts(gates)
@@ -174,21 +174,24 @@ def _first_projections(model: nn.Module) -> list[nn.Module]:
     return [module for _, module in found]
 
 
-def _strongest(scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _strongest(scores: ByLayer) -> ByLayer:
     """Returns, for each layer's scores (U,), a mask of the units that a task marks."""
-    return [top_neurons({"layer": scores_U}, SHARE)["layer"] for scores_U in scores]
+    return {layer: top_neurons({"layer": scores_U}, SHARE)["layer"] for layer, scores_U in scores.items()}
 
 
-def coactivation(marked: Mapping[str, Mapping[str, Sequence[torch.Tensor]]], about: str) -> list[pd.DataFrame]:
+def coactivation(marked: Mapping[str, Mapping[str, ByLayer]], about: str) -> list[pd.DataFrame]:
     """Returns the tables coactivation, coactivation_tasks and coactivation_pairs.
 
-    ``marked`` has, by kind of unit and by task, a boolean mask (U,) per layer. ``about`` says how they were measured.
+    ``marked`` has, by kind of unit and by task, a boolean mask (U,) of each layer. ``about`` says how they were
+    measured. A kind without layers is left out.
     """
     counts, by_task, pairs = [], [], []
     for kind, masks in marked.items():
-        tasks = list(masks)
-        layers_TU = [torch.stack(layer).cpu().numpy() for layer in zip(*masks.values(), strict=True)]
-        for layer, marked_TU in enumerate(layers_TU):
+        tasks, layers = list(masks), next(iter(masks.values()))
+        layers_TU = {each: torch.stack([mask[each] for mask in masks.values()]).cpu().numpy() for each in layers}
+        if not layers:
+            continue
+        for layer, marked_TU in layers_TU.items():
             tasks_U, sizes_T, units = marked_TU.sum(axis=0), marked_TU.sum(axis=1), marked_TU.shape[1]
             shares = np.bincount(tasks_U, minlength=len(tasks) + 1) / units
             chances = np.ones(1)  # probabilities of 0, 1, …, T marks
@@ -198,10 +201,10 @@ def coactivation(marked: Mapping[str, Mapping[str, Sequence[torch.Tensor]]], abo
             exclusive_T, universal = (marked_TU & (tasks_U == 1)).sum(axis=1), (tasks_U == len(tasks)).sum()
             of_tasks = zip(tasks, sizes_T, exclusive_T, strict=True)
             by_task += [(kind, task, layer, size, exclusive, universal) for task, size, exclusive in of_tasks]
-        marked_TA = np.concatenate(layers_TU, axis=1).astype(np.float64)
+        marked_TA = np.concatenate(list(layers_TU.values()), axis=1).astype(np.float64)
         sizes_T = marked_TA.sum(axis=1)
         # Each layer has its own marked shares, so the expected counts are summed over the layers.
-        expected_TT = sum(np.outer(m.sum(axis=1), m.sum(axis=1)) / m.shape[1] for m in layers_TU)
+        expected_TT = sum(np.outer(m.sum(axis=1), m.sum(axis=1)) / m.shape[1] for m in layers_TU.values())
         with np.errstate(invalid="ignore"):  # NaN where neither task marks a unit
             overlap_TT, chance_TT = (
                 both_TT / (sizes_T[:, None] + sizes_T - both_TT) for both_TT in (marked_TA @ marked_TA.T, expected_TT)
@@ -232,8 +235,8 @@ def measured_parameters(model: nn.Module) -> list[MeasuredParameter]:
         layer, below = layer_and_module(name)
         if layer < 0 or (own and own in name) or not isinstance(module, (nn.Linear, Conv1D)):
             continue
-        weight = module.weight
-        if isinstance(weight, nn.Parameter) and weight.is_floating_point():  # a quantised weight has no gradient
+        weight: Any = module.weight
+        if not is_quantised(module):  # a quantised weight has no gradient
             found.append(MeasuredParameter(("weights", layer, below), weight, 0 if isinstance(module, Conv1D) else 1))
     for name, parameter in model.named_parameters() if own else ():
         above, mark, _ = name.partition(own)
@@ -280,12 +283,12 @@ class TaskGradients:
             raise BaditError("model: no weights with a gradient; load it without quantisation or with an adapter")
         return places, torch.stack([grams[place] for place in places])
 
-    def row_scores(self, task: int) -> list[torch.Tensor]:
+    def row_scores(self, task: int) -> ByLayer:
         """Returns, by layer, the mean squared gradient of every row of its weights (U,), over the task's instances."""
         layers: dict[int, list[torch.Tensor]] = {}
         for index, squares_TU in self._squares.items():
             layers.setdefault(self._measured[index].place[1], []).append(squares_TU[task].cpu())
-        return [torch.cat(layers[layer]) / self.counts_T2[task].sum().float() for layer in sorted(layers)]
+        return {layer: torch.cat(layers[layer]) / self.counts_T2[task].sum().float() for layer in sorted(layers)}
 
 
 class SketchedSums:
