@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -302,4 +303,6 @@ def _shown(annotation: Any) -> str:
 
 def as_yaml(value: Any) -> str:
     """Formats a plain value as YAML on one line."""
-    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000).split("\n")[0]
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value, ensure_ascii=False)
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf).split("\n")[0]

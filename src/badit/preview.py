@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from operator import attrgetter
 from statistics import median
 from typing import Any
 
@@ -43,8 +44,8 @@ def preview(recipe: Recipe, count: int) -> str:
         texts = [prompt_text(task, instance, section.encoding) for instance in instances]
         prompts = _measured(tokenizer, texts, section.max_source_tokens)
         answers = _measured(tokenizer, [instance.outputs[0] for instance in instances], section.max_answer_tokens)
-        scored = {(instance.input, instance.history) for instance in (*task.test, *task.validation)}
-        trained = Counter((instance.input, instance.history) for instance in task.train)
+        prompt_of = attrgetter("instruction", "input", "history")
+        scored, trained = set(map(prompt_of, (*task.test, *task.validation))), Counter(map(prompt_of, task.train))
         known = sum(count for key, count in trained.items() if key in scored)
         rows.append([task.name, *prompts, *answers, str(trained.total() - len(trained)), str(known)])
         for example in examples[:count]:

@@ -48,6 +48,8 @@ def test_csv_values_stay_text_and_malformed_files_are_refused(tmp_path):
     assert task_of(file).train[0].input == "Great food, really"
     file.write_text("input,output\nGreat food, really,positive\n")
     assert "row 1 has more values than the first line has names" in refusal(file)
+    file.write_text("input,output,input\na,b,c\n")
+    assert "codes.csv: column 'input' occurs 2 times; rename or remove the others" in refusal(file)
     file.write_text('input,output\n"Great food,positive\nBad,negative\n')
     assert "codes.csv: after line 1: unexpected end of data; close every quote" in refusal(file)
 
@@ -60,6 +62,34 @@ def test_task_may_have_several_instructions_and_empty_inputs(tmp_path, suffix):
     task = task_of(write_rows(tmp_path / f"alpaca.{suffix}", *rows), columns=columns)
     assert (task.name, [one.input for one in task.train]) == ("sums", ["1 1", ""])
     assert [build_prompt(task, one).head.split("\n")[0] for one in task.train] == ["Add.", "Greet."]
+    task = task_of(write_rows(tmp_path / f"some.{suffix}", rows[0], {**rows[0], "do": None}), columns=columns)
+    assert build_prompt(task, task.train[1]).is_message, "a row without an instruction has none of another row"
+    task = task_of(tmp_path / f"some.{suffix}", columns=columns, instruction="Say it.")
+    assert build_prompt(task, task.train[1]).head.startswith("Say it.")
+
+
+def test_values_that_other_formats_have_as_text_and_system_prompts_are_kept(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", {"task": "a", "input": "x", "outputs": ["y", "z"], "id": 0})
+    assert task_of(file).train[0] == Instance(id="0", input="x", outputs=("y", "z"))
+    file = write_rows(tmp_path / "rows.jsonl", {"input": "x", "output": 0.5})
+    assert task_of(file).train[0].outputs == ("0.5",)
+    file = write_rows(tmp_path / "rows.jsonl", {"system": "Be brief.", "conversations": CHAT[1:]})
+    assert task_of(file) == task_of(write_rows(tmp_path / "rows.jsonl", {"messages": CHAT}))
+
+
+def test_files_of_one_name_are_refused_and_links_have_their_own(tmp_path):
+    for folder in ("de", "fr", "train"):
+        (tmp_path / folder).mkdir()
+        write_rows(tmp_path / folder / "items.csv", HELLO)
+    assert "task 'items' is also in" in refusal(f"{tmp_path}/*/items.csv")
+    assert len(task_of(f"{tmp_path}/*/items.csv", task="items").train) == 3
+    (tmp_path / "links").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "links" / f"{name}.csv").symlink_to(tmp_path / ("de" if name == "train" else "fr") / "items.csv")
+    task = task_of(tmp_path / "links")
+    assert (task.name, len(task.train), len(task.test)) == ("links", 1, 1)
+    with pytest.raises(BaditError, match=r"test.csv has the name of a split, not of a task; give the folder"):
+        load_sources([Source(tmp_path / "de" / "items.csv"), Source(tmp_path / "links" / "test.csv")])
 
 
 def test_file_names_in_a_folder_or_glob_set_splits_and_tasks(tmp_path):

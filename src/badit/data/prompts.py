@@ -48,7 +48,7 @@ def build_prompt(task: Task, instance: Instance, encoding: PromptEncoding = "def
     """
     refuse_unknown("encoding", encoding, get_args(PromptEncoding))
     definition = task.definition if instance.instruction is None else instance.instruction
-    if definition is None:
+    if definition is None or instance.instruction == "":
         return Prompt("", instance.input, "", instance.history, is_message=True)
     shots = int(encoding.removeprefix("def").removeprefix("+pos") or 0)
     examples = "".join(

@@ -7,6 +7,7 @@ dataset scripts are run. The official collection has about 1,600 files; only tho
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -77,6 +78,11 @@ def load_sources(
     """
     found: dict[str, Task] = {}
     for source in sources:
+        if len(sources) > 1 and not source.task and _split_in(Path(source.path)) and Path(source.path).is_file():
+            fix = f"give the folder or a pattern such as {Path(source.path).parent}/*"
+            raise BaditError(
+                f"data.source: {source.path} has the name of a split, not of a task; {fix}, or set its task"
+            )
         for task in _read(source, wanted if len(sources) == 1 else None):
             if task.name in found:
                 raise BaditError(f"data.source: {source.path} has task {task.name} of another source; set a new task")
@@ -120,15 +126,17 @@ def _build_tasks(where: Source, files: Sequence[Path], records: Iterable[Record]
     key = None
     if sum(stat.st_size for _, stat in stats) >= _LARGE:
         key = [where.task, where.instruction, dict(where.columns), where.turns, about]
-        key += [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+        key += [(os.path.abspath(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
     def make(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
         counts = Counter()
         for task, about, split, fields in records:
             about = notes.setdefault(task, {"name": task, **about})
             own = {"id": f"{task}-{counts[task]}" if fields["id"] is None else fields["id"]}
-            if fields.get("instruction") == about["definition"]:
-                own["instruction"] = None
+            if "instruction" in fields:  # None: the task's definition; blank: none
+                own["instruction"] = (
+                    None if fields["instruction"] == about["definition"] else fields["instruction"] or ""
+                )
             counts[task] += 1
             instance = Instance(**{**fields, **own})
             yield {"task": task, "split": split, "hash": instance.hash, **instance.model_dump()}
@@ -219,11 +227,17 @@ def _of_rows(where: Source, path: Path) -> list[Task]:
         raise BaditError(f"{path}: no tasks found; expected {known}")
 
     def records() -> Iterator[Record]:
-        for file in files:
+        origins: dict[str, Path] = {}
+        for file in (Path(os.path.abspath(file)) for file in files):  # with the names of links, not of their targets
             split = _split_in(file) if len(files) > 1 else None
-            task = where.task or (file.resolve().parent.name if split else file.stem)
-            strict = file.suffix in _JSON and not where.columns
-            yield from read_rows(_rows_in(file), split, task, where, strict=strict)
+            task = where.task or (file.parent.name if split else file.stem)
+            origin, strict = file.parent if split else file, file.suffix in _JSON and not where.columns
+            for record in read_rows(_rows_in(file), split, task, where, strict=strict):
+                if record[0] == task != where.task and (other := origins.setdefault(task, origin)) != origin:
+                    raise BaditError(
+                        f"{origin}: task '{task}' is also in {other}; rename one, or set data.task for both"
+                    )
+                yield record
 
     return _build_tasks(where, files, records())
 
@@ -262,6 +276,9 @@ def _rows_in(file: Path) -> Iterator[tuple[str, Any]]:
             separator = "\t" if file.suffix == ".tsv" else ";" if ";" in names and "," not in names else ","
             stream.seek(0)
             reader = csv.DictReader(stream, delimiter=separator, strict=True)
+            for name, count in Counter(reader.fieldnames or ()).items():
+                if count > 1 and name:
+                    raise BaditError(f"{file}: column {name!r:.60} occurs {count} times; rename or remove the others")
             try:
                 for number, row in enumerate(reader, start=1):
                     if None in row:

@@ -73,7 +73,9 @@ def _not_blank(outputs: tuple[str, ...]) -> tuple[str, ...]:
 
 
 # Stricter than Instance: the published benchmark has blank answers, but in a user's data they are mistakes.
-_Answers = Annotated[Outputs, AfterValidator(_not_blank), BeforeValidator(lambda x: str(x) if type(x) is int else x)]
+_Answers = Annotated[
+    Outputs, AfterValidator(_not_blank), BeforeValidator(lambda x: str(x) if isinstance(x, int | float) else x)
+]
 
 
 class _Row(BaseModel):
@@ -121,22 +123,26 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     renamed = {key: row[column] for key, column in where.columns.items()}
     kept = {key: value for key, value in row.items() if key not in where.columns.values()}
     row = {key: value for key, value in {**kept, **renamed}.items() if value is not None}
-    own_task = row.get("task", row.get("task_name"))
-    instruction, outputs = where.instruction, row.get("output", row.get("outputs"))
+    if "outputs" in row:
+        row = {"output": row["outputs"], **row}
+    own_task, instruction = row.get("task", row.get("task_name")), where.instruction
+    pair: tuple[str, ...] = ()
+    for key in ("instruction", "split") if strict and "task" in row else ():
+        _refuse_near(key, row)
     if (chat := _chat_of(row)) is not None:
         found = list(_answers(chat, where.turns))
-    elif "instruction" in row and outputs is not None:
+    elif "instruction" in row and "output" in row:
         others = [key for key in row if key not in _KEYS]
         if strict and "task" in row and others:
             raise BaditError(f"{others[0]}: unknown key{nearest(others[0], _KEYS)}")
         _refuse_near("input", row)
         text, content = row["instruction"], row.get("input", "")
         if own_task is not None or where.columns.get("instruction"):
-            instruction = text
+            instruction = text or instruction
         else:  # Alpaca: each row has its own instruction, which becomes part of its input
             content = f"{text}\n\n{content}" if content else text
-        found = [((), content, outputs)]
-    elif pair := next((pair for pair in _PAIRS if row.keys() >= {*pair}), None):
+        found, pair = [((), content, row["output"])], ("instruction", "input")
+    elif pair := next((pair for pair in _PAIRS if row.keys() >= {*pair}), ()):
         if row.get("instruction") and pair[0] in ("input", "question"):  # other inputs are whole prompts
             fix = f"name the columns with data.columns.input={pair[0]} data.columns.output={pair[1]}"
             raise BaditError(f"instruction: not used in a row with {pair[0]} and {pair[1]}; {fix}")
@@ -147,7 +153,10 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         _refuse_near("output", row)
         fix = "name the columns with data.columns.input=COLUMN data.columns.output=COLUMN"
         raise BaditError(f"unknown form of row: found {', '.join(map(str, row)):.200}; {fix}")
-    split, identity = row.get("split") or None, row.get("id") or None
+    for key in ("system", "context", "history", "prompt") if pair else ():
+        if row.get(key) and key not in pair:
+            raise BaditError(f"{key}: not used in a row with {' and '.join(pair)}; move it into the input")
+    split, identity = row.get("split") or None, str(row.get("id", "")) or None
     about: dict[str, Any] = {
         "task": where.task or (name if own_task is None else own_task),
         "split": SPLIT_NAMES.get(split, split) if isinstance(split, str) else split,
@@ -169,7 +178,8 @@ def _chat_of(row: Mapping[str, Any]) -> list[Any] | None:
     """Returns the messages of a row; None if it is not a chat."""
     for keys in (("messages",), ("conversations",), ("prompt", "completion")):
         if all(isinstance(row.get(key), list) for key in keys):
-            return [message for key in keys for message in row[key]]
+            system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+            return [*system, *(message for key in keys for message in row[key])]
     return None
 
 
