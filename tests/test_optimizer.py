@@ -135,6 +135,13 @@ def test_embeddings_and_unpaired_factors_are_left_to_adamw(tiny_model):
         assert any(part in name for name in names), part
 
 
+def test_lora_on_fused_weights_of_several_experts_is_left_to_adamw(tiny_model):
+    config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    model = get_peft_model(tiny_model("qwen3_moe"), config)
+    assert sum(parameter.requires_grad for parameter in model.parameters()) == 8
+    assert len(factor_pairs(model)) == 2
+
+
 @pytest.mark.parametrize("name", ["adamw", "lora+", "orthogonal"])
 @pytest.mark.parametrize("method", METHODS)
 def test_optimizers_group_parameters_and_lower_the_loss(tiny_model, name, method):

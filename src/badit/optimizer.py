@@ -79,6 +79,10 @@ def factor_pairs(model: nn.Module) -> list[Pair]:
         holders: list[Any] = [getattr(module, name, None) for name in names]
         if not all(isinstance(holder, (nn.ModuleDict, nn.ParameterDict)) for holder in holders):
             continue
+        if (
+            getattr(module, "num_experts", 1) > 1
+        ):  # PEFT's LoRA on a fused weight, whose A and B are ordered differently
+            continue
         for adapter in (name for name in holders[0] if name in holders[1]):
             # PEFT's LoRA stores linear layers, other tuners store the parameters themselves.
             a, b = (getattr(holder[adapter], "weight", holder[adapter]) for holder in holders)
@@ -93,7 +97,8 @@ class OrthogonalUpdates(torch.optim.Optimizer):
     """Applies orthogonal updates (:mod:`badit.method.orthogonal`) to adapter factors and AdamW to other parameters.
 
     If experts share one A (HydraLoRA, MTL-LoRA), their B's are treated as one B with K·O out features. Otherwise all
-    experts of a layer are one pair of factors. AdamW updates an A or B whose partner is not trainable. A layer in which
+    experts of a layer are one pair of factors. AdamW updates an A or B whose partner is not trainable, and PEFT's LoRA
+    on fused weights of several experts. A layer in which
     a factor has no gradient is skipped in that step.
 
     Args:

@@ -43,6 +43,7 @@ def test_forward_matches_loop_over_branches(tiny_model, method, tasks, family):
 @pytest.mark.parametrize("method", BRANCHES)
 def test_next_task_reinitialises_the_branch_and_keeps_the_output(tiny_model, method, family):
     model = randomise(adapt(tiny_model(family), method))
+    given = model.peft_config["default"]
     for _ in range(2):
         before, parameters = logits(model), [p for p in model.parameters() if p.requires_grad]
         model.base_model.next_task()
@@ -55,6 +56,7 @@ def test_next_task_reinitialises_the_branch_and_keeps_the_output(tiny_model, met
             torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
         randomise(model, seed=5)
         assert (logits(model) - before).abs().max() > 1e-2
+    assert (given.past_branches, model.peft_config["default"].past_branches) == (0, 2)
 
 
 @pytest.mark.parametrize("method", BRANCHES)

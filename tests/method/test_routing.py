@@ -54,6 +54,9 @@ def test_prompt_and_segment_means_equal_the_reference(batch, positions, count, s
         np.testing.assert_allclose(found.detach(), expected, rtol=1e-5, atol=1e-6)
     (means[0].sum() + means[1].sum()).backward()
     assert not x.grad[~mask].any()
+    many = torch.ones(1, 300 + seed % 700, 3)  # more than bfloat16 can count
+    of_one = segment_means(many.bfloat16(), many[..., 0] > 0, torch.zeros(many.shape[:2], dtype=torch.long), 1)
+    assert torch.equal(of_one, torch.ones(1, 3).bfloat16())
 
 
 @PROPERTY
@@ -64,7 +67,8 @@ def test_running_moments_equal_the_reference_for_any_offset(count, seed, common)
     mean, variance = reference.prompt_moments(batches)
     found = torch.zeros(2, 5)
     for n, batch in enumerate(batches, start=1):
-        found = updated_moments(found, torch.tensor(float(n)), batch_moments(batch))
+        rows = torch.cat([batch, torch.zeros(n % 3, 5)])  # rows of zeros have no prompt
+        found = updated_moments(found, torch.tensor(float(n)), batch_moments(rows))
     np.testing.assert_allclose(found[0], mean, atol=1e-3)
     np.testing.assert_allclose(found[1], variance, atol=1e-2)
     x = torch.randn(3, 1, 5, generator=generator)

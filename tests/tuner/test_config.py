@@ -31,6 +31,7 @@ BAD_VALUES = {
         *(({field: value}, f"^{field} must be") for field, values in BAD_VALUES.items() for value in values),
         ({"router_input": "standardised", "routing": "token"}, "needs routing='prompt'"),
         ({"target_modules": r".*gate_proj", "layers_to_transform": [0]}, "layers_to_transform"),
+        ({"target_modules": "all-linear", "layers_to_transform": [0]}, "layers_to_transform: needs a list of names"),
         ({"layers_pattern": "layers"}, "layers_pattern"),
     ],
 )

@@ -140,6 +140,10 @@ def test_packed_segments_have_their_own_prompts_from_labels_or_mask(tiny_model):
         found = context._describe(model, {"input_ids": ids.repeat(rows, 1), **batch})
         assert torch.equal(found.prompt[0], expected.repeat(rows, 1))
         assert found.prompt[1].of_BT.tolist() == [[0] * 4 + [1] * 5, [2] * 4 + [3] * 5][:rows]
+        padding = {"labels": torch.cat([labels, torch.full((1, 2), -100)], dim=1).repeat(rows, 1)}
+        padding["position_ids"] = torch.cat([positions_, torch.zeros(1, 2, dtype=torch.long)], dim=1).repeat(rows, 1)
+        padded_ids = torch.cat([ids, ids[:, :2]], dim=1).repeat(rows, 1)
+        assert not context._describe(model, {"input_ids": padded_ids, **padding}).prompt[0][:, 9:].any()
         with pytest.raises(BaditError, match="set packing=False and padding_free=False"):
             _ = found.prompt_mask_BT  # read by methods with one set of gates per row
 
@@ -150,6 +154,9 @@ def test_packed_segments_have_their_own_prompts_from_labels_or_mask(tiny_model):
 def test_cache_of_another_adapter_or_batch_size_is_refused(tiny_model, filled_by, decoded_by, rows):
     model, cache, (ids, mask) = adapted(tiny_model("llama")), DynamicCache(), padded(ROWS)
     model.add_adapter("other", config())
+    if filled_by is None:  # gates of an earlier prompt on the same cache do not count
+        logits_of(model, ids[:, :3], mask[:, :3], cache=cache, use_cache=True)
+        cache.reset()
     with nullcontext() if filled_by else model.disable_adapter():
         logits_of(model, ids[:, :LENGTH], mask[:, :LENGTH], cache=cache, use_cache=True)
     model.set_adapter(decoded_by)

@@ -25,6 +25,7 @@ I/O = in/out features, R = rank of a branch, P = (K − 1)·R, the rank of the f
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -195,10 +196,13 @@ class BranchModel(ExpertModel):
         for gate in self._active_gates():
             gate.next_task()
         for adapter_name in self.active_adapters:
+            config = copy.copy(self.peft_config[adapter_name])  # not the caller's object, which may start other models
+            config.past_branches += 1
             for layer in self.expert_layers():
                 if adapter_name in layer.badit_A:
                     layer.next_task(adapter_name)
-            self.peft_config[adapter_name].past_branches += 1
+                    layer.badit_config[adapter_name] = config
+            self.peft_config[adapter_name] = config
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().set_adapter(*args, **kwargs)

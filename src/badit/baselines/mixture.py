@@ -61,6 +61,9 @@ class MixtureLinear(ExpertLinear):
         super().__init__(*args)
         self.router_logits: dict[str, torch.Tensor] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"router_logits": {}}  # for copies of the model
+
     @torch.no_grad()
     def initialise(self, adapter_name: str) -> None:
         super().initialise(adapter_name)

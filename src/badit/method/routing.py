@@ -39,22 +39,30 @@ def prompt_mean(x_BTI: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tens
 def segment_means(
     x_BTI: torch.Tensor, prompt_mask_BT: torch.Tensor, segment_BT: torch.Tensor, segments: int
 ) -> torch.Tensor:
-    """Returns x̄_SI of packed rows: the mean of x over the masked positions of each segment of the batch."""
-    weight_BT = prompt_mask_BT.bool().to(x_BTI.dtype)
+    """Returns x̄_SI of packed rows: the mean of x over the masked positions of each segment of the batch.
+
+    It is computed in at least float32 and returned in x's dtype; zero for a segment without masked positions.
+    """
+    weight_BT = prompt_mask_BT.to(torch.promote_types(x_BTI.dtype, torch.float32))
     counts_S = weight_BT.new_zeros(segments).index_add(0, segment_BT.flatten(), weight_BT.flatten())
     weight_BT = weight_BT / counts_S.clamp_min(1.0)[segment_BT]
-    x_BTI = torch.where(prompt_mask_BT[..., None].bool(), x_BTI, 0.0) * weight_BT[..., None]
-    return x_BTI.new_zeros(segments, x_BTI.shape[-1]).index_add(0, segment_BT.flatten(), x_BTI.flatten(0, 1))
+    weighted_BTI = torch.where(prompt_mask_BT[..., None].bool(), x_BTI, 0.0) * weight_BT[..., None]
+    sums_SI = weighted_BTI.new_zeros(segments, x_BTI.shape[-1])
+    return sums_SI.index_add(0, segment_BT.flatten(), weighted_BTI.flatten(0, 1)).to(x_BTI.dtype)
 
 
 def batch_moments(
     x_BI: torch.Tensor, add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
 ) -> torch.Tensor:
-    """Returns mean and variance (2, I) over a batch of prompts in float32; ``add_up`` sums a tensor over ranks."""
+    """Returns mean and variance (2, I) over a batch of prompts in float32; ``add_up`` sums a tensor over ranks.
+
+    A row of zeros has no prompt, such as padding in packed rows, and does not count. Without any prompt they are NaN.
+    """
     x_BI = x_BI.float()
-    total = add_up(torch.cat([x_BI.sum(dim=0), x_BI.new_tensor([len(x_BI)])]))
+    counts_B1 = x_BI.any(dim=1, keepdim=True).float()
+    total = add_up(torch.cat([x_BI.sum(dim=0), counts_B1.sum(dim=0)]))
     mean_I = total[:-1] / total[-1]
-    return torch.stack([mean_I, add_up((x_BI - mean_I).square().sum(dim=0)) / total[-1]])
+    return torch.stack([mean_I, add_up(((x_BI - mean_I) * counts_B1).square().sum(dim=0)) / total[-1]])
 
 
 def updated_moments(moments_2I: torch.Tensor, batches: torch.Tensor, new_2I: torch.Tensor) -> torch.Tensor:

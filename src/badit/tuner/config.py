@@ -139,9 +139,8 @@ class ExpertConfig(PeftConfig):
         check_options(self)
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise BaditError("layers_pattern: needs layers_to_transform, the layers' indices; set both or neither")
-        is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
-        if is_regex and self.layers_to_transform is not None:
-            raise BaditError("layers_to_transform: not with a regex in target_modules; select the layers in the regex")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise BaditError("layers_to_transform: needs a list of names in target_modules, or a regex without it")
 
     @property
     def scaling(self) -> float:
@@ -222,8 +221,9 @@ class BaditConfig(ExpertConfig):
     )
     top_k: int | None = option(
         None,
-        "Use only the k largest gates (default: all). With init_weights='bad' and k below num_experts, the adapted "
-        "model differs from the base model at step 0, because the unused experts' part of the weight is missing.",
+        "Use only the k largest gates (default: all). With k = 1 the gate is constant, so the router does not learn. "
+        "With init_weights='bad' and k below num_experts, the adapted model differs from the base model at step 0, "
+        "because the unused experts' part of the weight is missing.",
     )
     init_weights: str = option(
         "directions",

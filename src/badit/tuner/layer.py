@@ -80,10 +80,16 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
             self.badit_A0[adapter_name] = torch.zeros(config.num_components, self.in_features)
             self.badit_B0[adapter_name] = torch.zeros(self.out_features, config.num_components)
         self.badit_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        if not self.badit_A[adapter_name].is_meta or self.weight_OI.is_meta:  # else its values will be loaded
+        # TRL adds "ref", the reference of a preference loss, but copies only some of default's tensors to it.
+        is_reference = adapter_name == "ref" and self.badit_config.get("default") is config
+        if not is_reference and (not self.badit_A[adapter_name].is_meta or self.weight_OI.is_meta):  # else to be loaded
             self.initialise(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        if is_reference:  # a copy of the default adapter, with its dtypes
+            tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+            for name in (name for name in tensors if name.endswith(".ref")):
+                tensors[name].data = tensors[name.removesuffix("ref") + "default"].data.clone()
 
     @torch.no_grad()
     def initialise(self, adapter_name: str) -> None:
@@ -271,18 +277,6 @@ class BaditLinear(ExpertLinear):
             self.badit_moments[adapter_name] = torch.zeros(2, self.in_features)
             self.badit_batches[adapter_name] = torch.zeros(())
         super().update_layer(adapter_name, config, inference_mode)
-        if self._is_reference(adapter_name):  # a copy of the default adapter, with its dtypes
-            tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-            for name in (name for name in tensors if name.endswith(".ref")):
-                tensors[name].data = tensors[name.removesuffix("ref") + "default"].data.clone()
-
-    def initialise(self, adapter_name: str) -> None:
-        if not self._is_reference(adapter_name):
-            super().initialise(adapter_name)
-
-    def _is_reference(self, adapter_name: str) -> bool:
-        """Whether TRL adds "ref", the reference of a preference loss. TRL copies only some of default's tensors."""
-        return adapter_name == "ref" and self.badit_config.get("default") is self.badit_config["ref"]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT casts to the base layer's dtype, before 0.21 also integers. These buffers keep their dtypes and values.
@@ -361,7 +355,7 @@ class BaditLinear(ExpertLinear):
         if self.routing.runs_again():
             # Gradient checkpointing: the prompts are already counted, and later passes may have changed the moments.
             moments_2I = forward_pass.moments.get(self._key(adapter_name), moments_2I)
-        elif self.training and forward_pass.begun_with_gradients:
+        elif self.training and forward_pass.begun_with_gradients and self.badit_router[adapter_name].requires_grad:
             with torch.no_grad():
                 new_2I = batch_moments(x.detach().flatten(0, -2), _sum_over_ranks)
                 usable = new_2I.isfinite().all()  # otherwise an overflow would remain in the moments
@@ -371,7 +365,8 @@ class BaditLinear(ExpertLinear):
                 moments_2I.copy_(torch.where(usable, updated_2I, known_2I))
             if not torch.compiler.is_compiling():  # the layer's name would make every layer compile separately
                 forward_pass.moments[self._key(adapter_name)] = moments_2I.clone()
-        return self._route(adapter_name, standardised(x, moments_2I.float()))
+        # Without a prompt (of padding, or of tokens that reach the matrix) x is zero, and the router reads zeros.
+        return self._route(adapter_name, standardised(x, moments_2I.float()) * x.any(dim=-1, keepdim=True))
 
     def _route(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         config = self.badit_config[adapter_name]

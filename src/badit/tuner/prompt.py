@@ -115,6 +115,9 @@ class RoutingContext:
                 model.__dict__["generate"] = partial(context.generate, model)
         return context
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_running": None, "_last_training_pass": None, "_stored": None}  # for copies of the model
+
     def detach(self, model: nn.Module) -> None:
         """Removes the hooks from a model whose adapters are unloaded."""
         for hook in self._hooks:
@@ -202,6 +205,8 @@ class RoutingContext:
             cache = _cache(output)
         if running.fresh and cache is not None and not isinstance(cache, tuple):
             setattr(cache, _HELD, running.fresh)
+        elif running.held is None and hasattr(cache, _HELD):  # filled again, without the adapter
+            delattr(cache, _HELD)
 
     def _describe(self, model: nn.Module, batch: Mapping[str, Any]) -> ForwardPass:
         cache = _cache(batch)
@@ -324,7 +329,9 @@ def before_first_label(labels_BT: torch.Tensor, segments: Segments | None = None
     labelled_P[1:] &= of_P[1:] == of_P[:-1]
     labels_S = labelled_P.new_zeros(segments.number, dtype=torch.long).index_add(0, of_P, labelled_P.long())
     before_S = labels_S.cumsum(dim=0) - labels_S
-    return (labelled_P.cumsum(dim=0) == before_S[of_P]).view_as(labels_BT)
+    # A segment without labels is padding, unless none has any.
+    is_prompt_S = (labels_S > 0) | ~labelled_P.any()
+    return ((labelled_P.cumsum(dim=0) == before_S[of_P]) & is_prompt_S[of_P]).view_as(labels_BT)
 
 
 def _cache(batch: Mapping[str, Any]) -> Any:

@@ -48,7 +48,12 @@ def chosen_targets(model: Any, config: Any) -> set[str] | None:
     """Returns a configuration's target modules; if not set, none with fused weights, else :func:`default_targets`."""
     if config.target_modules is not None:
         return config.target_modules
-    return set() if getattr(config, "target_parameters", None) else default_targets(model)
+    found = set() if getattr(config, "target_parameters", None) else default_targets(model)
+    layers = config.layers_to_transform
+    if found and layers is not None:  # PEFT does not apply it to full names
+        chosen = {layers} if isinstance(layers, int) else set(layers)
+        found = {name for name in found if not (index := re.search(r"\.(\d+)\.", name)) or int(index[1]) in chosen}
+    return found
 
 
 def short_module_names(model: nn.Module, names: Iterable[str]) -> list[str]:
