@@ -109,7 +109,7 @@ class Grid:
         for name in section.methods:
             if not re.fullmatch(r"[\w][\w.+-]*", name):
                 raise BaditError(f"compare.methods: {name!r:.60} is not a valid name; use letters, digits, - and _")
-            with _named(name):
+            with _named(f"methods.{name}"):
                 own = self.recipe_of(Cell(name))
                 method = build_method(own.method)
                 method.refuse_recipe(own)
@@ -120,6 +120,8 @@ class Grid:
                     f"training.learning_rate: the search starts at {rate:g}; add this value to compare.learning_rates"
                 )
         self.orders: Sequence[Order] = section.orders or [None]
+        if recipe.data.order is not None:
+            raise BaditError("data.order: not used in a comparison; set compare.orders, a list of orders")
         for field in ("reference", "budget", "unmatched", "single_task"):
             value = getattr(section, field)
             for name in [value] if isinstance(value, str) else value or ():
@@ -134,6 +136,8 @@ class Grid:
             raise BaditError(f"compare.vary_data: every seed would be scored on different held-out instances; {fix}")
         if section.learning_rates is not None and not recipe.data.validation_per_task:
             raise BaditError("data.validation_per_task: choosing learning rates needs held-out instances; set e.g. 8")
+        with _named("search"):
+            self.recipe_of(self.searched(section.reference, self.start_rates[section.reference]))
 
     def searched(self, method: str, rate: float | None) -> Cell:
         """Returns the cell that measures a learning rate in the search, with the first seed and order."""
@@ -157,14 +161,14 @@ class Grid:
         entry = self.section.methods[cell.method]
         values["method"] = dict(entry.model_extra or {})
         values["training"] |= entry.training
+        if cell.is_search:
+            values = merged(values, self.section.search or {})
         values["output"] = str(self.run_of(cell).path)
         if cell.learning_rate is not None:
             values["training"] |= {"learning_rate": cell.learning_rate, "seed": cell.seed}
             values["data"]["order"] = cell.order
             if self.section.vary_data:
                 values["data"]["seed"] += cell.seed
-        if cell.is_search:
-            values = merged(values, self.section.search or {})
         if cell.task is not None:
             values["data"] |= {"tasks": [cell.task], "order": None}
         return build_recipe(values)
@@ -175,11 +179,11 @@ class Grid:
 
 
 @contextmanager
-def _named(method: str) -> Iterator[None]:
+def _named(key: str) -> Iterator[None]:
     try:
         yield
     except BaditError as error:
-        raise BaditError(f"compare.methods.{method}: {str(error).removeprefix('recipe: ')}") from None
+        raise BaditError(f"compare.{key}: {str(error).removeprefix('recipe: ')}") from None
 
 
 def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
@@ -193,11 +197,12 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     plan = make_plan(grid.recipe_of(grid.chosen(section.reference, grid.start_rates[section.reference])[0]))
     if section.learning_rates is not None:
         make_plan(plan.recipe, split="validation")
-    for order in section.orders or ():
-        ordered(plan.tasks, order)
+    sequences = [[task.name for task in ordered(plan.tasks, order)] for order in section.orders or ()]
+    if any(sequences.count(each) > 1 for each in sequences):
+        raise BaditError("compare.orders: two of them order these tasks in the same way; remove one")
     tasks = [task.name for task in plan.tasks]
     for name in grid.methods:
-        with _named(name):
+        with _named(f"methods.{name}"):
             method, model = on_skeleton(grid.recipe_of(Cell(name)), tasks)
             counts[name] = method.trained_parameters(model)
     if section.budget is not None:

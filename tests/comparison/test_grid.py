@@ -67,6 +67,11 @@ def test_cell_recipe_changes_only_the_fields_of_the_cell():
     assert [str(cell) for cell in cells] == ["lora/lr-0.01/seed-3", "lora/lr-0.01/seed-5", "own/lr-0.01/seed-4"]
     recipes = [grid.recipe_of(cell) for cell in cells]
     assert [recipe.training.optimizer for recipe in recipes] == ["adamw", "adamw", "orthogonal"]
+    search = {"training": {"learning_rate": 1.0, "seed": 9, "num_train_epochs": 2}, "output": "elsewhere"}
+    grid = grid_with(search=search)
+    searched = grid.recipe_of(grid.searched("lora", 0.01))
+    assert (searched.training.learning_rate, searched.training.seed, searched.training.num_train_epochs) == (0.01, 3, 2)
+    assert searched.output == "out/lora/search/lr-0.01/seed-3"
     assert [recipe.data.seed for recipe in recipes] == [3, 5, 4]
     assert all(recipe.method == METHODS["lora"] for recipe in recipes)
 
@@ -88,6 +93,8 @@ def test_invalid_options_are_refused_in_one_line():
         ({"learning_rates": [1e-4, 1e-3]}, r"training\.learning_rate: the search starts at 0\.0005; add this value"),
         ({"learning_rates": [5e-4]}, r"data\.validation_per_task: choosing learning rates needs held-out instances"),
         ({"learning_rates": [1e-3, 5e-4]}, r"compare\.learning_rates: must be positive and ascending"),
+        ({"data": {"order": "sapt-1"}}, r"data\.order: not used in a comparison; set compare\.orders"),
+        ({"search": {"data": {"train_per_tsk": 4}}}, r"compare\.search: data\.train_per_tsk: unknown key"),
         ({"orders": [["a", "b"], ["a", "b"]]}, r"compare\.orders: a-b is listed more than once"),
         (one_method(training={"optimiser": "lora+"}), r"training\.optimiser: unknown key.*optimizer"),
         (one_method(seeds=[]), r"compare\.methods\.lora\.seeds: list should have at least 1 item"),
