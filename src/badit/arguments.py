@@ -91,10 +91,13 @@ class TrainingSection(Section):
     )
     report_to: list[str] = Field([], description="tensorboard, trackio (both in badit[trackers]), wandb, mlflow, …")
 
-    @field_validator("eval_strategy", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _no_as_text(cls, value: Any) -> Any:
-        return "no" if value is False else value  # YAML reads no as false
+    def _no_as_text(cls, values: Any) -> Any:  # YAML reads no as false
+        if not isinstance(values, dict):
+            return values
+        strategies = [key for key in values if str(key).endswith("_strategy") and values[key] is False]
+        return {**values, **dict.fromkeys(strategies, "no")}
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -251,7 +251,7 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
             torch.use_deterministic_algorithms(deterministic)  # full_determinism applies to training only
             discard(folder.checkpoints_path / STAGING)  # deletes an incomplete checkpoint
     seconds, state = time.monotonic() - started, trainer.state
-    if progress and trainer.args.load_best_model_at_end and trainer.is_world_process_zero():
+    if progress and state.best_metric is not None and trainer.args.load_best_model_at_end and is_main_process():
         best = f"step {state.best_global_step} (eval_loss {state.best_metric:.4f})"
         say(f"badit: trained {state.global_step} steps; kept the model of {best}")
 
@@ -366,7 +366,8 @@ def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | N
         "prediction_loss_only": True,
         "per_device_eval_batch_size": plan.recipe.evaluation.batch_size,
     }
-    if best := given.pop("load_best_model_at_end"):
+    best = given.pop("load_best_model_at_end")
+    if best or given.get("save_strategy") == "best":
         given["metric_for_best_model"] = "loss"
     try:
         arguments = TrainingArguments(**{**defaults, **given, **fixed})

@@ -30,7 +30,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback, get
 from badit.arguments import TrainingSection
 from badit.checkpoint import step_of
 from badit.environment import is_main_process
-from badit.errors import BaditError, say
+from badit.errors import BaditError, explained, say
 from badit.files import append_to_log, rewind_log
 from badit.gradients import any_of_all, steps_in_backward
 from badit.optimizer import OrthogonalUpdates, lora_plus_groups
@@ -88,11 +88,20 @@ class AnswerTrainer(Trainer):
         ratio = self.options.lora_plus_ratio if self.options.optimizer == "lora+" else 1.0
         if self.optimizer is None and self.options.optimizer == "orthogonal":
             self.optimizer = OrthogonalUpdates(trained, rate, other_lr=other, weight_decay=decay)
-        elif self.optimizer is None and (ratio, other) != (1.0, rate):
-            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            groups = lora_plus_groups(trained, rate, ratio, other_lr=other)
-            self.optimizer = kind(groups, **arguments, weight_decay=decay)
-        return super().create_optimizer(model)
+        with explained("training", action="used", any_error=True):
+            if self.optimizer is None and (ratio, other) != (1.0, rate):
+                kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, trained)
+                groups = lora_plus_groups(trained, rate, ratio, other_lr=other)
+                self.optimizer = kind(groups, **arguments, weight_decay=decay)
+            return super().create_optimizer(model)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        with explained("training", action="used", any_error=True):
+            return super().create_scheduler(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        with explained("training", action="used", any_error=True):
+            return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

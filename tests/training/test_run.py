@@ -3,6 +3,7 @@
 import shutil
 import weakref
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +93,17 @@ def test_damaged_adapter_is_refused_with_the_reason(finished, tmp_path, damage, 
     damage(run.adapter_path / "adapter_model.safetensors")
     with pytest.raises(BaditError, match=message):
         evaluate(run, progress=False)
+
+
+def test_evaluation_reports_changed_data_and_does_not_score_trained_instances(finished, tmp_path, capsys):
+    run = Run(shutil.copytree(finished[0].output, tmp_path / "copied"))
+    source = str(finished[0].data.source)
+    (tmp_path / "changed.jsonl").write_text(Path(source).read_text().replace("land 1", "land 9"))
+    run.config_path.write_text(run.config_path.read_text().replace(source, str(tmp_path / "changed.jsonl")))
+    evaluate(run, progress=False)
+    assert "task cities, task rivers changed since the run was trained" in capsys.readouterr().err
+    with pytest.raises(BaditError, match="task cities, task rivers changed, so trained instances may be held out"):
+        evaluate(run, split="validation", progress=False)
 
 
 def test_resumed_run_keeps_the_fast_dtype_it_started_with(recipe_values, monkeypatch):
