@@ -66,6 +66,11 @@ def test_loading_code_for_baselines_lora_and_exports(tmp_path):
     assert "badit." not in lora.text.partition("```python")[2].partition("```")[0]
     assert lora.data.tags == ["badit", "multi-task", "lora"]
     assert "the mean over 2 tasks" in lora.text
+    compressed = {"rank": 8, "exact_rank": 64, "mixture": None, "relative_error": {"total": 0.403}}
+    assert "compressed from rank 64 to 8, with a relative error of 0.4," in card_of(*run, export=compressed).text
+    pinned = card_of(*make_run(tmp_path / "pinned", model={"name": "org/base", "revision": "v1"}))
+    assert 'AutoModelForCausalLM.from_pretrained("org/base", revision="v1")' in pinned.text
+    assert "<td>model.revision</td>\n<td>v1</td>" in html_of(pinned)
     merged = card_of(*run, export={"rank": None, "mixture": None}, address="org/merged")
     assert merged.data.library_name == "transformers"
     assert 'AutoModelForCausalLM.from_pretrained("org/merged")' in merged.text

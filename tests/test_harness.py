@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from badit.cli import main
 from badit.errors import BaditError
-from badit.harness import BaditLM
+from badit.harness import BaditLM, run_command_line
 from data.examples import write_rows
 from studio.conftest import BADIT
 from tuner.helpers import adapted, cached_steps, generate
@@ -212,8 +212,8 @@ def test_methods_that_need_tasks_use_and_require_the_task_argument(trained):
         scores.append(score_pairs(scorer, PAIRS)[0])
         assert len(scorer.generate_until(asked, disable_tqdm=True)) == 1
     assert not torch.allclose(*scores, rtol=1e-4)
-    with pytest.raises(BaditError, match="0 tasks are given"):
-        score_pairs(BaditLM(run=run, batch_size=2), PAIRS)
+    with pytest.raises(BaditError, match="mtl-lora needs the name of a task; add task=NAME"):
+        BaditLM(run=run, batch_size=2)
 
 
 def test_invalid_arguments_are_refused(trained, task_folder, capsys):
@@ -221,7 +221,12 @@ def test_invalid_arguments_are_refused(trained, task_folder, capsys):
         BaditLM(run="a", pretrained="b")
     with pytest.raises(BaditError, match="a run has its own adapter"):
         BaditLM(run="a", peft="b")
+    run = str(trained(BADIT).path)
+    with pytest.raises(BaditError, match="model_args: device: cannot be used"):
+        BaditLM(run=run, device="gpu")
+    with pytest.raises(BaditError, match="--model: is the run"):
+        run_command_line(run, ["--model=hf", "--tasks", "toy_choice"])
     wrong = ("nowhere", "toy_choice", "nowhere: has no config.yaml")
-    for folder, task, message in (wrong, (str(trained(BADIT).path), "no_such_task", "no_such_task")):
+    for folder, task, message in (wrong, (run, "no_such_task", "no_such_task")):
         assert main(["harness", folder, "--tasks", task, "--include_path", str(task_folder)]) == 2
         assert re.match(f"badit: .*{message}", capsys.readouterr().err.strip().splitlines()[-1])

@@ -224,6 +224,11 @@ def test_unreachable_vllm_or_missing_lora_loading_is_reported(router, vllm):
         answer = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": [1, 2]})
         assert answer.status_code == 404
         assert answer.json()["error"]["message"].endswith("with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
+    other = Starlette(routes=[Route("/{path:path}", lambda request: JSONResponse({"no": 1}), methods=["GET", "POST"])])
+    with served(other) as stranger, proxied(router, stranger) as port:
+        for method, path in (("GET", "models"), ("POST", "completions")):
+            answer = httpx2.request(method, f"http://127.0.0.1:{port}/v1/{path}", json={"prompt": "a"})
+            assert (answer.status_code, "check --url" in answer.text) == (502, True)
 
 
 def test_unsuitable_runs_exports_and_urls_are_refused(run, trained, tmp_path, capsys):

@@ -47,4 +47,8 @@ class BaditPlugin(BasePlugin):
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         regroup = cfg.badit.get("regroup")
-        return [] if cfg.adapter != "badit" or regroup in (None, False) else [RegroupCallback(**regroup)]
+        return (
+            []
+            if cfg.adapter != "badit" or regroup in (None, False)
+            else [RegroupCallback(**({} if regroup is True else regroup))]
+        )

@@ -104,6 +104,7 @@ def model_card(
         shown_base=_text(base.hub_id or Path(recipe.model.name).name),
         export=export,
         merged=merged,
+        revision=recipe.model.revision,
         split=recipe.evaluation.split,
         scores=read_scores(run.scores_path) if run.scores_path.is_file() else None,
         training=_training(run, recipe),
@@ -118,6 +119,7 @@ def _training(run: Run, recipe: Recipe) -> dict[str, Any]:
     rows = {
         "data": ", ".join("the built-in tasks" if path == "builtin" else _last_part(path) for path in sources),
         "prompt": recipe.prompt.encoding,
+        **{f"model.{key}": value for key in ("revision", "quantisation") if (value := getattr(recipe.model, key))},
         **pd.json_normalize({"method": recipe.method}).to_dict("records")[0],
         **{key: _last_part(value) if isinstance(value, str) else value for key, value in training.items()},
     }

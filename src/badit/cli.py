@@ -287,13 +287,15 @@ def _shown_export(run: Run, exported: Any, options: dict[str, Any]) -> str:
     from badit.render import cost_table, exported_rank
 
     folder, base = shlex.quote(str(exported.folder)), shlex.quote(resolve_model(run.recipe.model.name))
+    revision = run.recipe.model.revision
     facts = {"mixture": exported.mixture or "none: the run has no gates that depend on the prompt"}
     if exported.merged:
         facts |= {"model": folder, "vLLM": f"vllm serve {folder}", "llama.cpp": f"convert_hf_to_gguf.py {folder}"}
     else:
         served, adapter = exported.tasks.values() or [exported], f"{folder}/TASK" if exported.tasks else folder
         modules = " ".join(shlex.quote(f"{each.folder.resolve().name}={each.folder}") for each in served)
-        command = f"vllm serve {base} --enable-lora --max-lora-rank {exported.max_lora_rank}"
+        command = f"vllm serve {base}{f' --revision {shlex.quote(revision)}' if revision else ''}"
+        command += f" --enable-lora --max-lora-rank {exported.max_lora_rank}"
         facts |= {
             "rank": exported_rank(exported),
             "adapter": adapter,

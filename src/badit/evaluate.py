@@ -23,7 +23,7 @@ from badit.card import write_run_card
 from badit.data import AnswerCollator, Instance, Task, on_device
 from badit.data.prompts import IGNORED_LABEL
 from badit.environment import is_main_process
-from badit.errors import BaditError, explained, refuse_unknown
+from badit.errors import BaditError, explained, refuse_unknown, say
 from badit.files import copy_folder, exclusive, inside, read_json, read_jsonl, write_json, write_text
 from badit.generation import evaluation_mode, generate_answers
 from badit.methods import build_method
@@ -45,6 +45,7 @@ from badit.train import (
     model_fingerprint,
     pad_id,
     refuse_beyond_model,
+    task_fingerprints,
 )
 from badit.trainer import answer_losses
 from badit.tuner.prompt import cache_of, drop_last
@@ -95,6 +96,11 @@ def evaluate(
     split = split or recipe.evaluation.split
     plan = make_plan(recipe, split=split)
     is_own = split == recipe.evaluation.split
+    if changed := changed_inputs(run.known_environment.get("inputs", {}), task_fingerprints(plan.tasks)):
+        if split == "validation":  # drawn again from the changed data
+            fix = "restore them, or train again with another output=FOLDER"
+            raise BaditError(f"{run.path}: {', '.join(changed)} changed, so trained instances may be held out; {fix}")
+        say(f"badit: {', '.join(changed)} changed since the run was trained")
     with exclusive(run.path):
         if is_own and plan.sequential and plan.method.trains:
             scores = _score_sequence(run, plan, progress, keep_stages)

@@ -33,6 +33,7 @@ from badit.analysis.gates import GATES_FILE, PROMPTS_PER_TASK, Gates, adapted_la
 from badit.card import CARD, Base, model_card
 from badit.data import Task
 from badit.data.prompts import end_of_turn_id
+from badit.data.tasks import resolve_names
 from badit.environment import status
 from badit.errors import BaditError, explained, refuse_unknown
 from badit.evaluate import evaluate, load_run, score_model
@@ -43,7 +44,7 @@ from badit.models import device, load_base_model, resolve_model
 from badit.recipe import Recipe
 from badit.results import read_scores
 from badit.run import RECORD, AnyPath, Run
-from badit.train import base_model, make_plan, model_dtype
+from badit.train import base_model, changed_inputs, make_plan, model_dtype, task_fingerprints
 from badit.tuner import hooks_of
 from badit.tuner.config import ExpertConfig
 from badit.tuner.targets import FusedExpert, base_layer, short_module_names
@@ -148,7 +149,7 @@ def export(
         raise BaditError(found[0])
     tasks = {known.name: known for known in make_plan(recipe).tasks} if mixes else {}
     if task is not None:
-        refuse_unknown("--task", task, tasks)
+        (task,) = resolve_names([task], tasks, field="--task")
 
     loaded, tokenizer = load_run(run, recipe)
     model: Any = loaded  # a PeftModel, except for methods that train the base weights
@@ -229,11 +230,14 @@ def score_export(
     refuse_unknown("engine", engine, get_args(Engine))
     recipe = run.trusted_recipe()
     split = recipe.evaluation.split
-    if not run.scores_path.is_file():
+    known = make_plan(recipe).tasks
+    # The run's scores may be those of other instances.
+    if not run.scores_path.is_file() or changed_inputs(
+        run.known_environment.get("inputs", {}), task_fingerprints(known)
+    ):
         evaluate(run, progress=progress)
     routed = read_scores(run.scores_path)["tasks"]
     vllm = _vllm(exported, recipe) if engine == "vllm" else None
-    known = make_plan(recipe).tasks
     by_task: dict[str, dict[str, float]] = {}
     for part in exported.tasks.values() or [exported]:
         tasks = [task for task in known if part.task in (None, task.name)]

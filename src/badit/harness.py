@@ -22,8 +22,9 @@ from tqdm import tqdm
 import badit.baselines  # noqa: F401 (registers the baselines with PEFT)
 from badit.data import AnswerCollator
 from badit.data.prompts import uses_template
-from badit.errors import BaditError
+from badit.errors import BaditError, explained
 from badit.evaluate import load_run
+from badit.methods import build_method
 from badit.models import resolve_model
 from badit.run import Run
 from badit.train import pad_id
@@ -71,6 +72,8 @@ class BaditLM(_HFLM):
                 raise BaditError("model_args: a run has its own adapter; remove peft, or use pretrained instead of run")
             folder = Run(run, trust_remote_code=trust_remote_code)
             recipe = folder.trusted_recipe()
+            if task is None and build_method(recipe.method).needs_tasks:
+                raise BaditError(f"model_args: {recipe.method['name']} needs the name of a task; add task=NAME")
             pretrained, tokenizer = load_run(folder, recipe)
             options.setdefault("tokenizer", tokenizer)
             if uses_template(tokenizer, recipe.prompt.chat_template):
@@ -79,7 +82,8 @@ class BaditLM(_HFLM):
                 )
             # lm_eval's command line passes cuda:0 by default, on any machine.
             if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
-                pretrained = pretrained.to(device)
+                with explained("model_args: device", action="used", any_error=True):
+                    pretrained = pretrained.to(device)
         elif isinstance(pretrained, str):
             pretrained = resolve_model(pretrained)
         if device is not None:
@@ -154,6 +158,8 @@ def run_command_line(run: str, arguments: Sequence[str]) -> None:
     """Runs the command ``lm_eval run`` with the options ``arguments`` on a run's model."""
     from lm_eval.__main__ import cli_evaluate
 
+    if any(each.partition("=")[0] in ("--model", "-m") for each in arguments):
+        raise BaditError("--model: is the run; use lm_eval itself for other models")
     sys.argv = ["lm_eval", "run", "--model", "badit", "--model_args", json.dumps({"run": run}), *arguments]
     try:
         cli_evaluate()

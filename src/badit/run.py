@@ -219,12 +219,15 @@ class Run:
         """
         from badit.data import load_sources
         from badit.generation import generate_answers
+        from badit.methods import build_method
         from badit.train import encoded_texts
 
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not all(text.strip() for text in texts):
             raise BaditError("the prompt is empty")
         recipe = self.trusted_recipe()
+        if task is None and build_method(recipe.method).needs_tasks:
+            raise BaditError(f"{self.path}: {recipe.method['name']} needs the name of a task; add --task TASK")
         found = None if task is None else load_sources(recipe.data.sources(), [task])[0]
         model, tokenizer = self.load()
         answers = generate_answers(

@@ -133,8 +133,9 @@ def application(router: Router, url: str) -> Starlette:
         return {"authorization": request.headers.get("authorization", "")}
 
     async def models(request: Request) -> Response:
-        found = (await ask(request, "GET", "/v1/models")).json()
-        return JSONResponse({**found, "data": [{"id": AUTO, "object": "model", "owned_by": "badit"}, *found["data"]]})
+        found = part_of(await ask(request, "GET", "/v1/models"), "data")
+        own = {"id": AUTO, "object": "model", "owned_by": "badit"}
+        return JSONResponse({"object": "list", "data": [own, *found]})
 
     async def completion(request: Request) -> Any:
         """Sends the request to vLLM with the adapter for its prompt as the model, and streams the response."""
@@ -168,10 +169,16 @@ def application(router: Router, url: str) -> Starlette:
         if chat or isinstance(ids, str):
             options = content if chat else {"add_special_tokens": content.get("add_special_tokens", True)}
             text = {**options, "model": None, "prompt": None if chat else ids}
-            ids = (await ask(request, "POST", "/tokenize", text)).json()["tokens"]
+            ids = part_of(await ask(request, "POST", "/tokenize", text), "tokens")
         async with lock:
             gates_MN = await to_thread.run_sync(router.gates, ids)
         return nullcontext(router.nearest(gates_MN)) if router.exports else loaded(request, gates_MN)
+
+    def part_of(answer: httpx2.Response, key: str) -> list[Any]:
+        found = answer.json() if "json" in answer.headers.get("content-type", "") else None
+        if not isinstance(found, dict) or not isinstance(found.get(key), list):
+            raise HTTPException(502, f"{answer.url}: is not the answer of a vLLM server; check --url")
+        return found[key]
 
     async def ask(request: Request, method: str, path: str, content: Any = None, hint: str = "") -> httpx2.Response:
         answer = await client.request(method, path, json=content, headers=key(request))

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from transformers import AutoModelForCausalLM
 
-from badit import analyze
+from badit import Run, analyze
 from badit.cli import main
 from badit.export import export
 from comparison.cells import InlineCell, compare_module
@@ -31,7 +31,7 @@ def finished(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     run = trained({"name": "badit", "num_experts": 4, "r": 2, "regroup": {"every": 2}})
     shutil.copytree(run.path, folder / "runs" / "mine")
-    export(folder / "runs" / "mine", folder / "exports" / "mine")
+    export(Run(folder / "runs" / "mine"), folder / "exports" / "mine")
     analyze(folder / "runs" / "mine", instances=2)
     return folder
 

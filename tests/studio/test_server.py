@@ -191,16 +191,21 @@ def test_studio_serves_until_interrupted(trained):
     assert "Traceback" not in errors
 
 
-def test_errors_are_one_line_and_reported_before_a_model_is_loaded(monkeypatch, capsys):
+def test_errors_are_one_line_and_reported_before_a_model_is_loaded(monkeypatch, capsys, tmp_path):
+    run = str(tmp_path)
+    (tmp_path / "config.yaml").touch()
     with server.listen(0) as taken:
         host, port = taken.getsockname()
         assert host == "127.0.0.1", "only this machine can reach it"
         for arguments, expected in (
-            ([f"--port={port}"], f"--port: {port} cannot be used (Address already in use); use another port, or 0"),
-            (["--port=-1"], "--port: must be from 0 to 65535, not -1"),
-            (["--port=0"], "no-run: has no config.yaml"),
+            (
+                [run, f"--port={port}"],
+                f"--port: {port} cannot be used (Address already in use); use another port, or 0",
+            ),
+            ([run, "--port=-1"], "--port: must be from 0 to 65535, not -1"),
+            (["no-run", "--port=0"], "no-run: has no config.yaml"),
         ):
-            assert main(["studio", "no-run", *arguments]) == 2
+            assert main(["studio", *arguments]) == 2
             (line,) = capsys.readouterr().err.splitlines()
             assert line.startswith(f"badit: {expected}")
     monkeypatch.delitem(sys.modules, "badit.studio.server")
