@@ -38,8 +38,7 @@ def run(trained):
 
 @pytest.fixture(scope="module")
 def router(run, tmp_path_factory):
-    done = export(run, tmp_path_factory.mktemp("exports") / "tasks", all_tasks=True, progress=False)
-    return Router(run, done.folder)
+    return Router(run, export(run, tmp_path_factory.mktemp("exports") / "tasks", all_tasks=True, progress=False).folder)
 
 
 @pytest.fixture
@@ -235,7 +234,7 @@ def test_unsuitable_runs_exports_and_urls_are_refused(run, trained, tmp_path, ca
     for method in ({"name": "lora", "r": 2}, {"name": "mtl-lora", "r": 2}):
         with pytest.raises(BaditError, match="do not depend on the prompt; serve its export"):
             Router(trained(method), None)
-    wrong = {str(tmp_path): "has no LoRAs of tasks; run badit export"}
+    wrong = {str(tmp_path): "has no task LoRAs; run badit export"}
     wrong |= {"--url=localhost:8000": "--url: must be an address such as http://127.0.0.1:8000"}
     for argument, problem in wrong.items():
         assert main(["serve", str(run.path), argument, "--port=0"]) == 2

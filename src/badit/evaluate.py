@@ -74,17 +74,15 @@ def train_and_score(recipe: Recipe, *, progress: bool = True, allow_changed_inpu
         if run.scores_path.is_file():
             write_run_card(run)  # an interrupted run may have scores but no card
             return read_scores(run.scores_path)
-        return evaluate(run, progress=progress, keep_stages=True)
+        return evaluate(run, progress=progress, resume=True)
 
 
-def evaluate(
-    run: Run, *, split: Split | None = None, progress: bool = True, keep_stages: bool = False
-) -> dict[str, Any]:
+def evaluate(run: Run, *, split: Split | None = None, progress: bool = True, resume: bool = False) -> dict[str, Any]:
     """Scores a run on its tasks and writes the scores and predictions to its folder.
 
     The recipe's own split is written to ``scores.json`` and ``predictions/``, another split to ``scores-SPLIT.json``
     and ``predictions-SPLIT/``. On its own split, a sequence of tasks is scored after each task, and the scores include
-    the matrix of these scores. On another split, only the final model is scored. With ``keep_stages``, stages that
+    the matrix of these scores. On another split, only the final model is scored. With ``resume``, stages that
     already have scores are not scored again.
 
     Raises:
@@ -103,7 +101,7 @@ def evaluate(
         say(f"badit: {', '.join(changed)} changed since the run was trained")
     with exclusive(run.path):
         if is_own and plan.sequential and plan.method.trains:
-            scores = _score_sequence(run, plan, progress, keep_stages)
+            scores = _score_sequence(run, plan, progress, resume)
         else:
             scores = _score(run, recipe, plan.tasks, split, progress)
         if is_own:
@@ -193,13 +191,13 @@ def _prefill(
     return cache if drop_last(cache, answers_BA.shape[1] + 1) else {}
 
 
-def _score_sequence(run: Run, plan: Plan, progress: bool, keep_stages: bool) -> dict[str, Any]:
+def _score_sequence(run: Run, plan: Plan, progress: bool, resume: bool) -> dict[str, Any]:
     """Scores each stage on the tasks trained so far, or on all tasks with ``evaluation.unseen_tasks``."""
     names = [task.name for task in plan.tasks]
     by_stage = []
     for number, stage in enumerate(plan.stages, start=1):
         tasks = plan.tasks if plan.recipe.evaluation.unseen_tasks else plan.tasks[:number]
-        if not keep_stages or not stage.folder.scores_path.is_file():
+        if not resume or not stage.folder.scores_path.is_file():
             _score(stage.folder, plan.recipe, tasks, plan.recipe.evaluation.split, progress)
         by_stage.append(read_scores(stage.folder.scores_path))
     matrix = [[scores["tasks"].get(name, {}).get("rouge_l") for name in names] for scores in by_stage]

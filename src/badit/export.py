@@ -219,9 +219,7 @@ def _compressed(done: Export, factors: Factors, rank: int | None) -> tuple[Expor
     return done, {name: (each.a_PI, each.b_OP) for name, each in closest.items()}
 
 
-def score_export(
-    run: Run, exported: Export, *, engine: Engine = "transformers", progress: bool = True
-) -> dict[str, Any]:
+def score_export(run: Run, done: Export, *, engine: Engine = "transformers", progress: bool = True) -> dict[str, Any]:
     """Loads an export as other tools do, scores it, writes its ``scores.json`` and returns the content.
 
     ``tasks`` has for each task the Rouge-L of the run (``routed``), the export (``frozen``) and their ``difference``;
@@ -237,9 +235,9 @@ def score_export(
     ):
         evaluate(run, progress=progress)
     routed = read_scores(run.scores_path)["tasks"]
-    vllm = _vllm(exported, recipe) if engine == "vllm" else None
+    vllm = _vllm(done, recipe) if engine == "vllm" else None
     by_task: dict[str, dict[str, float]] = {}
-    for part in exported.tasks.values() or [exported]:
+    for part in done.tasks.values() or [done]:
         tasks = [task for task in known if part.task in (None, task.name)]
         model: Any = None  # frees the previous model
         answer = None
@@ -257,7 +255,7 @@ def score_export(
             before, after = routed[name]["rouge_l"], scores["rouge_l"]
             by_task[name] = {"routed": before, "frozen": after, "difference": after - before}
     result: dict[str, Any] = {}
-    for part in (*exported.tasks.values(), exported):
+    for part in (*done.tasks.values(), done):
         of_part = {name: scores for name, scores in by_task.items() if part.task in (None, name)}
         mean = {key: fmean(scores[key] for scores in of_part.values()) for key in ("routed", "frozen", "difference")}
         result = {"metric": "rouge_l", "split": split, "engine": engine, "mixture": part.mixture}

@@ -47,9 +47,7 @@ def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> lis
     return grams
 
 
-def by_shape(
-    pairs: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]], numbers_at_a_time: int
-) -> Iterator[list[int]]:
+def by_shape(pairs: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]], numbers: int) -> Iterator[list[int]]:
     """Yields the indices of complete pairs of equal shape, dtype, device and placement, in chunks of limited size."""
     kinds: dict[Any, list[int]] = {}
     for index, (a, b) in enumerate(pairs):
@@ -57,7 +55,7 @@ def by_shape(
             kind = (a.shape, b.shape, a.dtype, b.dtype, a.device, getattr(a, "placements", None))
             kinds.setdefault(kind, []).append(index)
     for kind, indices in kinds.items():
-        together = max(1, numbers_at_a_time // (kind[0].numel() + kind[1].numel()))
+        together = max(1, numbers // (kind[0].numel() + kind[1].numel()))
         for start in range(0, len(indices), together):
             yield indices[start : start + together]
 

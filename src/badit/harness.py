@@ -77,9 +77,7 @@ class BaditLM(_HFLM):
             pretrained, tokenizer = load_run(folder, recipe)
             options.setdefault("tokenizer", tokenizer)
             if uses_template(tokenizer, recipe.prompt.chat_template):
-                logging.getLogger(__name__).info(
-                    "The run was trained in its model's chat format; use --apply_chat_template."
-                )
+                logging.getLogger(__name__).info("Trained in the model's chat format: use --apply_chat_template.")
             # lm_eval's command line passes cuda:0 by default, on any machine.
             if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
                 with explained("model_args: device", action="used", any_error=True):

@@ -186,9 +186,7 @@ class WeightsMethod(Method):
         if recipe.model.quantisation:
             raise BaditError(f"model.quantisation: {self.name} cannot train quantised base weights; remove this key")
         if recipe.training.optimizer == "orthogonal":
-            raise BaditError(
-                f"training.optimizer: orthogonal trains only the factors of adapters; use adamw for {self.name}"
-            )
+            raise BaditError(f"training.optimizer: orthogonal trains only adapters; use adamw for {self.name}")
 
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         path = folder / WEIGHTS
@@ -358,9 +356,7 @@ def on_skeleton(recipe: Recipe, tasks: Sequence[str], dtype: str = "float32") ->
         return method, method.apply(model, tasks)
 
 
-def _built(
-    name: str, kind: type[Any], options: Mapping[str, Any], fixed: Mapping[str, Any], place: str = "method"
-) -> Any:
+def _built(name: str, kind: type, options: Mapping[str, Any], fixed: Mapping[str, Any], place: str = "method") -> Any:
     known = {field.name for field in dataclasses.fields(kind) if field.init} - _INTERNAL - fixed.keys()
     for key in options:
         if key not in known:

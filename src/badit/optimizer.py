@@ -77,11 +77,8 @@ def factor_pairs(model: nn.Module) -> list[Pair]:
     pairs, taken = [], set()
     for module, names in product(model.modules(), _PAIRED):
         holders: list[Any] = [getattr(module, name, None) for name in names]
-        if not all(isinstance(holder, (nn.ModuleDict, nn.ParameterDict)) for holder in holders):
-            continue
-        if (
-            getattr(module, "num_experts", 1) > 1
-        ):  # PEFT's LoRA on a fused weight, whose A and B are ordered differently
+        of_experts = getattr(module, "num_experts", 1) > 1  # PEFT's LoRA on a fused weight orders A and B differently
+        if of_experts or not all(isinstance(holder, (nn.ModuleDict, nn.ParameterDict)) for holder in holders):
             continue
         for adapter in (name for name in holders[0] if name in holders[1]):
             # PEFT's LoRA stores linear layers, other tuners store the parameters themselves.
@@ -98,8 +95,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
 
     If experts share one A (HydraLoRA, MTL-LoRA), their B's are treated as one B with K·O out features. Otherwise all
     experts of a layer are one pair of factors. AdamW updates an A or B whose partner is not trainable, and PEFT's LoRA
-    on fused weights of several experts. A layer in which
-    a factor has no gradient is skipped in that step.
+    on fused weights of several experts. A layer in which a factor has no gradient is skipped in that step.
 
     Args:
         model: a model with adapters, optionally wrapped by DDP or sharded by FSDP2.
@@ -211,9 +207,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             kept += [moment.unbind() for moment in moments[side][3:]]
             for factor, *values in zip(factors, *kept, strict=True):
                 self.state[factor] = dict(zip(_MOMENTS, values, strict=True))
-            _subtract(
-                factors, lr * as_rows(updates[side], side), _FEATURES[side], shrink=1 - lr * group["weight_decay"]
-            )
+            _subtract(factors, lr * as_rows(updates[side], side), _FEATURES[side], 1 - lr * group["weight_decay"])
 
 
 # FSDP2 shards A and B by rows. A is redistributed into column shards, so that a product over features is the sum of the

@@ -271,8 +271,7 @@ def paired(frame: pd.DataFrame, method: str, other: str) -> pd.DataFrame:
 
 def _difference(results: Results, method: str, metric: str) -> dict[str, Any]:
     """Returns the paired difference to the reference; None values for the reference, or if no runs can be paired."""
-    kept = results.instances.loc[results.instances["metric"] == metric]
-    pairs = paired(kept, method, results.reference)
+    pairs = paired(results.instances.loc[results.instances["metric"] == metric], method, results.reference)
     if method == results.reference or pairs.empty:
         return dict.fromkeys(f"difference_{name}" for name in Difference._fields)
     runs = pairs.groupby(["seed", "order", "seed_other", "order_other"], sort=False, dropna=False).ngroup()

@@ -64,9 +64,7 @@ class Router:
         if exports is not None:
             refuse_links(Path(exports))
             if not (files := sorted(Path(exports).glob(f"*/{GATES_FILE}"))):
-                raise BaditError(
-                    f"{exports}: has no LoRAs of tasks; run badit export {run.path} --all-tasks -o {exports}"
-                )
+                raise BaditError(f"{exports}: has no task LoRAs; run badit export {run.path} --all-tasks -o {exports}")
             self.exports = [file.parent.name for file in files]
             self.gates_TMN = torch.stack([self._by_component(read_gates(file, self.model)) for file in files])
             self.gram_MNN = torch.stack([_gram(one) for one in self.layers])

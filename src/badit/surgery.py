@@ -108,7 +108,6 @@ class SurgeryTrainer(AnswerTrainer):
 def rows_of_task(inputs: dict[str, Any], task: str) -> dict[str, Any]:
     """Returns one task's rows without their common padding at the end; leading padding affects positions."""
     rows = [row for row, name in enumerate(inputs["tasks"]) if name == task]
-    attended_T = inputs["attention_mask"][rows].bool().any(dim=0)
-    length = int(attended_T.nonzero().max()) + 1
+    length = int(inputs["attention_mask"][rows].bool().any(dim=0).nonzero().max()) + 1
     tensors = {key: value_BT[rows, :length] for key, value_BT in inputs.items() if key != "tasks"}
     return {**tensors, "tasks": [task] * len(rows)}

@@ -324,9 +324,7 @@ class _StepCallback(TrainerCallback):
         hooks_of(model).before_update()
 
 
-def _instances(
-    micro_batches: Sequence[tuple[torch.Tensor, Mapping[str, Any]]], examples: Sequence[Mapping[str, Any]]
-) -> str:
+def _instances(micro_batches: Sequence[tuple[torch.Tensor, Mapping[str, Any]]], examples: Sequence[Any]) -> str:
     """Names up to 8 instances of the micro-batches with a non-finite loss (of all, if only gradients are affected)."""
     bad = [inputs for loss, inputs in micro_batches if not bool(loss.isfinite())]
     rows = {

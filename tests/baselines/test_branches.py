@@ -110,8 +110,7 @@ def test_forward_without_gates_and_unsuitable_models_are_refused(tiny_model, met
         with pytest.raises(BaditError, match=r"gate_proj: there are no gates for an input of shape \(.*input_ids"):
             pass_()
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
-    t5 = T5ForConditionalGeneration(T5Config(**sizes))
-    for other, target in ((t5, "wo"), (nn.Sequential(nn.Linear(4, 4)), "0")):
+    for other, target in ((T5ForConditionalGeneration(T5Config(**sizes)), "wo"), (nn.Sequential(nn.Linear(4, 4)), "0")):
         with pytest.raises(BaditError, match="is for decoder-only language models"):
             get_peft_model(other, config(method, target_modules=[target], task_type=None))
 

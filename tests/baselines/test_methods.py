@@ -59,7 +59,7 @@ def test_resumed_pissa_run_matches_uninterrupted_run(recipe_values, tmp_path):
         ({"name": "sapt", "gate_hidden_size": 0}, r"gate_hidden_size must be a whole number of at least 1"),
         ({"name": "goat", "rho": 0}, r"method.rho must be a positive number, got 0"),
         ({"name": "goat", "top_k": None}, r"method.top_k must be between 1 and num_experts = 8, got None"),
-        ({"name": "goat", "r": 12}, r"method.r = 12 must be a multiple of num_experts = 8: it is GOAT's total rank"),
+        ({"name": "goat", "r": 12}, r"method.r = 12, GOAT's total rank, must be a multiple of num_experts = 8"),
     ],
 )
 def test_config_errors_are_one_line(method, message):

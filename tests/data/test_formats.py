@@ -88,7 +88,7 @@ def test_files_of_one_name_are_refused_and_links_have_their_own(tmp_path):
         (tmp_path / "links" / f"{name}.csv").symlink_to(tmp_path / ("de" if name == "train" else "fr") / "items.csv")
     task = task_of(tmp_path / "links")
     assert (task.name, len(task.train), len(task.test)) == ("links", 1, 1)
-    with pytest.raises(BaditError, match=r"test.csv has the name of a split, not of a task; give the folder"):
+    with pytest.raises(BaditError, match=r"test.csv is named after a split, not a task; give the folder"):
         load_sources([Source(tmp_path / "de" / "items.csv"), Source(tmp_path / "links" / "test.csv")])
 
 

@@ -67,8 +67,7 @@ def test_prompt_has_at_most_one_bos_and_no_eos(adds, template):
 @settings(max_examples=40, deadline=None)
 @given(text=st.text(max_size=300), limit=st.integers(40, 120))
 def test_truncation_keeps_definition_and_end(tokenizer, text, limit):
-    instance = Instance(id="x", input=text, outputs=("Paris",))
-    ids = encode_prompt(tokenizer, build_prompt(TASK, instance), limit)
+    ids = encode_prompt(tokenizer, build_prompt(TASK, Instance(id="x", input=text, outputs=("Paris",))), limit)
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     assert f"{TASK.definition}\n\nNow complete the following example -\nInput: " in decoded
     assert "\nOutput: " in decoded

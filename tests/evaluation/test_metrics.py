@@ -12,8 +12,7 @@ from badit.metrics import exact_match, normalize_answer, rouge_l
 
 
 def naive_tokens(text):
-    words = re.findall("[a-z0-9]+", text.lower())
-    return [PorterStemmer().stem(word) if len(word) > 3 else word for word in words]
+    return [PorterStemmer().stem(word) if len(word) > 3 else word for word in re.findall("[a-z0-9]+", text.lower())]
 
 
 def naive_lcs(a, b):

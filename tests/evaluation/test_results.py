@@ -59,8 +59,7 @@ def sequential():
 
 def summary_of(folder, content, **options):
     """Returns a row for each method, by name, as plain values; missing values are None."""
-    frame = summarise(load_results(write_results(folder, content)), **options)
-    rows = frame.set_index("method").astype(object)
+    rows = summarise(load_results(write_results(folder, content)), **options).set_index("method").astype(object)
     return {method: SimpleNamespace(**row) for method, row in rows.where(rows.notna(), None).to_dict("index").items()}
 
 

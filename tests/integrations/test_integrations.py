@@ -26,9 +26,7 @@ NAMED = os.environ.get("BADIT_INTEGRATIONS")
 pytestmark = pytest.mark.skipif(not NAMED, reason="BADIT_INTEGRATIONS names no environments: make test-integrations")
 ENVIRONMENTS = Path(NAMED or ".").resolve()
 PAGE = Page("docs/integrations.md")
-CHATS = [
-    [{"role": "user", "content": f"Name city {i}."}, {"role": "assistant", "content": f"city {i}"}] for i in range(24)
-]
+CHATS = [[{"role": "user", "content": f"Name {i}."}, {"role": "assistant", "content": f"city {i}"}] for i in range(24)]
 ROUTING_WARNING = "or use routing='token'"  # the end of badit's routing warnings
 OPTIONS = {"num_experts": 4, "r": 2, "target_modules": ["q_proj", "down_proj"]}
 # By kind of training: extra options, the dataset type, and whether badit warns about training without labels.
@@ -105,8 +103,7 @@ def test_axolotl_trains_an_adapter(model_folder, tmp_path, kind):
         write(tmp_path / "axolotl.yaml", yaml.safe_dump(values))
         return call("axolotl", "-m", f"axolotl.cli.{verb}", "axolotl.yaml", folder=tmp_path, AXOLOTL_DO_NOT_TRACK="1")
 
-    said = axolotl("train", values | options)
-    assert (ROUTING_WARNING in said) == warns
+    assert (ROUTING_WARNING in axolotl("train", values | options)) == warns
     assert_trained(tmp_path / "out", model_folder, regroupings=(4, 8))
     if kind == "answers":
         values |= {"lora_model_dir": "out", "output_dir": "again", "max_steps": 1, "learning_rate": 1e-12}
@@ -137,6 +134,5 @@ def test_llama_factory_trains_an_existing_adapter(model_folder, tmp_path):
     columns = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
     information = {"chats": {"file_name": "chats.json", "columns": columns}}
     write(tmp_path / "data" / "dataset_info.json", json.dumps(information))
-    said = call("llamafactory", "train.py", "train.yaml", folder=tmp_path)
-    assert ROUTING_WARNING not in said
+    assert ROUTING_WARNING not in call("llamafactory", "train.py", "train.yaml", folder=tmp_path)
     assert_trained(tmp_path / "out", model_folder)

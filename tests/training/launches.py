@@ -90,9 +90,7 @@ class Launches:
         arguments, variables = ENGINES[engine]
         return start(name, processes, arguments, {**variables, "BADIT_STOP_AT": str(stop_at)}, code)
 
-    def _launched(
-        self, name: str, processes: int, arguments: list[str] | None, variables: dict[str, str], code: int
-    ) -> str:
+    def _launched(self, name: str, processes: int, arguments: list[str] | None, variables: dict, code: int) -> str:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(SCRIPT)]
         if arguments is not None:
             launcher = ["-m", "accelerate.commands.launch", *_accelerate(arguments, processes)]
@@ -104,9 +102,7 @@ class Launches:
         assert "Traceback" not in done.stdout
         return done.stdout + done.stderr
 
-    def _forked(
-        self, name: str, processes: int, arguments: list[str] | None, variables: dict[str, str], code: int
-    ) -> str:
+    def _forked(self, name: str, processes: int, arguments: list[str] | None, variables: dict, code: int) -> str:
         """Trains in forks, with the environment variables that the launcher would set."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])

@@ -49,8 +49,7 @@ def test_held_out_loss_is_mean_instance_nll_and_does_not_affect_training(recipe)
 
 @pytest.mark.parametrize("options", [{"load_best_model_at_end": True, "eval_delay": 99}, {"save_strategy": "best"}])
 def test_training_without_a_best_model_or_that_saves_only_the_best_ends(recipe, options):
-    run = fit(recipe("ends", **HELD_OUT, max_steps=3, **options))
-    assert run.environment["training"]["steps"] == 3
+    assert fit(recipe("ends", **HELD_OUT, max_steps=3, **options)).environment["training"]["steps"] == 3
 
 
 def assert_resumes(recipe, whole, stop):

@@ -168,7 +168,7 @@ def test_invalid_methods_and_optimizers_are_refused(recipe_values, monkeypatch):
         ("{name: task-neurons, share: 0}", "method.share must be above 0 and at most 1, got 0"),
         ("{name: task-neurons, score_batches: 0}", "method.score_batches must be a whole number of at least 1"),
         ("{name: task-neurons}", r"training\.weight_decay: must be 0 with task-neurons"),
-        ("{name: full}", "orthogonal trains only the factors of adapters; use adamw for full"),
+        ("{name: full}", "orthogonal trains only adapters; use adamw for full"),
         ("{name: lora}", "orthogonal cannot run with DeepSpeed; use FSDP2, DDP, adamw or lora"),
     ):
         optimizer = "adamw" if "neurons" in method else "orthogonal"

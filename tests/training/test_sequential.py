@@ -98,7 +98,7 @@ def test_score_matrix_and_continual_scores(recipe_values, unseen):
         for name in content["tasks"]:
             content["tasks"][name]["rouge_l"] = row[ORDER.index(name)]
         write_json(folder.scores_path, content)
-    scores = evaluate(Run(recipe.output), progress=False, keep_stages=True)
+    scores = evaluate(Run(recipe.output), progress=False, resume=True)
     assert scores["matrix"] == made_up
     matrix = [[math.nan if score is None else score for score in row] for row in made_up]
     assert scores["continual"] == {form: continual_scores(matrix, form=form)._asdict() for form in FORMS}

@@ -24,8 +24,7 @@ def naive_gates(layer, x, mask):
         seen = 8 / IN**0.5 * (seen - mean) / variance.sqrt()
     logits = seen @ layer.badit_router["default"].T
     if options.top_k is not None:
-        weak = logits.argsort(dim=-1)[..., : -options.top_k]
-        logits = logits.scatter(-1, weak, float("-inf"))
+        logits = logits.scatter(-1, logits.argsort(dim=-1)[..., : -options.top_k], float("-inf"))
     return logits.softmax(dim=-1) * (options.num_experts if options.gates == "mean_one" else 1)
 
 

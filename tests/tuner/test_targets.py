@@ -70,8 +70,7 @@ def test_encoder_decoder_needs_token_routing():
     before = base(input_ids=IDS, attention_mask=MASK, labels=IDS).logits
     model = adapt(base, task_type=None, routing="token")
     assert {layer.name.split(".")[-1] for layer in layers(model)} == {"wi"}
-    after = model(input_ids=IDS, attention_mask=MASK, labels=IDS).logits
-    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(input_ids=IDS, attention_mask=MASK, labels=IDS).logits, before, atol=1e-5, rtol=0)
 
 
 def test_smollm2_equals_base_at_step_0_and_generates_as_teacher_forced(smollm2):
@@ -159,8 +158,7 @@ def test_adapted_model_equals_base_model_with_the_mixture_merged(tiny_model, fam
     assert family in MOE or (logits(plain, ids, mask) - expected).abs().max() > 0.5
     with torch.no_grad():
         for layer in layers(model):
-            delta = layer.get_delta_weight("default", gates[layer.name])
-            base_layer(plain, layer.name).weight.add_(delta)
+            base_layer(plain, layer.name).weight.add_(layer.get_delta_weight("default", gates[layer.name]))
     seen = {}
     for name in ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts") if family in MOE else ():
         plain.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args}))

@@ -116,9 +116,7 @@ def active_experts(model: nn.Module) -> list[Experts]:
 
 
 @contextmanager
-def changed_gates(
-    experts: Sequence[Experts], change: Callable[[Experts, torch.Tensor], torch.Tensor]
-) -> Iterator[None]:
+def changed_gates(experts: Sequence[Experts], change: Callable[..., torch.Tensor]) -> Iterator[None]:
     """Context manager in which ``change`` replaces the component gates (B, 1 or T, N) of every layer."""
     try:
         for one in experts:  # the instance attribute shadows the class's method

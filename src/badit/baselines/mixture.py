@@ -101,7 +101,7 @@ class MixtureModel(ExpertModel):
                 if len(logits_LK) != attention_mask.numel():
                     sizes = f"{len(logits_LK)} positions, but the batch has {attention_mask.numel()}"
                     raise BaditError(
-                        f"{layer.name}: sees {sizes}; leave it out of target_modules, or set balance_weight=0"
+                        f"{layer.name}: sees {sizes}; exclude it from the targets, or set balance_weight=0"
                     )
                 logits_LK = logits_LK[attention_mask.flatten().bool().to(logits_LK.device)]
                 losses.append(config.imbalance(logits_LK).to(attention_mask.device) * config.balance_weight)
@@ -154,9 +154,7 @@ class GoatConfig(MixtureConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.r % self.num_experts:
-            raise BaditError(
-                f"r = {self.r} must be a multiple of num_experts = {self.num_experts}: it is GOAT's total rank"
-            )
+            raise BaditError(f"r = {self.r}, GOAT's total rank, must be a multiple of num_experts = {self.num_experts}")
         self._check_top_k(self.top_k)
 
     @property

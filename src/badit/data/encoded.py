@@ -134,9 +134,7 @@ class Batches(Sequence[dict[str, Any]]):
         return self.collate([self.examples[i] for i in self.batches[index]])
 
 
-def batches_by_task(
-    examples: Sequence[Mapping[str, Any]], collate: AnswerCollator, batch_size: int
-) -> dict[str, Batches]:
+def batches_by_task(examples: Sequence[Any], collate: AnswerCollator, batch_size: int) -> dict[str, Batches]:
     """Returns the batches of each task, grouped by the examples' `task`; the order of the examples is kept."""
     tasks = getattr(examples, "tasks", None) or [example["task"] for example in examples]
     groups: dict[str, list[int]] = defaultdict(list)

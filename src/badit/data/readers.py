@@ -80,9 +80,7 @@ def load_sources(
     for source in sources:
         if len(sources) > 1 and not source.task and _split_in(Path(source.path)) and Path(source.path).is_file():
             fix = f"give the folder or a pattern such as {Path(source.path).parent}/*"
-            raise BaditError(
-                f"data.source: {source.path} has the name of a split, not of a task; {fix}, or set its task"
-            )
+            raise BaditError(f"data.source: {source.path} is named after a split, not a task; {fix}, or set its task")
         for task in _read(source, wanted if len(sources) == 1 else None):
             if task.name in found:
                 raise BaditError(f"data.source: {source.path} has task {task.name} of another source; set a new task")
@@ -176,9 +174,7 @@ def _official(where: Source, path: Path, wanted: Sequence[str] | None) -> list[T
                 if split := first if index < OFFICIAL_TEST_INSTANCES else rest:
                     yield name, about, split, one.model_dump()
 
-    return _build_tasks(
-        where, [file for _, file, *_ in parts], records(), [(name, *split) for name, _, *split in parts]
-    )
+    return _build_tasks(where, [one for _, one, *_ in parts], records(), [(name, *split) for name, _, *split in parts])
 
 
 def _split_lists(root: Path, files: Sequence[Path]) -> dict[str, Any]:
@@ -234,9 +230,7 @@ def _of_rows(where: Source, path: Path) -> list[Task]:
             origin, strict = file.parent if split else file, file.suffix in _JSON and not where.columns
             for record in read_rows(_rows_in(file), split, task, where, strict=strict):
                 if record[0] == task != where.task and (other := origins.setdefault(task, origin)) != origin:
-                    raise BaditError(
-                        f"{origin}: task '{task}' is also in {other}; rename one, or set data.task for both"
-                    )
+                    raise BaditError(f"{origin}: task '{task}' is also in {other}; rename one, or set data.task")
                 yield record
 
     return _build_tasks(where, files, records())

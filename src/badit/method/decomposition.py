@@ -68,8 +68,7 @@ def top_singular_triples(
     w_OI = weight_OI.detach().to(torch.float32)
     if not torch.isfinite(torch.stack(w_OI.aminmax())).all():  # a single pass, which propagates NaN
         raise BaditError("the weight holds NaN or infinite values; it cannot be decomposed")
-    small = min(w_OI.shape) <= max(_EXACT_UP_TO, 4 * rank)
-    if method == "exact" or (method == "auto" and small):
+    if method == "exact" or (method == "auto" and min(w_OI.shape) <= max(_EXACT_UP_TO, 4 * rank)):
         u_ON, s_N, vh_NI = _exact_svd(w_OI, rank)
     else:
         u_ON, s_N, vh_NI = _randomized(w_OI, rank, tolerance, seed)

@@ -51,9 +51,7 @@ def segment_means(
     return sums_SI.index_add(0, segment_BT.flatten(), weighted_BTI.flatten(0, 1)).to(x_BTI.dtype)
 
 
-def batch_moments(
-    x_BI: torch.Tensor, add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
-) -> torch.Tensor:
+def batch_moments(x_BI: torch.Tensor, add_up: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> torch.Tensor:
     """Returns mean and variance (2, I) over a batch of prompts in float32; ``add_up`` sums a tensor over ranks.
 
     A row of zeros has no prompt, such as padding in packed rows, and does not count. Without any prompt they are NaN.

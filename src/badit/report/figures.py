@@ -88,8 +88,7 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
     labels = {name: metric.label for name, metric in METRICS.items() if name in rows}
     present = list(frame["run"].unique())
     series = frame.attrs.get("order") or present
-    means = rows.groupby("task")[next(iter(labels))].mean()
-    order = means.sort_values(ascending=False, kind="stable").index.tolist()
+    order = rows.groupby("task")[next(iter(labels))].mean().sort_values(ascending=False, kind="stable").index.tolist()
     pick = alt.selection_point(name="pick", fields=["run"], bind="legend")
     shapes = alt.Scale(domain=series, range=["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"])
     tooltip = ["task:N", "run:N"]
@@ -261,8 +260,7 @@ def shared_units(frame: pd.DataFrame) -> Any:
     )
     measured, by_chance = (base.transform_filter(f"datum.series === '{name}'") for name in names)
     chance = by_chance.mark_line(point=alt.OverlayMarkDef(size=36, filled=True), strokeDash=[4, 3])
-    chart = measured.mark_bar(cornerRadiusEnd=2) + chance
-    return chart.add_params(*choices).properties(height=240)
+    return (measured.mark_bar(cornerRadiusEnd=2) + chance).add_params(*choices).properties(height=240)
 
 
 def units_of_tasks(frame: pd.DataFrame) -> Any:

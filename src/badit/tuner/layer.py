@@ -47,17 +47,13 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
     badit_A0: Buffers
     badit_B0: Buffers
 
-    def __init__(
-        self, base_layer: nn.Module, name: str, routing: RoutingContext, adapter_name: str, config: Any
-    ) -> None:
+    def __init__(self, base_layer: Any, name: str, routing: RoutingContext, adapter_name: str, config: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.name = name
         self.routing = routing
-        base: Any = base_layer  # its weight may be packed, with another shape
-        self.out_features, self.in_features = (
-            (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
-        )
+        names = ("nf", "nx") if isinstance(base_layer, Conv1D) else ("out_features", "in_features")
+        self.out_features, self.in_features = (getattr(base_layer, name) for name in names)  # the weight may be packed
         self.badit_config: dict[str, Any] = {}
         self.badit_dropout = nn.ModuleDict()
         for parameters in self.adapter_layer_names:
@@ -225,8 +221,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         if not config.subtracted_share:
             return a_RI, b_OR
         a0_NI, b0_ON = (factor.to(dtype) for factor in self.kept_factors(adapter_name))
-        subtracted_ON = -config.scaling * config.subtracted_share * b0_ON
-        return torch.cat([a_RI, a0_NI]), torch.cat([b_OR, subtracted_ON], dim=1)
+        return torch.cat([a_RI, a0_NI]), torch.cat([b_OR, -config.scaling * config.subtracted_share * b0_ON], dim=1)
 
     def get_delta_weight(self, adapter_name: str, gates_K: torch.Tensor | None = None) -> torch.Tensor:
         """Returns what the adapter adds to the base weight at fixed gates (default: all 1), in that weight's layout."""
