@@ -92,7 +92,7 @@ def test_balance_loss_is_read_once_per_training_pass_of_matching_size(tiny_model
             model.base_model.extra_loss(mask)
         forward(model.eval(), ids, mask)
     forward(model.train(), ids, mask)
-    with pytest.raises(BaditError, match=r"sees 18 positions, but the batch has 6; leave it out of target_modules"):
+    with pytest.raises(BaditError, match=r"sees 18 positions, but the batch has 6; exclude it from the targets"):
         model.base_model.extra_loss(mask[:, :3])
 
 
