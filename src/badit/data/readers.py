@@ -224,9 +224,10 @@ def _of_rows(where: Source, path: Path) -> list[Task]:
 
     def records() -> Iterator[Record]:
         origins: dict[str, Path] = {}
-        for file in (Path(os.path.abspath(file)) for file in files):  # with the names of links, not of their targets
+        for file in files:
             split = _split_in(file) if len(files) > 1 else None
-            task = where.task or (file.parent.name if split else file.stem)
+            folder = os.path.dirname(os.path.abspath(file))  # of a link, not of its target
+            task = where.task or (os.path.basename(folder) if split else file.stem)
             origin, strict = file.parent if split else file, file.suffix in _JSON and not where.columns
             for record in read_rows(_rows_in(file), split, task, where, strict=strict):
                 if record[0] == task != where.task and (other := origins.setdefault(task, origin)) != origin:

@@ -153,9 +153,9 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         _refuse_near("output", row)
         fix = "name the columns with data.columns.input=COLUMN data.columns.output=COLUMN"
         raise BaditError(f"unknown form of row: found {', '.join(map(str, row)):.200}; {fix}")
-    for key in ("system", "context", "history", "prompt") if pair else ():
+    for key in ("system", "context", "history", "prompt") if pair and not where.columns else ():
         if row.get(key) and key not in pair:
-            raise BaditError(f"{key}: not used in a row with {' and '.join(pair)}; move it into the input")
+            raise BaditError(f"{key}: not used in a row with {' and '.join(pair)}; remove it, or set data.columns")
     split, identity = row.get("split") or None, str(row.get("id", "")) or None
     about: dict[str, Any] = {
         "task": where.task or (name if own_task is None else own_task),
