@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -115,16 +116,22 @@ class SealCheckpoints(TrainerCallback):
     """Seals the checkpoint that the Trainer and the callbacks before this one have written.
 
     It also saves what the Trainer does not save: the sum of the losses since the last log line (without it, the next
-    line would be a mean over fewer steps), the number of skipped steps, and the name of the best checkpoint.
+    line would be a mean over fewer steps), the number of skipped steps, the time, and the name of the best checkpoint.
     """
 
     def __init__(self, trainer: Any, checkpoints: Path) -> None:
         self._trainer = trainer
-        self._checkpoints = checkpoints
+        self._checkpoints, self._began = checkpoints, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """The time of the training, and of its interrupted parts up to the checkpoints that it resumed from."""
+        return time.monotonic() - self._began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step:
             kept = read_json(resumed_checkpoint(args, state) / _SUMS)
+            self._began -= kept.get("seconds", 0.0)  # checkpoints of earlier releases have no time
             # Private names of the Trainer, which has no public way to set them.
             self._trainer._tr_loss += kept["loss"]
             self._trainer._globalstep_last_logged = kept["last_logged_step"]
@@ -146,6 +153,7 @@ class SealCheckpoints(TrainerCallback):
                 "last_logged_step": self._trainer._globalstep_last_logged,
                 "skipped_steps": self._trainer.skipped_steps,
                 "best": best,
+                "seconds": round(self.seconds, 1),
                 "engine": engine_of(self._trainer),
             }
             staged = checkpoint_being_written(args, state)

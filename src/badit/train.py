@@ -9,7 +9,6 @@ import dataclasses
 import gc
 import hashlib
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -235,8 +234,7 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
     if checkpoint is not None:
         refuse_other_engine(checkpoint, trainer)
 
-    started = time.monotonic()
-    trainer.add_callback(SealCheckpoints(trainer, folder.checkpoints_path))
+    trainer.add_callback(sealing := SealCheckpoints(trainer, folder.checkpoints_path))
     trainer.add_callback(stop := StopOnSignal())
     with stop, fast_on_short_sequences(base), tracker_folders(recipe.training, folder.path), safe_unpickling(trainer):
         try:
@@ -250,7 +248,7 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
             bar.close()
             torch.use_deterministic_algorithms(deterministic)  # full_determinism applies to training only
             discard(folder.checkpoints_path / STAGING)  # deletes an incomplete checkpoint
-    seconds, state = time.monotonic() - started, trainer.state
+    seconds, state = sealing.seconds, trainer.state
     if progress and state.best_metric is not None and trainer.args.load_best_model_at_end and is_main_process():
         best = f"step {state.best_global_step} (eval_loss {state.best_metric:.4f})"
         say(f"badit: trained {state.global_step} steps; kept the model of {best}")
@@ -259,7 +257,6 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
         hooks_of(model).end_task(batches)
         weights = whole_weights(model)
         if trainer.is_world_process_zero():
-            # In a resumed run, ``seconds`` is only the time since it resumed.
             summary = {
                 "trainable_parameters": method.trained_parameters(model),
                 "parameters": sum(parameter_count(parameter) for parameter in model.parameters()),

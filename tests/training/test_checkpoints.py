@@ -83,11 +83,14 @@ def put_code(checkpoint, pattern, marker, good):
 def test_pickled_code_in_sealed_checkpoint_is_never_executed(recipe_values, tmp_path, stopped):
     checkpoint, marker = stopped.checkpoints_path / "checkpoint-10", tmp_path / "attacked"
     good = shutil.copytree(checkpoint, tmp_path / "good")
+    sums = good / "badit_sums.json"
+    sums.write_text(sums.read_text().replace('"seconds": ', '"seconds": 1000'))
     for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         put_code(checkpoint, file, marker, good)
         assert last_checkpoint(stopped.checkpoints_path) == checkpoint
         if file == "training_args.bin":  # written by the Trainer, never read
-            fit(build_recipe(recipe_values), progress=False)
+            run = fit(build_recipe(recipe_values), progress=False)
+            assert run.environment["training"]["seconds"] > 1000, "includes the time before the checkpoint"
         else:
             with pytest.raises(BaditError, match="checkpoint-10: contains pickled objects that badit does not write"):
                 fit(build_recipe(recipe_values), progress=False)

@@ -145,8 +145,7 @@ def _score_sums(
     labelled_BT = targets_BT != _IGNORED_LABEL
     row_L = labelled_BT.nonzero()[:, 0]
     losses_L = F.cross_entropy(logits_BTV[:, :-1][labelled_BT].float(), targets_BT[labelled_BT], reduction="none")
-    loss = (losses_L / labelled_BT.sum(dim=1)[row_L]).sum()
-    gradients = torch.autograd.grad(loss, list(outputs.values()))
+    gradients = torch.autograd.grad((losses_L / labelled_BT.sum(dim=1)[row_L]).sum(), list(outputs.values()))
     return {
         name: (gradient_BTF.float() * output_BTF.detach().float()).abs().sum(dim=(0, 1)).cpu()
         for (name, output_BTF), gradient_BTF in zip(outputs.items(), gradients, strict=True)

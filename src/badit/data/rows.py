@@ -164,8 +164,7 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     }
     for number, (history, content, outputs) in enumerate(found):
         own_id = f"{identity}-{number}" if identity and number else identity
-        fields = {"id": own_id, "history": history, "input": content, "output": outputs}
-        yield _Row.model_validate(about | fields)
+        yield _Row.model_validate(about | {"id": own_id, "history": history, "input": content, "output": outputs})
 
 
 def _refuse_near(key: str, row: Mapping[str, Any]) -> None:

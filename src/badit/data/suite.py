@@ -165,8 +165,7 @@ def middle_age(rng: random.Random) -> Example:
 def which_day(rng: random.Random) -> Example:
     day = rng.randrange(7)
     word, step = rng.choice([("after", 1), ("before", -1)])
-    text = f"{rng.choice(NAMES)}'s {rng.choice(APPOINTMENTS)} is on the day {word} {DAYS[day]}."
-    return text, DAYS[(day + step) % 7]
+    return f"{rng.choice(NAMES)}'s {rng.choice(APPOINTMENTS)} is on the day {word} {DAYS[day]}.", DAYS[(day + step) % 7]
 
 
 def date_format(rng: random.Random) -> Example:

@@ -153,8 +153,7 @@ def heat_map(
     if written:
         # Shown in cells that are at least 34 pixels wide, in black or white depending on the cell's colour.
         opacity = {"expr": f"width / {len(column_names)} < 34 ? 0 : 1"}
-        light = "luminance(scale('color', datum.value)) > 0.25"
-        ink = alt.condition(light, alt.value("#15171a"), alt.value("#ffffff"))
+        ink = alt.condition("luminance(scale('color', datum.value)) > 0.25", alt.value("#15171a"), alt.value("#ffffff"))
         text = base.mark_text(fontSize=10, opacity=opacity, tooltip=None)
         chart += text.encode(text=alt.Text("value:Q", format=form), color=ink)
     row = 13 if len(row_names) > 40 else min(38, max(ROW, 320 // max(1, len(row_names))))

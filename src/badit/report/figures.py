@@ -222,8 +222,7 @@ def _by_layer(frame: pd.DataFrame, column: str, title: str, form: str) -> Any:
         color=alt.Color("module:N", legend=charts.legend(rows["module"])),
     )
     size, opacity = (25, 1) if rows["layer"].nunique() <= 12 else (60, 0)
-    spots = base.mark_point(filled=True, size=size, opacity=opacity)
-    chart = base.mark_line(strokeWidth=1.8, tooltip=None) + spots
+    chart = base.mark_line(strokeWidth=1.8, tooltip=None) + base.mark_point(filled=True, size=size, opacity=opacity)
     return chart.add_params(charts.choice("parameters", sorted(set(rows["parameters"])))).properties(height=220)
 
 
