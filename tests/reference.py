@@ -123,9 +123,9 @@ def prompt_moments(batches):
 
 
 def standardised(x, mean, variance):
-    """Returns x̂: features standardised and scaled to a mean norm of 8; 0 where the variance is 0."""
+    """Returns x̂: features standardised and scaled to a mean norm of 8; 0 where the variance or the whole row is 0."""
     unit = (float64(x) - mean) / np.sqrt(np.where(variance > 0, variance, np.inf))
-    return 8 / math.sqrt(len(mean)) * unit
+    return 8 / math.sqrt(len(mean)) * unit * float64(x).any(axis=-1, keepdims=True)
 
 
 def expert_gates(logits, kind="mean_one", top_k=None):

@@ -326,7 +326,8 @@ class _Comparison:
             self._report(f"{cell}: {'training and scoring' if score else 'training'}")
             if self._jobs > 1:
                 threads = max(1, (os.cpu_count() or 1) // self._jobs)
-                gpu = min(range(torch.cuda.device_count()), key=list(self._running.values()).count, default=None)
+                in_use = list(self._running.values())
+                gpu = min(range(torch.cuda.device_count()), key=in_use.count, default=None)
             process = CellProcess(run.path, score=score, threads=threads, device=gpu)
             self._running[process] = gpu
         began = time.monotonic()

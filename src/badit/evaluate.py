@@ -94,7 +94,7 @@ def evaluate(run: Run, *, split: Split | None = None, progress: bool = True, res
     split = split or recipe.evaluation.split
     plan = make_plan(recipe, split=split)
     is_own = split == recipe.evaluation.split
-    if changed := changed_inputs(run.known_environment.get("inputs", {}), task_fingerprints(plan.tasks)):
+    if changed := changed_inputs(run, task_fingerprints(plan.tasks)):
         if split == "validation":  # drawn again from the changed data
             fix = "restore them, or train again with another output=FOLDER"
             raise BaditError(f"{run.path}: {', '.join(changed)} changed, so trained instances may be held out; {fix}")
@@ -291,7 +291,7 @@ def load_run(run: Run, recipe: Recipe | None = None) -> tuple[PreTrainedModel | 
     if not run.adapter_path.is_dir():
         raise BaditError(f"{run.path}: has no adapter yet; finish its training with: badit train {whole.config_path}")
     model, tokenizer = base_model(recipe)
-    if changed_inputs(whole.known_environment.get("inputs", {}), {BASE_MODEL: model_fingerprint(model)}):
+    if changed_inputs(whole, {BASE_MODEL: model_fingerprint(model)}):
         fix = "restore it, or train again with another output=FOLDER"
         raise BaditError(f"{run.path}: the base model {recipe.model.name} has changed since the run was trained; {fix}")
     return method.load(model, run.adapter_path), tokenizer

@@ -230,9 +230,7 @@ def score_export(run: Run, done: Export, *, engine: Engine = "transformers", pro
     split = recipe.evaluation.split
     known = make_plan(recipe).tasks
     # The run's scores may be those of other instances.
-    if not run.scores_path.is_file() or changed_inputs(
-        run.known_environment.get("inputs", {}), task_fingerprints(known)
-    ):
+    if not run.scores_path.is_file() or changed_inputs(run, task_fingerprints(known)):
         evaluate(run, progress=progress)
     routed = read_scores(run.scores_path)["tasks"]
     vllm = _vllm(done, recipe) if engine == "vllm" else None

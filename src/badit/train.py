@@ -278,7 +278,7 @@ def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False)
     """Records the inputs' fingerprints in environment.json; BaditError if one changed, unless ``allow_changed``."""
     content = run.known_environment
     known: dict[str, str] = content.get("inputs", {})
-    changed = changed_inputs(known, found)
+    changed = changed_inputs(run, found)
     if changed and not allow_changed:
         raise BaditError(
             f"{run.path}: {', '.join(changed)} changed since the run began; restore the original input, choose another "
@@ -290,8 +290,9 @@ def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False)
         write_json(run.environment_path, {**content, "inputs": {**kept, **found}, **record})
 
 
-def changed_inputs(known: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+def changed_inputs(run: Run, found: Mapping[str, str]) -> list[str]:
     """Returns the names of changed inputs of a run; ``found`` has either all of its tasks or the base model."""
+    known: dict[str, str] = run.known_environment.get("inputs", {})
     kind = {name for name in known if (name == BASE_MODEL) == (BASE_MODEL in found)}
     return sorted(name for name in kind | found.keys() if kind and known.get(name) != found.get(name))
 

@@ -39,6 +39,7 @@ from badit.tuner.model import hooks_of
 from badit.tuner.prompt import before_first_label
 
 _DEFAULTS = TrainingSection.model_validate({})
+_names_section = explained("training", action="used", any_error=True)  # decorator: values that transformers refuses
 _say_once = cache(say)  # once, not in every stage of a sequence
 
 
@@ -80,6 +81,7 @@ class AnswerTrainer(Trainer):
         # compute_loss divides by the number of labels in the accumulated batch, so the Trainer must count them.
         self.model_accepts_loss_kwargs = True
 
+    @_names_section
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Creates the Trainer's optimizer, with parameter groups if learning rates differ, or orthogonal updates."""
         trained: Any = self.model if model is None else model
@@ -88,20 +90,19 @@ class AnswerTrainer(Trainer):
         ratio = self.options.lora_plus_ratio if self.options.optimizer == "lora+" else 1.0
         if self.optimizer is None and self.options.optimizer == "orthogonal":
             self.optimizer = OrthogonalUpdates(trained, rate, other_lr=other, weight_decay=decay)
-        with explained("training", action="used", any_error=True):
-            if self.optimizer is None and (ratio, other) != (1.0, rate):
-                kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, trained)
-                groups = lora_plus_groups(trained, rate, ratio, other_lr=other)
-                self.optimizer = kind(groups, **arguments, weight_decay=decay)
-            return super().create_optimizer(model)
+        elif self.optimizer is None and (ratio, other) != (1.0, rate):
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            groups = lora_plus_groups(trained, rate, ratio, other_lr=other)
+            self.optimizer = kind(groups, **arguments, weight_decay=decay)
+        return super().create_optimizer(model)
 
+    @_names_section
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        with explained("training", action="used", any_error=True):
-            return super().create_scheduler(*args, **kwargs)
+        return super().create_scheduler(*args, **kwargs)
 
+    @_names_section
     def get_train_dataloader(self) -> Any:
-        with explained("training", action="used", any_error=True):
-            return super().get_train_dataloader()
+        return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

@@ -102,7 +102,7 @@ def test_regrouping_changes_weights_only_with_rescale(tiny_model, tmp_path, resc
         torch.nn.init.normal_(layer.badit_router[adapter], std=0.5)
     make_trainer(model, tmp_path, [on("on_step_end", look), regroup, on("on_step_end", look)]).train()
     (before, deltas), (after, new_deltas) = seen
-    assert any(line["components_moved"] for line in [line for line in read_jsonl(tmp_path / LOG) if line["step"] == 6])
+    assert any(line["components_moved"] for line in read_jsonl(tmp_path / LOG) if line["step"] == 6)
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
     assert changed == ({"badit_expert_of", "badit_B"} if rescale else {"badit_expert_of"})
     drift = max(float((b - a).abs().max() / a.abs().max()) for a, b in zip(deltas, new_deltas, strict=True))

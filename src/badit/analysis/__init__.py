@@ -19,7 +19,7 @@ from badit.analysis.atlas import ability_atlas
 from badit.analysis.gates import active_experts, prompt_gates
 from badit.analysis.interference import measure_interference
 from badit.analysis.learning import component_flow, expert_angles, held_out_angles, task_gap, transfer
-from badit.analysis.tables import save_frame
+from badit.analysis.tables import TABLES, save_frame
 from badit.checkpoint import checksums
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_sources
 from badit.environment import environment, peak_memory
@@ -32,7 +32,7 @@ from badit.results import RESULTS
 from badit.run import AnyPath, Run
 from badit.train import encoded, make_plan, pad_id, task_fingerprints
 
-_BATCH_SIZE, _PARTS = 4, 3
+_BATCH_SIZE = 4
 
 
 def analyze(
@@ -77,14 +77,13 @@ def analyze(
         fix = f"delete {others} to measure again, or choose another --output"
         raise BaditError(f"{output / 'analysis'}: belongs to another run, model or data, or to other settings; {fix}")
     with explained(path, fix="delete it to measure again", any_error=True):
-        for part, about in list(done.items()):
-            if not all((output / "analysis" / f"{name}.json").is_file() for name in about["tables"]):
-                del done[part]
-    if len(done) == _PARTS:
+        kept = {name for name in TABLES if (output / "analysis" / f"{name}.json").is_file()}
+        lost = [part for part, about in done.items() if not kept.issuperset(about["tables"])]
+    if "learning" in done and not lost:  # the last part
         return output
     with exclusive(output):
         for part, measure in _parts(recipe, chosen, progress).items():
-            if part in done:
+            if part in done and part not in lost:
                 continue
             began = time.monotonic()
             frames = [frame for frame in measure() if len(frame)]

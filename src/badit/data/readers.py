@@ -78,8 +78,9 @@ def load_sources(
     """
     found: dict[str, Task] = {}
     for source in sources:
-        if len(sources) > 1 and not source.task and _split_in(Path(source.path)) and Path(source.path).is_file():
-            fix = f"give the folder or a pattern such as {Path(source.path).parent}/*"
+        path = Path(source.path)
+        if len(sources) > 1 and not source.task and _split_in(path) and path.is_file():
+            fix = f"give the folder or a pattern such as {path.parent}/*"
             raise BaditError(f"data.source: {source.path} is named after a split, not a task; {fix}, or set its task")
         for task in _read(source, wanted if len(sources) == 1 else None):
             if task.name in found:
@@ -131,10 +132,8 @@ def _build_tasks(where: Source, files: Sequence[Path], records: Iterable[Record]
         for task, about, split, fields in records:
             about = notes.setdefault(task, {"name": task, **about})
             own = {"id": f"{task}-{counts[task]}" if fields["id"] is None else fields["id"]}
-            if "instruction" in fields:  # None: the task's definition; blank: none
-                own["instruction"] = (
-                    None if fields["instruction"] == about["definition"] else fields["instruction"] or ""
-                )
+            if fields.get("instruction") == (about["definition"] or ""):
+                own["instruction"] = None
             counts[task] += 1
             instance = Instance(**{**fields, **own})
             yield {"task": task, "split": split, "hash": instance.hash, **instance.model_dump()}

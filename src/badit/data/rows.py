@@ -108,7 +108,8 @@ def read_rows(
                         )
                     if file_split and one.split and one.split != file_split:
                         raise BaditError(f"split: must be '{file_split}', as in the file's name; change one of them")
-                    instance = one.model_dump(exclude={"task", "split"})
+                    # A blank instruction is none; None would be the task's definition, which may be another row's.
+                    instance = one.model_dump(exclude={"task", "split"}) | {"instruction": one.instruction or ""}
                     yield one.task, {"definition": one.instruction}, file_split or one.split or "train", instance
         except BaditError as error:
             raise BaditError(f"{place}: {error}") from None

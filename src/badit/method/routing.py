@@ -72,13 +72,13 @@ def updated_moments(moments_2I: torch.Tensor, batches: torch.Tensor, new_2I: tor
 
 
 def standardised(x: torch.Tensor, moments_2I: torch.Tensor) -> torch.Tensor:
-    """Returns x̂ (…, I) in x's dtype; 0 for a feature whose variance is 0."""
+    """Returns x̂ (…, I) in x's dtype; 0 for a feature whose variance is 0, and for a row of zeros (no prompt)."""
     mean_I, variance_I = moments_2I
     varies_I = variance_I > 0
     # where() twice: with the outer one alone, the gradient of masked features would be 0 · ∞.
     scale_I = torch.where(varies_I, variance_I, 1.0).rsqrt()
     unit = torch.where(varies_I, (x.float() - mean_I) * scale_I, 0.0)
-    return (unit * (_NORM / math.sqrt(x.shape[-1]))).to(x.dtype)
+    return (unit * (_NORM / math.sqrt(x.shape[-1]))).to(x.dtype) * x.any(dim=-1, keepdim=True)
 
 
 def expert_gates(logits: torch.Tensor, *, kind: GateKind = "mean_one", top_k: int | None = None) -> torch.Tensor:

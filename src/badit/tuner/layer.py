@@ -360,8 +360,7 @@ class BaditLinear(ExpertLinear):
                 moments_2I.copy_(torch.where(usable, updated_2I, known_2I))
             if not torch.compiler.is_compiling():  # the layer's name would make every layer compile separately
                 forward_pass.moments[self._key(adapter_name)] = moments_2I.clone()
-        # Without a prompt (of padding, or of tokens that reach the matrix) x is zero, and the router reads zeros.
-        return self._route(adapter_name, standardised(x, moments_2I.float()) * x.any(dim=-1, keepdim=True))
+        return self._route(adapter_name, standardised(x, moments_2I.float()))
 
     def _route(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         config = self.badit_config[adapter_name]

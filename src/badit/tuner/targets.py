@@ -178,7 +178,8 @@ def keep_in_place(model: nn.Module) -> None:
     """Prevents bitsandbytes from reordering 4-bit weights on CPUs with AVX-512; BaditError if it already has."""
     module: Any
     for name, module in model.named_modules():
-        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
             raise BaditError(
                 f"{name}: has been evaluated on a CPU, where bitsandbytes reorders 4-bit weights, and then no adapter "
                 "can be trained on them; load the model again, and add the adapter before you evaluate it"
