@@ -89,7 +89,7 @@ def answered(
     """Returns Rouge-L of the run and of the LoRAs chosen for its prompts, and how often each LoRA is chosen."""
     own = [task.name for task, _ in pairs]
     gates = torch.stack([router.gates(prompt) for prompt in prompts])
-    plain = (router.gates_TMN - gates[:, None]).square().sum(dim=(2, 3)).argmin(dim=1)
+    plain = (router.gates_TMK - gates[:, None]).square().sum(dim=(2, 3)).argmin(dim=1)
     by_gates = [router.exports[i] for i in plain.tolist()]
     nearest = [router.nearest(each) for each in gates]
     chosen = {"nearest LoRA": nearest, "own task's LoRA": own, "mean gates' LoRA": ["mean"] * len(own)}

@@ -1,8 +1,7 @@
-"""Shared fixtures: tiny random models of several families, SmolLM2-135M, and runs that take seconds."""
+"""Shared fixtures: tiny random models of several families, and runs that take seconds."""
 
 # ruff: noqa: E402
 
-import copy
 import gc
 import json
 import logging
@@ -16,7 +15,7 @@ import torch
 import transformers
 import yaml
 
-from badit.models import load_base_model
+from badit.cli import main
 from badit.recipe import build_recipe
 from badit.run import Run
 from badit.train import fit
@@ -71,19 +70,6 @@ def tiny_model():
         return model.to(dtype).eval()
 
     return make
-
-
-@pytest.fixture(scope="session")
-def _smollm2_once():
-    return load_base_model("smollm2-135m", dtype="float32")
-
-
-@pytest.fixture
-def smollm2(_smollm2_once):
-    """SmolLM2-135M-Instruct in float32 and its tokenizer; a copy that a test may modify."""
-    model, tokenizer = copy.deepcopy(_smollm2_once)
-    tokenizer.padding_side = "left"
-    return model, tokenizer
 
 
 @pytest.fixture
@@ -157,6 +143,23 @@ def recipe_values(tmp_path, model_folder, task_file):
 def recipe_file(tmp_path, recipe_values):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_values))
     return tmp_path / "recipe.yaml"
+
+
+@pytest.fixture
+def command(capsys):
+    """A function that runs a command and returns its output; with ``code=2``, the error that is all it prints."""
+
+    def run(*words, code=0):
+        capsys.readouterr()
+        assert main([*map(str, words)]) == code
+        out, err = capsys.readouterr()
+        if code == 0:
+            return out
+        line = err.splitlines()[-1]  # after a progress bar
+        assert (out, err.count("\n"), line[:7]) == ("", 1, "badit: "), err
+        return line
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -50,7 +50,8 @@ def test_workflow_from_recipe_to_report(recipe_file, tmp_path, capfd):
     assert badit.write_report(run, tmp_path / "report.html", title="Two tasks") == tmp_path / "report.html"
     assert "<h1>Two tasks" in (tmp_path / "report.html").read_text()
     out, err = capfd.readouterr()
-    assert (out, re.search("Training|Encoding|Generating|gradients", err)) == ("", None), "progress bars are disabled"
+    bars = re.search("Training|Encoding|Generating|Gradients|Experts|Angles|Gates", err)
+    assert (out, bars) == ("", None), "progress bars are disabled"
 
 
 def test_results_have_an_html_repr():

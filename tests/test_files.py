@@ -9,6 +9,7 @@ import pytest
 from badit import files
 from badit.errors import BaditError
 from fuzz.damage import endless_file, folder_in_its_place, pipe_in_its_place
+from refusals import refuses
 
 
 @pytest.fixture
@@ -18,11 +19,6 @@ def outside(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "outside" / "key.txt").write_text("mine")
     return tmp_path / "outside" / "key.txt"
-
-
-def test_folder_is_not_replaced_by_a_file(tmp_path):
-    with pytest.raises(BaditError, match="is a folder; name a file"):
-        files.write_text(tmp_path, "text")
 
 
 def test_invalid_json_is_refused_with_file_and_reason(tmp_path):
@@ -38,9 +34,7 @@ def test_invalid_json_is_refused_with_file_and_reason(tmp_path):
         (b"[]", "must hold one JSON object, not a list (line 1)"),
     ):
         file.write_bytes(content)
-        with pytest.raises(BaditError) as caught:
-            files.read_json(file)
-        assert str(caught.value).startswith(f"{file}: {message}")
+        assert refuses(".", files.read_json, file).startswith(f"{file}: {message}")
 
 
 def test_parse_json_constants_surrogate_pairs_and_repeated_keys():
@@ -48,15 +42,13 @@ def test_parse_json_constants_surrogate_pairs_and_repeated_keys():
     with pytest.raises(BaditError, match=r"^x: -Infinity is not valid JSON; use a number or null \(from line 7\)$"):
         files.parse_json("-Infinity", file=Path("x"), first_line=7)
     text = "{" + ", ".join(f'"{number}": 0' for number in range(50_000)) + ', "49999": 1}'
-    with pytest.raises(BaditError, match="the key '49999' is there twice"):
-        files.parse_json(text, file=Path("x"))
+    refuses("the key '49999' is there twice", files.parse_json, text, file=Path("x"))
 
 
 @pytest.mark.parametrize("replace", [pipe_in_its_place, endless_file, folder_in_its_place])
 def test_reading_refuses_pipes_devices_and_folders(tmp_path, replace):
     replace(tmp_path / "file")
-    with pytest.raises(BaditError, match=r"/file: cannot be read \((a pipe or a device|Is a directory)\)"):
-        files.read_text(tmp_path / "file")
+    refuses(r"/file: cannot be read \((a pipe or a device|Is a directory)\)", files.read_text, tmp_path / "file")
 
 
 def test_jsonl_splits_at_line_feeds_only_and_skips_an_incomplete_last_line(tmp_path):
@@ -94,8 +86,7 @@ def test_writes_replace_or_refuse_links_and_keep_their_targets(outside, tmp_path
     files.copy_folder(run / "adapter", run / "predictions")
     assert not (run / "predictions").is_symlink()
     assert outside.read_text() == "mine"
-    with pytest.raises(BaditError, match=r"scores\.json/x: cannot be written \(Not a directory"):
-        files.write_json(run / "scores.json" / "x", {})
+    refuses(r"scores\.json/x: cannot be written \(Not a directory", files.write_json, run / "scores.json" / "x", {})
 
 
 @pytest.mark.parametrize("target", ["../outside/key.txt", "../outside", "../outside/new.txt", "/etc/passwd", "loop"])
@@ -106,20 +97,16 @@ def test_folder_with_link_out_of_it_is_refused_and_not_copied(outside, tmp_path,
     (run / "wandb").mkdir()
     (run / "wandb" / "debug-core.log").symlink_to(outside)  # wandb creates such links
     (tmp_path / "named").symlink_to(run)  # the folder itself may be a link
-    with pytest.raises(BaditError, match=r"debug-core\.log: leads out of"):
-        files.refuse_links(tmp_path / "named")
+    refuses(r"debug-core\.log: leads out of", files.refuse_links, tmp_path / "named")
     (run / "config.yaml").touch()  # marks the folder as a run
     files.refuse_links(tmp_path / "named")
     (run / "predictions" / "loop").symlink_to(os.path.relpath(target, "predictions") if ".." in target else target)
-    with pytest.raises(BaditError, match="predictions/loop: leads out of"):
-        files.refuse_links(tmp_path / "named")
-    with pytest.raises(BaditError, match="leads out of"):
-        files.copy_folder(run, tmp_path / "copy")
+    refuses("predictions/loop: leads out of", files.refuse_links, tmp_path / "named")
+    refuses("leads out of", files.copy_folder, run, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\0b"])
 def test_inside_refuses_paths_out_of_the_folder(tmp_path, name):
-    with pytest.raises(BaditError, match="leads out of"):
-        files.inside(tmp_path, tmp_path / name)
+    refuses("leads out of", files.inside, tmp_path, tmp_path / name)
     assert files.inside(tmp_path, tmp_path / "a" / "b") == tmp_path / "a" / "b"

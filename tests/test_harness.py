@@ -19,6 +19,7 @@ from badit.cli import main
 from badit.errors import BaditError
 from badit.harness import BaditLM, run_command_line
 from data.examples import write_rows
+from refusals import refuses
 from studio.conftest import BADIT
 from tuner.helpers import adapted, cached_steps, generate
 
@@ -195,11 +196,10 @@ def test_run_and_its_adapter_give_the_same_results(trained, task_folder):
     assert by_run["texts"] == by_adapter["texts"] == under_hf["texts"]
 
 
-def test_harness_command_with_custom_tasks(trained, task_folder, tmp_path, capsys):
+def test_harness_command_with_custom_tasks(trained, task_folder, tmp_path, command):
     arguments = ["--tasks", "toy_choice,toy_answer", "--include_path", str(task_folder)]
     written = ["--batch_size", "4", "--log_samples", "--output_path", str(tmp_path / "written")]
-    assert main(["harness", str(trained(BADIT).path), *arguments, *written, "--apply_chat_template"]) == 0
-    assert "exact_match" in capsys.readouterr().out
+    assert "exact_match" in command("harness", trained(BADIT).path, *arguments, *written, "--apply_chat_template")
     (samples,) = (tmp_path / "written").rglob("samples_toy_answer_*.jsonl")
     assert "<|im_start|>" in samples.read_text()
 
@@ -212,20 +212,15 @@ def test_methods_that_need_tasks_use_and_require_the_task_argument(trained):
         scores.append(score_pairs(scorer, PAIRS)[0])
         assert len(scorer.generate_until(asked, disable_tqdm=True)) == 1
     assert not torch.allclose(*scores, rtol=1e-4)
-    with pytest.raises(BaditError, match="mtl-lora needs the name of a task; add task=NAME"):
-        BaditLM(run=run, batch_size=2)
+    refuses("mtl-lora needs the name of a task; add task=NAME", BaditLM, run=run, batch_size=2)
 
 
 def test_invalid_arguments_are_refused(trained, task_folder, capsys):
-    with pytest.raises(BaditError, match="give either run=FOLDER or pretrained=MODEL"):
-        BaditLM(run="a", pretrained="b")
-    with pytest.raises(BaditError, match="a run has its own adapter"):
-        BaditLM(run="a", peft="b")
+    refuses("give either run=FOLDER or pretrained=MODEL", BaditLM, run="a", pretrained="b")
+    refuses("a run has its own adapter", BaditLM, run="a", peft="b")
     run = str(trained(BADIT).path)
-    with pytest.raises(BaditError, match="model_args: device: cannot be used"):
-        BaditLM(run=run, device="gpu")
-    with pytest.raises(BaditError, match="--model: is the run"):
-        run_command_line(run, ["--model=hf", "--tasks", "toy_choice"])
+    refuses("model_args: device: cannot be used", BaditLM, run=run, device="gpu")
+    refuses("--model: is the run", run_command_line, run, ["--model=hf", "--tasks", "toy_choice"])
     wrong = ("nowhere", "toy_choice", "nowhere: has no config.yaml")
     for folder, task, message in (wrong, (run, "no_such_task", "no_such_task")):
         assert main(["harness", folder, "--tasks", task, "--include_path", str(task_folder)]) == 2

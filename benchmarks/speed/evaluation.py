@@ -20,7 +20,7 @@ from workload import MODEL, data_options, fast_dtypes
 from badit import load_base_model
 from badit.cli import quiet_libraries
 from badit.data import AnswerCollator, Task
-from badit.evaluate import answer_token_losses, score_model
+from badit.evaluate import prompt_losses, score_model
 from badit.generation import generate_answers
 from badit.metrics import METRICS
 from badit.recipe import Recipe, build_recipe
@@ -57,8 +57,10 @@ def plain_loop(model: Any, tokenizer: Any, examples: Sequence[dict[str, Any]]) -
 def two_passes(model: Any, tokenizer: Any, recipe: Recipe, examples: Sequence[dict[str, Any]]) -> Scored:
     prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
     answers = generate_answers(model, tokenizer, prompts, max_new_tokens=NEW, batch_size=BATCH, progress=False)
-    losses = answer_token_losses(model, tokenizer, recipe, examples)
-    return Scored(answers, sum(sum(each) / len(each) for each in losses) / len(losses))
+    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
+    batches = [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
+    sums, counts = prompt_losses(model, map(AnswerCollator(tokenizer.pad_token_id), batches))
+    return Scored(answers, float((sums / counts).mean()))
 
 
 def badit(model: Any, tokenizer: Any, recipe: Recipe, tasks: Sequence[Task]) -> Scored:

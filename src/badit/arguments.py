@@ -1,7 +1,5 @@
 """The ``training`` section of a recipe: the fields of transformers' TrainingArguments, and badit's own keys."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -10,15 +8,17 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    Strict,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -42,11 +42,19 @@ def _steps(steps: float) -> float:
 
 
 Steps = Annotated[float, Field(ge=0, le=LARGEST), AfterValidator(_steps)]
-PositiveSteps = Annotated[float, Field(gt=0, le=LARGEST), AfterValidator(_steps)]
+PositiveSteps = Annotated[float, Strict(), Field(gt=0, le=LARGEST), AfterValidator(_steps)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        default = cls.model_fields[info.field_name or ""].default
+        if isinstance(value, bool) and type(default) in (int, float):
+            raise ValueError("must be a number, not true or false")
+        return value
 
 
 class TrainingSection(Section):
@@ -105,7 +113,7 @@ class TrainingSection(Section):
         return ([] if names == "none" else [names]) if isinstance(names, str) else names
 
     @model_validator(mode="after")
-    def _keeps_the_best(self) -> TrainingSection:
+    def _keeps_the_best(self) -> Self:
         if self.early_stopping_patience and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end: true")
         if self.load_best_model_at_end and "no" in (self.eval_strategy, (self.model_extra or {}).get("save_strategy")):
@@ -176,16 +184,18 @@ def key_problems(training: Mapping[Any, Any]) -> Iterator[str]:
             yield f"training.{key}: is now called {RENAMED_ARGUMENTS[key]}, as in transformers"
         elif reason := fixed_reason(key):
             yield f"training.{key}: cannot be set in a recipe: {reason}"
-        elif key not in known:
-            close = get_close_matches(str(key), [*known, *RENAMED_ARGUMENTS], n=1)
+        elif key not in known and isinstance(key, str):  # the schema refuses other keys
+            close = get_close_matches(key, [*known, *RENAMED_ARGUMENTS], n=1)
             hint = f" (did you mean '{RENAMED_ARGUMENTS.get(close[0], close[0])}'?)" if close else ""
-            yield f"training.{key!s:.120}: unknown key{hint}"
+            yield f"training.{key:.120}: unknown key{hint}"
 
 
-def fixed_reason(key: str) -> str | None:
+def fixed_reason(key: object) -> str | None:
     """Returns why a recipe cannot set a field of TrainingArguments, or None if it can."""
-    reasons = (why for names, why in _FIXED_ARGUMENTS.items() if any(fnmatchcase(key, one) for one in names.split()))
-    return None if key in TrainingSection.model_fields else next(reasons, None)
+    if key in TrainingSection.model_fields:
+        return None
+    known = ((name, reason) for names, reason in _FIXED_ARGUMENTS.items() for name in names.split())
+    return next((reason for name, reason in known if fnmatchcase(str(key), name)), None)
 
 
 def value_problems(training: TrainingSection) -> Iterator[str]:

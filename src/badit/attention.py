@@ -4,8 +4,6 @@ For these, PyTorch's fused attention is slower: a training step on 200 tokens ta
 sequences, float32 and passes without gradients use the fused attention.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

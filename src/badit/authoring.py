@@ -1,7 +1,5 @@
 """Tools for writing recipes: a first recipe for given data, a dry run, the list of keys, a JSON schema for editors."""
 
-from __future__ import annotations
-
 import heapq
 import json
 import math
@@ -208,7 +206,8 @@ def _steps(plan: Plan, stage: Stage, processes: int) -> int:
     if training.max_steps > 0:
         return training.max_steps
     count = sum(quotas.values()) if quotas else sum(len(task.train) for task in stage.tasks)
-    batches = math.ceil(count / (training.per_device_train_batch_size * processes))
+    rounded = math.floor if (training.model_extra or {}).get("dataloader_drop_last") else math.ceil
+    batches = rounded(count / (training.per_device_train_batch_size * processes))
     return math.ceil(training.num_train_epochs * max(1, math.ceil(batches / training.gradient_accumulation_steps)))
 
 

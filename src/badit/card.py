@@ -4,15 +4,13 @@ Values from data or a recipe (task names, options) are plain text in a card: no 
 template, card.md.j2, passes them through ``text``, which is :func:`_text`.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pandas as pd
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -43,7 +41,7 @@ class Base(NamedTuple):
     licence: str | None
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Base:
+    def of(cls, recipe: Recipe) -> Self:
         """Returns the recipe's base model, with what is known without a network."""
         from huggingface_hub import ModelCard
 

@@ -8,8 +8,6 @@ with ``weights_only=True``, which runs no pickled code: :func:`safe_unpickling` 
 :func:`save_unsharded` avoids FSDP's sharded files, which torch reads without this restriction.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil
@@ -20,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from pkgutil import resolve_name
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate.utils import patch_environment
@@ -175,7 +173,7 @@ class StopOnSignal(TrainerCallback):
         self._asked = self._stopping = False
         self._former: dict[int, Any] = {}
 
-    def __enter__(self) -> StopOnSignal:
+    def __enter__(self) -> Self:
         with suppress(ValueError):  # only the main thread may set handlers; in other threads the caller handles them
             self._former = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self

@@ -177,9 +177,9 @@ def tasks(source: str, *overrides: str, show: Annotated[int, Parameter(validator
         overrides: key=value, such as data.columns.input=text or data.format=superni.
         show: number of training prompts per task to print in the model's input format, with token statistics.
     """
-    from badit.recipe import build_recipe, load_recipe
+    from badit.recipe import build_recipe, load_recipe, shipped_recipes
 
-    is_recipe = Path(source).suffix in (".yaml", ".yml")
+    is_recipe = Path(source).suffix in (".yaml", ".yml") or (source in shipped_recipes() and not Path(source).exists())
     recipe = load_recipe(source, overrides) if is_recipe else build_recipe({"data": {"source": source}}, overrides)
     return _load("badit.preview").preview(recipe, show)
 

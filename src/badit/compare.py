@@ -8,8 +8,6 @@ OUTPUT/METHOD                                   method that does not train
 OUTPUT/results.json                             all results, see badit.results
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os
@@ -217,7 +215,8 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     fingerprints: dict[str, dict[str, str]] = {}
     for name in grid.methods:
         for rate in section.learning_rates or [grid.start_rates[name]]:
-            for cell in (*grid.chosen(name, rate, tasks), grid.searched(name, rate)):
+            trials = [grid.searched(name, rate)] if section.learning_rates else []
+            for cell in (*grid.chosen(name, rate, tasks), *trials):
                 if grid.run_of(cell).config_path.is_file():
                     recipe = grid.recipe_of(cell)
                     run, data = Run.prepare(recipe), recipe.data.model_dump_json()

@@ -1,7 +1,5 @@
 """``badit demo``: the base model, LoRA and BADIT with the same parameter budget, on the built-in tasks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The environment of a result: versions, hardware, threads, memory."""
 
-from __future__ import annotations
-
 import logging
 import os
 import platform

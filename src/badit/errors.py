@@ -1,7 +1,5 @@
 """The error that users see, the conversion of other libraries' exceptions into it, and the functions that print."""
 
-from __future__ import annotations
-
 import difflib
 import errno
 import json

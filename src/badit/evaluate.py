@@ -3,29 +3,29 @@
 A run's scores are in ``scores.json``. The scored answers are in ``predictions/``, one file per task.
 """
 
-from __future__ import annotations
-
 import json
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
+import numpy as np
 import torch
+from peft import PeftModel
 from pydantic import TypeAdapter
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from badit.card import write_run_card
-from badit.data import AnswerCollator, Instance, Task, on_device
+from badit.data import AnswerCollator, Instance, Task, batches_by_task, on_device
 from badit.data.prompts import IGNORED_LABEL
 from badit.environment import is_main_process
 from badit.errors import BaditError, explained, refuse_unknown, say
 from badit.files import copy_folder, exclusive, inside, read_json, read_jsonl, write_json, write_text
-from badit.generation import evaluation_mode, generate_answers
+from badit.generation import generate_answers
 from badit.methods import build_method
 from badit.metrics import Prediction, group_by_task, instance_scores, mean_scores
 from badit.recipe import Recipe
@@ -49,10 +49,6 @@ from badit.train import (
 )
 from badit.trainer import answer_losses
 from badit.tuner.prompt import cache_of, drop_last
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PREDICTION = TypeAdapter(Prediction)
 
@@ -155,6 +151,10 @@ def score_model(
             tasks=[task.name for task, _ in pairs],
             prefill=partial(_prefill, model, examples, losses),
         )
+    for (task, instance), nll in zip(pairs, losses, strict=True):
+        if nll is not None and not math.isfinite(nll):
+            fix = "the weights are damaged, or model.dtype has too small a range: use bfloat16 or float32"
+            raise BaditError(f"task {task.name}, instance {instance.id}: the NLL is not finite; {fix}")
     predictions = [
         Prediction(task.name, instance.id, text, tuple(instance.outputs), str(tokenizer.decode(prompt)), nll)
         for (task, instance), prompt, text, nll in zip(pairs, prompts, found, losses, strict=True)
@@ -208,15 +208,18 @@ def _score_sequence(run: Run, plan: Plan, progress: bool, resume: bool) -> dict[
 
 
 def write_predictions(folder: str | Path, predictions: Iterable[Prediction]) -> None:
-    """Writes `<task>.jsonl` for each task, one prediction per line. Other files in the folder are kept.
+    """Writes `<task>.jsonl` for each task, one prediction per line, and deletes the files of other tasks.
 
     BaditError if the path for a task's name is outside the folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for task, group in group_by_task(predictions).items():
+    files = {folder / f"{task}.jsonl": group for task, group in group_by_task(predictions).items()}
+    for file, group in files.items():
         lines = (json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in group)
-        write_text(inside(folder, folder / f"{task}.jsonl"), "".join(lines))
+        write_text(inside(folder, file), "".join(lines))
+    for other in set(folder.glob("*.jsonl")) - files.keys():
+        other.unlink()
 
 
 def read_predictions(folder: str | Path) -> list[Prediction]:
@@ -235,24 +238,15 @@ def read_predictions(folder: str | Path) -> list[Prediction]:
 
 
 @torch.no_grad()
-def answer_token_losses(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    recipe: Recipe,
-    examples: Sequence[Mapping[str, Any]],
-) -> list[list[float]]:
-    """Returns the NLL, in nats, of every token of the first reference of each encoded instance."""
-    collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
-    losses: list[list[float]] = [[] for _ in examples]
-    with evaluation_mode(model):
-        for start in range(0, len(order), recipe.evaluation.batch_size):
-            batch = order[start : start + recipe.evaluation.batch_size]
-            inputs = on_device(collate([examples[i] for i in batch]), model.device)
-            losses_L, row_L, _ = answer_losses(model, inputs, model)
-            for loss, row in zip(losses_L.tolist(), row_L.tolist(), strict=True):
-                losses[batch[row]].append(loss)
-    return losses
+def prompt_losses(model: Any, batches: Iterable[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns for each instance (P) the sum of its answer tokens' losses (NLL in nats), and their number."""
+    sums, counts = [], []
+    for batch in batches:
+        losses_L, row_L, _ = answer_losses(model, on_device(batch, model.device), model)
+        row_L, rows = row_L.cpu(), len(batch["input_ids"])
+        sums.append(row_L.bincount(losses_L.cpu().double(), minlength=rows))
+        counts.append(row_L.bincount(minlength=rows))
+    return torch.cat(sums).numpy(), torch.cat(counts).numpy()
 
 
 def validation_loss(run: Run) -> dict[str, Any]:
@@ -269,10 +263,11 @@ def validation_loss(run: Run) -> dict[str, Any]:
     plan = make_plan(recipe, split="validation")
     model, tokenizer = load_run(run, recipe)
     examples = encoded(tokenizer, recipe, [(task, each) for task in plan.tasks for each in task.validation], model)
-    losses: dict[str, list[float]] = defaultdict(list)
-    for example, nll in zip(examples, answer_token_losses(model, tokenizer, recipe, examples), strict=True):
-        losses[example["task"]] += nll
-    by_task = {name: fmean(of_task) for name, of_task in losses.items()}
+    examples.sort(key=lambda example: len(example["input_ids"]))  # batches of similar length have little padding
+    collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
+    batches = batches_by_task(examples, collate, recipe.evaluation.batch_size)
+    losses = {name: prompt_losses(model, of_task) for name, of_task in batches.items()}
+    by_task = {name: float(sums_P.sum() / counts_P.sum()) for name, (sums_P, counts_P) in losses.items()}
     result = {"loss": fmean(by_task.values()), "tasks": by_task}
     write_json(run.validation_path, result)
     return result

@@ -7,8 +7,6 @@ per expert) and ``scores.json`` (the Rouge-L of the run and of the export, if it
 Shape suffixes: O/I = out/in features, P = rank, N = components, K = experts.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os
@@ -84,7 +82,7 @@ class Export:
     exact_rank: int | None = None
     errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     total_error: float = 0.0
-    tasks: Mapping[str, Export] = dataclasses.field(default_factory=dict)
+    tasks: Mapping[str, "Export"] = dataclasses.field(default_factory=dict)
 
     @property
     def merged(self) -> bool:
@@ -338,10 +336,8 @@ def mixture_factors(model: PeftModel, gates: Gates | None, task: str | None = No
     factors = {}
     with hooks_of(model).rows_of(None if task is None else [task]):
         for one in adapted_layers(model):
-            gates_N = None
-            if gates is not None:  # each component has its expert's gate
-                gates_N = torch.tensor(gates[one.layer.name], dtype=torch.float32)[one.expert_of_N.cpu()]
-            a_PI, b_OP = one.layer.frozen_factors(one.adapter, gates_N)
+            gates_K = None if gates is None else torch.tensor(gates[one.layer.name], dtype=torch.float32)
+            a_PI, b_OP = one.layer.frozen_factors(one.adapter, gates_K)
             factors[one.layer.name] = (a_PI.cpu(), b_OP.cpu())
     return factors
 

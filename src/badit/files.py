@@ -4,8 +4,6 @@ Commands on a folder that may be untrusted (a run, a comparison, an export) firs
 that are read from a file are checked by :func:`inside`. BaditError if a file cannot be read or written.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

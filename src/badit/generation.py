@@ -1,24 +1,20 @@
 """Greedy decoding of prompts (token ids) to answers (text), in batches or streamed for a single prompt."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from badit.errors import BaditError
 from badit.tuner import hooks_of
 from badit.tuner.prompt import cache_of, select_rows
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def generate_answers(
@@ -90,8 +86,6 @@ def _continuations(
 
     When half of the rows have ended, decoding continues with the others only; ``criteria`` replace this rule.
     """
-    from transformers import StoppingCriteriaList
-
     generate = cast("Callable[..., Mapping[str, Any]]", model.generate)
     ends_E = torch.tensor(settings.eos_token_id, dtype=torch.long, device=input_ids.device)
     continuations: list[list[int]] = [[] for _ in input_ids]
@@ -179,9 +173,6 @@ def _greedy(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> Iterator[GenerationConfig]:
     """Replaces the model's generation config, from which `generate` takes unset options, by greedy decoding."""
-    from peft import PeftModel
-    from transformers import GenerationConfig
-
     owner = cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
     original = owner.generation_config
     pad = tokenizer.pad_token_id

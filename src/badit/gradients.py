@@ -6,8 +6,6 @@
   before that step with DeepSpeed's ``safe_get_full_grad``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any, Literal

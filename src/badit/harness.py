@@ -6,8 +6,6 @@
 lm_eval's own ``hf`` does not mark the end of the context, so gates also depend on the continuation and the padding.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import sys

@@ -3,17 +3,15 @@
 Methods that add a PEFT adapter and methods that train the base model's weights have the same interface.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -21,7 +19,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from badit.baselines import BASELINES, Baseline, neurons
@@ -35,12 +33,9 @@ from badit.run import Run
 from badit.surgery import Surgery, SurgeryTrainer
 from badit.trainer import AnswerTrainer
 from badit.tuner import BaditConfig
-from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS, described, is_int, refuse_newer_format
+from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS, described, refuse_newer_format
 from badit.tuner.model import TaskBatches, hooks_of
 from badit.tuner.targets import chosen_targets
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Fields of an adapter's configuration that badit or PEFT sets, not the recipe.
 _BOOKKEEPING = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "tasks",
@@ -253,7 +248,7 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Mapping[str, tuple[i
         if names not in allowed and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise BaditError(f"{path}: {key}: must be a list of names, not {names!r:.60}")
     past = saved.get("past_branches", 0)
-    if not is_int(past) or not 0 <= past <= max(chain([0], *shapes.values())):
+    if not isinstance(past, int) or not 0 <= past <= max(chain([0], *shapes.values())):
         raise BaditError(f"{path}: past_branches: the weights cannot have {past!r:.60} branches")
 
 
@@ -281,7 +276,8 @@ class NeuronMethod(WeightsMethod):
         return super()._saved_names(model) & neurons.trained_parameters(model).keys()  # tied weights have one name
 
     def before_training(self, model: PreTrainedModel, batches: TaskBatches) -> None:
-        scores = [neurons.neuron_scores(model, of_task[: self.options.score_batches]) for of_task in batches.values()]
+        used = [islice(of_task, self.options.score_batches) for of_task in batches.values()]
+        scores = [neurons.neuron_scores(model, of_task) for of_task in used]
         masks = [neurons.top_neurons(of_task, self.options.share) for of_task in scores]
         self._masks = {name: torch.stack([mask[name] for mask in masks]).any(dim=0) for name in masks[0]}
         neurons.train_only(model, self._masks)

@@ -5,8 +5,6 @@ the references. They follow the official evaluation of Super-NaturalInstructions
 Rouge-L is computed by `rouge-score`.
 """
 
-from __future__ import annotations
-
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -132,7 +130,7 @@ def _checked(references: Sequence[str]) -> Sequence[str]:
 
 
 @cache
-def _rouge_scorer() -> RougeScorer:
+def _rouge_scorer() -> "RougeScorer":
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=True)

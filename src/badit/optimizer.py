@@ -11,8 +11,6 @@ Adam's elementwise moments, the second uses B's learning rate for every vector a
 Shape suffixes: L = layers, N = components (rows of A), I/O = in/out features, D = I or O, K = B's that share one A.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
@@ -25,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from badit.errors import BaditError
 from badit.gradients import by_shape, dtensor, over_shards, placements_along, stacked, stacked_placements
 from badit.method import Moments, no_moments, orthogonal_updates
-from badit.tuner.config import POSITIVE
+from badit.tuner.config import Positive, check
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 
@@ -60,7 +58,7 @@ def lora_plus_groups(
     """
     other_lr = lr if other_lr is None else other_lr
     for name, value in (("lr", lr), ("ratio", ratio), ("other_lr", other_lr)):
-        POSITIVE.check(name, value)
+        check(name, value, Positive)
     rates = {"A": lr, "B": lr * ratio, "other": other_lr}
     members: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
     for name, parameter in model.named_parameters():
@@ -131,8 +129,8 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         if not weight_decay >= 0:
             raise BaditError(f"weight_decay must be at least 0, got {weight_decay!r}")
         other_lr = lr if other_lr is None else other_lr
-        POSITIVE.check("lr", lr)
-        POSITIVE.check("other_lr", other_lr)
+        check("lr", lr, Positive)
+        check("other_lr", other_lr, Positive)
         factors = [factor for pair in pairs for factor in pair]
         known = set(factors)
         others = [p for p in model.parameters() if p.requires_grad and p not in known]

@@ -1,7 +1,5 @@
 """The output of ``badit tasks``: the tasks of a recipe's data, their mixture, and prompts in the model's format."""
 
-from __future__ import annotations
-
 from collections import Counter
 from operator import attrgetter
 from statistics import median

@@ -3,8 +3,6 @@
 Only plain YAML is read: tags create no Python objects, duplicate keys are refused, and alias expansion is limited.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from badit.arguments import (
     LARGEST,
@@ -53,7 +51,11 @@ def _a_path(text: str) -> str:
     return text
 
 
-PathText = Annotated[str, AfterValidator(_a_path)]
+PathText = Annotated[
+    str,
+    BeforeValidator(lambda path: os.fspath(path) if isinstance(path, os.PathLike) else path),
+    AfterValidator(_a_path),
+]
 # YAML reads a task's number, such as 363, as an integer.
 TaskName = Annotated[str, Field(coerce_numbers_to_str=True)]
 
@@ -298,10 +300,10 @@ def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a recipe's values with ``own`` overriding them, as :func:`load_recipe` describes."""
     result = dict(base)
     for key, value in own.items():
-        former = base.get(key)
-        if isinstance(former, Mapping) and isinstance(value, Mapping):
-            renamed = "name" in value and value["name"] != former.get("name")
-            value = value if renamed else merged(former, value)
+        if isinstance(value, Mapping):  # also copied if there is nothing to merge
+            former: Any = base.get(key)
+            kept = isinstance(former, Mapping) and value.get("name", former.get("name")) == former.get("name")
+            value = merged(former if kept else {}, value)
         result[key] = value
     return result
 
@@ -318,7 +320,7 @@ def read_values(path: Path) -> dict[str, Any]:
 
 def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str | Path = "recipe") -> Recipe:
     """Builds a recipe from plain values and overrides; every line of an error message starts with ``where``."""
-    values = _copied(content)
+    values = merged({}, content)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -398,13 +400,6 @@ def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str
         elif a != b or (key in one) != (key in other):
             keys.append(f"{prefix}{key}")
     return sorted(keys)
-
-
-def _copied(value: Any) -> Any:
-    """Returns plain values as YAML would give them: mappings are copied, and paths become strings."""
-    if isinstance(value, Mapping):
-        return {key: _copied(inner) for key, inner in value.items()}
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _known_keys(location: Sequence[int | str]) -> list[str]:

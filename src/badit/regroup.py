@@ -10,8 +10,6 @@ keeps the change small: it multiplies the component's column of B by the ratio o
 The angles between experts (paper, Fig. 4) are logged with the regroupings, or by :class:`AngleLog` if there are none.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -27,13 +25,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
 
+from badit.arguments import PositiveSteps
 from badit.checkpoint import checkpoint_being_written, resumed_checkpoint
 from badit.errors import BaditError, explained, say
 from badit.files import append_to_log, rewind_log
 from badit.gradients import before_step, component_grams, gathered, part_of_rank, rank_and_size, scale_columns
 from badit.method import expert_angles, group_components, grouping_objective
 from badit.method.grouping import Solver
-from badit.tuner.config import COUNT, COUNT_OR_ZERO, FRACTION, Rule, check_options, is_number, one_of, option
+from badit.tuner.config import Count, CountOrZero, Fraction, check, check_options, option
 from badit.tuner.layer import BaditLinear, ExpertLinear
 
 TOP_K_REFUSED = "regrouping would move components into experts that top_k switches off; remove top_k, or do not regroup"
@@ -41,10 +40,6 @@ STATE_FILE = "badit_regroup.safetensors"
 _ANGLES_FILE = "badit_angles.safetensors"
 # Limits the factor of a weight if an expert's mean gate is near zero.
 _RESCALE_LIMIT = 4.0
-_EVERY = Rule(
-    "a whole number of steps or a fraction of the run",
-    lambda value: is_number(value) and value > 0 and (value < 1 or value == int(value)),
-)
 
 # The metrics of a regrouping: means over the layers.
 _METRICS = ("objective_before", "objective_after", "components_moved", "intra_degrees", "inter_degrees")
@@ -56,12 +51,10 @@ Place = tuple[ExpertLinear, str]  # a layer and the name of one of its adapters
 class RegroupOptions:
     """When and how to regroup. Each regrouping uses the mean Gram matrix of the steps since the previous one."""
 
-    every: float = option(20, "Optimizer steps between regroupings; below 1, a fraction of the run.", _EVERY)
-    stop: float = option(0.9, "Fraction of the run after which regrouping stops.", FRACTION)
-    solver: Solver = option(
-        "swap", "'swap': balanced k-means, then exact swaps; 'paper': the paper's iteration.", one_of("swap", "paper")
-    )
-    restarts: int = option(10, "Number of random starts of the solver.", COUNT_OR_ZERO)
+    every: PositiveSteps = option(20, "Optimizer steps between regroupings; below 1, a fraction of the run.")
+    stop: Fraction = option(0.9, "Fraction of the run after which regrouping stops.")
+    solver: Solver = option("swap", "'swap': balanced k-means, then exact swaps; 'paper': the paper's iteration.")
+    restarts: CountOrZero = option(10, "Number of random starts of the solver.")
     rescale: bool = option(True, "Multiply moved components by the ratio of their old and new experts' mean gates.")
 
     #: As in the paper's code: once in each of ten epochs, during the first half of training.
@@ -224,7 +217,7 @@ class Regrouper:
         **options: Any,
     ) -> None:
         self.options = RegroupOptions(**options)
-        COUNT.check("total_steps", total_steps)
+        check("total_steps", total_steps, Count)
         layers = dict(trainable_adapters(model))
         if not layers:
             raise BaditError("there is no trainable BADIT adapter to regroup; add one to the model, or do not regroup")

@@ -1,7 +1,5 @@
 """Tables of a comparison's results and of a run's scores, as text, Markdown, LaTeX or CSV."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set

@@ -3,8 +3,6 @@
 Failed and missing cells, and those of learning rates that were not chosen, are in the frame of cells only.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -2,15 +2,13 @@
 
 The LoRA is the nearest export or is written for the request. The distance between gates is that of their weights:
 
-    ‖ΔW(g) − ΔW(m)‖² = s² Σ (g − m)ᵀ G (g − m),   G = (BᵀB) ∘ (AAᵀ),   g and m with one entry per component
+    ‖ΔW(g) − ΔW(m)‖² = s² Σ (g − m)ᵀ G (g − m),   G = (BᵀB) ∘ (AAᵀ), summed over the components of every two experts
 
-Shape suffixes: T = exports, M = adapted modules, N = components.
+Shape suffixes: T = exports, M = adapted modules, K = experts, N = components.
 """
 
-from __future__ import annotations
-
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,8 +26,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
+from torch.nn.functional import one_hot
 
-from badit.analysis.gates import GATES_FILE, Experts, adapted_layers, mean_component_gates, read_gates
+from badit.analysis.gates import GATES_FILE, Experts, adapted_layers, mean_gates, read_gates
 from badit.errors import BaditError, show
 from badit.evaluate import load_run
 from badit.export import mixture_factors, write_adapter
@@ -66,14 +65,12 @@ class Router:
             if not (files := sorted(Path(exports).glob(f"*/{GATES_FILE}"))):
                 raise BaditError(f"{exports}: has no task LoRAs; run badit export {run.path} --all-tasks -o {exports}")
             self.exports = [file.parent.name for file in files]
-            self.gates_TMN = torch.stack([self._by_component(read_gates(file, self.model)) for file in files])
-            self.gram_MNN = torch.stack([_gram(one) for one in self.layers])
-
-    def _by_component(self, gates: Mapping[str, Any]) -> torch.Tensor:
-        return torch.stack([torch.tensor(gates[one.layer.name])[one.expert_of_N.cpu()] for one in self.layers])
+            gates = [read_gates(file, self.model) for file in files]
+            self.gates_TMK = torch.tensor([[of_task[one.layer.name] for one in self.layers] for of_task in gates])
+            self.gram_MKK = torch.stack([_gram(one) for one in self.layers])
 
     def gates(self, ids: Any) -> torch.Tensor:
-        """Returns the gates (M, N) of a prompt's token ids, averaged over positions; BaditError for invalid ids."""
+        """Returns the gates (M, K) of a prompt's token ids, averaged over positions; BaditError for invalid ids."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", MAX_BODY)  # some have none
         number = self.model.get_input_embeddings().num_embeddings
         if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < number for token in ids):
@@ -82,19 +79,17 @@ class Router:
             raise BaditError(f"prompt: must have 1 to {limit} tokens, not {len(ids)}")
         input_ids = torch.tensor([ids])
         no_answer = {"attention_mask": torch.ones_like(input_ids), "labels": torch.full_like(input_ids, -100)}
-        (layers_N,) = mean_component_gates(self.model, {"": [{"input_ids": input_ids, **no_answer}]}).values()
-        return torch.stack(layers_N)
+        return torch.tensor([*mean_gates(self.model, [{"input_ids": input_ids, **no_answer}]).values()])
 
-    def nearest(self, gates_MN: torch.Tensor) -> str:
+    def nearest(self, gates_MK: torch.Tensor) -> str:
         """Returns the export whose weights are nearest to those of the gates."""
-        difference_TMN = self.gates_TMN - gates_MN
-        distances_T = torch.einsum("tmn,mnp,tmp->t", difference_TMN, self.gram_MNN, difference_TMN)
+        difference_TMK = self.gates_TMK - gates_MK
+        distances_T = torch.einsum("tmk,mkl,tml->t", difference_TMK, self.gram_MKK, difference_TMK)
         return self.exports[int(distances_T.argmin())]
 
-    def write(self, gates_MN: torch.Tensor, folder: Path) -> None:
+    def write(self, gates_MK: torch.Tensor, folder: Path) -> None:
         """Writes the LoRA for these gates."""
-        pairs = zip(self.layers, gates_MN, strict=True)
-        gates = {one.layer.name: gates_N[one.first_components_K].tolist() for one, gates_N in pairs}
+        gates = dict(zip((one.layer.name for one in self.layers), gates_MK.tolist(), strict=True))
         write_adapter(folder, mixture_factors(self.model, gates), self.model.get_base_model(), self.base)
 
 
@@ -102,7 +97,8 @@ class Router:
 def _gram(one: Experts) -> torch.Tensor:
     a_RI, b_ON = (factor.float() for factor in one.layer.factors(one.adapter))
     a_NI = a_RI.repeat(b_ON.shape[1] // len(a_RI), 1)
-    return ((b_ON.T @ b_ON) * (a_NI @ a_NI.T)).cpu()
+    of_expert_NK = one_hot(one.layer.expert_of(one.adapter)).float()
+    return (of_expert_NK.T @ ((b_ON.T @ b_ON) * (a_NI @ a_NI.T)) @ of_expert_NK).cpu()
 
 
 def serve(run: Run, exports: str | None, *, url: str, port: int) -> None:
@@ -169,8 +165,8 @@ def application(router: Router, url: str) -> Starlette:
             text = {**options, "model": None, "prompt": None if chat else ids}
             ids = part_of(await ask(request, "POST", "/tokenize", text), "tokens")
         async with lock:
-            gates_MN = await to_thread.run_sync(router.gates, ids)
-        return nullcontext(router.nearest(gates_MN)) if router.exports else loaded(request, gates_MN)
+            gates_MK = await to_thread.run_sync(router.gates, ids)
+        return nullcontext(router.nearest(gates_MK)) if router.exports else loaded(request, gates_MK)
 
     def part_of(answer: httpx2.Response, key: str) -> list[Any]:
         found = answer.json() if "json" in answer.headers.get("content-type", "") else None
@@ -185,10 +181,10 @@ def application(router: Router, url: str) -> Starlette:
         return answer
 
     @asynccontextmanager
-    async def loaded(request: Request, gates_MN: torch.Tensor) -> AsyncIterator[str]:
+    async def loaded(request: Request, gates_MK: torch.Tensor) -> AsyncIterator[str]:
         """A context in which vLLM has a LoRA for these gates, under a new name: vLLM caches prefixes by name."""
         with TemporaryDirectory(prefix="badit-") as folder:
-            await to_thread.run_sync(router.write, gates_MN, Path(folder))
+            await to_thread.run_sync(router.write, gates_MK, Path(folder))
             about = {"lora_name": f"badit-{uuid4().hex}", "lora_path": folder}
             hint = "; vLLM must run on this machine, with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
             with anyio.CancelScope(shield=True):  # otherwise a disconnect now would leave the LoRA in vLLM

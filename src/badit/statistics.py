@@ -3,8 +3,6 @@
 Shape suffixes: S runs (seeds, or seeds x task orders), N test instances of a task, R resamples.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean

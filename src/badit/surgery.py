@@ -16,8 +16,6 @@ multiply it by 1 + c). CAGrad's rescaling of the step is not used.
 Shape suffixes: B = rows, T = positions in (B, T), otherwise tasks, P = trainable scalars.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 

@@ -3,8 +3,6 @@
 With ``data.order`` the tasks are trained one after another, each in its own folder. Interrupted runs can be resumed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import hashlib
@@ -13,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from badit.arguments import argument_names
@@ -56,9 +54,6 @@ from badit.recipe import Recipe, Split
 from badit.run import Run
 from badit.trainer import MetricsLog, ProgressBar, tensorboard, tracker_folders, trackers_of
 from badit.tuner import hooks_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # The key of the base model's fingerprint among a run's inputs.
 BASE_MODEL = "the base model"

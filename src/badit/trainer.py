@@ -3,8 +3,6 @@
 Its callbacks write the metrics file, show one progress bar and report to experiment trackers.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Runs one cell in a separate process with its own memory, so that a crash ends only this cell."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -13,6 +13,8 @@ from badit.cli import main
 from badit.errors import BaditError
 from badit.evaluate import train_and_score
 from badit.recipe import build_recipe
+from report.samples import write_comparison
+from training.trainers import change_tensors
 
 PAIRS = {"gradient_pairs", "gradient_overall", "coactivation_pairs"}
 INTERFERENCE = PAIRS | {"gradient_summary", "gradient_tasks", "coactivation", "coactivation_tasks"}
@@ -96,18 +98,22 @@ def test_base_model_is_measured_on_given_data(model_folder, task_file, tmp_path)
     with pytest.raises(BaditError, match=r"to another run, model or data.*; delete it, analysis\.json and config"):
         analyze("smollm2-135m", data=str(task_file), instances=2, output=output, progress=False)
     assert json.loads((output / "environment.json").read_text())["packages"]
+    change_tensors(lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()})(
+        model_folder / "model.safetensors"
+    )
+    with pytest.raises(BaditError, match="to another run, model or data"):
+        analyze(model_folder, data=str(task_file), instances=2, output=output, progress=False)
 
 
-def test_input_errors_are_one_line_with_exit_code_2(model_folder, tmp_path, capsys):
-    lonely = tmp_path / "lonely.jsonl"
+def test_input_errors_are_one_line_with_exit_code_2(model_folder, tmp_path, command):
+    lonely, comparison = tmp_path / "lonely.jsonl", write_comparison(tmp_path / "comparison")
     lonely.write_text('{"task": "sums", "instruction": "Add.", "input": "1 1", "output": "2"}\n')
     for arguments, message in (
         (["run", "--instances", "1"], "instances: must be at least 2"),
         (["no-such-model"], "no-such-model: not a run's folder; to analyze a base model, set its tasks"),
         (["no-such-model", "--data", "nowhere"], "nowhere"),
+        ([str(comparison), "--data", "builtin"], "--data: not used with a comparison such as"),
         ([str(model_folder), "--data", str(lonely)], "data: task sums has no split with at least 2 instances"),
     ):
-        assert main(["analyze", *arguments, "-o", str(tmp_path / "o")]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert message in line
+        assert message in command("analyze", *arguments, "-o", tmp_path / "o", code=2)
         assert not (tmp_path / "o").exists()

@@ -44,7 +44,7 @@ def test_gates_at_step_0_are_neutral_and_an_error_restores_the_layers(tiny_model
     model = helpers.adapt(tiny_model("llama"))
     with pytest.raises(ZeroDivisionError), changed_gates(active_experts(model), lambda one, gates: 1 / 0):
         naive.losses(model, ROWS["cities"][0])
-    assert not any("component_gates" in vars(layer) for layer in naive.layers(model))
+    assert not any("gates" in vars(layer) for layer in naive.layers(model))
     gates = prompt_gates(model, BATCHES)
     np.testing.assert_allclose(gates.means, 1, atol=1e-6)
     assert not any(mask.any() for masks in marked_experts(gates).values() for mask in masks.values())

@@ -14,6 +14,7 @@ from analysis import naive_interference as naive
 from badit.analysis import interference
 from badit.analysis.tables import layer_and_module
 from badit.errors import BaditError
+from refusals import refuses
 from tuner.helpers import adapted
 
 SIZES = {"rivers": 5, "cities": 4, "jokes": 1}  # a single instance cannot be split in halves
@@ -153,8 +154,7 @@ def test_hooks_and_gradients_are_removed_and_nonfinite_losses_are_refused(tiny_m
     hooks = [len(module._forward_hooks) for module in model.modules()]
     interference_tables(model, examples)
     examples["cities"][1]["labels"] = [-100] * len(examples["cities"][1]["labels"])
-    with pytest.raises(BaditError, match="task cities, instance 1: the loss is not finite; no answer tokens"):
-        interference_tables(model, examples)
+    refuses("task cities, instance 1: the loss is not finite; no answer tokens", interference_tables, model, examples)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert not any(p._post_accumulate_grad_hooks or p.grad is not None for p in model.parameters())
@@ -199,8 +199,6 @@ def test_coactivation_matches_naive_counts(data):
 def test_model_with_unknown_mlps_is_refused(tiny_model):
     batches, model = naive.batched(naive.make_examples(SIZES)), tiny_model("llama")
     model.model.layers[1].mlp.second = nn.ModuleDict({"gate_proj": nn.Linear(2, 2)})
-    with pytest.raises(BaditError, match="for type llama: every layer needs one MLP with"):
-        interference.measure_interference(model, batches)
+    refuses("for type llama: every layer needs one MLP with", interference.measure_interference, model, batches)
     del model.model.layers[1].mlp
-    with pytest.raises(BaditError, match="for type llama"):
-        interference.measure_interference(model, batches)
+    refuses("for type llama", interference.measure_interference, model, batches)

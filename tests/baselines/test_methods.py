@@ -14,6 +14,7 @@ from badit.methods import AdapterMethod, build_method
 from badit.recipe import build_recipe
 from badit.train import fit
 from baselines.naive import SMALL, logits
+from refusals import refuses
 from training.trainers import StopAt, assert_same, with_callbacks
 from tuner.helpers import IDS
 
@@ -52,20 +53,24 @@ def test_resumed_pissa_run_matches_uninterrupted_run(recipe_values, tmp_path):
         ({"name": ["goat"]}, r"unknown method \['goat'\]"),
         ({"name": "pissa", "init_lora_weights": 1}, r"init_lora_weights: is set by the method name pissa \(to pissa\)"),
         ({"name": "loramoe", "num_expert": 4}, r"num_expert: loramoe has no such option .* 'num_experts'\?\)"),
-        ({"name": "loramoe", "balance_weight": -1}, r"method.balance_weight must be a number of at least 0, got -1"),
-        ({"name": "mtl-lora", "temperature": 0}, r"method.temperature must be a positive number, got 0"),
+        (
+            {"name": "loramoe", "balance_weight": -1},
+            r"method.balance_weight: input should be greater than or equal to 0, got -1",
+        ),
+        ({"name": "mtl-lora", "temperature": 0}, r"method.temperature: input should be greater than 0, got 0"),
         ({"name": "o-lora", "num_experts": 2}, r"method\.num_experts: o-lora has no such option"),
-        ({"name": "o-lora", "orthogonality_weight": -0.1}, r"orthogonality_weight must be a number of at least 0"),
-        ({"name": "sapt", "gate_hidden_size": 0}, r"gate_hidden_size must be a whole number of at least 1"),
-        ({"name": "goat", "rho": 0}, r"method.rho must be a positive number, got 0"),
-        ({"name": "goat", "top_k": None}, r"method.top_k must be between 1 and num_experts = 8, got None"),
+        (
+            {"name": "o-lora", "orthogonality_weight": -0.1},
+            r"orthogonality_weight: input should be greater than or equal to 0",
+        ),
+        ({"name": "sapt", "gate_hidden_size": 0}, r"gate_hidden_size: input should be greater than or equal to 1"),
+        ({"name": "goat", "rho": 0}, r"method.rho: input should be greater than 0, got 0"),
+        ({"name": "goat", "top_k": None}, r"method.top_k: input should be a valid integer, got None"),
         ({"name": "goat", "r": 12}, r"method.r = 12, GOAT's total rank, must be a multiple of num_experts = 8"),
     ],
 )
 def test_config_errors_are_one_line(method, message):
-    with pytest.raises(BaditError, match=message) as caught:
-        build_method(method)
-    assert "\n" not in str(caught.value)
+    refuses(message, build_method, method)
 
 
 @pytest.mark.parametrize("name", FROM_PEFT)

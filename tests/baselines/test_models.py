@@ -14,6 +14,7 @@ from badit.tuner import hooks_of
 from badit.tuner.model import register
 from baselines import naive
 from baselines.naive import BRANCHES, GATED, IDS, MASK, ROWS, adapt, adapted, config, logits, loss, randomise, trainable
+from refusals import refuses
 from training.trainers import assert_same
 from tuner import helpers
 from tuner.helpers import cached_steps, gradients, greedy_by_hand, layers, take_steps, teacher_forced
@@ -113,11 +114,9 @@ def test_second_adapter_can_be_activated_and_deleted(tiny_model, method):
 def test_merge_mixed_adapters_and_unsupported_layers_are_refused(tiny_model, method):
     model = adapted(tiny_model("llama"), method)
     for merge in (model.merge_and_unload, model.merge_adapter, layers(model)[0].merge):
-        with pytest.raises(BaditError, match=r"no single weight to merge into; keep it as an adapter \(unload\(\)"):
-            merge()
+        refuses(r"no single weight to merge into; keep it as an adapter \(unload\(\)", merge)
     name = config(method).method
-    with pytest.raises(BaditError, match=f"adapter_names: {name} cannot mix adapters"):
-        model(input_ids=IDS, adapter_names=["default"] * 3)
+    refuses(f"adapter_names: {name} cannot mix adapters", model, input_ids=IDS, adapter_names=["default"] * 3)
     with pytest.raises(BaditError, match=f"RMSNorm; {name} adapts nn.Linear and Conv1D"):
         adapt(tiny_model("llama"), method, target_modules=["input_layernorm"])
 
@@ -165,8 +164,7 @@ def test_gradient_checkpointing_does_not_change_gradients(tiny_model, method, re
     model.load_state_dict(start)  # a training pass updates the moments of a standardised router input
     helpers.enable_checkpointing(model, reentrant)
     if reentrant and method in (*GATED, "goat"):
-        with pytest.raises(BaditError, match="set use_reentrant=False"):
-            backward()
+        refuses("set use_reentrant=False", backward)
     else:
         torch.testing.assert_close(backward(), expected, atol=1e-6, rtol=1e-4)
 

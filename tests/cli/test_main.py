@@ -18,16 +18,14 @@ from badit.recipe import build_recipe, load_recipe
 COMMANDS = [name for name in app if not name.startswith("-")]
 
 
-def test_every_command_and_parameter_has_help(capsys):
-    assert main(["--help"]) == 0
-    shown = capsys.readouterr().out
-    for command in COMMANDS:
-        assert command in shown
-        assert main([command, "--help"]) == 0
-        assert f"Usage: badit {command}" in capsys.readouterr().out
-        described = docstring_parser.parse(app[command].default_command.__doc__).params
-        arguments = {argument.field_info.name for argument in app[command].assemble_argument_collection()}
-        assert {parameter.arg_name for parameter in described} >= arguments, command
+def test_every_command_and_parameter_has_help(command):
+    shown = command("--help")
+    for name in COMMANDS:
+        assert name in shown
+        assert f"Usage: badit {name}" in command(name, "--help")
+        described = docstring_parser.parse(app[name].default_command.__doc__).params
+        arguments = {argument.field_info.name for argument in app[name].assemble_argument_collection()}
+        assert {parameter.arg_name for parameter in described} >= arguments, name
 
 
 @pytest.mark.parametrize(
@@ -46,7 +44,7 @@ def test_imports_recipes_and_help_do_not_load_heavy_libraries(statement, heavy):
     assert done.stdout.splitlines()[-1] == "loaded"
 
 
-def test_invalid_input_gives_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch):
+def test_invalid_input_gives_one_line_and_exit_code_2(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
         (["trian"], 'Did you mean "train"?'),
@@ -57,17 +55,12 @@ def test_invalid_input_gives_one_line_and_exit_code_2(capsys, tmp_path, monkeypa
         (["train", "superni-cpu", "data.source=nowhere.csv"], "nowhere.csv: no such file or folder"),
         (["train", "superni-cpu", "data.source=$UNSET_/x"], "UNSET_ is not set"),
     ):
-        assert main(arguments) == 2
-        out, err = capsys.readouterr()
-        assert (out, err.count("\n")) == ("", 1), err
-        assert err.startswith("badit: ")
-        assert message in err
+        assert message in command(*arguments, code=2)
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
-def test_tasks_lists_suite_debug_raises_and_interruption_exits_with_130(capsys, monkeypatch, tmp_path):
-    assert main(["tasks", "builtin"]) == 0
-    shown = capsys.readouterr().out
+def test_tasks_lists_suite_debug_raises_and_interruption_exits_with_130(command, capsys, monkeypatch, tmp_path):
+    shown = command("tasks", "builtin")
     assert "review_sentiment" in shown
     assert "16 tasks, all valid" in shown
     (tmp_path / "a.jsonl").write_text('{"task": "a", "instruction": "Do.", "output": "y", "split": "test"}\n')
@@ -80,11 +73,10 @@ def test_tasks_lists_suite_debug_raises_and_interruption_exits_with_130(capsys, 
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_dry_run_writes_nothing_and_overrides_may_follow_flags(tmp_path, capsys, monkeypatch):
+def test_dry_run_writes_nothing_and_overrides_may_follow_flags(tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text("data: {train_per_task: 3, test_per_task: 2}\n")
-    assert main(["train", "recipe.yaml", "data.train_per_task=4", "--dry-run", "output=somewhere"]) == 0
-    shown = capsys.readouterr().out
+    shown = command("train", "recipe.yaml", "data.train_per_task=4", "--dry-run", "output=somewhere")
     assert "16 tasks, 64 training and 32 test instances; the run would be written to somewhere" in shown
     assert yaml.safe_load(shown.rpartition("\n16 tasks")[0])["output"] == "somewhere"
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
@@ -116,7 +108,7 @@ def test_demo_methods_have_the_same_budget_scaling_and_recipe():
     assert (lora.lora_alpha / lora.r, lora.lora_dropout) == (badit.scaling, badit.lora_dropout)
 
 
-def test_demo_shows_scores_budget_and_samples(recipe_values, monkeypatch, capsys, tmp_path):
+def test_demo_shows_scores_budget_and_samples(recipe_values, monkeypatch, command, tmp_path):
     def tiny(name, output, epochs, seed):
         training = {**recipe_values["training"], "num_train_epochs": epochs, "seed": seed}
         return {**recipe_values, "method": methods[name], "training": training, "output": output}
@@ -125,15 +117,13 @@ def test_demo_shows_scores_budget_and_samples(recipe_values, monkeypatch, capsys
     methods = {"base": {"name": "base"}, "LoRA": {"name": "lora", "r": 8}, "BADIT": badit}
     monkeypatch.setattr(demo, "demo_recipe", tiny)
     monkeypatch.setattr("badit.report.has_extra", lambda: False)
-    command = ["demo", "--output", str(tmp_path / "demo"), "--epochs", "2"]
-    assert main(command) == 0
-    shown = capsys.readouterr().out
+    words = ["demo", "--output", tmp_path / "demo", "--epochs", 2]
+    shown = command(*words)
     report = f"badit report {' '.join(str(tmp_path / 'demo' / name) for name in ('lora', 'base', 'badit'))}"
     for text in ("base Rouge-L", "BADIT EM", "trainable parameters", "[cities] land 12", report):
         assert text in shown
     assert all(f"  {name:10} " in shown for name in ("reference", "base", "LoRA", "BADIT"))
-    assert main(command) == 0
-    assert capsys.readouterr().out == shown, "a second call prints the same"
+    assert command(*words) == shown, "a second call prints the same"
 
 
 def test_shell_completion_is_installed(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from badit.metrics import METRICS
 from badit.recipe import build_recipe
 from badit.statistics import FORMS, continual_scores
 from comparison.cells import LORA, InlineCell, by_status, compare_module, compared, comparison_values
+from refusals import refuses
 
 LADDER = [0.001, 0.01, 0.1]
 
@@ -79,17 +80,15 @@ def test_finished_comparison_is_reused_and_other_recipes_are_refused(searched, m
     was = damaged.read_text()
     for text in ("{}", '{"loss": "low"}'):
         damaged.write_text(text)
-        with pytest.raises(BaditError, match=r"validation\.json: .*delete the file to measure the loss again"):
-            compared(values)
+        refuses(r"validation\.json: .*delete the file to measure the loss again", compared, values)
     damaged.write_text(was)
 
 
-def test_failed_cell_does_not_stop_others_and_is_retried(values, inline, monkeypatch, capsys):
+def test_failed_cell_does_not_stop_others_and_is_retried(values, inline, monkeypatch, command):
     values["compare"]["methods"] = {"neurons": {"name": "task-neurons"}, **LORA}
     run = {**values, "output": f"{values['output']}-of-a-run"}
     Run.prepare(build_recipe({key: value for key, value in run.items() if key != "compare"}))
-    with pytest.raises(BaditError, match="of-a-run: contains a run; choose another output=FOLDER"):
-        compared(run)
+    refuses("of-a-run: contains a run; choose another output=FOLDER", compared, run)
     lines = []
     with monkeypatch.context() as patch:
         patch.setattr(NeuronMethod, "trainer", Mock(side_effect=BaditError("no room for neurons")))
@@ -97,8 +96,7 @@ def test_failed_cell_does_not_stop_others_and_is_retried(values, inline, monkeyp
         failed, done = results["cells"]
         assert (failed["status"], failed["error"], done["status"]) == ("failed", "no room for neurons", "done")
         assert any("neurons/lr-0.01/seed-0: FAILED (no room for neurons)" in line for line in lines)
-        assert main(["table", values["output"]]) == 0
-        assert "not in the table: neurons, seed 0, learning rate 0.01: failed" in capsys.readouterr().out
+        assert "not in the table: neurons, seed 0, learning rate 0.01: failed" in command("table", values["output"])
         inline.clear()
         assert compared(values) == results
         assert inline == ["neurons/lr-0.01/seed-0"], "only the failed cell is retried"
@@ -145,12 +143,14 @@ def test_search_with_other_settings_has_its_own_folder(values, inline):
     assert sum(not cell["selected"] for cell in results["cells"]) == 2
     assert compared(values) == results
     assert len(inline) == 2 + 1, "two rates in the search, and one final training"
-    values["compare"]["search"] = {"training": {"max_steps": 3}}
-    with pytest.raises(BaditError, match=r"search/.*run of another recipe .it differs in .*training\.max_steps"):
-        compared(values)
+    del values["compare"]["learning_rates"]
+    unsearched = {**values, "output": values["output"] + "-unsearched"}
+    assert compared(unsearched)["cells"] == compared(unsearched)["cells"], "without rates there is no search"
+    values["compare"] |= {"learning_rates": [0.01, 0.02], "search": {"training": {"max_steps": 3}}}
+    refuses(r"search/.*run of another recipe .it differs in .*training\.max_steps", compared, values)
 
 
-def test_sequential_comparison_with_two_orders_and_single_task_models(values, inline, capsys, monkeypatch):
+def test_sequential_comparison_with_two_orders_and_single_task_models(values, inline, command, monkeypatch):
     orders = [["rivers", "cities"], ["cities", "rivers"]]
     values["compare"] |= {"methods": {**LORA, "base": {"name": "base"}}, "orders": orders, "single_task": ["lora"]}
     own = worker._run
@@ -191,8 +191,7 @@ def test_sequential_comparison_with_two_orders_and_single_task_models(values, in
     summary = summarise(load_results(values["output"]))
     assert summary["runs"].tolist() == [2, 1, 1]
     assert summary["forward_transfer_mean"].notna().tolist() == [True, False, False]
-    assert main(["table", values["output"]]) == 0
-    assert "FWT" in capsys.readouterr().out
+    assert "FWT" in command("table", values["output"])
 
 
 @pytest.mark.parametrize(
@@ -205,19 +204,17 @@ def test_sequential_comparison_with_two_orders_and_single_task_models(values, in
 def test_invalid_comparisons_are_refused_before_any_cell_starts(values, monkeypatch, changes, message):
     monkeypatch.setattr(compare_module, "CellProcess", None)  # no cell is started
     values["compare"] |= changes
-    with pytest.raises(BaditError, match=message):
-        compared(values)
+    refuses(message, compared, values)
     assert not Path(values["output"]).exists()
 
 
 @pytest.mark.usefixtures("inline")
-def test_compare_command_dry_run_and_results(values, tmp_path, capsys):
+def test_compare_command_dry_run_and_results(values, tmp_path, capsys, command):
     same = {"name": "lora", "r": 8}
     values["compare"]["methods"] = {"lora": same, "again": same, "base": {"name": "base"}}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
-    assert main(["compare", str(path), "--dry-run"]) == 0
-    shown = capsys.readouterr().out.splitlines()
+    shown = command("compare", path, "--dry-run").splitlines()
     counts = {method: tuple(numbers) for method, *numbers in map(str.split, shown[2:5])}
     assert counts == {"lora": ("1", "1,280"), "again": ("1", "1,280"), "base": ("1", "–")}
     assert f"3 runs; they would be written to {values['output']}" in shown
@@ -238,5 +235,4 @@ def test_compare_command_dry_run_and_results(values, tmp_path, capsys):
     assert summary.loc["again", "level"]
     assert summary["rank"].to_dict() == {"lora": 1.5, "again": 1.5, "base": 3}
     assert summary["nll_mean"].idxmax() == "base"
-    assert main(["table", values["output"], "--metric", "nll"]) == 0
-    assert "+0.000 [+0.000, +0.000] ≈" in capsys.readouterr().out
+    assert "+0.000 [+0.000, +0.000] ≈" in command("table", values["output"], "--metric", "nll")

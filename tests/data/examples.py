@@ -4,12 +4,11 @@ import json
 
 import datasets
 import pandas as pd
-import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from badit.data import Demonstration, Instance, Task, encode_prompts, load_tasks
-from badit.errors import BaditError
+from refusals import refuses
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -87,7 +86,4 @@ def write_rows(file, *rows):
 
 def refusal(source, **options):
     """Returns the one-line error raised when a source is loaded."""
-    with pytest.raises(BaditError) as caught:
-        load_tasks(source, **options)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
+    return refuses(".", load_tasks, source, **options)

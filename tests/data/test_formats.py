@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from badit.cli import main
 from badit.data import Instance, Source, Task, build_prompt, encode_examples, quotas
 from badit.data.encoded import encode_tasks
 from badit.data.readers import load_sources, load_tasks
@@ -111,6 +110,8 @@ def test_row_layouts_without_a_task_name(tmp_path):
     for row, prompt, answer in (
         ({"instruction": "Name it.", "input": "France", "output": "Paris", "text": ""}, "Name it.\n\nFrance", "Paris"),
         ({"instruction": "Say hello.", "output": "hello"}, "Say hello.", "hello"),
+        ({"instruction": "", "input": "France?", "output": "Paris"}, "France?", "Paris"),
+        ({"messages": CHAT, "prompt": CHAT[0]["content"]}, "And of Peru?", "Lima"),
         ({"inputs": "1 + 1 =", "targets": "2", "task_source": "Flan2021"}, "1 + 1 =", "2"),
         ({"inputs_pretokenized": "Good?", "targets_pretokenized": "no", "inputs": [3], "targets": [5]}, "Good?", "no"),
         ({"question": "Why?", "answer": "So."}, "Why?", "So."),
@@ -242,12 +243,11 @@ def test_large_data_is_parsed_and_encoded_once(tmp_path, monkeypatch):
         load_tasks(path)
 
 
-def test_tasks_command_shows_mixture_prompts_and_repeated_inputs(tmp_path, capsys, recipe_file):
+def test_tasks_command_shows_mixture_prompts_and_repeated_inputs(tmp_path, command, recipe_file):
     path = write_rows(tmp_path / "rows.jsonl", *ROWS, ROWS[0], {**ROWS[0], "split": "test"})
-    assert main(["tasks", str(path), "data.sampling=balanced"]) == 0
-    assert "capitals      3           0     1    50.0%  Name the capital." in capsys.readouterr().out
-    assert main(["tasks", str(recipe_file), f"data.source={path}", "--show", "1"]) == 0
-    shown = capsys.readouterr().out
+    shares = command("tasks", path, "data.sampling=balanced")
+    assert "capitals      3           0     1    50.0%  Name the capital." in shares
+    shown = command("tasks", recipe_file, f"data.source={path}", "--show", 1)
     assert "Input: France\nOutput: " in shown
     assert "⟦Paris" in shown
     (row,) = [line for line in shown.splitlines() if line.startswith("capitals ") and "Name" not in line]

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from badit.data.encoded import AnswerCollator, batches_by_task, on_device
 from badit.data.prompts import answer_rows, build_prompt, encode_examples, end_of_turn_id, own_input, prompt_text
 from badit.data.tasks import Instance
-from badit.errors import BaditError
 from data.examples import BRACKETS, CHATML, UNMARKED, encode_prompt, make_task, make_tokenizer
 from data.examples import CHAT as MESSAGES
+from refusals import refuses
 
 TASK = make_task()
 FRANCE = Instance(id="x", input="France", outputs=("Paris", "City of Paris"))
@@ -39,9 +39,9 @@ def test_prompt_text_with_and_without_demonstrations():
     two = f"{one} Positive Example 2 -\nInput: Peru\n Output: Lima\n\n"  # the task has only two
     for encoding, shots in {"def": "", "def+pos1": one, "def+pos2": two, "def+pos9": two}.items():
         assert prompt_text(TASK, FRANCE, encoding) == f"{definition}\n\n{shots}{question}"
+    assert prompt_text(TASK.model_copy(update={"definition": ""}), FRANCE) == question, "no leading blank lines"
     assert own_input(TEXT) == "France"
-    with pytest.raises(BaditError, match=r"encoding: unknown 'def-pos2' \(did you mean 'def\+pos2'"):
-        prompt_text(TASK, FRANCE, "def-pos2")
+    refuses(r"encoding: unknown 'def-pos2' \(did you mean 'def\+pos2'", prompt_text, TASK, FRANCE, "def-pos2")
 
 
 def test_prompt_is_bos_and_text_or_the_rendered_chat_template():
@@ -50,8 +50,7 @@ def test_prompt_is_bos_and_text_or_the_rendered_chat_template():
     assert encode_prompt(PLAIN, "<s>France").count(PLAIN.bos_token_id) == 1, "no second BOS if the text starts with BOS"
     assert encode_prompt(CHAT, PROMPT, chat_template="never") == encode_prompt(PLAIN, PROMPT)
     assert encode_prompt(CHAT, PROMPT, chat_template="always") == encode_prompt(CHAT, PROMPT)
-    with pytest.raises(BaditError, match="has no chat template"):
-        encode_prompt(PLAIN, PROMPT, chat_template="always")
+    refuses("has no chat template", encode_prompt, PLAIN, PROMPT, chat_template="always")
 
 
 @pytest.mark.parametrize("adds", ["$A", "<s> $A", "<s> $A </s>"])
@@ -91,8 +90,7 @@ def test_plain_strings_are_truncated_silently_and_a_too_small_limit_is_refused(c
     assert len(ids) <= 11
     assert tokenizer.decode(ids).startswith("<s>France ")
     assert not caplog.records
-    with pytest.raises(BaditError, match="max_source_tokens: 1 is too small for the end"):
-        encode_prompt(PLAIN, PROMPT, 1)
+    refuses("max_source_tokens: 1 is too small for the end", encode_prompt, PLAIN, PROMPT, 1)
 
 
 @pytest.mark.parametrize("template", [None, CHATML, BRACKETS, UNMARKED])
@@ -102,8 +100,7 @@ def test_end_of_turn_token_comes_from_the_chat_template(template):
     assert end_of_turn_id(tokenizer, "never") == tokenizer.eos_token_id
     tokenizer.chat_template = BRACKETS
     assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id, "the current template is used"
-    with pytest.raises(BaditError, match="eos_token"):
-        end_of_turn_id(make_tokenizer(eos_token=None))
+    refuses("eos_token", end_of_turn_id, make_tokenizer(eos_token=None))
 
 
 @ALL
@@ -129,10 +126,8 @@ def test_each_answer_of_a_chat_has_all_previous_messages_as_prompt():
         {"prompt": [SYSTEM, USER, ANSWER, USER], "completion": [LATER]},
     ]
     assert answer_rows([USER]) == answer_rows([]) == []
-    with pytest.raises(BaditError, match="the first is an assistant message"):
-        answer_rows([ANSWER, USER])
-    with pytest.raises(BaditError, match="message 1 must have a role"):
-        answer_rows([USER, {"content": "Rome."}])
+    refuses("the first is an assistant message", answer_rows, [ANSWER, USER])
+    refuses("message 1 must have a role", answer_rows, [USER, {"content": "Rome."}])
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -143,5 +138,5 @@ def test_padding_sides_and_batches_by_task(side):
     batches = batches_by_task([*EXAMPLES, *EXAMPLES, EXAMPLES[0]], AnswerCollator(0, with_tasks=True), 2)
     found = {task: [batch["tasks"] for batch in group] for task, group in batches.items()}
     assert found == {"a": [["a", "a"], ["a"]], "b": [["b", "b"]]}
-    moved = on_device(batches["b"][0], torch.device("meta"))
+    moved = on_device(next(iter(batches["b"])), torch.device("meta"))
     assert (moved["input_ids"].device.type, moved["tasks"]) == ("meta", ["b", "b"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from badit.data import Instance, Task, builtin_tasks, load_tasks
+from badit.data import Instance, Source, Task, builtin_tasks, load_sources, load_tasks
 from badit.errors import BaditError
 from data.examples import CHAT, refusal, write_rows
 
@@ -24,10 +24,10 @@ ITEM = {"id": "x", "input": "a", "output": "b"}
 LINE = {"task": "capitals", "instruction": "Name the capital.", "input": "France", "output": "Paris"}
 
 
-def write_task(file: Path, instances: int, prefix: str = "x") -> None:
+def write_task(file: Path, instances: int, prefix: str = "x", definition: str = "Do it.") -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     items = [{"id": f"{prefix}{i}", "input": f"{prefix} {i}", "output": [f"answer {i}"]} for i in range(instances)]
-    file.write_text(json.dumps({"Definition": ["Do it."], "Positive Examples": [], "Instances": items}))
+    file.write_text(json.dumps({"Definition": [definition], "Positive Examples": [], "Instances": items}))
 
 
 def write_lists(folder: Path, train: str, test: str) -> None:
@@ -44,7 +44,7 @@ def sizes(tasks: list[Task]) -> dict:
 def sapt(tmp_path: Path) -> Path:
     for name in ("task363_sst2", "task002_quoref", "plain"):
         for split, count in {"train": 3, "dev": 2, "test": 2}.items():
-            write_task(tmp_path / name / f"{split}.json", count, split)
+            write_task(tmp_path / name / f"{split}.json", count, split, "" if name == "plain" else "Do it.")
     return tmp_path
 
 
@@ -65,9 +65,11 @@ def test_builtin_suite_and_selected_tasks():
 def test_sapt_has_no_validation_set_and_reads_only_selected_tasks(sapt):
     tasks = load_tasks(sapt)
     assert list(sizes(tasks).items()) == [(name, (3, 0, 2)) for name in ("plain", "task002_quoref", "task363_sst2")]
-    assert tasks[0].test[0].input == "test 0"
+    assert (tasks[0].test[0].input, tasks[0].definition) == ("test 0", "")
     for wanted in ("task363_sst2", "task363", "363", "0363"):
         assert [task.name for task in load_tasks(sapt, tasks=[wanted, "plain"])] == ["task363_sst2", "plain"]
+    (weighted,) = load_sources([Source(sapt)], ["363"], weights={"plain": 2.0, "363": 3.0})
+    assert (weighted.name, weighted.weight) == ("task363_sst2", 3.0), "tasks with weights need not be selected"
     (sapt / "plain" / "train.json").write_text("broken")
     assert len(load_tasks(sapt, tasks=["363"])) == 1
     assert "invalid JSON at line 1 column 1" in refusal(sapt)
@@ -179,6 +181,8 @@ def test_invalid_rows_are_refused_with_their_line_number(tmp_path):
         ([{"task": "a", "input": "c", "output": "d", "spilt": "test"}], "line 1: found 'spilt', did you mean 'split'?"),
         ([{"context": "b", "question": "c", "answer": "d"}], "line 1: context: not used in a row with question and an"),
         ([{"instruction": "b", "system": "c", "output": "d"}], "line 1: system: not used in a row with instruction"),
+        ([{"messages": CHAT, "context": "b"}], "line 1: context: not used in a row with messages; remove it"),
+        ([{"messages": CHAT, "instruction": "b"}], "line 1: instruction: not used in a row with messages"),
         ([{"messages": ["Hi"]}], "line 1: messages.0: must have a role and text as content"),
     ):
         file = write_rows(tmp_path / "rows.jsonl", *rows)

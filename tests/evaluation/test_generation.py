@@ -1,7 +1,9 @@
 """Decoding compared with a naive loop: batches, end tokens, adapters, streaming; and scores of answers."""
 
 import itertools
+import math
 import warnings
+from functools import partial
 from statistics import fmean
 from unittest.mock import Mock
 
@@ -14,14 +16,15 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from badit import BaditConfig, Run, generation
-from badit.data import Instance, Task
+from badit.data import AnswerCollator, Instance, Task
 from badit.errors import BaditError
-from badit.evaluate import answer_token_losses, evaluate, read_predictions, score_model, write_predictions
+from badit.evaluate import evaluate, prompt_losses, read_predictions, score_model, write_predictions
 from badit.generation import generate_answers, stream_answer
 from badit.metrics import Prediction
 from badit.recipe import build_recipe
 from badit.train import encoded
 from data.examples import make_tokenizer
+from refusals import refuses
 from tuner.helpers import adapted, greedy_by_hand, randomise
 
 RECIPE = build_recipe({"evaluation": {"max_new_tokens": 4, "batch_size": 2}, "prompt": {"chat_template": "never"}})
@@ -136,8 +139,7 @@ def test_empty_prompts_and_invalid_options_are_refused(model, tokenizer):
         (lambda: stream(model, tokenizer, []), "has no tokens"),
         (lambda: stream(model, tokenizer, [5], max_new_tokens=0), "at least 1, not 0"),
     ):
-        with pytest.raises(BaditError, match=message):
-            call()
+        refuses(message, call)
 
 
 def test_streamed_answer_matches_naive_decoding_and_grows_by_tokens(model, tokenizer, prompts, free):
@@ -210,14 +212,17 @@ def test_shared_prompt_cache_keeps_nll_and_answers(family, options, tiny_model, 
     task = Task(name="t", definition="w1", test=tuple(instances))
     examples = encoded(tokenizer, RECIPE, [(task, instance) for instance in instances], model)
     prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
-    losses = answer_token_losses(model, tokenizer, RECIPE, examples)
+    sums, counts = prompt_losses(model, [AnswerCollator(0)(examples)])
     answers = generate(model, tokenizer, prompts, max_new_tokens=4, batch_size=2)
     spy = spy_on(model, monkeypatch)
-    _, predictions = score_model(model, tokenizer, RECIPE, [task], "test", progress=False)
-    assert [prediction.nll for prediction in predictions] == pytest.approx([fmean(each) for each in losses], rel=1e-4)
+    score = partial(score_model, model, tokenizer, RECIPE, [task], "test", progress=False)
+    _, predictions = score()
+    assert [prediction.nll for prediction in predictions] == pytest.approx((sums / counts).tolist(), rel=1e-4)
     assert [prediction.prediction for prediction in predictions] == answers
     # A sliding-window cache cannot restore dropped positions, so gemma2 does not reuse it.
     assert any(name in spy.mock_calls[0].kwargs for name in ("cache", "past_key_values")) == (family != "gemma2")
+    model.get_input_embeddings().weight.data[:] = math.nan
+    refuses("task t, instance i0: the NLL is not finite", score)
 
 
 def test_predictions_round_trip_and_survive_an_interrupted_write(tmp_path, monkeypatch):
@@ -225,6 +230,9 @@ def test_predictions_round_trip_and_survive_an_interrupted_write(tmp_path, monke
     write_predictions(folder, [AWKWARD[1], AWKWARD[0], AWKWARD[2]])
     assert sorted(file.name for file in folder.iterdir()) == ["a.jsonl", "task b.jsonl"]
     assert read_predictions(folder) == AWKWARD
+    write_predictions(folder, AWKWARD[:1])
+    assert [file.name for file in folder.iterdir()] == ["a.jsonl"], "no stale predictions of other tasks"
+    write_predictions(folder, AWKWARD)
     monkeypatch.setattr("pathlib.Path.replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_predictions(folder, [Prediction("task b", "9", "", ("x",), "")])
@@ -235,8 +243,7 @@ def test_task_names_cannot_lead_out_of_the_folder(tmp_path):
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "link.jsonl").symlink_to(tmp_path / "out.jsonl")
     for name in ("../up", f"{tmp_path}/absolute", "link"):
-        with pytest.raises(BaditError, match="leads out of"):
-            write_predictions(tmp_path / "inside", [Prediction(name, "1", "", ("x",), "")])
+        refuses("leads out of", write_predictions, tmp_path / "inside", [Prediction(name, "1", "", ("x",), "")])
     assert [path.name for path in tmp_path.iterdir()] == ["inside"]
 
 
@@ -245,10 +252,8 @@ def test_invalid_predictions_and_unknown_splits_are_refused(tmp_path):
         write_predictions(tmp_path, AWKWARD[:1])
         with (tmp_path / "a.jsonl").open("a") as file:
             file.write(line + "\n")
-        with pytest.raises(BaditError, match=r"a\.jsonl: (line 2: .*evaluate the run again|invalid JSON at line 2)"):
-            read_predictions(tmp_path)
-    with pytest.raises(BaditError, match=r"no \.jsonl files"):
-        read_predictions(tmp_path / "empty")
+        refuses(r"a\.jsonl: (line 2: .*evaluate the run again|invalid JSON at line 2)", read_predictions, tmp_path)
+    refuses(r"no \.jsonl files", read_predictions, tmp_path / "empty")
     with pytest.raises(BaditError, match=r"split: unknown 'tests' \(did you mean 'test'\?\); known: test, validation"):
         evaluate(Run.at(tmp_path), split="tests")
 

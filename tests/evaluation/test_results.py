@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from badit.errors import BaditError
 from badit.results import load_results, read_scores, scores_frame, summarise, task_means
 from materials import comparison, results_cell, write_results
+from refusals import refuses
 
 TASKS = {"task002_quoref": 3, "task_b": 2}
 
@@ -161,10 +161,7 @@ def test_invalid_results_are_refused_with_the_field(tmp_path):
             part = part[int(key) if key.isdecimal() else key]
         part[last] = value
         file = write_results(tmp_path, content)
-        with pytest.raises(BaditError) as refusal:
-            load_results(file)
-        assert str(refusal.value).startswith(f"{file}: {message}")
-        assert "\n" not in str(refusal.value)
+        assert refuses(".", load_results, file).startswith(f"{file}: {message}")
 
 
 def test_scores_of_a_run_are_read_and_invalid_ones_refused(tmp_path):
@@ -180,5 +177,4 @@ def test_scores_of_a_run_are_read_and_invalid_ones_refused(tmp_path):
         ({"tasks": {"a": {**task, "instances": 0}}}, r"tasks\.a\.instances: input should be"),
     ):
         path.write_text(json.dumps({**good, **change}))
-        with pytest.raises(BaditError, match=message):
-            read_scores(path)
+        refuses(message, read_scores, path)

@@ -16,8 +16,7 @@ from peft.tuners.lora.conversion import convert_to_lora
 from safetensors.torch import load_file, save_file
 
 import reference
-from badit.analysis.gates import adapted_layers, changed_gates, mean_component_gates
-from badit.cli import main
+from badit.analysis.gates import adapted_layers, changed_gates, mean_gates
 from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
 from badit.evaluate import evaluate, load_run
@@ -28,6 +27,7 @@ from badit.tuner import hooks_of
 from badit.tuner.targets import short_module_names
 from baselines import naive as baselines
 from export.contract import check_adapter
+from refusals import refuses
 from training.trainers import PAPER
 from tuner.helpers import FAMILIES, adapt, adapted, layers, logits
 
@@ -62,7 +62,7 @@ def frozen_logits(run, folder, task):
     gates = read_json(folder / "gates.json")
 
     def hold(one, own):
-        return torch.tensor(gates[one.layer.name])[one.expert_of_N].expand(len(ids), 1, -1)
+        return torch.tensor(gates[one.layer.name]).expand(len(ids), 1, -1)
 
     with changed_gates(adapted_layers(model), hold), hooks_of(model).rows_of(None if task is None else [task, task]):
         return model(input_ids=ids).logits
@@ -79,8 +79,7 @@ def test_stock_peft_loads_all_exports_and_computes_the_frozen_mixture(trained, t
         folders[name] = str(done.folder)
     for name, method in WEIGHTS.items():
         runs[name] = trained(method)
-        with pytest.raises(BaditError, match="--merged"):
-            export(runs[name], tmp_path / f"{name}-lora")
+        refuses("--merged", export, runs[name], tmp_path / f"{name}-lora")
     for name, run in runs.items():
         merged = export(run, tmp_path / f"{name}-merged", merged=True, task=TASK_OF.get(name))
         folders[f"{name}-merged"] = str(merged.folder)
@@ -105,32 +104,36 @@ def test_task_gates_are_the_mean_over_its_training_prompts(trained, tmp_path):
     for task in make_plan(recipe).tasks:
         examples = encoded(tokenizer, recipe, [(task, instance) for instance in task.train], None)
         batches = batches_by_task(examples, AnswerCollator(0, with_tasks=True), 1)  # one prompt per batch
-        means[task.name] = mean_component_gates(model, batches)[task.name]
+        means[task.name] = mean_gates(model, batches[task.name])
     kept = {}
     for name in (None, "cities", "rivers"):
         done = export(run, tmp_path / "out", task=name)
         kept[name] = read_json(done.folder / "gates.json")
     assert done.mixture == "mean gates of task rivers on 12 training prompts"
-    for i, one in enumerate(adapted_layers(model)):
-        of_name = {name: torch.tensor(gates[one.layer.name])[one.expert_of_N] for name, gates in kept.items()}
+    for one in adapted_layers(model):
+        of_name = {name: torch.tensor(gates[one.layer.name]) for name, gates in kept.items()}
         for name in ("cities", "rivers"):
-            torch.testing.assert_close(of_name[name], means[name][i], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(of_name[name], torch.tensor(means[name][one.layer.name]), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(of_name[None], (of_name["cities"] + of_name["rivers"]) / 2)
         assert not torch.equal(of_name["cities"], of_name["rivers"])
 
 
-def test_export_of_all_tasks_measures_each_tasks_gates_once(trained, tmp_path, monkeypatch, capsys):
+def test_export_of_all_tasks_measures_each_tasks_gates_once(trained, tmp_path, monkeypatch, command):
     run, out = trained(BADIT), tmp_path / "all"
     one = export(run, tmp_path / "one", task="cities")
-    measured, gates = [], "badit.analysis.gates.mean_component_gates"
-    monkeypatch.setattr(gates, lambda model, batches: measured.extend(batches) or mean_component_gates(model, batches))
+    measured = []
+
+    def measure(model, of_task):
+        measured.append(of_task.dataset[0]["task"])
+        return mean_gates(model, of_task)
+
+    monkeypatch.setattr("badit.analysis.gates.mean_gates", measure)
     done = export(run, out, all_tasks=True)
     assert measured == ["rivers"]
     assert [each.folder for each in done.tasks.values()] == [out / "cities", out / "rivers"]
     for name in ("adapter_model.safetensors", "adapter_config.json", "gates.json"):
         assert (out / "cities" / name).read_bytes() == (one.folder / name).read_bytes()
-    assert main(["export", str(run.path), "-o", str(out), "--all-tasks", "--rank", "4", "--score"]) == 0
-    shown = capsys.readouterr().out
+    shown = command("export", run.path, "-o", out, "--all-tasks", "--rank", 4, "--score")
     assert f"--lora-modules cities={out}/cities rivers={out}/rivers" in shown
     assert "mean over tasks" in shown
     export(run, tmp_path / "mean")
@@ -141,8 +144,7 @@ def test_export_of_all_tasks_measures_each_tasks_gates_once(trained, tmp_path, m
     export(run, tmp_path / "mean")  # a changed adapter: its gates are measured again
     assert measured == ["rivers", "cities", "rivers"]
     (out / "cities" / "notes.txt").write_text("mine")
-    with pytest.raises(BaditError, match=r"cities: holds notes\.txt"):
-        export(run, out)
+    refuses(r"cities: holds notes\.txt", export, run, out)
 
 
 def test_gates_from_a_file_and_invalid_gates(trained, tmp_path):
@@ -160,8 +162,7 @@ def test_gates_from_a_file_and_invalid_gates(trained, tmp_path):
         ({**gates, name: [1.0, 2.0, float("nan")]}, "must be a list of 3 numbers"),
     ]:
         (tmp_path / "wrong.json").write_text(json.dumps(wrong))
-        with pytest.raises(BaditError, match=message):
-            export(run, tmp_path / "other", gates=tmp_path / "wrong.json")
+        refuses(message, export, run, tmp_path / "other", gates=tmp_path / "wrong.json")
     assert not (tmp_path / "other").exists()
 
 
@@ -207,8 +208,7 @@ def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(traine
 )
 def test_invalid_options_are_refused_and_nothing_is_written(trained, tmp_path, method, options, message):
     run = trained(method)
-    with pytest.raises(BaditError, match=message):
-        export(run, tmp_path / "out", **options)
+    refuses(message, export, run, tmp_path / "out", **options)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -227,8 +227,7 @@ def test_folder_is_replaced_atomically_and_only_if_badit_wrote_it(trained, tmp_p
     monkeypatch.undo()
     other = os.open(out, os.O_RDONLY)  # simulates another process that exports to this folder
     fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(BaditError, match="out: is in use by another process"):
-        export(run, out)
+    refuses("out: is in use by another process", export, run, out)
     os.close(other)
     assert export(run, out).folder == out
     assert not (out / OWNER).exists()
@@ -239,8 +238,7 @@ def test_folder_is_replaced_atomically_and_only_if_badit_wrote_it(trained, tmp_p
         (out, r"out: holds notes\.txt, which badit did not write; choose another folder with -o"),
         (run.config_path, "is a file"),
     ):
-        with pytest.raises(BaditError, match=message):
-            export(run, folder)
+        refuses(message, export, run, folder)
 
 
 @pytest.mark.parametrize("method", [BADIT, {"name": "lora", **LORA}], ids=["badit", "lora"])
@@ -251,8 +249,7 @@ def test_run_with_nan_weights_is_not_exported(trained, tmp_path, method):
     next(tensor for name, tensor in tensors.items() if name.endswith((".badit_B", ".lora_B.weight")))[0, 0] = torch.nan
     save_file(tensors, path)
     for merged in (False, True):
-        with pytest.raises(BaditError, match="NaN"):
-            export(run, tmp_path / "out", merged=merged)
+        refuses("NaN", export, run, tmp_path / "out", merged=merged)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -291,19 +288,16 @@ def test_score_export_scores_the_folder_of_the_export(trained, tmp_path):
     assert base == evaluate(trained({"name": "base"}), progress=False)["tasks"]["cities"]["rouge_l"]
 
 
-def test_export_command(trained, tmp_path, capsys):
+def test_export_command(trained, tmp_path, command):
     run = trained(BADIT)
     out = tmp_path / "exports" / "mine"
-    assert main(["export", str(run.path), "-o", str(out), "--task", "363"]) == 2
-    assert "--task: unknown task '363'" in capsys.readouterr().err
-    assert main(["export", str(run.path), "-o", str(out), "--rank", "4", "--score"]) == 0
-    shown = capsys.readouterr().out
+    assert "--task: unknown task '363'" in command("export", run.path, "-o", out, "--task", 363, code=2)
+    shown = command("export", run.path, "-o", out, "--rank", 4, "--score")
     assert "mean gates of 2 tasks, averaged over tasks, on 24 training prompts" in shown
     assert "4 of 12: relative error 0." in shown
     assert f"--enable-lora --max-lora-rank 8 --lora-modules mine={out}" in shown
     assert (out / "scores.json").is_file()
-    assert main(["export", str(run.path), "-o", str(out), "--merged"]) == 0
-    assert f"vllm serve {out}" in capsys.readouterr().out
+    assert f"vllm serve {out}" in command("export", run.path, "-o", out, "--merged")
     assert not (out / "scores.json").exists()  # they belonged to the previous export
 
 
@@ -363,5 +357,4 @@ def test_peft_lora_conversion_accepts_only_fixed_mixtures(tiny_model, family):
 def test_merging_into_quantised_weights_is_refused(trained, tmp_path):
     run = trained(BADIT)
     run.config_path.write_text(run.config_path.read_text().replace("quantisation: null", "quantisation: bnb-8bit"))
-    with pytest.raises(BaditError, match=r"^--merged: the base weights are quantised"):
-        export(run, tmp_path / "model", merged=True)
+    refuses(r"^--merged: the base weights are quantised", export, run, tmp_path / "model", merged=True)

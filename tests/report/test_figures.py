@@ -10,7 +10,7 @@ import pytest
 
 from badit.report import charts, figures
 from badit.report.figures import FIGURES
-from badit.report.page import Section, export_figures, sections_of
+from badit.report.page import export_figures, sections_of
 from badit.report.sources import read_sources
 from report.samples import SMALL, TASKS, tables, write_comparison, write_run, write_sequence
 
@@ -105,7 +105,7 @@ def test_scores_table_ends_with_means_and_marks_the_best():
 def test_every_figure_has_a_caption_a_valid_schema_and_svg_and_pdf_exports(tmp_path):
     """A run, a sequence and a comparison together have all figures except one."""
     runs = [write_run(tmp_path / "badit"), write_sequence(tmp_path / "sequence"), write_comparison(tmp_path / "all")]
-    found = [block for section in sections_of(read_sources(runs)) for block in section.blocks]
+    found = [block for blocks in sections_of(read_sources(runs)).values() for block in blocks]
     assert {figure.title for figure in FIGURES} - {block.title for block in found} == {"Cosine of weight gradients"}
     blocks = [block for block in found if block.kind == "figure"]
     captioned = [block for block in blocks if block.caption]
@@ -113,7 +113,7 @@ def test_every_figure_has_a_caption_a_valid_schema_and_svg_and_pdf_exports(tmp_p
     assert all(block.caption.endswith(".") for block in captioned)
     for block in blocks:
         block.content.to_dict(validate=True)
-    export_figures([Section("all", "All", blocks=blocks)], tmp_path / "figures")
+    export_figures({"all": blocks}, tmp_path / "figures")
     written = [*(tmp_path / "figures").iterdir()]
     names = {block.name for block in blocks}
     assert len(names) == len(blocks) >= 18, "figure names are unique"

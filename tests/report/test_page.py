@@ -4,13 +4,11 @@ import json
 import re
 from html.parser import HTMLParser
 
-import pytest
-
 import badit.report
-from badit.cli import _report_if_possible, main
-from badit.errors import BaditError
+from badit.cli import _report_if_possible
 from badit.report import write_report
 from badit.report.page import _library
+from refusals import refuses
 from report.samples import LARGE, TASKS, Shape, save_frame, save_tables, tables, write_comparison, write_run
 
 NASTY = '<script>alert("x")</script>'
@@ -165,21 +163,16 @@ def test_untrusted_text_never_becomes_markup_or_a_link(tmp_path):
     assert "connect-src" not in policy
 
 
-def test_report_command_output_errors_and_missing_extra(tmp_path, monkeypatch, capsys):
+def test_report_command_output_errors_and_missing_extra(tmp_path, monkeypatch, command):
     run = write_run(tmp_path / "run", analysed=False)
     page, figures = tmp_path / "pages" / "mine.html", tmp_path / "figures"
-    assert main(["report", str(run), "-o", str(page), "--figures", str(figures), "--title", "My runs"]) == 0
-    assert str(page) in capsys.readouterr().out
+    assert str(page) in command("report", run, "-o", page, "--figures", figures, "--title", "My runs")
     assert "<h1>My runs</h1>" in page.read_text()
     assert {path.name for path in figures.iterdir()} >= {"loss-curves.svg", "loss-curves.pdf", "scores-by-task.svg"}
-    assert main(["report", str(tmp_path / "none"), "-o", str(page)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("badit: ")
+    command("report", tmp_path / "none", "-o", page, code=2)
     for output, folder in ((tmp_path, None), (page, page)):
-        with pytest.raises(BaditError, match=r"is a folder; name a file|cannot be written"):
-            write_report([run], output, figures=folder)
+        refuses(r"is a folder; name a file|cannot be written", write_report, [run], output, figures=folder)
     assert _report_if_possible([run], run / "report.html") == f"Report: {run / 'report.html'}"
     monkeypatch.setattr(badit.report, "find_spec", lambda name: None if name == "altair" else object())
-    assert main(["report", str(run)]) == 2
-    assert capsys.readouterr().err == "badit: the report needs its extra: pip install 'badit[report]'\n"
+    assert command("report", run, code=2) == "badit: the report needs its extra: pip install 'badit[report]'"
     assert "pip install 'badit[report]'" in _report_if_possible([run], page)

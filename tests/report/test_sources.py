@@ -3,14 +3,13 @@
 import itertools
 
 import pandas as pd
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from badit.errors import BaditError
 from badit.files import read_jsonl
 from badit.report.charts import as_text, number, short_task_names
-from badit.report.sources import by_similarity, read_sources, together
+from badit.report.sources import _losses, by_similarity, read_sources, together
+from refusals import refuses
 from report.samples import OTHER, SMALL, TASKS, tables, write_comparison, write_lines, write_run, write_sequence
 
 
@@ -36,6 +35,10 @@ def test_sequence_has_a_transfer_matrix_and_the_losses_of_all_stages(tmp_path):
     assert len(sources[0].frames["transfer"]) == len(TASKS) ** 2
     assert sources[0].frames["transfer"].attrs["file"] == "scores.json"
     assert together(sources).frames["losses"]["step"].tolist() == [10 * i for i in range(1, 2 * len(TASKS) + 1)]
+    for file in (tmp_path / "run" / "stages").glob("*/metrics.jsonl"):
+        write_lines(file, [{"step": 8, "eval_loss": 1.0}, *read_jsonl(file)])
+    measured = [point["step"] for point in _losses(tmp_path / "run", "eval_loss")]
+    assert measured == [8 + 20 * i for i in range(len(TASKS))], "stages have 20 steps each"
 
 
 def test_regroupings_are_read_without_an_analysis(tmp_path):
@@ -94,8 +97,7 @@ def test_labels_are_unique_and_non_runs_are_refused(tmp_path):
         ([run / "config.yaml"], "has no config.yaml, results.json or analysis"),
         ([run, run], "is given more than once"),
     ):
-        with pytest.raises(BaditError, match=message):
-            read_sources(paths)
+        refuses(message, read_sources, paths)
 
 
 @given(st.lists(st.text(alphabet="ab_t1", min_size=1, max_size=40), unique=True, max_size=8))

@@ -13,7 +13,6 @@ import httpx2
 import pytest
 from starlette.testclient import TestClient
 
-from badit.cli import main
 from badit.errors import BaditError
 from badit.studio import MAX_CHARACTERS, MAX_NEW_TOKENS, server
 from badit.studio.server import MAX_BODY, application
@@ -191,7 +190,7 @@ def test_studio_serves_until_interrupted(trained):
     assert "Traceback" not in errors
 
 
-def test_errors_are_one_line_and_reported_before_a_model_is_loaded(monkeypatch, capsys, tmp_path):
+def test_errors_are_one_line_and_reported_before_a_model_is_loaded(monkeypatch, command, tmp_path):
     run = str(tmp_path)
     (tmp_path / "config.yaml").touch()
     with server.listen(0) as taken:
@@ -205,13 +204,11 @@ def test_errors_are_one_line_and_reported_before_a_model_is_loaded(monkeypatch, 
             ([run, "--port=-1"], "--port: must be from 0 to 65535, not -1"),
             (["no-run", "--port=0"], "no-run: has no config.yaml"),
         ):
-            assert main(["studio", *arguments]) == 2
-            (line,) = capsys.readouterr().err.splitlines()
-            assert line.startswith(f"badit: {expected}")
+            assert command("studio", *arguments, code=2).startswith(f"badit: {expected}")
     monkeypatch.delitem(sys.modules, "badit.studio.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert main(["studio", "no-run"]) == 2
-    assert "module uvicorn is not installed; run pip install 'badit[studio]'" in capsys.readouterr().err
+    message = "module uvicorn is not installed; run pip install 'badit[studio]'"
+    assert message in command("studio", "no-run", code=2)
 
 
 def test_browser_opens_only_with_a_display(monkeypatch):

@@ -10,12 +10,12 @@ import torch
 
 from badit.analysis.gates import prompt_gates
 from badit.data import AnswerCollator, batches_by_task
-from badit.errors import BaditError
 from badit.generation import generate_answers
 from badit.run import Run
 from badit.studio import Question, Session, mixed
 from badit.train import encoded
 from badit.tuner import hooks_of
+from refusals import refuses
 from studio.conftest import BADIT
 
 HAND_GATES = [0.0, 2.5, 1.25, 0.1]
@@ -119,7 +119,7 @@ def test_task_gates_are_cached_and_measured_again_if_damaged(trained, monkeypatc
         again = Session(run)
         again.measure()
         assert again.task_gates.equals(first.task_gates)
-    monkeypatch.delattr("badit.analysis.gates.mean_component_gates")
+    monkeypatch.delattr("badit.analysis.gates.mean_gates")
     Session(run).measure()
 
 
@@ -160,9 +160,7 @@ def test_unanswerable_questions_and_unusable_runs_are_refused(session, plain_ses
         (by_task, {"task": None}, "needs the prompt's task"),
         (plain_session, {"sides": ["hand"], "gates": HAND_GATES}, "gates: lora has no gates to set by hand"),
     ):
-        with pytest.raises(BaditError, match=message):
-            events(asked, **{"sides": ["router"], **question})
+        refuses(message, events, asked, **{"sides": ["router"], **question})
     for method, message in (("full", "trains no adapter"), ("badit", "has no adapter yet; finish its training")):
         (tmp_path / "config.yaml").write_text(json.dumps({"method": {"name": method}}))
-        with pytest.raises(BaditError, match=message):
-            Session(Run(tmp_path))
+        refuses(message, Session, Run(tmp_path))

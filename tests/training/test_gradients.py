@@ -12,7 +12,11 @@ from torch import nn
 from badit.gradients import before_step, component_grams, scale_columns, whole_weights
 from badit.method import cosine_gram
 from badit.methods import build_method
+from badit.recipe import build_recipe
+from badit.train import fit
+from badit.trainer import AnswerTrainer
 from method.shards import in_processes
+from refusals import refuses
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9))
 
@@ -94,6 +98,15 @@ def test_before_step_reads_before_every_step_of_deepspeed_engine():
     assert not before_step(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), lambda: None)
 
 
-def test_gainlora_and_task_neurons_need_whole_weights():
-    for name in ("badit", "lora", "full", "gainlora", "task-neurons"):
-        assert build_method({"name": name}).needs_whole_weights == (name in ("gainlora", "task-neurons"))
+@pytest.mark.parametrize("name", ["o-lora", "gainlora", "sapt", "task-neurons"])
+def test_methods_that_need_whole_weights_are_refused_with_sharded_ones(recipe_values, monkeypatch, name):
+    assert not any(build_method({"name": other}).needs_whole_weights for other in ("badit", "lora", "full"))
+    own = AnswerTrainer.__init__
+
+    def sharded(trainer, **arguments):
+        own(trainer, **arguments)
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(AnswerTrainer, "__init__", sharded)
+    recipe = build_recipe({**recipe_values, "method": {"name": name}})
+    refuses(f"method: {name} needs unsharded weights; launch it without FSDP", fit, recipe, progress=False)

@@ -33,16 +33,15 @@ def run(recipe_file, recipe_values):
     return Run(recipe_values["output"])
 
 
-def test_run_in_use_is_refused_until_its_process_is_killed(run, recipe_file, capsys):
+def test_run_in_use_is_refused_until_its_process_is_killed(run, recipe_file, command):
     output = str(run.path)
     held = [sys.executable, "-c", HOLD + "    print('held', flush=True); sys.stdin.read()", output]
     with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         comparison = "compare={methods: {lora: {name: lora, r: 2}}, reference: lora}"
         trains = [["train", str(recipe_file)], ["train", str(recipe_file), "method.name=base"]]
-        for command in (*trains, ["compare", str(recipe_file), comparison], ["evaluate", output], ["analyze", output]):
-            assert main(command) == 2
-            assert f"{output}: is in use by process {other.pid} on " in capsys.readouterr().err
+        for words in (*trains, ["compare", recipe_file, comparison], ["evaluate", output], ["analyze", output]):
+            assert f"{output}: is in use by process {other.pid} on " in command(*words, code=2)
         other.kill()
     assert main(["train", str(recipe_file)]) == 0
     assert not Path(output, OWNER).exists()
@@ -63,12 +62,11 @@ def test_second_process_on_the_same_folder_is_refused(attempt, recipe_file, reci
     assert_same(learned(shared), learned(alone))
 
 
-def test_foreign_folder_is_untouched_and_leftover_first_writes_do_not_block(recipe_file, recipe_values, capsys):
+def test_foreign_folder_is_untouched_and_leftover_first_writes_do_not_block(recipe_file, recipe_values, command):
     output = Path(recipe_values["output"])
     output.mkdir()
     (output / "notes.txt").touch()
-    assert main(["train", str(recipe_file)]) == 2
-    assert f"{output}: exists and is not a run's folder" in capsys.readouterr().err
+    assert f"{output}: exists and is not a run's folder" in command("train", recipe_file, code=2)
     assert [path.name for path in output.iterdir()] == ["notes.txt"]
     assert main(["train", str(recipe_file), f"output={output}-new", "data.source=/nowhere"]) == 2
     assert not Path(f"{output}-new").exists()
@@ -93,7 +91,7 @@ def test_moved_run_uses_its_current_folder(recipe_file, recipe_values, tmp_path)
     assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
 
 
-def test_run_with_changed_tasks_or_base_weights_is_refused(run, recipe_file, recipe_values, capsys):
+def test_run_with_changed_tasks_or_base_weights_is_refused(run, recipe_file, recipe_values, command):
     source = Path(recipe_values["data"]["source"])
     shutil.rmtree(run.adapter_path)
     run.scores_path.unlink()
@@ -103,19 +101,15 @@ def test_run_with_changed_tasks_or_base_weights_is_refused(run, recipe_file, rec
     longer = [*lines, lines[-1].replace('"input": "', '"input": "more ')]
     for changed, name in ((lines + added, "lakes"), (of_one, "rivers"), (lines[:-1], "rivers"), (longer, "rivers")):
         source.write_text("".join(changed))
-        assert main(["train", str(recipe_file)]) == 2
-        assert f"{run.path}: task {name} changed since the run began" in capsys.readouterr().err
+        assert f"{run.path}: task {name} changed since the run began" in command("train", recipe_file, code=2)
     assert main(["train", str(recipe_file), "--allow-changed-inputs"]) == 0
     assert len(run.environment["changed_inputs"]) == 1
-    capsys.readouterr()
     weights = Path(recipe_values["model"]["name"], "model.safetensors")
     change_tensors(lambda tensors: {name: tensor * 1.5 for name, tensor in tensors.items()})(weights)
-    assert main(["evaluate", str(run.path)]) == 2
-    assert "changed since the run was trained; restore it" in capsys.readouterr().err
+    assert "changed since the run was trained; restore it" in command("evaluate", run.path, code=2)
     shutil.rmtree(run.adapter_path)
     run.scores_path.unlink()
-    assert main(["train", str(recipe_file)]) == 2
-    assert f"{run.path}: the base model changed" in capsys.readouterr().err
+    assert f"{run.path}: the base model changed" in command("train", recipe_file, code=2)
 
 
 def test_generate_for_a_task_uses_the_prompt_format_of_training(run, recipe_values, monkeypatch):
@@ -143,7 +137,7 @@ def test_instances_beyond_model_positions_or_embeddings_are_refused(tiny_model):
         refuse_beyond_model([{**example, "input_ids": [100]}], rotary)
 
 
-def test_prompts_beyond_model_positions_are_refused_by_commands(tiny_model, recipe_values, tmp_path, capsys):
+def test_prompts_beyond_model_positions_are_refused_by_commands(tiny_model, recipe_values, tmp_path, command):
     """GPT-2 with 96 positions; PEFT also changes and saves a LoRA setting for its Conv1D layers (fan_in_fan_out)."""
     folder = Path(recipe_values["model"]["name"])
     vocabulary = len(AutoTokenizer.from_pretrained(folder))
@@ -162,9 +156,7 @@ def test_prompts_beyond_model_positions_are_refused_by_commands(tiny_model, reci
         ["analyze", "--data", str(held_out), output],
         ["train", str(recipe), *evaluated],
     ):
-        capsys.readouterr()
-        assert main(words) == 2, words
-        assert "96 positions; lower prompt.max_source_tokens" in capsys.readouterr().err, words
+        assert "96 positions; lower prompt.max_source_tokens" in command(*words, code=2), words
 
 
 @pytest.mark.parametrize(
@@ -175,24 +167,21 @@ def test_prompts_beyond_model_positions_are_refused_by_commands(tiny_model, reci
         ("{{ ''.__class__.__mro__ }}", r"chat_template: (cannot be rendered|the rendered prompt lacks)"),
     ],
 )
-def test_chat_template_that_raises_or_loses_text_is_refused(recipe_file, recipe_values, capsys, template, message):
+def test_chat_template_that_raises_or_loses_text_is_refused(recipe_file, recipe_values, command, template, message):
     (Path(recipe_values["model"]["name"]) / "chat_template.jinja").write_text(template)
-    assert main(["train", str(recipe_file)]) == 2
-    assert re.search(message, capsys.readouterr().err)
+    assert re.search(message, command("train", recipe_file, code=2))
 
 
-def test_generate_from_a_file_prints_json_lines(trained, tmp_path, capsys):
+def test_generate_from_a_file_prints_json_lines(trained, tmp_path, command):
     run = trained({"name": "badit", "num_experts": 4, "r": 2})
     text, rows, folder = tmp_path / "inputs.txt", tmp_path / "inputs.jsonl", str(run.path)
     text.write_text("Lima\n\nRome\n")
     rows.write_text('{"input": "Lima"}\n{"input": "Rome", "id": 3}\n')
     answers = run.generate(["Lima", "Rome"], task="cities", max_new_tokens=3)
     for file in (text, rows):
-        assert main(["generate", folder, f"--file={file}", "--task=cities", "--max-new-tokens=3"]) == 0
-        printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        shown = command("generate", folder, f"--file={file}", "--task=cities", "--max-new-tokens=3")
+        printed = [json.loads(line) for line in shown.splitlines()]
         assert [(line["input"], line["answer"]) for line in printed] == [*zip(["Lima", "Rome"], answers, strict=True)]
     rows.write_text('{"input": "Lima"}\n{"text": "Rome"}\n')
-    assert main(["generate", folder, f"--file={rows}"]) == 2
-    assert "line 2: input: must be a string" in capsys.readouterr().err
-    assert main(["generate", folder]) == 2
-    assert "give either a prompt, or --file FILE" in capsys.readouterr().err
+    assert "line 2: input: must be a string" in command("generate", folder, f"--file={rows}", code=2)
+    assert "give either a prompt, or --file FILE" in command("generate", folder, code=2)

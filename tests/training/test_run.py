@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from badit import BaditError, Run, models
-from badit.data import prompt_text
 from badit.evaluate import evaluate, load_run, validation_loss
 from badit.evaluate import train_and_score as train
 from badit.files import read_json, read_jsonl, write_json
@@ -18,6 +17,7 @@ from badit.recipe import build_recipe
 from badit.train import base_model, encoded, fit, make_plan
 from badit.tuner import hooks_of
 from materials import make_recipe
+from refusals import refuses
 from training.trainers import change_tensors, fit_until, train_module
 
 
@@ -44,15 +44,6 @@ def test_run_writes_all_its_files(finished):
     assert "| mean over tasks |" in (run.adapter_path / "README.md").read_text()
     assert read_json(run.adapter_path / "adapter_config.json")["base_model_name_or_path"] == recipe.model.name
     assert not list(run.path.glob("*.partial"))
-
-
-def test_sapt_task_may_have_an_empty_definition(recipe_values, tmp_path):
-    content = {"Definition": [""], "Instances": [{"id": "x", "input": "land", "output": ["city"]}]}
-    (tmp_path / "sapt" / "copa").mkdir(parents=True)
-    for split in ("train", "test"):
-        write_json(tmp_path / "sapt" / "copa" / f"{split}.json", content)
-    (task,) = make_plan(build_recipe(recipe_values, [f"data.source={tmp_path / 'sapt'}"])).tasks
-    assert prompt_text(task, task.train[0]).startswith("Now complete"), "no leading blank lines"
 
 
 def test_splits_have_separate_scores_and_a_finished_run_is_not_repeated(finished, monkeypatch):
@@ -91,8 +82,7 @@ def change_config(**changes):
 def test_damaged_adapter_is_refused_with_the_reason(finished, tmp_path, damage, message):
     run = Run(shutil.copytree(finished[0].output, tmp_path / "copied"))
     damage(run.adapter_path / "adapter_model.safetensors")
-    with pytest.raises(BaditError, match=message):
-        evaluate(run, progress=False)
+    refuses(message, evaluate, run, progress=False)
 
 
 def test_evaluation_reports_changed_data_and_does_not_score_trained_instances(finished, tmp_path, capsys):
@@ -157,24 +147,22 @@ def test_data_options_change_the_plan(recipe_values):
     validation = plan(held_out, "evaluation.split=validation")
     assert validation.test_instances == 4
     assert plan(held_out, "data.seed=1").tasks[0].validation != validation.tasks[0].validation
-    with pytest.raises(BaditError, match=r"has no validation instances; set data\.validation_per_task"):
-        plan("evaluation.split=validation")
+    refuses(r"has no validation instances; set data\.validation_per_task", plan, "evaluation.split=validation")
 
 
 def test_invalid_methods_and_optimizers_are_refused(recipe_values, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     for method, message in (
         ("{name: full, r: 4}", r"method\.r: full has no such option"),
-        ("{name: task-neurons, share: 0}", "method.share must be above 0 and at most 1, got 0"),
-        ("{name: task-neurons, score_batches: 0}", "method.score_batches must be a whole number of at least 1"),
+        ("{name: task-neurons, share: 0}", "method.share: input should be greater than 0, got 0"),
+        ("{name: task-neurons, score_batches: 0}", "method.score_batches: input should be greater than or equal to 1"),
         ("{name: task-neurons}", r"training\.weight_decay: must be 0 with task-neurons"),
         ("{name: full}", "orthogonal trains only adapters; use adamw for full"),
         ("{name: lora}", "orthogonal cannot run with DeepSpeed; use FSDP2, DDP, adamw or lora"),
     ):
         optimizer = "adamw" if "neurons" in method else "orthogonal"
         options = [f"method={method}", f"training.optimizer={optimizer}", "training.weight_decay=0.01"]
-        with pytest.raises(BaditError, match=message):
-            make_plan(build_recipe(recipe_values, options))
+        refuses(message, make_plan, build_recipe(recipe_values, options))
 
 
 def test_run_applies_scheduler_and_chat_template_options(recipe_values):

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from badit.data import AnswerCollator
-from badit.errors import BaditError
 from badit.surgery import SurgeryTrainer, cagrad, pcgrad, rows_of_task
 from baselines import naive
 from reference import float64
+from refusals import refuses
 from training.trainers import adapted, examples, make_trainer
 from tuner.helpers import randomise
 
@@ -142,9 +142,7 @@ def test_extra_loss_counts_once_per_micro_batch(tiny_model, tmp_path):
 
 def test_several_processes_and_a_missing_solver_package_are_refused(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.MULTI_CPU))
-    with pytest.raises(BaditError, match="surgery runs in a single process"):
-        surgery_trainer(adapted(tiny_model("llama")), tmp_path)
+    refuses("surgery runs in a single process", surgery_trainer, adapted(tiny_model("llama")), tmp_path)
     monkeypatch.setattr("torchjd._mixins.find_spec", lambda name: None)
     assert pcgrad()(torch.ones(2, 1)).tolist() == [2.0], "pcgrad needs no solver"
-    with pytest.raises(BaditError, match=r"surgery needs torchjd and a solver: pip install 'badit\[surgery\]'"):
-        cagrad()
+    refuses(r"surgery needs torchjd and a solver: pip install 'badit\[surgery\]'", cagrad)

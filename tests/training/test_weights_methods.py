@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from badit import BaditError, Run
+from badit import Run
 from badit.baselines.neurons import neuron_scores, top_neurons
 from badit.data import AnswerCollator
 from badit.evaluate import load_run
@@ -14,6 +14,7 @@ from badit.methods import WEIGHTS, AdapterMethod, Method, WeightsMethod
 from badit.recipe import build_recipe
 from badit.train import base_model, encoded, fit, make_plan, pad_id
 from baselines.naive import logits
+from refusals import refuses
 from training.trainers import change_tensors, fit_until, learned, on, with_callbacks
 
 SHARE = 0.2
@@ -117,9 +118,7 @@ def test_damaged_weights_give_a_one_line_error(recipe_values, damage, message):
     WeightsMethod("full").save(base_model(recipe)[0], run.adapter_path, recipe.model.name)
     load_run(run)
     damage(run.adapter_path / WEIGHTS)
-    with pytest.raises(BaditError, match=message) as caught:
-        load_run(run)
-    assert "\n" not in str(caught.value)
+    refuses(message, load_run, run)
 
 
 def test_lora_pcgrad_and_cagrad_train_different_adapters(recipe_values, tmp_path):

@@ -73,7 +73,7 @@ def test_outputs_and_gradients_equal_a_loop_over_experts(kind, options):
     trained = [layer.badit_A["default"], layer.badit_B["default"], layer.badit_router["default"], x]
     upstream = torch.randn(3, 5, OUT, dtype=torch.float64)
     gradients = (torch.autograd.grad((y * upstream).sum(), trained) for y in (found, expected))
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)  # the router computes in float32
 
 
 @pytest.mark.parametrize("kind", KINDS)

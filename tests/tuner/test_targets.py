@@ -15,10 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from badit import BaditConfig, OrthogonalUpdates, Regrouper
 from badit.analysis.gates import adapted_layers, changed_gates, prompt_gates
-from badit.errors import BaditError
 from badit.export import merge, mixture_factors, write_adapter
+from badit.models import load_base_model
 from badit.tuner.targets import base_layer, default_targets
 from docs.pages import Page
+from refusals import refuses
 from tuner import helpers
 from tuner.helpers import FAMILIES, IDS, MASK, adapt, adapted, greedy_by_hand, layers, logits, padded, random_rows
 
@@ -65,17 +66,17 @@ def test_adapted_model_equals_the_base_model_at_step_0(tiny_model, family, dtype
 def test_encoder_decoder_needs_token_routing():
     sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)).eval()
-    with pytest.raises(BaditError, match="decoder-only models; use routing='token'"):
-        adapt(base, task_type=None)
+    refuses("decoder-only models; use routing='token'", adapt, base, task_type=None)
     before = base(input_ids=IDS, attention_mask=MASK, labels=IDS).logits
     model = adapt(base, task_type=None, routing="token")
     assert {layer.name.split(".")[-1] for layer in layers(model)} == {"wi"}
     torch.testing.assert_close(model(input_ids=IDS, attention_mask=MASK, labels=IDS).logits, before, atol=1e-5, rtol=0)
 
 
-def test_smollm2_equals_base_at_step_0_and_generates_as_teacher_forced(smollm2):
+def test_smollm2_equals_base_at_step_0_and_generates_as_teacher_forced():
     """Real weights and text: step 0 equals the base model; generation with changed weights equals decoding by hand."""
-    base, tokenizer = smollm2
+    base, tokenizer = load_base_model("smollm2-135m", dtype="float32")
+    tokenizer.padding_side = "left"
     texts = ["Classify the sentiment of the sentence as positive or negative.", "What is the capital of France?"]
     ids, mask = tokenizer(texts, padding=True, return_tensors="pt").values()
     expected = logits(base, ids, mask)
@@ -100,15 +101,16 @@ def test_smollm2_equals_base_at_step_0_and_generates_as_teacher_forced(smollm2):
         ("qwen3_moe", {"target_parameters": ["experts.gate_proj"]}, "no fused weight 'experts.gate_proj'"),
         ("gpt_oss", {"target_parameters": FUSED, "routing": "token"}, "needs routing='prompt'"),
         ("gpt_oss", {"target_parameters": FUSED, "layers_to_transform": [0]}, "full names instead of layers_to_t"),
-        ("gpt_oss", {"target_parameters": "experts.down_proj"}, "must be a list of names"),
+        ("gpt_oss", {"target_parameters": "experts.down_proj"}, "target_parameters: input should be a valid list"),
         ("llama", {"target_parameters": ["extra.conv"]}, "extra.conv: is not a fused weight of MoE experts"),
+        ("llama", {"target_modules": ["input_layernorm"]}, "input_layernorm is a LlamaRMSNorm.*change target_modules"),
+        ("llama", {"r": 11}, r"layers\.0\.mlp\.gate_proj.*num_experts × r = 33.*lower num_experts or r"),
     ],
 )
-def test_fused_weights_that_cannot_be_adapted_are_refused(tiny_model, family, options, message):
+def test_modules_and_fused_weights_that_cannot_be_adapted_are_refused(tiny_model, family, options, message):
     model = tiny_model(family)
     model.extra = nn.ParameterDict({"conv": torch.zeros(2, 3, 4)})
-    with pytest.raises(BaditError, match=message):
-        adapt(model, **options)
+    refuses(message, adapt, model, **options)
 
 
 @pytest.mark.parametrize("family", MOE)
@@ -213,9 +215,7 @@ def test_fused_experts_train_with_regrouping_and_export_to_plain_lora(tiny_model
     gates = prompt_gates(model, {"one": [{"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}]})
     assert gates.by_task["one"].shape == (3, 2 + 2 * 2 * 5, 3)
     fixed = {layer.name: torch.rand(3).tolist() for layer in layers(model)}
-    with changed_gates(
-        adapted_layers(model), lambda one, own: torch.tensor(fixed[one.layer.name])[one.expert_of_N].expand(3, 1, -1)
-    ):
+    with changed_gates(adapted_layers(model), lambda one, own: torch.tensor(fixed[one.layer.name]).expand(3, 1, -1)):
         expected = logits(model)
     factors = mixture_factors(model, fixed)
     plain = model.unload()

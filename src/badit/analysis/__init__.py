@@ -6,8 +6,6 @@ OUTPUT/analysis.json   the settings, the finished parts with their duration and 
 Importing the package registers every table in :data:`badit.analysis.tables.TABLES`.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -51,6 +49,8 @@ def analyze(
     path = inside(output, output / "analysis.json")
     refuse_links(inside(output, output / "analysis"))
     if is_comparison:
+        if data is not None:
+            raise BaditError(f"--data: not used with a comparison such as {target}; remove it")
         save_frame(task_gap(folder), output / "analysis")
         return output
     if is_run:
@@ -67,7 +67,8 @@ def analyze(
     # The run's folder relative to the output folder, so that both can be moved together.
     measured = os.path.relpath(folder.resolve(), output.resolve()) if is_run else target
     settings = {"target": measured, "data": data, "instances": instances}
-    weights = {name: each for name, each in checksums(Run.at(folder).adapter_path).items() if "safetensors" in name}
+    weights = checksums(Run.at(folder).adapter_path if is_run else folder)
+    weights = {name: each for name, each in weights.items() if "safetensors" in name}
     settings |= {"weights": weights, "tasks": task_fingerprints(tasks)}
     record = read_json(path) if path.is_file() else {"settings": settings, "environment": environment(), "parts": {}}
     known, done = record.get("settings") or {}, record.get("parts")

@@ -8,8 +8,6 @@ Shape suffixes: T = tasks, P = prompts (of one task), M = adapted modules, K = e
 the model (all experts, then each one disabled), R = the original order of the tasks, then permutations, E = task pairs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -21,8 +19,8 @@ from tqdm import tqdm
 
 from badit.analysis.gates import PromptGates, active_experts, changed_gates, gates_frame
 from badit.analysis.tables import EXPERT, INDEX, TEXT, Column, Table
-from badit.data import Task, on_device
-from badit.trainer import answer_losses
+from badit.data import Task
+from badit.evaluate import prompt_losses
 from badit.tuner.model import TaskBatches
 
 _NEAREST = 5
@@ -156,8 +154,9 @@ def expert_losses(model: Any, batches: TaskBatches, *, progress: bool = False) -
     for of_task in tqdm(batches.values(), desc="Experts", unit="task", disable=not progress, leave=False):
         passes = []
         for off in range(-1, experts[0].number):  # −1 disables no expert
-            with changed_gates(experts, lambda one, gates, off=off: gates.masked_fill(one.expert_of_N == off, 0.0)):
-                passes.append(_prompt_losses(model, of_task))
+            off_K = torch.arange(experts[0].number, device=model.device) == off
+            with changed_gates(experts, lambda one, gates, off_K=off_K: gates.masked_fill(off_K, 0.0)):
+                passes.append(prompt_losses(model, of_task))
         sums_SP, counts_P = np.stack([sums_P for sums_P, _ in passes]), passes[0][1]
         tokens, prompts = counts_P.sum(), len(counts_P)
         loss_S = sums_SP.sum(axis=1) / tokens
@@ -166,17 +165,6 @@ def expert_losses(model: Any, batches: TaskBatches, *, progress: bool = False) -
         squares_K = np.square(residual_KP).sum(axis=1)
         estimates.append((loss_S, np.sqrt(squares_K * prompts / max(1, prompts - 1)) / tokens))
     return np.stack([loss_S for loss_S, _ in estimates]), np.stack([error_K for _, error_K in estimates])
-
-
-def _prompt_losses(model: Any, of_task: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns for each prompt (P) the sum of its answer tokens' losses, and their number."""
-    sums, counts = [], []
-    for batch in of_task:
-        losses_L, row_L, _ = answer_losses(model, on_device(batch, model.device), model)
-        row_L, rows = row_L.cpu(), len(batch["input_ids"])
-        sums.append(row_L.bincount(losses_L.cpu().double(), minlength=rows))
-        counts.append(row_L.bincount(minlength=rows))
-    return torch.cat(sums).numpy(), torch.cat(counts).numpy()
 
 
 def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.ndarray) -> pd.DataFrame:

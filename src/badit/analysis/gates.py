@@ -9,9 +9,7 @@ Shape suffixes: B = rows, T = positions, N = components, M = adapted modules, K 
 U = experts of all of a layer's modules.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
@@ -73,17 +71,6 @@ class Experts(NamedTuple):
     def number(self) -> int:
         return self.layer.badit_config[self.adapter].num_experts
 
-    @property
-    def expert_of_N(self) -> torch.Tensor:
-        """The expert of each component: the current grouping of DOG, otherwise consecutive blocks of equal size."""
-        return self.layer.expert_of(self.adapter)
-
-    @property
-    def first_components_K(self) -> torch.Tensor:
-        """The index of one component of each expert, in the order of the experts."""
-        labels_N = self.expert_of_N.cpu()
-        return labels_N.argsort(stable=True)[:: len(labels_N) // (int(labels_N.max()) + 1)]
-
 
 class PromptGates(NamedTuple):
     """The gates of each prompt: by task, an array (P, M, K) with the prompts in the order of the batches' rows."""
@@ -117,15 +104,14 @@ def active_experts(model: nn.Module) -> list[Experts]:
 
 @contextmanager
 def changed_gates(experts: Sequence[Experts], change: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Context manager in which ``change`` replaces the component gates (B, 1 or T, N) of every layer."""
+    """Context manager in which ``change`` replaces the gates (B, 1 or T, K) of every layer."""
     try:
         for one in experts:  # the instance attribute shadows the class's method
-            own = one.layer.component_gates
-            vars(one.layer)["component_gates"] = lambda adapter, x, one=one, own=own: change(one, own(adapter, x))
+            vars(one.layer)["gates"] = lambda adapter, x, one=one, own=one.layer.gates: change(one, own(adapter, x))
         yield
     finally:
         for one in experts:
-            vars(one.layer).pop("component_gates", None)
+            vars(one.layer).pop("gates", None)
 
 
 @torch.no_grad()
@@ -134,32 +120,28 @@ def prompt_gates(model: Any, batches: TaskBatches) -> PromptGates:
     experts = active_experts(model)
     by_task = {}
     for task, of_task in batches.items():
-        layers = zip(experts, _component_gates(model, experts, of_task), strict=True)
-        gates_PMK = torch.stack([gates_PN[:, one.first_components_K] for one, gates_PN in layers], dim=1)
+        gates_PMK = torch.stack([*_gates_of_prompts(model, experts, of_task).values()], dim=1)
         by_task[task] = (gates_PMK / gates_PMK.mean(dim=-1, keepdim=True)).numpy()
     return PromptGates([one.place for one in experts], by_task)
 
 
 @torch.no_grad()
-def mean_component_gates(model: Any, batches: TaskBatches) -> dict[str, list[torch.Tensor]]:
-    """Returns, by task, the component gates (N) of every adapted layer: undivided means over the task's prompts."""
-    adapted = adapted_layers(model)
-    return {
-        task: [g_PN.mean(dim=0) for g_PN in _component_gates(model, adapted, of_task)]
-        for task, of_task in batches.items()
-    }
+def mean_gates(model: Any, of_task: Iterable[Any]) -> Gates:
+    """Returns the gates of every adapted module: undivided means over the prompts of a task's batches."""
+    found = _gates_of_prompts(model, adapted_layers(model), of_task)
+    return {name: gates_PK.mean(dim=0).tolist() for name, gates_PK in found.items()}
 
 
-def _component_gates(model: Any, experts: Sequence[Experts], of_task: Sequence[Any]) -> list[torch.Tensor]:
-    """Returns the component gates (P, N) of each layer: means over each prompt's positions, on the CPU."""
+def _gates_of_prompts(model: Any, experts: Sequence[Experts], of_task: Iterable[Any]) -> dict[str, torch.Tensor]:
+    """Returns the gates (P, K) of each layer by its name: means over each prompt's positions, on the CPU."""
     kept: dict[str, list[torch.Tensor]] = {one.layer.name: [] for one in experts}
     prompt_BT = torch.empty(0)  # prompt mask of the current batch
 
     def keep(one: Experts, gates: torch.Tensor) -> torch.Tensor:
         # OPT flattens batch and positions into one dimension before its MLP.
         by_row = gates.unflatten(0, prompt_BT.shape) if gates.ndim == 2 else gates
-        gates_BTN = by_row.float().expand(*prompt_BT.shape, -1)
-        kept[one.layer.name].append(prompt_mean(gates_BTN, prompt_BT.to(gates.device)).cpu())
+        gates_BTK = by_row.float().expand(*prompt_BT.shape, -1)
+        kept[one.layer.name].append(prompt_mean(gates_BTK, prompt_BT.to(gates.device)).cpu())
         return gates
 
     with changed_gates(experts, keep):
@@ -167,7 +149,7 @@ def _component_gates(model: Any, experts: Sequence[Experts], of_task: Sequence[A
             inputs = on_device(batch, model.device)
             prompt_BT = inputs["attention_mask"].bool() & before_first_label(inputs["labels"])
             answer_losses(model, inputs, model)  # runs a forward pass with the prompt mask and the tasks
-    return [torch.cat(of_layer) for of_layer in kept.values()]
+    return {name: torch.cat(of_layer) for name, of_layer in kept.items()}
 
 
 def span(counts: Sequence[int]) -> str:
@@ -212,13 +194,12 @@ def task_gates(
         kept = read_json(run.gates_path)
         if kept["depends_on"] == depends:
             by_task = {name: _checked_gates(gates, run.gates_path, model) for name, gates in kept["tasks"].items()}
-    layers, collate = adapted_layers(model), AnswerCollator(pad_id(tokenizer), with_tasks=True)
+    collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
     for name in names:
         if name not in by_task:
             pairs = [(tasks[name], instance) for instance in tasks[name].train[:PROMPTS_PER_TASK]]
             batches = batches_by_task(encoded(tokenizer, recipe, pairs, model), collate, _BATCH_SIZE)
-            of_layers = zip(layers, mean_component_gates(model, batches)[name], strict=True)
-            by_task[name] = {one.layer.name: gates_N[one.first_components_K].tolist() for one, gates_N in of_layers}
+            by_task[name] = mean_gates(model, batches[name])
             with suppress(BaditError):  # the run's folder may be read-only
                 write_json(run.gates_path, {"depends_on": depends, "tasks": by_task})
         yield name, by_task[name]
@@ -232,7 +213,7 @@ def read_gates(path: Path, model: PeftModel) -> Gates:
 
 
 def _checked_gates(content: Mapping[str, Any], path: Path, model: PeftModel) -> Gates:
-    experts = {one.layer.name: len(one.first_components_K) for one in adapted_layers(model)}
+    experts = {one.layer.name: one.number for one in adapted_layers(model)}
     for name in (*content, *experts):
         gates, number = content.get(name), experts.get(name)
         if number is None:

@@ -22,8 +22,6 @@ Shape suffixes: N = coordinates, M = buckets, T = tasks, R = 2T half-tasks in ta
 of a weight, A = units of all layers, P = places (a kind, layer and module), E = pairs of tasks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial

@@ -8,8 +8,6 @@ computed from are too favourable. Experts that share one A have no components, s
 Shape suffixes: N = components, I/O = in/out features.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, product
@@ -132,7 +130,7 @@ def held_out_angles(model: Any, batches: TaskBatches, *, progress: bool = False)
     angles = {}
     for one, grad_A_NI, grad_B_ON in zip(experts, sums[::2], sums[1::2], strict=True):
         gram_NN = cosine_gram(grad_A_NI, grad_B_ON).cpu().numpy()
-        angles[one.place] = list(angles_of(gram_NN, one.expert_of_N.cpu().numpy()).defined().values())
+        angles[one.place] = list(angles_of(gram_NN, one.layer.expert_of(one.adapter).cpu().numpy()).defined().values())
     return angles
 
 

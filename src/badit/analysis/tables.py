@@ -5,8 +5,6 @@ A loaded file may be untrusted, so it is checked against its :class:`Table`. A f
 same fields, ``format`` and ``rows``; null stands for NaN.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable
@@ -52,7 +50,7 @@ SHARED = {
     "reliability": Column("cosine between the gradients of two halves of a task's instances; near 0 for pure noise"),
 }
 
-TABLES: dict[str, Table] = {}
+TABLES: dict[str, "Table"] = {}
 
 
 class Table:

@@ -17,8 +17,6 @@ LoRA and its variants are PEFT's own: a name here is a ``LoraConfig`` with at mo
 pissa and olora change the base weight permanently: PEFT does not restore it when the adapter is unloaded.
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping

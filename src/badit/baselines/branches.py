@@ -23,8 +23,6 @@ Shape suffixes: B = batch, T = positions, N = prompts, D = width of the token em
 I/O = in/out features, R = rank of a branch, P = (K − 1)·R, the rank of the frozen branches together.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from dataclasses import dataclass
@@ -37,7 +35,7 @@ from torch import nn
 from badit.baselines import baseline
 from badit.errors import BaditError
 from badit.method import prompt_mean
-from badit.tuner.config import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, ExpertConfig, option
+from badit.tuner.config import Count, CountOrZero, ExpertConfig, NotNegative, option
 from badit.tuner.layer import Buffers, ExpertLinear, Pair
 from badit.tuner.model import ExpertModel
 from badit.tuner.prompt import RoutingContext
@@ -48,11 +46,11 @@ class BranchConfig(ExpertConfig):
     """One trained LoRA branch and the frozen branches of earlier tasks, each of rank ``r``."""
 
     needs_whole_weights: ClassVar[bool] = True
-    gate_cls: ClassVar[type[BranchGate] | None] = None  # None: all branches have weight 1
+    gate_cls: ClassVar["type[BranchGate] | None"] = None  # None: all branches have weight 1
 
     #: One branch is trained at a time; not an option.
     num_experts: ClassVar[int] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
-    past_branches: int = option(0, "Number of frozen branches; next_task() increases it by 1.", COUNT_OR_ZERO)
+    past_branches: CountOrZero = option(0, "Number of frozen branches; next_task() increases it by 1.")
 
     @property
     def has_fixed_gates(self) -> bool:
@@ -63,7 +61,7 @@ class BranchConfig(ExpertConfig):
 class GatedBranchConfig(BranchConfig):
     """Branches weighted by a small network that reads the prompt."""
 
-    gate_hidden_size: int = option(100, "Hidden size of the gate's network.", COUNT)
+    gate_hidden_size: Count = option(100, "Hidden size of the gate's network.")
 
 
 class BranchGate(nn.Module):
@@ -261,7 +259,7 @@ class OLoraConfig(BranchConfig):
 
     method: ClassVar[str] = "BADIT_O_LORA"
 
-    orthogonality_weight: float = option(0.5, "Weight λ1 of the orthogonality penalty; 0 disables it.", NOT_NEGATIVE)
+    orthogonality_weight: NotNegative = option(0.5, "Weight λ1 of the orthogonality penalty; 0 disables it.")
 
 
 class SaptGate(BranchGate):

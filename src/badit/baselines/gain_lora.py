@@ -17,11 +17,9 @@ From the paper: gates, projections, shares and hidden size 100. From its authors
 their previous norm, since it changes the gate on earlier prompts. A_t and B_t are trained as in LoRA, not projected.
 """
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +27,7 @@ import torch.nn.functional as F
 from badit.baselines import baseline
 from badit.baselines.branches import BranchGate, BranchModel, GatedBranchConfig, mean_embedding
 from badit.errors import BaditError
-from badit.tuner.config import one_of, option
+from badit.tuner.config import option
 from badit.tuner.model import TaskBatches
 from badit.tuner.prompt import before_first_label
 
@@ -47,7 +45,7 @@ class GainLoraGate(BranchGate):
     seen_by_up: torch.Tensor  # of G2, (H, H)
     seen_by_key: torch.Tensor  # of the key, (D, D)
 
-    def __init__(self, width: int, config: GainLoraConfig, device: torch.device) -> None:
+    def __init__(self, width: int, config: "GainLoraConfig", device: torch.device) -> None:
         super().__init__(width, config, device)
         hidden, past = config.gate_hidden_size, config.past_branches
         self.register_buffer("past_down", torch.zeros(past, hidden, width, device=device))
@@ -169,9 +167,8 @@ class GainLoraConfig(GatedBranchConfig):
     method: ClassVar[str] = "BADIT_GAINLORA"
     gate_cls: ClassVar[Any] = GainLoraGate
 
-    energy: str = option(
+    energy: Literal["covariance", "inputs"] = option(
         "covariance",
         "The matrix whose energy (squared singular values) the projectors hold a share of: 'covariance', XᵀX of the "
         "inputs X, as in the released code; or 'inputs', X, as in the paper, which needs many more directions.",
-        one_of("covariance", "inputs"),
     )

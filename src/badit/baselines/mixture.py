@@ -22,8 +22,6 @@ Transformers with both choices of a token counted, summed over layers, as in the
 Shape suffixes: K = experts, I/O = in/out features, N = components, L = the attended positions of a batch.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -35,7 +33,7 @@ from torch import nn
 from badit.baselines import baseline
 from badit.errors import BaditError
 from badit.method import SingularTriples, expert_factors, expert_gates, top_singular_triples
-from badit.tuner.config import COUNT, NOT_NEGATIVE, POSITIVE, ExpertConfig, option
+from badit.tuner.config import Count, ExpertConfig, NotNegative, Positive, option
 from badit.tuner.layer import ExpertLinear
 from badit.tuner.model import ExpertModel
 from badit.tuner.prompt import inside_backward
@@ -115,7 +113,7 @@ class LoraMoeConfig(MixtureConfig):
 
     method: ClassVar[str] = "BADIT_LORAMOE"
 
-    balance_weight: float = option(0.0, "Weight of the balance loss; 0 disables it.", NOT_NEGATIVE)
+    balance_weight: NotNegative = option(0.0, "Weight of the balance loss; 0 disables it.")
 
     def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:
         """Returns Var(Z) / mean(Z)² (population variance), where Z_k is the sum of expert k's gates over the positions.
@@ -134,8 +132,8 @@ class HydraLoraConfig(MixtureConfig):
     method: ClassVar[str] = "BADIT_HYDRALORA"
     shares_A: ClassVar[bool] = True
 
-    num_experts: int = option(4, "Number of B's.", COUNT)
-    r: int = option(4, "Rank of A and of each B.", COUNT)
+    num_experts: Count = option(4, "Number of B's.")
+    r: Count = option(4, "Rank of A and of each B.")
 
 
 @baseline("goat", MixtureModel)
@@ -145,11 +143,11 @@ class GoatConfig(MixtureConfig):
 
     method: ClassVar[str] = "BADIT_GOAT"
 
-    r: int = option(32, "Total rank; each expert has rank r / num_experts.", COUNT)
-    lora_alpha: float = option(256, "LoRA's alpha; the scaling is lora_alpha / r.", POSITIVE)
+    r: Count = option(32, "Total rank; each expert has rank r / num_experts.")
+    lora_alpha: Positive = option(256, "LoRA's alpha; the scaling is lora_alpha / r.")
     top_k: int = option(2, "Number of experts per token.")
-    rho: float = option(10.0, "The experts are initialised with 1/rho of their part of the weight.", POSITIVE)
-    balance_weight: float = option(1e-3, "Weight of the balance loss; 0 disables it.", NOT_NEGATIVE)
+    rho: Positive = option(10.0, "The experts are initialised with 1/rho of their part of the weight.")
+    balance_weight: NotNegative = option(1e-3, "Weight of the balance loss; 0 disables it.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

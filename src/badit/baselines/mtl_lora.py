@@ -15,8 +15,6 @@ that s = 8 as in the other baselines here (the authors' example has alpha 16).
 Shape suffixes: B = rows of the batch, I/O = in/out features, R = rank, K = B's, N = K·R components, M = tasks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +27,7 @@ from torch import nn
 from badit.baselines import baseline
 from badit.errors import BaditError, nearest
 from badit.method import expert_gates
-from badit.tuner.config import COUNT, POSITIVE, ExpertConfig, option
+from badit.tuner.config import Count, ExpertConfig, Positive, option
 from badit.tuner.layer import ExpertLinear, Pair
 from badit.tuner.model import ExpertModel
 from badit.tuner.prompt import RoutingContext
@@ -43,7 +41,7 @@ class MtlLoraLinear(ExpertLinear):
     badit_lambda: nn.ParameterDict
     badit_task_logits: nn.ParameterDict
 
-    def update_layer(self, adapter_name: str, config: MtlLoraConfig, inference_mode: bool = False) -> None:
+    def update_layer(self, adapter_name: str, config: "MtlLoraConfig", inference_mode: bool = False) -> None:
         tasks = len(config.tasks or ())
         self.badit_lambda[adapter_name] = nn.Parameter(torch.eye(config.r).repeat(tasks, 1, 1))
         self.badit_task_logits[adapter_name] = nn.Parameter(torch.zeros(tasks, config.num_experts))
@@ -54,20 +52,20 @@ class MtlLoraLinear(ExpertLinear):
         super().initialise(adapter_name)
         nn.init.kaiming_uniform_(self.badit_task_logits[adapter_name], a=math.sqrt(5))
 
-    def component_gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         config: MtlLoraConfig = self.badit_config[adapter_name]
         gates_MK = expert_gates(self.badit_task_logits[adapter_name].float() / config.temperature, kind="softmax")
-        gates_BN = gates_MK.repeat_interleave(config.r, dim=-1)[self._tasks_of_rows(adapter_name, x)]
-        return gates_BN.unflatten(0, (-1, *[1] * (x.ndim - 2)))  # the same at all positions of a row
+        gates_BK = gates_MK[self._tasks_of_rows(adapter_name, x)]
+        return gates_BK.unflatten(0, (-1, *[1] * (x.ndim - 2)))  # the same at all positions of a row
 
     def hidden(self, adapter_name: str, x: torch.Tensor, a_PI: torch.Tensor) -> torch.Tensor:
         """Returns Λ_t A x (B, …, R)."""
         lambda_BRR = self.badit_lambda[adapter_name][self._tasks_of_rows(adapter_name, x)]
         return torch.einsum("b...i,boi->b...o", super().hidden(adapter_name, x, a_PI), lambda_BRR)
 
-    def frozen_factors(self, adapter_name: str, gates_N: torch.Tensor | None = None) -> Pair:
+    def frozen_factors(self, adapter_name: str, gates_K: torch.Tensor | None = None) -> Pair:
         """Returns A' = Λ_t A (R, I) and B' (O, R) for the single task set with :meth:`MtlLoraModel.rows_of`."""
-        a_RI, b_OR = super().frozen_factors(adapter_name, gates_N)
+        a_RI, b_OR = super().frozen_factors(adapter_name, gates_K)
         (task,) = self._tasks_of_rows(adapter_name, a_RI[:1])
         return self.badit_lambda[adapter_name][task].to(a_RI) @ a_RI, b_OR
 
@@ -89,10 +87,9 @@ class MtlLoraModel(ExpertModel):
 
     tuner_layer_cls = MtlLoraLinear
 
-    def _refuse_unsuitable(self, config: MtlLoraConfig) -> None:
+    def _refuse_unsuitable(self, config: "MtlLoraConfig") -> None:
         tasks = config.tasks
-        of_names = isinstance(tasks, list) and all(isinstance(name, str) for name in tasks)
-        if not tasks or not of_names or len(set(tasks)) < len(tasks):
+        if not tasks or len(set(tasks)) < len(tasks):
             raise BaditError(f"method.tasks: must list every task to be trained on once, by name, got {tasks!r:.60}")
 
     @contextmanager
@@ -124,8 +121,8 @@ class MtlLoraConfig(ExpertConfig):
     needs_tasks: ClassVar[bool] = True
     shares_A: ClassVar[bool] = True
 
-    num_experts: int = option(3, "Number of B's.", COUNT)
-    r: int = option(8, "Rank of A and of each B.", COUNT)
-    lora_alpha: float = option(64, "LoRA's alpha; the scaling is lora_alpha / r.", POSITIVE)
-    temperature: float = option(0.1, "Temperature of the softmax that weights the B's; lower is sharper.", POSITIVE)
+    num_experts: Count = option(3, "Number of B's.")
+    r: Count = option(8, "Rank of A and of each B.")
+    lora_alpha: Positive = option(64, "LoRA's alpha; the scaling is lora_alpha / r.")
+    temperature: Positive = option(0.1, "Temperature of the softmax that weights the B's; lower is sharper.")
     tasks: list[str] | None = option(None, "Names of the tasks; required to create an adapter.")

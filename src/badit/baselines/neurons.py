@@ -11,8 +11,6 @@ are ranked together; the last projection's bias is frozen. Omitted: the weightin
 Shape suffixes: B = rows, T = positions, F = neurons of a layer, L = labels that are predicted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from badit.errors import BaditError
-from badit.tuner.config import COUNT, SHARE, check_options, option
+from badit.tuner.config import Count, Share, check_options, option
 
 # Names of an MLP's first projections, whose outputs are the neurons, and of its last, whose inputs they are.
 _PROJECTIONS = ((("gate_proj", "up_proj"), "down_proj"), (("c_fc",), "c_proj"))
@@ -37,8 +35,8 @@ _IGNORED_LABEL = -100
 class NeuronOptions:
     """Options of task neurons."""
 
-    share: float = option(0.1, "Share of all FFN neurons to train for each task.", SHARE)
-    score_batches: int = option(4, "Number of batches per task on which the neurons are scored.", COUNT)
+    share: Share = option(0.1, "Share of all FFN neurons to train for each task.")
+    score_batches: Count = option(4, "Number of batches per task on which the neurons are scored.")
 
     def __post_init__(self) -> None:
         check_options(self)

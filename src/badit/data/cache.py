@@ -3,8 +3,6 @@
 A cache file is named by a hash of everything that determines its content, so the folder can be removed at any time.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -18,6 +18,7 @@ from badit.data.tasks import Task
 
 if TYPE_CHECKING:
     import torch
+    from torch.utils.data import DataLoader
     from transformers import PreTrainedTokenizerBase
 
 _pc: Any = pyarrow.compute  # its functions are created at import
@@ -117,30 +118,17 @@ class AnswerCollator:
         return batch
 
 
-@dataclass
-class Batches(Sequence[dict[str, Any]]):
-    """A sequence of batches, stored as lists of example indices; a batch is collated when it is accessed."""
-
-    examples: Sequence[Mapping[str, Any]]
-    collate: AnswerCollator
-    batches: Sequence[Sequence[int]]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return Batches(self.examples, self.collate, self.batches[index])
-        return self.collate([self.examples[i] for i in self.batches[index]])
-
-
-def batches_by_task(examples: Sequence[Any], collate: AnswerCollator, batch_size: int) -> dict[str, Batches]:
+def batches_by_task(examples: Any, collate: AnswerCollator, batch_size: int) -> dict[str, DataLoader]:
     """Returns the batches of each task, grouped by the examples' `task`; the order of the examples is kept."""
+    import torch
+    from torch.utils.data import DataLoader, Subset
+
     tasks = getattr(examples, "tasks", None) or [example["task"] for example in examples]
     groups: dict[str, list[int]] = defaultdict(list)
     for index, task in enumerate(tasks):
         groups[task].append(index)
-    return {task: Batches(examples, collate, [*cache.chunks(group, batch_size)]) for task, group in groups.items()}
+    options: dict[str, Any] = {"collate_fn": collate, "generator": torch.Generator()}  # keeps torch's random state
+    return {task: DataLoader(Subset(examples, group), batch_size, **options) for task, group in groups.items()}
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -4,8 +4,6 @@ A row is a task's instance, an instruction (Alpaca), a prompt with its completio
 dataset scripts are run. The official collection has about 1,600 files; only those of the selected tasks are read.
 """
 
-from __future__ import annotations
-
 import csv
 import os
 import re
@@ -82,7 +80,7 @@ def load_sources(
         if len(sources) > 1 and not source.task and _split_in(path) and path.is_file():
             fix = f"give the folder or a pattern such as {path.parent}/*"
             raise BaditError(f"data.source: {source.path} is named after a split, not a task; {fix}, or set its task")
-        for task in _read(source, wanted if len(sources) == 1 else None):
+        for task in _read(source, wanted if len(sources) == 1 and not weights else None):
             if task.name in found:
                 raise BaditError(f"data.source: {source.path} has task {task.name} of another source; set a new task")
             found[task.name] = task.model_copy(update={"weight": source.weight})

@@ -1,7 +1,5 @@
 """Parses rows: a task's instance, an instruction (Alpaca), a prompt with its completion (FLAN, P3), or a chat."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -128,10 +126,12 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         row = {"output": row["outputs"], **row}
     own_task, instruction = row.get("task", row.get("task_name")), where.instruction
     pair: tuple[str, ...] = ()
+    unused = ("system", "context", "history", "prompt")
     for key in ("instruction", "split") if strict and "task" in row else ():
         _refuse_near(key, row)
     if (chat := _chat_of(row)) is not None:
-        found = list(_answers(chat, where.turns))
+        # A prompt beside messages repeats the first message in some public datasets.
+        found, pair, unused = list(_answers(chat, where.turns)), ("messages",), ("instruction", "context", "history")
     elif "instruction" in row and "output" in row:
         others = [key for key in row if key not in _KEYS]
         if strict and "task" in row and others:
@@ -141,7 +141,7 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         if own_task is not None or where.columns.get("instruction"):
             instruction = text or instruction
         else:  # Alpaca: each row has its own instruction, which becomes part of its input
-            content = f"{text}\n\n{content}" if content else text
+            content = f"{text}\n\n{content}" if text and content else text or content
         found, pair = [((), content, row["output"])], ("instruction", "input")
     elif pair := next((pair for pair in _PAIRS if row.keys() >= {*pair}), ()):
         if row.get("instruction") and pair[0] in ("input", "question"):  # other inputs are whole prompts
@@ -154,7 +154,7 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         _refuse_near("output", row)
         fix = "name the columns with data.columns.input=COLUMN data.columns.output=COLUMN"
         raise BaditError(f"unknown form of row: found {', '.join(map(str, row)):.200}; {fix}")
-    for key in ("system", "context", "history", "prompt") if pair and not where.columns else ():
+    for key in unused if pair and not where.columns else ():
         if row.get(key) and key not in pair:
             raise BaditError(f"{key}: not used in a row with {' and '.join(pair)}; remove it, or set data.columns")
     split, identity = row.get("split") or None, str(row.get("id", "")) or None

@@ -4,8 +4,6 @@ The abilities that each task requires are listed, so an analysis of shared abili
 A task is a function that takes a random number generator and returns (input, answer).
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ Random choices of a task's instances depend only on the task's name and the seed
 with SHA-512, so PYTHONHASHSEED has no effect.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re

@@ -9,8 +9,6 @@ Shape suffixes: O/I = out/in features, N = components (K experts of rank r), P =
 the new rank), M = the columns of all blocks of P, D = O or I.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal, NamedTuple, get_args
 

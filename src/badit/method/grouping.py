@@ -17,8 +17,6 @@ The default solver ends with swaps, because k-means and the paper's loop can sto
 Shape suffixes: N = components, K = experts, I/O = in/out features. Solvers run in float64 on the CPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 

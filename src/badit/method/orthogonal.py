@@ -36,8 +36,6 @@ number of matrix products, so that it needs no synchronisation between GPU and h
 Shape suffixes: N = components, I/O = in/out features, D = I for A and O for B; leading dimensions are layers.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache, partial
 from typing import NamedTuple

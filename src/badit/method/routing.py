@@ -12,8 +12,6 @@ Shape suffixes: B = batch, T = positions, S = segments of packed rows, I = in fe
 or (B, T).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Literal

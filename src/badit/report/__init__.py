@@ -6,8 +6,6 @@ light page. Magnitudes use cividis (Nuñez et al. 2018, doi 10.1371/journal.pone
 the page's colour. Signed values range from orange (low) through the page's colour to blue (high).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """Parts shared by figures: drop-down choices, heat maps with choices, legends, and formats of numbers and names."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -7,8 +7,6 @@ tasks are categories, ordered so that similar tasks are next to each other (see 
 # pandas' type stubs declare every selection as a frame, a series or a scalar.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple

@@ -4,8 +4,6 @@ The template escapes all text, and the JSON blocks with the charts' data contain
 policy allows only the two scripts whose hashes it lists, and no network requests.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -77,42 +75,26 @@ class Block(NamedTuple):
         return {key: value for key, value in content.items() if key not in ("config", "$schema")}
 
 
-class Section(NamedTuple):
-    """A section of the page. ``command`` measures what a run lacks; the template has the section's introduction."""
-
-    key: str
-    title: str
-    command: str = ""
-    blocks: Sequence[Block] = ()
+# The sections of the page, with the command that measures what a run lacks. The template has their titles and texts.
+SECTIONS = {"overview": "", "scores": "badit evaluate", "curves": ""}
+SECTIONS |= dict.fromkeys(("gradients", "units", "geometry", "atlas"), "badit analyze")
+SECTIONS |= {"learning": "", "samples": "badit evaluate", "settings": ""}
+Sections = Mapping[str, Sequence[Block]]
 
 
-SECTIONS: Sequence[Section] = [
-    Section("overview", "Overview"),
-    Section("scores", "Scores", "badit evaluate"),
-    Section("curves", "Learning curves"),
-    Section("gradients", "Gradient interference", "badit analyze"),
-    Section("units", "Co-activation", "badit analyze"),
-    Section("geometry", "Expert geometry", "badit analyze"),
-    Section("atlas", "Ability atlas", "badit analyze"),
-    Section("learning", "Learning interference"),
-    Section("samples", "Sample predictions", "badit evaluate"),
-    Section("settings", "Configuration and environment"),
-]
-
-
-def sections_of(sources: Sequence[Source]) -> list[Section]:
-    """Returns the page's sections with their blocks."""
+def sections_of(sources: Sequence[Source]) -> Sections:
+    """Returns the blocks of each section of the page."""
     shown = [together(sources), *sources]
     others = {"overview": _overview(sources), "samples": _samples(sources), "settings": _settings(sources)}
-    found = []
-    for section in SECTIONS:
-        blocks = list(others.get(section.key, ()))
-        blocks += [block for figure in FIGURES if figure.section == section.key for block in _drawn(figure, shown)]
-        found.append(section._replace(blocks=[*blocks, *_notes(section, sources, blocks)]))
+    found = {}
+    for section, command in SECTIONS.items():
+        blocks = list(others.get(section, ()))
+        blocks += [block for figure in FIGURES if figure.section == section for block in _drawn(figure, shown)]
+        found[section] = [*blocks, *_notes(command, section == "scores", sources, blocks)]
     return found
 
 
-def render(title: str, sections: Sequence[Section]) -> str:
+def render(title: str, sections: Sections) -> str:
     """Returns the page's HTML."""
     scripts = [_library(), _resource("page.js")]
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
@@ -131,11 +113,11 @@ def render(title: str, sections: Sequence[Section]) -> str:
     )
 
 
-def export_figures(sections: Sequence[Section], folder: Path) -> None:
+def export_figures(sections: Sections, folder: Path) -> None:
     """Writes NAME.svg and NAME.pdf for every figure, with the page's initial choices, on white."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {**chart_config("light"), "font": "Helvetica, Arial, sans-serif", "background": "white"}
-    for block in (block for section in sections for block in section.blocks if block.kind == "figure"):
+    for block in (block for blocks in sections.values() for block in blocks if block.kind == "figure"):
         content = {**block.specification, "width": _WIDTHS[block.width]}
         svg = vl_convert.vegalite_to_svg(content, vl_version=_VEGA_LITE, config=config, allowed_base_urls=[])
         for suffix, data in ((".svg", svg.encode()), (".pdf", vl_convert.svg_to_pdf(svg))):
@@ -162,17 +144,17 @@ def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
         caption = ""
 
 
-def _notes(section: Section, sources: Sequence[Source], blocks: Sequence[Block]) -> Iterator[Block]:
+def _notes(command: str, of_scores: bool, sources: Sequence[Source], blocks: Sequence[Block]) -> Iterator[Block]:
     """Yields, for each run without data for the section, a note with the command that measures it."""
     for run in sources:
         analysed = any(frame.attrs["file"].startswith("analysis/") for frame in run.frames.values())
         measured = analysed or any(block.source in ("", run.label) for block in blocks)
-        scored = run.scores is not None if section.key == "scores" else bool(blocks)
+        scored = run.scores is not None if of_scores else bool(blocks)
         lacking = {"badit analyze": not measured, "badit evaluate": bool(run.config) and not scored}
-        if run.results is None and lacking.get(section.command):
+        if run.results is None and lacking.get(command):
             label = f"{run.label}: not" if len(sources) > 1 else "Not"
             text = f"{label} measured yet. Measure it, then write the report again:"
-            yield Block("note", text, f"{section.command} {shlex.quote(str(run.folder))}")
+            yield Block("note", text, f"{command} {shlex.quote(str(run.folder))}")
 
 
 def _overview(sources: Sequence[Source]) -> Iterator[Block]:

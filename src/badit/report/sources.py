@@ -7,8 +7,6 @@ needs at least one of config.yaml, results.json and analysis/. The report says h
 # pandas' type stubs declare every selection as a frame, a series or a scalar.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,7 +64,7 @@ class Source:
             self.frames.setdefault(name, frame).attrs.setdefault("file", file)
 
     @cached_property
-    def members(self) -> list[tuple[str, Source]]:
+    def members(self) -> "list[tuple[str, Source]]":
         """The run itself, or a comparison's scored runs whose folders still exist, each with its method's name."""
         from badit.compare import Cell
 
@@ -174,10 +172,11 @@ def _read(folder: Path, label: str) -> Source:
 def _losses(folder: Path, key: str) -> list[dict[str, float]]:
     """Returns the steps and losses of the log lines with ``key``; the stages of a sequence follow one another."""
     found: list[dict[str, float]] = []
+    start = 0
     for file in [Run.at(folder).metrics_path, *sorted(folder.glob("stages/*/metrics.jsonl"))]:
-        start = found[-1]["step"] if found else 0
-        lines = [line for line in read_jsonl(file) if is_number(line.get("step")) and is_number(line.get(key))]
-        found += [{"step": start + line["step"], "loss": line[key]} for line in lines]
+        lines = [line for line in read_jsonl(file) if is_number(line.get("step"))]
+        found += [{"step": start + line["step"], "loss": line[key]} for line in lines if is_number(line.get(key))]
+        start += max((line["step"] for line in lines), default=0)
     return found
 
 

@@ -3,10 +3,8 @@
 A prompt is answered by up to three variants of the model, called sides: "router" is the trained adapter, "hand" the
 adapter with gates set by hand, "base" the base model. Gates are on the scale of :mod:`badit.analysis.gates`.
 
-Shape suffixes: N = components, M = adapted modules, K = experts.
+Shape suffixes: M = adapted modules, K = experts.
 """
-
-from __future__ import annotations
 
 import threading
 import time
@@ -189,10 +187,9 @@ def mixed(experts: Sequence[Experts], by_hand: Sequence[float] | None = None) ->
         # The neutral gate depends on the method: 1, or 1/K if its gates sum to 1.
         neutral = gates.mean(dim=-1, keepdim=True).round(decimals=_DECIMALS)
         if by_hand is not None:
-            gates = neutral * torch.tensor(by_hand).to(gates)[one.expert_of_N.to(gates.device)]
+            gates = neutral * torch.tensor(by_hand).to(gates)
         if one.layer.name not in used:
-            relative_N = (gates / neutral).flatten(0, -2).mean(dim=0)
-            used[one.layer.name] = relative_N[one.first_components_K.to(gates.device)].cpu()
+            used[one.layer.name] = (gates / neutral).flatten(0, -2).mean(dim=0).cpu()
         return gates
 
     with changed_gates(experts, mixing):

@@ -4,8 +4,6 @@ Other pages in the same browser can also send requests here. A foreign ``Host`` 
 therefore refused, and so are POST requests whose ``Origin`` is not this page.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,19 +1,17 @@
 """The configurations of adapters: BaditConfig, and ExpertConfig, the base class that it shares with the baselines."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_type_hints
 
 import torch
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner
+from pydantic import Field, Strict, TypeAdapter, ValidationError
 
-from badit.errors import BaditError
+from badit.errors import BaditError, problems
 from badit.method import expert_directions, expert_factors, top_singular_triples
 from badit.method.decomposition import SvdMethod
 from badit.method.routing import GateKind, RouterInput
@@ -25,44 +23,31 @@ FORMAT_FIELD = "format_version"
 RETIRED_FIELDS = {"base_weight"}  # saved by earlier releases; ignored
 
 
-def is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def is_number(value: Any) -> bool:
     # Not with math.isfinite, which raises OverflowError for very large integers.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-class Rule(NamedTuple):
-    """The condition that the value of an option must meet."""
-
-    description: str
-    holds: Callable[[Any], bool]
-
-    def check(self, name: str, value: Any) -> None:
-        if not self.holds(value):
-            raise BaditError(f"{name} must be {self.description}, got {value!r:.60}")
+Count = Annotated[int, Strict(), Field(ge=1)]
+CountOrZero = Annotated[int, Strict(), Field(ge=0)]
+Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
+Dropout = Annotated[float, Strict(), Field(ge=0, lt=1)]
+Fraction = Annotated[float, Strict(), Field(ge=0, le=1)]
+Share = Annotated[float, Strict(), Field(gt=0, le=1)]
 
 
-COUNT = Rule("a whole number of at least 1", lambda value: is_int(value) and value >= 1)
-COUNT_OR_ZERO = Rule("a whole number of at least 0", lambda value: is_int(value) and value >= 0)
-POSITIVE = Rule("a positive number", lambda value: is_number(value) and value > 0)
-NOT_NEGATIVE = Rule("a number of at least 0", lambda value: is_number(value) and value >= 0)
-DROPOUT = Rule("at least 0 and below 1", lambda value: is_number(value) and 0 <= value < 1)
-FRACTION = Rule("between 0 and 1", lambda value: is_number(value) and 0 <= value <= 1)
-SHARE = Rule("above 0 and at most 1", lambda value: is_number(value) and 0 < value <= 1)
+def check(name: str, value: Any, kind: Any) -> None:
+    """Raises BaditError if a value is not of a type; the message begins with its name."""
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise BaditError(f"{name}: {problems(error, value)[0][1]}") from None
 
 
-def one_of(*allowed: Any) -> Rule:
-    """Returns the rule that allows only these values. It also compares types, because 1 == True."""
-    description = f"one of {', '.join(map(repr, allowed))}"
-    return Rule(description, lambda value: any(value == each and type(value) is type(each) for each in allowed))
-
-
-def option(default: Any, help: str, rule: Rule | None = None) -> Any:
-    """Returns a dataclass field with a help text and a rule that :func:`check_options` checks."""
-    return field(default=default, metadata={"help": help, "rule": rule})
+def option(default: Any, help: str) -> Any:
+    """Returns a dataclass field with a help text, whose type :func:`check_options` checks."""
+    return field(default=default, metadata={"help": help})
 
 
 def described(kind: Any) -> list[tuple[str, Any, str]]:
@@ -75,10 +60,10 @@ def described(kind: Any) -> list[tuple[str, Any, str]]:
 
 
 def check_options(config: Any, prefix: str = "") -> None:
-    """Raises BaditError if a field of a dataclass violates its rule; ``prefix`` precedes the name in the message."""
-    for each in dataclasses.fields(config):
-        if (rule := each.metadata.get("rule")) is not None:
-            rule.check(f"{prefix}{each.name}", getattr(config, each.name))
+    """Raises BaditError if an option of a dataclass is not of its type; ``prefix`` precedes its name in the message."""
+    kinds = get_type_hints(type(config), include_extras=True)
+    for name, _, _ in described(type(config)):
+        check(f"{prefix}{name}", getattr(config, name), kinds[name])
 
 
 def peft_type(name: str) -> PeftType:
@@ -95,7 +80,7 @@ def peft_type(name: str) -> PeftType:
 
 def refuse_newer_format(version: Any) -> None:
     """Raises BaditError if a saved adapter has a newer format than this release can read."""
-    COUNT.check(FORMAT_FIELD, version)
+    check(FORMAT_FIELD, version, Count)
     if version > FORMAT:
         raise BaditError(
             f"{FORMAT_FIELD}: the adapter has format {version}, this badit reads formats up to {FORMAT}: "
@@ -112,10 +97,10 @@ class ExpertConfig(PeftConfig):
     needs_whole_weights: ClassVar[bool] = False  # does not work with sharded weights (FSDP, DeepSpeed)
     shares_A: ClassVar[bool] = False  # all experts share one A of r rows
 
-    num_experts: int = option(8, "Number of experts, K.", COUNT)
-    r: int = option(4, "Rank of each expert; the adapter's total rank is num_experts × r.", COUNT)
-    lora_alpha: float = option(32, "LoRA's alpha; the scaling is lora_alpha / r.", POSITIVE)
-    lora_dropout: float = option(0.05, "Dropout probability of the adapter's input, in training only.", DROPOUT)
+    num_experts: Count = option(8, "Number of experts, K.")
+    r: Count = option(4, "Rank of each expert; the adapter's total rank is num_experts × r.")
+    lora_alpha: Positive = option(32, "LoRA's alpha; the scaling is lora_alpha / r.")
+    lora_dropout: Dropout = option(0.05, "Dropout probability of the adapter's input, in training only.")
     target_modules: list[str] | str | None = option(
         None,
         "Names of the modules to adapt, a regex, or 'all-linear'. "
@@ -180,8 +165,7 @@ class ExpertConfig(PeftConfig):
             path.write_text(f"{text.rstrip()}\n\n{note}\n", "utf-8")
 
     def _check_top_k(self, top_k: Any) -> None:
-        if not is_int(top_k) or not 1 <= top_k <= self.num_experts:
-            raise BaditError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {top_k!r}")
+        check("top_k", top_k, Annotated[int, Strict(), Field(ge=1, le=self.num_experts)])
 
 
 @dataclass
@@ -201,23 +185,20 @@ class BaditConfig(ExpertConfig):
         "gates": "softmax", "init_weights": "bad", "svd_method": "exact",
     }  # fmt: skip
 
-    routing: str = option(
+    routing: Literal["prompt", "token"] = option(
         "prompt",
         "'prompt': one set of gates per sequence, computed from its prompt and kept for the whole generation. "
         "'token': one set of gates per position.",
-        one_of("prompt", "token"),
     )
-    router_input: str | None = option(
+    router_input: RouterInput | None = option(
         None,
         "Router input with routing='prompt'. 'mean': the mean of the layer's input over the prompt, as in the paper. "
         "'standardised' (default): this mean, standardised with its running moments over the training prompts.",
-        one_of(*get_args(RouterInput), None),
     )
-    gates: str = option(
+    gates: GateKind = option(
         "mean_one",
         "'mean_one': K·softmax; all gates are 1 at step 0. 'softmax': sum 1, the paper's form; with "
         "init_weights='bad', the adapted model then differs from the base model at step 0.",
-        one_of(*get_args(GateKind)),
     )
     top_k: int | None = option(
         None,
@@ -225,28 +206,24 @@ class BaditConfig(ExpertConfig):
         "With init_weights='bad' and k below num_experts, the adapted model differs from the base model at step 0, "
         "because the unused experts' part of the weight is missing.",
     )
-    init_weights: str = option(
+    init_weights: Literal["directions", "bad", "lora"] = option(
         "directions",
         "'directions': A has the weight's top right singular vectors, scaled like LoRA's A; B is zero. 'bad': the "
         "paper's BAD, the top singular triples with their magnitudes in A and B. 'lora': random A and zero B.",
-        one_of("directions", "bad", "lora"),
     )
-    svd_method: str = option(
-        "auto", "'exact', 'randomized', or 'auto' (randomized for large weights).", one_of(*get_args(SvdMethod))
-    )
-    svd_tolerance: float = option(
-        1e-3, "Largest allowed relative residual ‖Wv − σu‖/σ of a triple of the randomized SVD.", POSITIVE
+    svd_method: SvdMethod = option("auto", "'exact', 'randomized', or 'auto' (randomized for large weights).")
+    svd_tolerance: Positive = option(
+        1e-3, "Largest allowed relative residual ‖Wv − σu‖/σ of a triple of the randomized SVD."
     )
     target_parameters: list[str] | None = option(
         None,
         "Names of fused weights of MoE experts to adapt, such as 'experts.gate_up_proj'. Each matrix has its own "
         "experts and router. If target_modules is not set, nothing else is adapted.",
-        Rule("a list of names", lambda value: value is None or isinstance(value, (list, tuple, set))),
     )
-    bias: str = option("none", "Biases to train: 'none', 'all' or 'badit_only'.", one_of("none", "all", "badit_only"))
+    bias: Literal["none", "all", "badit_only"] = option("none", "Biases to train: 'none', 'all' or 'badit_only'.")
 
     @classmethod
-    def paper(cls, **options: Any) -> BaditConfig:
+    def paper(cls, **options: Any) -> Self:
         """Returns the paper's exact form (in a recipe ``method: {preset: paper}``); ``options`` override its fields."""
         return cls(**{**cls.PAPER, **options})
 
@@ -279,8 +256,8 @@ class BaditConfig(ExpertConfig):
     def initial_factors(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         if self.init_weights == "lora":
             return None
-        method: Any = self.svd_method
-        triples = top_singular_triples(weight_OI, self.num_components, method=method, tolerance=self.svd_tolerance)
+        method, tolerance = self.svd_method, self.svd_tolerance
+        triples = top_singular_triples(weight_OI, self.num_components, method=method, tolerance=tolerance)
         if self.init_weights == "directions":
             return expert_directions(triples)
         return expert_factors(triples, self.scaling)

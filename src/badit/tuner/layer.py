@@ -9,8 +9,6 @@ Shape suffixes: B = batch, T = positions, I/O = in/out features, K = experts, N 
 if the experts share one A), P = rows of A and A0 together (R, or 2N with the initial factors).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -205,7 +203,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         return weight.device
 
     @torch.no_grad()
-    def frozen_factors(self, adapter_name: str, gates_N: torch.Tensor | None = None) -> Pair:
+    def frozen_factors(self, adapter_name: str, gates_K: torch.Tensor | None = None) -> Pair:
         """Returns the factors of the LoRA that equals the adapter at fixed gates (default: 1), in at least float32.
 
         A' = [A; A0] (P, I) and B' = s · [B diag(g), −share · B0] (O, P). If the experts share one A, their B's are
@@ -215,8 +213,8 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         dtype = torch.promote_types(self.badit_A[adapter_name].dtype, torch.float32)
         a_RI, b_ON = (factor.to(dtype) for factor in self.factors(adapter_name))
         scale_N = b_ON.new_full((b_ON.shape[1],), config.scaling)
-        if gates_N is not None:
-            scale_N = scale_N * gates_N.to(scale_N)
+        if gates_K is not None:
+            scale_N = scale_N * gates_K.to(scale_N)[self.expert_of(adapter_name)]
         b_OR = (b_ON * scale_N).unflatten(1, (-1, len(a_RI))).sum(dim=1)
         if not config.subtracted_share:
             return a_RI, b_OR
@@ -225,8 +223,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str, gates_K: torch.Tensor | None = None) -> torch.Tensor:
         """Returns what the adapter adds to the base weight at fixed gates (default: all 1), in that weight's layout."""
-        gates_N = None if gates_K is None else gates_K[self.expert_of(adapter_name)]
-        a_PI, b_OP = self.frozen_factors(adapter_name, gates_N)
+        a_PI, b_OP = self.frozen_factors(adapter_name, gates_K)
         delta_OI = b_OP @ a_PI
         return delta_OI.T if isinstance(self.get_base_layer(), Conv1D) else delta_OI
 

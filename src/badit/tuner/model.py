@@ -1,7 +1,5 @@
 """The PEFT tuners, which add expert layers to a base model, and the hooks that training, evaluation and export call."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -19,7 +17,7 @@ from badit.tuner.prompt import RoutingContext
 from badit.tuner.targets import chosen_targets, join_experts, keep_in_place, refuse_unsuitable_layer, split_experts
 
 # Batches by task.
-TaskBatches = Mapping[str, Sequence[Mapping[str, Any]]]
+TaskBatches = Mapping[str, Any]
 
 
 class Hooks:

@@ -15,14 +15,12 @@ A layer receives hidden states, not the batch. Hooks on the base model therefore
 therefore wrapped, to record where the prompt ends.
 """
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -97,7 +95,7 @@ class RoutingContext:
         self.row_tasks: Mapping[str, torch.Tensor] = {}  # of the next forward passes
 
     @classmethod
-    def of(cls, model: nn.Module) -> RoutingContext:
+    def of(cls, model: nn.Module) -> Self:
         """Returns the model's context; the first call creates it and adds its hooks."""
         context = model.__dict__.get("_badit_routing")
         if context is None:

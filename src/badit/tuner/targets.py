@@ -4,8 +4,6 @@ A quantised weight (bitsandbytes in 8 or 4 bits, torchao in int8) is not changed
 dequantised weight. A fused weight of MoE experts is not changed either; each of its matrices becomes a base layer.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from functools import partial

@@ -1,0 +1,12 @@
+"""The assertion that badit refuses invalid input."""
+
+import pytest
+
+from badit.errors import BaditError
+
+
+def refuses(message, call, *arguments, **options):
+    """Asserts that a call raises a BaditError whose message matches the regular expression; returns the message."""
+    with pytest.raises(BaditError, match=message) as caught:
+        call(*arguments, **options)
+    return str(caught.value)
