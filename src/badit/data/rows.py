@@ -130,7 +130,7 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     for key in ("instruction", "split") if strict and "task" in row else ():
         _refuse_near(key, row)
     if (chat := _chat_of(row)) is not None:
-        # A prompt beside messages repeats the first message in some public datasets.
+        # Next to messages, a prompt repeats the first one in some public datasets.
         found, pair, unused = list(_answers(chat, where.turns)), ("messages",), ("instruction", "context", "history")
     elif "instruction" in row and "output" in row:
         others = [key for key in row if key not in _KEYS]
