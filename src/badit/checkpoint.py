@@ -222,10 +222,10 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(_PREFIX))
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    """Returns the SHA-256 of every file except the seal, by path relative to the folder."""
+def checksums(folder: Path, pattern: str = "*") -> dict[str, str]:
+    """Returns the SHA-256 of every file with such a name except the seal, by path relative to the folder."""
     sums = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(folder.rglob(pattern)):
         if path != folder / SEAL and (path.is_symlink() or not path.is_dir()):  # a link to a folder cannot be read
             with path.open("rb") as file:
                 sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from badit.data import ABILITIES, Task, builtin_tasks, hold_out, limit, mixture, ordered
+from badit.data import ABILITIES, Source, Task, builtin_tasks, hold_out, limit, load_tasks, mixture, ordered
 from badit.errors import BaditError
 from data.examples import make_task
 
@@ -59,6 +59,23 @@ def test_held_out_draw_is_deterministic_and_depends_on_seed_and_name():
     draws = [hold_out([make_task(name, train=100)], 10, seed)[0] for name in ("a", "b") for seed in (0, 1)]
     assert len({tuple(i.id for i in draw.validation) for draw in draws}) == 4
     assert hold_out([task], 3, seed=1) == [task], "an existing validation set is kept"
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
+def test_no_training_prompt_contains_an_answer_that_is_held_out(tmp_path, system):
+    turn = [{"role": "user", "content": "q{} {}"}, {"role": "assistant", "content": "a{} {}"}]
+    chats = [
+        {"messages": system + [{**m, "content": m["content"].format(c, t)} for t in range(3) for m in turn]}
+        for c in range(8)
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, chats)))
+    (task,) = hold_out(load_tasks(Source(path, turns="all")), 4, seed=0)
+    assert (len(task.train), len(task.validation)) == (18, 6)
+    chat_of = lambda one: one.outputs[0].split()[0]  # noqa: E731
+    assert not {*map(chat_of, task.train)} & {*map(chat_of, task.validation)}
+    (one,) = hold_out([make_task(train=4, test=0).model_copy(update={"train": task.train[:3]})], 1, seed=0)
+    assert (len(one.train), len(one.validation)) == (3, 0), "the only chat is trained"
 
 
 @given(st.integers(0, 12), st.integers(0, 6), st.integers(0, 3))

@@ -67,8 +67,7 @@ def analyze(
     # The run's folder relative to the output folder, so that both can be moved together.
     measured = os.path.relpath(folder.resolve(), output.resolve()) if is_run else target
     settings = {"target": measured, "data": data, "instances": instances}
-    weights = checksums(Run.at(folder).adapter_path if is_run else folder)
-    weights = {name: each for name, each in weights.items() if "safetensors" in name}
+    weights = checksums(Run.at(folder).adapter_path if is_run else folder, "*safetensors*")
     settings |= {"weights": weights, "tasks": task_fingerprints(tasks)}
     record = read_json(path) if path.is_file() else {"settings": settings, "environment": environment(), "parts": {}}
     known, done = record.get("settings") or {}, record.get("parts")

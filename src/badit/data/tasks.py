@@ -7,7 +7,7 @@ with SHA-512, so PYTHONHASHSEED has no effect.
 import hashlib
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, get_args
 
@@ -133,15 +133,31 @@ class Task(BaseModel):
 def hold_out(tasks: Iterable[Task], per_task: int, seed: int) -> list[Task]:
     """Returns the tasks with `per_task` training instances, at most a quarter, moved to `validation`.
 
-    A task that already has a validation set is unchanged. Both parts keep their order.
+    A task that already has a validation set is unchanged. Both parts keep their order. Answers of the same chat are
+    moved together, so that no prompt in training contains a held-out answer; the last chat may exceed `per_task`.
     """
     after = []
     for task in tasks:
-        count = 0 if task.validation else min(per_task, len(task.train) // 4)
-        drawn = _shuffled(range(len(task.train)), f"hold_out/{seed}/{task.name}")
-        held, train = (_selected(task.train, sorted(part)) for part in (drawn[:count], drawn[count:]))
-        after.append(task.model_copy(update={"train": train, "validation": task.validation or held}))
+        most, chats = 0 if task.validation else len(task.train) // 4, _same_chat(task.train)
+        held: set[int] = set()
+        for index in _shuffled(range(len(task.train)), f"hold_out/{seed}/{task.name}"):
+            chat = chats.get(index, [index])
+            if index not in held and len(held) < per_task and len(held) + len(chat) <= most:
+                held.update(chat)
+        parts = sorted(held), [index for index in range(len(task.train)) if index not in held]
+        validation, train = (_selected(task.train, part) for part in parts)
+        after.append(task.model_copy(update={"train": train, "validation": task.validation or validation}))
     return after
+
+
+def _same_chat(instances: Sequence[Instance]) -> dict[int, list[int]]:
+    """Returns by index the indices of the instances with the same first user message; empty if there are no chats."""
+    histories, chats = _column(instances, "history"), defaultdict[Any, list[int]](list)
+    if not any(histories):
+        return {}
+    for index, (history, text) in enumerate(zip(histories, _column(instances, "input"), strict=True)):
+        chats[next((content for role, content in history if role == "user"), text)].append(index)
+    return {index: chat for chat in chats.values() for index in chat}
 
 
 def limit(tasks: Iterable[Task], train: int | None, test: int | None, seed: int) -> list[Task]:
