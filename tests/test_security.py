@@ -157,7 +157,7 @@ LINKED = {
     **dict.fromkeys(["train", "train again", "compare", "compare again"], "RECIPE output=RUN"),
     **dict.fromkeys(["evaluate", "analyze", "report", "table"], "RUN"),
     **dict.fromkeys(["studio", "serve"], "RUN --port=0"),
-    "generate": "RUN Hello", "push": "RUN org/x", "harness": "RUN --tasks=arc_easy", "demo": "--output=RUN",
+    "generate": "RUN Hello", "push": "RUN org/x", "harness": "RUN --tasks=arc_easy", "demo": "output=RUN",
     "analyze to": "MODEL --data=builtin --output=RUN", "serve exports": "WHOLE RUN --port=0",
     "export": "RUN --output=NEW", "export to": "WHOLE --output=RUN",
     "export gates": "WHOLE --output=NEW --gates=RUN/gates.json",

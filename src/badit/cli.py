@@ -69,7 +69,7 @@ def train(recipe: str, *overrides: str, dry_run: bool = False, allow_changed_inp
 
 
 @app.command
-def compare(recipe: str, *overrides: str, jobs: Jobs = 1, dry_run: bool = False) -> str | int:
+def compare(recipe: str, *overrides: str, jobs: Jobs = 1, dry_run: bool = False) -> int:
     """Train and score methods with the same budget, each at its best learning rate.
 
     The same command resumes an interrupted comparison: finished runs are kept, failed runs are repeated.
@@ -83,13 +83,15 @@ def compare(recipe: str, *overrides: str, jobs: Jobs = 1, dry_run: bool = False)
     """
     made = _read_recipe(recipe, overrides)
     if dry_run:
-        return "\n".join(_load("badit.authoring").check_comparison(made))
+        show("\n".join(_load("badit.authoring").check_comparison(made)))
+        return 0
     _load("badit.compare")
     # SIGTERM (from a batch system) is handled like Ctrl-C: the cells run in separate sessions and must be stopped too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     results = run_comparison(made, jobs=jobs)
     path = Path(made.output) / _load("badit.results").RESULTS
     show(f"{_load('badit.render').table(path)}\n\nResults: {path}")
+    show(_report_if_possible([made.output], path.with_name("report.html")))
     return int("failed" in set(results.cells["status"]))
 
 
@@ -361,20 +363,17 @@ def _inputs(file: Path) -> list[str]:
 
 
 @app.command
-def demo(*, output: Output = "runs/demo", epochs: float = 1.0, seed: int = 0) -> None:
-    """Tune SmolLM2 on the built-in tasks with LoRA and with BADIT, and compare them.
+def demo(*overrides: str) -> int:
+    """Tune SmolLM2 on the built-in tasks with LoRA and with BADIT, and compare them: 'badit compare demo'.
 
     The same command resumes an interrupted demo. To start over, remove the output folder.
 
     Args:
-        output: the folder of the three runs.
-        epochs: number of passes over the training data.
-        seed: random seed of the adapters, the batches and dropout.
+        overrides: key=value, such as training.num_train_epochs=2 output=runs/mine.
     """
-    _load("badit.evaluate")
-    _load("badit.demo").run_demo(Path(output), epochs, seed)
-    runs = [Path(output) / name for name in ("lora", "base", "badit")]  # differences are relative to the first
-    show(_report_if_possible(runs, Path(output) / "report.html"))
+    from badit.recipe import shipped_recipes
+
+    return compare(str(shipped_recipes()["demo"]), *overrides)
 
 
 def _read_recipe(path: str, overrides: Sequence[str]) -> Any:

@@ -38,7 +38,7 @@ from badit.results import FORMAT, RESULTS, SINGLE_TASK, read_scores
 from badit.run import Run
 from badit.statistics import both_forms
 from badit.train import joint_training, keep_inputs, make_plan, task_fingerprints
-from badit.worker import ERROR, CellProcess
+from badit.worker import ERROR, CellProcess, progress
 
 # Maximum relative difference of parameter counts. Ranks are integers, so the counts match only approximately.
 _TOLERANCE = 0.05
@@ -258,7 +258,7 @@ class _Comparison:
     def __init__(self, grid: Grid, tasks: list[str], jobs: int, report: Callable[[str], None]) -> None:
         self.rates: dict[str, float | None] = {}
         self._grid, self._tasks, self._jobs, self._report = grid, tasks, jobs, report
-        self._running: dict[CellProcess, int | None] = {}  # the GPU of each
+        self._running: dict[CellProcess, tuple[Cell, int | None]] = {}  # the cell and GPU of each
         self._lock = threading.Lock()
         self._stopping = False
 
@@ -268,12 +268,13 @@ class _Comparison:
                 self.rates[name] = self._rate(name, run=False)
         todo = deque[Callable[[], Any]](partial(self._search, name) for name in self._grid.methods)
         running: set[Future[Any]] = set()
-        with ThreadPoolExecutor(self._jobs) as pool:
+        with ThreadPoolExecutor(self._jobs) as pool, status("starting") as show:
             try:
                 while todo or running:
                     while todo and len(running) < self._jobs:
                         running.add(pool.submit(todo.popleft()))
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    done, running = wait(running, timeout=2, return_when=FIRST_COMPLETED)
+                    show(self._progress() or "starting")
                     for cells in [future.result() or [] for future in done]:  # a search returns its method's cells
                         todo.extendleft(cells[:1])  # the first of each method comes before further ones
                         todo.extend(cells[1:])
@@ -290,6 +291,11 @@ class _Comparison:
             self._stopping = True
             for process in self._running:
                 process.stop(how)
+
+    def _progress(self) -> str:
+        with self._lock:
+            cells = [cell for cell, _ in self._running.values()]
+        return "; ".join(f"{cell}: {progress(self._grid.run_of(cell).path)}" for cell in cells)
 
     def _search(self, name: str) -> list[Callable[[], None]]:
         """Finds a method's learning rate; returns the functions that run its cells."""
@@ -325,10 +331,10 @@ class _Comparison:
             self._report(f"{cell}: {'training and scoring' if score else 'training'}")
             if self._jobs > 1:
                 threads = max(1, (os.cpu_count() or 1) // self._jobs)
-                in_use = list(self._running.values())
+                in_use = [gpu for _, gpu in self._running.values()]
                 gpu = min(range(torch.cuda.device_count()), key=in_use.count, default=None)
             process = CellProcess(run.path, score=score, threads=threads, device=gpu)
-            self._running[process] = gpu
+            self._running[process] = cell, gpu
         began = time.monotonic()
         try:
             error = process.wait()

@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -37,20 +37,27 @@ _waiting = False
 
 
 @contextmanager
-def status(text: str) -> Iterator[None]:
-    """Shows a status line on a terminal within the context, and then erases it. Nested status lines are not shown."""
+def status(text: str) -> Iterator[Callable[[str], None]]:
+    """Shows a status line on a terminal within the context, unless nested; yields a function that changes its text."""
     global _waiting
     if _waiting or not sys.stderr.isatty() or not is_main_process():
-        yield
+        yield lambda text: None
         return
     from rich.console import Console
     from rich.text import Text
 
     _waiting = True
     try:
-        with Console(stderr=True).status(Text(one_line(f"badit: {text} …"))) as shown:
-            shown.update(spinner="dots")  # shows the line immediately
-            yield
+        console = Console(stderr=True)
+        with console.status("") as shown:
+
+            def change(text: str) -> None:
+                line = Text(one_line(f"badit: {text} …"))
+                line.truncate(console.width - 2, overflow="ellipsis")
+                shown.update(line, spinner="dots")  # with a spinner, the line is shown immediately
+
+            change(text)
+            yield change
     finally:
         _waiting = False
 

@@ -1,6 +1,7 @@
 """Runs one cell in a separate process with its own memory, so that a crash ends only this cell."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from badit.files import exclusive, write_json, write_text
 from badit.run import Run
 
 ERROR, LOG = "error.txt", "log.txt"
+_BAR = re.compile(r"([^:\r\n]+): +(\d+%)\|[^|\r\n]*\| ([^\r\n]+)")  # name, percentage, counts and times
 
 
 class CellProcess:
@@ -20,7 +22,8 @@ class CellProcess:
 
     def __init__(self, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
         (folder / ERROR).unlink(missing_ok=True)
-        environment = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+        quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "TQDM_MININTERVAL": "5"}
+        environment = {**quiet, **os.environ}
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
         if device is not None:
@@ -59,6 +62,13 @@ class CellProcess:
         return error.read_text(encoding="utf-8").strip()
 
 
+def progress(folder: Path) -> str:
+    """Returns the last progress bar in a cell's log, without the bar itself."""
+    log = folder / LOG
+    bars = _BAR.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
+    return " ".join(bars[-1]) if bars else "starting"
+
+
 def main() -> int:
     """``python -m badit.worker FOLDER score|search``; the cell stops when its standard input is closed."""
     threading.Thread(target=_stop_at_end_of_input, args=(sys.stdin.fileno(),), daemon=True).start()
@@ -93,9 +103,9 @@ def _run(folder: Path, *, score: bool) -> None:
 
     run = Run(folder)
     if not score:
-        validation_loss(fit(run.recipe, progress=False))
+        validation_loss(fit(run.recipe))
         return
-    train_and_score(run.recipe, progress=False)
+    train_and_score(run.recipe)
     write_json(run.instances_path, instance_scores(group_by_task(read_predictions(run.predictions_path))))
 
 

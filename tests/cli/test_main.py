@@ -10,10 +10,12 @@ import docstring_parser
 import pytest
 import yaml
 
-from badit import BaditError, demo
+from badit import BaditError
 from badit.cli import app, main
+from badit.compare import Cell, Grid
 from badit.methods import on_skeleton
-from badit.recipe import build_recipe, load_recipe
+from badit.recipe import load_recipe
+from comparison.cells import InlineCell, compare_module
 
 COMMANDS = [name for name in app if not name.startswith("-")]
 
@@ -98,32 +100,27 @@ def test_terminal_shows_progress_and_red_errors_unless_no_color(tmp_path, variab
     assert "trainig: unknown key" in shown
 
 
-def test_demo_methods_have_the_same_budget_scaling_and_recipe():
-    recipes = [build_recipe(demo.demo_recipe(name, "x", 1.0, 0)) for name in demo.METHODS]
-    own = {"method": True, "training": {"learning_rate", "optimizer", "router_lr_ratio"}}
-    assert len({recipe.model_dump_json(exclude=own) for recipe in recipes}) == 1
-    (lora, of_lora), (badit, of_badit) = (on_skeleton(recipe, []) for recipe in recipes[1:])
+def test_demo_methods_have_the_same_budget_and_scaling():
+    grid = Grid(load_recipe("demo"))
+    (lora, of_lora), (badit, of_badit) = (on_skeleton(grid.recipe_of(Cell(name)), []) for name in ("lora", "badit"))
     assert lora.trained_parameters(of_lora) == pytest.approx(badit.trained_parameters(of_badit), rel=0.01)
     lora, badit = lora.config, badit.config
     assert (lora.lora_alpha / lora.r, lora.lora_dropout) == (badit.scaling, badit.lora_dropout)
 
 
-def test_demo_shows_scores_budget_and_samples(recipe_values, monkeypatch, command, tmp_path):
-    def tiny(name, output, epochs, seed):
-        training = {**recipe_values["training"], "num_train_epochs": epochs, "seed": seed}
-        return {**recipe_values, "method": methods[name], "training": training, "output": output}
-
-    badit = {"name": "badit", "num_experts": 4, "r": 2}
-    methods = {"base": {"name": "base"}, "LoRA": {"name": "lora", "r": 8}, "BADIT": badit}
-    monkeypatch.setattr(demo, "demo_recipe", tiny)
-    monkeypatch.setattr("badit.report.has_extra", lambda: False)
-    words = ["demo", "--output", tmp_path / "demo", "--epochs", 2]
-    shown = command(*words)
-    report = f"badit report {' '.join(str(tmp_path / 'demo' / name) for name in ('lora', 'base', 'badit'))}"
-    for text in ("base Rouge-L", "BADIT EM", "trainable parameters", "[cities] land 12", report):
-        assert text in shown
-    assert all(f"  {name:10} " in shown for name in ("reference", "base", "LoRA", "BADIT"))
-    assert command(*words) == shown, "a second call prints the same"
+@pytest.mark.parametrize("fails", [False, True])
+def test_demo_compares_and_writes_a_report(fails, recipe_values, monkeypatch, capsys, tmp_path):
+    recipe, output = tmp_path / "demo.yaml", tmp_path / "demo"
+    rate = 1e38 if fails else 1e-3
+    methods = {"lora": {"name": "lora", "r": 4, "training": {"learning_rate": rate}}}
+    recipe.write_text(json.dumps(recipe_values | {"compare": {"methods": methods, "seeds": [0]}}))
+    monkeypatch.setattr("badit.recipe.shipped_recipes", lambda: {"demo": recipe})
+    monkeypatch.setattr(compare_module, "CellProcess", InlineCell)
+    assert main(["demo", f"output={output}", "training.max_steps=2"]) == int(fails)
+    shown = capsys.readouterr().out
+    assert ("no finished run: lora" in shown) == fails
+    assert shown.endswith(f"Results: {output}/results.json\nReport: {output}/report.html\n")
+    assert "lora" in (output / "report.html").read_text()
 
 
 def test_shell_completion_is_installed(tmp_path, monkeypatch):
