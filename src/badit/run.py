@@ -6,12 +6,12 @@ The methods import the modules that implement them when they are called.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from badit.errors import BaditError, say
+from badit.errors import BaditError, explained, say
 from badit.files import OWNER, read_json, read_jsonl, refuse_links, write_text
 
 if TYPE_CHECKING:
@@ -149,7 +149,17 @@ class Run:
         """The training log: step, loss, learning_rate, grad_norm …, one row per logged step."""
         import pandas as pd
 
-        return pd.DataFrame(read_jsonl(self.metrics_path))
+        return pd.DataFrame(self.log(self.metrics_path))
+
+    def log(self, path: Path) -> Iterator[dict[str, Any]]:
+        """Yields the lines of a log of the run. Steps of a sequence are counted from the start of its first stage."""
+        start = 0
+        for folder in (self.path, *sorted(self.path.glob("stages/*"))):
+            file, metrics = folder / path.name, folder / self.metrics_path.name
+            with explained(file, fix="delete the file to skip it", any_error=True):
+                for line in read_jsonl(file):
+                    yield {**line, "step": start + line["step"]}
+                start += max((line["step"] for line in read_jsonl(metrics)), default=0)
 
     @property
     def environment(self) -> dict[str, Any]:

@@ -45,11 +45,27 @@ def test_angles_and_component_flow_are_read_from_logs(tmp_path):
     ]  # fmt: skip
 
 
+def test_logs_of_a_sequence_are_joined(tmp_path):
+    run = Run.at(tmp_path)
+    for number, (task, steps) in enumerate([("b", 20), ("a", 10)], start=1):
+        folder = run.stage(number, task).path
+        folder.mkdir(parents=True)
+        write_lines(folder / "metrics.jsonl", [{"step": step, "loss": 1.0} for step in (steps // 2, steps)])
+        write_lines(folder / "angles.jsonl", [{"step": 5, "module": NAME, **dict.fromkeys(FIELDS, 1.0)}])
+    assert run.metrics["step"].tolist() == [10, 20, 25, 30]
+    assert expert_angles(run)["step"].tolist() == [5, 25]
+    for folder in run.path.glob("stages/*"):
+        write_lines(folder / "regroupings.jsonl", [regrouping(5, **dict.fromkeys(FIELDS, 1.0))])
+    assert expert_angles(run)["step"].tolist() == [5, 25]
+    assert set(component_flow(run)["step"]) == {5, 25}
+
+
 def test_damaged_log_is_refused(tmp_path):
     path = tmp_path / "regroupings.jsonl"
     for read, line, message in (
         (expert_angles, regrouping(10, intra_degrees="x"), r"within_degrees\.0: input should be a valid number"),
         (component_flow, {"step": 10, "module": NAME}, "'previous_labels'"),
+        (component_flow, {"step": "10", "module": NAME}, "cannot be read"),
         (component_flow, regrouping(10, after=(0, 1)), "cannot be read"),
         (component_flow, regrouping(10, after=(0, 1, 0, 10**9)), r"to_expert\.\d: input should be less than 1024"),
     ):

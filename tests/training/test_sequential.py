@@ -64,6 +64,7 @@ def test_each_stage_writes_its_files_and_the_run_has_those_of_the_last(finished)
     assert scores["order"] == ORDER
     assert run.environment["mixture"] == {"rivers": 10, "cities": 10}, "each task is counted in its own stage"
     whole, one, other = (folder.environment["training"] for folder in (run, first, last))
+    assert run.metrics["step"].tolist() == [1, 2, 3, 4, 5, 6]
     assert (whole["steps"], whole["tokens"]) == (6, one["tokens"] + other["tokens"])
     assert whole["trainable_parameters"] == one["trainable_parameters"]
 

@@ -8,8 +8,10 @@ from itertools import chain
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import BertConfig, BertForTokenClassification, DynamicCache, StaticCache
 
+from badit.analysis.gates import adapted_layers
 from badit.errors import BaditError
 from badit.tuner.prompt import RoutingContext
 from tuner import helpers
@@ -116,8 +118,9 @@ def test_loss_and_gradients_of_packed_rows_equal_those_of_padded_rows(tiny_model
     padded_labels = padded(labels, side="right")[0].masked_fill(mask == 0, -100)
     packed = {"input_ids": torch.tensor([[*chain(*ROWS)]]), "labels": torch.tensor([[*chain(*labels)]])}
     packed["position_ids"] = torch.cat([torch.arange(len(row)) for row in ROWS])[None]
-    found = []
-    for batch in ({"input_ids": ids, "attention_mask": mask, "labels": padded_labels}, packed):
+    filled = {key: F.pad(rows, (0, 2), value=-100 if key == "labels" else 0) for key, rows in packed.items()}
+    found, gate_sums = [], []
+    for batch in ({"input_ids": ids, "attention_mask": mask, "labels": padded_labels}, packed, filled):
         model = adapted(tiny_model(family), **options).train()
         if checkpointing:
             model.enable_input_require_grads()
@@ -125,8 +128,11 @@ def test_loss_and_gradients_of_packed_rows_equal_those_of_padded_rows(tiny_model
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+        gate_sums.append([one.layer.gate_sums["default"] for one in adapted_layers(model)])
     assert any(gradient.abs().max() > 1e-3 for gradient in found[0][1:])
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    for number in (1, 2):
+        torch.testing.assert_close(found[number], found[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gate_sums[number], gate_sums[0], rtol=1e-4, atol=1e-5)
 
 
 def test_packed_segments_have_their_own_prompts_from_labels_or_mask(tiny_model):

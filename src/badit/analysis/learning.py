@@ -23,7 +23,6 @@ from badit.analysis.gates import active_experts
 from badit.analysis.tables import COUNT, EXPERT, INDEX, SHARED, TEXT, Column, Table, layer_and_module
 from badit.data import on_device
 from badit.errors import BaditError, explained
-from badit.files import read_jsonl
 from badit.method import ExpertAngles, cosine_gram
 from badit.method import expert_angles as angles_of
 from badit.results import SINGLE_TASK, load_results, paired, read_scores
@@ -73,16 +72,16 @@ TASK_GAP = Table(
 _FIX = "delete the file to skip it"
 
 
-def _logged(path: Path) -> Iterator[tuple[tuple, dict[str, Any]]]:
-    """Yields the lines of a log, each with its step, layer and module."""
-    for line in read_jsonl(path):
+def _logged(run: Run, path: Path) -> Iterator[tuple[tuple, dict[str, Any]]]:
+    """Yields the lines of a log of the run, each with its step, layer and module."""
+    for line in run.log(path):
         module = line["module"].rpartition(".")[0]  # the last part is the adapter's name
         yield (line["step"], *layer_and_module(module)), line
 
 
 def expert_angles(run: Run, held_out: Mapping[tuple[int, str], Sequence[float | None]] | None = None) -> pd.DataFrame:
     """Returns the angles that the run logged, and those of the trained adapter on held-out data if given."""
-    regroups = run.regroupings_path.is_file()
+    regroups = any(True for _ in run.log(run.regroupings_path))
     path = run.regroupings_path if regroups else run.angles_path
     prefixes = {"before": "previous_", "after": ""} if regroups else {"training": ""}
     step = (run.known_environment.get("training") or {}).get("steps") if held_out else None
@@ -92,7 +91,7 @@ def expert_angles(run: Run, held_out: Mapping[tuple[int, str], Sequence[float | 
     )
     rows = []
     with explained(path, fix=_FIX, any_error=True):
-        for place, line in _logged(path):
+        for place, line in _logged(run, path):
             for measured, prefix in prefixes.items():
                 # An angle is missing if no step followed the regrouping, and null if there was no pair.
                 rows.append((*place, measured, *(line.get(prefix + field) for field in ExpertAngles._fields)))
@@ -105,7 +104,7 @@ def component_flow(run: Run) -> pd.DataFrame:
     about = "Number of components that each regrouping moved between experts, including those that stayed."
     rows = []
     with explained(run.regroupings_path, fix=_FIX, any_error=True):
-        for place, line in _logged(run.regroupings_path):
+        for place, line in _logged(run, run.regroupings_path):
             moves = Counter(zip(line["previous_labels"], line["labels"], strict=True))
             rows += [(*place, *move, count) for move, count in sorted(moves.items())]
         return COMPONENT_FLOW.checked(rows, about)

@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +21,7 @@ from badit.analysis.learning import component_flow, expert_angles, task_gap, tra
 from badit.analysis.tables import load_frames
 from badit.errors import BaditError
 from badit.evaluate import read_predictions
-from badit.files import read_jsonl, refuse_links
+from badit.files import refuse_links
 from badit.metrics import Prediction, group_by_task, rouge_l
 from badit.recipe import read_values
 from badit.render import method_table
@@ -153,11 +152,10 @@ def _read(folder: Path, label: str) -> Source:
         if "matrix" in scores:
             source.add("transfer", transfer(run), run.scores_path.name)
     # The log of a committed result has only means over modules, without labels.
-    if any("labels" in line for line in islice(read_jsonl(run.regroupings_path), 1)):
-        source.add("component_flow", component_flow(run), run.regroupings_path.name)
-        source.add("expert_angles", expert_angles(run), run.regroupings_path.name)
-    elif run.angles_path.is_file():
-        source.add("expert_angles", expert_angles(run), run.angles_path.name)
+    if "labels" in next(run.log(run.regroupings_path), {"labels": []}):
+        flow = component_flow(run)
+        source.add("component_flow", flow, run.regroupings_path.name)
+        source.add("expert_angles", expert_angles(run), (run.regroupings_path if len(flow) else run.angles_path).name)
     pairs, overall = (source.frames.get(name) for name in ("gradient_pairs", "gradient_overall"))
     cosines = [] if overall is None else [overall.assign(layer="all", module="all")]
     if pairs is not None:
@@ -170,14 +168,9 @@ def _read(folder: Path, label: str) -> Source:
 
 
 def _losses(folder: Path, key: str) -> list[dict[str, float]]:
-    """Returns the steps and losses of the log lines with ``key``; the stages of a sequence follow one another."""
-    found: list[dict[str, float]] = []
-    start = 0
-    for file in [Run.at(folder).metrics_path, *sorted(folder.glob("stages/*/metrics.jsonl"))]:
-        lines = [line for line in read_jsonl(file) if is_number(line.get("step"))]
-        found += [{"step": start + line["step"], "loss": line[key]} for line in lines if is_number(line.get(key))]
-        start += max((line["step"] for line in lines), default=0)
-    return found
+    """Returns the steps and losses of the log lines with ``key``."""
+    run = Run.at(folder)
+    return [{"step": line["step"], "loss": line[key]} for line in run.log(run.metrics_path) if is_number(line.get(key))]
 
 
 def _differences(runs: Sequence[Source]) -> pd.DataFrame:
