@@ -233,6 +233,10 @@ def test_unsuitable_runs_exports_and_urls_are_refused(run, trained, tmp_path, co
     for method in ({"name": "lora", "r": 2}, {"name": "mtl-lora", "r": 2}):
         with pytest.raises(BaditError, match="do not depend on the prompt; serve its export"):
             Router(trained(method), None)
+    other = trained(BADIT | {"lora_alpha": 1.0})
+    export(other, tmp_path / "tasks", all_tasks=True, progress=False)
+    with pytest.raises(BaditError, match="was not exported from the present weights of"):
+        Router(run, tmp_path / "tasks")
     wrong = {str(tmp_path): "has no task LoRAs; run badit export"}
     wrong |= {"--url=localhost:8000": "--url: must be an address such as http://127.0.0.1:8000"}
     for argument, problem in wrong.items():

@@ -65,7 +65,7 @@ def train(recipe: str, *overrides: str, dry_run: bool = False, allow_changed_inp
     run = run_training(made, allow_changed_inputs=allow_changed_inputs)
     if not is_main_process():
         return None
-    return f"{_score_table(made.method.get('name', 'badit'), run)}\n\nRun: {run.path}"
+    return f"{_load('badit.render').score_table(run.scores)}\n\nRun: {run.path}"
 
 
 @app.command
@@ -310,7 +310,7 @@ def _shown_export(run: Run, exported: Any, options: dict[str, Any]) -> str:
 
 
 _derive(analyze, _shown_tables, "badit.analysis")
-_derive(Run.evaluate, lambda run, scores, options: _score_table(str(run.path), run))
+_derive(Run.evaluate, lambda run, scores, options: _load("badit.render").score_table(scores))
 _derive(Run.export, _shown_export)
 _derive(Run.push, lambda run, address, options: address)
 
@@ -391,10 +391,6 @@ def _load(module: str) -> Any:
     """Imports a module, which may take seconds, and shows a status line meanwhile."""
     with status("loading libraries"):
         return import_module(module)
-
-
-def _score_table(name: str, run: Run) -> str:
-    return _load("badit.render").score_table({name: run.scores})
 
 
 def _report_if_possible(runs: Sequence[str | Path], output: Path) -> str:

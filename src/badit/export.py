@@ -1,8 +1,8 @@
 """``badit export``: writes a run as a plain LoRA adapter or a merged model, and scores it in Rouge-L.
 
 An export's folder contains the files that PEFT or transformers loads without badit, the model card ``README.md``,
-``export.json`` (the run, the options, the error and the files), ``gates.json`` (the fixed gates: for each module, one
-per expert) and ``scores.json`` (the Rouge-L of the run and of the export, if it was scored).
+``export.json`` (the run, the SHA-256 of its weights, the options, the error and the files), ``gates.json`` (the fixed
+gates: for each module, one per expert) and ``scores.json`` (the Rouge-L of run and export, if it was scored).
 
 Shape suffixes: O/I = out/in features, P = rank, N = components, K = experts.
 """
@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from badit.analysis.gates import GATES_FILE, PROMPTS_PER_TASK, Gates, adapted_layers, read_gates, task_gates
 from badit.card import CARD, Base, model_card
+from badit.checkpoint import checksums
 from badit.data import Task
 from badit.data.prompts import end_of_turn_id
 from badit.data.tasks import resolve_names
@@ -98,6 +99,7 @@ class Export:
         # A relative path names none of the user's folders, and both folders can be moved together.
         path = os.path.relpath(run.path.resolve(), self.folder.resolve())
         kept: dict[str, Any] = {"run": path, "method": method, "mixture": self.mixture, "task": self.task}
+        kept["weights"] = checksums(run.adapter_path, "*.safetensors")
         if not self.merged:
             kept |= {"rank": self.rank, "exact_rank": self.exact_rank}
         if self.errors:

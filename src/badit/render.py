@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -249,14 +249,13 @@ def cost_table(scores: dict[str, Any]) -> str:
     return text_table(["task", "Rouge-L routed", "frozen", "difference"], rows)
 
 
-def score_table(scores: Mapping[str, pd.DataFrame]) -> str:
-    """Returns a table of several :func:`badit.results.scores_frame`: tasks and means in rows, metrics in columns."""
+def score_table(scores: pd.DataFrame) -> str:
+    """Returns :func:`badit.results.scores_frame` as text: tasks and their mean in rows, metrics in columns."""
     columns = {}
-    for name, frame in scores.items():
-        for key, rows in frame.groupby("metric", sort=False):
-            values = dict(zip(rows["task"], rows["score"], strict=True))
-            values["mean over tasks"] = fmean(values.values())
-            metric = METRICS[str(key)]
-            columns[f"{name} {metric.label}"] = {task: number(x, f".{metric.decimals}f") for task, x in values.items()}
+    for key, rows in scores.groupby("metric", sort=False):
+        values = dict(zip(rows["task"], rows["score"], strict=True))
+        values["mean over tasks"] = fmean(values.values())
+        metric = METRICS[str(key)]
+        columns[metric.label] = {task: number(x, f".{metric.decimals}f") for task, x in values.items()}
     table = pd.DataFrame(columns)
     return text_table(["task", *table], [[str(task), *texts] for task, *texts in table.itertuples()])

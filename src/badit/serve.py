@@ -29,12 +29,13 @@ from starlette.types import Receive, Scope, Send
 from torch.nn.functional import one_hot
 
 from badit.analysis.gates import GATES_FILE, Experts, adapted_layers, mean_gates, read_gates
+from badit.checkpoint import checksums
 from badit.errors import BaditError, show
 from badit.evaluate import load_run
 from badit.export import mixture_factors, write_adapter
-from badit.files import refuse_links
+from badit.files import read_json, refuse_links
 from badit.methods import build_method
-from badit.run import Run
+from badit.run import RECORD, Run
 from badit.studio.server import HOST, ending_with, guards, json_body, listen, run_until_ended
 
 AUTO = "auto"
@@ -48,7 +49,7 @@ class Router:
         exports: the folder written by ``badit export --all-tasks``; None to write an adapter for every prompt.
 
     Raises:
-        BaditError: the run's gates do not depend on the prompt, or the folder has no exports of its tasks.
+        BaditError: the run's gates do not depend on the prompt, or the folder has no exports of its tasks and weights.
     """
 
     def __init__(self, run: Run, exports: str | Path | None) -> None:
@@ -64,6 +65,11 @@ class Router:
             refuse_links(Path(exports))
             if not (files := sorted(Path(exports).glob(f"*/{GATES_FILE}"))):
                 raise BaditError(f"{exports}: has no task LoRAs; run badit export {run.path} --all-tasks -o {exports}")
+            own = checksums(run.adapter_path, "*.safetensors")
+            for file in files:
+                if read_json(file.with_name(RECORD)).get("weights", own) != own:  # earlier releases did not record it
+                    fix = f"export again: badit export {run.path} --all-tasks -o {exports}"
+                    raise BaditError(f"{file.parent}: was not exported from the present weights of {run.path}; {fix}")
             self.exports = [file.parent.name for file in files]
             gates = [read_gates(file, self.model) for file in files]
             self.gates_TMK = torch.tensor([[of_task[one.layer.name] for one in self.layers] for of_task in gates])

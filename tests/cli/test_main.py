@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import docstring_parser
@@ -13,6 +14,7 @@ import yaml
 from badit import BaditError
 from badit.cli import app, main
 from badit.compare import Cell, Grid
+from badit.files import read_json
 from badit.methods import on_skeleton
 from badit.recipe import load_recipe
 from comparison.cells import InlineCell, compare_module
@@ -121,6 +123,14 @@ def test_demo_compares_and_writes_a_report(fails, recipe_values, monkeypatch, ca
     assert ("no finished run: lora" in shown) == fails
     assert shown.endswith(f"Results: {output}/results.json\nReport: {output}/report.html\n")
     assert "lora" in (output / "report.html").read_text()
+
+
+def test_evaluate_prints_the_scores_of_the_chosen_split(recipe_file, recipe_values, command):
+    command("train", recipe_file, "training.max_steps=1", "data.validation_per_task=2")
+    run = Path(recipe_values["output"])
+    (run / "scores.json").unlink()
+    shown = command("evaluate", run, "--split", "validation").split()
+    assert shown[-1] == f"{read_json(run / 'scores-validation.json')['nll']:.3f}"
 
 
 def test_shell_completion_is_installed(tmp_path, monkeypatch):
