@@ -43,12 +43,13 @@ METHODS = {
     "loramoe": ({"name": "loramoe", "num_experts": 3, "r": 2}, 6),
     "hydralora": ({"name": "hydralora", "num_experts": 3, "r": 2}, 2),
     "goat": ({"name": "goat", "num_experts": 2, "r": 4, "lora_alpha": 8}, 8),
-    **{name: ({"name": name, "r": 2}, 2) for name in ("mtl-lora", "gainlora", "o-lora")},
-    **{name: ({"name": name, **LORA}, rank) for name, rank in (("lora", 3), ("pcgrad", 3), ("pissa", 6), ("olora", 6))},
+    **{name: ({"name": name, "r": 2}, 2) for name in ("mtl-lora", "gainlora", "sapt", "o-lora")},
+    **{name: ({"name": name, **LORA}, 3) for name in ("lora", "pcgrad", "cagrad")},
+    **{name: ({"name": name, **LORA}, 6) for name in ("pissa", "olora")},
     "rslora": ({"name": "rslora", **LORA, "rank_pattern": {"model.layers.1.mlp.gate_proj": 2}}, 3),
 }
-WEIGHTS = {"dora": {"name": "dora", **LORA}, "full": {"name": "full"}}
-VARY = ("badit", "softmax", "token", "directions", "loramoe", "hydralora", "goat", "mtl-lora", "gainlora")
+WEIGHTS = {"dora": {"name": "dora", **LORA}, "full": {"name": "full"}, "task-neurons": {"name": "task-neurons"}}
+VARY = ("badit", "softmax", "token", "directions", "loramoe", "hydralora", "goat", "mtl-lora", "gainlora", "sapt")
 TASK_OF = {"mtl-lora": "cities"}  # it learns each task separately
 
 
@@ -143,6 +144,10 @@ def test_export_of_all_tasks_measures_each_tasks_gates_once(trained, tmp_path, m
     save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path)
     export(run, tmp_path / "mean")  # a changed adapter: its gates are measured again
     assert measured == ["rivers", "cities", "rivers"]
+    config = run.config_path.read_text()
+    run.config_path.write_text(config.replace("max_source_tokens: 1024", "max_source_tokens: 32"))
+    export(run, tmp_path / "mean", task="rivers")  # so are those of other prompts
+    assert measured == ["rivers", "cities", "rivers", "rivers"]
     (out / "cities" / "notes.txt").write_text("mine")
     refuses(r"cities: holds notes\.txt", export, run, out)
 

@@ -28,8 +28,9 @@ def test_orthogonal_in_two_processes_matches_one_process_and_resumes(recipe_valu
     recipe_values["training"] |= {"optimizer": "orthogonal"}
     launches = Launches(recipe_values, tmp_path, processes)
     assert launches.train_alone("alone", batch=4) == 0
-    launches.train("fsdp2", 2, "fsdp2")
-    assert_same_run(launches.run("fsdp2"), launches.run("alone"))
+    for engine in ("ddp", "fsdp2"):
+        launches.train(engine, 2, engine)
+        assert_same_run(launches.run(engine), launches.run("alone"))
     for engine in ("fsdp2", "fsdp2, sharded state"):
         assert_stops_and_resumes(launches, engine, whole="fsdp2")
         checkpoint = tmp_path / f"{engine}-copied" / "checkpoints" / "checkpoint-7"
