@@ -73,7 +73,7 @@ def compare(recipe: str, *overrides: str, jobs: Jobs = 1, dry_run: bool = False)
     """Train and score methods with the same budget, each at its best learning rate.
 
     The same command resumes an interrupted comparison: finished runs are kept, failed runs are repeated.
-    To print the table again, also in other formats: badit table OUTPUT
+    It prints a table (again, also in other formats: badit table OUTPUT) and writes OUTPUT/report.html.
 
     Args:
         recipe: a YAML file with a compare section, or the name of one that comes with badit, such as superni-cpu.
