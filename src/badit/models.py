@@ -38,8 +38,8 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 CONVERTER_VERSION = 1
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-# Relative to float32, 16-bit products take 0.5 times as long with native instructions, up to 40 times without.
-_SLOW = 3.0
+# Relative to float32, 16-bit products take 0.5 times as long with native instructions, 3 to 40 times without.
+_SLOW = 1.5
 Quantisation = Literal["bnb-8bit", "bnb-4bit", "torchao-int8"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
