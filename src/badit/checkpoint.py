@@ -102,9 +102,9 @@ def safe_unpickling(trainer: Any) -> Iterator[None]:
         yield
 
 
-def refuse_other_engine(checkpoint: Path, trainer: Any) -> None:
+def refuse_other_engine(checkpoint: Path | None, trainer: Any) -> None:
     """Raises BaditError if the checkpoint was written with another engine than the trainer's."""
-    wrote = read_json(checkpoint / _SUMS).get("engine")
+    wrote = None if checkpoint is None else read_json(checkpoint / _SUMS).get("engine")
     if wrote not in (None, engine_of(trainer)):
         fix = "launch the training in the same way, or remove the run's folder to start over"
         raise BaditError(f"{checkpoint}: was written with {wrote}; {fix}")

@@ -371,9 +371,7 @@ def demo(*overrides: str) -> int:
     Args:
         overrides: key=value, such as training.num_train_epochs=2 output=runs/mine.
     """
-    from badit.recipe import shipped_recipes
-
-    return compare(str(shipped_recipes()["demo"]), *overrides)
+    return compare(str(_load("badit.recipe").shipped_recipes()["demo"]), *overrides)
 
 
 def _read_recipe(path: str, overrides: Sequence[str]) -> Any:

@@ -48,12 +48,11 @@ def status(text: str) -> Iterator[Callable[[str], None]]:
 
     _waiting = True
     try:
-        console = Console(stderr=True)
-        with console.status("") as shown:
+        with Console(stderr=True).status("") as shown:
 
             def change(text: str) -> None:
                 line = Text(one_line(f"badit: {text} …"))
-                line.truncate(console.width - 2, overflow="ellipsis")
+                line.truncate(shown.console.width - 2, overflow="ellipsis")
                 shown.update(line, spinner="dots")  # with a spinner, the line is shown immediately
 
             change(text)

@@ -94,12 +94,11 @@ class Export:
         """The value for vLLM's ``--max-lora-rank``; None for a merged model."""
         return None if self.rank is None else next(known for known in VLLM_RANKS if known >= self.rank)
 
-    def record(self, run: Run, method: str) -> dict[str, Any]:
+    def record(self, run: Run, method: str, weights: Mapping[str, str]) -> dict[str, Any]:
         """Returns the content of ``export.json`` without the list of files."""
         # A relative path names none of the user's folders, and both folders can be moved together.
         path = os.path.relpath(run.path.resolve(), self.folder.resolve())
-        kept: dict[str, Any] = {"run": path, "method": method, "mixture": self.mixture, "task": self.task}
-        kept["weights"] = checksums(run.adapter_path, "*.safetensors")
+        kept: Any = {"run": path, "method": method, "weights": weights, "mixture": self.mixture, "task": self.task}
         if not self.merged:
             kept |= {"rank": self.rank, "exact_rank": self.exact_rank}
         if self.errors:
@@ -159,7 +158,7 @@ def export(
     elif mixes:
         mixtures = _mean_gates(run, model, tokenizer, tasks, list(tasks) if all_tasks else [task], progress)
 
-    about = Base.of(recipe)
+    about, weights = Base.of(recipe), checksums(run.adapter_path, "*.safetensors")
     base = about.hub_id or str(Path(recipe.model.name).expanduser().resolve())
     exported: list[Export] = []
     partial = output.with_name(output.name + ".partial")
@@ -189,7 +188,7 @@ def export(
                     write_adapter(place, factors, model.get_base_model(), base, recipe.model.revision)
                 if fixed is not None:
                     write_json(place / GATES_FILE, fixed)
-                record = done.record(run, method.name)
+                record = done.record(run, method.name, weights)
                 write_text(place / CARD, model_card(run, recipe, about, export=record))
                 _write_record(place, record)
                 exported.append(done)
@@ -198,7 +197,7 @@ def export(
                 mixture = f"mean gates of each of {len(exported)} tasks"
                 tasks_done = {str(each.task): each for each in exported}
                 done = dataclasses.replace(done, folder=output, mixture=mixture, task=None, tasks=tasks_done)
-                _write_record(partial, done.record(run, method.name))
+                _write_record(partial, done.record(run, method.name, weights))
             replace_folder(partial, output)
         finally:
             remove(partial)

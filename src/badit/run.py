@@ -153,13 +153,13 @@ class Run:
 
     def log(self, path: Path) -> Iterator[dict[str, Any]]:
         """Yields the lines of a log of the run. Steps of a sequence are counted from the start of its first stage."""
-        start = 0
-        for folder in (self.path, *sorted(self.path.glob("stages/*"))):
-            file, metrics = folder / path.name, folder / self.metrics_path.name
-            with explained(file, fix="delete the file to skip it", any_error=True):
-                for line in read_jsonl(file):
+        start, folders = 0, sorted(self.path.glob("stages/*")) or [self.path]
+        for folder, before in zip(folders, [None, *folders], strict=False):
+            with explained(folder / path.name, fix="delete the file to skip it", any_error=True):
+                if before is not None:
+                    start += max((line["step"] for line in read_jsonl(before / self.metrics_path.name)), default=0)
+                for line in read_jsonl(folder / path.name):
                     yield {**line, "step": start + line["step"]}
-                start += max((line["step"] for line in read_jsonl(metrics)), default=0)
 
     @property
     def environment(self) -> dict[str, Any]:

@@ -226,8 +226,7 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
     if method.needs_whole_weights and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         raise BaditError(f"method: {method.name} needs unsharded weights; launch it without FSDP and DeepSpeed")
     save_unsharded(trainer)
-    if checkpoint is not None:
-        refuse_other_engine(checkpoint, trainer)
+    refuse_other_engine(checkpoint, trainer)
 
     trainer.add_callback(sealing := SealCheckpoints(trainer, folder.checkpoints_path))
     trainer.add_callback(stop := StopOnSignal())
@@ -242,7 +241,8 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
         finally:
             bar.close()
             torch.use_deterministic_algorithms(deterministic)  # full_determinism applies to training only
-            discard(folder.checkpoints_path / STAGING)  # deletes an incomplete checkpoint
+            if trainer.is_in_train:  # stopped or failed; at the end of training, slower ranks still read the folder
+                discard(folder.checkpoints_path / STAGING)  # deletes an incomplete checkpoint
     seconds, state = sealing.seconds, trainer.state
     if progress and state.best_metric is not None and trainer.args.load_best_model_at_end and is_main_process():
         best = f"step {state.best_global_step} (eval_loss {state.best_metric:.4f})"

@@ -138,15 +138,18 @@ def hold_out(tasks: Iterable[Task], per_task: int, seed: int) -> list[Task]:
     """
     after = []
     for task in tasks:
-        most, chats = 0 if task.validation else len(task.train) // 4, _same_chat(task.train)
-        held: set[int] = set()
+        if task.validation or not per_task:
+            after.append(task)
+            continue
+        chats, held = _same_chat(task.train), set[int]()
         for index in _shuffled(range(len(task.train)), f"hold_out/{seed}/{task.name}"):
+            if len(held) >= per_task:
+                break
             chat = chats.get(index, [index])
-            if index not in held and len(held) < per_task and len(held) + len(chat) <= most:
+            if index not in held and len(held) + len(chat) <= len(task.train) // 4:
                 held.update(chat)
-        parts = sorted(held), [index for index in range(len(task.train)) if index not in held]
-        validation, train = (_selected(task.train, part) for part in parts)
-        after.append(task.model_copy(update={"train": train, "validation": task.validation or validation}))
+        parts = {"validation": sorted(held), "train": [i for i in range(len(task.train)) if i not in held]}
+        after.append(task.model_copy(update={name: _selected(task.train, part) for name, part in parts.items()}))
     return after
 
 

@@ -364,7 +364,8 @@ class BaditLinear(ExpertLinear):
         logits = F.linear(x, self.badit_router[adapter_name]).float()
         gates = expert_gates(logits, kind=config.gates, top_k=config.top_k)
         if self.training and torch.is_grad_enabled():
-            counts = x.detach().any(dim=-1, keepdim=True).to(gates)  # 0 without a prompt, as padding of packed rows
+            by_prompt = config.routing == "prompt"  # padding of packed rows has no prompt: its input is zero
+            counts = x.detach().any(dim=-1, keepdim=True).to(gates) if by_prompt else torch.ones_like(gates[..., :1])
             sums = torch.cat([gates.detach() * counts, counts], dim=-1).flatten(0, -2).sum(dim=0)
             self.gate_sums[adapter_name] = sums + self.gate_sums.get(adapter_name, torch.zeros_like(sums))
         return gates
