@@ -37,7 +37,7 @@ from badit.environment import status
 from badit.errors import BaditError, explained, refuse_unknown
 from badit.evaluate import evaluate, load_run, score_model
 from badit.files import OWNER, exclusive, read_json, refuse_links, remove, replace_folder, write_json, write_text
-from badit.method import compress
+from badit.method.decomposition import compress
 from badit.methods import build_method
 from badit.models import device, load_base_model, resolve_model
 from badit.recipe import Recipe

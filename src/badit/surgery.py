@@ -27,33 +27,25 @@ from badit.errors import BaditError
 from badit.trainer import AnswerTrainer
 
 Surgery = Literal["pcgrad", "cagrad"]
+CAGRAD_RADIUS = 0.5  # c: the radius of the ball around the mean gradient, relative to its norm
 Combination = Callable[[torch.Tensor], torch.Tensor]  # maps gradients (T, P) to one (P,)
 
 
-def pcgrad() -> Combination:
-    """PCGrad (arXiv 2001.06782). Its random order uses torch's global CPU generator, which checkpoints save."""
-    return _aggregator("PCGrad")
+def combination(surgery: Surgery) -> Combination:
+    """Returns PCGrad (arXiv 2001.06782), or CAGrad (arXiv 2110.14048) times T.
 
-
-def cagrad(c: float = 0.5) -> Combination:
-    """CAGrad (arXiv 2110.14048) times T; c is the radius of the ball around the mean gradient, relative to its norm."""
-    aggregate = _aggregator("CAGrad", c=c)
-
-    def combine(gradients_TP: torch.Tensor) -> torch.Tensor:
-        # torchjd treats gradients with a norm below 0.01 as zero, so they are scaled to norm 1.
-        norm = gradients_TP.norm().clamp_min(torch.finfo(gradients_TP.dtype).tiny)
-        return aggregate(gradients_TP / norm) * norm * len(gradients_TP)
-
-    return combine
-
-
-def _aggregator(name: str, **options: Any) -> Combination:
+    PCGrad's random order uses torch's global CPU generator, which checkpoints save.
+    """
     try:
         from torchjd import aggregation
 
-        return getattr(aggregation, name)(**options)  # imports the solver
+        if surgery == "pcgrad":
+            return aggregation.PCGrad()
+        # With torchjd's default of norm_eps, a task with a small gradient makes the result 0.
+        aggregate = aggregation.CAGrad(c=CAGRAD_RADIUS, norm_eps=1e-30)  # imports the solver
     except ImportError:
         raise BaditError("surgery needs torchjd and a solver: pip install 'badit[surgery]'") from None
+    return lambda gradients_TP: aggregate(gradients_TP) * len(gradients_TP)
 
 
 class SurgeryTrainer(AnswerTrainer):
@@ -65,7 +57,7 @@ class SurgeryTrainer(AnswerTrainer):
     """
 
     def __init__(self, *args: Any, surgery: Surgery, **kwargs: Any) -> None:
-        self._combine = pcgrad() if surgery == "pcgrad" else cagrad()
+        self._combine = combination(surgery)
         super().__init__(*args, **kwargs)
         if self.accelerator.distributed_type != DistributedType.NO:
             raise BaditError("surgery runs in a single process: start it without a launcher")

@@ -30,20 +30,9 @@ from badit.checkpoint import (
     safe_unpickling,
     save_unsharded,
 )
-from badit.data import (
-    AnswerCollator,
-    Examples,
-    Instance,
-    Task,
-    batches_by_task,
-    build_prompt,
-    encode_examples,
-    encode_prompts,
-    encode_tasks,
-    mixture,
-    ordered,
-)
-from badit.data.prompts import end_of_turn_id
+from badit.data.encoded import AnswerCollator, Examples, batches_by_task, encode_tasks
+from badit.data.prompts import build_prompt, encode_examples, encode_prompts, end_of_turn_id
+from badit.data.tasks import Instance, Task, mixture, ordered
 from badit.environment import environment, is_main_process, peak_memory, status
 from badit.errors import BaditError, first_line, say
 from badit.files import copy_folder, exclusive, replace_folder, write_json

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import reference
 from badit.errors import BaditError
-from badit.method import compress, decomposition, expert_factors, top_singular_triples
+from badit.method import decomposition, expert_factors, top_singular_triples
+from badit.method.decomposition import compress
 
 PROPERTY = settings(deadline=None, max_examples=40)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from badit.data import AnswerCollator
-from badit.surgery import SurgeryTrainer, cagrad, pcgrad, rows_of_task
+from badit.surgery import SurgeryTrainer, combination, rows_of_task
 from baselines import naive
 from reference import float64
 from refusals import refuses
@@ -72,7 +72,7 @@ def step(trainer, model, *batches, accumulation=1):
 def test_pcgrad_matches_naive_pcgrad_in_the_seeded_order(tasks, parameters, seed):
     gradients = torch.randn(tasks, parameters, generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)
-    found = pcgrad()(gradients)
+    found = combination("pcgrad")(gradients)
     torch.manual_seed(seed)
     orders = [torch.randperm(tasks).tolist() for _ in range(tasks)]
     torch.testing.assert_close(found.double(), naive_pcgrad(gradients, orders), atol=1e-4, rtol=1e-3)
@@ -82,9 +82,14 @@ def test_pcgrad_matches_naive_pcgrad_in_the_seeded_order(tasks, parameters, seed
 @pytest.mark.parametrize("size", [1.0, 1e-6])
 def test_cagrad_matches_a_grid_search_over_its_weights(seed, size):
     gradients = size * torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))
-    found, expected = cagrad()(gradients) / size, naive_cagrad(gradients, 0.5) / size
+    found, expected = combination("cagrad")(gradients) / size, naive_cagrad(gradients, 0.5) / size
     torch.testing.assert_close(found.double(), expected, atol=2e-3, rtol=2e-3)
     assert not torch.allclose(found, gradients.sum(dim=0) / size, atol=0.05)
+
+
+def test_cagrad_keeps_a_gradient_beside_a_small_one():
+    found = combination("cagrad")(torch.tensor([[1.0, 0.0], [0.0, 1e-5]]))
+    assert found.tolist() == pytest.approx([1.0, 0.5], abs=1e-3)
 
 
 @pytest.mark.parametrize("surgery", ["pcgrad", "cagrad"])
@@ -103,7 +108,7 @@ def test_gradients_are_combined_as_one_vector_per_task(tiny_model, tmp_path, sur
         gradients = torch.stack(rows)
         assert (gradients @ gradients.T).min() < 0, "at least two tasks must conflict"
         torch.manual_seed(3)
-        wanted = (pcgrad() if surgery == "pcgrad" else cagrad())(gradients)
+        wanted = combination(surgery)(gradients)
         torch.manual_seed(3)
         loss, found = step(trainer, model, batch)
         assert not loss.requires_grad
@@ -144,5 +149,5 @@ def test_several_processes_and_a_missing_solver_package_are_refused(tiny_model, 
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.MULTI_CPU))
     refuses("surgery runs in a single process", surgery_trainer, adapted(tiny_model("llama")), tmp_path)
     monkeypatch.setattr("torchjd._mixins.find_spec", lambda name: None)
-    assert pcgrad()(torch.ones(2, 1)).tolist() == [2.0], "pcgrad needs no solver"
-    refuses(r"surgery needs torchjd and a solver: pip install 'badit\[surgery\]'", cagrad)
+    assert combination("pcgrad")(torch.ones(2, 1)).tolist() == [2.0], "pcgrad needs no solver"
+    refuses(r"surgery needs torchjd and a solver: pip install 'badit\[surgery\]'", combination, "cagrad")
