@@ -95,7 +95,7 @@ def comparison(material: Path, output: Path) -> dict[str, Any]:
         [cell["method"], cell["seed"], {task: s["rouge_l"] for task, s in cell["scores"]["tasks"].items()}]
         for cell in cells
     ]
-    lines = [line.split(",") for line in badit.table(output, form="csv").splitlines()]
+    lines = [line.split(",") for line in badit.table(output, format="csv").splitlines()]
     kept = [i for i, name in enumerate(lines[0]) if name not in ("seconds", "peak_memory_gib")]
     return {"cells": scores, "table": [[line[i] for i in kept if i < len(line)] for line in lines]}
 
@@ -104,7 +104,7 @@ def tables() -> dict[str, str]:
     """Returns the hashes of the committed comparisons' tables in full precision."""
     results = ROOT.parent / "benchmarks" / "results"
     return {
-        f"{name}{' by task' * by_task}": _digest(badit.table(results / name, form="csv", by_task=by_task))
+        f"{name}{' by task' * by_task}": _digest(badit.table(results / name, format="csv", by_task=by_task))
         for name in ("superni-cpu", "superni-sequence-cpu")
         for by_task in (False, True)
     }

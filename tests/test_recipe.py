@@ -15,6 +15,7 @@ from badit.cli import main
 from badit.errors import BaditError
 from badit.methods import build_method
 from badit.recipe import build_recipe, differing_keys, dump_recipe, expand_source, load_config, load_recipe, merged
+from badit.run import Run
 from refusals import refuses
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +89,7 @@ def test_invalid_values_are_one_line_errors():
         ({}, ["data.tasks=[yes]"], r"data\.tasks\.0: input should be a valid string, got True"),
         ({}, ["training.learning_rate=.nan"], r"training\.learning_rate: input should be a finite number"),
         ({}, ["training.learning_rate=yes"], r"training\.learning_rate: must be a number, not true or false"),
+        ({}, ["data.train_per_task=true"], r"data\.train_per_task: must be a number, not true or false"),
         ({"training": {1: 2}}, [], r"training\.1: keys should be strings, got 1"),
         ({}, ["training.max_steps=3000000000"], r"training\.max_steps: input should be less than or equal to"),
         ({"output": "a\0b"}, [], r"output: must be a name or a path"),
@@ -165,6 +167,16 @@ def test_renamed_arguments_are_refused_in_recipes_but_read_from_runs(tmp_path, o
         build_recipe({"training": {old: value}})
     (tmp_path / "config.yaml").write_text(f"training: {{{old}: {value}, max_steps: null}}")
     assert load_config(tmp_path / "config.yaml") == build_recipe({"training": {new: value}})
+
+
+def test_run_recipe_keeps_strings_that_look_like_numbers_and_options_that_are_tuples(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    method = {"name": "lora", "target_modules": ("gate_proj",)}
+    recipe = build_recipe({"data": {"tasks": ["1e5"]}, "method": method, "output": "~/run"})
+    run = Run.prepare(recipe)
+    assert run.path == tmp_path / "run"
+    assert run.recipe.data == recipe.data
+    assert Run.prepare(recipe).path == run.path
 
 
 def test_run_recipe_without_format_uses_the_former_defaults(tmp_path):

@@ -18,32 +18,34 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from badit.compare import compare
     from badit.data import load_tasks
     from badit.errors import BaditError
+    from badit.evaluate import train
     from badit.models import load_base_model
     from badit.optimizer import OrthogonalUpdates, lora_plus_groups
     from badit.recipe import load_recipe
     from badit.regroup import RegroupCallback, Regrouper
-    from badit.render import table
     from badit.report import write_report
     from badit.results import load_results, summarise
-    from badit.run import Run, analyze, compare, plan, train
+    from badit.run import Run, analyze, plan, table
     from badit.tuner import BaditConfig, BaditModel
 
 __version__ = "0.1.0"
 
 # The public names of each module.
 _NAMES = {
+    "compare": ["compare"],
     "data": ["load_tasks"],
     "errors": ["BaditError"],
+    "evaluate": ["train"],
     "models": ["load_base_model"],
     "optimizer": ["OrthogonalUpdates", "lora_plus_groups"],
     "recipe": ["load_recipe"],
     "regroup": ["RegroupCallback", "Regrouper"],
-    "render": ["table"],
     "report": ["write_report"],
     "results": ["load_results", "summarise"],
-    "run": ["Run", "analyze", "compare", "plan", "train"],
+    "run": ["Run", "analyze", "plan", "table"],
     "tuner": ["BaditConfig", "BaditModel"],
 }
 _HOMES = {name: f"badit.{module}" for module, names in _NAMES.items() for name in names}

@@ -10,18 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    Strict,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError, ValidationInfo
+from pydantic.functional_validators import AfterValidator, field_validator, model_validator
 
 from badit.environment import status
 from badit.errors import nearest, problems
@@ -51,8 +41,8 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_value_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        default = cls.model_fields[info.field_name or ""].default
-        if isinstance(value, bool) and type(default) in (int, float):
+        kinds = re.findall(r"\b(?:bool|int|float)\b", str(cls.model_fields[info.field_name or ""].annotation))
+        if isinstance(value, bool) and kinds and "bool" not in kinds:
             raise ValueError("must be a number, not true or false")
         return value
 

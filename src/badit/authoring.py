@@ -11,22 +11,24 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import torch
 import yaml
+from jinja2 import Environment, StrictUndefined
 from pydantic import BaseModel
 from torch.utils.benchmark import Timer
 
 from badit.arguments import argument_names, fixed_reason
 from badit.compare import Grid
 from badit.compare import check as check_grid
-from badit.data import Instance, hold_out, limit, load_sources
+from badit.data import Instance, Task, hold_out, limit, load_sources
 from badit.environment import status
 from badit.errors import BaditError
+from badit.files import read_text
 from badit.methods import NAMES, AdapterMethod, Method, build_method, on_skeleton, options_of
 from badit.models import device, load_tokenizer
 from badit.recipe import Recipe, build_recipe, parse_yaml, section_of
 from badit.regroup import RegroupOptions
 from badit.render import counted, text_table
 from badit.run import Run
-from badit.train import Plan, Stage, encoded, make_plan, model_dtype, training_arguments
+from badit.train import Plan, encoded, make_plan, model_dtype, training_arguments
 from badit.trainer import prompt_argument
 
 # Approximate number of training instances from which the mean length is estimated.
@@ -46,57 +48,19 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
         raise BaditError(f"{others[0]!r:.60}: only data keys can be set here, such as data.columns.input=text")
     data = build_recipe({"data": {"source": source}}, overrides).data
     given = data.model_dump(mode="json", exclude_defaults=True, exclude={"source", "validation_per_task"})
-    extra = "".join(f"\n  {key}: {as_yaml(value)}" for key, value in given.items())
     with status("reading the tasks"):
         tasks = load_sources(data.sources(), data.tasks, data.weights)
     held_out = data.validation_per_task or min(10, *(len(task.train) // 4 for task in tasks))
-    split, scored = ("test", "") if all(task.test for task in tasks) else ("validation", ", and scored")
+    split = "test" if all(task.test for task in tasks) else "validation"
     used = limit(hold_out(tasks, held_out, data.seed), data.train_per_task, data.test_per_task, data.seed)
     train, test = (sum(len(getattr(task, part)) for task in used) for part in ("train", split))
     answer = max((_most_tokens(output) for task in tasks for one in task.train for output in one.outputs), default=0)
     tokens = min(1024, max(50, math.ceil(answer / 50) * 50))
-    rates = "\n  learning_rates: [1.25e-4, 2.5e-4, 5.0e-4, 1.0e-3, 2.0e-3]  # selected per method by the held-out loss"
-    lora, badit = "{name: lora, r: 34, lora_alpha: 272, lora_dropout: 0.05}", "{name: badit, num_experts: 8, r: 4}"
-    # BADIT is for several tasks.
-    method, optimizer, rate = (badit, "orthogonal", "5.0e-4") if len(tasks) > 1 else (lora, "adamw", "1.0e-3")
-    text = f"""\
-# {counted(len(tasks), "task")} with {train:,} training and {test:,} {split} instances.
-#
-#   badit train {path} --dry-run    check it: steps, parameters, memory
-#   badit train {path}              train and score; the same command resumes an interrupted run
-#   badit compare {path} output={as_yaml(f"runs/{Path(path).stem}-compared")}    compare LoRA and BADIT
-#
-# "badit keys" lists every key. A key can also be given on the command line: training.num_train_epochs=1
-
-model:
-  name: smollm2-135m               # small, for a first try; or a model's folder, or a hub id ORG/NAME
-data:
-  source: {as_yaml(source)}{extra}
-  validation_per_task: {held_out:<12}# instances held out of each task's training data{scored}
-  # train_per_task: 50             # maximum number per task, for a quick try
-prompt:
-  max_source_tokens: 1024          # longer inputs are truncated
-  max_answer_tokens: {tokens:<14}# longer answers are truncated
-method: {method}  # others: badit keys method
-training:
-  num_train_epochs: 3
-  per_device_train_batch_size: 8   # if memory runs out, lower it and raise gradient_accumulation_steps
-  learning_rate: {rate:<18}# in trials the best rate was 5e-4 with orthogonal updates, 1e-3 with AdamW
-  optimizer: {optimizer:<22}# others: adamw, lora+, orthogonal
-  router_lr_ratio: 0.3             # learning rate of BADIT's router relative to its factors
-  # eval_strategy: epoch           # log the loss on the held-out instances after every epoch
-evaluation:
-  split: {split:<26}# the instances to score
-  max_new_tokens: {tokens:<17}# maximum tokens of a generated answer
-compare:                           # for badit compare; training values of a method override those above
-  methods:
-    lora: {lora[:-1]}, training: {{optimizer: adamw}}}}
-    badit: {badit[:-1]}, training: {{optimizer: orthogonal}}}}
-  reference: lora                  # differences are relative to this method
-  budget: badit                    # all methods must train as many parameters, within 5 %{rates if held_out else ""}
-  seeds: [0, 1, 2]
-output: {as_yaml(f"runs/{Path(path).stem}")}
-"""
+    values = {"tasks": tasks, "train": train, "test": test, "split": split, "tokens": tokens, "held_out": held_out}
+    values |= {"path": path, "stem": Path(path).stem, "source": source, "given": given}
+    templates = Environment(keep_trailing_newline=True, trim_blocks=True, undefined=StrictUndefined)
+    templates.filters |= {"yaml": as_yaml, "counted": counted}
+    text = templates.from_string(read_text(Path(__file__).with_name("recipe.yaml.j2"))).render(values)
     make_plan(build_recipe(parse_yaml(text, where=path), where=path))
     return text
 
@@ -135,7 +99,7 @@ def check(recipe: Recipe) -> list[str]:
         some = encoded(tokenizer, recipe, [(task, one) for task in plan.tasks for one in task.train[::every]], model)
     if not method.trains:
         return [*lines, f"the method {method.name} trains nothing"]
-    steps = [_steps(plan, stage, processes) for stage in plan.stages]
+    steps = [_steps(plan, tasks, processes) for _, tasks in plan.stages]
     lines.append(f"{sum(steps)} steps of {size * recipe.training.gradient_accumulation_steps * processes} instances")
     tokens = sum(len(one["input_ids"]) for one in some) / len(some) * size * recipe.training.gradient_accumulation_steps
     least = math.ceil(sum(steps) * tokens * _seconds_per_token(recipe, model, method) / 60)
@@ -200,12 +164,12 @@ def _characters(instance: Instance) -> int:
     return sum(map(len, (instance.input, instance.outputs[0], *(text for _, text in instance.history))))
 
 
-def _steps(plan: Plan, stage: Stage, processes: int) -> int:
+def _steps(plan: Plan, tasks: Sequence[Task], processes: int) -> int:
     """Returns the number of optimizer steps of a stage, counted like transformers' Trainer."""
-    training, quotas = plan.recipe.training, plan.recipe.data.quotas(stage.tasks)
+    training, quotas = plan.recipe.training, plan.recipe.data.quotas(tasks)
     if training.max_steps > 0:
         return training.max_steps
-    count = sum(quotas.values()) if quotas else sum(len(task.train) for task in stage.tasks)
+    count = sum(quotas.values()) if quotas else sum(len(task.train) for task in tasks)
     rounded = math.floor if (training.model_extra or {}).get("dataloader_drop_last") else math.ceil
     batches = rounded(count / (training.per_device_train_batch_size * processes))
     return math.ceil(training.num_train_epochs * max(1, math.ceil(batches / training.gradient_accumulation_steps)))

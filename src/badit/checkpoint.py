@@ -5,7 +5,7 @@ The Trainer writes to ``checkpoints/partial/``. A complete checkpoint is sealed 
 
 The checksums detect damage, not tampering: whoever can write the files can also write the checksums. Files are read
 with ``weights_only=True``, which runs no pickled code: :func:`safe_unpickling` has DeepSpeed do so, and
-:func:`save_unsharded` avoids FSDP's sharded files, which torch reads without this restriction.
+:func:`prepare_engine` avoids FSDP's sharded files, which torch reads without this restriction.
 """
 
 import hashlib
@@ -83,8 +83,15 @@ def engine_of(trainer: Any) -> str:
     return "FSDP, unsharded" if trainer.is_fsdp_enabled else "neither FSDP nor DeepSpeed"
 
 
-def save_unsharded(trainer: Any) -> None:
-    """Makes FSDP's checkpoints single files of the trained weights; torch unpickles sharded ones unrestrictedly."""
+def prepare_engine(trainer: Any, checkpoint: Path | None) -> None:
+    """Makes FSDP's checkpoints single files of the trained weights; torch unpickles sharded ones unrestrictedly.
+
+    BaditError if the ``checkpoint`` to resume from was written with another engine than the trainer's.
+    """
+    wrote = None if checkpoint is None else read_json(checkpoint / _SUMS).get("engine")
+    if wrote not in (None, engine_of(trainer)):
+        fix = "launch the training in the same way, or remove the run's folder to start over"
+        raise BaditError(f"{checkpoint}: was written with {wrote}; {fix}")
     if trainer.is_fsdp_enabled:
         plugin = trainer.accelerator.state.fsdp_plugin
         plugin.state_dict_config = plugin.optim_state_dict_config = None  # else those of the former type are kept
@@ -102,24 +109,21 @@ def safe_unpickling(trainer: Any) -> Iterator[None]:
         yield
 
 
-def refuse_other_engine(checkpoint: Path | None, trainer: Any) -> None:
-    """Raises BaditError if the checkpoint was written with another engine than the trainer's."""
-    wrote = None if checkpoint is None else read_json(checkpoint / _SUMS).get("engine")
-    if wrote not in (None, engine_of(trainer)):
-        fix = "launch the training in the same way, or remove the run's folder to start over"
-        raise BaditError(f"{checkpoint}: was written with {wrote}; {fix}")
-
-
-class SealCheckpoints(TrainerCallback):
-    """Seals the checkpoint that the Trainer and the callbacks before this one have written.
+class Checkpoints(TrainerCallback):
+    """Seals the checkpoint that the Trainer and the callbacks before this one, the last, have written.
 
     It also saves what the Trainer does not save: the sum of the losses since the last log line (without it, the next
     line would be a mean over fewer steps), the number of skipped steps, the time, and the name of the best checkpoint.
+
+    In its context, Ctrl-C or SIGTERM to any process finishes the step, saves a checkpoint, then stops all processes. A
+    second signal stops at once.
     """
 
     def __init__(self, trainer: Any, checkpoints: Path) -> None:
         self._trainer = trainer
         self._checkpoints, self._began = checkpoints, time.monotonic()
+        self._asked = self._stopping = False
+        self._former: dict[int, Any] = {}
 
     @property
     def seconds(self) -> float:
@@ -160,18 +164,8 @@ class SealCheckpoints(TrainerCallback):
         if best:  # the Trainer has its path in the staging folder
             state.best_model_checkpoint = str(self._checkpoints / best)
         self._trainer.accelerator.wait_for_everyone()
-
-
-class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM: finishes the step, saves a checkpoint, then stops. A second signal stops at once.
-
-    It must be the last callback, so that the checkpoint contains the state of the others. If any process receives a
-    signal, all processes stop at the same step.
-    """
-
-    def __init__(self) -> None:
-        self._asked = self._stopping = False
-        self._former: dict[int, Any] = {}
+        if self._stopping:
+            raise KeyboardInterrupt
 
     def __enter__(self) -> Self:
         with suppress(ValueError):  # only the main thread may set handlers; in other threads the caller handles them
@@ -194,10 +188,6 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._stopping = any_of_all(self._asked)
         control.should_save |= self._stopping
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._stopping:
-            raise KeyboardInterrupt
 
 
 def checkpoint_being_written(args: Any, state: Any) -> Path:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal  # noqa: F401 (Literal is in annotations of derived commands)
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
@@ -24,9 +24,7 @@ from badit import __version__
 from badit.environment import is_main_process, quiet_notices, status
 from badit.errors import BaditError, explained, say, show
 from badit.files import lines_of, read_json, write_text
-from badit.run import Run, analyze
-from badit.run import compare as run_comparison
-from badit.run import train as run_training
+from badit.run import Run, analyze, table
 
 app = App(
     name="badit",
@@ -61,8 +59,7 @@ def train(recipe: str, *overrides: str, dry_run: bool = False, allow_changed_inp
         from badit.recipe import dump_recipe
 
         return "\n".join([dump_recipe(made), *_load("badit.authoring").check(made)])
-    _load("badit.evaluate")
-    run = run_training(made, allow_changed_inputs=allow_changed_inputs)
+    run = _load("badit.evaluate").train(made, allow_changed_inputs=allow_changed_inputs)
     if not is_main_process():
         return None
     return f"{_load('badit.render').score_table(run.scores)}\n\nRun: {run.path}"
@@ -85,35 +82,13 @@ def compare(recipe: str, *overrides: str, jobs: Jobs = 1, dry_run: bool = False)
     if dry_run:
         show("\n".join(_load("badit.authoring").check_comparison(made)))
         return 0
-    _load("badit.compare")
     # SIGTERM (from a batch system) is handled like Ctrl-C: the cells run in separate sessions and must be stopped too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    results = run_comparison(made, jobs=jobs)
+    results = _load("badit.compare").compare(made, jobs=jobs)
     path = Path(made.output) / _load("badit.results").RESULTS
-    show(f"{_load('badit.render').table(path)}\n\nResults: {path}")
+    show(f"{table(path)}\n\nResults: {path}")
     show(_report_if_possible([made.output], path.with_name("report.html")))
     return int("failed" in set(results.cells["status"]))
-
-
-@app.command
-def table(
-    results: str,
-    *,
-    format: Literal["text", "markdown", "latex", "csv"] = "text",
-    metric: str = "rouge_l",
-    by_task: bool = False,
-    released: bool = False,
-) -> str:
-    """Print a comparison's results as text, Markdown, LaTeX or CSV.
-
-    Args:
-        results: a comparison's results.json, or its folder.
-        format: the format of the table.
-        metric: the metric of differences, ranks and --by-task: rouge_l, exact_match or nll.
-        by_task: print a row per task and a column per method.
-        released: compute forgetting and transfer as SAPT's released code does.
-    """
-    return _load("badit.render").table(results, form=format, metric=metric, by_task=by_task, released=released)
 
 
 @app.command
@@ -132,7 +107,6 @@ def report(
         figures: a folder to which every figure is written as .svg and .pdf.
         title: the page's heading (default: the runs' names).
     """
-    _load("badit.report.page")
     page = _load("badit.report").write_report([run, *more], output, title=title, figures=figures)
     return f"Report: {page}" + (f"\nFigures: {figures}" if figures else "")
 
@@ -310,6 +284,7 @@ def _shown_export(run: Run, exported: Any, options: dict[str, Any]) -> str:
 
 
 _derive(analyze, _shown_tables, "badit.analysis")
+_derive(table, lambda path, text, options: text, "badit.render")
 _derive(Run.evaluate, lambda run, scores, options: _load("badit.render").score_table(scores))
 _derive(Run.export, _shown_export)
 _derive(Run.push, lambda run, address, options: address)

@@ -28,13 +28,13 @@ import torch
 
 from badit.data import ordered
 from badit.environment import status
-from badit.errors import BaditError, explained, refuse_unknown
+from badit.errors import BaditError, explained, refuse_unknown, say
 from badit.files import exclusive, inside, read_json, write_json
 from badit.methods import Method, build_method, on_skeleton
 from badit.metrics import METRICS, mean_scores
 from badit.models import device, warn_of_slow_dtype
-from badit.recipe import Recipe, build_recipe, merged
-from badit.results import FORMAT, RESULTS, SINGLE_TASK, read_scores
+from badit.recipe import Recipe, RecipeLike, build_recipe, make_recipe, merged
+from badit.results import FORMAT, RESULTS, SINGLE_TASK, Results, load_results, read_scores
 from badit.run import Run
 from badit.statistics import both_forms
 from badit.train import joint_training, keep_inputs, make_plan, task_fingerprints
@@ -46,23 +46,35 @@ _TOLERANCE = 0.05
 Order = str | list[str] | None
 
 
-def compare(recipe: Recipe, *, report: Callable[[str], None], jobs: int = 1) -> dict[str, Any]:
-    """Runs or resumes a comparison, as :func:`badit.compare`; returns the contents of ``OUTPUT/results.json``.
+def compare(recipe: RecipeLike | None = None, /, *, jobs: int = 1, progress: bool = True, **values: Any) -> Results:
+    """Trains and scores several methods, or resumes an interrupted comparison. A failed run does not stop the others.
 
-    ``report`` is called with one line when a cell starts and when it ends.
+    Args:
+        recipe: as for :func:`train`, with a ``compare`` section.
+        jobs: number of runs at a time; each gets an equal share of the CPU cores, and the GPU with the fewest runs.
+        progress: print a line to stderr when a run starts or ends.
+        values: override the recipe's values, such as ``compare={"seeds": [0]}``.
+
+    Returns:
+        The results of all runs; :func:`badit.summarise` averages them by method, :func:`badit.table` formats them.
+
+    Raises:
+        BaditError: invalid input. The error of a failed run is in the column ``error`` of the results' ``cells``.
     """
-    grid, output = Grid(recipe), Path(recipe.output)
+    if jobs < 1:
+        raise BaditError(f"jobs: must be at least 1, not {jobs}")
+    made = make_recipe(recipe, values)
+    grid, output = Grid(made), Path(made.output)
     with exclusive(output):
         with status("checking data and methods"):
             tasks, counts = check(grid)
-        warn_of_slow_dtype(recipe.model.dtype, device())  # warnings of the cells go to their log files
-        comparison = _Comparison(grid, tasks, jobs, report)
+        warn_of_slow_dtype(made.model.dtype, device())  # warnings of the cells go to their log files
+        comparison = _Comparison(grid, tasks, jobs, say if progress else lambda line: None)
         try:
             comparison.run()
         finally:
-            results = _assemble(grid, tasks, comparison.rates, counts)
-            write_json(output / RESULTS, results)
-    return results
+            write_json(output / RESULTS, _assemble(grid, tasks, comparison.rates, counts))
+    return load_results(output)
 
 
 @dataclass(frozen=True)

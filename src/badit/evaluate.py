@@ -6,6 +6,7 @@ A run's scores are in ``scores.json``. The scored answers are in ``predictions/`
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from badit.files import copy_folder, exclusive, inside, read_json, read_jsonl, w
 from badit.generation import generate_answers
 from badit.methods import build_method
 from badit.metrics import Prediction, group_by_task, instance_scores, mean_scores
-from badit.recipe import Recipe
+from badit.recipe import Recipe, RecipeLike, make_recipe
 from badit.results import read_scores
 from badit.run import Run
 from badit.statistics import both_forms
@@ -40,10 +41,8 @@ from badit.train import (
     changed_inputs,
     encoded,
     fit,
-    locked,
     make_plan,
     model_fingerprint,
-    pad_id,
     refuse_beyond_model,
     task_fingerprints,
 )
@@ -53,24 +52,34 @@ from badit.tuner.prompt import cache_of, drop_last
 _PREDICTION = TypeAdapter(Prediction)
 
 
-def train_and_score(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = False) -> dict[str, Any]:
-    """Trains and scores a recipe, or resumes its run, and returns its scores.
+def train(
+    recipe: RecipeLike | None = None, /, *, progress: bool = True, allow_changed_inputs: bool = False, **values: Any
+) -> Run:
+    """Trains and scores a recipe, or resumes an interrupted run. Finished work is not repeated.
 
-    Under accelerate or torchrun all ranks train. Only rank 0 scores; the other ranks return {}.
+    Args:
+        recipe: a file, a Recipe or plain values (default: the default recipe).
+        progress: show progress bars on stderr.
+        allow_changed_inputs: resume the run even if its data or base weights have changed, and record the change.
+        values: override the recipe's values, such as ``training={"num_train_epochs": 2}`` and ``output="runs/mine"``.
+
+    Returns:
+        The run, with its scores. With several processes (accelerate, torchrun), only rank 0 scores.
 
     Raises:
-        BaditError: the input is invalid, or the output folder holds a run of another recipe.
+        BaditError: invalid input, or the output folder has a run of another recipe.
     """
-    with explained(recipe.output), locked(recipe):
-        run = fit(recipe, progress=progress, allow_changed_inputs=allow_changed_inputs)
+    made = make_recipe(recipe, values)
+    lock = exclusive(Path(made.output)) if is_main_process() else nullcontext()  # rank 0 locks it for all processes
+    with explained(made.output), lock:
+        run = fit(made, progress=progress, allow_changed_inputs=allow_changed_inputs)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        if not is_main_process():
-            return {}
-        if run.scores_path.is_file():
+        if is_main_process() and run.scores_path.is_file():
             write_run_card(run)  # an interrupted run may have scores but no card
-            return read_scores(run.scores_path)
-        return evaluate(run, progress=progress, resume=True)
+        elif is_main_process():
+            evaluate(run, progress=progress, resume=True)
+    return Run(made.output, trust_remote_code=made.model.trust_remote_code)
 
 
 def evaluate(run: Run, *, split: Split | None = None, progress: bool = True, resume: bool = False) -> dict[str, Any]:
@@ -195,14 +204,15 @@ def _score_sequence(run: Run, plan: Plan, progress: bool, resume: bool) -> dict[
     """Scores each stage on the tasks trained so far, or on all tasks with ``evaluation.unseen_tasks``."""
     names = [task.name for task in plan.tasks]
     by_stage = []
-    for number, stage in enumerate(plan.stages, start=1):
+    folders = [folder for folder, _ in plan.stages]
+    for number, folder in enumerate(folders, start=1):
         tasks = plan.tasks if plan.recipe.evaluation.unseen_tasks else plan.tasks[:number]
-        if not resume or not stage.folder.scores_path.is_file():
-            _score(stage.folder, plan.recipe, tasks, plan.recipe.evaluation.split, progress)
-        by_stage.append(read_scores(stage.folder.scores_path))
+        if not resume or not folder.scores_path.is_file():
+            _score(folder, plan.recipe, tasks, plan.recipe.evaluation.split, progress)
+        by_stage.append(read_scores(folder.scores_path))
     matrix = [[scores["tasks"].get(name, {}).get("rouge_l") for name in names] for scores in by_stage]
     scores = {**by_stage[-1], "order": names, "matrix": matrix, "continual": both_forms(matrix)}
-    copy_folder(plan.stages[-1].folder.predictions_path, run.predictions_path)
+    copy_folder(folders[-1].predictions_path, run.predictions_path)
     write_json(run.scores_path, scores)
     return scores
 
@@ -264,7 +274,7 @@ def validation_loss(run: Run) -> dict[str, Any]:
     model, tokenizer = load_run(run, recipe)
     examples = encoded(tokenizer, recipe, [(task, each) for task in plan.tasks for each in task.validation], model)
     examples.sort(key=lambda example: len(example["input_ids"]))  # batches of similar length have little padding
-    collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
+    collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
     batches = batches_by_task(examples, collate, recipe.evaluation.batch_size)
     losses = {name: prompt_losses(model, of_task) for name, of_task in batches.items()}
     by_task = {name: float(sums_P.sum() / counts_P.sum()) for name, (sums_P, counts_P) in losses.items()}

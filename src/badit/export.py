@@ -132,7 +132,7 @@ def export(
     chosen = sum((task is not None, all_tasks, gates is not None))
     servable = rank is None or 1 <= rank <= VLLM_RANKS[-1]
     untold = task is None and not all_tasks and mixes and method.needs_tasks
-    quantised = merged and has_experts and recipe.model.quantisation is not None
+    quantised = merged and recipe.model.quantisation is not None
     problems = {
         "give only one of --task, --all-tasks and --gates": chosen > 1,
         "--merged: writes a model without a rank; remove --all-tasks and --rank": merged and (all_tasks or rank),

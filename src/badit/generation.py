@@ -34,10 +34,10 @@ def generate_answers(
     depend on its batch (up to floating-point rounding). When half of a batch has ended, only the other rows continue.
 
     Options of the model's own generation config, such as a repetition penalty, are ignored, except for its end tokens:
-    they end an answer, as the tokenizer's end token does. The model's training mode is restored afterwards.
+    they end an answer, as the tokenizer's end token does.
 
     Args:
-        model: a causal language model, with or without PEFT adapters, on one device.
+        model: a causal language model in evaluation mode, with or without PEFT adapters, on one device.
         tokenizer: decodes the answers and defines the padding token.
         prompts: token ids, one non-empty sequence for each prompt.
         max_new_tokens: the maximum length of an answer, in tokens.
@@ -58,7 +58,6 @@ def generate_answers(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     with (
         _greedy(model, tokenizer, max_new_tokens) as settings,
-        evaluation_mode(model),
         tqdm(total=len(prompts), desc="Generating", unit="answer", disable=not progress) as bar,
     ):
         for start in range(0, len(order), batch_size):
@@ -146,7 +145,7 @@ def stream_answer(
         show: called after every token with the answer so far. Its exceptions end the generation and are propagated.
     """
     _check([prompt], max_new_tokens=max_new_tokens)
-    with _greedy(model, tokenizer, max_new_tokens) as settings, evaluation_mode(model):
+    with _greedy(model, tokenizer, max_new_tokens) as settings:
         padded, ends = _pad_left([prompt], settings.pad_token_id, model.device), settings.eos_token_id
 
         def show_all(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -192,19 +191,6 @@ def _greedy(
         yield settings
     finally:
         owner.generation_config = original
-
-
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Sets the model to evaluation mode and restores the mode of each module on exit."""
-    # Per module, because a caller may have disabled dropout in some parts of the model only.
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _pad_left(prompts: list[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,14 +18,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import badit.baselines  # noqa: F401 (registers the baselines with PEFT)
-from badit.data import AnswerCollator
+from badit.data import AnswerCollator, on_device
 from badit.data.prompts import uses_template
 from badit.errors import BaditError, explained
 from badit.evaluate import load_run
 from badit.methods import build_method
 from badit.models import resolve_model
 from badit.run import Run
-from badit.train import pad_id
 from badit.trainer import logits_only_at, prompt_argument
 from badit.tuner import hooks_of
 
@@ -119,7 +118,7 @@ class BaditLM(_HFLM):
             ids = (context + continuation)[-(self.max_length + 1) :]  # the last token is predicted but not an input
             contexts.append(len(ids) - len(continuation))
             examples.append({"input_ids": ids[:-1], "labels": [-100] * (contexts[-1] - 1) + continuation})
-        inputs = {key: value.to(self.device) for key, value in AnswerCollator(pad_id(self.tokenizer))(examples).items()}
+        inputs = on_device(AnswerCollator(self.tokenizer.pad_token_id)(examples), self.device)
         targets_BT = inputs.pop("labels")
         row_L, position_L = (targets_BT != -100).nonzero(as_tuple=True)
         positions_T = torch.arange(targets_BT.shape[1], device=self.device)

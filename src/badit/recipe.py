@@ -201,7 +201,9 @@ class Recipe(Section):
     training: TrainingSection = TrainingSection()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationSection = EvaluationSection()  # pyright: ignore[reportCallIssue]
     compare: CompareSection | None = None
-    output: PathText = Field("runs/badit", description="folder of the run, or of a comparison's runs")
+    output: Annotated[PathText, AfterValidator(os.path.expanduser)] = Field(
+        "runs/badit", description="folder of the run, or of a comparison's runs"
+    )
 
     def __repr__(self) -> str:
         about = f"{self.method.get('name', 'badit')} on {self.model.name}"
@@ -387,7 +389,7 @@ def expand_source(source: str) -> str:
 def dump_recipe(recipe: Recipe) -> str:
     """Returns a run's recipe as YAML with every field."""
     values = {"format": FORMAT, **recipe.model_dump(mode="json", exclude={"compare"})}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -440,6 +442,10 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1, except that 5e-4 is a number, and 073 (a task number) is a string, not the octal number 59."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes strings that :class:`_Loader` would read as numbers, such as 1234e56 (a revision)."""
+
+
 def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int | str:
     if len(node.value) > MAX_DIGITS:
         raise _refused(node, f"a number of more than {MAX_DIGITS} digits; shorten it")
@@ -447,9 +453,10 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int | str:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+$"), list("+-0123456789")
-)
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+$"), list("+-0123456789")
+    )
 
 
 def _refused(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:

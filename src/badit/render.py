@@ -1,6 +1,5 @@
 """Tables of a comparison's results and of a run's scores, as text, Markdown, LaTeX or CSV."""
 
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence, Set
 from statistics import fmean
@@ -11,6 +10,7 @@ import pandas as pd
 from badit.errors import BaditError, one_line, refuse_unknown
 from badit.metrics import METRICS
 from badit.results import Results, load_results, summarise, task_means
+from badit.run import AnyPath
 
 UNKNOWN = "–"
 # Columns of cells that are not in the table. The CSV form has these cells as its last rows.
@@ -45,26 +45,8 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def table(
-    path: str | os.PathLike[str],
-    *,
-    form: str = "text",
-    metric: str = "rouge_l",
-    by_task: bool = False,
-    released: bool = False,
-) -> str:
-    """Returns the table of a comparison as text.
-
-    Args:
-        path: a results.json file, or the folder of a comparison.
-        form: ``text``, ``markdown``, ``latex`` (a booktabs tabular) or ``csv`` (in full precision).
-        metric: the metric of ranks and differences, and of the scores with ``by_task``.
-        by_task: one row per task and one column per method, instead of one row per method.
-        released: compute forgetting and transfer as SAPT's released code does; for sequential comparisons only.
-
-    Raises:
-        BaditError: the file is missing or damaged, or an option is unknown or not valid for the protocol.
-    """
+def comparison_table(path: AnyPath, form: str, metric: str, by_task: bool, released: bool) -> str:
+    """Implements :func:`badit.table`."""
     refuse_unknown("--format", form, FORMATS)
     refuse_unknown("--metric", metric, METRICS)
     results = load_results(path)

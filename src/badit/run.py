@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from badit.errors import BaditError, explained, say
+from badit.errors import BaditError, explained
 from badit.files import OWNER, read_json, read_jsonl, refuse_links, write_text
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from badit.export import Export
     from badit.recipe import Recipe, RecipeLike
-    from badit.results import Results
     from badit.train import Plan
 
 # In the folder of an export: the run that it was made from, and its options.
@@ -77,10 +76,6 @@ class Run:
             return f"{about}<p>not scored yet</p>"
         return about + self.scores.pivot(index="task", columns="metric", values="score").round(2).to_html()
 
-    def stage(self, number: int, task: str) -> Run:
-        """Returns the folder of the ``number``-th task (from 1) of a sequence: the same files, after training on it."""
-        return Run.at(self.path / "stages" / f"{number:02d}-{task}")
-
     @classmethod
     def prepare(cls, recipe: Recipe) -> Run:
         """Creates the recipe's output folder, or reuses it if it has a run of the same recipe; else BaditError."""
@@ -98,8 +93,9 @@ class Run:
 
         refuse_links(self.path)
         if self.config_path.is_file():
-            aside = {"output", "compare"}
-            if keys := differing_keys(self.recipe.model_dump(exclude=aside), recipe.model_dump(exclude=aside)):
+            both = (self.recipe, recipe)
+            mine, its = (one.model_dump(mode="json", exclude={"output", "compare"}) for one in both)
+            if keys := differing_keys(mine, its):
                 other = f"holds a run of another recipe (it differs in {', '.join(keys[:5])})"
                 raise BaditError(f"{self.path}: {other}; choose another output=FOLDER, or remove the folder")
             return True
@@ -325,57 +321,6 @@ def plan(recipe: RecipeLike | None = None, /, **values: Any) -> Plan:
     return make_plan(make_recipe(recipe, values))
 
 
-def train(
-    recipe: RecipeLike | None = None, /, *, progress: bool = True, allow_changed_inputs: bool = False, **values: Any
-) -> Run:
-    """Trains and scores a recipe, or resumes an interrupted run. Finished work is not repeated.
-
-    Args:
-        recipe: a file, a Recipe or plain values (default: the default recipe).
-        progress: show progress bars on stderr.
-        allow_changed_inputs: resume the run even if its data or base weights have changed, and record the change.
-        values: override the recipe's values, such as ``training={"num_train_epochs": 2}`` and ``output="runs/mine"``.
-
-    Returns:
-        The run, with its scores. With several processes (accelerate, torchrun), only rank 0 scores.
-
-    Raises:
-        BaditError: invalid input, or the output folder has a run of another recipe.
-    """
-    from badit.evaluate import train_and_score
-    from badit.recipe import make_recipe
-
-    made = make_recipe(recipe, values)
-    train_and_score(made, progress=progress, allow_changed_inputs=allow_changed_inputs)
-    return Run(made.output, trust_remote_code=made.model.trust_remote_code)
-
-
-def compare(recipe: RecipeLike | None = None, /, *, jobs: int = 1, progress: bool = True, **values: Any) -> Results:
-    """Trains and scores several methods, or resumes an interrupted comparison. A failed run does not stop the others.
-
-    Args:
-        recipe: as for :func:`train`, with a ``compare`` section.
-        jobs: number of runs at a time; each gets an equal share of the CPU cores, and the GPU with the fewest runs.
-        progress: print a line to stderr when a run starts or ends.
-        values: override the recipe's values, such as ``compare={"seeds": [0]}``.
-
-    Returns:
-        The results of all runs; :func:`badit.summarise` averages them by method, :func:`badit.table` formats them.
-
-    Raises:
-        BaditError: invalid input. The error of a failed run is in the column ``error`` of the results' ``cells``.
-    """
-    from badit.compare import compare
-    from badit.recipe import make_recipe
-    from badit.results import load_results
-
-    if jobs < 1:
-        raise BaditError(f"jobs: must be at least 1, not {jobs}")
-    made = make_recipe(recipe, values)
-    compare(made, jobs=jobs, report=say if progress else lambda line: None)
-    return load_results(made.output)
-
-
 def analyze(
     target: AnyPath,
     *,
@@ -409,3 +354,28 @@ def analyze(
 
     source = None if data is None else os.fspath(data)
     return load_frames(analyze(os.fspath(target), source, instances, output, progress, trust_remote_code) / "analysis")
+
+
+def table(
+    results: AnyPath,
+    *,
+    format: Literal["text", "markdown", "latex", "csv"] = "text",
+    metric: str = "rouge_l",
+    by_task: bool = False,
+    released: bool = False,
+) -> str:
+    """Print a comparison's results as text, Markdown, LaTeX or CSV.
+
+    Args:
+        results: a comparison's results.json, or its folder.
+        format: the format of the table. LaTeX is a booktabs tabular, CSV has full precision.
+        metric: the metric of differences, ranks and --by-task: rouge_l, exact_match or nll.
+        by_task: print a row per task and a column per method.
+        released: compute forgetting and transfer as SAPT's released code does, of a sequential comparison.
+
+    Raises:
+        BaditError: the file is missing or damaged, or an option is unknown or not valid for the protocol.
+    """
+    from badit.render import comparison_table
+
+    return comparison_table(results, format, metric, by_task, released)

@@ -77,7 +77,7 @@ class Router:
 
     def gates(self, ids: Any) -> torch.Tensor:
         """Returns the gates (M, K) of a prompt's token ids, averaged over positions; BaditError for invalid ids."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", MAX_BODY)  # some have none
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or MAX_BODY
         number = self.model.get_input_embeddings().num_embeddings
         if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < number for token in ids):
             raise BaditError("prompt: must be one text or the token ids of one; name a model to send several prompts")

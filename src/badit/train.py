@@ -8,7 +8,6 @@ import gc
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,22 +19,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from badit.arguments import argument_names
 from badit.attention import fast_on_short_sequences
-from badit.checkpoint import (
-    STAGING,
-    SealCheckpoints,
-    StopOnSignal,
-    discard,
-    last_checkpoint,
-    refuse_other_engine,
-    safe_unpickling,
-    save_unsharded,
-)
+from badit.checkpoint import STAGING, Checkpoints, discard, last_checkpoint, prepare_engine, safe_unpickling
 from badit.data.encoded import AnswerCollator, Examples, batches_by_task, encode_tasks
 from badit.data.prompts import build_prompt, encode_examples, encode_prompts, end_of_turn_id
 from badit.data.tasks import Instance, Task, mixture, ordered
 from badit.environment import environment, is_main_process, peak_memory, status
 from badit.errors import BaditError, first_line, say
-from badit.files import copy_folder, exclusive, replace_folder, write_json
+from badit.files import copy_folder, replace_folder, write_json
 from badit.gradients import parameter_count, whole_weights
 from badit.methods import Method, build_method
 from badit.models import Dtype, device, fast_dtype, load_base_model, warn_of_slow_dtype
@@ -46,14 +36,6 @@ from badit.tuner import hooks_of
 
 # The key of the base model's fingerprint among a run's inputs.
 BASE_MODEL = "the base model"
-
-
-@dataclasses.dataclass
-class Stage:
-    """A part of a run with its own result: all tasks of a mixed run, or one task of a sequential run."""
-
-    folder: Run
-    tasks: list[Task]
 
 
 @dataclasses.dataclass
@@ -73,11 +55,13 @@ class Plan:
         return self.recipe.data.order is not None
 
     @property
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[tuple[Run, list[Task]]]:
+        """The parts with their own results, and their tasks: all tasks of a mixed run, or one task of a sequence."""
         run = Run.at(self.recipe.output)
         if not self.sequential:
-            return [Stage(run, self.tasks)]
-        return [Stage(run.stage(i, task.name), [task]) for i, task in enumerate(self.tasks, start=1)]
+            return [(run, self.tasks)]
+        folder = run.path / "stages"
+        return [(Run.at(folder / f"{i:02d}-{task.name}"), [task]) for i, task in enumerate(self.tasks, start=1)]
 
     @property
     def mixture(self) -> dict[str, int]:
@@ -133,41 +117,35 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
     """
     plan = make_plan(recipe)
     trackers_of(recipe.training)
-    with locked(recipe):
-        # Only rank 0 writes; the other ranks wait for it in the first training step.
-        run = Run.prepare(recipe) if is_main_process() else Run.at(recipe.output)
-        if is_main_process() and not run.environment_path.is_file():
-            write_json(run.environment_path, {**environment(), "dtype": model_dtype(recipe), "mixture": plan.mixture})
-        keep_inputs(run, task_fingerprints(plan.tasks), allow_changed_inputs)
-        if run.adapter_path.is_dir() or run.scores_path.is_file() or not plan.method.trains:
-            discard(run.checkpoints_path)
-            return run
-        began = run.known_environment.get("dtype")
-        if recipe.model.dtype == "fast" and began in ("bfloat16", "float32"):  # "fast" could choose another dtype now
-            model = recipe.model.model_copy(update={"dtype": began})
-            plan = dataclasses.replace(plan, recipe=recipe.model_copy(update={"model": model}))
-        for number, stage in enumerate(plan.stages):
-            if not stage.folder.adapter_path.is_dir():
-                if is_main_process():
-                    stage.folder.path.mkdir(parents=True, exist_ok=True)
-                _train_stage(plan, number, progress, allow_changed_inputs)
-            discard(stage.folder.checkpoints_path)  # no longer needed for resuming
-        if plan.sequential and is_main_process():
-            summaries = [stage.folder.environment["training"] for stage in plan.stages]
-            write_json(run.environment_path, {**run.environment, "training": joint_training(summaries)})
-            copy_folder(plan.stages[-1].folder.adapter_path, run.adapter_path)
+    # Only rank 0 writes; the other ranks wait for it in the first training step.
+    run = Run.prepare(recipe) if is_main_process() else Run.at(recipe.output)
+    if is_main_process() and not run.environment_path.is_file():
+        write_json(run.environment_path, {**environment(), "dtype": model_dtype(recipe), "mixture": plan.mixture})
+    keep_inputs(run, task_fingerprints(plan.tasks), allow_changed_inputs)
+    if run.adapter_path.is_dir() or run.scores_path.is_file() or not plan.method.trains:
+        discard(run.checkpoints_path)
         return run
-
-
-def locked(recipe: Recipe) -> AbstractContextManager[None]:
-    """A context that locks the recipe's folder; rank 0 locks it for all processes of this training."""
-    return exclusive(Path(recipe.output)) if is_main_process() else nullcontext()
+    began = run.known_environment.get("dtype")
+    if recipe.model.dtype == "fast" and began in ("bfloat16", "float32"):  # "fast" could choose another dtype now
+        model = recipe.model.model_copy(update={"dtype": began})
+        plan = dataclasses.replace(plan, recipe=recipe.model_copy(update={"model": model}))
+    folders = [folder for folder, _ in plan.stages]
+    for number, folder in enumerate(folders):
+        if not folder.adapter_path.is_dir():
+            if is_main_process():
+                folder.path.mkdir(parents=True, exist_ok=True)
+            _train_stage(plan, number, progress, allow_changed_inputs)
+        discard(folder.checkpoints_path)  # no longer needed for resuming
+    if plan.sequential and is_main_process():
+        summaries = [folder.environment["training"] for folder in folders]
+        write_json(run.environment_path, {**run.environment, "training": joint_training(summaries)})
+        copy_folder(folders[-1].adapter_path, run.adapter_path)
+    return run
 
 
 def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: bool) -> None:
     """Trains stage ``number``, counted from 0, starting from the base model or the previous stage's adapter."""
-    stage, recipe, method, data = plan.stages[number], plan.recipe, plan.method, plan.recipe.data
-    folder = stage.folder
+    (folder, tasks), recipe, method, data = plan.stages[number], plan.recipe, plan.method, plan.recipe.data
     seed = recipe.training.seed + 1_000 * number  # unique per stage, also among runs with nearby seeds
 
     transformers.set_seed(seed)
@@ -175,19 +153,19 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
     keep_inputs(Run.at(recipe.output), {BASE_MODEL: model_fingerprint(base)}, allow_changed_inputs)
     with status(f"preparing the model for {method.name}"):
         names = [task.name for task in plan.tasks]
-        before = plan.stages[number - 1].folder.adapter_path if number else None
+        before = plan.stages[number - 1][0].adapter_path if number else None
         model = method.apply(base, names) if before is None else method.proceed(base, before)
     if recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()
 
-    order = mixture(stage.tasks, data.seed)
-    examples = encode_tasks(tokenizer, stage.tasks, recipe.prompt.model_dump(), order, progress=progress)
+    order = mixture(tasks, data.seed)
+    examples = encode_tasks(tokenizer, tasks, recipe.prompt.model_dump(), order, progress=progress)
     refuse_beyond_model(examples, base)
-    collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
+    collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
     batches = batches_by_task(examples, collate, recipe.training.per_device_train_batch_size)
     held_out = None
     if recipe.training.eval_strategy != "no":
-        held_out = encoded(tokenizer, recipe, [(task, one) for task in stage.tasks for one in task.validation], base)
+        held_out = encoded(tokenizer, recipe, [(task, one) for task in tasks for one in task.validation], base)
         held_out.sort(key=lambda example: len(example["input_ids"]))
     with status(f"preparing the data for {method.name}"):
         method.before_training(model, batches)
@@ -208,18 +186,16 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
             *method.callbacks(folder),
             *tensorboard(recipe.training, folder.path, checkpoint),
         ],
-        quotas=data.quotas(stage.tasks),
+        quotas=data.quotas(tasks),
         options=recipe.training,
     )
     trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which are in metrics.jsonl
     if method.needs_whole_weights and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         raise BaditError(f"method: {method.name} needs unsharded weights; launch it without FSDP and DeepSpeed")
-    save_unsharded(trainer)
-    refuse_other_engine(checkpoint, trainer)
+    prepare_engine(trainer, checkpoint)
 
-    trainer.add_callback(sealing := SealCheckpoints(trainer, folder.checkpoints_path))
-    trainer.add_callback(stop := StopOnSignal())
-    with stop, fast_on_short_sequences(base), tracker_folders(recipe.training, folder.path), safe_unpickling(trainer):
+    trainer.add_callback(saving := Checkpoints(trainer, folder.checkpoints_path))
+    with saving, fast_on_short_sequences(base), tracker_folders(recipe.training, folder.path), safe_unpickling(trainer):
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except UnpicklingError:  # torch's loader found something other than tensors and plain values
@@ -232,7 +208,7 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
             torch.use_deterministic_algorithms(deterministic)  # full_determinism applies to training only
             if trainer.is_in_train:  # stopped or failed; at the end of training, slower ranks still read the folder
                 discard(folder.checkpoints_path / STAGING)  # deletes an incomplete checkpoint
-    seconds, state = sealing.seconds, trainer.state
+    seconds, state = saving.seconds, trainer.state
     if progress and state.best_metric is not None and trainer.args.load_best_model_at_end and is_main_process():
         best = f"step {state.best_global_step} (eval_loss {state.best_metric:.4f})"
         say(f"badit: trained {state.global_step} steps; kept the model of {best}")
@@ -405,11 +381,6 @@ def base_model(recipe: Recipe, *, dtype: Dtype | None = None) -> tuple[PreTraine
     if end not in ends:
         model.generation_config.eos_token_id = [one for one in ends if one is not None] + [end]
     return model, tokenizer
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the tokenizer's padding id, or 0 if it has none: padding is masked, so any id works."""
-    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
 
 
 def model_dtype(recipe: Recipe) -> Dtype:

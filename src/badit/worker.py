@@ -97,7 +97,7 @@ def run_cell(folder: Path, *, score: bool) -> int:
 
 
 def _run(folder: Path, *, score: bool) -> None:
-    from badit.evaluate import read_predictions, train_and_score, validation_loss
+    from badit.evaluate import read_predictions, train, validation_loss
     from badit.metrics import group_by_task, instance_scores
     from badit.train import fit
 
@@ -105,7 +105,7 @@ def _run(folder: Path, *, score: bool) -> None:
     if not score:
         validation_loss(fit(run.recipe))
         return
-    train_and_score(run.recipe)
+    train(run.recipe)
     write_json(run.instances_path, instance_scores(group_by_task(read_predictions(run.predictions_path))))
 
 

@@ -11,10 +11,9 @@ from badit import analyze
 from badit.analysis.tables import load_frames
 from badit.cli import main
 from badit.errors import BaditError
-from badit.evaluate import train_and_score
 from badit.recipe import build_recipe
 from report.samples import write_comparison
-from training.trainers import change_tensors
+from training.trainers import change_tensors, train_and_score
 
 PAIRS = {"gradient_pairs", "gradient_overall", "coactivation_pairs"}
 INTERFERENCE = PAIRS | {"gradient_summary", "gradient_tasks", "coactivation", "coactivation_tasks"}
@@ -24,7 +23,7 @@ EXPERTS |= {"expert_angles", "component_flow"}
 
 def finished_run(recipe_values):
     recipe = build_recipe(recipe_values)
-    train_and_score(recipe, progress=False)
+    train_and_score(recipe)
     return Path(recipe.output)
 
 

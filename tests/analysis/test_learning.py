@@ -48,7 +48,7 @@ def test_angles_and_component_flow_are_read_from_logs(tmp_path):
 def test_logs_of_a_sequence_are_joined(tmp_path):
     run = Run.at(tmp_path)
     for number, (task, steps) in enumerate([("b", 20), ("a", 10)], start=1):
-        folder = run.stage(number, task).path
+        folder = run.path / "stages" / f"{number:02d}-{task}"
         folder.mkdir(parents=True)
         write_lines(folder / "metrics.jsonl", [{"step": step, "loss": 1.0} for step in (steps // 2, steps)])
         write_lines(folder / "angles.jsonl", [{"step": 5, "module": NAME, **dict.fromkeys(FIELDS, 1.0)}])

@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 
 from badit.baselines import BASELINES
 from badit.errors import BaditError
-from badit.evaluate import load_run, train_and_score
+from badit.evaluate import load_run
 from badit.methods import AdapterMethod, build_method
 from badit.recipe import build_recipe
 from badit.train import fit
 from baselines.naive import SMALL, logits
 from refusals import refuses
-from training.trainers import StopAt, assert_same, with_callbacks
+from training.trainers import StopAt, assert_same, train_and_score, with_callbacks
 from tuner.helpers import IDS
 
 OPTIONS = {name: {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1} for name in BASELINES}
@@ -39,10 +39,10 @@ def test_loaded_run_matches_trained_model(recipe_values, monkeypatch, name):
 
 def test_resumed_pissa_run_matches_uninterrupted_run(recipe_values, tmp_path):
     values = {**recipe_values, "method": {"name": "pissa", **OPTIONS["pissa"]}}
-    expected = train_and_score(build_recipe({**values, "output": str(tmp_path / "whole")}), progress=False)
+    expected = train_and_score(build_recipe({**values, "output": str(tmp_path / "whole")}))
     with with_callbacks(StopAt(8)), pytest.raises(KeyboardInterrupt):
-        train_and_score(build_recipe(values), progress=False)
-    assert train_and_score(build_recipe(values), progress=False) == expected
+        train_and_score(build_recipe(values))
+    assert train_and_score(build_recipe(values)) == expected
     assert_same(*(load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("whole", "run")))
 
 

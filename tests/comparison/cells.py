@@ -1,9 +1,12 @@
 """The recipe of a small comparison, and cells that run in the test's process."""
 
 from importlib import import_module
+from pathlib import Path
+from unittest.mock import patch
 
 from badit import worker
-from badit.recipe import build_recipe
+from badit.files import read_json
+from badit.results import RESULTS
 from badit.worker import ERROR
 
 compare_module = import_module("badit.compare")  # badit.compare is the function
@@ -48,6 +51,8 @@ def by_status(results, **wanted):
     return [f"{cell['method']}/{cell['seed']}" for cell in cells]
 
 
-def compared(values, **options):
-    """Runs a comparison, by default without progress reports, and returns its results."""
-    return compare_module.compare(build_recipe(values), **{"report": lambda line: None, **options})
+def compared(values, report=None, **options):
+    """Runs a comparison and returns the contents of results.json; ``report`` is called with each line of progress."""
+    with patch.object(compare_module, "say", report):
+        compare_module.compare(values, progress=report is not None, **options)
+    return read_json(Path(values["output"]) / RESULTS)

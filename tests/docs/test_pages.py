@@ -8,10 +8,10 @@ import tomllib
 import pytest
 import yaml
 
+from badit import table
 from badit.cli import app
 from badit.methods import build_method
 from badit.recipe import build_recipe, load_recipe
-from badit.render import table
 from docs.pages import RESULTS, ROOT, Page, pages
 
 WITH_COMMANDS = [page for page in [*pages(), *pages("recipes/**/*.yaml")] if page.commands()]
@@ -69,7 +69,7 @@ def test_quoted_numbers_match_the_committed_results(page):
 def test_tables_match_the_committed_results(page):
     """A comparison's table is between two comments; the first one names its results file."""
     for file, found in _TABLE.findall(page.text):
-        assert found == table(RESULTS / file, form="markdown").strip()
+        assert found == table(RESULTS / file, format="markdown").strip()
 
 
 def source_strings():

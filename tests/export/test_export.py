@@ -360,6 +360,6 @@ def test_peft_lora_conversion_accepts_only_fixed_mixtures(tiny_model, family):
 
 
 def test_merging_into_quantised_weights_is_refused(trained, tmp_path):
-    run = trained(BADIT)
-    run.config_path.write_text(run.config_path.read_text().replace("quantisation: null", "quantisation: bnb-8bit"))
-    refuses(r"^--merged: the base weights are quantised", export, run, tmp_path / "model", merged=True)
+    for run in (trained(BADIT), trained({"name": "lora", **LORA})):
+        run.config_path.write_text(run.config_path.read_text().replace("quantisation: null", "quantisation: bnb-8bit"))
+        refuses(r"^--merged: the base weights are quantised", export, run, tmp_path / "model", merged=True)

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from badit.checkpoint import SEAL, STAGING, StopOnSignal, last_checkpoint, seal
+from badit.checkpoint import SEAL, STAGING, Checkpoints, last_checkpoint, seal
 from badit.errors import BaditError
 from badit.recipe import build_recipe
 from badit.train import fit
@@ -106,10 +106,10 @@ def test_first_signal_is_deferred_and_second_one_interrupts_at_once(capfd):
             os.kill(os.getpid(), signal.SIGINT)
             reached.append(number)
 
-    with pytest.raises(KeyboardInterrupt), StopOnSignal():
+    with pytest.raises(KeyboardInterrupt), Checkpoints(None, None):
         signal_thrice()
     assert reached == [0]
     assert capfd.readouterr().err == "\nbadit: finishing the step and saving; press Ctrl-C again to stop now\n"
-    with pytest.raises(KeyboardInterrupt), StopOnSignal():
+    with pytest.raises(KeyboardInterrupt), Checkpoints(None, None):
         os.kill(os.getpid(), signal.SIGTERM)  # as after the last step: raised on exit
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers

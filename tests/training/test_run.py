@@ -10,7 +10,6 @@ import torch
 
 from badit import BaditError, Run, models
 from badit.evaluate import evaluate, load_run, validation_loss
-from badit.evaluate import train_and_score as train
 from badit.files import read_json, read_jsonl, write_json
 from badit.methods import AdapterMethod, build_method
 from badit.recipe import build_recipe
@@ -18,7 +17,7 @@ from badit.train import base_model, encoded, fit, make_plan
 from badit.tuner import hooks_of
 from materials import make_recipe
 from refusals import refuses
-from training.trainers import change_tensors, fit_until, train_module
+from training.trainers import change_tensors, fit_until, train_and_score, train_module
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def finished(material, tmp_path_factory):
     """The recipe and the scores of a trained and scored run with held-out instances."""
     values = make_recipe(material / "model", material / "tasks.jsonl", tmp_path_factory.mktemp("finished") / "run")
     recipe = build_recipe(values, ["data.validation_per_task=3", "training.learning_rate=0.05"])
-    return recipe, train(recipe, progress=False)
+    return recipe, train_and_score(recipe)
 
 
 def test_run_writes_all_its_files(finished):
@@ -52,9 +51,9 @@ def test_splits_have_separate_scores_and_a_finished_run_is_not_repeated(finished
     assert validation["tasks"]["cities"]["instances"] == 3
     assert read_json(Run(recipe.output).path / "scores-validation.json") == validation
     monkeypatch.setattr(train_module, "load_base_model", None)  # no model is loaded
-    assert train(recipe, progress=False) == scores == read_json(Run(recipe.output).scores_path)
+    assert train_and_score(recipe) == scores == read_json(Run(recipe.output).scores_path)
     with pytest.raises(BaditError, match=r"differs in training\.num_train_epochs"):
-        train(build_recipe(recipe.model_dump(), ["training.num_train_epochs=3"]), progress=False)
+        train_and_score(build_recipe(recipe.model_dump(), ["training.num_train_epochs=3"]))
 
 
 def change_config(**changes):
@@ -171,7 +170,7 @@ def test_run_applies_scheduler_and_chat_template_options(recipe_values):
     prompt = {"encoding": "def+pos1", "chat_template": "never", "max_source_tokens": 40, "max_answer_tokens": 2}
     values = {**recipe_values, "training": recipe_values["training"] | training, "prompt": prompt}
     recipe = build_recipe(values, ["data.sampling=balanced", "model.dtype=bfloat16"])
-    train(recipe, progress=False)
+    train_and_score(recipe)
     run = Run(recipe.output)
     assert run.metrics["learning_rate"].tolist() == [0.01, 0.01]
     assert run.recipe == recipe

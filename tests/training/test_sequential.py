@@ -8,7 +8,7 @@ import torch
 from badit import BaditError, Run
 from badit.baselines import BASELINES
 from badit.checkpoint import last_checkpoint
-from badit.evaluate import evaluate, load_run, train_and_score
+from badit.evaluate import evaluate, load_run
 from badit.files import read_json, write_json
 from badit.methods import AdapterMethod, Method
 from badit.recipe import build_recipe
@@ -16,7 +16,7 @@ from badit.statistics import FORMS, continual_scores
 from badit.train import fit, make_plan
 from baselines.naive import logits
 from materials import make_recipe
-from training.trainers import assert_same, fit_until, learned, on, train_module, with_callbacks
+from training.trainers import assert_same, fit_until, learned, on, train_and_score, train_module, with_callbacks
 
 ORDER = ["rivers", "cities"]
 STAGES = ["01-rivers", "02-cities"]
@@ -34,7 +34,7 @@ def sequence(values, method, *overrides):
 
 
 def stages(recipe):
-    return [stage.folder for stage in make_plan(recipe).stages]
+    return [folder for folder, _ in make_plan(recipe).stages]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def finished(material, tmp_path_factory):
     """The recipe, run and scores of a trained and scored LoRA sequence."""
     values = make_recipe(material / "model", material / "tasks.jsonl", tmp_path_factory.mktemp("sequence") / "run")
     recipe = sequence(values, LORA, "data.validation_per_task=2")
-    scores = train_and_score(recipe, progress=False)
+    scores = train_and_score(recipe)
     return recipe, Run(recipe.output), scores
 
 
@@ -80,16 +80,16 @@ def test_finished_stages_are_not_retrained_or_rescored_except_by_evaluate(finish
     stages(recipe)[1].scores_path.unlink()
     first = stages(recipe)[0].scores_path.stat().st_mtime_ns
     monkeypatch.setattr(AdapterMethod, "trainer", lambda *args, **options: pytest.fail("trained"))
-    assert train_and_score(recipe, progress=False) == scores
+    assert train_and_score(recipe) == scores
     assert stages(recipe)[0].scores_path.stat().st_mtime_ns == first
     monkeypatch.setattr(train_module, "load_base_model", lambda *args, **options: pytest.fail("loaded a model"))
-    assert train_and_score(recipe, progress=False) == scores
+    assert train_and_score(recipe) == scores
 
 
 @pytest.mark.parametrize("unseen", [True, False])
 def test_score_matrix_and_continual_scores(recipe_values, unseen):
     recipe = sequence(recipe_values, LORA, f"evaluation.unseen_tasks={str(unseen).lower()}")
-    scores = train_and_score(recipe, progress=False)
+    scores = train_and_score(recipe)
     assert [[score is None for score in row] for row in scores["matrix"]] == [[False, not unseen], [False, False]]
     assert list(read_json(stages(recipe)[0].scores_path)["tasks"]) == (ORDER if unseen else ORDER[:1])
     # A tiny model's scores are all alike, so replace them.
@@ -110,12 +110,12 @@ def test_score_matrix_and_continual_scores(recipe_values, unseen):
 def test_interrupted_second_stage_resumes_to_identical_results(recipe_values, tmp_path):
     method = {"name": "gainlora", "lora_dropout": 0.1, "r": 2}
     whole, recipe = (sequence(recipe_values, method, f"output={tmp_path / name}") for name in ("whole", "resumed"))
-    expected = train_and_score(whole, progress=False)
+    expected = train_and_score(whole)
     assert not fit_until(3, recipe, folder=STAGES[1]).adapter_path.exists()
     first, second = stages(recipe)
     assert last_checkpoint(second.checkpoints_path) == second.checkpoints_path / "checkpoint-2"
     trained_at = first.environment_path.stat().st_mtime_ns
-    assert train_and_score(recipe, progress=False) == expected
+    assert train_and_score(recipe) == expected
     assert first.environment_path.stat().st_mtime_ns == trained_at, "the first stage is not trained again"
     for one, other in zip([*stages(whole), Run(whole.output)], [first, second, Run(recipe.output)], strict=True):
         assert_same(learned(one), learned(other))
@@ -134,7 +134,7 @@ def test_every_method_starts_the_second_stage_from_the_first(recipe_values, name
             return model
 
         monkeypatch.setattr(kind, "proceed", noting)
-    assert len(train_and_score(recipe, progress=False)["matrix"]) == 2
+    assert len(train_and_score(recipe)["matrix"]) == 2
     (at_the_start,) = begun
     first, second = (logits(load_run(folder, recipe)[0], rows=ORDER[:1] * 3) for folder in stages(recipe))
     assert not torch.equal(first, second), "the second stage learns"

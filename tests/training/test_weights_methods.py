@@ -12,7 +12,7 @@ from badit.data import AnswerCollator
 from badit.evaluate import load_run
 from badit.methods import WEIGHTS, AdapterMethod, Method, WeightsMethod
 from badit.recipe import build_recipe
-from badit.train import base_model, encoded, fit, make_plan, pad_id
+from badit.train import base_model, encoded, fit, make_plan
 from baselines.naive import logits
 from refusals import refuses
 from training.trainers import change_tensors, fit_until, learned, on, with_callbacks
@@ -73,7 +73,7 @@ def test_task_neurons_changes_only_the_top_neurons_of_each_task(recipe_values, t
     model, tokenizer = base_model(recipe)
     for task in make_plan(recipe).tasks:  # each task is one batch
         batch = encoded(tokenizer, recipe, [(task, instance) for instance in task.train], None)
-        of_tasks.append(top_neurons(neuron_scores(model, [AnswerCollator(pad_id(tokenizer))(batch)]), SHARE))
+        of_tasks.append(top_neurons(neuron_scores(model, [AnswerCollator(tokenizer.pad_token_id)(batch)]), SHARE))
     masks = {name: sum(mask[name] for mask in of_tasks).bool() for name in of_tasks[0]}
     assert {name.split(".")[-2] for name in weights} == {"gate_proj", "up_proj", "down_proj"}
     for name, tensor in weights.items():

@@ -12,14 +12,20 @@ from transformers import TrainerCallback, TrainingArguments
 
 from badit import BaditConfig, Run
 from badit.data import AnswerCollator
+from badit.evaluate import train
 from badit.files import read_json
 from badit.methods import AdapterMethod
+from badit.results import read_scores
 from badit.train import fit
 from badit.trainer import AnswerTrainer
 
 train_module = import_module("badit.train")  # badit.train is the function
 PAPER = {"init_weights": "bad", "router_input": "mean"}
 QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
+
+
+def train_and_score(recipe):
+    return read_scores(train(recipe, progress=False).scores_path)
 
 
 def examples(count=24):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from badit.errors import BaditError
-from badit.evaluate import evaluate, train_and_score
+from badit.evaluate import evaluate
 from badit.files import read_jsonl
 from badit.models import Quantisation, load_base_model
 from badit.recipe import build_recipe
@@ -19,6 +19,7 @@ from badit.run import Run
 from badit.train import make_plan
 from badit.tuner.targets import refuse_unsuitable_layer
 from materials import make_material
+from training.trainers import train_and_score
 from tuner.helpers import adapt, layers, take_steps
 
 # torchao needs a newer torch than the lowest version that badit supports.
@@ -108,7 +109,7 @@ def test_base_weights_repacked_for_the_cpu_are_refused(load):
 @pytest.mark.parametrize("kind", KINDS)
 def test_recipe_with_a_quantised_model_trains_and_scores(recipe_values, kind):
     recipe = build_recipe(recipe_values, [f"model.quantisation={kind}"])
-    scores = train_and_score(recipe, progress=False)
+    scores = train_and_score(recipe)
     losses = [line["loss"] for line in read_jsonl(Path(recipe.output) / "metrics.jsonl")]
     assert losses[-1] < losses[0]
     assert evaluate(Run(recipe.output), progress=False) == scores

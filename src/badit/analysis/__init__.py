@@ -28,7 +28,7 @@ from badit.methods import build_method
 from badit.recipe import DataSection, Recipe, build_recipe
 from badit.results import RESULTS
 from badit.run import AnyPath, Run
-from badit.train import encoded, make_plan, pad_id, task_fingerprints
+from badit.train import encoded, make_plan, task_fingerprints
 
 _BATCH_SIZE = 4
 
@@ -110,7 +110,8 @@ def _parts(
         if not run.environment_path.is_file():
             write_json(run.environment_path, environment())
     pairs = [(task, instance) for task, instances in chosen for instance in instances]
-    examples, collate = encoded(tokenizer, recipe, pairs, model), AnswerCollator(pad_id(tokenizer), with_tasks=True)
+    examples = encoded(tokenizer, recipe, pairs, model)
+    collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
     batches = batches_by_task(examples, collate, _BATCH_SIZE)
     gates = prompt_gates(model, batches) if active_experts(model) else None
     one_by_one = batches_by_task(examples, collate, 1)

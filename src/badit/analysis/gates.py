@@ -28,7 +28,7 @@ from badit.files import read_json, refuse_links, write_json
 from badit.method import prompt_mean
 from badit.recipe import Recipe
 from badit.run import RECORD, Run
-from badit.train import encoded, model_dtype, model_fingerprint, pad_id, task_fingerprints
+from badit.train import encoded, model_dtype, model_fingerprint, task_fingerprints
 from badit.trainer import answer_losses
 from badit.tuner.config import is_number
 from badit.tuner.layer import ExpertLinear
@@ -194,7 +194,7 @@ def task_gates(
         kept = read_json(run.gates_path)
         if kept["depends_on"] == depends:
             by_task = {name: _checked_gates(gates, run.gates_path, model) for name, gates in kept["tasks"].items()}
-    collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
+    collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
     for name in names:
         if name not in by_task:
             pairs = [(tasks[name], instance) for instance in tasks[name].train[:PROMPTS_PER_TASK]]

@@ -90,12 +90,12 @@ class AnswerCollator:
     """Pads encoded examples to the longest one of the batch.
 
     Args:
-        pad_token_id: padding value of `input_ids`. It is masked, so use 0 if the tokenizer has no pad token.
+        pad_token_id: padding value of `input_ids`. It is masked, so None (the tokenizer has no pad token) means 0.
         side: the padding side: "right" for training, "left" for batched generation.
         with_tasks: whether to add `tasks`, the task name of each row, which the trainer must remove before the forward.
     """
 
-    pad_token_id: int
+    pad_token_id: Any
     side: Literal["left", "right"] = "right"
     with_tasks: bool = False
 
@@ -109,7 +109,7 @@ class AnswerCollator:
 
         ids = [example["input_ids"] for example in examples]
         batch: dict[str, Any] = {
-            "input_ids": padded(ids, self.pad_token_id),
+            "input_ids": padded(ids, self.pad_token_id or 0),
             "attention_mask": padded([[1] * len(row) for row in ids], 0),
             "labels": padded([example["labels"] for example in examples], IGNORED_LABEL),
         }

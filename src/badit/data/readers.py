@@ -311,14 +311,14 @@ def _of_data_sets(where: Source, path: Path) -> list[Task]:
     utils.logging.disable_progress_bar()
     if path.is_dir():
         with explained(path, action="read", any_error=True):
-            found = load_from_disk(str(path))
+            found = load_from_disk(str(path)).with_format(None)
     else:
         name, _, configuration = str(where.path).partition(":")
         fix = "give the path of a file or folder, 'builtin', or the name of a dataset on the hub"
         with explained(f"{where.path}: no such file or folder", action="loaded from the hub", fix=fix, any_error=True):
             found = load_dataset(name, configuration or None)
     parts: dict[str, Any] = {"train": found} if isinstance(found, Dataset) else {str(k): v for k, v in found.items()}
-    name = where.task or path.name.partition(":")[0]
+    name = where.task or os.path.basename(os.path.abspath(path)).partition(":")[0]
     known = {split: SPLIT_NAMES.get(split.partition("-")[0]) for split in parts}
     if unknown := [split for split in parts if known[split] is None and len(parts) > 1]:
         raise BaditError(f"{where.path}: unknown split {unknown[0]!r:.60}; known: {', '.join(SPLIT_NAMES)}; rename it")

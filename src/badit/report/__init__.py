@@ -74,7 +74,7 @@ def write_report(
 
 def has_extra() -> bool:
     """Returns whether the libraries that draw the charts are installed."""
-    return all(find_spec(name) is not None for name in ("altair", "jinja2", "vl_convert"))
+    return all(find_spec(name) is not None for name in ("altair", "vl_convert"))
 
 
 def chart_config(mode: Literal["light", "dark"]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from badit.analysis.learning import component_flow, expert_angles, task_gap, tra
 from badit.analysis.tables import load_frames
 from badit.errors import BaditError
 from badit.evaluate import read_predictions
-from badit.files import refuse_links
+from badit.files import inside, refuse_links
 from badit.metrics import Prediction, group_by_task, rouge_l
 from badit.recipe import read_values
 from badit.render import method_table
@@ -73,7 +73,8 @@ class Source:
         done = cells.loc[(cells["status"] == "done") & cells["selected"], ["method", "learning_rate", "seed", "order"]]
         rows = done.astype(object).where(done.notna(), None).to_numpy().tolist()
         runs = [(row[0], str(Cell(*row))) for row in sorted(rows, key=lambda row: methods.index(row[0]))]
-        return [(method, Source(at, self.folder / at)) for method, at in runs if (self.folder / at).is_dir()]
+        folders = [(method, Source(at, inside(self.folder, self.folder / at))) for method, at in runs]
+        return [(method, source) for method, source in folders if source.folder.is_dir()]
 
     @cached_property
     def predictions(self) -> Mapping[str, list[Prediction]]:
@@ -170,7 +171,11 @@ def _read(folder: Path, label: str) -> Source:
 def _losses(folder: Path, key: str) -> list[dict[str, float]]:
     """Returns the steps and losses of the log lines with ``key``."""
     run = Run.at(folder)
-    return [{"step": line["step"], "loss": line[key]} for line in run.log(run.metrics_path) if is_number(line.get(key))]
+    return [
+        {"step": line["step"], "loss": line[key]}
+        for line in run.log(run.metrics_path)
+        if all(is_number(line.get(each)) for each in ("step", key))
+    ]
 
 
 def _differences(runs: Sequence[Source]) -> pd.DataFrame:
@@ -179,7 +184,7 @@ def _differences(runs: Sequence[Source]) -> pd.DataFrame:
     scores = _rouge_l(runs[0])
     for run in runs[1:]:
         pairs = (_rouge_l(run).reindex(scores.index) - scores).dropna()
-        if len(pairs) and run.config.get("method", {}).get("name") != "base":
+        if len(pairs) and run.config.get("method") != {"name": "base"}:
             by_task = {str(task): each.to_numpy()[None] for task, each in pairs.groupby(level=0)}
             found = paired_bootstrap(by_task, resample_seeds=False)
             rows.append([run.label, found.mean, found.low, found.high, runs[0].label])
