@@ -111,6 +111,8 @@ def test_forward_without_gates_and_unsuitable_models_are_refused(tiny_model, met
     for other, target in ((T5ForConditionalGeneration(T5Config(**sizes)), "wo"), (nn.Sequential(nn.Linear(4, 4)), "0")):
         with pytest.raises(BaditError, match="is for decoder-only language models"):
             get_peft_model(other, config(method, target_modules=[target], task_type=None))
+    with pytest.raises(BaditError, match="modules_to_save: remove the embeddings"):
+        adapt(tiny_model("llama"), method, modules_to_save=["embed_tokens"])
 
 
 def test_o_lora_works_without_token_embeddings():

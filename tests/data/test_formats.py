@@ -71,6 +71,7 @@ def test_values_that_other_formats_have_as_text_and_system_prompts_are_kept(tmp_
     file = write_rows(tmp_path / "rows.jsonl", {"task": "a", "input": "x", "outputs": ["y", "z"], "id": 0})
     assert task_of(file).train[0] == Instance(id="0", input="x", outputs=("y", "z"))
     assert task_of(write_rows(tmp_path / "rows.jsonl", {"input": "x", "output": 0.5})).train[0].outputs == ("0.5",)
+    assert task_of(write_rows(tmp_path / "rows.jsonl", {"input": 7, "output": "x"})).train[0].input == "7"
     file = write_rows(tmp_path / "rows.jsonl", {"text": "x", "output": "y", "context": "z"})
     assert task_of(file, columns={"input": "text"}).train[0].input == "x"
     file = write_rows(tmp_path / "rows.jsonl", {"system": "Be brief.", "conversations": CHAT[1:]})

@@ -78,7 +78,7 @@ _Answers = Annotated[
 
 class _Row(BaseModel):
     task: TaskName
-    input: str
+    input: str = Field(coerce_numbers_to_str=True)
     outputs: _Answers = Field(validation_alias="output")
     instruction: str | None = None
     history: Messages = ()

@@ -77,7 +77,9 @@ async function* ask(question, signal) {
 
 async function chooseTask() {
   const name = at("task").value;
-  task = name ? await get(`/api/task?name=${encodeURIComponent(name)}`) : null;
+  const chosen = name ? await get(`/api/task?name=${encodeURIComponent(name)}`) : null;
+  if (at("task").value !== name) return; // another task was chosen meanwhile
+  task = chosen;
   at("instruction").hidden = !task;
   at("instruction").textContent = task?.instruction ?? "";
   at("text-label").textContent = task ? "Input" : "Prompt";
