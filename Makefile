@@ -24,7 +24,7 @@ test: $(VENV)/.dev test-lowest-peft  ## all tests; adapter, training and hub tes
 	PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests  # unbuffered: the summary is printed last
 
 stress: $(VENV)/.dev $(VENV)/deepspeed  ## long robustness tests: invalid input, kills, full disks, links, two processes, DeepSpeed
-	BADIT_STRESS=4 PYTHONPATH=$(abspath) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/fuzz
+	BADIT_STRESS=4 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/fuzz
 	BADIT_STRESS=4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/training/test_kills.py \
 	  tests/training/test_disks.py tests/training/test_reliability.py tests/test_security.py
 	PYTHONPATH=$(abspath $(VENV)/deepspeed) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training/test_deepspeed.py

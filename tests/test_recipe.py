@@ -89,6 +89,7 @@ def test_invalid_values_are_one_line_errors():
         ({}, ["data.tasks=[yes]"], r"data\.tasks\.0: input should be a valid string, got True"),
         ({}, ["training.learning_rate=.nan"], r"training\.learning_rate: input should be a finite number"),
         ({}, ["training.learning_rate=yes"], r"training\.learning_rate: must be a number, not true or false"),
+        ({}, ["data.weights=true"], r"data\.weights: input should be a valid dict"),
         ({}, ["data.train_per_task=true"], r"data\.train_per_task: must be a number, not true or false"),
         ({"training": {1: 2}}, [], r"training\.1: keys should be strings, got 1"),
         ({}, ["training.max_steps=3000000000"], r"training\.max_steps: input should be less than or equal to"),

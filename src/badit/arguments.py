@@ -41,8 +41,8 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_value_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds = re.findall(r"\b(?:bool|int|float)\b", str(cls.model_fields[info.field_name or ""].annotation))
-        if isinstance(value, bool) and kinds and "bool" not in kinds:
+        kinds = re.findall(r"\b(bool|int|float|list|dict)\b", str(cls.model_fields[info.field_name or ""].annotation))
+        if isinstance(value, bool) and kinds and not {"bool", "list", "dict"} & {*kinds}:
             raise ValueError("must be a number, not true or false")
         return value
 

@@ -24,7 +24,7 @@ from badit.errors import BaditError
 from badit.files import read_text
 from badit.methods import NAMES, AdapterMethod, Method, build_method, on_skeleton, options_of
 from badit.models import device, load_tokenizer
-from badit.recipe import Recipe, build_recipe, parse_yaml, section_of
+from badit.recipe import Recipe, RecipeDumper, build_recipe, parse_yaml, section_of
 from badit.regroup import RegroupOptions
 from badit.render import counted, text_table
 from badit.run import Run
@@ -268,4 +268,6 @@ def as_yaml(value: Any) -> str:
     """Formats a plain value as YAML on one line."""
     if isinstance(value, str) and "\n" in value:
         return json.dumps(value, ensure_ascii=False)
-    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf).split("\n")[0]
+    return yaml.dump(value, Dumper=RecipeDumper, default_flow_style=True, allow_unicode=True, width=math.inf).split(
+        "\n"
+    )[0]

@@ -151,9 +151,10 @@ class Run:
         """Yields the lines of a log of the run. Steps of a sequence are counted from the start of its first stage."""
         start, folders = 0, sorted(self.path.glob("stages/*")) or [self.path]
         for folder, before in zip(folders, [None, *folders], strict=False):
-            with explained(folder / path.name, fix="delete the file to skip it", any_error=True):
-                if before is not None:
+            if before is not None:
+                with explained(before / self.metrics_path.name, any_error=True):
                     start += max((line["step"] for line in read_jsonl(before / self.metrics_path.name)), default=0)
+            with explained(folder / path.name, fix="delete the file to skip it", any_error=True):
                 for line in read_jsonl(folder / path.name):
                     yield {**line, "step": start + line["step"]}
 
@@ -277,7 +278,7 @@ class Run:
             all_tasks: write one adapter per task, in subfolders named after the tasks.
             gates: fix the gates to those of a file, such as an export's gates.json.
             rank: compress to this rank (default: the exact rank, at most 512).
-            merged: write a complete model instead of an adapter.
+            merged: write a complete model instead of an adapter. Quantised base weights are refused.
             score: also score the export on the run's split, and write its scores.json.
             engine: the library that generates the answers to score; vllm must be installed separately.
             progress: show progress bars on stderr.
@@ -372,6 +373,9 @@ def table(
         metric: the metric of differences, ranks and --by-task: rouge_l, exact_match or nll.
         by_task: print a row per task and a column per method.
         released: compute forgetting and transfer as SAPT's released code does, of a sequential comparison.
+
+    Returns:
+        The text, which the command prints.
 
     Raises:
         BaditError: the file is missing or damaged, or an option is unknown or not valid for the protocol.

@@ -45,7 +45,14 @@ def combination(surgery: Surgery) -> Combination:
         aggregate = aggregation.CAGrad(c=CAGRAD_RADIUS, norm_eps=1e-30)  # imports the solver
     except ImportError:
         raise BaditError("surgery needs torchjd and a solver: pip install 'badit[surgery]'") from None
-    return lambda gradients_TP: aggregate(gradients_TP) * len(gradients_TP)
+
+    def combine(gradients_TP: torch.Tensor) -> torch.Tensor:
+        norm = gradients_TP.norm().clamp_min(
+            torch.finfo(gradients_TP.dtype).tiny
+        )  # products of entries must not overflow
+        return aggregate(gradients_TP / norm) * norm * len(gradients_TP)
+
+    return combine
 
 
 class SurgeryTrainer(AnswerTrainer):

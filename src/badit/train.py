@@ -109,10 +109,10 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
 def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = False) -> Run:
     """Trains a recipe without scoring it. A sequence of tasks is trained one after another, each with its own result.
 
-    Under accelerate or torchrun all processes train, and only rank 0 writes the run's folder.
+    The caller locks the run's folder. Under accelerate or torchrun all processes train, and only rank 0 writes it.
 
     Raises:
-        BaditError: if the input is invalid, the output folder is in use or contains a run of another recipe, or the
+        BaditError: if the input is invalid, the output folder contains a run of another recipe, or the
             data or base weights have changed since the run began (unless ``allow_changed_inputs``).
     """
     plan = make_plan(recipe)

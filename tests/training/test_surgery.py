@@ -90,6 +90,7 @@ def test_cagrad_matches_a_grid_search_over_its_weights(seed, size):
 def test_cagrad_keeps_a_gradient_beside_a_small_one():
     found = combination("cagrad")(torch.tensor([[1.0, 0.0], [0.0, 1e-5]]))
     assert found.tolist() == pytest.approx([1.0, 0.5], abs=1e-3)
+    assert not combination("cagrad")(torch.full((2, 2), 1e38)).isfinite().any(), "such a step is skipped"
 
 
 @pytest.mark.parametrize("surgery", ["pcgrad", "cagrad"])

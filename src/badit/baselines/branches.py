@@ -169,7 +169,7 @@ class BranchModel(ExpertModel):
             raise BaditError(f"{config.method} is for decoder-only language models; its gates need a prompt")
         kept, embeddings = tuple(config.modules_to_save or ()), self.model.get_input_embeddings()
         if any(name.endswith(kept) for name, module in self.model.named_modules() if module is embeddings):
-            raise BaditError(f"modules_to_save: remove the embeddings, which the gates of {config.method} read")
+            raise BaditError("modules_to_save: remove the embeddings, which the gates of this method read")
 
     def _create_and_replace(self, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         if peft_config.gate_cls is not None and adapter_name not in self.badit_gate:

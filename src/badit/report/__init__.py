@@ -56,11 +56,11 @@ def write_report(
     """
     if not has_extra():
         raise BaditError("the report needs its extra: pip install 'badit[report]'")
-    from badit.report.page import export_figures, render, sections_of
-    from badit.report.sources import read_sources
-
     output = Path(output)
     with status("writing the report"):
+        from badit.report.page import export_figures, render, sections_of
+        from badit.report.sources import read_sources
+
         sources = read_sources([runs] if isinstance(runs, str | os.PathLike) else runs)
         sections = sections_of(sources)
         page = render(title or " · ".join(source.label for source in sources), sections)
