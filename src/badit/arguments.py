@@ -41,8 +41,8 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_value_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds = re.findall(r"\b(bool|int|float|list|dict)\b", str(cls.model_fields[info.field_name or ""].annotation))
-        if isinstance(value, bool) and kinds and not {"bool", "list", "dict"} & {*kinds}:
+        kind = str(cls.model_fields[info.field_name or ""].annotation) if isinstance(value, bool) else ""
+        if re.search(r"\b(int|float)\b", kind) and not re.search(r"\b(bool|list|dict)\b", kind):
             raise ValueError("must be a number, not true or false")
         return value
 

@@ -10,7 +10,6 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import torch
-import yaml
 from jinja2 import Environment, StrictUndefined
 from pydantic import BaseModel
 from torch.utils.benchmark import Timer
@@ -24,7 +23,7 @@ from badit.errors import BaditError
 from badit.files import read_text
 from badit.methods import NAMES, AdapterMethod, Method, build_method, on_skeleton, options_of
 from badit.models import device, load_tokenizer
-from badit.recipe import Recipe, RecipeDumper, build_recipe, parse_yaml, section_of
+from badit.recipe import Recipe, build_recipe, parse_yaml, section_of, to_yaml
 from badit.regroup import RegroupOptions
 from badit.render import counted, text_table
 from badit.run import Run
@@ -268,6 +267,4 @@ def as_yaml(value: Any) -> str:
     """Formats a plain value as YAML on one line."""
     if isinstance(value, str) and "\n" in value:
         return json.dumps(value, ensure_ascii=False)
-    return yaml.dump(value, Dumper=RecipeDumper, default_flow_style=True, allow_unicode=True, width=math.inf).split(
-        "\n"
-    )[0]
+    return to_yaml(value, default_flow_style=True, width=math.inf).split("\n")[0]

@@ -75,10 +75,11 @@ def train(
         run = fit(made, progress=progress, allow_changed_inputs=allow_changed_inputs)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        if is_main_process() and run.scores_path.is_file():
-            write_run_card(run)  # an interrupted run may have scores but no card
-        elif is_main_process():
-            evaluate(run, progress=progress, resume=True)
+        if is_main_process():
+            if run.scores_path.is_file():
+                write_run_card(run)  # an interrupted run may have scores but no card
+            else:
+                evaluate(run, progress=progress, resume=True)
     return Run(made.output, trust_remote_code=made.model.trust_remote_code)
 
 

@@ -98,7 +98,8 @@ class Export:
         """Returns the content of ``export.json`` without the list of files."""
         # A relative path names none of the user's folders, and both folders can be moved together.
         path = os.path.relpath(run.path.resolve(), self.folder.resolve())
-        kept: Any = {"run": path, "method": method, "weights": weights, "mixture": self.mixture, "task": self.task}
+        kept: dict[str, Any] = {"run": path, "method": method, "weights": weights}
+        kept |= {"mixture": self.mixture, "task": self.task}
         if not self.merged:
             kept |= {"rank": self.rank, "exact_rank": self.exact_rank}
         if self.errors:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -389,7 +389,7 @@ def expand_source(source: str) -> str:
 def dump_recipe(recipe: Recipe) -> str:
     """Returns a run's recipe as YAML with every field."""
     values = {"format": FORMAT, **recipe.model_dump(mode="json", exclude={"compare"})}
-    return yaml.dump(values, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)
+    return to_yaml(values, sort_keys=False)
 
 
 def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -442,7 +442,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1, except that 5e-4 is a number, and 073 (a task number) is a string, not the octal number 59."""
 
 
-class RecipeDumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):
     """Quotes strings that :class:`_Loader` would read as numbers, such as 1234e56 (a revision)."""
 
 
@@ -453,10 +453,11 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int | str:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
-for _kind in (_Loader, RecipeDumper):
+for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+$"), list("+-0123456789")
     )
+to_yaml = partial(yaml.dump, Dumper=_Dumper, allow_unicode=True)  # parse_yaml reads the same values
 
 
 def _refused(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:

@@ -152,8 +152,9 @@ class Run:
         start, folders = 0, sorted(self.path.glob("stages/*")) or [self.path]
         for folder, before in zip(folders, [None, *folders], strict=False):
             if before is not None:
-                with explained(before / self.metrics_path.name, any_error=True):
-                    start += max((line["step"] for line in read_jsonl(before / self.metrics_path.name)), default=0)
+                metrics = before / self.metrics_path.name
+                with explained(metrics, any_error=True):
+                    start += max((line["step"] for line in read_jsonl(metrics)), default=0)
             with explained(folder / path.name, fix="delete the file to skip it", any_error=True):
                 for line in read_jsonl(folder / path.name):
                     yield {**line, "step": start + line["step"]}

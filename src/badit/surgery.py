@@ -47,9 +47,8 @@ def combination(surgery: Surgery) -> Combination:
         raise BaditError("surgery needs torchjd and a solver: pip install 'badit[surgery]'") from None
 
     def combine(gradients_TP: torch.Tensor) -> torch.Tensor:
-        norm = gradients_TP.norm().clamp_min(
-            torch.finfo(gradients_TP.dtype).tiny
-        )  # products of entries must not overflow
+        # Scaled to norm 1, because torchjd's products of gradients would overflow or underflow.
+        norm = gradients_TP.norm().clamp_min(torch.finfo(gradients_TP.dtype).tiny)
         return aggregate(gradients_TP / norm) * norm * len(gradients_TP)
 
     return combine

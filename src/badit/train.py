@@ -112,8 +112,8 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
     The caller locks the run's folder. Under accelerate or torchrun all processes train, and only rank 0 writes it.
 
     Raises:
-        BaditError: if the input is invalid, the output folder contains a run of another recipe, or the
-            data or base weights have changed since the run began (unless ``allow_changed_inputs``).
+        BaditError: if the input is invalid, the output folder contains a run of another recipe, or the data or base
+            weights have changed since the run began (unless ``allow_changed_inputs``).
     """
     plan = make_plan(recipe)
     trackers_of(recipe.training)

@@ -162,10 +162,9 @@ class BranchModel(ExpertModel):
         self._embedding_hook: Any = None
 
     def _refuse_unsuitable(self, config: BranchConfig) -> None:
-        unsuitable = self._is_encoder_decoder() or not hasattr(self.model, "get_input_embeddings")
         if config.gate_cls is None:
             return
-        if unsuitable:
+        if self._is_encoder_decoder() or not hasattr(self.model, "get_input_embeddings"):
             raise BaditError(f"{config.method} is for decoder-only language models; its gates need a prompt")
         kept, embeddings = tuple(config.modules_to_save or ()), self.model.get_input_embeddings()
         if any(name.endswith(kept) for name, module in self.model.named_modules() if module is embeddings):

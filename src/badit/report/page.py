@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import altair as alt
 import pandas as pd
 import vl_convert
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -26,6 +25,7 @@ from badit import __version__
 from badit.data import own_input
 from badit.files import read_json, remove
 from badit.metrics import METRICS, Prediction, exact_match, rouge_l
+from badit.recipe import to_yaml
 from badit.render import UNKNOWN, number
 from badit.report import chart_config, charts
 from badit.report.figures import FIGURES, Figure
@@ -41,7 +41,7 @@ _WIDTHS = {"full": 520, "half": 340, "square": 400}
 _SAMPLES, _MANY_MODELS = 6, 3
 _LONGEST_QUESTION, _LONGEST_ANSWER = 700, 400
 _PARTLY_RIGHT = 50.0
-_as_yaml = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100)
+_as_yaml = partial(to_yaml, sort_keys=False, width=100)
 # The recipe keys that the overview shows.
 _SETTINGS = ["model.name", "method.name", "method.num_experts", "method.r", "data.source", "training.learning_rate"]
 
