@@ -146,7 +146,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/pip
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'  # modules are compiled when they are first imported
 	touch $@ $(VENV)/.demo
 
 $(BIN)/pip:

@@ -91,6 +91,7 @@ def test_invalid_values_are_one_line_errors():
         ({}, ["training.learning_rate=yes"], r"training\.learning_rate: must be a number, not true or false"),
         ({}, ["data.weights=true"], r"data\.weights: input should be a valid dict"),
         ({}, ["data.train_per_task=true"], r"data\.train_per_task: must be a number, not true or false"),
+        ({"compare": {"methods": {}, "seeds": [True]}}, [], r"compare\.seeds: must be a number, not true or false"),
         ({"training": {1: 2}}, [], r"training\.1: keys should be strings, got 1"),
         ({}, ["training.max_steps=3000000000"], r"training\.max_steps: input should be less than or equal to"),
         ({"output": "a\0b"}, [], r"output: must be a name or a path"),

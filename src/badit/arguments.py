@@ -41,8 +41,9 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_value_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        kind = str(cls.model_fields[info.field_name or ""].annotation) if isinstance(value, bool) else ""
-        if re.search(r"\b(int|float)\b", kind) and not re.search(r"\b(bool|list|dict)\b", kind):
+        is_given = any(isinstance(each, bool) for each in (value if isinstance(value, list) else [value]))
+        kind = str(cls.model_fields[info.field_name or ""].annotation) if is_given else ""
+        if re.search(r"\b(int|float)\b", kind) and not re.search(r"\b(bool|dict)\b", kind):
             raise ValueError("must be a number, not true or false")
         return value
 

@@ -67,7 +67,7 @@ def train(recipe: str, *overrides: str, dry_run: bool = False, allow_changed_inp
 
 @app.command
 def compare(recipe: str, *overrides: str, jobs: Jobs = 1, dry_run: bool = False) -> int:
-    """Train and score methods with the same budget, each at its best learning rate.
+    """Train and score methods with the same budget, each at its best of compare.learning_rates.
 
     The same command resumes an interrupted comparison: finished runs are kept, failed runs are repeated.
     It prints a table (again, also in other formats: badit table OUTPUT) and writes OUTPUT/report.html.

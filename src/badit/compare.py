@@ -403,7 +403,8 @@ def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ())
         trained = sum(training["trainable_parameters"] for training in trainings)
         environment["training"] = {**joint_training(trainings), "trainable_parameters": trained}
     loss = _validation_loss(runs[0])
-    scores = mean_scores(instances) if done and instances else None
+    with explained(f"{runs[0].instances_path}", fix="delete the file to write it again", any_error=True):
+        scores = mean_scores(instances) if done and instances else None
     entry = {
         "method": cell.method,
         "seed": cell.seed,

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from badit.errors import BaditError
 from badit.gradients import by_shape, dtensor, over_shards, placements_along, stacked, stacked_placements
 from badit.method import Moments, no_moments, orthogonal_updates
-from badit.tuner.config import Positive, check
+from badit.tuner.config import NotNegative, Positive, check
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 
@@ -126,9 +126,8 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             )
         if not all(0 <= beta < 1 for beta in betas):
             raise BaditError(f"betas must be at least 0 and below 1, got {betas!r}")
-        if not weight_decay >= 0:
-            raise BaditError(f"weight_decay must be at least 0, got {weight_decay!r}")
         other_lr = lr if other_lr is None else other_lr
+        check("weight_decay", weight_decay, NotNegative)
         check("lr", lr, Positive)
         check("other_lr", other_lr, Positive)
         factors = [factor for pair in pairs for factor in pair]

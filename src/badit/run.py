@@ -162,7 +162,11 @@ class Run:
     @property
     def environment(self) -> dict[str, Any]:
         """Versions and hardware; under ``training``: parameters, steps, seconds and memory."""
-        return read_json(self.environment_path)
+        content = read_json(self.environment_path)
+        for part in ("inputs", "training"):
+            if not isinstance(content.get(part, {}), dict):
+                raise BaditError(f"{self.environment_path}: {part}: must be an object; restore it, or train again")
+        return content
 
     @property
     def known_environment(self) -> dict[str, Any]:

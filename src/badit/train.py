@@ -60,8 +60,8 @@ class Plan:
         run = Run.at(self.recipe.output)
         if not self.sequential:
             return [(run, self.tasks)]
-        folder = run.path / "stages"
-        return [(Run.at(folder / f"{i:02d}-{task.name}"), [task]) for i, task in enumerate(self.tasks, start=1)]
+        folder, width = run.path / "stages", max(2, len(str(len(self.tasks))))  # sorted names are in training order
+        return [(Run.at(folder / f"{i:0{width}}-{task.name}"), [task]) for i, task in enumerate(self.tasks, start=1)]
 
     @property
     def mixture(self) -> dict[str, int]:
@@ -329,6 +329,8 @@ def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | N
         given["metric_for_best_model"] = "loss"
     try:
         arguments = TrainingArguments(**{**defaults, **given, **fixed})
+        if not 0 <= arguments.label_smoothing_factor <= 1:  # transformers does not check it
+            raise ValueError("label_smoothing_factor: must be between 0 and 1")
     except (ValueError, TypeError, ImportError) as error:  # incompatible values, or DeepSpeed is not installed
         raise BaditError(f"training: {first_line(error)}") from None
     # Set afterwards: transformers refuses other intervals of checkpoints, but AnswerTrainer saves at every evaluation.

@@ -94,13 +94,8 @@ class AnswerTrainer(Trainer):
             self.optimizer = kind(groups, **arguments, weight_decay=decay)
         return super().create_optimizer(model)
 
-    @_names_section
-    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        return super().create_scheduler(*args, **kwargs)
-
-    @_names_section
-    def get_train_dataloader(self) -> Any:
-        return super().get_train_dataloader()
+    create_scheduler = _names_section(Trainer.create_scheduler)
+    get_train_dataloader = _names_section(Trainer.get_train_dataloader)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

@@ -84,8 +84,17 @@ def _stop_at_end_of_input(stdin: int) -> None:
 def run_cell(folder: Path, *, score: bool) -> int:
     """Runs a cell and returns the exit code of the process; an error is written to ``error.txt`` in the folder."""
     try:
+        from badit.evaluate import read_predictions, train, validation_loss
+        from badit.metrics import group_by_task, instance_scores
+        from badit.train import fit
+
         with explained(folder), exclusive(folder):
-            _run(folder, score=score)
+            run = Run(folder)
+            if score:
+                train(run.recipe)
+                write_json(run.instances_path, instance_scores(group_by_task(read_predictions(run.predictions_path))))
+            else:
+                validation_loss(fit(run.recipe))
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -94,19 +103,6 @@ def run_cell(folder: Path, *, score: bool) -> int:
         write_text(folder / ERROR, f"{message}\n")
         return 1
     return 0
-
-
-def _run(folder: Path, *, score: bool) -> None:
-    from badit.evaluate import read_predictions, train, validation_loss
-    from badit.metrics import group_by_task, instance_scores
-    from badit.train import fit
-
-    run = Run(folder)
-    if not score:
-        validation_loss(fit(run.recipe))
-        return
-    train(run.recipe)
-    write_json(run.instances_path, instance_scores(group_by_task(read_predictions(run.predictions_path))))
 
 
 if __name__ == "__main__":

@@ -76,12 +76,13 @@ def test_finished_comparison_is_reused_and_other_recipes_are_refused(searched, m
     methods = {**values["compare"]["methods"], "badit": {"name": "badit", "num_experts": 2, "r": 4}}
     with pytest.raises(BaditError, match=r"badit/.*it differs in method\.num_experts, method\.r"):
         compared({**values, "compare": {**values["compare"], "methods": methods}})
-    damaged = Path(values["output"]) / "lora/lr-0.01/seed-0/validation.json"
-    was = damaged.read_text()
-    for text in ("{}", '{"loss": "low"}'):
+    loss = Path(values["output"]) / "lora/lr-0.01/seed-0/validation.json"
+    scores = next(Path(values["output"]).glob("lora/lr-*/seed-0/instances.json"))
+    for damaged, text in ((loss, "{}"), (loss, '{"loss": "low"}'), (scores, '{"rivers": {}}')):
+        was = damaged.read_text()
         damaged.write_text(text)
-        refuses(r"validation\.json: .*delete the file to measure the loss again", compared, values)
-    damaged.write_text(was)
+        refuses(rf"{damaged.stem}\.json: .*delete the file to ", compared, values)
+        damaged.write_text(was)
 
 
 def test_failed_cell_does_not_stop_others_and_is_retried(values, inline, monkeypatch, command):
@@ -153,15 +154,15 @@ def test_search_with_other_settings_has_its_own_folder(values, inline):
 def test_sequential_comparison_with_two_orders_and_single_task_models(values, inline, command, monkeypatch):
     orders = [["rivers", "cities"], ["cities", "rivers"]]
     values["compare"] |= {"methods": {**LORA, "base": {"name": "base"}}, "orders": orders, "single_task": ["lora"]}
-    own = worker._run
+    own = worker.exclusive
 
-    def failing(folder, *, score):
+    def failing(folder):
         if folder.name == "rivers":
             raise BaditError("rivers are dry")
-        own(folder, score=score)
+        return own(folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "_run", failing)
+        patch.setattr(worker, "exclusive", failing)
         first, _, _, single = compared(values)["cells"]
     assert (first["status"], single["status"], single["error"]) == ("done", "failed", "rivers are dry")
     assert first["continual"]["standard"]["forward_transfer"] is None

@@ -10,6 +10,7 @@ import torch
 
 from badit.analysis.gates import prompt_gates
 from badit.data import AnswerCollator, batches_by_task
+from badit.errors import refuse_unknown
 from badit.generation import generate_answers
 from badit.run import Run
 from badit.studio import Question, Session, mixed
@@ -101,7 +102,7 @@ def test_nearest_tasks_are_sorted_by_difference(session):
     assert found == [(pytest.approx(difference, abs=1e-4), task) for difference, task in expected]
 
 
-def test_task_gates_are_cached_and_measured_again_if_damaged(trained, monkeypatch):
+def test_task_gates_are_cached_and_measured_again_if_damaged(trained, monkeypatch, capsys):
     run = trained(BADIT)
     first = Session(run)
     assert first.unmeasured
@@ -121,6 +122,13 @@ def test_task_gates_are_cached_and_measured_again_if_damaged(trained, monkeypatc
         assert again.task_gates.equals(first.task_gates)
     monkeypatch.delattr("badit.analysis.gates.mean_gates")
     Session(run).measure()
+    run.gates_path.unlink()
+    monkeypatch.setattr("badit.analysis.gates.encoded", lambda *_: refuse_unknown("task", "rivers", []))
+    unmeasurable = Session(run)
+    unmeasurable.measure()
+    assert "cannot be measured: task: unknown" in capsys.readouterr().err
+    assert not unmeasurable.unmeasured
+    assert event_data(events(unmeasurable, sides=["router"]), "gates", "router")["nearest"] == []
 
 
 def test_questions_are_answered_while_task_gates_are_measured(trained):

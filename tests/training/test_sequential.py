@@ -13,7 +13,7 @@ from badit.files import read_json, write_json
 from badit.methods import AdapterMethod, Method
 from badit.recipe import build_recipe
 from badit.statistics import FORMS, continual_scores
-from badit.train import fit, make_plan
+from badit.train import Plan, fit, make_plan
 from baselines.naive import logits
 from materials import make_recipe
 from training.trainers import assert_same, fit_until, learned, on, train_and_score, train_module, with_callbacks
@@ -50,6 +50,8 @@ def test_each_stage_writes_its_files_and_the_run_has_those_of_the_last(finished)
     recipe, run, scores = finished
     assert sorted((run.path / "stages").iterdir()) == [stage.path for stage in stages(recipe)]
     assert [stage.path.name for stage in stages(recipe)] == STAGES
+    many = [stage.path.name for stage, _ in Plan(recipe, make_plan(recipe).tasks * 50, Method("base")).stages]
+    assert (many[0], many) == ("001-rivers", sorted(many))
     first, last = stages(recipe)
     for folder in (first, last):
         assert {file.stem for file in folder.predictions_path.iterdir()} == set(ORDER)

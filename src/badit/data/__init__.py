@@ -7,11 +7,11 @@ from badit.data.encoded import AnswerCollator, Examples, batches_by_task, encode
 from badit.data.prompts import answer_rows, build_prompt, encode_examples, encode_prompts, own_input, prompt_text
 from badit.data.readers import load_sources, load_tasks
 from badit.data.rows import Source
-from badit.data.suite import ABILITIES, builtin_tasks
+from badit.data.suite import builtin_tasks
 from badit.data.tasks import Demonstration, Instance, Task, hold_out, limit, mixture, ordered, quotas
 
 __all__ = [
-    "ABILITIES", "AnswerCollator", "Demonstration", "Examples", "Instance", "Source", "Task", "answer_rows",
+    "AnswerCollator", "Demonstration", "Examples", "Instance", "Source", "Task", "answer_rows",
     "batches_by_task", "build_prompt", "builtin_tasks", "encode_examples", "encode_prompts",
     "encode_tasks", "hold_out", "limit", "load_sources", "load_tasks", "mixture", "on_device", "ordered", "own_input",
     "prompt_text", "quotas",

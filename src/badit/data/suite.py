@@ -5,7 +5,7 @@ suite.json has each task's answers by input, which benchmarks/suite.py generated
 """
 
 import json
-from functools import cache
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
@@ -14,18 +14,15 @@ from badit.data.tasks import Demonstration, Instance, Task
 TRAIN_INSTANCES = 160
 DEMONSTRATIONS = 2
 
-_DATA: dict[str, Any] = json.loads((resources.files("badit.data") / "suite.json").read_text(encoding="utf-8"))
-ABILITIES: dict[str, str] = _DATA["abilities"]  # all abilities that the tasks require
-
 
 def builtin_tasks() -> list[Task]:
     """Returns the suite, sorted by name. A task has 160 training and 40 test instances and 2 demonstrations."""
-    return [_task(name) for name in sorted(_DATA["tasks"])]
+    content = json.loads((resources.files("badit.data") / "suite.json").read_text(encoding="utf-8"))
+    return [_task(name, content["tasks"][name], content["examples"][name]) for name in sorted(content["tasks"])]
 
 
-@cache
-def _task(name: str) -> Task:
-    pairs = list(_DATA["examples"][name].items())
+def _task(name: str, about: Mapping[str, Any], answers: Mapping[str, str]) -> Task:
+    pairs = list(answers.items())
     shown, scored = pairs[:DEMONSTRATIONS], pairs[DEMONSTRATIONS:]
     instances = [Instance(id=f"{name}-{i}", input=text, outputs=(answer,)) for i, (text, answer) in enumerate(scored)]
     return Task(
@@ -33,5 +30,5 @@ def _task(name: str) -> Task:
         demonstrations=tuple(Demonstration(input=text, output=answer) for text, answer in shown),
         train=tuple(instances[:TRAIN_INSTANCES]),
         test=tuple(instances[TRAIN_INSTANCES:]),
-        **_DATA["tasks"][name],
+        **about,
     )

@@ -22,7 +22,7 @@ from badit.analysis.atlas import ABILITIES
 from badit.analysis.gates import Experts, active_experts, changed_gates, task_gates
 from badit.analysis.tables import load_frame
 from badit.data import Task
-from badit.errors import BaditError, refuse_unknown
+from badit.errors import BaditError, refuse_unknown, say
 from badit.evaluate import load_run
 from badit.generation import stream_answer
 from badit.methods import AdapterMethod, build_method
@@ -89,13 +89,17 @@ class Session:
         names = [name for name, task in self.tasks.items() if task.train]
         measured = task_gates(self.run, self.model, self.tokenizer, self.recipe, self.tasks, names)
         by_task = {}
-        for name in names:
-            with self._free:
-                _, gates = next(measured)
-            gates_MK = np.array([gates[one.layer.name] for one in self.experts])
-            by_task[name] = (gates_MK / gates_MK.mean(axis=1, keepdims=True)).ravel()
-            time.sleep(_PAUSE)
-        self.task_gates = pd.DataFrame.from_dict(by_task, orient="index")
+        try:
+            for name in names:
+                with self._free:
+                    _, gates = next(measured)
+                gates_MK = np.array([gates[one.layer.name] for one in self.experts])
+                by_task[name] = (gates_MK / gates_MK.mean(axis=1, keepdims=True)).ravel()
+                time.sleep(_PAUSE)
+        except BaditError as error:
+            say(f"badit: the tasks' gates cannot be measured: {error}")
+        number = len(self.experts) * self.number_of_experts
+        self.task_gates = pd.DataFrame.from_dict(by_task, orient="index", columns=range(number))
 
     def about(self) -> dict[str, Any]:
         """Returns what the page shows about the run before the first question."""
