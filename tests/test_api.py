@@ -54,11 +54,6 @@ def test_workflow_from_recipe_to_report(recipe_file, tmp_path, capfd):
     assert (out, bars) == ("", None), "progress bars are disabled"
 
 
-def test_results_have_an_html_repr():
-    results = badit.load_results(Path(__file__).parents[1] / "benchmarks/results/superni-sequence-cpu")
-    assert "<td>gainlora</td>" in results._repr_html_()
-
-
 def test_make_recipe_accepts_file_dict_or_recipe(recipe_file, recipe_values):
     recipe = load_recipe(recipe_file)
     assert make_recipe(None, {}) == Recipe()

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 import yaml
 
-from badit.authoring import as_yaml, check, first_recipe, recipe_keys, schema
+from badit.authoring import check, first_recipe, recipe_keys, schema
 from badit.errors import BaditError
 from badit.files import read_jsonl
 from badit.methods import NAMES, build_method
@@ -61,11 +61,6 @@ def rows(tmp_path):
 @pytest.mark.parametrize(("answer", "tokens"), [("дом " * 50, 250), ("word " * 50, 100), ("漢" * 100, 150)])
 def test_max_answer_tokens_of_a_first_recipe_depend_on_the_script(rows, answer, tokens):
     assert yaml.safe_load(first_recipe(rows(8, answer), "a.yaml"))["prompt"]["max_answer_tokens"] == tokens
-
-
-def test_values_are_yaml_on_one_line():
-    for text in ("a: b", "two\nlines", "word " * 1000):
-        assert yaml.safe_load(f"key: {as_yaml(text)}\nnext: 1") == {"key": text, "next": 1}
 
 
 def test_few_rows_give_no_validation_or_rate_search_and_any_file_name_works(rows):

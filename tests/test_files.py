@@ -61,7 +61,7 @@ def test_jsonl_splits_at_line_feeds_only_and_skips_an_incomplete_last_line(tmp_p
 def test_rewind_log_removes_lines_after_a_step(tmp_path):
     path = tmp_path / "new" / "log.jsonl"
     files.rewind_log(path, 0)
-    files.append_to_log(path, {"step": 5}, {"step": 10})
+    files.append_to_log(path, {"step": 5}, {"step": 10}, {"step": None}, {})
     files.append_to_log(path, {"step": 10}, {"step": 15})
     files.rewind_log(path, 10)
     assert list(files.read_jsonl(path)) == [{"step": 5}, {"step": 10}, {"step": 10}]

@@ -138,6 +138,8 @@ def test_long_contexts_lose_their_start_and_bad_continuations_are_refused(routed
     context, continuation = list(range(5, 25)), [30, 31, 32]
     ((found, _),) = scorer._loglikelihood_tokens([(None, context, continuation)], disable_tqdm=True)
     assert found == pytest.approx(decoded_likelihood(routed[0], context[-6:], continuation)[0], rel=1e-5)
+    ((found, _),) = scorer._loglikelihood_tokens([(None, [], continuation)], disable_tqdm=True)  # of a blank text
+    assert found == pytest.approx(decoded_likelihood(routed[0], [scorer.prefix_token_id], continuation)[0], rel=1e-5)
     for bad in ([], [9] * 9):
         with pytest.raises(BaditError, match=rf"a continuation has {len(bad)} tokens; must have 1 to 8"):
             scorer._loglikelihood_tokens([(None, context, bad)], disable_tqdm=True)

@@ -133,16 +133,6 @@ def test_unusable_wheel_or_cache_is_reported(wheel, monkeypatch):
     refuses(r"BADIT_SMOLLM2_WHEEL: .* is not a file", resolve_model, BUILT_IN)
 
 
-def test_cache_folder_follows_environment_variables(monkeypatch):
-    monkeypatch.setenv("BADIT_CACHE", "/mine")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert cache_folder() == Path("/mine")
-    monkeypatch.delenv("BADIT_CACHE")
-    assert cache_folder() == Path("/xdg/badit")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "badit"
-
-
 def test_invalid_model_names_are_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")

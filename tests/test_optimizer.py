@@ -171,7 +171,7 @@ def test_invalid_models_options_and_deepspeed_are_refused(tiny_model, monkeypatc
         ("^lr: input should be greater than 0", lambda: OrthogonalUpdates(model, 0.0)),
         ("other_lr: input should be greater than 0", lambda: OrthogonalUpdates(model, 0.1, other_lr=-1)),
         ("betas must be at least 0 and below 1", lambda: OrthogonalUpdates(model, betas=(0.9, 1.0))),
-        ("weight_decay: input should be greater than or equal to 0", lambda: OrthogonalUpdates(model, weight_decay=-0.1)),
+        ("weight_decay: input should be greater than", lambda: OrthogonalUpdates(model, weight_decay=-0.1)),
         ("ratio: input should be greater than 0", lambda: lora_plus_groups(model, 0.1, 0)),
     ]:
         refuses(words, call)

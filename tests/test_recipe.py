@@ -92,6 +92,8 @@ def test_invalid_values_are_one_line_errors():
         ({}, ["data.weights=true"], r"data\.weights: input should be a valid dict"),
         ({}, ["data.train_per_task=true"], r"data\.train_per_task: must be a number, not true or false"),
         ({"compare": {"methods": {}, "seeds": [True]}}, [], r"compare\.seeds: must be a number, not true or false"),
+        ({}, ["training.label_smoothing_factor=2.0"], r"training\.label_smoothing_factor: input should be less than"),
+        ({}, ["data.weights={a: 1e308}"], r"data\.weights\.a: input should be less than or equal to 1000000"),
         ({"training": {1: 2}}, [], r"training\.1: keys should be strings, got 1"),
         ({}, ["training.max_steps=3000000000"], r"training\.max_steps: input should be less than or equal to"),
         ({"output": "a\0b"}, [], r"output: must be a name or a path"),

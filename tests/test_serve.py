@@ -185,11 +185,21 @@ def test_streams_are_forwarded_by_chunk_and_end_when_the_client_leaves(router, v
     assert unloaded(vllm)
 
 
+def test_stopping_the_proxy_ends_a_stream_and_unloads_its_lora(router, vllm):
+    with httpx2.Client(timeout=WAIT) as client:
+        with proxied(Router(router.run, None), vllm.port) as port:
+            url = f"http://127.0.0.1:{port}/v1/chat/completions"
+            response = client.send(client.build_request("POST", url, json={**CHAT, "stream": True}), stream=True)
+            assert next(response.iter_raw()) == b"data: 1\n\n"
+        assert unloaded(vllm)
+
+
 def test_invalid_requests_are_refused_in_openai_format(client, vllm):
     for content, status, problem in (
         (b"{", 400, "request: invalid JSON"),
         (b"[]", 400, "request: must be a JSON object"),
         *(({"prompt": prompt}, 400, NOT_ONE_PROMPT) for prompt in (["a", "b"], [1, True], [10**6])),
+        (b'{"model": "base", "temperature": 1e999}', 400, "Out of range float values"),
         ({"prompt": []}, 400, "prompt: must have 1 to 128 tokens, not 0"),
         ({"prompt": [1] * 129}, 400, "prompt: must have 1 to 128 tokens, not 129"),
         ({"prompt": "refused"}, 422, "/tokenize: {"),
@@ -239,5 +249,6 @@ def test_unsuitable_runs_exports_and_urls_are_refused(run, trained, tmp_path, co
         Router(run, tmp_path / "tasks")
     wrong = {str(tmp_path): "has no task LoRAs; run badit export"}
     wrong |= {"--url=localhost:8000": "--url: must be an address such as http://127.0.0.1:8000"}
+    wrong |= {"--url=http://127.0.0.1:80o0": "--url: cannot be used (Invalid port: '80o0')"}
     for argument, problem in wrong.items():
         assert problem in command("serve", run.path, argument, "--port=0", code=2)

@@ -33,7 +33,6 @@ runs = {}
 for prefix in prefixes:
     found = [json.loads(Path(file).read_text()) for file in sorted(glob.glob(f"{folder}/{prefix}*.json"))]
     runs[prefix] = {seed: np.vstack([own_rows(run) for run in of_seed]) for seed, of_seed in by_seed(found).items()}
-rng = np.random.default_rng(0)
 
 
 def by_task(rows, column, picked=None):
@@ -49,13 +48,14 @@ def interval(seeds, reference, column, unit):
     """Returns the mean difference and its 95 % interval."""
     shared = sorted(set(seeds) & set(reference))
     sizes = dict(zip(*np.unique(reference[shared[0]][:, 0], return_counts=True), strict=True))
-    draws = []
-    for _ in range(2000):
+    rng, draws = np.random.default_rng(0), []
+    for _ in range(10_000):
         picked = {task: rng.integers(0, n, n) for task, n in sizes.items()}
         chosen = rng.choice(shared, len(shared))
         differences = [by_task(seeds[s], column, picked) - by_task(reference[s], column, picked) for s in chosen]
         draws.append(unit * np.mean(differences))
-    return np.mean(draws), *np.percentile(draws, [2.5, 97.5])
+    mean = np.mean([by_task(seeds[s], column) - by_task(reference[s], column) for s in shared])
+    return unit * mean, *np.percentile(draws, [2.5, 97.5])
 
 
 reference = runs[prefixes[0]]

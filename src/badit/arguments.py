@@ -21,7 +21,6 @@ OptimizerName = Literal["adamw", "lora+", "orthogonal"]
 LARGEST = 2**31 - 1
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 CountOrZero = Annotated[int, Field(ge=0, le=LARGEST)]
-Seed = CountOrZero
 
 
 def _steps(steps: float) -> float:
@@ -74,7 +73,7 @@ class TrainingSection(Section):
     weight_decay: float = Field(0.0, ge=0, description="decoupled, as in AdamW")
     max_grad_norm: float = Field(1.0, ge=0, description="0 disables clipping")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
-    seed: Seed = Field(0, description="of the initialisation, the order of the data, and dropout")
+    seed: CountOrZero = Field(0, description="of the initialisation, the order of the data, and dropout")
     full_determinism: bool = Field(False, description="use only deterministic operations, which may be slower")
     max_skipped_steps: CountOrZero = Field(10, description="non-finite losses or gradients to skip before an error")
     logging_steps: PositiveSteps = Field(10, description="steps between lines of metrics.jsonl")
@@ -154,6 +153,9 @@ _FIXED_ARGUMENTS = {
     "local_rank parallelism_config": "the launcher sets it",
 }
 
+# Ranges that transformers does not check.
+_RANGES = {"label_smoothing_factor": Field(ge=0, le=1), "neftune_noise_alpha": Field(ge=0)}
+
 
 @cache
 def argument_names() -> set[str]:
@@ -212,6 +214,6 @@ def value_problems(training: TrainingSection) -> Iterator[str]:
             if isinstance(part, type) and issubclass(part, Enum):  # only the enum's values
                 wanted = Literal[tuple(member.value for member in part)]
         try:
-            TypeAdapter(wanted).validate_python(value, strict=True)
+            TypeAdapter(Annotated[wanted, _RANGES.get(key, Field())]).validate_python(value, strict=True)
         except ValidationError as error:
             yield f"training.{key}: {problems(error, value)[0][1]}"

@@ -139,7 +139,7 @@ class Checkpoints(TrainerCallback):
             self._trainer._globalstep_last_logged = kept["last_logged_step"]
             self._trainer.skipped_steps = kept["skipped_steps"]
             self._trainer.finished = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
-            state.best_model_checkpoint = kept["best"] and str(self._checkpoints / kept["best"])
+            state.best_model_checkpoint = kept["best"] and str(self._checkpoints / Path(kept["best"]).name)
             for callback in self._trainer.callback_handler.callbacks:
                 if isinstance(callback, EarlyStoppingCallback):
                     vars(callback).update(state.stateful_callbacks["EarlyStoppingCallback"]["attributes"])
@@ -217,6 +217,7 @@ def checksums(folder: Path, pattern: str = "*") -> dict[str, str]:
     sums = {}
     for path in sorted(folder.rglob(pattern)):
         if path != folder / SEAL and (path.is_symlink() or not path.is_dir()):  # a link to a folder cannot be read
-            with path.open("rb") as file:
+            # Without waiting: a pipe reads as empty.
+            with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
                 sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums

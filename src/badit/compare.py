@@ -144,8 +144,6 @@ class Grid:
         if section.vary_data and recipe.evaluation.split == "validation":
             fix = "set evaluation.split=test, or remove compare.vary_data"
             raise BaditError(f"compare.vary_data: every seed would be scored on different held-out instances; {fix}")
-        if section.learning_rates is not None and not recipe.data.validation_per_task:
-            raise BaditError("data.validation_per_task: choosing learning rates needs held-out instances; set e.g. 8")
         with _named("search"):
             self.recipe_of(self.searched(section.reference, self.start_rates[section.reference]))
 

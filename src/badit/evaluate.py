@@ -295,7 +295,8 @@ def load_run(run: Run, recipe: Recipe | None = None) -> tuple[PreTrainedModel | 
         return base_model(recipe)
     whole = Run.at(recipe.output)
     if not run.adapter_path.is_dir():
-        raise BaditError(f"{run.path}: has no adapter yet; finish its training with: badit train {whole.config_path}")
+        command = f"badit train {whole.config_path} output={whole.path}"
+        raise BaditError(f"{run.path}: has no adapter yet; finish its training with: {command}")
     model, tokenizer = base_model(recipe)
     if changed_inputs(whole, {BASE_MODEL: model_fingerprint(model)}):
         fix = "restore it, or train again with another output=FOLDER"

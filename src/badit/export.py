@@ -56,9 +56,11 @@ Engine = Literal["transformers", "vllm"]
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 SCORES = "scores.json"
+NOT_A_LORA = "makes the adapter more than a plain LoRA"
 # These change the base weight to W − s·B0 A0. PEFT repeats this change whenever such an adapter is loaded.
 _CHANGES_BASE = ("pissa", "olora")
-_MORE_THAN_LORA = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
+_MORE_THAN_LORA = "use_dora lora_bias modules_to_save trainable_token_indices target_parameters use_bdlora use_qalora"
+_MORE_THAN_LORA += " alora_invocation_tokens arrow_config kasa_config layer_replication"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +147,7 @@ def export(
         and not mixes,
         f"{method.name} learns each task separately: choose one with --task": untold,
     }
+    problems |= {f"method.{name}: {NOT_A_LORA}; export with --merged": not merged for name in beyond_lora(config)}
     if found := [problem for problem, holds in problems.items() if holds]:
         raise BaditError(found[0])
     tasks = {known.name: known for known in make_plan(recipe).tasks} if mixes else {}
@@ -333,6 +336,13 @@ def _mean_gates(
     return found
 
 
+def beyond_lora(config: Any) -> list[str]:
+    """Returns the options of an adapter's configuration that a plain LoRA cannot represent."""
+    names = ["modules_to_save"] if isinstance(config, ExpertConfig) else _MORE_THAN_LORA.split()
+    found = [name for name in names if getattr(config, name, None) not in (None, False, [])]
+    return found + ["bias"] * (getattr(config, "bias", "none") != "none")
+
+
 def mixture_factors(model: PeftModel, gates: Gates | None, task: str | None = None) -> Factors:
     """Returns the active adapter's factors with fixed ``gates`` (None: the method's own) for ``task``."""
     factors = {}
@@ -347,9 +357,6 @@ def mixture_factors(model: PeftModel, gates: Gates | None, task: str | None = No
 def _lora_factors(model: PeftModel, initial: PeftModel | None) -> Factors:
     """Returns the factors of a PEFT LoRA adapter; ``initial`` is the untrained adapter of PiSSA or OLoRA."""
     config: Any = model.peft_config["default"]
-    extra = [name for name in _MORE_THAN_LORA if getattr(config, name)] + ["bias"] * (config.bias != "none")
-    if extra:
-        raise BaditError(f"method.{extra[0]}: makes the adapter more than a plain LoRA; export with --merged")
     if config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva", *_CHANGES_BASE):
         raise BaditError(
             f"method.init_lora_weights: {config.init_lora_weights} has changed the base weight in a way that cannot be "

@@ -111,7 +111,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def rewind_log(path: Path, step: int) -> None:
     """Removes the lines of a JSONL log after ``step``, because a run that resumes at ``step`` logs them again."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = [line for line in (read_jsonl(path) if step else ()) if line["step"] <= step]
+    lines = read_jsonl(path) if step else ()
+    kept = [line for line in lines if isinstance(at := line.get("step"), int) and at <= step]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 

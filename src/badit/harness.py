@@ -115,7 +115,8 @@ class BaditLM(_HFLM):
         for _, context, continuation in requests:
             if not 1 <= (size := len(continuation)) <= self.max_length:
                 raise BaditError(f"a continuation has {size} tokens; must have 1 to {self.max_length} (max_length)")
-            ids = (context + continuation)[-(self.max_length + 1) :]  # the last token is predicted but not an input
+            ids = [*(context or [self.prefix_token_id]), *continuation]
+            ids = ids[-(self.max_length + 1) :]  # the last token is predicted but not an input
             contexts.append(len(ids) - len(continuation))
             examples.append({"input_ids": ids[:-1], "labels": [-100] * (contexts[-1] - 1) + continuation})
         inputs = on_device(AnswerCollator(self.tokenizer.pad_token_id)(examples), self.device)

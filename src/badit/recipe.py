@@ -20,7 +20,6 @@ from badit.arguments import (
     Count,
     CountOrZero,
     Section,
-    Seed,
     TrainingSection,
     key_problems,
     package_folder,
@@ -83,7 +82,7 @@ class SourceSection(Section):
     instruction: str | None = None
     columns: dict[Column, str] | None = None
     turns: Turns | None = None
-    weight: float = Field(1.0, gt=0, description="weight of the tasks of this source in the mixture")
+    weight: float = Field(1.0, gt=0, le=1e6, description="weight of the tasks of this source in the mixture")
 
 
 class DataSection(Section):
@@ -103,11 +102,11 @@ class DataSection(Section):
     validation_per_task: CountOrZero = Field(0, description="instances to hold out of each task's training data")
     sampling: Literal["proportional", "balanced"] = Field("proportional", description="task weights: by size, or equal")
     temperature: float = Field(1.0, ge=1, description="T: weights are sizes to the power of 1/T (proportional only)")
-    weights: dict[TaskName, Annotated[float, Field(gt=0)]] = Field({}, description="factors on the weights of tasks")
+    weights: dict[TaskName, Annotated[float, Field(gt=0, le=1e6)]] = Field({}, description="factors on tasks' weights")
     order: str | list[TaskName] | None = Field(
         None, description="train tasks one after another: sapt-1, sapt-2, seeded-N or a list of names; null: mix them"
     )
-    seed: Seed = Field(0, description="for choosing instances; separate from training.seed, so runs can share data")
+    seed: CountOrZero = Field(0, description="for choosing instances; not training.seed, so runs can share data")
 
     @property
     def entries(self) -> list[SourceSection]:
@@ -158,7 +157,7 @@ class ComparedMethod(Section):
     model_config = ConfigDict(extra="allow")
 
     training: dict[str, Any] = Field({}, description="override the training section, such as {optimizer: orthogonal}")
-    seeds: list[Seed] | None = Field(None, min_length=1, description="override compare.seeds")
+    seeds: list[CountOrZero] | None = Field(None, min_length=1, description="override compare.seeds")
 
 
 class CompareSection(Section):
@@ -166,7 +165,7 @@ class CompareSection(Section):
 
     methods: dict[str, ComparedMethod] = Field(description="the methods to compare: a name and a method section each")
     reference: str = Field("lora", description="the baseline: differences are relative to this method")
-    seeds: list[Seed] = Field([0, 1, 2], min_length=1, description="each method is trained with each of them")
+    seeds: list[CountOrZero] = Field([0, 1, 2], min_length=1, description="each method is trained with each of them")
     vary_data: bool = Field(False, description="add the seed to data.seed, so the spread includes the choice of data")
     orders: list[str | list[TaskName]] | None = Field(None, min_length=1, description="each as data.order; null: mixed")
     learning_rates: list[float] | None = Field(

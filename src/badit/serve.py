@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -30,11 +30,11 @@ from torch.nn.functional import one_hot
 
 from badit.analysis.gates import GATES_FILE, Experts, adapted_layers, mean_gates, read_gates
 from badit.checkpoint import checksums
-from badit.errors import BaditError, show
+from badit.errors import BaditError, explained, show
 from badit.evaluate import load_run
-from badit.export import mixture_factors, write_adapter
+from badit.export import NOT_A_LORA, beyond_lora, mixture_factors, write_adapter
 from badit.files import read_json, refuse_links
-from badit.methods import build_method
+from badit.methods import AdapterMethod, build_method
 from badit.run import RECORD, Run
 from badit.studio.server import HOST, ending_with, guards, json_body, listen, run_until_ended
 
@@ -57,6 +57,8 @@ class Router:
         method = build_method(recipe.method)
         if method.needs_tasks or getattr(getattr(method, "config", None), "has_fixed_gates", True):
             raise BaditError(f"{run.path}: the gates of {method.name} do not depend on the prompt; serve its export")
+        if extra := beyond_lora(cast("AdapterMethod", method).config):
+            raise BaditError(f"{run.path}: method.{extra[0]}: {NOT_A_LORA}, which vLLM cannot load")
         self.model: Any = load_run(self.run, recipe)[0]
         self.base = recipe.model.name
         self.layers = adapted_layers(self.model)
@@ -111,6 +113,8 @@ def serve(run: Run, exports: str | None, *, url: str, port: int) -> None:
     """Serves a run in front of the vLLM server at ``url`` until Ctrl-C or SIGTERM; port 0 uses a free port."""
     if not url.startswith(("http://", "https://")):
         raise BaditError(f"--url: must be an address such as http://127.0.0.1:8000, not {url!r:.80}")
+    with explained("--url", action="used", any_error=True):
+        httpx2.URL(url)
     with listen(port) as listening:
         web = application(Router(run, exports), url)
         show(f"Proxy: http://{HOST}:{listening.getsockname()[1]}/v1, forwards to {url}   (Ctrl-C stops it)")
@@ -148,7 +152,7 @@ def application(router: Router, url: str) -> Starlette:
 
         async def forward(scope: Scope, receive: Receive, send: Send) -> None:
             try:
-                async with ending_with(receive), adapter as name:
+                async with ending_with(receive, getattr(scope["app"].state, "server", None)), adapter as name:
                     options: Any = {"json": {**content, "model": name}, "headers": key(request)}
                     async with client.stream("POST", request.url.path, **options) as answer:
                         kind = answer.headers.get("content-type", "").encode()
@@ -209,7 +213,7 @@ def application(router: Router, url: str) -> Starlette:
         return JSONResponse({"error": {**about, "param": None, "code": status}}, status_code=status)
 
     routes = [Route(f"/v1/{path}", completion, methods=["POST"]) for path in ("chat/completions", "completions")]
-    handled = [BaditError, HTTPException, ClientDisconnect, httpx2.HTTPError, json.JSONDecodeError]
+    handled = [ValueError, HTTPException, ClientDisconnect, httpx2.HTTPError]  # ValueError: also of infinite numbers
     return Starlette(
         routes=[*routes, Route("/v1/models", models)],
         middleware=guards(programs=True),

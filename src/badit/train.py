@@ -242,7 +242,7 @@ def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False)
     if changed and not allow_changed:
         raise BaditError(
             f"{run.path}: {', '.join(changed)} changed since the run began; restore the original input, choose another "
-            "output=FOLDER, or continue with --allow-changed-inputs"
+            "output=FOLDER, or, in badit train, continue with --allow-changed-inputs"
         )
     if is_main_process() and content and (changed or not found.items() <= known.items()):
         record = {"changed_inputs": sorted({*content.get("changed_inputs", ()), *changed})} if changed else {}
@@ -329,8 +329,6 @@ def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | N
         given["metric_for_best_model"] = "loss"
     try:
         arguments = TrainingArguments(**{**defaults, **given, **fixed})
-        if not 0 <= arguments.label_smoothing_factor <= 1:  # transformers does not check it
-            raise ValueError("label_smoothing_factor: must be between 0 and 1")
     except (ValueError, TypeError, ImportError) as error:  # incompatible values, or DeepSpeed is not installed
         raise BaditError(f"training: {first_line(error)}") from None
     # Set afterwards: transformers refuses other intervals of checkpoints, but AnswerTrainer saves at every evaluation.

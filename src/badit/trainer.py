@@ -53,6 +53,7 @@ class AnswerTrainer(Trainer):
         quotas: the number of examples per task in an epoch. The dataset must have ``tasks``, one per example.
     """
 
+    @_names_section
     def __init__(
         self,
         model: nn.Module,

@@ -10,8 +10,10 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 import reference
+from badit.analysis.gates import read_gates
 from badit.baselines.branches import mean_embedding
 from badit.errors import BaditError
+from badit.files import write_json
 from baselines import naive
 from baselines.naive import BRANCHES, FAMILIES, GATED, adapt, adapted, config, gate, logits, loss, randomise, trainable
 from tuner.helpers import IDS, MASK, cache_name, gradients, layers
@@ -39,7 +41,7 @@ def test_forward_matches_loop_over_branches(tiny_model, method, tasks, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", BRANCHES)
-def test_next_task_reinitialises_the_branch_and_keeps_the_output(tiny_model, method, family):
+def test_next_task_reinitialises_the_branch_and_keeps_the_output(tiny_model, tmp_path, method, family):
     model = randomise(adapt(tiny_model(family), method))
     given = model.peft_config["default"]
     for _ in range(2):
@@ -55,6 +57,11 @@ def test_next_task_reinitialises_the_branch_and_keeps_the_output(tiny_model, met
         randomise(model, seed=5)
         assert (logits(model) - before).abs().max() > 1e-2
     assert (given.past_branches, model.peft_config["default"].past_branches) == (0, 2)
+    write_json(tmp_path / "gates.json", {layer.name: [1.0, 0.5, 0.0] for layer in layers(model)})
+    assert read_gates(tmp_path / "gates.json", model), "each branch has a gate"
+    model.add_adapter("ref", model.peft_config["default"])  # as TRL copies the adapter
+    for tensor in ("past_keys", "key") if method != "o-lora" else ():
+        assert torch.equal(*(getattr(model.base_model.badit_gate[name], tensor) for name in ("default", "ref")))
 
 
 @pytest.mark.parametrize("method", BRANCHES)

@@ -133,14 +133,6 @@ def test_evaluate_prints_the_scores_of_the_chosen_split(recipe_file, recipe_valu
     assert shown[-1] == f"{read_json(run / 'scores-validation.json')['nll']:.3f}"
 
 
-def test_shell_completion_is_installed(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert main(["--install-completion", "--shell", "bash"]) == 0
-    (script,) = [path for path in tmp_path.rglob("*badit*") if path.is_file()]
-    assert all(name in script.read_text() for name in COMMANDS)
-    assert "badit" in (tmp_path / ".bashrc").read_text()
-
-
 def test_init_train_and_analyze_turn_a_csv_into_scores_and_a_report(tiny_built_in, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = [f"{task},{task} of land {i},{task} {i}" for task in ("capital", "river") for i in range(8)]

@@ -8,8 +8,7 @@ from statistics import fmean
 
 import pytest
 
-from badit.render import FORMATS
-from evaluation.test_results import cell, mixed, sequential, unscored
+from evaluation.test_results import cell, mixed, sequential
 from materials import comparison, write_results
 
 columns = re.compile(r"\s{2,}").split
@@ -122,13 +121,6 @@ def test_table_by_task(shown):
     assert float(rows[0]["base_exact_match"]) == pytest.approx(100 / 3)
     assert rows[3]["status"] == "failed"
     assert "EM, mean over" in shown(sequential(), "--by-task", "--metric", "exact_match")
-
-
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("by_task", [[], ["--by-task"]])
-def test_comparison_without_scores_lists_missing_cells(shown, form, by_task):
-    content = comparison(unscored("lora", 0, status="missing"), methods=["lora"])
-    assert "missing" in shown(content, "--format", form, *by_task)
 
 
 def test_invalid_input_gives_one_line_and_exit_code_2(shown):

@@ -92,7 +92,6 @@ def test_invalid_options_are_refused_in_one_line():
         ({"methods": {"lora": {"name": "lroa"}}}, r"compare\.methods\.lora: method\.name: unknown method 'lroa'"),
         (one_method(rank=4), r"compare\.methods\.lora: method\.rank: lora has no such option"),
         ({"learning_rates": [1e-4, 1e-3]}, r"training\.learning_rate: the search starts at 0\.0005; add this value"),
-        ({"learning_rates": [5e-4]}, r"data\.validation_per_task: choosing learning rates needs held-out instances"),
         ({"learning_rates": [1e-3, 5e-4]}, r"compare\.learning_rates: must be positive and ascending"),
         ({"data": {"order": "sapt-1"}}, r"data\.order: not used in a comparison; set compare\.orders"),
         ({"search": {"data": {"train_per_tsk": 4}}}, r"compare\.search: data\.train_per_tsk: unknown key"),

@@ -129,6 +129,13 @@ def test_row_layouts_without_a_task_name(tmp_path):
     write_rows(tmp_path / "rows.jsonl", {"instruction": "Answer.", "question": "Why?", "answer": "So."})
     message = "instruction: not used in a row with question and answer; name the columns with data.columns.input="
     assert message in refusal(tmp_path / "rows.jsonl")
+    write_rows(tmp_path / "rows.jsonl", {"instruction": "Square it.", "input": 0, "output": "0"})
+    assert task_of(tmp_path / "rows.jsonl").train[0].input == "Square it.\n\n0"
+    write_rows(tmp_path / "rows.jsonl", {"messages": CHAT, "about": "Be brief."})
+    assert task_of(tmp_path / "rows.jsonl", columns={"instruction": "about"}).definition == "Be brief."
+    for key in ("splits", "tasks"):
+        write_rows(tmp_path / "rows.csv", {"question": "Why?", "answer": "So.", key: "test"})
+        assert f"found '{key}', did you mean '{key[:-1]}'?" in refusal(tmp_path / "rows.csv")
 
 
 def test_columns_instruction_and_class_labels_of_a_saved_dataset(tmp_path):
@@ -140,6 +147,10 @@ def test_columns_instruction_and_class_labels_of_a_saved_dataset(tmp_path):
     assert (task.name, task.definition) == ("reviews", "Judge.")
     assert [each.outputs for each in (*task.train, *task.validation)] == [("good",), ("bad",), ("good",)]
     assert "found text, label; name the columns with data.columns" in refusal(tmp_path / "reviews")
+    unknown = datasets.Dataset.from_dict({"text": ["Fine"], "label": [-1]}, features=features)
+    unknown.save_to_disk(tmp_path / "unknown")
+    columns = {"input": "text", "output": "label"}
+    assert "row 1: label: has no answer" in refusal(Source(tmp_path / "unknown", columns=columns))
     wrong = Source(tmp_path / "reviews", columns={"input": "txt"})
     assert "train: row 1: data.columns: there is no column 'txt'; found: text, label" in refusal(wrong)
 

@@ -7,7 +7,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import yaml
 from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
@@ -63,9 +62,3 @@ def test_the_source_distribution_can_be_tested_and_documented(sdist):
     assert {name for name in sizes if re.search(r"(^|/)(runs|site|dist|\.venv|__pycache__)(/|$)", name)} == set()
     assert max(sizes.values()) < 1_000_000, "the raw scores of a comparison are the largest"
     assert sdist.stat().st_size < 4_000_000
-
-
-def test_the_citation_names_this_release_and_the_paper():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["version"] == badit.__version__
-    assert citation["preferred-citation"]["url"] == "https://arxiv.org/abs/2605.05676"

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.conversion import convert_to_lora
 from safetensors.torch import load_file, save_file
 
@@ -20,10 +20,10 @@ from badit.analysis.gates import adapted_layers, changed_gates, mean_gates
 from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
 from badit.evaluate import evaluate, load_run
-from badit.export import Export, export, merge, mixture_factors, score_export, write_adapter
+from badit.export import Export, beyond_lora, export, merge, mixture_factors, score_export, write_adapter
 from badit.files import OWNER, read_json
 from badit.train import encoded, make_plan
-from badit.tuner import hooks_of
+from badit.tuner import BaditConfig, hooks_of
 from badit.tuner.targets import short_module_names
 from baselines import naive as baselines
 from export.contract import check_adapter
@@ -212,6 +212,8 @@ def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(traine
     ],
 )
 def test_invalid_options_are_refused_and_nothing_is_written(trained, tmp_path, method, options, message):
+    assert beyond_lora(BaditConfig(modules_to_save=["lm_head"], bias="all")) == ["modules_to_save", "bias"]
+    assert beyond_lora(LoraConfig(layer_replication=[(0, 1)])) == ["layer_replication"]
     run = trained(method)
     refuses(message, export, run, tmp_path / "out", **options)
     assert not list(tmp_path.glob("out*"))

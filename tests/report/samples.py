@@ -42,7 +42,9 @@ def tables(shape=SMALL):
     neighbours = [tasks[expert % count] for expert in (*experts, shape.experts)]
     prompt = "Passage: the quick brown fox jumped over the lazy dog, and what did it see? " * 2
     rows = {
-        "gradient_pairs": [(*pair, *place, cosine(pair), 0.5) for pair, place in product(pairs, places)],
+        "gradient_pairs": [
+            (*pair, layer, f"{module}.adapter", cosine(pair), 0.5) for pair, (layer, module) in product(pairs, places)
+        ],
         "gradient_overall": [
             (*pair, "adapter", cosine(pair), None if i % 5 == 4 else cosine(pair, 2.2), 0.5)
             for i, pair in enumerate(pairs)

@@ -92,11 +92,12 @@ def test_layer_and_module_choices_change_the_chart_and_survive_a_theme_switch(br
     Select(layer).select_by_visible_text("layer 1")
     one_layer = until(lambda: (now := fills(browser, figure)) != everywhere and now, "the colours change")
     module = browser.find_element(By.CSS_SELECTOR, f"#{figure} select[name=module]")
-    Select(module).select_by_visible_text("mlp.gate_proj")
+    Select(module).select_by_visible_text("mlp.gate_proj.adapter")
     until(lambda: fills(browser, figure) not in (everywhere, one_layer), "the colours change again")
     browser.find_element(By.ID, "theme").click()
     wait_until_drawn(browser, "dark")
-    assert map_elements(browser, f"#{figure} select", "one.selectedOptions[0].text") == ["layer 1", "mlp.gate_proj"]
+    chosen = map_elements(browser, f"#{figure} select", "one.selectedOptions[0].text")
+    assert chosen == ["layer 1", "mlp.gate_proj.adapter"]
     assert browser.get_log("browser") == []
 
 

@@ -41,9 +41,9 @@ def test_gradient_cosines_are_means_for_the_chosen_layer_and_module(monkeypatch)
     chart, alone = figures.gradient_cosines(COSINES), figures.gradient_cosines(PAIRS)
     for chart_, key, rows in (
         (chart, "all|all", overall),
-        (chart, "2|mlp.gate_proj", pairs.query("layer == 2 and module == 'mlp.gate_proj'")),
+        (chart, "2|mlp.gate_proj.adapter", pairs.query("layer == 2 and module == 'mlp.gate_proj.adapter'")),
         (chart, "1|all", pairs.query("layer == 1")),
-        (chart, "all|self_attn.q_proj", pairs.query("module == 'self_attn.q_proj'")),
+        (chart, "all|self_attn.q_proj.adapter", pairs.query("module == 'self_attn.q_proj.adapter'")),
         (alone, "all|all", pairs),  # without an overall measurement
     ):
         means = rows.groupby(["task_a", "task_b"])["cosine"].mean().to_dict()

@@ -3,9 +3,11 @@
 import itertools
 
 import pandas as pd
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from badit.analysis.tables import save_frame
 from badit.files import read_jsonl
 from badit.report.charts import as_text, number, short_task_names
 from badit.report.sources import _losses, by_similarity, read_sources, together
@@ -86,6 +88,16 @@ def test_matrices_of_several_runs_have_the_same_task_order(tmp_path):
         for name, column in (("gates", "task"), ("expert_losses", "task"), ("gate_similarity", "task_a")):
             found.add(tuple(run.frames[name][column].cat.categories))
     assert [sorted(order) for order in found] == [sorted(TASKS)]
+
+
+def test_cosines_of_weights_and_of_the_adapter_are_kept_apart(tmp_path):
+    adapter = tables()["gradient_pairs"]
+    weights = adapter.assign(module=adapter["module"].str.removesuffix(".adapter"), cosine=0.5)
+    both = pd.concat([adapter, weights])
+    both.attrs = adapter.attrs
+    save_frame(both, tmp_path / "analysis")
+    found = read_sources([tmp_path])[0].frames["gradient_cosines"].groupby("parameters")["cosine"]
+    assert found.mean().to_dict() == pytest.approx({"adapter": adapter["cosine"].mean(), "weights": 0.5}, abs=1e-5)
 
 
 def test_labels_are_unique_and_non_runs_are_refused(tmp_path):

@@ -34,6 +34,7 @@ def flip(path):
         (lambda folder: flip(folder / "shards" / "0.bin"), "shards/0.bin does not match seal.json"),
         (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json does not match seal.json"),
         (lambda folder: (folder / "new.bin").touch(), "new.bin does not match seal.json"),
+        (lambda folder: os.mkfifo(folder / "new.bin"), "new.bin does not match seal.json"),
         (lambda folder: (folder / "link").symlink_to(folder / "shards"), "[Errno 21] Is a directory"),
         (lambda folder: (folder / SEAL).unlink(), "seal.json: cannot be read (No such file"),
         (lambda folder: (folder / SEAL).write_text("[]"), "seal.json: must hold one JSON object"),

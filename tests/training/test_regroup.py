@@ -128,16 +128,6 @@ def test_checkpoint_saves_labels_and_is_refused_without_a_valid_state(tiny_model
     refuses("resume from another checkpoint", resume)
 
 
-def test_swap_solver_is_at_least_as_good_as_the_paper_solver(tiny_model, tmp_path):
-    objectives = []
-    for solver in ("swap", "paper"):
-        callbacks = [RegroupCallback(every=3, stop=0.3, solver=solver)]
-        make_trainer(adapted(tiny_model("llama")), tmp_path / solver, callbacks, save_strategy="no").train()
-        objectives.append(np.array([line["objective_after"] for line in read_jsonl(tmp_path / solver / LOG)]))
-    assert (objectives[0] >= objectives[1] - 1e-9).all()
-    assert (objectives[0] != objectives[1]).any()
-
-
 def test_regrouping_schedule_and_refused_options(tiny_model):
     model, switched_off = adapted(tiny_model("llama")), adapted(tiny_model("llama"), top_k=2)
     for every, steps in ((0.1, [10, 20, 30, 40, 50]), (0.25, [25, 50]), (30, [30]), (1e-9, [*range(1, 51)])):

@@ -1,6 +1,7 @@
 """``generate`` chooses the same tokens as a teacher-forced pass in all of its modes."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, MambaConfig, MambaForCausalLM
 
 from badit.errors import BaditError
+from refusals import refuses
 from tuner.helpers import FAMILIES, NEW, adapted, forward, generate, greedy_by_hand, layers, opt, padded, random_rows
 
 ROWS = random_rows(5, 9, 7)
@@ -102,6 +104,22 @@ def test_generation_of_a_recurrent_model_equals_one_full_pass(routing):
     ids = torch.tensor([[5, 6, 7, 8]])
     found = generate(model, ids, torch.ones_like(ids))
     assert torch.equal(found[:, 4:], next_tokens(model, found, 4)[:, 3:-1])
+    cache = model(ids, use_cache=True).cache_params
+    cache.reset()
+    reset = model(ids + 9, cache_params=cache, use_cache=True).logits
+    torch.testing.assert_close(reset, model(ids + 9).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_generate_in_a_second_thread_is_refused(tiny_model):
+    model, ids = adapted(tiny_model("llama")), torch.tensor([[5, 6, 7]])
+    call = generate, model, ids, torch.ones_like(ids)
+
+    def refused_in_a_thread(*_, **__):
+        with ThreadPoolExecutor() as pool:
+            assert pool.submit(refuses, "another thread uses this model", *call).result()
+        return torch.zeros(1, dtype=torch.bool)
+
+    assert torch.equal(generate(*call[1:], stopping_criteria=[refused_in_a_thread]), generate(*call[1:]))
 
 
 def test_prompt_cache_is_decoded_with_the_current_weights(tiny_model):

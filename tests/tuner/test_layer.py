@@ -119,10 +119,11 @@ def test_only_training_passes_update_moments_and_gate_sums():
     before = layer.badit_moments["default"].clone()
     run(layer.train(), x * float("inf"), mask)  # an overflow is not counted
     assert torch.equal(layer.badit_moments["default"], before)
-    assert layer.badit_batches["default"] == 3
     layer.badit_router.requires_grad_(False)  # a frozen adapter does not change
     run(layer, x, mask)
     assert layer.badit_batches["default"] == 3
+    layer.update_layer("default", config(num_experts=2, r=2))  # another adapter of this name
+    run(layer, x, mask)
     layer.badit_router.requires_grad_(True)
     run(layer.to(torch.bfloat16), x.to(torch.bfloat16), mask)
     assert layer.badit_batches["default"] == 4

@@ -86,6 +86,11 @@ def test_ambiguous_labels_warn_once_and_prompt_mask_overrides_labels(tiny_model,
     with pytest.warns(UserWarning, match=message):
         found = logits_of(model, ids, mask, labels=labels)
     logits_of(model, ids, mask, labels=labels)  # a second warning would be an error
+    if prompt_length == 1:  # also in packed rows, where TRL removes the first label of each segment
+        batch = {"input_ids": ids, "labels": F.pad(labels[:, 1:], (1, 0), value=-100)}
+        batch["position_ids"] = torch.arange(9).repeat(2)
+        with pytest.warns(UserWarning, match=message):
+            adapted(tiny_model("llama"))(**{key: rows.reshape(1, 18) for key, rows in batch.items()})
     logits_of(adapted(tiny_model("llama"), routing="token"), ids, mask, labels=labels)
     prompt = torch.zeros_like(mask)
     prompt[:, :prompt_length] = 1

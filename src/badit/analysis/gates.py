@@ -213,7 +213,8 @@ def read_gates(path: Path, model: PeftModel) -> Gates:
 
 
 def _checked_gates(content: Mapping[str, Any], path: Path, model: PeftModel) -> Gates:
-    experts = {one.layer.name: one.number for one in adapted_layers(model)}
+    # Not Experts.number: a method with a branch for each task has one expert, and a gate for each branch.
+    experts = {one.layer.name: int(one.layer.expert_of(one.adapter).max()) + 1 for one in adapted_layers(model)}
     for name in (*content, *experts):
         gates, number = content.get(name), experts.get(name)
         if number is None:

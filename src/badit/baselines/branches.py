@@ -174,7 +174,9 @@ class BranchModel(ExpertModel):
         if peft_config.gate_cls is not None and adapter_name not in self.badit_gate:
             embeddings = self.model.get_input_embeddings()
             width, device = embeddings.weight.shape[1], embeddings.weight.device
-            self.badit_gate[adapter_name] = peft_config.gate_cls(width, peft_config, device)
+            is_reference = adapter_name == "ref" and self.peft_config.get("default") is peft_config  # of TRL
+            own = self.badit_gate["default"] if is_reference else peft_config.gate_cls(width, peft_config, device)
+            self.badit_gate[adapter_name] = copy.deepcopy(own)
             if self._embedding_hook is None:
                 self._embedding_hook = embeddings.register_forward_hook(self._compute_gates)
         super()._create_and_replace(peft_config, adapter_name, *args, **kwargs)

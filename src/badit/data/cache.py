@@ -19,7 +19,7 @@ from badit.errors import explained
 from badit.files import cache_folder, read_json, sync, write_json
 
 # Version of the cache files; increase it whenever their content changes.
-_FORMAT = 4
+_FORMAT = 5
 ROWS_AT_A_TIME = 5_000
 
 Item = TypeVar("Item")

@@ -295,9 +295,10 @@ def _rows_of(rows: Any, place: str) -> Iterator[tuple[str, Any]]:
     with explained(place, action="read", any_error=True):
         for number, row in enumerate(rows, start=1):
             for name, value in list(row.items()):
-                if value is None or value != value:  # value != value: NaN
+                label = name in labels and isinstance(value, int)
+                if value is None or value != value or (label and value < 0):  # NaN, and an unknown label
                     row[name] = None
-                elif name in labels and isinstance(value, int) and value >= 0:
+                elif label:
                     row[name] = labels[name][value]
                 elif isinstance(value, (int, float, bool)):
                     row[name] = str(value)

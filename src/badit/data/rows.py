@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import lru_cache
 from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -119,29 +120,33 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         raise BaditError(f"must be an object with keys, not {row!r:.60}")
     if missing := [column for column in where.columns.values() if column not in row]:
         raise BaditError(f"data.columns: there is no column {missing[0]!r:.60}; found: {', '.join(map(str, row))}")
+    if (answer := where.columns.get("output", "")) in row and row[answer] is None:
+        raise BaditError(f"{answer}: has no answer (in a dataset with class labels: -1); remove the row")
     renamed = {key: row[column] for key, column in where.columns.items()}
     kept = {key: value for key, value in row.items() if key not in where.columns.values()}
     row = {key: value for key, value in {**kept, **renamed}.items() if value is not None}
     if "outputs" in row:
         row = {"output": row["outputs"], **row}
     own_task, instruction = row.get("task", row.get("task_name")), where.instruction
-    pair: tuple[str, ...] = ()
+    keys, pair = tuple(map(str, row)), tuple[str, ...]()
     unused = ("system", "context", "history", "prompt")
-    for key in ("instruction", "split") if strict and "task" in row else ():
-        _refuse_near(key, row)
+    needed = ["instruction"] if strict and "task" in row else []
+    for key in () if where.columns else ("split", *needed, *([] if where.task else ["task"])):
+        _refuse_near(key, keys)
     if (chat := _chat_of(row)) is not None:
         # Next to messages, a prompt repeats the first one in some public datasets.
         found, pair, unused = list(_answers(chat, where.turns)), ("messages",), ("instruction", "context", "history")
+        instruction = renamed.get("instruction") or instruction
     elif "instruction" in row and "output" in row:
         others = [key for key in row if key not in _KEYS]
         if strict and "task" in row and others:
             raise BaditError(f"{others[0]}: unknown key{nearest(others[0], _KEYS)}")
-        _refuse_near("input", row)
+        _refuse_near("input", keys)
         text, content = row["instruction"], row.get("input", "")
         if own_task is not None or where.columns.get("instruction"):
             instruction = text or instruction
         else:  # Alpaca: each row has its own instruction, which becomes part of its input
-            content = f"{text}\n\n{content}" if text and content else text or content
+            content = f"{text}\n\n{content}" if text and content != "" else text or content
         found, pair = [((), content, row["output"])], ("instruction", "input")
     elif pair := next((pair for pair in _PAIRS if row.keys() >= {*pair}), ()):
         if row.get("instruction") and pair[0] in ("input", "question"):  # other inputs are whole prompts
@@ -151,7 +156,7 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     else:
         for key in row.keys() & {"messages", "conversations"}:
             raise BaditError(f"{key}: must be a list of messages, not {row[key]!r:.60}")
-        _refuse_near("output", row)
+        _refuse_near("output", keys)
         fix = "name the columns with data.columns.input=COLUMN data.columns.output=COLUMN"
         raise BaditError(f"unknown form of row: found {', '.join(map(str, row)):.200}; {fix}")
     for key in unused if pair and not where.columns else ():
@@ -168,9 +173,10 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         yield _Row.model_validate(about | {"id": own_id, "history": history, "input": content, "output": outputs})
 
 
-def _refuse_near(key: str, row: Mapping[str, Any]) -> None:
+@lru_cache  # most rows have the same keys
+def _refuse_near(key: str, keys: tuple[str, ...]) -> None:
     """Raises BaditError if a row lacks a key but has a similar one, which is probably misspelt."""
-    if key not in row and (near := get_close_matches(key, map(str, row), n=1, cutoff=0.8)):
+    if key not in keys and (near := get_close_matches(key, keys, n=1, cutoff=0.8)):
         raise BaditError(f"found {near[0]!r:.60}, did you mean {key!r}?")
 
 

@@ -160,7 +160,8 @@ def _read(folder: Path, label: str) -> Source:
     pairs, overall = (source.frames.get(name) for name in ("gradient_pairs", "gradient_overall"))
     cosines = [] if overall is None else [overall.assign(layer="all", module="all")]
     if pairs is not None:
-        cosines.append(pairs.assign(parameters="adapter" if overall is None else shown_parameters(overall)))
+        of_adapter = pairs["module"].str.endswith(".adapter")
+        cosines.append(pairs.assign(parameters=np.where(of_adapter, "adapter", "weights")))
     if cosines:
         columns = [*_PAIR, "parameters", "layer", "module", "cosine"]
         files = ", ".join(each.attrs["file"] for each in cosines[::-1])
@@ -201,6 +202,8 @@ def _order_tasks(sources: Sequence[Source]) -> None:
     """Makes the tasks of matrices categories; all sources use the order of the first source with similarities."""
     for name, (similarities, column) in _ORDERS.items():
         pairs = next((source.frames[similarities] for source in sources if similarities in source.frames), None)
+        if pairs is not None and "parameters" in pairs:
+            pairs = pairs[pairs["parameters"] == shown_parameters(pairs)]
         order = by_similarity(pairs, column) if pairs is not None else []
         for source in sources:
             if (frame := source.frames.get(name)) is not None:

@@ -212,15 +212,17 @@ async def _stream(
 
 
 @asynccontextmanager
-async def ending_with(receive: Receive) -> AsyncIterator[None]:
-    """A context whose work is cancelled when the client disconnects."""
+async def ending_with(receive: Receive, server: Any = None) -> AsyncIterator[None]:
+    """A context whose work is cancelled when the client disconnects, or when the ``server`` stops."""
 
-    async def end_when_gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+    async def cancel_at_end() -> None:
+        gone = False
+        while not gone and not (server and server.should_exit):
+            with anyio.move_on_after(0.1 if server else None):
+                gone = (await receive())["type"] == "http.disconnect"
         group.cancel_scope.cancel()
 
     async with anyio.create_task_group() as group:
-        group.start_soon(end_when_gone)
+        group.start_soon(cancel_at_end)
         yield
         group.cancel_scope.cancel()

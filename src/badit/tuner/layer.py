@@ -257,13 +257,14 @@ class BaditLinear(ExpertLinear):
     badit_batches: Buffers
 
     def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
         # By adapter, for regrouping: the sums of its K gates in training and, as last entry, the number of summands.
         self.gate_sums: dict[str, torch.Tensor] = {}
+        super().__init__(*args)
         self.routing.mask_readers.append(self._reads_prompt)
         self.register_load_state_dict_post_hook(_refuse_broken_labels)
 
     def update_layer(self, adapter_name: str, config: BaditConfig, inference_mode: bool = False) -> None:
+        self.gate_sums.pop(adapter_name, None)  # of an earlier adapter of this name
         self.badit_expert_of[adapter_name] = torch.arange(config.num_experts).repeat_interleave(config.r)
         if config.router_input == "standardised":
             self.badit_moments[adapter_name] = torch.zeros(2, self.in_features)

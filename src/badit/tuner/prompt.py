@@ -16,6 +16,7 @@ therefore wrapped, to record where the prompt ends.
 """
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -84,6 +85,7 @@ class RoutingContext:
         # The pass whose layers gradient checkpointing recomputes in the backward pass, after the end of the pass.
         self._last_training_pass: ForwardPass | None = None
         self._generation_prompt_length: int | None = None
+        self._thread: int | None = None  # in which ``generate`` runs
         # During ``generate``: the gates on the cache, and what layers store as long as the cache has these gates.
         self._stored: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._looked_at_labels = False
@@ -114,7 +116,8 @@ class RoutingContext:
         return context
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_running": None, "_last_training_pass": None, "_stored": None}  # for copies of the model
+        own = ("_running", "_last_training_pass", "_stored", "_thread")  # not of copies of the model
+        return vars(self) | dict.fromkeys(own)
 
     def detach(self, model: nn.Module) -> None:
         """Removes the hooks from a model whose adapters are unloaded."""
@@ -137,12 +140,14 @@ class RoutingContext:
         own = self._generate or partial(type(model).generate, model)
         given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
         lengths = [value.shape[1] for value in given if isinstance(value, torch.Tensor)]
-        outer = self._generation_prompt_length, self._stored
-        self._generation_prompt_length, self._stored = next(iter(lengths), None), ({}, {})
+        outer, thread = (self._generation_prompt_length, self._stored, self._thread), threading.get_ident()
+        if self._thread not in (None, thread):
+            raise BaditError("generate: another thread uses this model, and the gates are kept per model; use a lock")
+        self._generation_prompt_length, self._stored, self._thread = next(iter(lengths), None), ({}, {}), thread
         try:
             return own(*args, **kwargs)
         finally:
-            self._generation_prompt_length, self._stored = outer
+            self._generation_prompt_length, self._stored, self._thread = outer
 
     def forward_pass(self) -> ForwardPass:
         """Returns the calling layer's forward pass; an empty one if the layer was called outside of the base model."""
@@ -249,9 +254,9 @@ class RoutingContext:
             )
         mask_BT = _attended(batch["attention_mask"], shape, device)
         if isinstance(labels_BT, torch.Tensor) and labels_BT.shape == mask_BT.shape:
-            if segments is None and not self._looked_at_labels:  # once, because it waits for the device
+            if not self._looked_at_labels:  # once, because it waits for the device
                 self._looked_at_labels = True
-                self._warn_of_labels(labels_BT)
+                self._warn_of_labels(labels_BT, packed=segments is not None)
             return mask_BT & before_first_label(labels_BT, segments), segments
         if prompt_length is None:
             return mask_BT, segments
@@ -263,16 +268,16 @@ class RoutingContext:
             )
         return mask_BT & (torch.arange(mask_BT.shape[1], device=device) < prompt_length), None
 
-    def _warn_of_labels(self, labels_BT: torch.Tensor) -> None:
+    def _warn_of_labels(self, labels_BT: torch.Tensor, packed: bool) -> None:
         """Warns if the labels do not separate the prompt from the answer."""
         labelled_BT = labels_BT != _IGNORED_LABEL
         answers_B = (labelled_BT[:, 1:] & ~labelled_BT[:, :-1]).sum(dim=1) + labelled_BT[:, 0]
-        if bool(labelled_BT[:, :2].all()):
+        if bool(labelled_BT[:, int(packed) : 2].all()):  # TRL removes the first label of a segment
             self._warn_once(
                 "every position has a label, so the router reads only the first token as the prompt; set labels to "
                 "-100 on the prompt (TRL: completion_only_loss or assistant_only_loss), or use routing='token'"
             )
-        elif bool((answers_B > 1).any()):
+        elif not packed and bool((answers_B > 1).any()):
             self._warn_once(
                 "a row has several answers, and all of them have the gates of the text before the first; give each "
                 "answer its own row (badit.data.answer_rows), or use routing='token'"
@@ -337,13 +342,13 @@ def _cache(batch: Mapping[str, Any]) -> Any:
 
 
 def _length(cache: Any) -> int:
-    """Returns a cache's length; 1 for a tuple, and for a recurrent model's cache (without a length) with gates."""
+    """Returns a cache's length; 1 for a tuple, and for the filled cache of a recurrent model, which has no length."""
     if not hasattr(cache, "get_seq_length"):  # a tuple, None, or the paged cache of generate_batch
         return int(isinstance(cache, tuple))
     try:
         return int(cache.get_seq_length())
     except ValueError:
-        return int(hasattr(cache, _HELD))
+        return int(cache.has_previous_state())
 
 
 def _attended(attention_mask: Any, shape: torch.Size, device: torch.device) -> torch.Tensor:

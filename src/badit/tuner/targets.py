@@ -196,5 +196,5 @@ def refuse_unsuitable_layer(layer: nn.Module, name: str, method: str) -> None:
         )
     if not isinstance(layer, (nn.Linear, Conv1D, FusedExpert)):
         raise BaditError(f"{name} is a {kind}; {method} adapts nn.Linear and Conv1D: change target_modules")
-    if not is_quantised(layer) and not layer.weight.is_floating_point():
+    if not is_quantised(layer) and (layer.weight.itemsize == 1 or not layer.weight.is_floating_point()):
         raise BaditError(f"{name}: a weight of type {layer.weight.dtype} cannot be decomposed; change target_modules")
