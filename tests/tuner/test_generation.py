@@ -9,6 +9,7 @@ import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, MambaConfig, MambaForCausalLM
 
 from badit.errors import BaditError
+from badit.tuner.prompt import cache_of
 from refusals import refuses
 from tuner.helpers import FAMILIES, NEW, adapted, forward, generate, greedy_by_hand, layers, opt, padded, random_rows
 
@@ -104,10 +105,10 @@ def test_generation_of_a_recurrent_model_equals_one_full_pass(routing):
     ids = torch.tensor([[5, 6, 7, 8]])
     found = generate(model, ids, torch.ones_like(ids))
     assert torch.equal(found[:, 4:], next_tokens(model, found, 4)[:, 3:-1])
-    cache = model(ids, use_cache=True).cache_params
-    cache.reset()
-    reset = model(ids + 9, cache_params=cache, use_cache=True).logits
-    torch.testing.assert_close(reset, model(ids + 9).logits, atol=1e-5, rtol=1e-5)
+    for cache in cache_of(model(ids, use_cache=True)).values():  # earlier releases of transformers: cache_params
+        cache.reset()
+        reset = model(ids + 9, cache=cache, use_cache=True).logits
+        torch.testing.assert_close(reset, model(ids + 9).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_generate_in_a_second_thread_is_refused(tiny_model):

@@ -122,12 +122,12 @@ def test_only_training_passes_update_moments_and_gate_sums():
     layer.badit_router.requires_grad_(False)  # a frozen adapter does not change
     run(layer, x, mask)
     assert layer.badit_batches["default"] == 3
-    layer.update_layer("default", config(num_experts=2, r=2))  # another adapter of this name
-    run(layer, x, mask)
     layer.badit_router.requires_grad_(True)
     run(layer.to(torch.bfloat16), x.to(torch.bfloat16), mask)
     assert layer.badit_batches["default"] == 4
     assert layer.badit_moments["default"].isfinite().all()
+    layer.double().update_layer("default", config(num_experts=2, r=2))  # another adapter of this name
+    run(layer, x, mask)
 
 
 def test_2d_input_is_routed_by_row_and_a_shape_mismatch_is_refused():
