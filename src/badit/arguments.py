@@ -213,7 +213,8 @@ def value_problems(training: TrainingSection) -> Iterator[str]:
         for part in get_args(wanted) or (wanted,):
             if isinstance(part, type) and issubclass(part, Enum):  # only the enum's values
                 wanted = Literal[tuple(member.value for member in part)]
+        wanted = Annotated[wanted, _RANGES.get(key, Field())]
         try:
-            TypeAdapter(Annotated[wanted, _RANGES.get(key, Field())]).validate_python(value, strict=True)
+            TypeAdapter(wanted).validate_python(value, strict=True)
         except ValidationError as error:
             yield f"training.{key}: {problems(error, value)[0][1]}"
