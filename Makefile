@@ -13,7 +13,7 @@ LOWEST := $(shell $(PYTHON) -c 'import re, tomllib; \
   print(*(re.sub(">=([^,]+),.*", r"==\1", one) for one in wanted if re.match("accelerate|huggingface|peft|torch|transformers", one)))')
 # The tests that depend on these releases.
 ADAPTER_TESTS := tests/tuner tests/baselines tests/training tests/test_security.py tests/test_errors.py tests/export/test_push.py
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder  # tests/conftest.py sorts the files
 
 .PHONY: demo test stress bench check lint docs dist test-lowest-peft test-matrix test-peft test-serving test-integrations audit clean
 
@@ -66,7 +66,8 @@ dist: $(VENV)/.dev  ## source distribution and wheel, in dist/
 LOWEST_HUB_PEFT := $(filter huggingface-hub% peft%,$(LOWEST))
 LOWEST_PEFT := $(VENV)/$(subst ==,-,$(firstword $(LOWEST_HUB_PEFT))-$(lastword $(LOWEST_HUB_PEFT)))
 # Training tests of files, processes, gradients and trackers, which use nothing that differs between PEFT's releases.
-NOT_OF_PEFT := attention disks gradients held_out kills no_sync reliability several_processes surgery trackers weights_methods
+NOT_OF_PEFT := attention checkpoints disks gradients held_out kills no_sync numerics regroup reliability several_processes \
+  surgery trackers trainer training_optimizer weights_methods
 test-lowest-peft: $(VENV)/.dev $(LOWEST_PEFT)
 	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(NOT_OF_PEFT:%=--ignore tests/training/test_%.py) $(ADAPTER_TESTS)
 

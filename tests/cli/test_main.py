@@ -13,9 +13,7 @@ import yaml
 
 from badit import BaditError
 from badit.cli import app, main
-from badit.compare import Cell, Grid
 from badit.files import read_json
-from badit.methods import on_skeleton
 from badit.recipe import load_recipe
 from comparison.cells import InlineCell, compare_module
 
@@ -100,14 +98,6 @@ def test_terminal_shows_progress_and_red_errors_unless_no_color(tmp_path, variab
     assert "badit: reading the recipe …" in shown
     assert ("\x1b[31mbadit: " in shown) == red
     assert "trainig: unknown key" in shown
-
-
-def test_demo_methods_have_the_same_budget_and_scaling():
-    grid = Grid(load_recipe("demo"))
-    (lora, of_lora), (badit, of_badit) = (on_skeleton(grid.recipe_of(Cell(name)), []) for name in ("lora", "badit"))
-    assert lora.trained_parameters(of_lora) == pytest.approx(badit.trained_parameters(of_badit), rel=0.01)
-    lora, badit = lora.config, badit.config
-    assert (lora.lora_alpha / lora.r, lora.lora_dropout) == (badit.scaling, badit.lora_dropout)
 
 
 @pytest.mark.parametrize("fails", [False, True])
