@@ -13,7 +13,7 @@ LOWEST := $(shell $(PYTHON) -c 'import re, tomllib; \
   print(*(re.sub(">=([^,]+),.*", r"==\1", one) for one in wanted if re.match("accelerate|huggingface|peft|torch|transformers", one)))')
 # The tests that depend on these releases.
 ADAPTER_TESTS := tests/tuner tests/baselines tests/training tests/test_security.py tests/test_errors.py tests/export/test_push.py
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder  # tests/conftest.py sorts the files
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test stress bench check lint docs dist test-lowest-peft test-matrix test-peft test-serving test-integrations audit clean
 

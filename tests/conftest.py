@@ -44,14 +44,6 @@ _FAMILIES = {
 }
 
 
-_LONG = ("processes", "disks", "kills", "export", "site", "server", "optimizer", "examples", "api", "broken")
-
-
-def pytest_collection_modifyitems(items):
-    """Puts the files with the longest tests first: at the end, one worker would run them alone."""
-    items.sort(key=lambda item: not item.path.stem.endswith(_LONG))
-
-
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
