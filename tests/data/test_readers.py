@@ -187,3 +187,5 @@ def test_invalid_rows_are_refused_with_their_line_number(tmp_path):
     ):
         file = write_rows(tmp_path / "rows.jsonl", *rows)
         assert refusal(file).startswith(f"{file}: {message}")
+    (tmp_path / "rows.csv").write_text("task,instrucion,input,output\na,b,c,d\n")
+    assert refusal(tmp_path / "rows.csv").endswith("row 1: found 'instrucion', did you mean 'instruction'?")

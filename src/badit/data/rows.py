@@ -130,7 +130,7 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     own_task, instruction = row.get("task", row.get("task_name")), where.instruction
     keys, pair = tuple(map(str, row)), tuple[str, ...]()
     unused = ("system", "context", "history", "prompt")
-    needed = ["instruction"] if strict and "task" in row else []
+    needed = ["instruction"] if "task" in row else []
     for key in () if where.columns else ("split", *needed, *([] if where.task else ["task"])):
         _refuse_near(key, keys)
     if (chat := _chat_of(row)) is not None:
