@@ -59,8 +59,8 @@ SCORES = "scores.json"
 NOT_A_LORA = "makes the adapter more than a plain LoRA"
 # These change the base weight to W − s·B0 A0. PEFT repeats this change whenever such an adapter is loaded.
 _CHANGES_BASE = ("pissa", "olora")
-_MORE_THAN_LORA = "use_dora lora_bias modules_to_save trainable_token_indices target_parameters use_bdlora use_qalora"
-_MORE_THAN_LORA += " alora_invocation_tokens arrow_config kasa_config layer_replication"
+_MORE_THAN_LORA = """use_dora lora_bias modules_to_save trainable_token_indices target_parameters use_bdlora use_qalora
+    alora_invocation_tokens arrow_config kasa_config layer_replication"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,9 +130,9 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     own_task, instruction = row.get("task", row.get("task_name")), where.instruction
     keys, pair = tuple(map(str, row)), tuple[str, ...]()
     unused = ("system", "context", "history", "prompt")
-    needed = ["instruction"] if "task" in row else []
-    for key in () if where.columns else ("split", *needed, *([] if where.task else ["task"])):
-        _refuse_near(key, keys)
+    if not where.columns:
+        for key in ("split", *["instruction"] * ("task" in row), *["task"] * (not where.task)):
+            _refuse_near(key, keys)
     if (chat := _chat_of(row)) is not None:
         # Next to messages, a prompt repeats the first one in some public datasets.
         found, pair, unused = list(_answers(chat, where.turns)), ("messages",), ("instruction", "context", "history")
