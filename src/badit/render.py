@@ -1,16 +1,16 @@
 """Tables of a comparison's results and of a run's scores, as text, Markdown, LaTeX or CSV."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence, Set
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from badit.errors import BaditError, one_line, refuse_unknown
+from badit.errors import one_line
 from badit.metrics import METRICS
-from badit.results import Results, load_results, summarise, task_means
-from badit.run import AnyPath
+from badit.results import Results, summarise, task_means
 
 UNKNOWN = "–"
 # Columns of cells that are not in the table. The CSV form has these cells as its last rows.
@@ -43,19 +43,6 @@ def number(value: Any, form: str = ".1f", sign: str = "-") -> str:
 def counted(number: int, noun: str) -> str:
     """Returns a number with its noun, in the plural unless it is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def comparison_table(path: AnyPath, form: str, metric: str, by_task: bool, released: bool) -> str:
-    """Implements :func:`badit.table`."""
-    refuse_unknown("--format", form, FORMATS)
-    refuse_unknown("--metric", metric, METRICS)
-    results = load_results(path)
-    sequence = results.protocol == "sequential" and not by_task
-    if released and not sequence:
-        raise BaditError("--released: valid only for a sequential comparison and without --by-task; omit it")
-    if metric != "rouge_l" and sequence:
-        raise BaditError("--metric: forgetting and transfer are measured in Rouge-L; omit it, or add --by-task")
-    return FORMATS[form](_task_table(results, metric) if by_task else method_table(results, metric, released))
 
 
 def method_table(results: Results, metric: str = "rouge_l", released: bool = False) -> Table:
@@ -107,7 +94,7 @@ def method_table(results: Results, metric: str = "rouge_l", released: bool = Fal
     return _table(results, columns.items(), best, notes, summary[numbers])
 
 
-def _task_table(results: Results, metric: str) -> Table:
+def task_table(results: Results, metric: str) -> Table:
     """Returns a table with one row per task and one column per method that has scores."""
     means = task_means(results, metric)
     means.loc["mean over tasks"] = [fmean(means[method]) for method in means]
@@ -131,10 +118,14 @@ def _table(
     unscored = [name for name in results.methods if name not in results.scored_methods]
     notes = [*notes, f"no finished run: {', '.join(unscored)}"] if unscored else [*notes]
     omitted = results.cells.loc[results.cells["status"] != "done", _OMITTED].astype(object)
-    for cell in omitted.where(omitted.notna(), None).to_dict("records"):
-        where = [f"{name.replace('_', ' ')} {cell[name]}" for name in _OMITTED[1:4] if cell[name] is not None]
-        reason = f" ({' '.join(cell['error'].split()):.100})" if cell["error"] else ""
-        notes.append(f"not in the table: {', '.join([cell['method'], *where])}: {cell['status']}{reason}")
+    seeds: dict[tuple, list[str]] = defaultdict(list)
+    for method, seed, *place in omitted.where(omitted.notna(), None).itertuples(index=False):
+        seeds[method, *place].append(str(seed))
+    for (method, order, rate, state, error), of_place in seeds.items():
+        parts = {"seed" + "s" * (len(of_place) > 1): ", ".join(of_place), "order": order, "learning rate": rate}
+        where = [method, *(f"{name} {part}" for name, part in parts.items() if part not in (None, "None"))]
+        reason = f" ({' '.join(error.split()):.100})" if error else ""
+        notes.append(f"not in the table: {', '.join(where)}: {state}{reason}")
     rows = pd.DataFrame(zip(*texts, strict=True), columns=titles, dtype=object)
     return Table(rows, best, [*map(one_line, notes)], pd.concat([numbers.astype(object), omitted]))
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from badit.errors import BaditError, explained
+from badit.errors import BaditError, explained, refuse_unknown
 from badit.files import OWNER, read_json, read_jsonl, refuse_links, write_text
 
 if TYPE_CHECKING:
@@ -369,6 +370,7 @@ def table(
     metric: str = "rouge_l",
     by_task: bool = False,
     released: bool = False,
+    reference: str | None = None,
 ) -> str:
     """Print a comparison's results as text, Markdown, LaTeX or CSV.
 
@@ -378,6 +380,7 @@ def table(
         metric: the metric of differences, ranks and --by-task: rouge_l, exact_match or nll.
         by_task: print a row per task and a column per method.
         released: compute forgetting and transfer as SAPT's released code does, of a sequential comparison.
+        reference: the method that the others are compared with (default: the comparison's own).
 
     Returns:
         The text, which the command prints.
@@ -385,6 +388,18 @@ def table(
     Raises:
         BaditError: the file is missing or damaged, or an option is unknown or not valid for the protocol.
     """
-    from badit.render import comparison_table
+    from badit.metrics import METRICS
+    from badit.render import FORMATS, method_table, task_table
+    from badit.results import load_results
 
-    return comparison_table(results, format, metric, by_task, released)
+    refuse_unknown("--format", format, FORMATS)
+    refuse_unknown("--metric", metric, METRICS)
+    found = load_results(results)
+    found = replace(found, reference=reference or found.reference)
+    refuse_unknown("--reference", found.reference, found.methods)
+    sequence = found.protocol == "sequential" and not by_task
+    if released and not sequence:
+        raise BaditError("--released: valid only for a sequential comparison and without --by-task; omit it")
+    if metric != "rouge_l" and sequence:
+        raise BaditError("--metric: forgetting and transfer are measured in Rouge-L; omit it, or add --by-task")
+    return FORMATS[format](task_table(found, metric) if by_task else method_table(found, metric, released))

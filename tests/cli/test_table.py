@@ -8,7 +8,7 @@ from statistics import fmean
 
 import pytest
 
-from evaluation.test_results import cell, mixed, sequential
+from evaluation.test_results import cell, mixed, sequential, unscored
 from materials import comparison, write_results
 
 columns = re.compile(r"\s{2,}").split
@@ -26,7 +26,9 @@ def renamed(content, new):
 
 
 def test_text_table_and_notes_on_omitted_cells(shown):
-    lines = shown(mixed()).splitlines()
+    content = mixed()
+    content["cells"].append(unscored("goat", 1, status="missing", selected=False, learning_rate=None))
+    lines = shown(content).splitlines()
     assert max(map(len, lines)) <= 140
     assert columns(lines[0])[0] == "method"
     assert "vs lora [95 %]" in lines[0]
@@ -39,7 +41,7 @@ def test_text_table_and_notes_on_omitted_cells(shown):
     assert not any("that both have" in line or "one run" in line for line in lines), "no note if all runs are paired"
     assert [line for line in lines if line.startswith("not in the table")] == [
         "not in the table: badit_x, seed 1, learning rate 0.002: failed (out of memory)",
-        "not in the table: goat, seed 0: missing",
+        "not in the table: goat, seeds 0, 1: missing",
     ]
 
 
@@ -51,6 +53,12 @@ def test_notes_on_unpaired_runs_single_runs_and_missing_reference(shown):
     assert "an interval over one run covers instances only, not other seeds" in lines
     content["cells"] = [entry for entry in content["cells"] if entry["method"] != "lora"]
     assert "no differences, because lora has no scores" in shown(content)
+
+
+def test_reference_is_another_method(shown):
+    _, _, *rows, _ = (lines := shown(mixed(), "--reference", "badit_x").splitlines())[:6]
+    assert [columns(row)[6].split()[0] for row in rows] == ["−25.7", "−4.5", "–"]
+    assert "lora vs badit_x: over the 2 of its 3 runs that both have" in lines
 
 
 def test_markdown_bolds_the_best_and_escapes_names(shown):
@@ -128,6 +136,7 @@ def test_invalid_input_gives_one_line_and_exit_code_2(shown):
         (mixed(), ["--released"], "--released: valid only for a sequential comparison and without --by-task"),
         (sequential(), ["--released", "--by-task"], "--released: valid only for a sequential"),
         (sequential(), ["--metric", "exact_match"], "--metric: forgetting and transfer are measured in Rouge-L"),
+        (mixed(), ["--reference", "badit"], "--reference: unknown 'badit' (did you mean 'badit_x'?)"),
         (mixed(), ["--metric", "nll"], "metric: the results have no scores in nll; choose another metric"),
         ([], [], "must hold one JSON object"),
     ):

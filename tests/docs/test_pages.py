@@ -16,7 +16,7 @@ from docs.pages import RESULTS, ROOT, Page, pages
 
 WITH_COMMANDS = [page for page in [*pages(), *pages("recipes/**/*.yaml")] if page.commands()]
 _NUMBER = re.compile(r"(\d+\.(\d+))<!-- ([\w/.-]+):([^>]+?) -->")
-_TABLE = re.compile(r"<!-- table: ([\w/.-]+\.json) -->\n(.*?)\n<!-- end of table -->", flags=re.DOTALL)
+_TABLE = re.compile(r"<!-- table: ([\w/.-]+\.json)((?: \w+=\S+)*) -->\n(.*?)\n<!-- end of table -->", flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=str)
@@ -67,9 +67,9 @@ def test_quoted_numbers_match_the_committed_results(page):
 
 @pytest.mark.parametrize("page", [page for page in pages() if _TABLE.search(page.text)], ids=str)
 def test_tables_match_the_committed_results(page):
-    """A comparison's table is between two comments; the first one names its results file."""
-    for file, found in _TABLE.findall(page.text):
-        assert found == table(RESULTS / file, format="markdown").strip()
+    """A comparison's table is between two comments; the first one has its results file and the options of the table."""
+    for file, options, found in _TABLE.findall(page.text):
+        assert found == table(RESULTS / file, format="markdown", **dict(o.split("=") for o in options.split())).strip()
 
 
 def source_strings():
