@@ -1,7 +1,7 @@
 """Tables of a comparison's results and of a run's scores, as text, Markdown, LaTeX or CSV."""
 
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -113,19 +113,17 @@ def _table(
     notes: Sequence[str],
     numbers: pd.DataFrame,
 ) -> Table:
-    """Builds a table, with notes on methods without scores and on cells that are not done."""
+    """Builds a table, with notes on methods without scores and on missing and failed cells."""
     titles, texts = zip(*columns, strict=True)
     unscored = [name for name in results.methods if name not in results.scored_methods]
     notes = [*notes, f"no finished run: {', '.join(unscored)}"] if unscored else [*notes]
     omitted = results.cells.loc[results.cells["status"] != "done", _OMITTED].astype(object)
-    seeds: dict[tuple, list[str]] = defaultdict(list)
-    for method, seed, *place in omitted.where(omitted.notna(), None).itertuples(index=False):
-        seeds[method, *place].append(str(seed))
-    for (method, order, rate, state, error), of_place in seeds.items():
-        parts = {"seed" + "s" * (len(of_place) > 1): ", ".join(of_place), "order": order, "learning rate": rate}
-        where = [method, *(f"{name} {part}" for name, part in parts.items() if part not in (None, "None"))]
-        reason = f" ({' '.join(error.split()):.100})" if error else ""
-        notes.append(f"not in the table: {', '.join(where)}: {state}{reason}")
+    if missing := Counter(omitted.loc[omitted["status"] == "missing", "method"]):
+        notes.append(f"missing runs: {', '.join(f'{count} of {method}' for method, count in missing.items())}")
+    for cell in omitted.where(omitted.notna(), None).loc[omitted["status"] == "failed"].to_dict("records"):
+        where = [f"{name.replace('_', ' ')} {cell[name]}" for name in _OMITTED[1:4] if cell[name] is not None]
+        reason = f" ({' '.join(cell['error'].split()):.100})" if cell["error"] else ""
+        notes.append(f"failed: {', '.join([cell['method'], *where])}{reason}")
     rows = pd.DataFrame(zip(*texts, strict=True), columns=titles, dtype=object)
     return Table(rows, best, [*map(one_line, notes)], pd.concat([numbers.astype(object), omitted]))
 

@@ -39,10 +39,7 @@ def test_text_table_and_notes_on_omitted_cells(shown):
     assert base[:5] == ["base", "–", "–", "1", "26.5"]
     assert "no finished run: goat" in lines
     assert not any("that both have" in line or "one run" in line for line in lines), "no note if all runs are paired"
-    assert [line for line in lines if line.startswith("not in the table")] == [
-        "not in the table: badit_x, seed 1, learning rate 0.002: failed (out of memory)",
-        "not in the table: goat, seeds 0, 1: missing",
-    ]
+    assert lines[-2:] == ["missing runs: 2 of goat", "failed: badit_x, seed 1, learning rate 0.002 (out of memory)"]
 
 
 def test_notes_on_unpaired_runs_single_runs_and_missing_reference(shown):
@@ -66,7 +63,7 @@ def test_markdown_bolds_the_best_and_escapes_names(shown):
     assert {len(re.split(r"(?<!\\)\|", line)) for line in lines[:5]} == {13}
     assert lines[4].startswith(r"| a\|b\_c\* |")
     assert [bold(line) for line in lines[2:5]] == [[], [], ["52.2 ± 3.8", "50.0 ± 11.8"]]
-    assert r"- not in the table: a\|b\_c\*, seed 1, learning rate 0.002: failed (out of memory)" in lines
+    assert r"- failed: a\|b\_c\*, seed 1, learning rate 0.002 (out of memory)" in lines
 
     cells = [cell("lora", 0, 40), cell("badit", 0, 40)]
     cells[1]["scores"]["tasks"]["task_b"]["rouge_l"] += 1e-14

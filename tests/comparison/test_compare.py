@@ -97,7 +97,7 @@ def test_failed_cell_does_not_stop_others_and_is_retried(values, inline, monkeyp
         failed, done = results["cells"]
         assert (failed["status"], failed["error"], done["status"]) == ("failed", "no room for neurons", "done")
         assert any("neurons/lr-0.01/seed-0: FAILED (no room for neurons)" in line for line in lines)
-        assert "not in the table: neurons, seed 0, learning rate 0.01: failed" in command("table", values["output"])
+        assert "failed: neurons, seed 0, learning rate 0.01" in command("table", values["output"])
         inline.clear()
         assert compared(values) == results
         assert inline == ["neurons/lr-0.01/seed-0"], "only the failed cell is retried"
