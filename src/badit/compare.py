@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -67,13 +67,12 @@ def compare(recipe: RecipeLike | None = None, /, *, jobs: int = 1, progress: boo
     grid, output = Grid(made), Path(made.output)
     with exclusive(output):
         with status("checking data and methods"):
-            tasks, counts = check(grid)
+            comparison = _Comparison(grid, jobs, say if progress else lambda line: None)
         warn_of_slow_dtype(made.model.dtype, device())  # warnings of the cells go to their log files
-        comparison = _Comparison(grid, tasks, jobs, say if progress else lambda line: None)
         try:
             comparison.run()
         finally:
-            write_json(output / RESULTS, _assemble(grid, tasks, comparison.rates, counts))
+            comparison.save()
     return load_results(output)
 
 
@@ -265,9 +264,10 @@ def find_rate(ladder: Sequence[float], start: float, loss_of: Callable[[float], 
 class _Comparison:
     """Runs up to ``jobs`` cells at a time. The search of a method runs its cells one by one, before the others."""
 
-    def __init__(self, grid: Grid, tasks: list[str], jobs: int, report: Callable[[str], None]) -> None:
-        self.rates: dict[str, float | None] = {}
-        self._grid, self._tasks, self._jobs, self._report = grid, tasks, jobs, report
+    def __init__(self, grid: Grid, jobs: int, report: Callable[[str], None]) -> None:
+        self._tasks, self._counts = check(grid)
+        self._rates: dict[str, float | None] = {}
+        self._grid, self._jobs, self._report = grid, jobs, report
         self._running: dict[CellProcess, tuple[Cell, int | None]] = {}  # the cell and GPU of each
         self._lock = threading.Lock()
         self._stopping = False
@@ -275,7 +275,7 @@ class _Comparison:
     def run(self) -> None:
         for name in self._grid.methods:  # rates known so far, so that results.json has all finished cells if this stops
             with suppress(LookupError):
-                self.rates[name] = self._rate(name, run=False)
+                self._rates[name] = self._rate(name, run=False)
         todo = deque[Callable[[], Any]](partial(self._search, name) for name in self._grid.methods)
         running: set[Future[Any]] = set()
         with ThreadPoolExecutor(self._jobs) as pool, status("starting") as show:
@@ -296,6 +296,33 @@ class _Comparison:
                     self._stop(signal.SIGKILL)
                 raise
 
+    def save(self) -> None:
+        """Writes results.json with the runs that are finished so far."""
+        grid, rates, cells = self._grid, self._rates, list[dict[str, Any]]()
+        with self._lock:
+            for method in grid.methods:
+                # The cells at the chosen learning rate, done or not, then the other cells of the search.
+                chosen = grid.chosen(method, rates[method]) if method in rates else []
+                searched = [grid.searched(method, rate) for rate in grid.section.learning_rates or ()]
+                tried = [cell for cell in searched if cell not in chosen and grid.run_of(cell).path.is_dir()]
+                cells += [_entry(grid, cell, selected=cell in chosen) for cell in (*chosen, *tried)]
+            alone = [method for method in grid.section.single_task if rates.get(method) is not None]
+            for method in alone:
+                # The single-task runs of a seed form one cell, under a method name with a suffix.
+                joint = {"method": method + SINGLE_TASK, "order": None, "config": {}}
+                for seed in grid.seeds_of(method):
+                    one = Cell(method, rates[method], seed)
+                    cells.append(_entry(grid, one, selected=True, tasks=self._tasks) | joint)
+            content = {
+                "format": FORMAT,
+                "protocol": "mixed" if grid.section.orders is None else "sequential",
+                "reference": grid.section.reference,
+                "methods": [*grid.methods, *(method + SINGLE_TASK for method in alone)],
+                "trainable_parameters": self._counts,
+                "cells": cells,
+            }
+            write_json(Path(grid.recipe.output) / RESULTS, content)
+
     def _stop(self, how: signal.Signals) -> None:
         with self._lock:
             self._stopping = True
@@ -309,7 +336,7 @@ class _Comparison:
 
     def _search(self, name: str) -> list[Callable[[], None]]:
         """Finds a method's learning rate; returns the functions that run its cells."""
-        self.rates[name] = rate = self._rate(name, run=True)
+        self._rates[name] = rate = self._rate(name, run=True)
         if rate is not None and self._grid.section.learning_rates is not None:
             self._report(f"{name}: learning rate {rate:g}")
         return [partial(self._run_cell, cell, score=True) for cell in self._grid.chosen(name, rate, self._tasks)]
@@ -355,33 +382,8 @@ class _Comparison:
             raise KeyboardInterrupt
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
         self._report(f"{cell}: {'done' if error is None else f'FAILED ({error})'} in {minutes}:{seconds:02d}")
-
-
-def _assemble(
-    grid: Grid, tasks: Sequence[str], rates: Mapping[str, float | None], counts: Mapping[str, int]
-) -> dict[str, Any]:
-    """Returns the contents of results.json for a finished or unfinished comparison."""
-    cells = []
-    for method in grid.methods:
-        # The cells at the chosen learning rate, done or not, then the other cells of the search.
-        chosen = grid.chosen(method, rates[method]) if method in rates else []
-        searched = [grid.searched(method, rate) for rate in grid.section.learning_rates or ()]
-        tried = [cell for cell in searched if cell not in chosen and grid.run_of(cell).path.is_dir()]
-        cells += [_entry(grid, cell, selected=cell in chosen) for cell in (*chosen, *tried)]
-    alone = [method for method in grid.section.single_task if rates.get(method) is not None]
-    for method in alone:
-        # The single-task runs of a seed form one cell, under a method name with a suffix.
-        joint = {"method": method + SINGLE_TASK, "order": None, "config": {}}
-        seeds = grid.seeds_of(method)
-        cells += [_entry(grid, Cell(method, rates[method], seed), selected=True, tasks=tasks) | joint for seed in seeds]
-    return {
-        "format": FORMAT,
-        "protocol": "mixed" if grid.section.orders is None else "sequential",
-        "reference": grid.section.reference,
-        "methods": [*grid.methods, *(method + SINGLE_TASK for method in alone)],
-        "trainable_parameters": dict(counts),
-        "cells": cells,
-    }
+        if score:
+            self.save()
 
 
 def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ()) -> dict[str, Any]:

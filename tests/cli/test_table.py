@@ -8,7 +8,7 @@ from statistics import fmean
 
 import pytest
 
-from evaluation.test_results import cell, mixed, sequential, unscored
+from evaluation.test_results import cell, mixed, sequential
 from materials import comparison, write_results
 
 columns = re.compile(r"\s{2,}").split
@@ -26,9 +26,7 @@ def renamed(content, new):
 
 
 def test_text_table_and_notes_on_omitted_cells(shown):
-    content = mixed()
-    content["cells"].append(unscored("goat", 1, status="missing", selected=False, learning_rate=None))
-    lines = shown(content).splitlines()
+    lines = shown(mixed()).splitlines()
     assert max(map(len, lines)) <= 140
     assert columns(lines[0])[0] == "method"
     assert "vs lora [95 %]" in lines[0]
@@ -39,7 +37,7 @@ def test_text_table_and_notes_on_omitted_cells(shown):
     assert base[:5] == ["base", "–", "–", "1", "26.5"]
     assert "no finished run: goat" in lines
     assert not any("that both have" in line or "one run" in line for line in lines), "no note if all runs are paired"
-    assert lines[-2:] == ["missing runs: 2 of goat", "failed: badit_x, seed 1, learning rate 0.002 (out of memory)"]
+    assert lines[-2:] == ["missing runs: 1 of goat", "failed: badit_x, seed 1, learning rate 0.002 (out of memory)"]
 
 
 def test_notes_on_unpaired_runs_single_runs_and_missing_reference(shown):
