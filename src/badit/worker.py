@@ -32,7 +32,7 @@ class CellProcess:
         command = [sys.executable, "-m", "badit.worker", str(folder), "score" if score else "search"]
         self._folder = folder
         self._asked_to_stop = False
-        with (folder / LOG).open("a", encoding="utf-8") as log:
+        with (folder / LOG).open("w", encoding="utf-8") as log:
             # A new session: Ctrl-C reaches only this process, which then sends the cell a single signal to stop.
             # The cell reads its standard input to detect the end of this process.
             self._process = subprocess.Popen(

@@ -81,7 +81,7 @@ def test_process_gets_threads_and_gpu_from_its_environment(tmp_path, monkeypatch
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **k: start([sys.executable, "-c", script], **k))
-    log = tmp_path / "log.txt"
+    (log := tmp_path / "log.txt").write_text("of an earlier attempt")
     assert CellProcess(tmp_path, score=True, threads=3, device=1).wait() == f"ended with exit code 7; see {log}"
     assert log.read_text() == "3 1\n"
 
