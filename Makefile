@@ -65,11 +65,11 @@ dist: $(VENV)/.dev  ## source distribution and wheel, in dist/
 # environment's packages on the path.
 LOWEST_HUB_PEFT := $(filter huggingface-hub% peft%,$(LOWEST))
 LOWEST_PEFT := $(VENV)/$(subst ==,-,$(firstword $(LOWEST_HUB_PEFT))-$(lastword $(LOWEST_HUB_PEFT)))
-# Training tests of files, processes, gradients and trackers, which use nothing that differs between PEFT's releases.
-NOT_OF_PEFT := attention checkpoints disks gradients held_out kills no_sync numerics regroup reliability several_processes \
-  surgery trackers trainer training_optimizer weights_methods
+# Tests of files, processes, gradients, prompts and trackers, which use nothing that differs between PEFT's releases.
+NOT_OF_PEFT := tuner/test_compiled tuner/test_prompt $(addprefix training/test_,attention checkpoints disks gradients held_out \
+  kills no_sync numerics regroup reliability sequential several_processes surgery trackers trainer training_optimizer weights_methods)
 test-lowest-peft: $(VENV)/.dev $(LOWEST_PEFT)
-	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(NOT_OF_PEFT:%=--ignore tests/training/test_%.py) $(ADAPTER_TESTS)
+	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(NOT_OF_PEFT:%=--ignore tests/%.py) $(ADAPTER_TESTS)
 
 $(LOWEST_PEFT): $(VENV)/.dev
 	$(BIN)/pip install --quiet --no-deps --target $@ $(LOWEST_HUB_PEFT) 'httpx<1' 'httpcore<2'
