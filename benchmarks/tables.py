@@ -24,6 +24,11 @@ def written_again(found: re.Match[str]) -> str:
     return f"{begin}{badit.table(ROOT / 'benchmarks' / 'results' / file, format='markdown', **chosen)}\n{end}"
 
 
+def render(text: str) -> str:
+    """Returns the page with its tables of comparisons written again."""
+    return TABLE.sub(written_again, text)
+
+
 if __name__ == "__main__":
     for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]:
-        page.write_text(TABLE.sub(written_again, page.read_text()))
+        page.write_text(render(page.read_text()))

@@ -3,12 +3,12 @@
 import ast
 import json
 import re
+import runpy
 import tomllib
 
 import pytest
 import yaml
 
-from badit import table
 from badit.cli import app
 from badit.methods import build_method
 from badit.recipe import build_recipe, load_recipe
@@ -16,7 +16,7 @@ from docs.pages import RESULTS, ROOT, Page, pages
 
 WITH_COMMANDS = [page for page in [*pages(), *pages("recipes/**/*.yaml")] if page.commands()]
 _NUMBER = re.compile(r"(\d+\.(\d+))<!-- ([\w/.-]+):([^>]+?) -->")
-_TABLE = re.compile(r"<!-- table: ([\w/.-]+\.json)((?: \w+=\S+)*) -->\n(.*?)\n<!-- end of table -->", flags=re.DOTALL)
+TABLES = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=str)
@@ -65,11 +65,9 @@ def test_quoted_numbers_match_the_committed_results(page):
         assert f"{value:.{len(decimals)}f}" == figure, f"{file}: {key}"
 
 
-@pytest.mark.parametrize("page", [page for page in pages() if _TABLE.search(page.text)], ids=str)
+@pytest.mark.parametrize("page", [page for page in pages() if TABLES["TABLE"].search(page.text)], ids=str)
 def test_tables_match_the_committed_results(page):
-    """A comparison's table is between two comments; the first one has its results file and the options of the table."""
-    for file, options, found in _TABLE.findall(page.text):
-        assert found == table(RESULTS / file, format="markdown", **dict(o.split("=") for o in options.split())).strip()
+    assert TABLES["render"](page.text) == page.text
 
 
 def source_strings():

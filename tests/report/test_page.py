@@ -127,7 +127,8 @@ def test_side_by_side_heat_maps_share_one_colour_scale(tmp_path):
 
 def test_comparison_page_has_its_table_failed_runs_and_loss_curves(tmp_path):
     page = page_of([write_comparison(tmp_path / "compared") / "results.json"], tmp_path)
-    for words in ("vs lora [95 %]", "(out of memory)", "lora, one model per task", "task-gap", "differences"):
+    assert "failed: goat, seed 0, learning rate 0.0005 (out of memory)" in page.source
+    for words in ("vs lora [95 %]", "lora, one model per task", "task-gap", "differences"):
         assert words in page.source
     assert re.search(r'>badit</th>.*?<td class=" strong">[\d.]+ ± [\d.]+</td>', page.source, re.DOTALL)
     assert "name a run's folder as well" in page.text
