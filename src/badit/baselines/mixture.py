@@ -43,9 +43,7 @@ from badit.tuner.prompt import inside_backward
 class MixtureConfig(ExpertConfig):
     """Experts weighted by a softmax at every position in every adapted layer."""
 
-    # Methods with a balance loss (`imbalance`) or with gates of only the top_k experts override these with options.
-    balance_weight = 0.0
-    top_k = None
+    balance_weight = 0.0  # methods with a balance loss (`imbalance`) override it with an option
 
     def gates(self, logits_K: torch.Tensor) -> torch.Tensor:
         """Returns the experts' gates (…, K), with sum 1, from the router's logits."""
@@ -153,7 +151,6 @@ class GoatConfig(MixtureConfig):
         super().__post_init__()
         if self.r % self.num_experts:
             raise BaditError(f"r = {self.r}, GOAT's total rank, must be a multiple of num_experts = {self.num_experts}")
-        self._check_top_k(self.top_k)
 
     @property
     def num_components(self) -> int:

@@ -96,6 +96,7 @@ class ExpertConfig(PeftConfig):
     needs_tasks: ClassVar[bool] = False  # the task of every row must be set with Hooks.rows_of
     needs_whole_weights: ClassVar[bool] = False  # does not work with sharded weights (FSDP, DeepSpeed)
     shares_A: ClassVar[bool] = False  # all experts share one A of r rows
+    top_k = None  # methods with gates of only the top_k experts override it with an option
 
     num_experts: Count = option(8, "Number of experts, K.")
     r: Count = option(4, "Rank of each expert; the adapter's total rank is num_experts × r.")
@@ -122,6 +123,8 @@ class ExpertConfig(PeftConfig):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
         check_options(self)
+        if self.top_k is not None:
+            check("top_k", self.top_k, Annotated[int, Strict(), Field(ge=1, le=self.num_experts)])
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise BaditError("layers_pattern: needs layers_to_transform, the layers' indices; set both or neither")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -163,9 +166,6 @@ class ExpertConfig(PeftConfig):
         path = Path(save_directory, "README.md")
         if path.is_file() and note not in (text := path.read_text("utf-8")):
             path.write_text(f"{text.rstrip()}\n\n{note}\n", "utf-8")
-
-    def _check_top_k(self, top_k: Any) -> None:
-        check("top_k", top_k, Annotated[int, Strict(), Field(ge=1, le=self.num_experts)])
 
 
 @dataclass
@@ -237,8 +237,6 @@ class BaditConfig(ExpertConfig):
             self.init_weights = "bad" if self.init_weights is True else self.init_weights
             self.router_input = self.router_input or "mean"
         super().__post_init__()
-        if self.top_k is not None:
-            self._check_top_k(self.top_k)
         if self.router_input is None:
             self.router_input = "standardised" if self.routing == "prompt" else "mean"
         if self.router_input == "standardised" and self.routing != "prompt":
