@@ -104,9 +104,8 @@ class ExpertConfig(PeftConfig):
     lora_dropout: Dropout = option(0.05, "Dropout probability of the adapter's input, in training only.")
     target_modules: list[str] | str | None = option(
         None,
-        "Names of the modules to adapt, a regex, or 'all-linear'. "
-        "Default: the MLP's gate projection (as in the paper), or its first projection if it has no gate; "
-        "q_proj and v_proj if all MLPs are fused MoE experts.",
+        "Names of the modules to adapt, a regex, or 'all-linear'. Default: the MLP's gate projection (as in the "
+        "paper), or its first projection if it has no gate; q_proj and v_proj if all MLPs are fused MoE experts.",
     )
     exclude_modules: list[str] | str | None = option(None, "Names of the modules not to adapt, or a regex.")
     modules_to_save: list[str] | None = option(None, "Additional modules to train in full and save with the adapter.")
@@ -203,8 +202,7 @@ class BaditConfig(ExpertConfig):
     top_k: int | None = option(
         None,
         "Use only the k largest gates (default: all). With k = 1 the gate is constant, so the router does not learn. "
-        "With init_weights='bad' and k below num_experts, the adapted model differs from the base model at step 0, "
-        "because the unused experts' part of the weight is missing.",
+        "With init_weights='bad', the unused experts' part of the base weight is missing at step 0.",
     )
     init_weights: Literal["directions", "bad", "lora"] = option(
         "directions",
@@ -212,9 +210,7 @@ class BaditConfig(ExpertConfig):
         "paper's BAD, the top singular triples with their magnitudes in A and B. 'lora': random A and zero B.",
     )
     svd_method: SvdMethod = option("auto", "'exact', 'randomized', or 'auto' (randomized for large weights).")
-    svd_tolerance: Positive = option(
-        1e-3, "Largest allowed relative residual ‖Wv − σu‖/σ of a triple of the randomized SVD."
-    )
+    svd_tolerance: Positive = option(1e-3, "Largest relative residual ‖Wv − σu‖/σ of a triple of the randomized SVD.")
     target_parameters: list[str] | None = option(
         None,
         "Names of fused weights of MoE experts to adapt, such as 'experts.gate_up_proj'. Each matrix has its own "
