@@ -8,7 +8,6 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -33,7 +32,7 @@ from badit.run import Run
 from badit.surgery import Surgery, SurgeryTrainer
 from badit.trainer import AnswerTrainer
 from badit.tuner import BaditConfig
-from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS, described, refuse_newer_format
+from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS, described
 from badit.tuner.model import TaskBatches, hooks_of
 from badit.tuner.targets import chosen_targets
 
@@ -89,6 +88,8 @@ class Method:
         return []
 
     def trainer(self, **arguments: Any) -> AnswerTrainer:
+        if self.name in get_args(Surgery):
+            return SurgeryTrainer(surgery=cast("Surgery", self.name), **arguments)
         return AnswerTrainer(**arguments)
 
 
@@ -139,10 +140,10 @@ class AdapterMethod(Method):
         Pickled files are not read.
         """
         shapes = _tensor_shapes(folder / SAFETENSORS_WEIGHTS_NAME)  # if it is missing, PEFT would load a pickled file
-        _check_settings(folder / CONFIG_NAME, self.config, shapes)
+        config = _saved_config(folder / CONFIG_NAME, self.config, shapes)
         with explained(folder, action="loaded", any_error=True), warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+            adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
             loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         if not all(tensor.isfinite().all() for tensor in loaded.values()):
             fix = "train again with a lower training.learning_rate"
@@ -162,11 +163,6 @@ class AdapterMethod(Method):
         if self.regroup is None:
             return [AngleLog(run.angles_path)]
         return [RegroupCallback(**self.regroup, log_path=run.regroupings_path)]
-
-    def trainer(self, **arguments: Any) -> AnswerTrainer:
-        if self.name in get_args(Surgery):
-            return SurgeryTrainer(surgery=cast("Surgery", self.name), **arguments)
-        return AnswerTrainer(**arguments)
 
 
 class WeightsMethod(Method):
@@ -218,38 +214,30 @@ def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
-def _check_settings(path: Path, config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises BaditError unless the saved configuration equals the recipe's and its bookkeeping fields are valid."""
-    saved = read_json(path)
+def _saved_config(path: Path, wanted: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """Returns a saved configuration; BaditError unless it equals the recipe's and its bookkeeping fields are valid."""
+    saved, kind, expected = read_json(path), type(wanted), wanted.to_dict()
     try:
-        refuse_newer_format(saved.get(FORMAT_FIELD, 1))
-    except BaditError as error:
-        raise BaditError(f"{path}: {error}") from None
-    if isinstance(config, BaditConfig) and saved.get(FORMAT_FIELD, 1) == 1:
-        bad = {"init_weights": "bad"} if saved.get("init_weights") is True else {}
-        saved = {"router_input": "mean", **saved, **bad}
-    # Both in the form of JSON, with sets as sorted lists.
-    in_order = partial(sorted, key=json.dumps)
-    defaults, wanted = (json.loads(json.dumps(each.to_dict(), default=in_order)) for each in (type(config)(), config))
-    if unknown := sorted(saved.keys() - defaults.keys() - _MAY_DIFFER - RETIRED_FIELDS):
+        config = kind(**kind.check_kwargs(**{key: saved[key] for key in saved.keys() & expected.keys()}))
+        found = config.to_dict() | {"peft_type": saved.get("peft_type")}
+    except Exception as error:  # values of any type
+        raise BaditError(f"{path}: {first_line(error)}") from None
+    if unknown := sorted(saved.keys() - expected.keys() - RETIRED_FIELDS):
         fix = "upgrade PEFT, or remove the line"
         raise BaditError(f"{path}: {unknown[0]!r:.60}: is unknown to this version of PEFT; {fix}")
-    for key, expected in wanted.items():
-        found = saved.get(key, defaults[key])
-        if isinstance(getattr(config, key), set) and isinstance(found, list):  # PEFT saves sets in any order
-            found = in_order(found)
-        if key not in _MAY_DIFFER and found != expected:
-            differs = f"is {found!r:.60}, but the run's recipe says {expected!r:.60}"
+    for key, value in (expected | {"peft_type": wanted.peft_type.value}).items():
+        if key not in _MAY_DIFFER and found[key] != value:
+            differs = f"is {found[key]!r:.60}, but the run's recipe says {value!r:.60}"
             raise BaditError(f"{path}: {key}: {differs}; this adapter belongs to another run")
     # A regex is matched against every module name and can take exponential time, so only the recipe's own is accepted.
-    own_expression = getattr(config, "target_modules", None)
-    for key, allowed in (("target_modules", (None, own_expression)), ("tasks", (None,))):
-        names = saved.get(key)
-        if names not in allowed and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise BaditError(f"{path}: {key}: must be a list of names, not {names!r:.60}")
-    past = saved.get("past_branches", 0)
-    if not isinstance(past, int) or not 0 <= past <= max(chain([0], *shapes.values())):
+    names = config.target_modules
+    is_list = isinstance(names, set) and all(isinstance(name, str) for name in names)
+    if not is_list and names not in (None, wanted.target_modules):
+        raise BaditError(f"{path}: target_modules: must be a list of names, not {names!r:.60}")
+    past = getattr(config, "past_branches", 0)
+    if past > max(chain([0], *shapes.values())):
         raise BaditError(f"{path}: past_branches: the weights cannot have {past!r:.60} branches")
+    return config
 
 
 class NeuronMethod(WeightsMethod):
@@ -316,10 +304,7 @@ def build_method(section: Mapping[str, Any]) -> Method:
     return Method(name) if name == "base" else AdapterMethod(name, config, regroup)
 
 
-@dataclasses.dataclass
-class _NoOptions:
-    """The options of methods without options."""
-
+_NoOptions = dataclasses.make_dataclass("_NoOptions", ())  # of methods without options
 
 #: The configuration of every method, by the method's name in a recipe.
 KINDS: dict[str, Baseline] = {

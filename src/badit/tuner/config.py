@@ -78,16 +78,6 @@ def peft_type(name: str) -> PeftType:
     return PeftType[name]
 
 
-def refuse_newer_format(version: Any) -> None:
-    """Raises BaditError if a saved adapter has a newer format than this release can read."""
-    check(FORMAT_FIELD, version, Count)
-    if version > FORMAT:
-        raise BaditError(
-            f"{FORMAT_FIELD}: the adapter has format {version}, this badit reads formats up to {FORMAT}: "
-            "pip install --upgrade badit"
-        )
-
-
 @dataclass
 class ExpertConfig(PeftConfig):
     """``num_experts`` LoRA experts of rank ``r`` in the target modules. Subclasses set ``method`` and add fields."""
@@ -115,7 +105,10 @@ class ExpertConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_newer_format(self.format_version)
+        check(FORMAT_FIELD, self.format_version, Count)
+        if self.format_version > FORMAT:
+            known = f"this badit reads formats up to {FORMAT}: pip install --upgrade badit"
+            raise BaditError(f"{FORMAT_FIELD}: the adapter has format {self.format_version}, {known}")
         self.format_version = FORMAT  # adapters of earlier formats are saved in the current one
         self.peft_type = peft_type(self.method)
         for name in ("target_modules", "exclude_modules"):
@@ -152,10 +145,6 @@ class ExpertConfig(PeftConfig):
     def initial_factors(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Returns A (N, I) and B (O, N) at step 0 for this base weight, or None for LoRA's random A and zero B."""
         return None
-
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:  # PEFT calls it when it loads a configuration
-        return super().check_kwargs(**{key: value for key, value in kwargs.items() if key not in RETIRED_FIELDS})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Saves the configuration, and adds to the README.md that PEFT saves with an adapter how to load it."""
@@ -225,8 +214,9 @@ class BaditConfig(ExpertConfig):
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Adds the format of saved adapters without one."""
-        return super().check_kwargs(**{FORMAT_FIELD: 1, **kwargs})
+        """Adds the format of saved adapters without one and drops options of earlier releases; called by PEFT."""
+        kept = {key: value for key, value in kwargs.items() if key not in RETIRED_FIELDS}
+        return super().check_kwargs(**{FORMAT_FIELD: 1, **kept})
 
     def __post_init__(self) -> None:
         if self.init_weights is True or self.format_version == 1:  # of a release with the paper's defaults
