@@ -234,9 +234,8 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Always raises BaditError."""
         raise BaditError(
-            "an adapter whose gates depend on the prompt, position or task has no single weight to merge into; keep it "
-            "as an adapter (unload() returns the base model), or export it with fixed gates as a plain LoRA or a "
-            "merged model: badit export RUN, or layer.get_delta_weight(adapter, gates)"
+            "an adapter whose gates depend on its input has no single weight to merge into; keep it as an adapter "
+            "(unload() returns the base model), or fix the gates: badit export RUN, or get_delta_weight(adapter, gates)"
         )
 
     def unmerge(self) -> None:
@@ -306,10 +305,8 @@ class BaditLinear(ExpertLinear):
         if forward_pass.held is not None:
             gates = forward_pass.held.get(self._key(adapter_name))
             if gates is None:
-                raise BaditError(
-                    "this cache was filled without the adapter, so it has no gates for its prompt; "
-                    "fill it with the adapter active, or use routing='token'"
-                )
+                fix = "fill it with the adapter active, or use routing='token'"
+                raise BaditError(f"this cache was filled without the adapter, so it has no gates for its prompt; {fix}")
             if (rows := len(gates)) != (present := len(x) if self.tokens_P is None else self.batch_shape()[0]):
                 raise BaditError(f"this cache was filled with a batch of {rows} rows, but the batch now has {present}")
             return gates.to(x.device)
@@ -318,10 +315,8 @@ class BaditLinear(ExpertLinear):
             mask_BT = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
             return self._route_prompts(adapter_name, prompt_mean(x, mask_BT)[:, None] if x.ndim == 3 else x)
         if self.tokens_P is None and (x.ndim != 3 or x.shape[:2] != mask_BT.shape):
-            raise BaditError(
-                f"{self.name}: the input has shape {tuple(x.shape)}, but the batch has {tuple(mask_BT.shape)}; "
-                "leave it out of target_modules, or use routing='token'"
-            )
+            shapes = f"the input has shape {tuple(x.shape)}, but the batch has {tuple(mask_BT.shape)}"
+            raise BaditError(f"{self.name}: {shapes}; leave it out of target_modules, or use routing='token'")
         mask_BT = mask_BT.to(x.device)
         of_BT = None if segments is None else segments.of_BT.to(x.device)
         number = len(mask_BT) if segments is None else segments.number

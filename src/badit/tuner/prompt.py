@@ -46,8 +46,8 @@ class Segments(NamedTuple):
 class ForwardPass:
     """What the adapted layers need to know about one forward pass."""
 
-    # Computes `prompt` when it is first read; None if the batch is not known.
-    find_prompt: Callable[[], tuple[torch.Tensor, Segments | None]] | None = None
+    # Computes `prompt` when it is first read; nothing if the batch is not known.
+    find_prompt: Callable[[], tuple[torch.Tensor | None, Segments | None]] = lambda: (None, None)
     # By layer (or adapter), the gates stored on the pass's cache; None if this pass computes them from the prompt.
     held: dict[str, torch.Tensor] | None = None
     shape: torch.Size | None = None  # of the batch, (B, T)
@@ -63,17 +63,15 @@ class ForwardPass:
     @cached_property
     def prompt(self) -> tuple[torch.Tensor | None, Segments | None]:
         """The prompt mask (B, T) and the segments of packed rows. Without a mask, a layer's whole input is prompt."""
-        return (None, None) if self.find_prompt is None else self.find_prompt()
+        return self.find_prompt()
 
     @property
     def prompt_mask_BT(self) -> torch.Tensor | None:
         """The prompt mask for methods with one set of gates per row; BaditError for packed rows."""
         mask_BT, segments = self.prompt
         if segments is not None:
-            raise BaditError(
-                "a packed batch holds several prompts in one row, but this method has one set of gates per row; "
-                "set packing=False and padding_free=False"
-            )
+            fix = "set packing=False and padding_free=False"
+            raise BaditError(f"a packed batch holds several prompts in one row, but this method reads one; {fix}")
         return mask_BT
 
 
@@ -133,10 +131,8 @@ class RoutingContext:
         config = kwargs.get("generation_config") or model.generation_config
         scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
         if scale not in (None, 1) and self._reads_prompt():
-            raise BaditError(
-                "guidance_scale: generates from an unconditional prompt too, for which routing='prompt' has no "
-                "gates; leave it out, or use routing='token'"
-            )
+            fix = "leave it out, or use routing='token'"
+            raise BaditError(f"guidance_scale: generates from an unconditional prompt too, which has no gates; {fix}")
         own = self._generate or partial(type(model).generate, model)
         given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
         lengths = [value.shape[1] for value in given if isinstance(value, torch.Tensor)]
@@ -161,25 +157,21 @@ class RoutingContext:
     def _reads_prompt(self) -> bool:
         return any(reads() for reads in self.mask_readers)
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=2)
+    def _warn_once(self, problem: str, fix: str) -> None:
+        if problem not in self._warned:
+            self._warned.add(problem)
+            warnings.warn(f"{problem}; {fix}, or use routing='token'", stacklevel=2)
 
     def _refuse_alone(self, decoder: nn.Module, args: tuple) -> None:
         """Raises BaditError if the decoder is called by itself, since its gates would depend on padding and answers."""
         if self._running is None and not inside_backward() and self._reads_prompt():
-            raise BaditError(
-                "the model's decoder was called by itself, so the prompt is not known; call the whole model, or use "
-                "routing='token'"
-            )
+            fix = "call the whole model, or use routing='token'"
+            raise BaditError(f"the model's decoder was called by itself, so the prompt is not known; {fix}")
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if getattr(model, "_is_replica", False):
-            raise BaditError(
-                "nn.DataParallel: its threads would share one routing context; start with accelerate launch, or set "
-                "CUDA_VISIBLE_DEVICES to one GPU"
-            )
+            fix = "start with accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU"
+            raise BaditError(f"nn.DataParallel: its threads would share one routing context; {fix}")
         names = inspect.signature(model.forward).parameters if args else ()
         self._running = self._describe(model, {**dict(zip(names, args, strict=False)), **kwargs})
         kwargs.pop("prompt_mask", None)
@@ -223,10 +215,8 @@ class RoutingContext:
             held, length = getattr(cache, _HELD, {}), self._generation_prompt_length
             # During ``generate``, several positions are a part of the prompt or candidate tokens of the answer.
             if held and shape is not None and shape[1] > 1 and (length is None or cached < length - 1):
-                self._warn_once(
-                    "text is added to a filled cache, which keeps the gates of its first prompt; for gates of the "
-                    "whole text, call cache.reset() and pass all of it, or use routing='token'"
-                )
+                fix = "for gates of the whole text, call cache.reset() and pass all of it"
+                self._warn_once("text is added to a filled cache, which keeps the gates of its first prompt", fix)
             if self._stored is not None and self._stored[0] is not held:
                 self._stored = held, {}
             return ForwardPass(held=held, shape=shape, stored=self._stored and self._stored[1])
@@ -248,10 +238,8 @@ class RoutingContext:
         if getattr(model, "get_output_embeddings", lambda: None)() is None:
             labels_BT = None  # a classifier: the whole row is the prompt
         elif labels_BT is None and model.training and torch.is_grad_enabled():
-            self._warn_once(
-                "a language model is trained without labels, so the router reads prompts and answers; pass "
-                "the model labels (-100 on the prompt) or prompt_mask= (batch, positions), or use routing='token'"
-            )
+            fix = "pass the model labels (-100 on the prompt) or prompt_mask= (batch, positions)"
+            self._warn_once("a language model is trained without labels, so the router reads prompts and answers", fix)
         mask_BT = _attended(batch["attention_mask"], shape, device)
         if isinstance(labels_BT, torch.Tensor) and labels_BT.shape == mask_BT.shape:
             if not self._looked_at_labels:  # once, because it waits for the device
@@ -273,15 +261,11 @@ class RoutingContext:
         labelled_BT = labels_BT != _IGNORED_LABEL
         answers_B = (labelled_BT[:, 1:] & ~labelled_BT[:, :-1]).sum(dim=1) + labelled_BT[:, 0]
         if bool(labelled_BT[:, int(packed) : 2].all()):  # TRL removes the first label of a segment
-            self._warn_once(
-                "every position has a label, so the router reads only the first token as the prompt; set labels to "
-                "-100 on the prompt (TRL: completion_only_loss or assistant_only_loss), or use routing='token'"
-            )
+            fix = "set labels to -100 on the prompt (TRL: completion_only_loss or assistant_only_loss)"
+            self._warn_once("every position has a label, so the router reads only the first token as the prompt", fix)
         elif not packed and bool((answers_B > 1).any()):
-            self._warn_once(
-                "a row has several answers, and all of them have the gates of the text before the first; give each "
-                "answer its own row (badit.data.answer_rows), or use routing='token'"
-            )
+            problem = "a row has several answers, and all of them have the gates of the text before the first"
+            self._warn_once(problem, "give each answer its own row (badit.data.answer_rows)")
 
 
 def cache_of(output: Mapping[str, Any]) -> dict[str, Any]:
@@ -365,10 +349,8 @@ def _attended(attention_mask: Any, shape: torch.Size, device: torch.device) -> t
         own_BT = attention_mask[:, 0].diagonal(dim1=1, dim2=2)[:, :length]
         own_BT = own_BT if own_BT.dtype == torch.bool else own_BT == 0
         return own_BT.expand(batch, -1)
-    raise BaditError(
-        f"cannot find the prompt with an attention mask of type {type(attention_mask).__name__}; "
-        "pass prompt_mask= (batch, positions) to the model, or use routing='token'"
-    )
+    kind, fix = type(attention_mask).__name__, "pass prompt_mask= (batch, positions), or use routing='token'"
+    raise BaditError(f"cannot find the prompt with an attention mask of type {kind}; {fix}")
 
 
 def _segments(batch: Mapping[str, Any], shape: torch.Size, device: torch.device) -> Segments | None:

@@ -178,10 +178,8 @@ def keep_in_place(model: nn.Module) -> None:
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
-            raise BaditError(
-                f"{name}: has been evaluated on a CPU, where bitsandbytes reorders 4-bit weights, and then no adapter "
-                "can be trained on them; load the model again, and add the adapter before you evaluate it"
-            )
+            fix = "load the model again, and add the adapter before you evaluate it"
+            raise BaditError(f"{name}: has been evaluated on a CPU, where bitsandbytes reorders 4-bit weights; {fix}")
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
@@ -190,10 +188,8 @@ def refuse_unsuitable_layer(layer: nn.Module, name: str, method: str) -> None:
     """Raises BaditError for a layer that is not nn.Linear or Conv1D, or whose weight has an unsupported type."""
     kind = type(layer).__name__
     if hasattr(layer, "qweight"):
-        raise BaditError(
-            f"{name} is a {kind}, quantised by GPTQ or AWQ, which keep no weight that {method} could start from: "
-            "use the unquantised model, or quantise it with bitsandbytes or torchao"
-        )
+        fix = "use the unquantised model, or quantise it with bitsandbytes or torchao"
+        raise BaditError(f"{name} is a {kind}, quantised by GPTQ or AWQ: {method} could start from no weight; {fix}")
     if not isinstance(layer, (nn.Linear, Conv1D, FusedExpert)):
         raise BaditError(f"{name} is a {kind}; {method} adapts nn.Linear and Conv1D: change target_modules")
     if not is_quantised(layer) and (layer.weight.itemsize == 1 or not layer.weight.is_floating_point()):
