@@ -39,8 +39,7 @@ def attention(
     rows, heads, length, width = query.shape
     plain = query.requires_grad and query.dtype == torch.bfloat16 and length <= LONGEST
     if not plain or attention_mask is None or key.shape[2] != length or kwargs.get("position_bias") is not None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-        return output, None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     shared = key.shape[1]
     query = query * (width**-0.5 if scaling is None else scaling)
     # Heads that share a key are rows of one product, so no key is copied.

@@ -60,17 +60,10 @@ def by_shape(pairs: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]], n
 
 def stacked(tensors: Sequence[torch.Tensor], features: int) -> torch.Tensor:
     """Stacks tensors of one shape to (L, …); of DTensors, returns only this process's shard along ``features``."""
-    first = tensors[0]
-    if not isinstance(first, DTensor):
-        return torch.stack(list(tensors))
-    local = torch.stack([tensor.to_local() for tensor in tensors])  # pyright: ignore[reportAttributeAccessIssue]
-    whole = dtensor(local, first, stacked_placements(first), (len(tensors), *first.shape))
-    return whole.redistribute(placements=placements_along(features + 1, first)).to_local()
-
-
-def stacked_placements(like: DTensor) -> list[Any]:
-    """Returns the placements of a stack of tensors that are sharded like ``like``."""
-    return [Shard(place.dim + 1) if isinstance(place, Shard) else place for place in like.placements]
+    whole = torch.stack(list(tensors))
+    if not isinstance(whole, DTensor):
+        return whole
+    return whole.redistribute(placements=placements_along(features + 1, whole)).to_local()
 
 
 def placements_along(features: int, like: DTensor) -> list[Shard | Replicate]:
@@ -181,7 +174,7 @@ def rank_and_size() -> tuple[int, int]:
 
 def any_of_all(flag: bool) -> bool:
     """Returns whether the flag is true on any rank."""
-    return flag if rank_and_size()[1] == 1 else bool(gathered(torch.tensor(int(flag))).any())
+    return bool(gathered(torch.tensor(flag)).any())
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:

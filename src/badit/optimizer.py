@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from accelerate.utils import parse_flag_from_env
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from badit.errors import BaditError
-from badit.gradients import by_shape, dtensor, over_shards, placements_along, stacked, stacked_placements
+from badit.gradients import by_shape, dtensor, over_shards, placements_along, stacked
 from badit.method import Moments, no_moments, orthogonal_updates
 from badit.tuner.config import NotNegative, Positive, check
 
@@ -226,7 +226,8 @@ def _subtract(factors: Sequence[nn.Parameter], update: torch.Tensor, features: i
     first, parts = factors[0], list[torch.Tensor](factors)
     if isinstance(first, DTensor):
         whole = dtensor(update, first, placements_along(features + 1, first), (len(factors), *first.shape))
-        update = whole.redistribute(placements=stacked_placements(first)).to_local()
+        along_factors = [Shard(place.dim + 1) if isinstance(place, Shard) else place for place in first.placements]
+        update = whole.redistribute(placements=along_factors).to_local()
         parts = [factor.to_local() for factor in factors]  # pyright: ignore[reportAttributeAccessIssue]
     torch._foreach_mul_(parts, shrink)  # pyright: ignore[reportPrivateImportUsage]
     torch._foreach_sub_(parts, list(update.unbind()))  # pyright: ignore[reportPrivateImportUsage]

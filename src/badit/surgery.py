@@ -28,11 +28,10 @@ from badit.trainer import AnswerTrainer
 
 Surgery = Literal["pcgrad", "cagrad"]
 CAGRAD_RADIUS = 0.5  # c: the radius of the ball around the mean gradient, relative to its norm
-Combination = Callable[[torch.Tensor], torch.Tensor]  # maps gradients (T, P) to one (P,)
 
 
-def combination(surgery: Surgery) -> Combination:
-    """Returns PCGrad (arXiv 2001.06782), or CAGrad (arXiv 2110.14048) times T.
+def combination(surgery: Surgery) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns PCGrad (arXiv 2001.06782), or CAGrad (arXiv 2110.14048) times T: maps gradients (T, P) to one (P,).
 
     PCGrad's random order uses torch's global CPU generator, which checkpoints save.
     """
@@ -75,7 +74,6 @@ class SurgeryTrainer(AnswerTrainer):
         tasks = list(dict.fromkeys(inputs["tasks"]))
         if len(tasks) == 1:
             return super().training_step(model, inputs, num_items_in_batch)
-        assert num_items_in_batch is not None  # AnswerTrainer makes the Trainer count them
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         earlier = [parameter.grad for parameter in parameters]
         losses, gradients, reached = [], [], set()
