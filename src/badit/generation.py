@@ -141,8 +141,7 @@ def stream_answer(
 ) -> StreamedAnswer:
     """Streams the answer to one prompt, with the arguments and errors of :func:`generate_answers`.
 
-    Args:
-        show: called after every token with the answer so far. Its exceptions end the generation and are propagated.
+    ``show`` is called after every token with the answer so far. Its exceptions end the generation and are propagated.
     """
     _check([prompt], max_new_tokens=max_new_tokens)
     with _greedy(model, tokenizer, max_new_tokens) as settings:
@@ -174,7 +173,6 @@ def _greedy(
     """Replaces the model's generation config, from which `generate` takes unset options, by greedy decoding."""
     owner = cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
     original = owner.generation_config
-    pad = tokenizer.pad_token_id
     own = original.eos_token_id
     ends: list[Any] = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     settings = GenerationConfig(
@@ -183,7 +181,7 @@ def _greedy(
         num_beams=1,
         use_cache=True,
         return_dict_in_generate=True,
-        pad_token_id=0 if pad is None else pad,
+        pad_token_id=tokenizer.pad_token_id or 0,
         eos_token_id=sorted({*ends} - {None}),
     )
     owner.generation_config = settings

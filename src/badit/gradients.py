@@ -24,11 +24,9 @@ _NUMBERS_AT_A_TIME = 2**24
 def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> list[torch.Tensor | None]:
     """Returns the cosine Gram matrix (N, N) of each layer's reduced component gradients, the same on every process.
 
+    ``factors`` are A (N, I) and B (O, N) of each layer; all processes must pass the same layers in the same order.
     Layers of equal shape are batched, so that a whole model needs few operations and collectives. A layer in which a
-    factor has no gradient gets None. All processes must pass the same layers in the same order.
-
-    Args:
-        factors: A (N, I) and B (O, N) of each layer.
+    factor has no gradient gets None.
     """
 
     def reduced(parameter: nn.Parameter) -> torch.Tensor | None:

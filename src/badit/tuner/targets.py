@@ -87,8 +87,7 @@ class FusedExpert(nn.Module):
 def split_experts(experts: Any, parameter: str, name: str, routing: Any) -> nn.ModuleList:
     """Returns the matrices of a module's fused weight; the first call replaces its forward by one that calls them.
 
-    Raises:
-        BaditError: the parameter is not a floating-point fused weight of transformers' experts interface.
+    BaditError if the parameter is not a floating-point fused weight of transformers' experts interface.
     """
     weights = ("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj")
     known = hasattr(experts, "is_transposed") and parameter in weights
