@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from badit.data import ordered
 from badit.environment import status
 from badit.errors import BaditError, explained, refuse_unknown, say
 from badit.files import exclusive, inside, read_json, write_json
-from badit.methods import Method, build_method, on_skeleton
+from badit.methods import build_method, on_skeleton
 from badit.metrics import METRICS, mean_scores
 from badit.models import device, warn_of_slow_dtype
 from badit.recipe import Recipe, RecipeLike, build_recipe, make_recipe, merged
@@ -38,7 +39,7 @@ from badit.results import FORMAT, RESULTS, SINGLE_TASK, Results, load_results, r
 from badit.run import Run
 from badit.statistics import both_forms
 from badit.train import joint_training, keep_inputs, make_plan, task_fingerprints
-from badit.worker import ERROR, CellProcess, progress
+from badit.worker import ERROR, error_of, progress, start_cell
 
 # Maximum relative difference of parameter counts. Ranks are integers, so the counts match only approximately.
 _TOLERANCE = 0.05
@@ -113,8 +114,7 @@ class Grid:
             raise BaditError("compare: the recipe has no compare section; add one, as in recipes/superni-cpu.yaml")
         self.recipe = recipe
         self.section = section = recipe.compare
-        self.methods: dict[str, Method] = {}
-        self.start_rates: dict[str, float | None] = {}
+        self.start_rates: dict[str, float | None] = {}  # of each method; None if it does not train
         for name in section.methods:
             if not re.fullmatch(r"[\w][\w.+-]*", name):
                 raise BaditError(f"compare.methods: {name!r:.60} is not a valid name; use letters, digits, - and _")
@@ -123,7 +123,7 @@ class Grid:
                 method = build_method(own.method)
                 method.refuse_recipe(own)
             rate = own.training.learning_rate
-            self.methods[name], self.start_rates[name] = method, rate if method.trains else None
+            self.start_rates[name] = rate if method.trains else None
             if section.learning_rates is not None and rate not in section.learning_rates:
                 raise BaditError(
                     f"training.learning_rate: the search starts at {rate:g}; add this value to compare.learning_rates"
@@ -134,7 +134,7 @@ class Grid:
         for field in ("reference", "budget", "unmatched", "single_task"):
             value = getattr(section, field)
             for name in [value] if isinstance(value, str) else value or ():
-                refuse_unknown(f"compare.{field}", name, self.methods)
+                refuse_unknown(f"compare.{field}", name, section.methods)
         listed: dict[str, list[Any]] = {"seeds": section.seeds, "orders": [order_name(o) for o in section.orders or ()]}
         listed |= {f"methods.{name}.seeds": entry.seeds or [] for name, entry in section.methods.items()}
         for field, values in listed.items():
@@ -155,7 +155,7 @@ class Grid:
 
     def chosen(self, method: str, rate: float | None, tasks: Sequence[str] = ()) -> list[Cell]:
         """Returns all cells of a method at its chosen learning rate, and with ``tasks`` its single-task cells."""
-        if not self.methods[method].trains:
+        if self.start_rates[method] is None:
             return [Cell(method)]
         seeds = self.seeds_of(method)
         cells = [Cell(method, rate, seed, order) for seed in seeds for order in self.orders]
@@ -208,22 +208,22 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     if any(sequences.count(each) > 1 for each in sequences):
         raise BaditError("compare.orders: two of them order these tasks in the same way; remove one")
     tasks = [task.name for task in plan.tasks]
-    for name in grid.methods:
+    for name in section.methods:
         with _named(f"methods.{name}"):
             method, model = on_skeleton(grid.recipe_of(Cell(name)), tasks)
             counts[name] = method.trained_parameters(model)
     if section.budget is not None:
         budget = counts[section.budget]
-        for name, method in grid.methods.items():
-            if name not in section.unmatched and method.trains and abs(counts[name] - budget) > _TOLERANCE * budget:
+        for name, count in counts.items():
+            if count and name not in section.unmatched and abs(count - budget) > _TOLERANCE * budget:
                 raise BaditError(
-                    f"compare.methods.{name}: trains {counts[name]:,} parameters, {section.budget} trains {budget:,}; "
+                    f"compare.methods.{name}: trains {count:,} parameters, {section.budget} trains {budget:,}; "
                     f"change its rank to agree within {_TOLERANCE:.0%}, or list it in compare.unmatched"
                 )
     # Refuse runs in the folder that were made with another recipe or other data.
     fingerprints: dict[str, dict[str, str]] = {}
-    for name in grid.methods:
-        for rate in section.learning_rates or [grid.start_rates[name]]:
+    for name, start in grid.start_rates.items():
+        for rate in section.learning_rates or [start]:
             trials = [grid.searched(name, rate)] if section.learning_rates else []
             for cell in (*grid.chosen(name, rate, tasks), *trials):
                 if grid.run_of(cell).config_path.is_file():
@@ -242,23 +242,21 @@ def find_rate(ladder: Sequence[float], start: float, loss_of: Callable[[float], 
     non-finite loss (a diverged or failed run) counts as the worst. Returns the lowest of the rates whose losses are
     less than ``level`` above the best loss, because a rate that is too high costs more than one that is too low.
     """
-    current = ladder.index(start)
-    losses: dict[int, float] = {}
+    best, losses = ladder.index(start), dict[int, float]()
 
-    def measure(index: int) -> None:
-        if 0 <= index < len(ladder) and index not in losses:
+    def loss_at(index: int) -> float:
+        if index not in losses and 0 <= index < len(ladder):
             loss = loss_of(ladder[index])
             losses[index] = loss if math.isfinite(loss) else math.inf
+        return losses.get(index, math.inf)
 
-    measure(current)
     while True:
-        measure(current - 1)
-        if losses.get(current - 1, math.inf) >= losses[current]:
-            measure(current + 1)
-        best = min(losses, key=losses.__getitem__)
-        if best == current:
+        if loss_at(best) > loss_at(best - 1):
+            best -= 1
+        elif loss_at(best) > loss_at(best + 1):
+            best += 1
+        else:
             return ladder[min(index for index, loss in losses.items() if loss < losses[best] + level or index == best)]
-        current = best
 
 
 class _Comparison:
@@ -268,15 +266,15 @@ class _Comparison:
         self._tasks, self._counts = check(grid)
         self._rates: dict[str, float | None] = {}
         self._grid, self._jobs, self._report = grid, jobs, report
-        self._running: dict[CellProcess, tuple[Cell, int | None]] = {}  # the cell and GPU of each
+        self._running: dict[Popen[bytes], tuple[Cell, int | None]] = {}  # the cell and GPU of each process
         self._lock = threading.Lock()
         self._stopping = False
 
     def run(self) -> None:
-        for name in self._grid.methods:  # rates known so far, so that results.json has all finished cells if this stops
+        for name in self._grid.start_rates:  # known rates, so that results.json has all finished cells if this stops
             with suppress(LookupError):
                 self._rates[name] = self._rate(name, run=False)
-        todo = deque[Callable[[], Any]](partial(self._search, name) for name in self._grid.methods)
+        todo = deque[Callable[[], Any]](partial(self._search, name) for name in self._grid.start_rates)
         running: set[Future[Any]] = set()
         with ThreadPoolExecutor(self._jobs) as pool, status("starting") as show:
             try:
@@ -300,24 +298,20 @@ class _Comparison:
         """Writes results.json with the runs that are finished so far."""
         grid, rates, cells = self._grid, self._rates, list[dict[str, Any]]()
         with self._lock:
-            for method in grid.methods:
+            for method in grid.start_rates:
                 # The cells at the chosen learning rate, done or not, then the other cells of the search.
                 chosen = grid.chosen(method, rates[method]) if method in rates else []
                 searched = [grid.searched(method, rate) for rate in grid.section.learning_rates or ()]
                 tried = [cell for cell in searched if cell not in chosen and grid.run_of(cell).path.is_dir()]
                 cells += [_entry(grid, cell, selected=cell in chosen) for cell in (*chosen, *tried)]
             alone = [method for method in grid.section.single_task if rates.get(method) is not None]
-            for method in alone:
-                # The single-task runs of a seed form one cell, under a method name with a suffix.
-                joint = {"method": method + SINGLE_TASK, "order": None, "config": {}}
-                for seed in grid.seeds_of(method):
-                    one = Cell(method, rates[method], seed)
-                    cells.append(_entry(grid, one, selected=True, tasks=self._tasks) | joint)
+            joint = [Cell(method, rates[method], seed) for method in alone for seed in grid.seeds_of(method)]
+            cells += [_entry(grid, cell, selected=True, tasks=self._tasks) for cell in joint]
             content = {
                 "format": FORMAT,
                 "protocol": "mixed" if grid.section.orders is None else "sequential",
                 "reference": grid.section.reference,
-                "methods": [*grid.methods, *(method + SINGLE_TASK for method in alone)],
+                "methods": [*grid.start_rates, *(method + SINGLE_TASK for method in alone)],
                 "trainable_parameters": self._counts,
                 "cells": cells,
             }
@@ -327,7 +321,7 @@ class _Comparison:
         with self._lock:
             self._stopping = True
             for process in self._running:
-                process.stop(how)
+                process.send_signal(how)
 
     def _progress(self) -> str:
         with self._lock:
@@ -370,16 +364,18 @@ class _Comparison:
                 threads = max(1, (os.cpu_count() or 1) // self._jobs)
                 in_use = [gpu for _, gpu in self._running.values()]
                 gpu = min(range(torch.cuda.device_count()), key=in_use.count, default=None)
-            process = CellProcess(run.path, score=score, threads=threads, device=gpu)
+            process = start_cell(run.path, score=score, threads=threads, device=gpu)
             self._running[process] = cell, gpu
         began = time.monotonic()
         try:
-            error = process.wait()
+            with process:
+                code = process.wait()
         finally:
             with self._lock:
                 del self._running[process]
-        if self._stopping and error is not None:
+        if self._stopping and code != 0:
             raise KeyboardInterrupt
+        error = error_of(run.path, code)
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
         self._report(f"{cell}: {'done' if error is None else f'FAILED ({error})'} in {minutes}:{seconds:02d}")
         if score:
@@ -387,7 +383,7 @@ class _Comparison:
 
 
 def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns one cell of results.json, from one run or from the single-task runs on ``tasks``."""
+    """Returns one cell of results.json, from one run or, under a name with a suffix, from single-task runs."""
 
     def runs_alone(tasks: Sequence[str]) -> list[Run]:
         return [grid.run_of(replace(cell, order=None, task=task)) for task in tasks]
@@ -403,10 +399,10 @@ def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ())
         trained = sum(training["trainable_parameters"] for training in trainings)
         environment["training"] = {**joint_training(trainings), "trainable_parameters": trained}
     loss = _validation_loss(runs[0])
-    with explained(f"{runs[0].instances_path}", fix="delete the file to write it again", any_error=True):
+    with explained(runs[0].instances_path, fix="delete the file to write it again", any_error=True):
         scores = mean_scores(instances) if done and instances else None
     entry = {
-        "method": cell.method,
+        "method": cell.method + (SINGLE_TASK if tasks else ""),
         "seed": cell.seed,
         "order": None if cell.order is None else order_name(cell.order),
         "learning_rate": cell.learning_rate,
@@ -414,7 +410,7 @@ def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ())
         "error": None if done or not errors else errors[0],
         "selected": selected,
         "validation_loss": None if loss is None or not math.isfinite(loss) else loss,  # JSON has no NaN or infinity
-        "config": grid.recipe_of(cell).model_dump(mode="json", exclude={"compare"}),
+        "config": {} if tasks else grid.recipe_of(cell).model_dump(mode="json", exclude={"compare"}),
         "environment": environment,
         "scores": scores,
         "instances": instances if scores else None,

@@ -17,49 +17,40 @@ ERROR, LOG = "error.txt", "log.txt"
 _BAR = re.compile(r"([^:\r\n]+): +(\d+%)\|[^|\r\n]*\| ([^\r\n]+)")  # name, percentage, counts and times
 
 
-class CellProcess:
-    """The process of a cell. Its folder must hold the recipe; ``wait`` returns its error, if any."""
+def start_cell(folder: Path, *, score: bool, threads: int | None, device: int | None) -> subprocess.Popen[bytes]:
+    """Starts the process of a cell, whose folder must hold the recipe. :func:`error_of` explains its exit code.
 
-    def __init__(self, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
-        (folder / ERROR).unlink(missing_ok=True)
-        quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "TQDM_MININTERVAL": "5"}
-        environment = {**quiet, **os.environ}
-        if threads is not None:
-            environment["OMP_NUM_THREADS"] = str(threads)
-        if device is not None:
-            visible = environment.get("CUDA_VISIBLE_DEVICES")
-            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
-        command = [sys.executable, "-m", "badit.worker", str(folder), "score" if score else "search"]
-        self._folder = folder
-        self._asked_to_stop = False
-        with (folder / LOG).open("w", encoding="utf-8") as log:
-            # A new session: Ctrl-C reaches only this process, which then sends the cell a single signal to stop.
-            # The cell reads its standard input to detect the end of this process.
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
+    After SIGTERM the cell saves its state and ends; after SIGKILL it resumes from its last checkpoint.
+    """
+    (folder / ERROR).unlink(missing_ok=True)
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "TQDM_MININTERVAL": "5"}
+    environment = {**quiet, **os.environ}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    if device is not None:
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
+    command = [sys.executable, "-m", "badit.worker", str(folder), "score" if score else "search"]
+    with (folder / LOG).open("w", encoding="utf-8") as log:
+        # A new session: Ctrl-C reaches only this process, which then sends the cell a single signal to stop.
+        # The cell reads its standard input to detect the end of this process.
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
 
-    def stop(self, how: signal.Signals) -> None:
-        """Sends a signal. After SIGTERM the cell saves its state; after SIGKILL it resumes from its last checkpoint."""
-        self._asked_to_stop = True
-        self._process.send_signal(how)
 
-    def wait(self) -> str | None:
-        """Waits for the cell. Returns None if it succeeded, else a one-line error message."""
-        with self._process:
-            code = self._process.wait()
-        if code == 0:
-            return None
-        if self._asked_to_stop:
-            return "interrupted"
-        error = self._folder / ERROR
-        if not error.is_file():
-            message = f"ended with exit code {code}; see {self._folder / LOG}"
-            if code < 0:
-                hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-                message = f"killed by {signal.Signals(-code).name}{hint}"
-            write_text(error, message + "\n")
-        return error.read_text(encoding="utf-8").strip()
+def error_of(folder: Path, code: int) -> str | None:
+    """Returns the one-line error of a cell that ended with an exit code; None if it succeeded."""
+    if code == 0:
+        return None
+    error = folder / ERROR
+    if not error.is_file():
+        message = f"ended with exit code {code}; see {folder / LOG}"
+        if code < 0:
+            hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+            message = f"killed by {signal.Signals(-code).name}{hint}"
+        write_text(error, message + "\n")
+    return error.read_text(encoding="utf-8").strip()
 
 
 def progress(folder: Path) -> str:
@@ -71,13 +62,13 @@ def progress(folder: Path) -> str:
 
 def main() -> int:
     """``python -m badit.worker FOLDER score|search``; the cell stops when its standard input is closed."""
-    threading.Thread(target=_stop_at_end_of_input, args=(sys.stdin.fileno(),), daemon=True).start()
+    threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
     return run_cell(Path(sys.argv[1]), score=sys.argv[2] == "score")
 
 
-def _stop_at_end_of_input(stdin: int) -> None:
+def _stop_at_end_of_input() -> None:
     """Stops this cell when the pipe from the comparison closes: a killed comparison cannot send a signal."""
-    os.read(stdin, 1)  # returns when the pipe closes; nothing is written to it
+    os.read(sys.stdin.fileno(), 1)  # returns when the pipe closes; nothing is written to it
     os.kill(os.getpid(), signal.SIGTERM)
 
 

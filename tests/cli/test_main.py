@@ -107,7 +107,7 @@ def test_demo_compares_and_writes_a_report(fails, recipe_values, monkeypatch, ca
     methods = {"lora": {"name": "lora", "r": 4, "training": {"learning_rate": rate}}}
     recipe.write_text(json.dumps(recipe_values | {"compare": {"methods": methods, "seeds": [0]}}))
     monkeypatch.setattr("badit.recipe.shipped_recipes", lambda: {"demo": recipe})
-    monkeypatch.setattr(compare_module, "CellProcess", InlineCell)
+    monkeypatch.setattr(compare_module, "start_cell", InlineCell)
     assert main(["demo", f"output={output}", "training.max_steps=2"]) == int(fails)
     shown = capsys.readouterr().out
     assert ("no finished run: lora" in shown) == fails

@@ -27,8 +27,18 @@ def comparison_values(material, output, **compare):
     }
 
 
-class InlineCell:
-    """Replaces CellProcess: runs the same worker in the test's process."""
+class FakeProcess:
+    """Replaces a cell's process in a ``with`` statement."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+class InlineCell(FakeProcess):
+    """Replaces start_cell: runs the same worker in the test's process."""
 
     started = []  # noqa: RUF012
 
@@ -37,12 +47,8 @@ class InlineCell:
         self.started.append("/".join(folder.parts[-3:]))
         self._folder, self._score = folder, score
 
-    def stop(self, how):
-        """Does nothing: the cell runs inside ``wait``."""
-
     def wait(self):
-        code = worker.run_cell(self._folder, score=self._score)
-        return None if code == 0 else (self._folder / ERROR).read_text().strip()
+        return worker.run_cell(self._folder, score=self._score)
 
 
 def by_status(results, **wanted):

@@ -11,6 +11,6 @@ def values(material, tmp_path):
 @pytest.fixture
 def inline(monkeypatch):
     """Runs cells in this process; a list of the folders of the started cells."""
-    monkeypatch.setattr(compare_module, "CellProcess", InlineCell)
+    monkeypatch.setattr(compare_module, "start_cell", InlineCell)
     InlineCell.started.clear()
     return InlineCell.started

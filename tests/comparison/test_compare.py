@@ -33,7 +33,7 @@ def searched(material, tmp_path_factory):
         lines.append(line + f" {len(by_status(saved, selected=True, status='done'))}" * line.endswith("and scoring"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare_module, "CellProcess", InlineCell)
+        patch.setattr(compare_module, "start_cell", InlineCell)
         return values, compared(values, report=report), lines
 
 
@@ -73,7 +73,7 @@ def test_each_method_uses_its_best_rate_and_results_match_the_runs(searched):
 
 
 def test_finished_comparison_is_reused_and_other_recipes_are_refused(searched, monkeypatch):
-    monkeypatch.setattr(compare_module, "CellProcess", None)  # no cell is started
+    monkeypatch.setattr(compare_module, "start_cell", None)  # no cell is started
     values, results, _ = searched
     assert compared(values) == results
     with pytest.raises(BaditError, match=r"holds a run of another recipe .it differs in training\.max_steps"):
@@ -128,7 +128,7 @@ def test_failed_rates_are_not_selected_and_interruption_keeps_finished_cells(val
     assert (found[0.01], found[3e38]) == ((True, "done", None, loss), (False, "failed", diverged, None))
     json.dumps(results, allow_nan=False)
     assert load_results(values["output"]).cells["error"].dropna().tolist() == ["RuntimeError: no such", diverged]
-    monkeypatch.setattr(compare_module, "CellProcess", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(compare_module, "start_cell", Mock(side_effect=KeyboardInterrupt))
     values["compare"]["seeds"] = [0, 1]
     with pytest.raises(KeyboardInterrupt):
         compared(values)
@@ -208,7 +208,7 @@ def test_sequential_comparison_with_two_orders_and_single_task_models(values, in
     ],
 )
 def test_invalid_comparisons_are_refused_before_any_cell_starts(values, monkeypatch, changes, message):
-    monkeypatch.setattr(compare_module, "CellProcess", None)  # no cell is started
+    monkeypatch.setattr(compare_module, "start_cell", None)  # no cell is started
     values["compare"] |= changes
     refuses(message, compared, values)
     assert not Path(values["output"]).exists()

@@ -64,7 +64,7 @@ def test_cell_recipe_changes_only_the_fields_of_the_cell():
     # A method may override training values and seeds.
     own = {**LORA["lora"], "training": {"optimizer": "orthogonal"}, "seeds": [4]}
     grid = grid_with(methods={**LORA, "own": own}, vary_data=True)
-    cells = [cell for name in grid.methods for cell in grid.chosen(name, 0.01)]
+    cells = [cell for name in grid.start_rates for cell in grid.chosen(name, 0.01)]
     assert [str(cell) for cell in cells] == ["lora/lr-0.01/seed-3", "lora/lr-0.01/seed-5", "own/lr-0.01/seed-4"]
     recipes = [grid.recipe_of(cell) for cell in cells]
     assert [recipe.training.optimizer for recipe in recipes] == ["adamw", "adamw", "orthogonal"]

@@ -18,8 +18,8 @@ from badit import Run, load_results
 from badit.checkpoint import last_checkpoint
 from badit.files import read_json
 from badit.recipe import build_recipe
-from badit.worker import CellProcess, progress
-from comparison.cells import LORA, by_status, compare_module, compared
+from badit.worker import error_of, progress, start_cell
+from comparison.cells import LORA, FakeProcess, by_status, compare_module, compared
 
 
 def results_of(values):
@@ -41,7 +41,7 @@ def test_seeds_of_a_method_run_in_parallel_and_cells_get_the_free_gpu(values, mo
     """One long cell keeps its GPU busy, so all short cells must use the other GPU."""
     long_began, last_began, shares = threading.Event(), threading.Event(), {}
 
-    class Cell:
+    class Cell(FakeProcess):
         def __init__(self, folder, *, score, threads, device):
             shares[folder.name] = (threads, device)
             is_long = folder.name == "seed-0"
@@ -52,28 +52,27 @@ def test_seeds_of_a_method_run_in_parallel_and_cells_get_the_free_gpu(values, mo
             self._waits_for = last_began if is_long else long_began
 
         def wait(self):
-            return "not run" if self._waits_for.wait(60) else "waited in vain"
+            return 3 if self._waits_for.wait(60) else 4  # waited in vain
 
-    monkeypatch.setattr(compare_module, "CellProcess", Cell)
+    monkeypatch.setattr(compare_module, "start_cell", Cell)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     values["compare"] |= {"methods": LORA, "seeds": [0, 1, 2, 3]}
     lines = []
     results = compared(values, jobs=2, report=lines.append)
-    assert by_status(results, status="missing") == [f"lora/{seed}" for seed in range(4)]
-    assert sum("(not run)" in line for line in lines) == 4
+    assert by_status(results, status="failed") == [f"lora/{seed}" for seed in range(4)]
+    assert sum("(ended with exit code 3" in line for line in lines) == 4
     threads, device = shares.pop("seed-0")
     assert threads == 4
     assert set(shares.values()) == {(4, 1 - device)}
 
 
-@pytest.mark.parametrize("sent", [None, signal.SIGTERM, signal.SIGKILL])
-def test_wait_reports_interruptions_and_kills(values, sent):
+def test_errors_of_killed_cells_are_explained(values):
     folder = Run.prepare(build_recipe({**values, "compare": None})).path
-    process, error = CellProcess(folder, score=True, threads=None, device=None), folder / "error.txt"
-    process.stop(sent) if sent else os.kill(process._process.pid, signal.SIGKILL)
-    assert process.wait() == ("interrupted" if sent else "killed by SIGKILL (out of memory?)")
-    assert (error.read_text() if error.exists() else "") == ("" if sent else "killed by SIGKILL (out of memory?)\n")
+    with start_cell(folder, score=True, threads=None, device=None) as process:
+        process.send_signal(signal.SIGKILL)
+        assert error_of(folder, process.wait()) == "killed by SIGKILL (out of memory?)"
+    assert (folder / "error.txt").read_text() == "killed by SIGKILL (out of memory?)\n"
 
 
 def test_process_gets_threads_and_gpu_from_its_environment(tmp_path, monkeypatch):
@@ -82,7 +81,8 @@ def test_process_gets_threads_and_gpu_from_its_environment(tmp_path, monkeypatch
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **k: start([sys.executable, "-c", script], **k))
     (log := tmp_path / "log.txt").write_text("of an earlier attempt")
-    assert CellProcess(tmp_path, score=True, threads=3, device=1).wait() == f"ended with exit code 7; see {log}"
+    with start_cell(tmp_path, score=True, threads=3, device=1) as process:
+        assert error_of(tmp_path, process.wait()) == f"ended with exit code 7; see {log}"
     assert log.read_text() == "3 1\n"
 
 
@@ -151,11 +151,11 @@ def test_interrupted_search_stops_cells_and_selects_no_rate(values, monkeypatch)
     values["compare"]["learning_rates"] = [0.001, 0.01]
     waiting, stopped, lines = threading.Event(), [], []
 
-    class Cell:
+    class Cell(FakeProcess):
         def __init__(self, folder, **options):
             self._folder, self._stop = folder, threading.Event()
 
-        def stop(self, how):
+        def send_signal(self, how):
             stopped.append(str(self._folder.relative_to(values["output"])))
             self._stop.set()
 
@@ -163,16 +163,16 @@ def test_interrupted_search_stops_cells_and_selects_no_rate(values, monkeypatch)
             method, rate, _ = self._folder.parts[-3:]
             if (method, rate) == ("lora", "lr-0.01"):
                 (self._folder / "validation.json").write_text('{"loss": 1.0}')
-                return None
+                return 0
             if method == "lora":
                 waiting.set()
             else:
                 waiting.wait()
                 os.kill(os.getpid(), signal.SIGINT)
             self._stop.wait()
-            return "interrupted"
+            return 130
 
-    monkeypatch.setattr(compare_module, "CellProcess", Cell)
+    monkeypatch.setattr(compare_module, "start_cell", Cell)
     with pytest.raises(KeyboardInterrupt):
         compared(values, jobs=2, report=lines.append)
     assert sorted(stopped) == ["badit/lr-0.01/seed-0", "lora/lr-0.001/seed-0"]
@@ -188,20 +188,20 @@ def test_second_interruption_kills_the_cells(values, monkeypatch):
     def ctrl_c_later():
         threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
 
-    class Slow:
+    class Slow(FakeProcess):
         def __init__(self, *arguments, **options):
             self.ended = threading.Event()
 
-        def stop(self, how):
+        def send_signal(self, how):
             told.append(how)
             ctrl_c_later() if how == signal.SIGTERM else self.ended.set()
 
         def wait(self):
             ctrl_c_later()
             self.ended.wait()
-            return "interrupted"
+            return 130
 
-    monkeypatch.setattr(compare_module, "CellProcess", Slow)
+    monkeypatch.setattr(compare_module, "start_cell", Slow)
     with pytest.raises(KeyboardInterrupt):
         compared(values)
     assert told == [signal.SIGTERM, signal.SIGKILL]

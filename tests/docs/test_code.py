@@ -21,7 +21,7 @@ WITH_CODE = [page for page in pages() if page.blocks("python") and page not in (
 @pytest.fixture(autouse=True)
 def _folder(tiny_built_in, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare_module, "CellProcess", InlineCell)
+    monkeypatch.setattr(compare_module, "start_cell", InlineCell)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
 
 
