@@ -39,34 +39,27 @@ class Difference(NamedTuple):
     runs: int
 
 
-def paired_bootstrap(differences_by_task: Mapping[str, np.ndarray], *, resample_seeds: bool = True) -> Difference:
+def paired_bootstrap(differences_by_task: Mapping[str, np.ndarray]) -> Difference:
     """Returns the mean difference between two methods, paired by run and instance, with percentile bootstrap intervals.
 
     The difference is the mean over tasks of the mean over runs and instances. Each resample draws instances with
     replacement within each task (the same for every run) and runs with replacement (the same for every task). This is
     the pigeonhole bootstrap (Owen 2007, doi:10.1214/07-AOAS122), stratified by task.
 
-    The intervals cover new test instances of these tasks and, with `resample_seeds`, new runs. They do not cover other
-    tasks, training data, learning rates or base models. The bootstrap estimates the variance between S runs at
-    (S - 1) / S of its unbiased value. The intervals are therefore too narrow for three runs that differ much, and for
-    a single run they cover new instances only. Runs are treated as exchangeable. In a sequential comparison this holds
-    only approximately, because some runs share a seed or a task order.
+    The intervals cover new test instances of these tasks and new runs. They do not cover other tasks, training data,
+    learning rates or base models. The bootstrap estimates the variance between S runs at (S - 1) / S of its unbiased
+    value. The intervals are therefore too narrow for three runs that differ much, and for a single run they cover new
+    instances only. Runs are treated as exchangeable. In a sequential comparison this holds only approximately, because
+    some runs share a seed or a task order.
 
     Args:
         differences_by_task: (S, N) per task: score of the method minus score of the reference. N may differ between
             tasks. All tasks need the same runs in the same order. The order of the tasks has no effect.
-        resample_seeds: resample runs as well as instances. If False, the intervals hold for these runs only.
-
-    Raises:
-        BaditError: there are no tasks, or differences are empty, not finite or of the wrong shape.
     """
-    tasks_SN = [np.asarray(task_SN, dtype=np.float64) for _, task_SN in sorted(differences_by_task.items())]
-    shapes = {(task_SN.ndim, *task_SN.shape[:1]) for task_SN in tasks_SN}
-    if len(shapes) != 1 or not all(x.ndim == 2 and x.size and np.isfinite(x).all() for x in tasks_SN):
-        raise BaditError("differences_by_task: every task needs finite numbers of the shape (runs, instances)")
+    tasks_SN = [task_SN for _, task_SN in sorted(differences_by_task.items())]
     rng = np.random.default_rng(0)
     runs = len(tasks_SN[0])
-    drawn_RS = rng.integers(runs, size=(_RESAMPLES, runs)) if resample_seeds else np.arange(runs)[None]
+    drawn_RS = rng.integers(runs, size=(_RESAMPLES, runs))
     means_RS = [_resampled_means(task_SN, rng) for task_SN in tasks_SN]
     estimates_R = np.mean([np.take_along_axis(means, drawn_RS, axis=1).mean(axis=1) for means in means_RS], axis=0)
     low, inner_low, inner_high, high = map(float, np.quantile(estimates_R, [0.025, 0.05, 0.95, 0.975]))
