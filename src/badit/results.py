@@ -218,9 +218,9 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
     by_run = results.scores.groupby([*_RUN, "metric"], sort=False, dropna=False)["score"].agg(fmean).reset_index()
     transfers = results.continual.loc[results.continual["form"] == form]
     rows = []
+    done = results.cells.loc[(results.cells["status"] == "done") & results.cells["selected"]]
     for method in results.methods:
-        cells = results.cells.loc[results.cells["method"] == method]
-        cells = cells.loc[(cells["status"] == "done") & cells["selected"]]
+        cells = done.loc[done["method"] == method]
         rates = dict.fromkeys(map(str, cells["learning_rate"].dropna()))
         row: dict[str, Any] = {"method": method, "runs": len(cells), "learning_rate": " / ".join(rates) or None}
         row["trainable_parameters"] = cells["trainable_parameters"].max()
@@ -231,9 +231,7 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
             known = scores.dropna().tolist()
             row[f"{name}_mean"] = fmean(known) if known else None
             row[f"{name}_std"] = stdev(known) if len(known) > 1 else None
-        row |= (difference := _difference(results, method, metric))
-        within = [abs(difference[f"difference_inner_{end}"] or 0.0) for end in ("low", "high")]
-        row["level"] = None if difference["difference_mean"] is None else max(within) < METRICS[metric].margin
+        row |= _difference(results, method, metric)
         row |= {"rank": rank.get(method), "task_rank": task_rank.get(method)}
         row |= {"seconds": cells["seconds"].median(), "peak_memory_gib": cells["peak_memory_gib"].max()}
         rows.append(row)
@@ -268,17 +266,19 @@ def paired(frame: pd.DataFrame, method: str, other: str) -> pd.DataFrame:
 
 
 def _difference(results: Results, method: str, metric: str) -> dict[str, Any]:
-    """Returns the paired difference to the reference; None values for the reference, or if no runs can be paired."""
+    """Returns ``level`` and the paired difference to the reference; None if this is it, or no runs can be paired."""
     pairs = paired(results.instances.loc[results.instances["metric"] == metric], method, results.reference)
     if method == results.reference or pairs.empty:
-        return dict.fromkeys(f"difference_{name}" for name in Difference._fields)
+        return dict.fromkeys([*(f"difference_{name}" for name in Difference._fields), "level"])
     runs = pairs.groupby(["seed", "order", "seed_other", "order_other"], sort=False, dropna=False).ngroup()
     pairs = pairs.assign(run=runs, difference=pairs["score"] - pairs["score_other"])
     tables = {
         str(task): rows.pivot(index="run", columns="instance", values="difference").to_numpy()
         for task, rows in pairs.groupby("task")
     }
-    return {f"difference_{name}": value for name, value in paired_bootstrap(tables)._asdict().items()}
+    found = paired_bootstrap(tables)
+    level = max(abs(found.inner_low), abs(found.inner_high)) < METRICS[metric].margin
+    return {**{f"difference_{name}": value for name, value in found._asdict().items()}, "level": level}
 
 
 def _frame(rows: Iterable[Any], columns: list[str]) -> pd.DataFrame:
@@ -307,9 +307,9 @@ def _scored_cells(file: _File, path: Path) -> list[_Cell]:
         sizes = sizes or own
         if not own or own != sizes:
             raise BaditError(f"{place}.scores.tasks: must have the tasks and numbers of instances of the other cells")
-        for metric in METRICS if cell.instances is not None else ():
+        for metric in METRICS:
             lists = {task: getattr(scores, metric) for task, scores in (cell.instances or {}).items()}
             kept = {task: len(values) for task, values in lists.items() if values is not None}
-            if kept != own and (kept or metric in _FIRST_METRICS):
+            if kept and kept != own:
                 raise BaditError(f"{place}.instances: needs one {metric} score for each instance of scores.tasks")
     return list(counted.values())
