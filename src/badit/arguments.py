@@ -16,7 +16,6 @@ from pydantic.functional_validators import AfterValidator, field_validator, mode
 from badit.environment import status
 from badit.errors import nearest, problems
 
-OptimizerName = Literal["adamw", "lora+", "orthogonal"]
 # The largest integer that every library accepts. Seeds are at least 0, because numpy refuses negative ones.
 LARGEST = 2**31 - 1
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -60,13 +59,11 @@ class TrainingSection(Section):
     max_steps: int = Field(-1, ge=-1, le=LARGEST, description="if positive, overrides num_train_epochs")
     per_device_train_batch_size: Count = Field(8, description="instances of a micro-batch")
     gradient_accumulation_steps: Count = Field(1, description="micro-batches of a step")
-    optimizer: OptimizerName = Field(
+    optimizer: Literal["adamw", "lora+", "orthogonal"] = Field(
         "adamw", description="lora+: B learns lora_plus_ratio times as fast as A; orthogonal: badit.OrthogonalUpdates"
     )
     lora_plus_ratio: float = Field(16.0, gt=0, description="learning rate of B over that of A, with optimizer: lora+")
-    router_lr_ratio: float = Field(
-        1.0, gt=0, description="learning rate of parameters other than the factors, over that of the factors"
-    )
+    router_lr_ratio: float = Field(1.0, gt=0, description="learning rate of other parameters, over that of the factors")
     learning_rate: float = Field(5e-4, gt=0, description="of the factors; see router_lr_ratio and lora_plus_ratio")
     lr_scheduler_type: str = Field("cosine", description="such as cosine, linear, constant or constant_with_warmup")
     warmup_steps: Steps = Field(0.03, description="below 1: a fraction of the run")

@@ -44,17 +44,14 @@ Dtype = Literal["fast", "auto", "float32", "bfloat16", "float16"]
 Split = Literal["test", "validation"]
 
 
-def _a_path(text: str) -> str:
-    if not text.strip() or "\0" in text:
+def _path_text(path: Any) -> Any:
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if isinstance(text, str) and (not text.strip() or "\0" in text):
         raise ValueError("must be a name or a path, not blank and without NUL characters")
     return text
 
 
-PathText = Annotated[
-    str,
-    BeforeValidator(lambda path: os.fspath(path) if isinstance(path, os.PathLike) else path),
-    AfterValidator(_a_path),
-]
+PathText = Annotated[str, BeforeValidator(_path_text)]
 # YAML reads a task's number, such as 363, as an integer.
 TaskName = Annotated[str, Field(coerce_numbers_to_str=True)]
 
@@ -335,14 +332,15 @@ def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, w
             if not isinstance(section, dict):
                 raise BaditError(f"{override!r:.80}: {part} is a single value and has no keys")
         section[last] = parse_yaml(value, where=override)
-    found, recipe = list(_unknown_keys(values)), Recipe()  # pyright: ignore[reportCallIssue]
+    found = list(_unknown_keys(values))
     try:
         recipe = Recipe.model_validate(values)
+        found = found or list(value_problems(recipe.training))
+        if not found:
+            return recipe
     except ValidationError as error:
         found += [f"{place}: {problem}" for place, problem in problems(error, values, _known_keys)]
-    if found := found or list(value_problems(recipe.training)):
-        raise BaditError(*(f"{where}: {problem}" for problem in found))
-    return recipe
+    raise BaditError(*(f"{where}: {problem}" for problem in found))
 
 
 def _unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:

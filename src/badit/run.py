@@ -94,8 +94,7 @@ class Run:
 
         refuse_links(self.path)
         if self.config_path.is_file():
-            both = (self.recipe, recipe)
-            mine, its = (one.model_dump(mode="json", exclude={"output", "compare"}) for one in both)
+            mine, its = (one.model_dump(mode="json", exclude={"output", "compare"}) for one in (self.recipe, recipe))
             if keys := differing_keys(mine, its):
                 other = f"holds a run of another recipe (it differs in {', '.join(keys[:5])})"
                 raise BaditError(f"{self.path}: {other}; choose another output=FOLDER, or remove the folder")
@@ -243,14 +242,10 @@ class Run:
             raise BaditError(f"{self.path}: {recipe.method['name']} needs the name of a task; add --task TASK")
         found = None if task is None else load_sources(recipe.data.sources(), [task])[0]
         model, tokenizer = self.load()
+        ids = encoded_texts(tokenizer, recipe, texts, None if raw else found, model, max_new_tokens)
+        tasks = None if found is None else [found.name] * len(texts)
         answers = generate_answers(
-            model,
-            tokenizer,
-            encoded_texts(tokenizer, recipe, texts, None if raw else found, model, max_new_tokens),
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            progress=progress,
-            tasks=None if found is None else [found.name] * len(texts),
+            model, tokenizer, ids, tasks=tasks, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
         )
         return answers[0] if isinstance(prompts, str) else answers
 
