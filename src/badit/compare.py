@@ -125,9 +125,8 @@ class Grid:
             rate = own.training.learning_rate
             self.start_rates[name] = rate if method.trains else None
             if section.learning_rates is not None and rate not in section.learning_rates:
-                raise BaditError(
-                    f"training.learning_rate: the search starts at {rate:g}; add this value to compare.learning_rates"
-                )
+                fix = "add this value to compare.learning_rates"
+                raise BaditError(f"training.learning_rate: the search starts at {rate:g}; {fix}")
         self.orders: Sequence[Order] = section.orders or [None]
         if recipe.data.order is not None:
             raise BaditError("data.order: not used in a comparison; set compare.orders, a list of orders")
@@ -282,7 +281,9 @@ class _Comparison:
                     while todo and len(running) < self._jobs:
                         running.add(pool.submit(todo.popleft()))
                     done, running = wait(running, timeout=2, return_when=FIRST_COMPLETED)
-                    show(self._progress() or "starting")
+                    with self._lock:
+                        now = [(cell, self._grid.run_of(cell).path) for cell, _ in self._running.values()]
+                    show("; ".join(f"{cell}: {progress(folder)}" for cell, folder in now) or "starting")
                     for cells in [future.result() or [] for future in done]:  # a search returns its method's cells
                         todo.extendleft(cells[:1])  # the first of each method comes before further ones
                         todo.extend(cells[1:])
@@ -322,11 +323,6 @@ class _Comparison:
             self._stopping = True
             for process in self._running:
                 process.send_signal(how)
-
-    def _progress(self) -> str:
-        with self._lock:
-            cells = [cell for cell, _ in self._running.values()]
-        return "; ".join(f"{cell}: {progress(self._grid.run_of(cell).path)}" for cell in cells)
 
     def _search(self, name: str) -> list[Callable[[], None]]:
         """Finds a method's learning rate; returns the functions that run its cells."""

@@ -63,9 +63,7 @@ class ModelSection(Section):
     dtype: Dtype = Field(
         "fast", description="of the base weights; fast: bfloat16, or float32 on CPUs where it is slow; auto: as saved"
     )
-    quantisation: Quantisation | None = Field(
-        None, description="quantise the base weights to 8 or 4 bits (needs badit[quantised]), but not the adapters"
-    )
+    quantisation: Quantisation | None = Field(None, description="of the base weights (needs badit[quantised])")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 

@@ -109,10 +109,9 @@ class Run:
         """Returns the recipe; BaditError if its model runs its own Python code and the caller does not allow this."""
         recipe = self.recipe
         if recipe.model.trust_remote_code and not self.trust_remote_code:
-            raise BaditError(
-                f"{self.config_path}: model.trust_remote_code: is true, so Python code of the model "
-                f"{recipe.model.name!r:.60} would run; allow it with --trust-remote-code if you trust run and model"
-            )
+            problem = f"is true, so Python code of the model {recipe.model.name!r:.60} would run"
+            fix = "allow it with --trust-remote-code if you trust run and model"
+            raise BaditError(f"{self.config_path}: model.trust_remote_code: {problem}; {fix}")
         return recipe
 
     @property
