@@ -1,5 +1,6 @@
 """The recipe of a small comparison, and cells that run in the test's process."""
 
+from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 from unittest.mock import patch
@@ -27,11 +28,8 @@ def comparison_values(material, output, **compare):
     }
 
 
-class FakeProcess:
+class FakeProcess(AbstractContextManager):
     """Replaces a cell's process in a ``with`` statement."""
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         pass

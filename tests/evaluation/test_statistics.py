@@ -50,18 +50,16 @@ def test_all_runs_share_resampled_instances_and_all_tasks_resampled_runs():
     row_S1 = np.array([[4.0], [-1.0], [7.0]])
     tasks = paired_bootstrap({"a": row_S1, "b": -row_S1})
     assert (tasks.low, tasks.high) == (0, 0)
-    # Equal runs add no information: the interval is that of a single run.
     equal = paired_bootstrap({name: np.repeat(table[:1], 3, axis=0) for name, table in TASKS.items()})
     single = paired_bootstrap({name: table[:1] for name, table in TASKS.items()})
-    assert [equal.low, equal.high] == pytest.approx([single.low, single.high], abs=0.5)
+    assert [equal.low, equal.high] == pytest.approx([single.low, single.high], abs=0.5), "equal runs add nothing"
 
 
 def test_share_not_positive_counts_resamples_without_an_advantage():
     same = paired_bootstrap({"a": np.zeros((3, 30)), "b": np.zeros((3, 4))})
     assert (same.mean, same.low, same.high, same.share_not_positive) == (0, 0, 0, 1)
-    thirds = {"a": 100 / 3, "b": 100 / 3, "c": -200 / 3}  # a rounding error is not an advantage
-    tasks = {name: np.array([[third + 1e-14]]) for name, third in thirds.items()}
-    assert paired_bootstrap(tasks).share_not_positive == 1
+    thirds = {i: np.array([[x / 3 + 1e-14]]) for i, x in enumerate((100, 100, -200))}
+    assert paired_bootstrap(thirds).share_not_positive == 1, "a rounding error is not an advantage"
     assert paired_bootstrap({"a": np.full((3, 5), 2.0)}).share_not_positive == 0
     # Of four equally likely pairs of instances, one has a negative sum and two have the sum 0.
     assert paired_bootstrap({"a": np.array([[1.0, -1.0]])}).share_not_positive == pytest.approx(0.75, abs=0.02)
