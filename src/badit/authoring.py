@@ -6,8 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import torch
 from jinja2 import Environment, StrictUndefined
@@ -111,7 +110,7 @@ def check(recipe: Recipe) -> list[str]:
     tokens = max(len(one["input_ids"]) for one in longest)
     answers = sum(len(one["input_ids"]) - one["prompt_length"] for one in longest)
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    weights *= {None: 1.0, "bnb-4bit": 0.3}.get(section.quantisation, 0.5) if weights else 0.0
+    weights *= {None: 1.0, "bnb-4bit": 0.3}.get(section.quantisation, 0.5)
     parts = {
         "weights": weights,
         "gradients and optimizer": 16 * trained,  # weight, gradient and two moments in float32
@@ -188,11 +187,10 @@ def _activations(recipe: Recipe, model: Any, rows: int, tokens: int) -> float | 
             prompts = prompt_argument(model, torch.ones(rows, tokens, dtype=torch.bool))
             masks = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)  # a smaller mask would have its values read
             ids = torch.zeros(rows, tokens, dtype=torch.long)
-            outputs = model.train()(ids, attention_mask=masks, use_cache=False, logits_to_keep=1, **prompts)
-        total = sum(size for storage, size in kept.items() if storage not in own)
+            model.train()(ids, attention_mask=masks, use_cache=False, logits_to_keep=1, **prompts)
     except Exception:  # an architecture that reads tensor values
         return None
-    del outputs
+    total = sum(size for storage, size in kept.items() if storage not in own)
     if recipe.training.gradient_checkpointing:  # every layer's input, and the activations of one layer at a time
         config = model.config.get_text_config()
         layers = config.num_hidden_layers
@@ -239,28 +237,22 @@ def schema() -> dict[str, Any]:
 
 def described_section(kind: type[BaseModel]) -> Iterator[tuple[str, Any, str]]:
     """Yields the name, default and description of each field of a section."""
-    for name, field in kind.model_fields.items():
-        limits = [f"{word} {getattr(one, key)}" for one in field.metadata for key, word in _LIMITS if hasattr(one, key)]
-        text = ", ".join(filter(None, [_shown(field.annotation), *limits]))
-        default = "required" if field.is_required() else field.get_default(call_default_factory=True)
-        yield name, default, "; ".join(filter(None, [text, field.description]))
+    for name, field in kind.model_json_schema()["properties"].items():
+        limits = [f"{word} {field[key]}" for key, word in _LIMITS.items() if key in field]
+        text = ", ".join(filter(None, [_shown(field), *limits]))
+        yield name, field.get("default", "required"), "; ".join(filter(None, [text, field.get("description")]))
 
 
-_LIMITS = (("ge", "at least"), ("gt", "above"), ("lt", "below"))
-_WORDS: dict[Any, str] = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
-_WORDS |= {list: "a list", dict: "a mapping", type(None): "null"}
+_LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
+_TYPES = {"string": "a string", "integer": "an integer", "number": "a number", "boolean": "true or false"}
+_TYPES |= {"array": "a list", "object": "a mapping", "null": "null"}
 
 
-def _shown(annotation: Any) -> str:
-    """Describes a type: a plain type, a literal or a union of these; empty for any other type."""
-    kind, parts = get_origin(annotation), get_args(annotation)
-    if kind is Annotated:
-        return _shown(parts[0])
-    if kind is Literal:
-        return "one of " + ", ".join(map(str, parts))
-    if kind in (Union, UnionType):
-        return " or ".join(map(_shown, parts))
-    return _WORDS.get(kind or annotation, "")
+def _shown(field: dict[str, Any]) -> str:
+    """Describes the type of a field, given by its JSON schema; empty for a section."""
+    if "anyOf" in field:
+        return " or ".join(map(_shown, field["anyOf"]))
+    return f"one of {', '.join(field['enum'])}" if "enum" in field else _TYPES.get(field.get("type", ""), "")
 
 
 def as_yaml(value: Any) -> str:
