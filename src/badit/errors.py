@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Terminal control characters, bidirectional text marks and lone surrogates; not line feeds and tabs.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # torch's writer reports why opening a file failed, but not why writing failed; safetensors ends with "(os error 28)".
@@ -53,17 +52,15 @@ def explained(
         file = getattr(error, "filename", None)
         file = os.fsdecode(file) if isinstance(file, str | bytes | os.PathLike) else ""
         place = str(where) or file
-        problem = _explanation(error, action, named="" if file in ("", place) else f": {file}")
+        problem = _explanation(error, action, "" if file in ("", place) else f": {file}", any_error)
         if problem is None:
-            if not any_error:
-                raise
-            problem = f"cannot be {action} ({first_line(error)})"
+            raise
         message = f"{place}: {problem}" if place else problem
         raise BaditError(f"{message}; {fix}" if fix else message) from error
 
 
-def _explanation(error: Exception, action: str, named: str) -> str | None:
-    """Describes a known exception; ``named`` is appended to OS errors and names their file. None if it is unknown."""
+def _explanation(error: Exception, action: str, named: str, any_error: bool) -> str | None:
+    """Describes an exception; ``named`` is appended to OS errors and names their file. None if it is unknown."""
     if isinstance(error, _class("pydantic_core", "ValidationError")):
         problem = error.errors(include_url=False)[0]  # pyright: ignore
         return ": ".join(filter(None, [".".join(map(str, problem["loc"])), _message(problem)]))
@@ -79,32 +76,27 @@ def _explanation(error: Exception, action: str, named: str) -> str | None:
         return f"the hub cannot be reached ({first_line(error)}); try again later"
     if isinstance(error, _class("huggingface_hub.errors", "HFValidationError")):
         return first_line(error)
-    number = _error_number(error)
-    if number in _FULL_DISK:
+    text = str(error)
+    cannot_open = _OPEN_FAILED.search(text)
+    cannot_write = isinstance(error, RuntimeError) and _WRITE_FAILED.search(text) and not cannot_open
+    if cannot_write or _has_number(error, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "cannot be written, the disk (or a quota) is full; free some space and run the same command again"
-    if number == errno.EROFS:
+    if _has_number(error, errno.EROFS):
         return "cannot be written, the file system is read-only; choose a folder that can be written"
     if isinstance(error, OSError):
         return f"cannot be {action} ({error.strerror or first_line(error)}{named})"
-    if number is not None or isinstance(error, _class("safetensors", "SafetensorError")):
-        return f"cannot be {action} ({first_line(error)})"
-    if isinstance(error, ValueError) and "embedded null" in str(error):
+    if isinstance(error, ValueError) and "embedded null" in text:
         return f"cannot be {action} (not a valid path)"
-    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+    if isinstance(error, ValueError) and "trust_remote_code" in text:
         return f"cannot be {action} without the model's Python code; allow it with trust_remote_code if you trust it"
+    if any_error or cannot_open or isinstance(error, _class("safetensors", "SafetensorError")):
+        return f"cannot be {action} ({first_line(error)})"
     return None
 
 
-def _error_number(error: Exception) -> int | None:
-    """Returns the errno of an exception of Python, safetensors or torch's writer; None if it has none."""
-    if isinstance(error, OSError):
-        return error.errno
-    text = str(error)
-    if found := [number for number in (*_FULL_DISK, errno.EROFS) if os.strerror(number) in text]:
-        return found[0]
-    if _OPEN_FAILED.search(text):
-        return errno.EIO
-    return errno.ENOSPC if isinstance(error, RuntimeError) and _WRITE_FAILED.search(text) else None
+def _has_number(error: Exception, *numbers: int) -> bool:
+    """Returns whether an exception of Python, safetensors or torch's writer has one of these values of errno."""
+    return getattr(error, "errno", None) in numbers or any(os.strerror(number) in str(error) for number in numbers)
 
 
 def _class(module: str, name: str) -> Any:

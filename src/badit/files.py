@@ -38,8 +38,8 @@ def lines_of(file: Path) -> Iterator[tuple[int, str]]:
                 try:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    place = stream.tell() - len(line) + error.start
-                    raise BaditError(f"{file}: not UTF-8 at byte {place}; save the file as UTF-8") from None
+                    error.start += stream.tell() - len(line)  # counted from the start of the file
+                    raise
                 yield number, text
 
 
