@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal  # noqa: F401 (Literal is in annotations of derived commands)
 
 from cyclopts import App, CycloptsError, Parameter
-from cyclopts.validators import Number
+from cyclopts.types import NonNegativeInt, PositiveInt
 
 from badit import __version__
 from badit.environment import is_main_process, quiet_notices, status
@@ -38,8 +38,9 @@ app = App(
 )
 app.register_install_completion_command(help="Install completion for your shell, and print the path of the script.")
 Output = Annotated[str, Parameter(name=["--output", "-o"])]
-Jobs = Annotated[int, Parameter(validator=Number(gte=1))]
 Enabled = Annotated[bool, Parameter(negative_bool="no-")]  # a flag that is set unless --no-NAME is given
+RunFolder = Annotated[str, Parameter(help="a run's folder.")]
+Trust = Annotated[bool, Parameter(help="run the base model's own Python code, if the run's recipe allows this too.")]
 
 
 @app.command
@@ -66,7 +67,7 @@ def train(recipe: str, *overrides: str, dry_run: bool = False, allow_changed_inp
 
 
 @app.command
-def compare(recipe: str, *overrides: str, jobs: Jobs = 1, dry_run: bool = False) -> int:
+def compare(recipe: str, *overrides: str, jobs: PositiveInt = 1, dry_run: bool = False) -> str | int:
     """Train and score methods with the same budget, each at its best of compare.learning_rates.
 
     The same command resumes an interrupted comparison: finished runs are kept, failed runs are repeated.
@@ -80,8 +81,7 @@ def compare(recipe: str, *overrides: str, jobs: Jobs = 1, dry_run: bool = False)
     """
     made = _read_recipe(recipe, overrides)
     if dry_run:
-        show("\n".join(_load("badit.authoring").check_comparison(made)))
-        return 0
+        return "\n".join(_load("badit.authoring").check_comparison(made))
     # SIGTERM (from a batch system) is handled like Ctrl-C: the cells run in separate sessions and must be stopped too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     results = _load("badit.compare").compare(made, jobs=jobs)
@@ -145,7 +145,7 @@ def keys(prefix: str = "", *, schema: bool = False) -> str:
 
 
 @app.command
-def tasks(source: str, *overrides: str, show: Annotated[int, Parameter(validator=Number(gte=0))] = 0) -> str:
+def tasks(source: str, *overrides: str, show: NonNegativeInt = 0) -> str:
     """List and validate task data, and print prompts in the model's input format.
 
     Args:
@@ -161,7 +161,7 @@ def tasks(source: str, *overrides: str, show: Annotated[int, Parameter(validator
 
 
 @app.command
-def studio(run: str, *, port: int = 8642, browser: Enabled = True, trust_remote_code: bool = False) -> None:
+def studio(run: str, *, port: int = 8642, browser: Enabled = True, trust_remote_code: Trust = False) -> None:
     """Try a run's adapter in the browser: answers, gates, and mixtures with gates that you set.
 
     The server listens on 127.0.0.1, so only this machine can reach it. Ctrl-C stops it.
@@ -170,7 +170,6 @@ def studio(run: str, *, port: int = 8642, browser: Enabled = True, trust_remote_
         run: a run's folder, of any method that trains an adapter.
         port: the port; 0 selects a free one.
         browser: open the page in the browser.
-        trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
     """
     _load("badit.studio.server").serve(Run(run, trust_remote_code=trust_remote_code), port=port, browser=browser)
 
@@ -182,7 +181,7 @@ def serve(
     *,
     url: str = "http://127.0.0.1:8000",
     port: int = 8001,
-    trust_remote_code: bool = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Start an OpenAI-compatible proxy in front of vLLM that routes prompts with a run's router.
 
@@ -194,14 +193,13 @@ def serve(
             nearest one. By default each prompt gets a LoRA with its own gates, which vLLM must be allowed to load.
         url: the address of the vLLM server.
         port: the proxy's port; 0 selects a free one.
-        trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
     """
     _load("badit.studio.server")  # names the extra, which both need, if it is missing
     _load("badit.serve").serve(Run(run, trust_remote_code=trust_remote_code), exports, url=url, port=port)
 
 
 @app.command
-def harness(run: str, *options: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
+def harness(run: RunFolder, *options: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
     """Run lm-evaluation-harness on a run.
 
     For example: badit harness RUN --tasks arc_easy,gsm8k --apply_chat_template --batch_size 8
@@ -209,7 +207,6 @@ def harness(run: str, *options: Annotated[str, Parameter(allow_leading_hyphen=Tr
     This requires badit[eval]. See docs/lm-eval.md.
 
     Args:
-        run: a run's folder.
         options: the options of 'lm_eval run', except the model.
     """
     _load("badit.harness").run_command_line(run, list(options))
@@ -222,15 +219,12 @@ def _derive(function: Callable[..., Any], show: Callable[..., str | None], modul
     """
     first, *others = inspect.signature(function).parameters.values()
     of_run = first.name == "self"
-    more = ["run: a run's folder."] if of_run else []
-    parameters = [first.replace(name="run" if of_run else first.name, annotation="str")]
+    parameters = [first.replace(name="run", annotation="RunFolder") if of_run else first.replace(annotation="str")]
     for one in others:
         kind = one.annotation.replace("AnyPath", "Output" if one.name == "output" else "str")
-        kind = "Enabled" if one.default is True else kind
-        parameters.append(one.replace(annotation=kind))
+        parameters.append(one.replace(annotation="Enabled" if one.default is True else kind))
     if of_run and "progress" in function.__annotations__:
-        parameters.append(parameters[-1].replace(name="trust_remote_code", default=False, annotation="bool"))
-        more.append("trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.")
+        parameters.append(parameters[-1].replace(name="trust_remote_code", default=False, annotation="Trust"))
 
     def command(path: str, *arguments: Any, **options: Any) -> str | None:
         found = Run(path, trust_remote_code=options.pop("trust_remote_code", False)) if of_run else path
@@ -239,9 +233,7 @@ def _derive(function: Callable[..., Any], show: Callable[..., str | None], modul
 
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    command.__name__ = function.__name__
-    documented = "".join(["Args:\n", *(f"            {line}\n" for line in more)])
-    command.__doc__ = (function.__doc__ or "").replace("Args:\n", documented, 1)
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
     app.command(command)
 
 
@@ -292,26 +284,24 @@ _derive(Run.push, lambda run, address, options: address)
 
 @app.command
 def generate(
-    run: str,
+    run: RunFolder,
     prompt: str | None = None,
     *,
     file: str | None = None,
     task: str | None = None,
     raw: bool = False,
     max_new_tokens: int = 50,
-    trust_remote_code: bool = False,
+    trust_remote_code: Trust = False,
 ) -> str:
     """Answer one prompt, or every prompt of a file, with a run's adapter.
 
     Args:
-        run: a run's folder.
         prompt: the text of the prompt, or - to read it from standard input.
         file: a file with one text per line, or a .jsonl with the key "input" in each line; prints JSON lines.
         task: name or number of a task of the run's data; the text is then an input, and is formatted as in the
             task's training prompts.
         raw: with --task, use the text as the complete prompt, for methods that need the task of every row.
         max_new_tokens: maximum number of tokens of an answer.
-        trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
     """
     if (prompt is None) == (file is None):
         raise BaditError("generate: give either a prompt, or --file FILE with one prompt per line")
@@ -338,7 +328,7 @@ def _inputs(file: Path) -> list[str]:
 
 
 @app.command
-def demo(*overrides: str) -> int:
+def demo(*overrides: str) -> str | int:
     """Tune SmolLM2 on the built-in tasks with LoRA and with BADIT, and compare them: 'badit compare demo'.
 
     The same command resumes an interrupted demo. To start over, remove the output folder.

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
-import docstring_parser
 import pytest
 import yaml
 
@@ -25,9 +24,8 @@ def test_every_command_and_parameter_has_help(command):
     for name in COMMANDS:
         assert name in shown
         assert f"Usage: badit {name}" in command(name, "--help")
-        described = docstring_parser.parse(app[name].default_command.__doc__).params
-        arguments = {argument.field_info.name for argument in app[name].assemble_argument_collection()}
-        assert {parameter.arg_name for parameter in described} >= arguments, name
+        arguments = app[name].assemble_argument_collection(parse_docstring=True)
+        assert all(argument.parameter.help for argument in arguments), name
 
 
 @pytest.mark.parametrize(
