@@ -66,10 +66,8 @@ def top_singular_triples(
     w_OI = weight_OI.detach().to(torch.float32)
     if not torch.isfinite(torch.stack(w_OI.aminmax())).all():  # a single pass, which propagates NaN
         raise BaditError("the weight holds NaN or infinite values; it cannot be decomposed")
-    if method == "exact" or (method == "auto" and min(w_OI.shape) <= max(_EXACT_UP_TO, 4 * rank)):
-        u_ON, s_N, vh_NI = _exact_svd(w_OI, rank)
-    else:
-        u_ON, s_N, vh_NI = _randomized(w_OI, rank, tolerance, seed)
+    exact = method == "exact" or (method == "auto" and min(w_OI.shape) <= max(_EXACT_UP_TO, 4 * rank))
+    u_ON, s_N, vh_NI = _exact_svd(w_OI, rank) if exact else _randomized(w_OI, rank, tolerance, seed)
     peak_N = u_ON.gather(0, u_ON.abs().argmax(dim=0, keepdim=True)).squeeze(0)
     sign_N = torch.where(peak_N < 0, -1.0, 1.0)
     return SingularTriples((u_ON * sign_N).contiguous(), s_N.contiguous(), (vh_NI * sign_N[:, None]).contiguous())

@@ -86,13 +86,12 @@ def expert_gates(logits: torch.Tensor, *, kind: GateKind = "mean_one", top_k: in
     or 1 ("softmax"). The other experts have a zero gate but stay in the autograd graph, for data-parallel training.
     """
     num_experts = logits.shape[-1]
-    kept = logits
     if top_k is not None and top_k < num_experts:
         # A stable sort, because topk does not define the order of ties, which may differ between machines.
         index = torch.argsort(logits, dim=-1, descending=True, stable=True)[..., :top_k]
-        kept = torch.full_like(logits, float("-inf")).scatter(-1, index, logits.gather(-1, index))
+        logits = torch.full_like(logits, float("-inf")).scatter(-1, index, logits.gather(-1, index))
     if kind == "softmax":
-        return torch.softmax(kept, dim=-1)
+        return torch.softmax(logits, dim=-1)
     # Not K · softmax: in floating point, K · (1/K) is not 1 for every K, but K/K is.
-    weights = (kept - kept.detach().amax(dim=-1, keepdim=True)).exp()
+    weights = (logits - logits.detach().amax(dim=-1, keepdim=True)).exp()
     return weights * num_experts / weights.sum(dim=-1, keepdim=True)
