@@ -1,7 +1,5 @@
 """Entry point of ``python -m badit``."""
 
-import sys
-
 from badit.cli import main
 
-sys.exit(main())
+raise SystemExit(main())
