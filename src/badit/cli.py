@@ -254,22 +254,18 @@ def _shown_export(run: Run, exported: Any, options: dict[str, Any]) -> str:
     from badit.models import resolve_model
     from badit.render import cost_table, exported_rank
 
-    folder, base = shlex.quote(str(exported.folder)), shlex.quote(resolve_model(run.recipe.model.name))
-    revision = run.recipe.model.revision
+    section, folder = run.recipe.model, shlex.quote(str(exported.folder))
+    base, hub_id = resolve_model(section.name), Base.of(run.recipe).hub_id
     facts = {"mixture": exported.mixture or "none: the run has no gates that depend on the prompt"}
     if exported.merged:
         facts |= {"model": folder, "vLLM": f"vllm serve {folder}", "llama.cpp": f"convert_hf_to_gguf.py {folder}"}
     else:
-        served, adapter = exported.tasks.values() or [exported], f"{folder}/TASK" if exported.tasks else folder
-        modules = " ".join(shlex.quote(f"{each.folder.resolve().name}={each.folder}") for each in served)
-        command = f"vllm serve {base}{f' --revision {shlex.quote(revision)}' if revision else ''}"
-        command += f" --enable-lora --max-lora-rank {exported.max_lora_rank}"
-        facts |= {
-            "rank": exported_rank(exported),
-            "adapter": adapter,
-            "vLLM": f"{command} --lora-modules {modules}",
-            "llama.cpp": f"convert_lora_to_gguf.py {adapter}{'' if Base.of(run.recipe).hub_id else f' --base {base}'}",
-        }
+        adapter = f"{folder}/TASK" if exported.tasks else folder
+        command = ["vllm", "serve", base, *(["--revision", section.revision] if section.revision else [])]
+        command += ["--enable-lora", "--max-lora-rank", str(exported.max_lora_rank), "--lora-modules"]
+        command += [f"{each.folder.resolve().name}={each.folder}" for each in exported.tasks.values() or [exported]]
+        facts |= {"rank": exported_rank(exported), "adapter": adapter, "vLLM": shlex.join(command)}
+        facts["llama.cpp"] = f"convert_lora_to_gguf.py {adapter}{'' if hub_id else f' --base {shlex.quote(base)}'}"
     shown = "\n".join(f"{name:10} {value}" for name, value in facts.items())
     path = exported.folder / SCORES
     return f"{shown}\n\n{cost_table(read_json(path))}\n\nScores: {path}" if path.is_file() else shown
