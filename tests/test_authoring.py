@@ -106,10 +106,7 @@ def test_check_reports_invalid_recipes_without_creating_a_run(recipe_values, tmp
         ({"prompt": {"max_source_tokens": 1024, "encoding": "def+pos2"}, "data": {"max": 1}}, "data.max: unknown key"),
         ({"training": {"load_best_model_at_end": True}}, "load_best_model_at_end needs eval_strategy"),
         ({"training": {"early_stopping_patience": 2}}, "early_stopping_patience needs load_best_model_at_end: true$"),
-        (
-            {"data": {"validation_per_task": 2}, "training": unsaved},
-            "load_best_model_at_end needs eval_strategy and save_strategy",
-        ),
+        ({"data": {"validation_per_task": 2}, "training": unsaved}, "needs eval_strategy and save_strategy"),
         ({"method": {"name": "badit", "exclude_modules": "("}}, "method.exclude_modules: is not a regular expression"),
         ({"output": str(tmp_path)}, "exists and is not a run's folder"),
         ({"training": {"eval_strategy": "epoch"}}, "eval_strategy: task cities has no validation instances; set data"),

@@ -1,6 +1,7 @@
 """Known exceptions become one line with the place and the reason; unknown exceptions propagate."""
 
 import errno
+import io
 import json
 import os
 from importlib import import_module
@@ -13,7 +14,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 
-from badit.errors import BaditError, explained, one_line
+from badit.errors import BaditError, explained, one_line, show
 
 http = import_module(HTTPError.__module__.partition(".")[0])  # the HTTP client of the installed huggingface_hub
 RESPONSE = http.Response(401, request=http.Request("GET", "https://hub"))
@@ -56,7 +57,7 @@ def test_unknown_exceptions_propagate_unchanged(error):
     assert caught.value is error
 
 
-def test_options_and_escaping_of_control_characters():
+def test_options_and_escaping_of_control_characters(monkeypatch):
     message = r"^place: cannot be loaded \(shapes differ\); fetch"
     with pytest.raises(BaditError, match=message), explained("place", action="loaded", fix="fetch", any_error=True):
         raise RuntimeError("shapes differ\nand more")
@@ -64,6 +65,9 @@ def test_options_and_escaping_of_control_characters():
         Path("elsewhere").read_bytes()
     assert str(BaditError("a\x1b[2J\nb\u202e\ud800é")) == one_line("a\x1b[2J\nb\u202e\ud800é")
     assert one_line("a\x1b[2J\nb\u202e\ud800é") == r"a\x1b[2J\nb\u202e\ud800é"
+    monkeypatch.setattr("sys.stdout", stdout := io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    show("é ─\x1b")
+    assert stdout.buffer.getvalue() == b"\xe9 \\u2500\\x1b\n"
 
 
 def test_long_lines_are_shortened_in_the_middle():

@@ -175,5 +175,7 @@ def say(line: str, *, red: bool = False) -> None:
 
 
 def show(text: str) -> None:
-    """Prints a result to stdout. Control characters other than line feeds and tabs are escaped."""
-    print(_CONTROL.sub(lambda found: one_line(found[0]), text), flush=True)
+    """Prints a result to stdout; escapes what its encoding lacks, and control characters except line feeds and tabs."""
+    encoding = sys.stdout.encoding or "utf-8"
+    escaped = _CONTROL.sub(lambda found: one_line(found[0]), text)
+    print(escaped.encode(encoding, "backslashreplace").decode(encoding), flush=True)
