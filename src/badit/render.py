@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Sequence, Set
+from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -13,10 +14,7 @@ from badit.metrics import METRICS
 from badit.results import Results, summarise, task_means
 
 UNKNOWN = "–"
-# Columns of cells that are not in the table. The CSV form has these cells as its last rows.
-_OMITTED = ["method", "seed", "order", "learning_rate", "status", "error"]
-
-_MARKDOWN_SPECIAL = re.compile(r"([\\`*_|<>\[\]])")
+_escape_markdown = partial(re.compile(r"([\\`*_|<>\[\]])").sub, r"\\\1")
 _LATEX_NAMES = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
 _LATEX = {character: f"\\{character}" for character in "&%$#_{}"}
 _LATEX |= {character: rf"\text{name}{{}}" for character, name in _LATEX_NAMES.items()}
@@ -40,6 +38,11 @@ def number(value: Any, form: str = ".1f", sign: str = "-") -> str:
     return UNKNOWN if pd.isna(value) else f"{value:{sign}z,{form}}".replace("-", "−")
 
 
+def score_text(value: Any, metric: object, sign: str = "-") -> str:
+    """Formats a value of a metric with the metric's number of decimals."""
+    return number(value, f".{METRICS[str(metric)].decimals}f", sign)
+
+
 def counted(number: int, noun: str) -> str:
     """Returns a number with its noun, in the plural unless it is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
@@ -47,7 +50,6 @@ def counted(number: int, noun: str) -> str:
 
 def method_table(results: Results, metric: str = "rouge_l", released: bool = False) -> Table:
     """Returns a table with one row per method that has scores."""
-    label, form = METRICS[metric].label, f".{METRICS[metric].decimals}f"
     last = {"rank": ("rank", "g")}
     if results.protocol == "sequential":
         runs, score = "runs", "AP"
@@ -57,75 +59,70 @@ def method_table(results: Results, metric: str = "rouge_l", released: bool = Fal
             f"forgetting, BWT, FWT: {'as in released code' if released else 'standard form'}",
         ]
     else:
-        runs, score = "seeds", label
+        runs, score = "seeds", METRICS[metric].label
         known = set(results.scores["metric"])
-        spreads = {name: metric.label for name, metric in METRICS.items() if name in known}
+        spreads = {name: about.label for name, about in METRICS.items() if name in known}
         last |= {"task_rank": ("task rank", ".1f"), "seconds": ("time (s)", ".0f"), "peak_memory_gib": ("GiB", ".1f")}
         notes = [
-            f"rank: by {label}, 1 is best; task rank: mean of the ranks on the single tasks",
+            f"rank: by {score}, 1 is best; task rank: mean of the ranks on the single tasks",
             "time: median over seeds; GiB: peak memory, maximum over seeds",
         ]
     summary = summarise(results, metric, "released" if released else "standard")
-    summary = summary.loc[summary["runs"] > 0]
-    columns: dict[str, Iterable[Any]] = {
+    summary = summary.loc[summary["runs"] > 0].reset_index(drop=True)
+    columns: dict[str, Any] = {
         "method": summary["method"],
         "parameters": [number(count, ".0f") for count in summary["trainable_parameters"]],
         "lr": summary["learning_rate"].fillna(UNKNOWN),
-        runs: map(str, summary["runs"]),
+        runs: summary["runs"].astype(str),
     }
     best = set()
     for name, title in spreads.items():
         means, stds = (summary[f"{name}_{part}"] for part in ("mean", "std"))
-        about = METRICS.get(name, METRICS["rouge_l"])  # transfer is in points of Rouge-L
-        lower_is_better = name == "forgetting" or about.lower_is_better
+        unit = name if name in METRICS else "rouge_l"  # transfer is in points of Rouge-L
+        lower_is_better = name == "forgetting" or METRICS[unit].lower_is_better
         best |= {(i, len(columns)) for i in _highest(-means if lower_is_better else means)}
-        own = f".{about.decimals}f"
-        pairs = zip(means, stds, strict=True)
-        columns[title] = [number(mean, own) + ("" if pd.isna(std) else f" ± {number(std, own)}") for mean, std in pairs]
+        spread = ["" if pd.isna(std) else f" ± {score_text(std, unit)}" for std in stds]
+        columns[title] = [score_text(mean, unit) + text for mean, text in zip(means, spread, strict=True)]
     columns[f"vs {results.reference} [95 %]"] = differences = []
     for row in summary.to_dict("records"):
-        mean, low, high = (number(row[f"difference_{part}"], form, "+") for part in ("mean", "low", "high"))
+        mean, low, high = (score_text(row[f"difference_{part}"], metric, "+") for part in ("mean", "low", "high"))
         differences.append(mean if mean == UNKNOWN else f"{mean} [{low}, {high}]{' ≈' if row['level'] is True else ''}")
-    columns |= {title: [number(x, of) for x in summary[name]] for name, (title, of) in last.items()}
+    columns |= {title: [number(x, form) for x in summary[name]] for name, (title, form) in last.items()}
     numbers = ["method", "trainable_parameters", "learning_rate", "runs"]
     numbers += [f"{name}_{part}" for name in spreads for part in ("mean", "std")]
     numbers += [name for name in summary if name.startswith("difference_")] + ["level", *last]
     notes = [*_difference_notes(results, summary, score, metric), *notes]
-    return _table(results, columns.items(), best, notes, summary[numbers])
+    return _with_omitted_cells(results, Table(pd.DataFrame(columns, dtype=object), best, notes, summary[numbers]))
 
 
 def task_table(results: Results, metric: str) -> Table:
     """Returns a table with one row per task and one column per method that has scores."""
     means = task_means(results, metric)
     means.loc["mean over tasks"] = [fmean(means[method]) for method in means]
-    form = f".{METRICS[metric].decimals}f"
-    columns = [("task", means.index), *((method, [number(x, form) for x in means[method]]) for method in means)]
+    texts = means.map(score_text, metric=metric)
+    texts.insert(0, "task", means.index, allow_duplicates=True)
     sign = -1 if METRICS[metric].lower_is_better else 1
     best = {(i, j + 1) for i, row in enumerate(sign * means.to_numpy()) for j in _highest(row)}
     notes = [f"{METRICS[metric].label}, mean over each method's runs"]
-    return _table(results, columns, best, notes, means.add_suffix(f"_{metric}", axis="columns").reset_index())
+    numbers = means.add_suffix(f"_{metric}", axis="columns").reset_index()
+    return _with_omitted_cells(results, Table(texts, best, notes, numbers))
 
 
-def _table(
-    results: Results,
-    columns: Iterable[tuple[str, Iterable[Any]]],
-    best: Set[tuple[int, int]],
-    notes: Sequence[str],
-    numbers: pd.DataFrame,
-) -> Table:
-    """Builds a table, with notes on methods without scores and on missing and failed cells."""
-    titles, texts = zip(*columns, strict=True)
-    unscored = [name for name in results.methods if name not in results.scored_methods]
-    notes = [*notes, f"no finished run: {', '.join(unscored)}"] if unscored else [*notes]
-    omitted = results.cells.loc[results.cells["status"] != "done", _OMITTED].astype(object)
+def _with_omitted_cells(results: Results, table: Table) -> Table:
+    """Adds notes on methods without scores, and on missing and failed cells, whose numbers become the last rows."""
+    notes = [*table.notes]
+    if unscored := [name for name in results.methods if name not in results.scored_methods]:
+        notes.append(f"no finished run: {', '.join(unscored)}")
+    place = ["seed", "order", "learning_rate"]
+    omitted = results.cells.loc[results.cells["status"] != "done", ["method", *place, "status", "error"]].astype(object)
     if missing := Counter(omitted.loc[omitted["status"] == "missing", "method"]):
         notes.append(f"missing runs: {', '.join(f'{count} of {method}' for method, count in missing.items())}")
     for cell in omitted.where(omitted.notna(), None).loc[omitted["status"] == "failed"].to_dict("records"):
-        where = [f"{name.replace('_', ' ')} {cell[name]}" for name in _OMITTED[1:4] if cell[name] is not None]
+        where = [f"{name.replace('_', ' ')} {cell[name]}" for name in place if cell[name] is not None]
         reason = f" ({' '.join(cell['error'].split()):.100})" if cell["error"] else ""
         notes.append(f"failed: {', '.join([cell['method'], *where])}{reason}")
-    rows = pd.DataFrame(zip(*texts, strict=True), columns=titles, dtype=object)
-    return Table(rows, best, [*map(one_line, notes)], pd.concat([numbers.astype(object), omitted]))
+    numbers = pd.concat([table.numbers.astype(object), omitted])
+    return table._replace(notes=[*map(one_line, notes)], numbers=numbers)
 
 
 def _highest(values: Any) -> list[int]:
@@ -139,15 +136,13 @@ def _difference_notes(results: Results, summary: pd.DataFrame, score: str, metri
     if reference not in results.scored_methods:
         return [f"vs {reference}: no differences, because {reference} has no scores"]
     notes = [f"vs {reference}: paired difference in {score} and its 95 % bootstrap interval over runs and instances"]
-    if any(level is True for level in summary["level"].tolist()):
+    if summary["level"].any():
         notes.append(f"≈: equivalent, the 90 % interval lies within ±{METRICS[metric].margin:g}")
-    paired = summary.loc[summary["difference_runs"].notna()].to_dict("records")
-    notes += [
-        f"{row['method']} vs {reference}: over the {row['difference_runs']} of its {row['runs']} runs that both have"
-        for row in paired
-        if row["difference_runs"] < row["runs"]
-    ]
-    if any(row["difference_runs"] == 1 for row in paired):
+    paired = summary[["method", "runs", "difference_runs"]].dropna()
+    for method, runs, both in paired.itertuples(index=False):
+        if both < runs:
+            notes.append(f"{method} vs {reference}: over the {both} of its {runs} runs that both have")
+    if (paired["difference_runs"] == 1).any():
         notes.append("an interval over one run covers instances only, not other seeds")
     return notes
 
@@ -165,12 +160,9 @@ def _text(table: Table) -> str:
 
 
 def _markdown(table: Table) -> str:
-    def escape(value: str) -> str:
-        return _MARKDOWN_SPECIAL.sub(r"\\\1", value)
-
-    header, *rows = _lines(table, escape, lambda value: f"**{value}**")
+    header, *rows = _lines(table, _escape_markdown, lambda value: f"**{value}**")
     lines = [f"| {' | '.join(row)} |" for row in (header, ["---", *("---:" for _ in header[1:])], *rows)]
-    return "\n".join([*lines, "", *(f"- {escape(note)}" for note in table.notes)])
+    return "\n".join([*lines, "", *(f"- {_escape_markdown(note)}" for note in table.notes)])
 
 
 def _latex(table: Table) -> str:
@@ -222,11 +214,7 @@ def cost_table(scores: dict[str, Any]) -> str:
 
 def score_table(scores: pd.DataFrame) -> str:
     """Returns :func:`badit.results.scores_frame` as text: tasks and their mean in rows, metrics in columns."""
-    columns = {}
-    for key, rows in scores.groupby("metric", sort=False):
-        values = dict(zip(rows["task"], rows["score"], strict=True))
-        values["mean over tasks"] = fmean(values.values())
-        metric = METRICS[str(key)]
-        columns[metric.label] = {task: number(x, f".{metric.decimals}f") for task, x in values.items()}
-    table = pd.DataFrame(columns)
-    return text_table(["task", *table], [[str(task), *texts] for task, *texts in table.itertuples()])
+    table = scores.pivot_table("score", "task", "metric", sort=False)
+    table.loc["mean over tasks"] = table.apply(fmean)
+    rows = [[str(task), *map(score_text, values, table)] for task, *values in table.itertuples()]
+    return text_table(["task", *(METRICS[name].label for name in table)], rows)
