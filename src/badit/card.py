@@ -30,7 +30,6 @@ _MARKUP = re.compile(r"([\\`*_{}\[\]()|~:@$]|(?<=www)\.)", flags=re.IGNORECASE)
 # Training options that do not change the result.
 _WITHOUT_EFFECT = {"full_determinism", "gradient_checkpointing", "logging_steps",
                    "max_skipped_steps", "report_to", "save_steps"}  # fmt: skip
-_LONGEST = 200
 _VISIBLE = re.compile(r"[^./\\\0][^/\\\0]*")  # the name of a visible file directly in the folder
 
 
@@ -79,7 +78,6 @@ def model_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    method = str(recipe.method.get("name", "badit"))
     merged = export is not None and export.get("rank") is None
     place = type(getattr(build_method(recipe.method), "config", None)).__module__.split(".")  # badit.tuner, peft, …
     header = ModelCardData(
@@ -95,15 +93,12 @@ def model_card(
         template_path=str(Path(__file__).with_name("card.md.j2")),
         text=_text,
         address=address,
-        method=method,
+        recipe=recipe,
         registers=".".join(place[:2]) if export is None and place[0] == "badit" else "",
-        shown_method="BADIT" if method == "badit" else _text(method),
         built_in=BUILT_IN if recipe.model.name == BUILT_IN else "",
         shown_base=_text(base.hub_id or Path(recipe.model.name).name),
         export=export,
         merged=merged,
-        revision=recipe.model.revision,
-        split=recipe.evaluation.split,
         scores=read_scores(run.scores_path) if run.scores_path.is_file() else None,
         training=_training(run, recipe),
     )
@@ -111,7 +106,6 @@ def model_card(
 
 
 def _training(run: Run, recipe: Recipe) -> dict[str, Any]:
-    """Returns the hyperparameters, the training's parameters, steps and tokens, and the package versions."""
     sources = [entry.path for entry in recipe.data.entries]
     training = recipe.training.model_dump(exclude=_WITHOUT_EFFECT, exclude_none=True)
     rows = {
@@ -122,11 +116,10 @@ def _training(run: Run, recipe: Recipe) -> dict[str, Any]:
         **{key: _last_part(value) if isinstance(value, str) else value for key, value in training.items()},
     }
     known = run.known_environment
-    took, packages = known.get("training"), known.get("packages")
     for name in ("trainable_parameters", "steps", "tokens"):
-        if isinstance(took, Mapping) and isinstance(took.get(name), int):
-            rows[name] = f"{took[name]:,}"
-    if isinstance(packages, Mapping):
+        if isinstance(amount := known.get("training", {}).get(name), int):
+            rows[name] = f"{amount:,}"
+    if isinstance(packages := known.get("packages"), Mapping):
         rows["packages"] = ", ".join(f"{name} {version}" for name, version in packages.items())
     return rows
 
@@ -139,7 +132,7 @@ def _last_part(path: str) -> str:
 def _text(value: Any) -> str:
     """Returns a value as one line of plain text, cut to 200 characters, with Markdown and HTML markup escaped."""
     shown = one_line(str(value))
-    shown = shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"
+    shown = shown if len(shown) <= 200 else shown[:199] + "…"
     return html.escape(_MARKUP.sub(r"\\\1", shown), quote=False)
 
 
