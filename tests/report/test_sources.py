@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from badit.analysis.tables import save_frame
 from badit.files import read_jsonl
 from badit.report.charts import as_text, number, short_task_names
-from badit.report.sources import _losses, by_similarity, read_sources, together
+from badit.report.sources import by_similarity, read_sources, together
 from refusals import refuses
 from report.samples import OTHER, SMALL, TASKS, tables, write_comparison, write_lines, write_run, write_sequence
 
@@ -41,7 +41,7 @@ def test_sequence_has_a_transfer_matrix_and_the_losses_of_all_stages(tmp_path):
     assert together(sources).frames["losses"]["step"].tolist() == [10 * i for i in range(1, 2 * len(TASKS) + 1)]
     for file in (tmp_path / "run" / "stages").glob("*/metrics.jsonl"):
         write_lines(file, [{"step": 8, "eval_loss": 1.0}, *read_jsonl(file)])
-    measured = [point["step"] for point in _losses(tmp_path / "run", "eval_loss")]
+    measured = together(sources).frames["held_out_losses"]["step"].tolist()
     assert measured == [8 + 20 * i for i in range(len(TASKS))], "stages have 20 steps each"
 
 

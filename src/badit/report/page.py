@@ -10,8 +10,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, partial
-from importlib import resources
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,27 +22,18 @@ from markupsafe import Markup
 
 from badit import __version__
 from badit.data import own_input
-from badit.files import read_json, remove
+from badit.files import read_json, read_text, remove
 from badit.metrics import METRICS, Prediction, exact_match, rouge_l
 from badit.recipe import to_yaml
-from badit.render import UNKNOWN, number
+from badit.render import UNKNOWN, number, score_text
 from badit.report import chart_config, charts
 from badit.report.figures import FIGURES, Figure
 from badit.report.sources import Source, together
 from badit.results import RESULTS
 from badit.tuner.config import is_number
 
-# The version of Vega-Lite, such as 6.4.
-_VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-# Widths of exported figures in pixels of 1/72 inch.
-_WIDTHS = {"full": 520, "half": 340, "square": 400}
-# Sample predictions: instances per task (half if there are more than _MANY_MODELS), and longest texts in characters.
-_SAMPLES, _MANY_MODELS = 6, 3
-_LONGEST_QUESTION, _LONGEST_ANSWER = 700, 400
-_PARTLY_RIGHT = 50.0
-_as_yaml = partial(to_yaml, sort_keys=False, width=100)
-# The recipe keys that the overview shows.
-_SETTINGS = ["model.name", "method.name", "method.num_experts", "method.r", "data.source", "training.learning_rate"]
+_TEMPLATES = Path(__file__).with_name("templates")
+_VEGA_LITE = alt.SCHEMA_VERSION.rpartition(".")[0]  # such as v6.4
 
 
 class Block(NamedTuple):
@@ -63,40 +53,31 @@ class Block(NamedTuple):
     source: str = ""
 
     @property
-    def description(self) -> str:
-        """The text that screen readers read for a chart."""
-        return f"{self.title}. {self.caption}".strip()
-
-    @property
     def specification(self) -> dict[str, Any]:
-        """The chart's Vega-Lite specification without colours, which the page sets."""
-        own = {"autosize": {"type": "fit-x", "contains": "padding"}, "width": "container"}
-        content = {**self.content.to_dict(validate=False), **own, "description": self.description}
+        """The chart's Vega-Lite specification without colours, which the page sets. Screen readers read its title."""
+        content = self.content.to_dict(validate=False)
+        content |= {"autosize": {"type": "fit-x", "contains": "padding"}, "width": "container"}
+        content["description"] = f"{self.title}. {self.caption}".strip()
         return {key: value for key, value in content.items() if key not in ("config", "$schema")}
 
 
-# The sections of the page, with the command that measures what a run lacks. The template has their titles and texts.
-SECTIONS = {"overview": "", "scores": "badit evaluate", "curves": ""}
-SECTIONS |= dict.fromkeys(("gradients", "units", "geometry", "atlas"), "badit analyze")
-SECTIONS |= {"learning": "", "samples": "badit evaluate", "settings": ""}
-Sections = Mapping[str, Sequence[Block]]
+# The command that measures what a run lacks in a section.
+_COMMANDS = dict.fromkeys(("gradients", "units", "geometry", "atlas"), "badit analyze")
+_COMMANDS |= {"scores": "badit evaluate", "samples": "badit evaluate"}
 
 
-def sections_of(sources: Sequence[Source]) -> Sections:
-    """Returns the blocks of each section of the page."""
+def sections_of(sources: Sequence[Source]) -> dict[str, list[Block]]:
+    """Returns the blocks of each section. The template has the sections' titles and texts."""
     shown = [together(sources), *sources]
-    others = {"overview": _overview(sources), "samples": _samples(sources), "settings": _settings(sources)}
-    found = {}
-    for section, command in SECTIONS.items():
-        blocks = list(others.get(section, ()))
-        blocks += [block for figure in FIGURES if figure.section == section for block in _drawn(figure, shown)]
-        found[section] = [*blocks, *_notes(command, section == "scores", sources, blocks)]
-    return found
+    found = {"overview": [*_overview(sources)], "samples": [*_samples(sources)], "settings": [*_settings(sources)]}
+    for figure in FIGURES:
+        found.setdefault(figure.section, []).extend(_drawn(figure, shown))
+    return {section: [*blocks, *_notes(section, sources, blocks)] for section, blocks in found.items()}
 
 
-def render(title: str, sections: Sections) -> str:
+def render(title: str, sections: Mapping[str, Sequence[Block]]) -> str:
     """Returns the page's HTML."""
-    scripts = [_library(), _resource("page.js")]
+    scripts = [_library(), read_text(_TEMPLATES / "page.js")]
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     templates = Environment(loader=PackageLoader("badit.report"), undefined=StrictUndefined, **options)
@@ -106,19 +87,20 @@ def render(title: str, sections: Sections) -> str:
         sections=sections,
         version=__version__,
         hashes=hashes,
-        style=Markup(_resource("look.css") + _resource("page.css")),
+        style=Markup(read_text(_TEMPLATES / "look.css") + read_text(_TEMPLATES / "page.css")),
         scripts=[Markup(script) for script in scripts],
         themes={"light": chart_config("light"), "dark": chart_config("dark")},
         short_names=charts.short_task_names,
     )
 
 
-def export_figures(sections: Sections, folder: Path) -> None:
+def export_figures(sections: Mapping[str, Sequence[Block]], folder: Path) -> None:
     """Writes NAME.svg and NAME.pdf for every figure, with the page's initial choices, on white."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {**chart_config("light"), "font": "Helvetica, Arial, sans-serif", "background": "white"}
+    widths = {"full": 520, "half": 340, "square": 400}  # in pixels of 1/72 inch
     for block in (block for blocks in sections.values() for block in blocks if block.kind == "figure"):
-        content = {**block.specification, "width": _WIDTHS[block.width]}
+        content = {**block.specification, "width": widths[block.width]}
         svg = vl_convert.vegalite_to_svg(content, vl_version=_VEGA_LITE, config=config, allowed_base_urls=[])
         for suffix, data in ((".svg", svg.encode()), (".pdf", vl_convert.svg_to_pdf(svg))):
             path = folder / (block.name + suffix)
@@ -144,12 +126,13 @@ def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
         caption = ""
 
 
-def _notes(command: str, of_scores: bool, sources: Sequence[Source], blocks: Sequence[Block]) -> Iterator[Block]:
+def _notes(section: str, sources: Sequence[Source], blocks: Sequence[Block]) -> Iterator[Block]:
     """Yields, for each run without data for the section, a note with the command that measures it."""
+    command = _COMMANDS.get(section)
     for run in sources:
         analysed = any(frame.attrs["file"].startswith("analysis/") for frame in run.frames.values())
         measured = analysed or any(block.source in ("", run.label) for block in blocks)
-        scored = run.scores is not None if of_scores else bool(blocks)
+        scored = run.scores is not None if section == "scores" else bool(blocks)
         lacking = {"badit analyze": not measured, "badit evaluate": bool(run.config) and not scored}
         if run.results is None and lacking.get(command):
             label = f"{run.label}: not" if len(sources) > 1 else "Not"
@@ -158,9 +141,8 @@ def _notes(command: str, of_scores: bool, sources: Sequence[Source], blocks: Seq
 
 
 def _overview(sources: Sequence[Source]) -> Iterator[Block]:
-    """Yields a table of facts and main scores with a column for each source."""
-    facts = pd.DataFrame([_facts(source) for source in sources], dtype=object).fillna(UNKNOWN).T.reset_index()
-    table = facts.set_axis(["run", *(source.label for source in sources)], axis="columns")
+    facts = pd.DataFrame({source.label: _facts(source) for source in sources}, dtype=object).fillna(UNKNOWN)
+    table = facts.reset_index(names="run", allow_duplicates=True)  # a source's label may be "run"
     files = [RESULTS] if any(source.results for source in sources) else []
     files += ["scores.json", "config.yaml", "environment.json"] if any(not source.results for source in sources) else []
     if len(table):
@@ -179,34 +161,33 @@ def _facts(source: Source) -> dict[str, str]:
     facts = {}
     if source.scores is not None:
         for metric, scores in source.scores.groupby("metric", sort=False):
-            facts[METRICS[str(metric)].label] = number(scores["score"].mean(), f".{METRICS[str(metric)].decimals}f")
+            facts[METRICS[str(metric)].label] = score_text(scores["score"].mean(), metric)
         facts["tasks"] = str(source.scores["task"].nunique())
-    sections = [*source.environment.items(), *source.config.items()]
-    sections = [(name, section) for name, section in sections if isinstance(section, Mapping)]
-    values: dict[str, Any] = {f"{name}.{key}": value for name, section in sections for key, value in section.items()}
+    values: dict[str, Any] = {}
+    for name, section in (*source.environment.items(), *source.config.items()):
+        if isinstance(section, Mapping):
+            values |= {f"{name}.{key}": value for key, value in section.items()}
     for name in ("trainable_parameters", "steps"):
         if is_number(value := values.get(f"training.{name}")):
             facts[name.replace("_", " ")] = number(value, ".0f")
-    if is_number(values.get("training.seconds")):
-        facts["training time"] = f"{number(values['training.seconds'] / 60)} min"
-    return facts | {key: str(values[key]) for key in _SETTINGS if values.get(key) is not None}
+    if is_number(seconds := values.get("training.seconds")):
+        facts["training time"] = f"{number(seconds / 60)} min"
+    settings = ["model.name", "method.name", "method.num_experts", "method.r", "data.source", "training.learning_rate"]
+    return facts | {key: str(values[key]) for key in settings if values.get(key) is not None}
 
 
 def _samples(sources: Sequence[Source]) -> Iterator[Block]:
     """Yields a few instances of each task that all models answered; a model is the first run of each method."""
-    models: list[tuple[str, Source]] = []
+    models: dict[tuple[str, str], Source] = {}
     for source in sources:
-        runs: dict[str, Source] = {}
         for method, run in source.members:
-            if method not in runs and run.predictions:
-                runs[method] = run
-        models += runs.items()
+            if (source.label, method) not in models and run.predictions:
+                models[source.label, method] = run
     content = {}
-    for task in dict.fromkeys(task for _, run in models for task in run.predictions):
-        of_task = [(name, run.predictions[task]) for name, run in models if task in run.predictions]
-        answers = [(name, {answer.instance_id: answer for answer in each}) for name, each in of_task]
+    for task in dict.fromkeys(task for run in models.values() for task in run.predictions):
+        answers = [(name, run.predictions[task]) for (_, name), run in models.items() if task in run.predictions]
         shared = [instance for instance in answers[0][1] if all(instance in own for _, own in answers)]
-        count = min(_SAMPLES if len(answers) <= _MANY_MODELS else _SAMPLES // 2, len(shared))
+        count = min(6 if len(answers) <= 3 else 3, len(shared))
         chosen = [shared[i * len(shared) // count] for i in range(count)]
         content[task] = [_sample([(name, own[instance]) for name, own in answers]) for instance in chosen]
     if content:
@@ -215,22 +196,15 @@ def _samples(sources: Sequence[Source]) -> Iterator[Block]:
 
 
 def _sample(answers: Sequence[tuple[str, Prediction]]) -> dict[str, Any]:
-    """Returns an instance's question and references, and every model's answer with its verdict."""
-
-    def cut(text: str) -> str:
-        return text if len(text) <= _LONGEST_ANSWER else text[: _LONGEST_ANSWER - 1] + "…"
-
     first = answers[0][1]
-    question = own_input(first.prompt) or first.prompt
-    question = question if len(question) <= _LONGEST_QUESTION else "…" + question[-_LONGEST_QUESTION:]
     shown = []
     for model, answer in answers:
         score = rouge_l(answer.prediction, answer.references)
         right = exact_match(answer.prediction, answer.references) > 0
-        verdict = "right" if right else "partly right" if score >= _PARTLY_RIGHT else "wrong"
-        shown.append((model, cut(answer.prediction), verdict, f"Rouge-L {number(score, '.0f')}"))
-    references = [cut(reference) for reference in dict.fromkeys(first.references)][:4]
-    return {"question": question, "references": references, "answers": shown}
+        verdict = "right" if right else "partly right" if score >= 50 else "wrong"
+        shown.append((model, answer.prediction, verdict, f"Rouge-L {number(score, '.0f')}"))
+    references = [*dict.fromkeys(first.references)][:4]
+    return {"question": own_input(first.prompt) or first.prompt, "references": references, "answers": shown}
 
 
 def _settings(sources: Sequence[Source]) -> Iterator[Block]:
@@ -238,22 +212,19 @@ def _settings(sources: Sequence[Source]) -> Iterator[Block]:
     for source in sources:
         label = f"{source.label}: " if len(sources) > 1 else ""
         if source.config:
-            yield Block("details", f"{label}Recipe", _as_yaml(source.config), file="config.yaml")
+            text = to_yaml(source.config, sort_keys=False, width=100)
+            yield Block("details", f"{label}Recipe", text, file="config.yaml")
         if source.environment:
             text = json.dumps(source.environment, indent=2, ensure_ascii=False)
             yield Block("details", f"{label}Environment", text, file="environment.json")
-        cells = read_json(source.folder / RESULTS)["cells"] if source.results is not None else []
-        shown = set()
-        for cell in cells:
-            if cell["status"] == "done" and cell.get("selected", True) and cell["method"] not in shown:
-                shown.add(cell["method"])
-                keys = ("learning_rate", "seed", "order", "config", "environment")
-                text = _as_yaml({key: cell[key] for key in keys if cell.get(key)})
-                yield Block("details", label + cell["method"], text, file=RESULTS)
-
-
-def _resource(name: str) -> str:
-    return (resources.files("badit.report") / "templates" / name).read_text(encoding="utf-8")
+        cells: dict[str, Any] = {}
+        for cell in read_json(source.folder / RESULTS)["cells"] if source.results else []:
+            if cell["status"] == "done" and cell.get("selected", True):
+                cells.setdefault(cell["method"], cell)
+        for method, cell in cells.items():
+            keys = ("learning_rate", "seed", "order", "config", "environment")
+            text = to_yaml({key: cell[key] for key in keys if cell.get(key)}, sort_keys=False, width=100)
+            yield Block("details", label + method, text, file=RESULTS)
 
 
 @cache

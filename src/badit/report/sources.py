@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,25 +19,22 @@ import numpy as np
 import pandas as pd
 
 from badit.analysis.learning import component_flow, expert_angles, task_gap, transfer
-from badit.analysis.tables import load_frames
 from badit.errors import BaditError
 from badit.evaluate import read_predictions
 from badit.files import inside, refuse_links
-from badit.metrics import Prediction, group_by_task, rouge_l
+from badit.metrics import Prediction, rouge_l
 from badit.recipe import read_values
 from badit.render import method_table
-from badit.results import RESULTS, Results, load_results, read_scores, scores_frame
+from badit.results import RESULTS, Results, load_results
 from badit.run import Run
 from badit.statistics import paired_bootstrap
 from badit.tuner.config import is_number
 
-# Tables shown as matrices with similar tasks next to each other, with the table and column of the similarity.
-_ORDERS = {
-    "gradient_cosines": ("gradient_overall", "cosine"),
-    "coactivation_pairs": ("coactivation_pairs", "overlap"),
-    "gate_similarity": ("gate_similarity", "similarity"),
-    "gates": ("gate_similarity", "similarity"),
-    "expert_losses": ("gate_similarity", "similarity"),
+# Tables with pairs of tasks and their column of similarities, and the tables that are shown as matrices in this order.
+_ORDERED = {
+    ("gradient_overall", "cosine"): ["gradient_cosines"],
+    ("coactivation_pairs", "overlap"): ["coactivation_pairs"],
+    ("gate_similarity", "similarity"): ["gate_similarity", "gates", "expert_losses"],
 }
 _PAIR = ["task_a", "task_b"]
 _DIFFERENCES = ["method", "mean", "low", "high", "reference"]
@@ -77,10 +75,13 @@ class Source:
         return [(method, source) for method, source in folders if source.folder.is_dir()]
 
     @cached_property
-    def predictions(self) -> Mapping[str, list[Prediction]]:
-        """The answers by task; empty if none are saved."""
+    def predictions(self) -> Mapping[str, Mapping[str, Prediction]]:
+        """The answers by task and instance; empty if none are saved."""
+        found: dict[str, dict[str, Prediction]] = {}
         folder = Run.at(self.folder).predictions_path
-        return group_by_task(read_predictions(folder)) if any(folder.glob("[!.]*.jsonl")) else {}
+        for answer in read_predictions(folder) if any(folder.glob("[!.]*.jsonl")) else ():
+            found.setdefault(answer.task, {})[answer.instance_id] = answer
+        return found
 
 
 def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
@@ -111,9 +112,14 @@ def together(sources: Sequence[Source]) -> Source:
         for source in sources
         for method, run in source.members
     ]
-    for frame, key in (("losses", "loss"), ("held_out_losses", "eval_loss")):
-        losses = [{**p, "series": series, "run": run.label} for series, run in runs for p in _losses(run.folder, key)]
-        shared.add(frame, pd.DataFrame(losses), "metrics.jsonl")
+    logs = [(series, run.label, line) for series, run in runs for line in Run.at(run.folder).log(Path("metrics.jsonl"))]
+    for name, key in (("losses", "loss"), ("held_out_losses", "eval_loss")):
+        losses = [
+            {"step": line["step"], "loss": line[key], "series": series, "run": label}
+            for series, label, line in logs
+            if is_number(line["step"]) and is_number(line.get(key))
+        ]
+        shared.add(name, pd.DataFrame(losses), "metrics.jsonl")
     if scored := [source for source in sources if source.scores is not None]:
         frames = [cast(pd.DataFrame, source.scores).assign(run=source.label) for source in scored]
         shared.add("scores", pd.concat(frames, ignore_index=True), "scores.json")
@@ -130,7 +136,7 @@ def shown_parameters(frame: pd.DataFrame) -> str:
 
 def _read(folder: Path, label: str) -> Source:
     source, run = Source(label, folder), Run.at(folder)
-    for name, frame in load_frames(run.analysis_path).items():
+    for name, frame in run.tables.items():
         source.add(name, frame, f"analysis/{name}.json")
     if run.config_path.is_file():
         source.config = read_values(run.config_path)  # not validated: recipes of other versions may have other keys
@@ -148,9 +154,8 @@ def _read(folder: Path, label: str) -> Source:
         source.add("scores", means.astype({"run": str}), RESULTS)
         source.add("task_gap", task_gap(folder), RESULTS)
     elif run.scores_path.is_file():
-        scores = read_scores(run.scores_path)
-        source.scores = scores_frame(scores)
-        if "matrix" in scores:
+        source.scores = run.scores
+        if "matrix" in source.scores.attrs:
             source.add("transfer", transfer(run), run.scores_path.name)
     # The log of a committed result has only means over modules, without labels.
     if "labels" in next(run.log(run.regroupings_path), {"labels": []}):
@@ -169,16 +174,6 @@ def _read(folder: Path, label: str) -> Source:
     return source
 
 
-def _losses(folder: Path, key: str) -> list[dict[str, float]]:
-    """Returns the steps and losses of the log lines with ``key``."""
-    run = Run.at(folder)
-    return [
-        {"step": line["step"], "loss": line[key]}
-        for line in run.log(run.metrics_path)
-        if all(is_number(line.get(each)) for each in ("step", key))
-    ]
-
-
 def _differences(runs: Sequence[Source]) -> pd.DataFrame:
     """Returns each run's paired Rouge-L difference to the first run, over the instances that both answered."""
     rows = []
@@ -193,19 +188,17 @@ def _differences(runs: Sequence[Source]) -> pd.DataFrame:
 
 
 def _rouge_l(run: Source) -> pd.Series:
-    answers = {(answer.task, answer.instance_id): answer for answers in run.predictions.values() for answer in answers}
-    index = pd.MultiIndex.from_tuples(list(answers), names=["task", "instance"])
-    return pd.Series([rouge_l(each.prediction, each.references) for each in answers.values()], index, dtype=float)
+    answers = {(task, instance): each for task, own in run.predictions.items() for instance, each in own.items()}
+    scores = {place: rouge_l(answer.prediction, answer.references) for place, answer in answers.items()}
+    return pd.Series(scores, dtype=float)
 
 
 def _order_tasks(sources: Sequence[Source]) -> None:
     """Makes the tasks of matrices categories; all sources use the order of the first source with similarities."""
-    for name, (similarities, column) in _ORDERS.items():
-        pairs = next((source.frames[similarities] for source in sources if similarities in source.frames), None)
-        if pairs is not None and "parameters" in pairs:
-            pairs = pairs[pairs["parameters"] == shown_parameters(pairs)]
-        order = by_similarity(pairs, column) if pairs is not None else []
-        for source in sources:
+    for (similarities, column), matrices in _ORDERED.items():
+        found = [source.frames[similarities] for source in sources if similarities in source.frames]
+        order = by_similarity(found[0], column) if found else []
+        for source, name in product(sources, matrices):
             if (frame := source.frames.get(name)) is not None:
                 columns = [each for each in ("task", *_PAIR) if each in frame]
                 tasks = list(dict.fromkeys(task for each in columns for task in frame[each]))
@@ -218,6 +211,8 @@ def by_similarity(pairs: pd.DataFrame, column: str) -> list[str]:
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
 
+    if "parameters" in pairs:
+        pairs = pairs[pairs["parameters"] == shown_parameters(pairs)]
     tasks = sorted({*pairs["task_a"], *pairs["task_b"]})
     if len(tasks) < 3:
         return tasks
