@@ -20,7 +20,7 @@ _CIVIDIS = ["#00204d", "#213d6b", "#555b6c", "#7b7a77", "#a59c74", "#d3c064", "#
 _RANGES = {
     "light": {
         "category": ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5f6368"],
-        "heatmap": ["#fdf6d8", *_CIVIDIS[5:0:-1], _CIVIDIS[0]],
+        "heatmap": ["#fdf6d8", *_CIVIDIS[5::-1]],
         "diverging": ["#8f3b00", "#d56a10", "#f3b06b", "#f6f4f0", "#85bbdf", "#2a7ab8", "#08457e"],
     },
     "dark": {
@@ -81,12 +81,11 @@ def chart_config(mode: Literal["light", "dark"]) -> dict[str, Any]:
     """Returns Vega-Lite's ``config`` for a theme."""
     ink, ranges = _INK[mode], _RANGES[mode]
     first, faint, line = ranges["category"][0], ink["faint"], ink["line"]
-    sizes = {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": 500}
-    quiet = {"labelColor": faint, "titleColor": ink["text"], **sizes}
+    quiet = {"labelColor": faint, "titleColor": ink["text"]}
+    quiet |= {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": 500}
     axis = {"titlePadding": 10, "gridOpacity": 0.6, "ticks": False, "labelPadding": 6, "labelLimit": 150}
     legend = {"titleLimit": 260, "orient": "top", "gradientThickness": 10, "gradientLength": 180, "labelLimit": 170}
     symbols = {"symbolStrokeWidth": 2, "symbolOpacity": 1, "symbolBaseFillColor": faint, "symbolBaseStrokeColor": faint}
-    top = {"direction": "vertical", "anchor": "start"}
     return {
         "font": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif",
         "background": "transparent",
@@ -103,5 +102,5 @@ def chart_config(mode: Literal["light", "dark"]) -> dict[str, Any]:
         "text": {"color": ink["text"]},
         "axis": {**quiet, **axis, "domainColor": line, "gridColor": line},
         "axisBand": {"domain": False, "grid": False},
-        "legend": {**quiet, **legend, **symbols, "layout": {"top": top}},
+        "legend": {**quiet, **legend, **symbols, "layout": {"top": {"direction": "vertical", "anchor": "start"}}},
     }

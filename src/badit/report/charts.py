@@ -115,12 +115,9 @@ def heat_map(
 ) -> Any:
     """Returns a heat map of the means of a column under the chosen options (``choices``, the layer first).
 
-    Args:
-        rows, columns: columns of the frame, in the order of their categories, if any. Pairs of tasks appear twice.
-        label: the meaning and unit of the values; ``form`` is their d3 format.
-        limit: the largest distance from ``middle`` on the colour scale, on both sides if ``signed`` (default: covers
-            98 % of the values).
-        written: write the numbers into the cells.
+    Rows and columns are in the order of their categories, if any, and pairs of tasks appear twice. The colour scale
+    ends at the distance ``limit`` from ``middle``, on both sides if ``signed`` (default: covers 98 % of the values).
+    ``form`` is the numbers' d3 format; ``written`` also writes them into the cells.
     """
     frame = frame.rename(columns={rows: "row", columns: "column", value: "value"})
     if (rows, columns) == ("task_a", "task_b"):

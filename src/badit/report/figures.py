@@ -20,9 +20,6 @@ from badit.render import UNKNOWN, number
 from badit.report import charts
 from badit.report.sources import shown_parameters
 
-_MOST_POINTS = 250
-_MOST_PAIRS = 120
-_MOST_STEPS = 12
 _PERIODS = {"before": "before regrouping", "after": "after regrouping", "training": "in training"}
 _HELD_OUT = "held-out data"
 
@@ -59,7 +56,7 @@ def _curves(frame: pd.DataFrame, title: str, smoothed: int) -> Any:
     # At most 250 points per curve, each the mean of adjacent log lines.
     curves = frame.groupby(["series", "run"], sort=False)
     lengths: Any = curves["step"].transform("size")
-    point = curves.cumcount() // -(-lengths // _MOST_POINTS)
+    point = curves.cumcount() // -(-lengths // 250)
     thinned = frame.groupby(["series", "run", point], sort=False).agg({"step": "last", "loss": "mean"})
     base = charts.chart_of(thinned.round({"loss": 4}).reset_index(["series", "run"])).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False, tickCount=5)),
@@ -228,9 +225,7 @@ def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
     """The corrected cosine removes the noise of few instances (a dash: too noisy). The magnitude similarity is 1 for
     gradients with equal norms. Of more than 120 pairs, those in the middle are left out."""
     rows = frame[(frame["parameters"] == shown_parameters(frame)) & frame["cosine"].notna()].sort_values("cosine")
-    if len(rows) > _MOST_PAIRS:
-        rows = pd.concat([rows[: _MOST_PAIRS // 2], rows[-_MOST_PAIRS // 2 :]])
-    rows = rows.rename(columns={"task_a": "task", "task_b": "other_task"})
+    rows = pd.concat([rows[:60], rows[60:][-60:]]).rename(columns={"task_a": "task", "task_b": "other_task"})
     forms = {"task": "", "other_task": "", "cosine": ".3f", "corrected_cosine": ".2f", "magnitude_similarity": ".2f"}
     return charts.as_text(rows, forms)
 
@@ -340,7 +335,7 @@ def component_flow(frame: pd.DataFrame) -> Any:
     """Each row is an expert before the regrouping. Its cells show where its components went; those on the diagonal
     stayed. At most twelve regroupings are shown."""
     steps = np.unique(frame["step"])
-    steps = steps[np.linspace(0, len(steps) - 1, min(len(steps), _MOST_STEPS)).astype(int)]
+    steps = steps[np.linspace(0, len(steps) - 1, min(len(steps), 12)).astype(int)]
     rows = charts.with_all(frame[frame["step"].isin(steps)], "layer")
     counts = rows.groupby(["layer", "step", "from_expert", "to_expert"])["components"].sum().unstack(fill_value=0)
     shares = counts.div(counts.sum(axis="columns"), axis="rows").stack().rename("share").reset_index()
