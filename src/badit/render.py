@@ -38,9 +38,9 @@ def number(value: Any, form: str = ".1f", sign: str = "-") -> str:
     return UNKNOWN if pd.isna(value) else f"{value:{sign}z,{form}}".replace("-", "−")
 
 
-def score_text(value: Any, metric: object, sign: str = "-") -> str:
-    """Formats a value of a metric with the metric's number of decimals."""
-    return number(value, f".{METRICS[str(metric)].decimals}f", sign)
+def score_text(value: Any, metric: Any, sign: str = "-") -> str:
+    """Formats a value of a metric, given by its name in ``METRICS``, with the metric's number of decimals."""
+    return number(value, f".{METRICS[metric].decimals}f", sign)
 
 
 def counted(number: int, noun: str) -> str:
@@ -99,7 +99,7 @@ def task_table(results: Results, metric: str) -> Table:
     """Returns a table with one row per task and one column per method that has scores."""
     means = task_means(results, metric)
     means.loc["mean over tasks"] = [fmean(means[method]) for method in means]
-    texts = means.map(score_text, metric=metric)
+    texts = means.map(lambda value: score_text(value, metric))
     texts.insert(0, "task", means.index, allow_duplicates=True)
     sign = -1 if METRICS[metric].lower_is_better else 1
     best = {(i, j + 1) for i, row in enumerate(sign * means.to_numpy()) for j in _highest(row)}
@@ -136,13 +136,13 @@ def _difference_notes(results: Results, summary: pd.DataFrame, score: str, metri
     if reference not in results.scored_methods:
         return [f"vs {reference}: no differences, because {reference} has no scores"]
     notes = [f"vs {reference}: paired difference in {score} and its 95 % bootstrap interval over runs and instances"]
-    if summary["level"].any():
+    if any(level is True for level in summary["level"].tolist()):
         notes.append(f"≈: equivalent, the 90 % interval lies within ±{METRICS[metric].margin:g}")
     paired = summary[["method", "runs", "difference_runs"]].dropna()
     for method, runs, both in paired.itertuples(index=False):
         if both < runs:
             notes.append(f"{method} vs {reference}: over the {both} of its {runs} runs that both have")
-    if (paired["difference_runs"] == 1).any():
+    if 1 in paired["difference_runs"].tolist():
         notes.append("an interval over one run covers instances only, not other seeds")
     return notes
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from badit.metrics import METRICS
-from badit.render import UNKNOWN, number
+from badit.render import UNKNOWN, number, score_text
 from badit.report import charts
 from badit.report.sources import shown_parameters
 
@@ -114,7 +114,7 @@ def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
         ranks = pd.DataFrame(values).round(9).rank(axis="columns", method="min", ascending=about.lower_is_better)
         for i, run in enumerate(scores):
             heading = f"{run}: {about.label}" if several else about.label
-            shown[heading] = [number(score, f".{about.decimals}f") for score in values[:, i]]
+            shown[heading] = [score_text(score, metric) for score in values[:, i]]
             strong += [(row, heading) for row in np.flatnonzero(ranks[i] == 1)] if several else []
     shown.attrs |= {"footer": 1, "strong": strong}
     return shown

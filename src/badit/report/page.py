@@ -62,7 +62,7 @@ class Block(NamedTuple):
 
 
 # The command that measures what a run lacks in a section.
-_COMMANDS = dict.fromkeys(("gradients", "units", "geometry", "atlas"), "badit analyze")
+_COMMANDS: dict[str, str] = dict.fromkeys(("gradients", "units", "geometry", "atlas"), "badit analyze")
 _COMMANDS |= {"scores": "badit evaluate", "samples": "badit evaluate"}
 
 
@@ -128,7 +128,7 @@ def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
 
 def _notes(section: str, sources: Sequence[Source], blocks: Sequence[Block]) -> Iterator[Block]:
     """Yields, for each run without data for the section, a note with the command that measures it."""
-    command = _COMMANDS.get(section)
+    command = _COMMANDS.get(section, "")
     for run in sources:
         analysed = any(frame.attrs["file"].startswith("analysis/") for frame in run.frames.values())
         measured = analysed or any(block.source in ("", run.label) for block in blocks)
@@ -170,8 +170,8 @@ def _facts(source: Source) -> dict[str, str]:
     for name in ("trainable_parameters", "steps"):
         if is_number(value := values.get(f"training.{name}")):
             facts[name.replace("_", " ")] = number(value, ".0f")
-    if is_number(seconds := values.get("training.seconds")):
-        facts["training time"] = f"{number(seconds / 60)} min"
+    if is_number(values.get("training.seconds")):
+        facts["training time"] = f"{number(values['training.seconds'] / 60)} min"
     settings = ["model.name", "method.name", "method.num_experts", "method.r", "data.source", "training.learning_rate"]
     return facts | {key: str(values[key]) for key in settings if values.get(key) is not None}
 

@@ -211,13 +211,12 @@ def by_similarity(pairs: pd.DataFrame, column: str) -> list[str]:
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
 
-    if "parameters" in pairs:
-        pairs = pairs[pairs["parameters"] == shown_parameters(pairs)]
-    tasks = sorted({*pairs["task_a"], *pairs["task_b"]})
+    shown = pairs[pairs["parameters"] == shown_parameters(pairs)] if "parameters" in pairs else pairs
+    tasks = sorted({*shown["task_a"], *shown["task_b"]})
     if len(tasks) < 3:
         return tasks
     # If a pair has several kinds, the first is used. A damaged file may contain values outside −1 to 1.
-    half = pairs.drop_duplicates(_PAIR).pivot(index="task_a", columns="task_b", values=column).clip(-1, 1)
+    half = shown.drop_duplicates(_PAIR).pivot(index="task_a", columns="task_b", values=column).clip(-1, 1)
     similarity = half.combine_first(half.T).reindex(index=tasks, columns=tasks)
     similarity_TT = similarity.fillna(np.nan_to_num(half.stack().mean())).to_numpy()
     distance_TT = similarity_TT.max() - similarity_TT
