@@ -7,12 +7,11 @@ The LoRA is the nearest export or is written for the request. The distance betwe
 Shape suffixes: T = exports, M = adapted modules, K = experts, N = components.
 """
 
-import json
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -23,7 +22,7 @@ from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from torch.nn.functional import one_hot
@@ -34,9 +33,9 @@ from badit.errors import BaditError, explained, show
 from badit.evaluate import load_run
 from badit.export import NOT_A_LORA, beyond_lora, mixture_factors, write_adapter
 from badit.files import read_json, refuse_links
-from badit.methods import AdapterMethod, build_method
+from badit.methods import build_method
 from badit.run import RECORD, Run
-from badit.studio.server import HOST, ending_with, guards, json_body, listen, run_until_ended
+from badit.studio.server import HOST, LOCAL_HOSTS, ending_with, json_body, listen, run_until_ended
 
 AUTO = "auto"
 MAX_BODY = 1024 * 1024
@@ -55,9 +54,10 @@ class Router:
     def __init__(self, run: Run, exports: str | Path | None) -> None:
         self.run, recipe = run, run.trusted_recipe()
         method = build_method(recipe.method)
-        if method.needs_tasks or getattr(getattr(method, "config", None), "has_fixed_gates", True):
+        config = getattr(method, "config", None)
+        if method.needs_tasks or getattr(config, "has_fixed_gates", True):
             raise BaditError(f"{run.path}: the gates of {method.name} do not depend on the prompt; serve its export")
-        if extra := beyond_lora(cast("AdapterMethod", method).config):
+        if extra := beyond_lora(config):
             raise BaditError(f"{run.path}: method.{extra[0]}: {NOT_A_LORA}, which vLLM cannot load")
         self.model: Any = load_run(self.run, recipe)[0]
         self.base = recipe.model.name
@@ -65,13 +65,14 @@ class Router:
         self.exports: list[str] = []
         if exports is not None:
             refuse_links(Path(exports))
+            command = f"badit export {run.path} --all-tasks -o {exports}"
             if not (files := sorted(Path(exports).glob(f"*/{GATES_FILE}"))):
-                raise BaditError(f"{exports}: has no task LoRAs; run badit export {run.path} --all-tasks -o {exports}")
+                raise BaditError(f"{exports}: has no task LoRAs; run {command}")
             own = checksums(run.adapter_path, "*.safetensors")
             for file in files:
                 if read_json(file.with_name(RECORD)).get("weights", own) != own:  # earlier releases did not record it
-                    fix = f"export again: badit export {run.path} --all-tasks -o {exports}"
-                    raise BaditError(f"{file.parent}: was not exported from the present weights of {run.path}; {fix}")
+                    other = f"was not exported from the present weights of {run.path}"
+                    raise BaditError(f"{file.parent}: {other}; export again: {command}")
             self.exports = [file.parent.name for file in files]
             gates = [read_gates(file, self.model) for file in files]
             self.gates_TMK = torch.tensor([[of_task[one.layer.name] for one in self.layers] for of_task in gates])
@@ -111,10 +112,9 @@ def _gram(one: Experts) -> torch.Tensor:
 
 def serve(run: Run, exports: str | None, *, url: str, port: int) -> None:
     """Serves a run in front of the vLLM server at ``url`` until Ctrl-C or SIGTERM; port 0 uses a free port."""
-    if not url.startswith(("http://", "https://")):
-        raise BaditError(f"--url: must be an address such as http://127.0.0.1:8000, not {url!r:.80}")
     with explained("--url", action="used", any_error=True):
-        httpx2.URL(url)
+        if httpx2.URL(url).scheme not in ("http", "https"):
+            raise BaditError(f"--url: must be an address such as http://127.0.0.1:8000, not {url!r:.80}")
     with listen(port) as listening:
         web = application(Router(run, exports), url)
         show(f"Proxy: http://{HOST}:{listening.getsockname()[1]}/v1, forwards to {url}   (Ctrl-C stops it)")
@@ -126,7 +126,7 @@ def application(router: Router, url: str) -> Starlette:
     url = url.rstrip("/").removesuffix("/v1")
     options: Any = {"limits": httpx2.Limits(), "timeout": httpx2.Timeout(10, read=None)}  # no limit on connections
     client = httpx2.AsyncClient(base_url=url, trust_env=False, headers={"accept-encoding": "identity"}, **options)
-    lock = anyio.Lock()
+    one_at_a_time = anyio.CapacityLimiter(1)
 
     @asynccontextmanager
     async def running(web: Starlette) -> AsyncIterator[None]:
@@ -136,65 +136,51 @@ def application(router: Router, url: str) -> Starlette:
     def key(request: Request) -> dict[str, str]:
         return {"authorization": request.headers.get("authorization", "")}
 
-    async def models(request: Request) -> Response:
-        found = part_of(await ask(request, "GET", "/v1/models"), "data")
-        own = {"id": AUTO, "object": "model", "owned_by": "badit"}
-        return JSONResponse({"object": "list", "data": [own, *found]})
-
-    async def completion(request: Request) -> Any:
-        """Sends the request to vLLM with the adapter for its prompt as the model, and streams the response."""
-        content = await json_body(request, MAX_BODY)
-        if not isinstance(content, dict):
-            raise BaditError("request: must be a JSON object")
-        model = content.get("model") or AUTO
-        routed = model in (AUTO, router.run.path.resolve().name)
-        adapter = await adapter_for(request, content) if routed else nullcontext(str(model))
-
-        async def forward(scope: Scope, receive: Receive, send: Send) -> None:
-            try:
-                async with ending_with(receive, getattr(scope["app"].state, "server", None)), adapter as name:
-                    options: Any = {"json": {**content, "model": name}, "headers": key(request)}
-                    async with client.stream("POST", request.url.path, **options) as answer:
-                        kind = answer.headers.get("content-type", "").encode()
-                        raw = [(b"content-type", kind), (b"x-badit-adapter", quote(name).encode())]
-                        await send({"type": "http.response.start", "status": answer.status_code, "headers": raw})
-                        async for chunk in answer.aiter_raw():
-                            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                        await send({"type": "http.response.body", "body": b""})
-            except ExceptionGroup as group:  # from the task group, in which one task has failed
-                raise group.exceptions[0] from None
-
-        return forward
-
-    async def adapter_for(request: Request, content: dict[str, Any]) -> AbstractAsyncContextManager[str]:
-        ids, chat = content.get("prompt"), request.url.path.endswith("/chat/completions")
-        if isinstance(ids, list) and len(ids) == 1 and not isinstance(ids[0], int):
-            ids = ids[0]  # a batch of one
-        if chat or isinstance(ids, str):
-            options = content if chat else {"add_special_tokens": content.get("add_special_tokens", True)}
-            text = {**options, "model": None, "prompt": None if chat else ids}
-            ids = part_of(await ask(request, "POST", "/tokenize", text), "tokens")
-        async with lock:
-            gates_MK = await to_thread.run_sync(router.gates, ids)
-        return nullcontext(router.nearest(gates_MK)) if router.exports else loaded(request, gates_MK)
-
-    def part_of(answer: httpx2.Response, key: str) -> list[Any]:
-        found = answer.json() if "json" in answer.headers.get("content-type", "") else None
-        if not isinstance(found, dict) or not isinstance(found.get(key), list):
-            raise HTTPException(502, f"{answer.url}: is not the answer of a vLLM server; check --url")
-        return found[key]
-
     async def ask(request: Request, method: str, path: str, content: Any = None, hint: str = "") -> httpx2.Response:
         answer = await client.request(method, path, json=content, headers=key(request))
         if answer.is_error:
             raise HTTPException(answer.status_code, f"{url}{path}: {' '.join(answer.text.split())[:500]}{hint}")
         return answer
 
+    def part_of(answer: httpx2.Response, key: str) -> list[Any]:
+        try:
+            return list(answer.json()[key])
+        except (ValueError, TypeError, KeyError):
+            raise HTTPException(502, f"{answer.url}: is not the answer of a vLLM server; check --url") from None
+
+    async def models(request: Request) -> Response:
+        found = part_of(await ask(request, "GET", "/v1/models"), "data")
+        return JSONResponse({"object": "list", "data": [{"id": AUTO, "object": "model", "owned_by": "badit"}, *found]})
+
+    async def completion(request: Request) -> Any:
+        """Sends the request to vLLM with the adapter for its prompt as the model, and streams the response."""
+        content = await json_body(request, MAX_BODY, programs=True)
+        if not isinstance(content, dict):
+            raise BaditError("request: must be a JSON object")
+
+        async def forward(scope: Scope, receive: Receive, send: Send) -> None:
+            async with ending_with(scope, receive), adapter_for(request, content) as name:
+                options: Any = {"json": {**content, "model": name}, "headers": key(request)}
+                async with client.stream("POST", request.url.path, **options) as answer:
+                    headers = {"content-type": answer.headers.get("content-type", ""), "x-badit-adapter": quote(name)}
+                    await StreamingResponse(answer.aiter_raw(), answer.status_code, headers)(scope, receive, send)
+
+        return forward
+
     @asynccontextmanager
-    async def loaded(request: Request, gates_MK: torch.Tensor) -> AsyncIterator[str]:
-        """A context in which vLLM has a LoRA for these gates, under a new name: vLLM caches prefixes by name."""
+    async def adapter_for(request: Request, content: dict[str, Any]) -> AsyncIterator[str]:
+        """A context in which vLLM has the adapter for a request; yields its name, or the request's own model."""
+        model = content.get("model") or AUTO
+        if model not in (AUTO, router.run.path.resolve().name):
+            yield str(model)
+            return
+        gates_MK = await gates_of(request, content)
+        if router.exports:
+            yield router.nearest(gates_MK)
+            return
         with TemporaryDirectory(prefix="badit-") as folder:
             await to_thread.run_sync(router.write, gates_MK, Path(folder))
+            # A new name for each request: vLLM caches prefixes by name.
             about = {"lora_name": f"badit-{uuid4().hex}", "lora_path": folder}
             hint = "; vLLM must run on this machine, with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
             with anyio.CancelScope(shield=True):  # otherwise a disconnect now would leave the LoRA in vLLM
@@ -205,9 +191,19 @@ def application(router: Router, url: str) -> Starlette:
                 with anyio.CancelScope(shield=True):
                     await ask(request, "POST", "/v1/unload_lora_adapter", about)
 
+    async def gates_of(request: Request, content: dict[str, Any]) -> torch.Tensor:
+        ids, chat = content.get("prompt"), request.url.path.endswith("/chat/completions")
+        if isinstance(ids, list) and len(ids) == 1 and not isinstance(ids[0], int):
+            ids = ids[0]  # a batch of one
+        if chat or isinstance(ids, str):
+            options = content if chat else {"add_special_tokens": content.get("add_special_tokens", True)}
+            text = {**options, "model": None, "prompt": None if chat else ids}
+            ids = part_of(await ask(request, "POST", "/tokenize", text), "tokens")
+        return await to_thread.run_sync(router.gates, ids, limiter=one_at_a_time)
+
     async def failed(request: Request, error: Exception) -> Response:
         status, message = getattr(error, "status_code", 400), getattr(error, "detail", str(error))
-        if isinstance(error, httpx2.HTTPError | json.JSONDecodeError):
+        if isinstance(error, httpx2.HTTPError):
             status, message = 502, f"{url}: does not answer: {error or type(error).__name__}"
         about = {"message": message, "type": "invalid_request" if status < 500 else "server_error"}
         return JSONResponse({"error": {**about, "param": None, "code": status}}, status_code=status)
@@ -216,7 +212,7 @@ def application(router: Router, url: str) -> Starlette:
     handled = [ValueError, HTTPException, ClientDisconnect, httpx2.HTTPError]  # ValueError: also of infinite numbers
     return Starlette(
         routes=[*routes, Route("/v1/models", models)],
-        middleware=guards(programs=True),
+        middleware=[LOCAL_HOSTS],
         exception_handlers=dict.fromkeys(handled, failed),
         lifespan=running,
     )

@@ -11,14 +11,12 @@ from contextlib import closing
 
 import httpx2
 import pytest
-from starlette.testclient import TestClient
 
 from badit.errors import BaditError
 from badit.studio import MAX_CHARACTERS, MAX_NEW_TOKENS, server
 from badit.studio.server import MAX_BODY, application
 from studio.conftest import BADIT, served
 
-PAGE = "http://127.0.0.1:8642"
 ASK = {"text": "land 3", "task": "rivers", "sides": ["router", "base"], "max_new_tokens": 6}
 FILES = ("/", "/studio.js", "/studio.css", "/look.css")
 TIMEOUT = 60
@@ -26,7 +24,10 @@ TIMEOUT = 60
 
 @pytest.fixture
 def client(session):
-    return TestClient(application(session), base_url=PAGE, headers={"Origin": PAGE})
+    with served(application(session)) as port:
+        page = f"http://127.0.0.1:{port}"
+        with httpx2.Client(base_url=page, headers={"Origin": page}, timeout=TIMEOUT) as client:
+            yield client
 
 
 def parse_events(body):
@@ -66,14 +67,14 @@ def test_responses_have_security_headers_and_files_have_no_external_urls(client)
         assert not [word for word in ("://", "innerHTML", "style=") if word in response.text], path
 
 
-def test_foreign_hosts_and_origins_are_refused(session):
-    client = TestClient(application(session), base_url=PAGE)
+def test_foreign_hosts_and_origins_are_refused(client):
+    page = client.headers.pop("Origin")
     for host in ("evil.example:8642", "127.0.0.1.evil.example", "192.168.1.5", "", "["):
         for method, path in (("GET", "/"), ("GET", "/api/run"), ("POST", "/api/answer")):
             response = client.request(method, path, headers={"Host": host, "Origin": f"http://{host}"}, json=ASK)
             assert response.status_code == 400, host
             assert "cities" not in response.text
-    others = ("http://evil.example", "https://127.0.0.1:8642", "http://127.0.0.1:8643", "http://localhost:8642")
+    others = (page.replace("http", "https"), page.replace("127.0.0.1", "localhost"), f"{page}1", "http://evil.example")
     for origin in (None, "null", *others):
         response = client.post("/api/answer", json=ASK, headers={"Origin": origin} if origin else {})
         assert (response.status_code, response.json()["error"]) == (403, "the request does not come from this page")
@@ -197,10 +198,7 @@ def test_errors_are_one_line_and_reported_before_a_model_is_loaded(monkeypatch, 
         host, port = taken.getsockname()
         assert host == "127.0.0.1", "only this machine can reach it"
         for arguments, expected in (
-            (
-                [run, f"--port={port}"],
-                f"--port: {port} cannot be used (Address already in use); use another port, or 0",
-            ),
+            ([run, f"--port={port}"], "--port: cannot be used (Address already in use"),
             ([run, "--port=-1"], "--port: must be from 0 to 65535, not -1"),
             (["no-run", "--port=0"], "no-run: has no config.yaml"),
         ):

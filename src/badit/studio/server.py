@@ -1,7 +1,7 @@
-"""The studio's web server, for a browser on this machine only.
+"""The studio's web server, for a browser on this machine only; ``badit serve`` uses parts of it.
 
 Other pages in the same browser can also send requests here. A foreign ``Host`` (a name that resolves to 127.0.0.1) is
-therefore refused, and so are POST requests whose ``Origin`` is not this page.
+therefore refused, and so are requests with content whose ``Origin`` is not this page.
 """
 
 import json
@@ -29,7 +29,6 @@ try:
     import uvicorn
     from anyio import from_thread, to_thread
     from starlette.applications import Starlette
-    from starlette.datastructures import Headers, MutableHeaders
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -37,12 +36,13 @@ try:
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Mount, Route
     from starlette.staticfiles import StaticFiles
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import Receive, Scope, Send
 except ModuleNotFoundError as error:
     raise BaditError(f"module {error.name} is not installed; run pip install 'badit[studio]'") from None
 
 HOST = "127.0.0.1"
 MAX_BODY = 128 * 1024
+LOCAL_HOSTS = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
 _GRACE = 5  # seconds for a running answer to stop at its next token
 _HEADERS = {
     # The empty icon is a data: URL.
@@ -81,11 +81,8 @@ def listen(port: int) -> socket.socket:
     """Returns a socket that only this machine can reach; connections wait in it until they are served."""
     if not 0 <= port <= 65535:
         raise BaditError(f"--port: must be from 0 to 65535, not {port}")
-    try:
+    with explained("--port", action="used", fix="use another port, or 0"):
         return socket.create_server((HOST, port))
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error
-        raise BaditError(f"--port: {port} cannot be used ({reason}); use another port, or 0") from None
 
 
 def open_browser(url: str) -> None:
@@ -95,16 +92,16 @@ def open_browser(url: str) -> None:
 
 
 def server(web: Starlette) -> uvicorn.Server:
-    """Returns a server whose ``run(sockets=[listening])`` serves an application until Ctrl-C or SIGTERM."""
+    """Returns a server with ``run(sockets=[listening])``, which adds the security headers to all responses."""
     options: dict[str, Any] = {"lifespan": "on", "ws": "none", "proxy_headers": False, "server_header": False}
     options |= {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": _GRACE}
-    web.state.server = uvicorn.Server(uvicorn.Config(web, **options))
+    web.state.server = uvicorn.Server(uvicorn.Config(web, headers=list(_HEADERS.items()), **options))
     return web.state.server
 
 
 def application(session: Session) -> Starlette:
     """Returns the web application of a loaded run."""
-    lock = anyio.Lock()
+    one_at_a_time = anyio.CapacityLimiter(1)
     colours = {mode: chart_config(mode)["range"]["diverging"] for mode in ("light", "dark")}
     about = {**session.about(), "colours": colours}
 
@@ -116,7 +113,7 @@ def application(session: Session) -> Starlette:
         with explained("request"):
             question = Question.model_validate(content)
         session.check(question)
-        return partial(_stream, session, question, lock)
+        return partial(_stream, session, question, one_at_a_time)
 
     look = resources.files("badit.report").joinpath("templates", "look.css").read_bytes()
     return Starlette(
@@ -127,13 +124,19 @@ def application(session: Session) -> Starlette:
             Route("/look.css", Response(look, media_type="text/css"), methods=["GET"]),
             Mount("/", StaticFiles(packages=[("badit.studio", "page")], html=True)),
         ],
-        middleware=guards(),
+        middleware=[LOCAL_HOSTS],
         exception_handlers=dict.fromkeys([BaditError, HTTPException, ClientDisconnect], _refused),
     )
 
 
-async def json_body(request: Request, limit: int) -> Any:
-    """Returns a request's JSON of at most ``limit`` bytes; HTTPException or BaditError for anything else."""
+async def json_body(request: Request, limit: int, *, programs: bool = False) -> Any:
+    """Returns a request's JSON of at most ``limit`` bytes; HTTPException or BaditError for anything else.
+
+    Browsers always send an Origin. Requests of other pages are refused; ``programs`` allows requests without an Origin.
+    """
+    own_page = f"http://{request.headers.get('host')}"
+    if request.headers.get("origin", own_page if programs else "") != own_page:
+        raise HTTPException(403, "the request does not come from this page")
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise HTTPException(415, "the request must be application/json")
     body = bytearray()
@@ -145,45 +148,18 @@ async def json_body(request: Request, limit: int) -> Any:
         return parse_json(body.decode(), file=Path("request"))
 
 
-def guards(*, programs: bool = False) -> list[Middleware]:
-    """Refuses foreign hosts and pages. ``programs`` allows POST requests without an Origin; browsers always send it."""
-    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-    return [Middleware(lambda app: partial(_guarded, app, programs)), hosts]
-
-
-async def _guarded(app: ASGIApp, programs: bool, scope: Scope, receive: Receive, send: Send) -> None:
-    """Refuses POST requests of other pages, by the Origin that browsers always send, and adds the security headers."""
-
-    async def send_with_headers(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            MutableHeaders(scope=message).update(_HEADERS)
-        await send(message)
-
-    if scope["type"] != "http":
-        return await app(scope, receive, send)
-    headers = Headers(scope=scope)
-    own_page = f"http://{headers.get('host')}"
-    own = scope["method"] in ("GET", "HEAD") or headers.get("origin", own_page if programs else "") == own_page
-    answering = app if own else _error(403, "the request does not come from this page")
-    return await answering(scope, receive, send_with_headers)
-
-
 async def _refused(request: Request, error: Exception) -> Response:
-    return _error(getattr(error, "status_code", 400), getattr(error, "detail", str(error)))
-
-
-def _error(status: int, message: str) -> Response:
-    return JSONResponse({"error": message}, status_code=status)
+    message = getattr(error, "detail", str(error))
+    return JSONResponse({"error": message}, status_code=getattr(error, "status_code", 400))
 
 
 async def _stream(
-    session: Session, question: Question, lock: anyio.Lock, scope: Scope, receive: Receive, send: Send
+    session: Session, question: Question, limiter: anyio.CapacityLimiter, scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """Answers in a thread, once the lock is free, and sends each event as a server-sent event.
+    """Answers in a thread, as soon as the limiter allows this, and sends each event as a server-sent event.
 
-    The answer stops at its next event if the client disconnects or the server stops. The lock is held until then.
+    The answer stops at its next event if the client disconnects or the server stops. The thread is used until then.
     """
-    running = getattr(scope["app"].state, "server", None)
 
     async def send_event(name: str, data: Mapping[str, Any]) -> None:
         event = f"event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n"
@@ -191,38 +167,38 @@ async def _stream(
 
     def show(name: str, data: Mapping[str, Any]) -> None:
         from_thread.check_cancelled()
-        if running is not None and running.should_exit:  # otherwise uvicorn would wait for the end of the answer
-            raise BaditError("the studio was stopped")
         from_thread.run(send_event, name, data)
 
-    def answer() -> None:
+    headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    last = "error", {"message": "the studio was stopped"}
+    async with ending_with(scope, receive):
         try:
-            session.answer(question, show)
-            from_thread.run(send_event, "done", {})
+            await to_thread.run_sync(session.answer, question, show, limiter=limiter)
+            last = "done", {}
         except BaditError as error:
-            from_thread.run(send_event, "error", {"message": str(error)})
+            last = "error", {"message": str(error)}
         except CancelledError:  # raised in the thread if sending an event is cancelled
-            return
-
-    async with ending_with(receive), lock:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await to_thread.run_sync(answer)
-        await send({"type": "http.response.body", "body": b""})
+            pass
+    await send_event(*last)
+    await send({"type": "http.response.body", "body": b""})
 
 
 @asynccontextmanager
-async def ending_with(receive: Receive, server: Any = None) -> AsyncIterator[None]:
-    """A context whose work is cancelled when the client disconnects, or when the ``server`` stops."""
+async def ending_with(scope: Scope, receive: Receive) -> AsyncIterator[None]:
+    """A context whose work is cancelled when the client disconnects or the server, which would wait for it, stops."""
 
     async def cancel_at_end() -> None:
         gone = False
-        while not gone and not (server and server.should_exit):
-            with anyio.move_on_after(0.1 if server else None):
+        while not gone and not scope["app"].state.server.should_exit:
+            with anyio.move_on_after(0.1):
                 gone = (await receive())["type"] == "http.disconnect"
         group.cancel_scope.cancel()
 
-    async with anyio.create_task_group() as group:
-        group.start_soon(cancel_at_end)
-        yield
-        group.cancel_scope.cancel()
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(cancel_at_end)
+            yield
+            group.cancel_scope.cancel()
+    except ExceptionGroup as errors:  # of the task group, in which one task has failed
+        raise errors.exceptions[0] from None
