@@ -14,7 +14,6 @@ from itertools import islice
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -74,8 +73,8 @@ class Session:
         self.experts = active_experts(self.model)
         self.number_of_experts = self.experts[0].number if self.experts else 0
         self._free = threading.Lock()
-        #: The tasks' mean gates: a row per task, a column per adapted module and expert; None until they are measured.
-        self.task_gates: pd.DataFrame | None = None
+        #: The mean gates (M, K) of each task; None until they are measured.
+        self.task_gates: dict[str, np.ndarray] | None = None
 
     @property
     def unmeasured(self) -> bool:
@@ -88,18 +87,17 @@ class Session:
             return
         names = [name for name, task in self.tasks.items() if task.train]
         measured = task_gates(self.run, self.model, self.tokenizer, self.recipe, self.tasks, names)
-        by_task = {}
+        by_task: dict[str, np.ndarray] = {}
         try:
             for name in names:
                 with self._free:
                     _, gates = next(measured)
                 gates_MK = np.array([gates[one.layer.name] for one in self.experts])
-                by_task[name] = (gates_MK / gates_MK.mean(axis=1, keepdims=True)).ravel()
+                by_task[name] = gates_MK / gates_MK.mean(axis=1, keepdims=True)
                 time.sleep(_PAUSE)
         except BaditError as error:
             say(f"badit: the tasks' gates cannot be measured: {error}")
-        number = len(self.experts) * self.number_of_experts
-        self.task_gates = pd.DataFrame.from_dict(by_task, orient="index", columns=range(number))
+        self.task_gates = by_task
 
     def about(self) -> dict[str, Any]:
         """Returns what the page shows about the run before the first question."""
@@ -165,11 +163,11 @@ class Session:
             nonlocal gates_shown
             if not gates_shown:  # the prompt's forward pass has set the gates before the first token
                 gates_MK = np.stack([used[one.layer.name].numpy() for one in self.experts]).astype(float)
-                gates, near = gates_MK.round(_DIGITS).tolist(), []
-                if self.task_gates is not None:  # mean absolute difference to each task's gates
-                    means = (self.task_gates - gates_MK.ravel()).abs().mean(axis=1).sort_values(kind="stable")
-                    near = [{"task": task, "difference": mean} for task, mean in means.head(_SHOWN_TASKS).items()]
-                show("gates", {"side": side, "gates": gates, "nearest": near, "unmeasured": self.unmeasured})
+                known = (self.task_gates or {}).items()
+                apart = {task: float(np.abs(task_MK - gates_MK).mean()) for task, task_MK in known}
+                near = [{"task": task, "difference": apart[task]} for task in sorted(apart, key=apart.__getitem__)]
+                shown = {"gates": gates_MK.round(_DIGITS).tolist(), "nearest": near[:_SHOWN_TASKS]}
+                show("gates", {"side": side, **shown, "unmeasured": self.unmeasured})
                 gates_shown = True
             show("text", {"side": side, "text": text})
 
