@@ -13,9 +13,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,41 +51,31 @@ from badit.tuner.targets import FusedExpert, base_layer, short_module_names
 
 #: The values of vLLM's ``--max-lora-rank``. An adapter needs the smallest one that is not below its rank.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-#: The engine that generates the answers for an export's scores.
-Engine = Literal["transformers", "vllm"]
 #: By module name in the base model, A (P, I) and B (O, P): float32, on the CPU. The adapted weight is W + B A.
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 SCORES = "scores.json"
 NOT_A_LORA = "makes the adapter more than a plain LoRA"
+_MORE_THAN_LORA = """use_dora lora_bias modules_to_save trainable_token_indices target_parameters use_bdlora use_qalora
+    alora_invocation_tokens arrow_config kasa_config layer_replication bias"""
 # These change the base weight to W − s·B0 A0. PEFT repeats this change whenever such an adapter is loaded.
 _CHANGES_BASE = ("pissa", "olora")
-_MORE_THAN_LORA = """use_dora lora_bias modules_to_save trainable_token_indices target_parameters use_bdlora use_qalora
-    alora_invocation_tokens arrow_config kasa_config layer_replication"""
+_KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  # the change of other initialisations is not known
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """A written export.
-
-    Attributes:
-        folder: the folder of the export.
-        mixture: a description of the gates that replaced the router; None if the run has no gates that vary.
-        task: the task whose mean gates were used, or None.
-        rank: the adapter's rank; None for a merged model.
-        exact_rank: the rank at which the adapter is exact; None for a merged model.
-        errors: by module, ‖ΔW − ΔW'‖ / ‖ΔW‖ (Frobenius norm) of the adapter's update ΔW; empty if it is exact.
-        total_error: the same over all modules together.
-        tasks: for an export of all tasks, the export of each task. The errors are then those of the worst one.
-    """
+    """A written export."""
 
     folder: Path
-    mixture: str | None
-    task: str | None
-    rank: int | None = None
-    exact_rank: int | None = None
+    mixture: str | None  # a description of the gates that replaced the router; None if the run has no gates that vary
+    task: str | None  # the task whose mean gates were used, or None
+    rank: int | None = None  # of the adapter; None for a merged model
+    exact_rank: int | None = None  # the rank at which the adapter is exact; None for a merged model
+    #: By module, ‖ΔW − ΔW'‖ / ‖ΔW‖ (Frobenius norm) of the adapter's update ΔW; empty if it is exact.
     errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    total_error: float = 0.0
+    total_error: float = 0.0  # the same over all modules together
+    #: For an export of all tasks, the export of each task. The errors are then those of the worst one.
     tasks: Mapping[str, "Export"] = dataclasses.field(default_factory=dict)
 
     @property
@@ -100,8 +91,7 @@ class Export:
         """Returns the content of ``export.json`` without the list of files."""
         # A relative path names none of the user's folders, and both folders can be moved together.
         path = os.path.relpath(run.path.resolve(), self.folder.resolve())
-        kept: dict[str, Any] = {"run": path, "method": method, "weights": weights}
-        kept |= {"mixture": self.mixture, "task": self.task}
+        kept: Any = {"run": path, "method": method, "weights": weights, "mixture": self.mixture, "task": self.task}
         if not self.merged:
             kept |= {"rank": self.rank, "exact_rank": self.exact_rank}
         if self.errors:
@@ -164,22 +154,22 @@ def export(
 
     about, weights = Base.of(recipe), checksums(run.adapter_path, "*.safetensors")
     base = about.hub_id or str(Path(recipe.model.name).expanduser().resolve())
-    exported: list[Export] = []
-    partial = output.with_name(output.name + ".partial")
+    exported: dict[str, Export] = {}
+    unfinished = output.with_name(output.name + ".partial")
     with status("exporting"), explained(output, action="written"), exclusive(output):
         try:
-            remove(partial)
+            remove(unfinished)
             for of_task, (mixture, fixed) in mixtures.items():
                 below = str(of_task) if all_tasks else ""
-                place = partial / below
+                place = unfinished / below
                 place.mkdir(parents=True)
-                done = Export(output / below, mixture, of_task)
                 factors: Factors = {}  # empty if PEFT merges or the base weights were trained
+                facts: dict[str, Any] = {}
                 if has_experts:
                     factors = mixture_factors(model, fixed, of_task)
                 elif not merged:
                     changed = getattr(config, "init_lora_weights", None) in _CHANGES_BASE
-                    factors = _lora_factors(model, method.apply(base_model(recipe)[0]) if changed else None)
+                    factors = _lora_factors(model, *([method.apply(base_model(recipe)[0])] if changed else []))
                 if merged:
                     if isinstance(model, PeftModel):
                         with explained("the adapter", action="merged", any_error=True):  # NaN in a merged weight
@@ -188,50 +178,48 @@ def export(
                     model.save_pretrained(place)
                     tokenizer.save_pretrained(place)
                 else:
-                    done, factors = _compressed(done, factors, rank)
+                    factors, facts = _compressed(factors, rank)
                     write_adapter(place, factors, model.get_base_model(), base, recipe.model.revision)
                 if fixed is not None:
                     write_json(place / GATES_FILE, fixed)
+                exported[below] = done = Export(output / below, mixture, of_task, **facts)
                 record = done.record(run, method.name, weights)
                 write_text(place / CARD, model_card(run, recipe, about, export=record))
                 _write_record(place, record)
-                exported.append(done)
-            done = max(exported, key=lambda each: each.total_error)
+            done = max(exported.values(), key=lambda each: each.total_error)
             if all_tasks:
                 mixture = f"mean gates of each of {len(exported)} tasks"
-                tasks_done = {str(each.task): each for each in exported}
-                done = dataclasses.replace(done, folder=output, mixture=mixture, task=None, tasks=tasks_done)
-                _write_record(partial, done.record(run, method.name, weights))
-            replace_folder(partial, output)
+                done = dataclasses.replace(done, folder=output, mixture=mixture, task=None, tasks=exported)
+                _write_record(unfinished, done.record(run, method.name, weights))
+            replace_folder(unfinished, output)
         finally:
-            remove(partial)
+            remove(unfinished)
     return done
 
 
-def _compressed(done: Export, factors: Factors, rank: int | None) -> tuple[Export, Factors]:
-    """Returns the export and its factors with at most this rank (default: the exact rank), compressed if necessary."""
+def _compressed(factors: Factors, rank: int | None) -> tuple[Factors, dict[str, Any]]:
+    """Returns the factors with at most this rank (default: the exact rank), and the ranks and errors of the export."""
     exact_rank = len(next(iter(factors.values()))[0])
     rank = min(rank or exact_rank, exact_rank, VLLM_RANKS[-1])
     if rank == exact_rank:
-        return dataclasses.replace(done, rank=rank, exact_rank=exact_rank), factors
+        return factors, {"rank": rank, "exact_rank": exact_rank}
     closest = {name: compress(*pair, rank) for name, pair in factors.items()}
     errors = {name: each.lost / each.norm if each.norm else 0.0 for name, each in closest.items()}
     norm = math.hypot(*(each.norm for each in closest.values()))
     total = math.hypot(*(each.lost for each in closest.values())) / norm if norm else 0.0
-    done = dataclasses.replace(done, rank=rank, exact_rank=exact_rank, errors=errors, total_error=total)
-    return done, {name: (each.a_PI, each.b_OP) for name, each in closest.items()}
+    smaller = {name: (each.a_PI, each.b_OP) for name, each in closest.items()}
+    return smaller, {"rank": rank, "exact_rank": exact_rank, "errors": errors, "total_error": total}
 
 
-def score_export(run: Run, done: Export, *, engine: Engine = "transformers", progress: bool = True) -> dict[str, Any]:
+def score_export(run: Run, done: Export, *, engine: str = "transformers", progress: bool = True) -> dict[str, Any]:
     """Loads an export as other tools do, scores it, writes its ``scores.json`` and returns the content.
 
     ``tasks`` has for each task the Rouge-L of the run (``routed``), the export (``frozen``) and their ``difference``;
     ``mean`` has the means. One task's export is scored on that task only; for all tasks, each task uses its adapter.
     """
-    refuse_unknown("engine", engine, get_args(Engine))
+    refuse_unknown("engine", engine, ["transformers", "vllm"])
     recipe = run.trusted_recipe()
-    split = recipe.evaluation.split
-    known = make_plan(recipe).tasks
+    split, known = recipe.evaluation.split, make_plan(recipe).tasks
     # The run's scores may be those of other instances.
     if not run.scores_path.is_file() or changed_inputs(run, task_fingerprints(known)):
         evaluate(run, progress=progress)
@@ -249,8 +237,7 @@ def score_export(run: Run, done: Export, *, engine: Engine = "transformers", pro
             model, tokenizer = load_base_model(part.folder, dtype=model_dtype(recipe), **options)
         else:
             model, tokenizer = base_model(recipe)
-            with explained(part.folder, action="loaded", any_error=True):
-                model = PeftModel.from_pretrained(model, str(part.folder)).eval()
+            model = PeftModel.from_pretrained(model, str(part.folder)).eval()
         frozen, _ = score_model(model, tokenizer, recipe, tasks, split, progress=progress, answer=answer)
         for name, scores in frozen["tasks"].items():
             before, after = routed[name]["rouge_l"], scores["rouge_l"]
@@ -279,13 +266,12 @@ def _vllm(exported: Export, recipe: Recipe) -> tuple[Any, Callable[[Export, list
 
         # On a CPU, compilation takes longer than it saves.
         vllm = LLM(base, dtype=model_dtype(recipe), revision=revision, enforce_eager=device().type == "cpu", **lora)
-    tasks: list[str | None] = [*exported.tasks] or [exported.task]
-    tokenizer = vllm.get_tokenizer()
+    tokenizer, numbers = vllm.get_tokenizer(), count(1)
     end = end_of_turn_id(tokenizer, recipe.prompt.chat_template)
     settings = SamplingParams(temperature=0.0, max_tokens=recipe.evaluation.max_new_tokens, stop_token_ids=[end])
 
     def answers(part: Export, prompts: list[list[int]]) -> list[str]:
-        number = 1 + tasks.index(part.task)
+        number = next(numbers)
         request = None if part.merged else LoRARequest(str(number), number, str(part.folder.resolve()))
         with explained("vLLM", action="used", any_error=True):
             found = vllm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, lora_request=request)
@@ -309,28 +295,29 @@ def _refuse_other_files(folder: Path) -> None:
         refuse_links(folder)
         files = read_json(folder / RECORD).get("files")
         own += [RECORD, SCORES, *files] if isinstance(files, list) else []
-    if others := [path.name for path in folder.glob("*") if path.name not in own]:
-        raise BaditError(f"{folder}: holds {min(others)}, which badit did not write; choose another folder with -o")
-    for of_task in (path for path in folder.glob("*") if path.is_dir()):
-        _refuse_other_files(of_task)
+    for path in sorted(folder.glob("*")):
+        if path.name not in own:
+            raise BaditError(f"{folder}: holds {path.name}, which badit did not write; choose another folder with -o")
+        if path.is_dir():
+            _refuse_other_files(path)
 
 
 def _mean_gates(
     run: Run, model: Any, tokenizer: Any, tasks: Mapping[str, Task], chosen: Sequence[str | None], progress: bool
 ) -> dict[str | None, tuple[str, Gates]]:
     """Returns a description and the mean gates of training prompts by chosen task (None: all, equally weighted)."""
-    names = [name for name in tasks if tasks[name].train and (None in chosen or name in chosen)]
-    without = [f"task {name}" for name in chosen if name not in (None, *names)]
-    if without or not names:
-        raise BaditError(f"{[*without, 'the run'][0]}: has no training prompts for mean gates; use --gates FILE")
+    trained = [name for name in tasks if tasks[name].train]
+    groups = {task: [name for name in trained if task in (None, name)] for task in chosen}
+    if without := [task for task, group in groups.items() if not group]:
+        raise BaditError(f"task {without[0]}: has no training prompts for mean gates; use --gates FILE")
+    names = list(chain(*groups.values()))
     measured = task_gates(run, model, tokenizer, run.recipe, tasks, names)
     by_task = dict(tqdm(measured, desc="Gates", unit="task", total=len(names), disable=not progress))
     found: dict[str | None, tuple[str, Gates]] = {}
-    for task in chosen:
-        over = names if task is None else [task]
-        number = sum(len(tasks[name].train[:PROMPTS_PER_TASK]) for name in over)
-        of_what = f"of {len(over)} tasks, averaged over tasks," if task is None else f"of task {task}"
-        each = [by_task[name] for name in over]
+    for task, group in groups.items():
+        number = sum(len(tasks[name].train[:PROMPTS_PER_TASK]) for name in group)
+        of_what = f"of {len(group)} tasks, averaged over tasks," if task is None else f"of task {task}"
+        each = [by_task[name] for name in group]
         mean = {module: torch.tensor([gates[module] for gates in each]).mean(dim=0).tolist() for module in each[0]}
         found[task] = (f"mean gates {of_what} on {number} training prompts", mean)
     return found
@@ -338,9 +325,10 @@ def _mean_gates(
 
 def beyond_lora(config: Any) -> list[str]:
     """Returns the options of an adapter's configuration that a plain LoRA cannot represent."""
-    names = ["modules_to_save"] if isinstance(config, ExpertConfig) else _MORE_THAN_LORA.split()
-    found = [name for name in names if getattr(config, name, None) not in (None, False, [])]
-    return found + ["bias"] * (getattr(config, "bias", "none") != "none")
+    names = ["modules_to_save", "bias"] if isinstance(config, ExpertConfig) else _MORE_THAN_LORA.split()
+    found = [name for name in names if getattr(config, name, None) not in (None, False, [], "none")]
+    initial = getattr(config, "init_lora_weights", True)
+    return found if initial in (*_KEEPS_BASE, *_CHANGES_BASE) else [*found, "init_lora_weights"]
 
 
 def mixture_factors(model: PeftModel, gates: Gates | None, task: str | None = None) -> Factors:
@@ -354,29 +342,23 @@ def mixture_factors(model: PeftModel, gates: Gates | None, task: str | None = No
     return factors
 
 
-def _lora_factors(model: PeftModel, initial: PeftModel | None) -> Factors:
-    """Returns the factors of a PEFT LoRA adapter; ``initial`` is the untrained adapter of PiSSA or OLoRA."""
-    config: Any = model.peft_config["default"]
-    if config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva", *_CHANGES_BASE):
-        raise BaditError(
-            f"method.init_lora_weights: {config.init_lora_weights} has changed the base weight in a way that cannot be "
-            "separated from the adapter; export with --merged"
-        )
-    parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for sign, adapted in ((1, model), (-1, initial)):
-        for name, layer in adapted.get_base_model().named_modules() if adapted is not None else ():
+def _lora_factors(model: PeftModel, *untrained: PeftModel) -> Factors:
+    """Returns the factors of a PEFT LoRA adapter, minus those of the ``untrained`` adapter of PiSSA or OLoRA."""
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for sign, adapted in zip((1, -1), (model, *untrained), strict=False):
+        for name, layer in adapted.get_base_model().named_modules():
             if isinstance(layer, LoraLayer):
                 if "default" not in layer.lora_A:
                     raise BaditError(f"{name}: is an embedding, which a plain LoRA cannot adapt; export with --merged")
                 linear: Any = layer.lora_A["default"], layer.lora_B["default"]
                 a_PI, b_OP = (part.weight.detach().to("cpu", torch.float32) for part in linear)
-                parts.setdefault(name, []).append((a_PI, sign * b_OP * layer.scaling["default"]))
-    rank = max(sum(len(a_PI) for a_PI, _ in of_name) for of_name in parts.values())
-    factors = {}
-    for name, of_name in parts.items():
-        a_PI, b_OP = torch.cat([a for a, _ in of_name]), torch.cat([b for _, b in of_name], dim=1)
-        missing = rank - len(a_PI)  # zero padding: servers read one rank and one alpha for all modules
-        factors[name] = (F.pad(a_PI, (0, 0, 0, missing)), F.pad(b_OP, (0, missing)))
+                b_OP = sign * b_OP * layer.scaling["default"]
+                before_PI, before_OP = factors.get(name, (a_PI[:0], b_OP[:, :0]))
+                factors[name] = torch.cat([before_PI, a_PI]), torch.cat([before_OP, b_OP], dim=1)
+    rank = max(len(a_PI) for a_PI, _ in factors.values())
+    for name, (a_PI, b_OP) in factors.items():  # zero padding: servers read one rank and one alpha for all modules
+        missing = rank - len(a_PI)
+        factors[name] = F.pad(a_PI, (0, 0, 0, missing)), F.pad(b_OP, (0, missing))
     return factors
 
 

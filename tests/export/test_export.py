@@ -209,6 +209,7 @@ def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(traine
         ({"name": "o-lora", "r": 2}, {"gates": "x.json"}, "--gates: o-lora has no gates that vary"),
         ({"name": "mtl-lora", "r": 2}, {}, "mtl-lora learns each task separately: choose one with --task"),
         ({"name": "lora", **LORA, "bias": "all"}, {}, "method.bias: makes the adapter more than a plain LoRA"),
+        ({"name": "lora", **LORA, "init_lora_weights": "pissa_niter_4"}, {}, "init_lora_weights: makes the adapter"),
     ],
 )
 def test_invalid_options_are_refused_and_nothing_is_written(trained, tmp_path, method, options, message):
