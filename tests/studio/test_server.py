@@ -187,6 +187,7 @@ def test_studio_serves_until_interrupted(trained):
             assert response.readline() == b"event: prompt\n"
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=60)
+            assert b"the studio was stopped" in response.read()
     assert process.returncode == 0
     assert "Traceback" not in errors
 
