@@ -72,7 +72,7 @@ def training_step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> None:
-        losses, _, _ = answer_losses(model, inputs, model)
+        losses, _, _ = answer_losses(model, inputs)
         losses.mean().backward()
         optimizer.step()
         optimizer.zero_grad()

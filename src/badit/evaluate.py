@@ -193,7 +193,7 @@ def _prefill(
         "labels": torch.cat([torch.full_like(prompts_BT, IGNORED_LABEL), answers_BA], dim=1),
         "tasks": [examples[i]["task"] for i in batch],
     }
-    losses_L, row_L, outputs = answer_losses(model, inputs, model, use_cache=True)
+    losses_L, row_L, outputs = answer_losses(model, inputs, use_cache=True)
     sums_B = losses_L.new_zeros(len(batch)).index_add(0, row_L, losses_L)
     for i, loss in zip(batch, (sums_B / is_answer_BA.sum(dim=1)).tolist(), strict=True):
         losses[i] = loss
@@ -253,7 +253,7 @@ def prompt_losses(model: Any, batches: Iterable[Mapping[str, Any]]) -> tuple[np.
     """Returns for each instance (P) the sum of its answer tokens' losses (NLL in nats), and their number."""
     sums, counts = [], []
     for batch in batches:
-        losses_L, row_L, _ = answer_losses(model, on_device(batch, model.device), model)
+        losses_L, row_L, _ = answer_losses(model, on_device(batch, model.device))
         row_L, rows = row_L.cpu(), len(batch["input_ids"])
         sums.append(row_L.bincount(losses_L.cpu().double(), minlength=rows))
         counts.append(row_L.bincount(minlength=rows))

@@ -74,7 +74,6 @@ class AnswerTrainer(Trainer):
         callbacks += kwargs.pop("callbacks", None) or []
         super().__init__(model, args, callbacks=callbacks, **kwargs)
         self.skipped_steps = 0
-        self.finished = False  # whether the resumed training had already ended
         self.micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []  # losses and inputs of the step
         self.options, self._quotas = options, quotas
         # compute_loss divides by the number of labels in the accumulated batch, so the Trainer must count them.
@@ -141,21 +140,19 @@ class AnswerTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Returns the scalar loss, with the extra loss in training; logits in the outputs are (1, L, vocabulary)."""
-        unwrapped = self.accelerator.unwrap_model(model)
-        losses_L, _, outputs = answer_losses(model, inputs, unwrapped, self.args.label_smoothing_factor)
+        losses_L, _, outputs = answer_losses(model, inputs, label_smoothing=self.args.label_smoothing_factor)
         count = len(losses_L) if num_items_in_batch is None else num_items_in_batch
-        # The loss of a batch without labels is 0.
-        loss = losses_L.sum() / (count.clamp_min(1) if isinstance(count, torch.Tensor) else max(count, 1))
+        loss = losses_L.sum() / torch.as_tensor(count).clamp_min(1)  # 0 for a batch without labels
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # data-parallel wrappers average over the ranks
-        if model.training and (extra := hooks_of(unwrapped).extra_loss(inputs["attention_mask"])) is not None:
+        if model.training and (extra := hooks_of(model).extra_loss(inputs["attention_mask"])) is not None:
             # If num_items_in_batch is given, the Trainer does not average over the micro-batches.
             loss = loss + extra / (1 if num_items_in_batch is None else self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Skips the epoch if the resumed training had ended, where the Trainer would take another step."""
-        if self.finished:
+        if self.state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
@@ -169,7 +166,7 @@ class AnswerTrainer(Trainer):
         """Returns as loss the mean over instances of the negative log-likelihood per answer token, in nats."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses_L, row_L, _ = answer_losses(model, inputs, self.accelerator.unwrap_model(model))
+            losses_L, row_L, _ = answer_losses(model, inputs)
         counts_B = torch.bincount(row_L, minlength=len(inputs["labels"])).clamp_min(1)
         totals_B = torch.zeros(len(counts_B), device=losses_L.device).index_add(0, row_L, losses_L)
         data, left = self.accelerator.gradient_state, len(counts_B)
@@ -180,17 +177,12 @@ class AnswerTrainer(Trainer):
 
 
 def answer_losses(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    unwrapped: nn.Module,
-    label_smoothing: float = 0.0,
-    *,
-    use_cache: bool = False,
+    model: nn.Module, inputs: Mapping[str, Any], *, label_smoothing: float = 0.0, use_cache: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Returns the cross-entropy of every answer token of a batch.
 
     Args:
-        model: the model to call, possibly wrapped for data parallelism; ``unwrapped`` is the model without wrapper.
+        model: the model to call, possibly wrapped for data parallelism.
         inputs: input_ids, attention_mask and labels, (B, T); ``tasks`` of the rows for methods that need them.
         use_cache: whether the outputs include the key-value cache.
 
@@ -203,8 +195,8 @@ def answer_losses(
     # The number of labels determines shapes, so this synchronises with the GPU, once: all later code uses the indices.
     row_L, position_L = (targets_BT != -100).nonzero(as_tuple=True)
     batch = {key: value for key, value in inputs.items() if key not in ("labels", "tasks")} | {"use_cache": use_cache}
-    batch |= prompt_argument(unwrapped, inputs["attention_mask"].bool() & before_first_label(labels_BT))
-    with hooks_of(unwrapped).rows_of(inputs.get("tasks")), logits_only_at(unwrapped, row_L, position_L):
+    batch |= prompt_argument(model, inputs["attention_mask"].bool() & before_first_label(labels_BT))
+    with hooks_of(model).rows_of(inputs.get("tasks")), logits_only_at(model, row_L, position_L):
         outputs = model(**batch)
     losses_L = F.cross_entropy(
         outputs.logits[0].float(), targets_BT[row_L, position_L], reduction="none", label_smoothing=label_smoothing
@@ -223,7 +215,7 @@ def logits_only_at(model: nn.Module, row_L: torch.Tensor, position_L: torch.Tens
 
     Later operations on the logits (soft-capping, scaling) act on each position separately.
     """
-    head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    head: Any = getattr(model, "module", model).get_output_embeddings()  # inside a data-parallel wrapper
 
     def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (args[0][row_L, position_L][None], *args[1:])

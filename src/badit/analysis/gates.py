@@ -148,7 +148,7 @@ def _gates_of_prompts(model: Any, experts: Sequence[Experts], of_task: Iterable[
         for batch in of_task:
             inputs = on_device(batch, model.device)
             prompt_BT = inputs["attention_mask"].bool() & before_first_label(inputs["labels"])
-            answer_losses(model, inputs, model)  # runs a forward pass with the prompt mask and the tasks
+            answer_losses(model, inputs)  # runs a forward pass with the prompt mask and the tasks
     return {name: torch.cat(of_layer) for name, of_layer in kept.items()}
 
 

@@ -128,7 +128,7 @@ def measure_interference(
             positions = 0
             for index, instance in enumerate(of_task):
                 gradients.row = 2 * number + index % 2
-                losses_L, _, _ = answer_losses(model, on_device(instance, parameter.device), model)
+                losses_L, _, _ = answer_losses(model, on_device(instance, parameter.device))
                 if not torch.isfinite(losses_L.mean()):
                     reason = "the dtype may overflow: use float32" if len(losses_L) else "no answer tokens: remove it"
                     raise BaditError(f"task {task}, instance {index}: the loss is not finite; {reason}")

@@ -123,7 +123,7 @@ def held_out_angles(model: Any, batches: TaskBatches, *, progress: bool = False)
     model.requires_grad_(False)
     nn.ParameterList(parameters).requires_grad_(True)
     for batch in tqdm(everything, desc="Angles", unit="batch", disable=not progress, leave=False):
-        losses_L, _, _ = answer_losses(model, on_device(batch, model.device), model)
+        losses_L, _, _ = answer_losses(model, on_device(batch, model.device))
         for total, gradient in zip(sums, torch.autograd.grad(losses_L.sum(), parameters), strict=True):
             total += gradient
     angles = {}
