@@ -11,8 +11,8 @@ Adam's elementwise moments, the second uses B's learning rate for every vector a
 Shape suffixes: L = layers, N = components (rows of A), I/O = in/out features, D = I or O, K = B's that share one A.
 """
 
+import re
 from collections.abc import Callable, Sequence
-from itertools import product
 from typing import Any
 
 import torch
@@ -27,9 +27,8 @@ from badit.tuner.config import NotNegative, Positive, check
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 
-_PAIRED = (("badit_A", "badit_B"), ("lora_A", "lora_B"))
-_NAMES_OF_A = {"badit_A", "lora_A", "lora_embedding_A"}
-_NAMES_OF_B = {"badit_B", "lora_B", "lora_embedding_B"}
+_FACTOR = re.compile(r"\b(?:badit|lora|lora_embedding)_([AB])\b")
+_FACTOR_A = re.compile(r"\b(badit|lora)_A\b")
 _MOMENTS = ("basis", "first", "features", "second", "weights")  # a factor's state: the fields of badit.method.Moments
 
 # The feature dimension of A and of B, which can be sharded.
@@ -60,31 +59,26 @@ def lora_plus_groups(
     for name, value in (("lr", lr), ("ratio", ratio), ("other_lr", other_lr)):
         check(name, value, Positive)
     rates = {"A": lr, "B": lr * ratio, "other": other_lr}
-    members: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
+    groups: dict[str, dict[str, Any]] = {kind: {"params": [], "lr": rate} for kind, rate in rates.items()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parts = set(name.split("."))
-            members["A" if parts & _NAMES_OF_A else "B" if parts & _NAMES_OF_B else "other"].append(parameter)
-    if not any(members.values()):
-        raise BaditError("the model has no trainable parameters; add an adapter to it")
-    return [{"params": members[kind], "lr": rates[kind]} for kind in rates if members[kind]]
+            found = _FACTOR.search(name)
+            groups[found[1] if found else "other"]["params"].append(parameter)
+    if used := [group for group in groups.values() if group["params"]]:
+        return used
+    raise BaditError("the model has no trainable parameters; add an adapter to it")
 
 
 def factor_pairs(model: nn.Module) -> list[Pair]:
     """Returns A (N, I) and B (O, K·N) of every layer and adapter in which both are trainable, in the model's order."""
-    pairs, taken = [], set()
-    for module, names in product(model.modules(), _PAIRED):
-        holders: list[Any] = [getattr(module, name, None) for name in names]
-        of_experts = getattr(module, "num_experts", 1) > 1  # PEFT's LoRA on a fused weight orders A and B differently
-        if of_experts or not all(isinstance(holder, (nn.ModuleDict, nn.ParameterDict)) for holder in holders):
+    pairs, trained = [], {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2}
+    for name, a in trained.items():
+        b = trained.get(_FACTOR_A.sub(r"\1_B", name))
+        if b is None or b is a or b.shape[1] % a.shape[0]:
             continue
-        for adapter in (name for name in holders[0] if name in holders[1]):
-            # PEFT's LoRA stores linear layers, other tuners store the parameters themselves.
-            a, b = (getattr(holder[adapter], "weight", holder[adapter]) for holder in holders)
-            trained = all(isinstance(x, nn.Parameter) and x.requires_grad and x.ndim == 2 for x in (a, b))
-            if trained and b.shape[1] % a.shape[0] == 0 and not {a, b} & taken:
-                taken |= {a, b}
-                pairs.append((a, b))
+        layer = model.get_submodule(_FACTOR_A.split(name)[0].rstrip("."))
+        if getattr(layer, "num_experts", 1) == 1:  # PEFT's LoRA on a fused weight orders A and B differently
+            pairs.append((a, b))
     return pairs
 
 
