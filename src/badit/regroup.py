@@ -137,7 +137,6 @@ class Windows(dict[str, Window]):
         return tensors, {name: {"steps": window.steps, "pending": window.pending} for name, window in self.items()}
 
     def set_state(self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
-        """Restores a state returned by :meth:`state`."""
         if notes.keys() != self.keys():
             raise BaditError("regrouping state: saved with another model or target_modules; resume with the same ones")
         for name, note in notes.items():
@@ -153,13 +152,8 @@ class Windows(dict[str, Window]):
             save_file(tensors, path, metadata={"windows": json.dumps(notes)})
 
     def load(self, path: Path) -> None:
-        """Restores the state from a checkpoint's file."""
-        if not path.is_file():
-            raise BaditError(
-                f"{path}: is missing, so training cannot continue exactly where it stopped; resume from another "
-                "checkpoint, or pass RegroupCallback(checkpoint=FOLDER) if the checkpoint is in another folder"
-            )
-        with explained(path, action="resumed from", fix="resume from another checkpoint", any_error=True):
+        fix = "resume from another checkpoint, or pass RegroupCallback(checkpoint=FOLDER) if this one has moved"
+        with explained(path, action="resumed from", fix=fix, any_error=True):
             with safe_open(path, framework="pt") as file:
                 notes = json.loads((file.metadata() or {})["windows"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -357,7 +351,6 @@ class RegroupCallback(TrainerCallback):
         self.regrouper.after_backward()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.regrouper.steps = state.global_step - 1
         self.regrouper.step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
