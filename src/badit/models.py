@@ -14,7 +14,7 @@ import subprocess
 import sys
 import timeit
 import zipfile
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -81,16 +81,13 @@ def load_base_model(
     if quantisation is not None:
         options["quantization_config"] = _quantisation_config(quantisation, dtype)
         options["device_map"] = {"": device or "cpu"}  # quantised weights are created on their final device
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with _loading(source, "weights"), status(f"loading {name}"):
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
-            if quantisation is None:
-                model.to(device or "cpu")  # pyright: ignore[reportArgumentType] (it accepts a device)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    with _loading(source, "weights"), status(f"loading {name}"), ExitStack() as afterwards:
+        if logging.is_progress_bar_enabled():
+            logging.disable_progress_bar()
+            afterwards.callback(logging.enable_progress_bar)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        if quantisation is None:
+            model.to(device or "cpu")  # pyright: ignore[reportArgumentType] (it accepts a device)
     return model, tokenizer
 
 
