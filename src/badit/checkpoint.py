@@ -116,7 +116,7 @@ class Checkpoints(TrainerCallback):
     line would be a mean over fewer steps), the number of skipped steps, the time, and the name of the best checkpoint.
 
     In its context, Ctrl-C or SIGTERM to any process finishes the step, saves a checkpoint, then stops all processes. A
-    second signal stops at once.
+    second signal stops at once. Incomplete checkpoints are deleted.
     """
 
     def __init__(self, trainer: Any, checkpoints: Path) -> None:
@@ -138,7 +138,6 @@ class Checkpoints(TrainerCallback):
             self._trainer._tr_loss += kept["loss"]
             self._trainer._globalstep_last_logged = kept["last_logged_step"]
             self._trainer.skipped_steps = kept["skipped_steps"]
-            self._trainer.finished = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
             state.best_model_checkpoint = kept["best"] and str(self._checkpoints / Path(kept["best"]).name)
             for callback in self._trainer.callback_handler.callbacks:
                 if isinstance(callback, EarlyStoppingCallback):
@@ -168,6 +167,7 @@ class Checkpoints(TrainerCallback):
             raise KeyboardInterrupt
 
     def __enter__(self) -> Self:
+        discard(self._checkpoints / STAGING)  # left by a killed process
         with suppress(ValueError):  # only the main thread may set handlers; in other threads the caller handles them
             self._former = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -175,7 +175,9 @@ class Checkpoints(TrainerCallback):
     def __exit__(self, *error: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
-        if self._asked and error[0] is None:  # the signal came after the last step, which saved a checkpoint
+        if error[0] is not None:
+            discard(self._checkpoints / STAGING)
+        elif self._asked:  # the signal came after the last step, which saved a checkpoint
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

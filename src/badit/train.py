@@ -3,11 +3,11 @@
 With ``data.order`` the tasks are trained one after another, each in its own folder. Interrupted runs can be resumed.
 """
 
-import dataclasses
 import gc
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -38,7 +38,7 @@ from badit.tuner import hooks_of
 BASE_MODEL = "the base model"
 
 
-@dataclasses.dataclass
+@dataclass
 class Plan:
     """A recipe's tasks and method, before a model is loaded. Tasks of a sequential recipe are in training order."""
 
@@ -127,13 +127,10 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
         return run
     began = run.known_environment.get("dtype")
     if recipe.model.dtype == "fast" and began in ("bfloat16", "float32"):  # "fast" could choose another dtype now
-        model = recipe.model.model_copy(update={"dtype": began})
-        plan = dataclasses.replace(plan, recipe=recipe.model_copy(update={"model": model}))
+        plan.recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": began})})
     folders = [folder for folder, _ in plan.stages]
     for number, folder in enumerate(folders):
         if not folder.adapter_path.is_dir():
-            if is_main_process():
-                folder.path.mkdir(parents=True, exist_ok=True)
             _train_stage(plan, number, progress, allow_changed_inputs)
         discard(folder.checkpoints_path)  # no longer needed for resuming
     if plan.sequential and is_main_process():
@@ -144,7 +141,7 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
 
 
 def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: bool) -> None:
-    """Trains stage ``number``, counted from 0, starting from the base model or the previous stage's adapter."""
+    """Trains stage ``number``, counted from 0, from the base model or the previous stage's adapter."""
     (folder, tasks), recipe, method, data = plan.stages[number], plan.recipe, plan.method, plan.recipe.data
     seed = recipe.training.seed + 1_000 * number  # unique per stage, also among runs with nearby seeds
 
@@ -152,14 +149,14 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
     base, tokenizer = base_model(recipe, dtype="float32" if method.trains_base_weights else None)
     keep_inputs(Run.at(recipe.output), {BASE_MODEL: model_fingerprint(base)}, allow_changed_inputs)
     with status(f"preparing the model for {method.name}"):
-        names = [task.name for task in plan.tasks]
-        before = plan.stages[number - 1][0].adapter_path if number else None
-        model = method.apply(base, names) if before is None else method.proceed(base, before)
+        if number == 0:
+            model = method.apply(base, [task.name for task in plan.tasks])
+        else:
+            model = method.proceed(base, plan.stages[number - 1][0].adapter_path)
     if recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()
 
-    order = mixture(tasks, data.seed)
-    examples = encode_tasks(tokenizer, tasks, recipe.prompt.model_dump(), order, progress=progress)
+    examples = encode_tasks(tokenizer, tasks, recipe.prompt.model_dump(), mixture(tasks, data.seed), progress=progress)
     refuse_beyond_model(examples, base)
     collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
     batches = batches_by_task(examples, collate, recipe.training.per_device_train_batch_size)
@@ -172,7 +169,6 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
 
     deterministic = torch.are_deterministic_algorithms_enabled()
     checkpoint = last_checkpoint(folder.checkpoints_path)
-    discard(folder.checkpoints_path / STAGING)
     bar = ProgressBar()
     trainer = method.trainer(
         model=model,
@@ -197,7 +193,7 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
     trainer.add_callback(saving := Checkpoints(trainer, folder.checkpoints_path))
     with saving, fast_on_short_sequences(base), tracker_folders(recipe.training, folder.path), safe_unpickling(trainer):
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         except UnpicklingError:  # torch's loader found something other than tensors and plain values
             raise BaditError(
                 f"{checkpoint}: contains pickled objects that badit does not write, which were not executed; "
@@ -206,8 +202,6 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
         finally:
             bar.close()
             torch.use_deterministic_algorithms(deterministic)  # full_determinism applies to training only
-            if trainer.is_in_train:  # stopped or failed; at the end of training, slower ranks still read the folder
-                discard(folder.checkpoints_path / STAGING)  # deletes an incomplete checkpoint
     seconds, state = saving.seconds, trainer.state
     if progress and state.best_metric is not None and trainer.args.load_best_model_at_end and is_main_process():
         best = f"step {state.best_global_step} (eval_loss {state.best_metric:.4f})"
@@ -236,18 +230,18 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
 
 def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False) -> None:
     """Records the inputs' fingerprints in environment.json; BaditError if one changed, unless ``allow_changed``."""
-    content = run.known_environment
-    known: dict[str, str] = content.get("inputs", {})
-    changed = changed_inputs(run, found)
+    content, changed = run.known_environment, changed_inputs(run, found)
     if changed and not allow_changed:
         raise BaditError(
             f"{run.path}: {', '.join(changed)} changed since the run began; restore the original input, choose another "
             "output=FOLDER, or, in badit train, continue with --allow-changed-inputs"
         )
-    if is_main_process() and content and (changed or not found.items() <= known.items()):
-        record = {"changed_inputs": sorted({*content.get("changed_inputs", ()), *changed})} if changed else {}
-        kept = {name: value for name, value in known.items() if name not in changed}
-        write_json(run.environment_path, {**content, "inputs": {**kept, **found}, **record})
+    kept = {name: value for name, value in content.get("inputs", {}).items() if name not in changed}
+    updated = {**content, "inputs": {**kept, **found}}
+    if changed:
+        updated["changed_inputs"] = sorted({*content.get("changed_inputs", ()), *changed})
+    if is_main_process() and content and updated != content:
+        write_json(run.environment_path, updated)
 
 
 def changed_inputs(run: Run, found: Mapping[str, str]) -> list[str]:
@@ -285,16 +279,13 @@ def refuse_beyond_model(examples: Iterable[Mapping[str, Any]], model: Any, more:
         if longest + more <= positions and largest_id < embeddings:
             return
     for example in examples:
-        ids, name = example["input_ids"], f"{example['task']}/{example['id']}"
+        ids, where = example["input_ids"], f"instance {example['task']}/{example['id']}"
         if len(ids) + more > positions:
-            raise BaditError(
-                f"instance {name}: has {len(ids)} tokens{f' plus {more} new' if more else ''}, but the model has "
-                f"{positions} positions; lower prompt.max_source_tokens or the number of new tokens"
-            )
+            size = f"{len(ids)} tokens{f' plus {more} new' if more else ''}, but the model has {positions} positions"
+            raise BaditError(f"{where}: has {size}; lower prompt.max_source_tokens or the number of new tokens")
         if max(ids, default=0) >= embeddings:
-            raise BaditError(
-                f"instance {name}: token id {max(ids)} is beyond the model's {embeddings} embeddings; use its tokenizer"
-            )
+            beyond = f"is beyond the model's {embeddings} embeddings"
+            raise BaditError(f"{where}: token id {max(ids)} {beyond}; use its tokenizer")
 
 
 def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | None = None) -> TrainingArguments:

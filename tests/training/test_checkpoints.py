@@ -98,7 +98,7 @@ def test_pickled_code_in_sealed_checkpoint_is_never_executed(recipe_values, tmp_
         assert not marker.exists()
 
 
-def test_first_signal_is_deferred_and_second_one_interrupts_at_once(capfd):
+def test_first_signal_is_deferred_and_second_one_interrupts_at_once(tmp_path, capfd):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     reached = []
 
@@ -107,10 +107,10 @@ def test_first_signal_is_deferred_and_second_one_interrupts_at_once(capfd):
             os.kill(os.getpid(), signal.SIGINT)
             reached.append(number)
 
-    with pytest.raises(KeyboardInterrupt), Checkpoints(None, None):
+    with pytest.raises(KeyboardInterrupt), Checkpoints(None, tmp_path):
         signal_thrice()
     assert reached == [0]
     assert capfd.readouterr().err == "\nbadit: finishing the step and saving; press Ctrl-C again to stop now\n"
-    with pytest.raises(KeyboardInterrupt), Checkpoints(None, None):
+    with pytest.raises(KeyboardInterrupt), Checkpoints(None, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)  # as after the last step: raised on exit
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
