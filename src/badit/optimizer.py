@@ -148,8 +148,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             for indices in by_shape([(a.grad, b.grad) for a, b in some], _NUMBERS_AT_A_TIME):
                 self._move([some[index] for index in indices], factors)
         for group in others:
-            options = {name: group[name] for name in ("lr", "betas", "weight_decay")}
-            adamw = torch.optim.AdamW(group["params"], **options)
+            adamw = torch.optim.AdamW([dict(group)])
             adamw.state = self.state  # an AdamW keeps nothing else between steps
             adamw.step()
         return loss

@@ -362,10 +362,7 @@ class RegroupCallback(TrainerCallback):
         self.regrouper.windows.save(checkpoint_being_written(args, state) / STATE_FILE, write=args.should_save)
 
     def take_metrics(self) -> dict[str, float]:
-        """Returns the regrouper's metrics as ``regroup/NAME`` if they have changed since the last call, else {}.
-
-        A Trainer's ``log`` can pass them to trackers; badit's trainer does.
-        """
+        """Returns the regrouper's metrics as ``regroup/NAME``, for trackers, if they are new since the last call."""
         metrics = {} if self.regrouper is None else self.regrouper.metrics
         if metrics == self._taken:
             return {}

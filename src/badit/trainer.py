@@ -74,7 +74,7 @@ class AnswerTrainer(Trainer):
         callbacks += kwargs.pop("callbacks", None) or []
         super().__init__(model, args, callbacks=callbacks, **kwargs)
         self.skipped_steps = 0
-        self.micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []  # losses and inputs of the step
+        self.micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []  # losses and inputs since the last step
         self.options, self._quotas = options, quotas
         # compute_loss divides by the number of labels in the accumulated batch, so the Trainer must count them.
         self.model_accepts_loss_kwargs = True
@@ -106,14 +106,6 @@ class AnswerTrainer(Trainer):
         tasks = () if self._quotas is None else dataset.tasks
         # ``state.epoch`` is whole at the start of an epoch, and fractional if a run resumes within an epoch.
         return EpochSampler(lengths, per_step, seed, lambda: int(self.state.epoch or 0), tasks, self._quotas)
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """Also keeps the loss and inputs of each micro-batch until the optimizer step."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.micro_batches.append((loss, inputs))
-        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Also logs the metrics of a new regrouping and, if steps were skipped, their number.
@@ -148,6 +140,7 @@ class AnswerTrainer(Trainer):
         if model.training and (extra := hooks_of(model).extra_loss(inputs["attention_mask"])) is not None:
             # If num_items_in_batch is given, the Trainer does not average over the micro-batches.
             loss = loss + extra / (1 if num_items_in_batch is None else self.current_gradient_accumulation_steps)
+        self.micro_batches.append((loss.detach(), inputs))
         return (loss, outputs) if return_outputs else loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -179,16 +172,14 @@ class AnswerTrainer(Trainer):
 def answer_losses(
     model: nn.Module, inputs: Mapping[str, Any], *, label_smoothing: float = 0.0, use_cache: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Returns the cross-entropy of every answer token of a batch.
+    """Returns the cross-entropy of every answer token of a batch, for a model that may be wrapped for data parallelism.
 
     Args:
-        model: the model to call, possibly wrapped for data parallelism.
         inputs: input_ids, attention_mask and labels, (B, T); ``tasks`` of the rows for methods that need them.
         use_cache: whether the outputs include the key-value cache.
 
     Returns:
-        The losses (L,) in float32, their rows in the batch (L,), and the model's outputs, whose logits are
-        (1, L, vocabulary).
+        The losses (L,) in float32, their rows in the batch (L,), and the outputs, with logits (1, L, vocabulary).
     """
     labels_BT = inputs["labels"]
     targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
