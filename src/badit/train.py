@@ -31,7 +31,7 @@ from badit.methods import Method, build_method
 from badit.models import Dtype, device, fast_dtype, load_base_model, warn_of_slow_dtype
 from badit.recipe import Recipe, Split
 from badit.run import Run
-from badit.trainer import MetricsLog, ProgressBar, tensorboard, tracker_folders, trackers_of
+from badit.trainer import MetricsLog, ProgressBar, trackers_of, tracking
 from badit.tuner import hooks_of
 
 # The key of the base model's fingerprint among a run's inputs.
@@ -176,12 +176,7 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
         train_dataset=examples,
         eval_dataset=held_out,
         data_collator=collate,
-        callbacks=[
-            MetricsLog(folder.metrics_path),
-            *([bar] if progress else []),
-            *method.callbacks(folder),
-            *tensorboard(recipe.training, folder.path, checkpoint),
-        ],
+        callbacks=[MetricsLog(folder.metrics_path), *([bar] if progress else []), *method.callbacks(folder)],
         quotas=data.quotas(tasks),
         options=recipe.training,
     )
@@ -191,7 +186,8 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
     prepare_engine(trainer, checkpoint)
 
     trainer.add_callback(saving := Checkpoints(trainer, folder.checkpoints_path))
-    with saving, fast_on_short_sequences(base), tracker_folders(recipe.training, folder.path), safe_unpickling(trainer):
+    tracked = tracking(trainer, folder.path, checkpoint)
+    with saving, tracked, fast_on_short_sequences(base), safe_unpickling(trainer):
         try:
             trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         except UnpicklingError:  # torch's loader found something other than tensors and plain values
@@ -308,7 +304,7 @@ def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | N
         "output_dir": str(folder / "checkpoints" / STAGING),
         "resume_from_checkpoint": None if checkpoint is None else str(checkpoint),  # read by the callbacks
         "seed": seed,
-        "report_to": [name for name in trackers_of(plan.recipe.training) if name != "tensorboard"],  # see tensorboard()
+        "report_to": [name for name in trackers_of(plan.recipe.training) if name != "tensorboard"],  # see tracking()
         "include_num_input_tokens_seen": "non_padding",
         "remove_unused_columns": False,
         "disable_tqdm": True,

@@ -374,23 +374,20 @@ def trackers_of(training: TrainingSection) -> list[str]:
     return installed if "all" in names else names
 
 
-def tensorboard(training: TrainingSection, folder: Path, checkpoint: Path | None) -> list[TensorBoardCallback]:
-    """Returns a TensorBoard callback, if enabled, for the run's folder, which hides steps that are logged again."""
-    if "tensorboard" not in trackers_of(training) or not is_main_process():
-        return []
-    from torch.utils.tensorboard import SummaryWriter
-
-    purge_step = None if checkpoint is None else step_of(checkpoint) + 1
-    return [TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step))]
-
-
 @contextmanager
-def tracker_folders(training: TrainingSection, folder: Path) -> Iterator[None]:
+def tracking(trainer: AnswerTrainer, folder: Path, checkpoint: Path | None) -> Iterator[None]:
     """A context in which trackers write to the run's folder, unless environment variables name another folder.
 
-    The W&B run begins and ends here: transformers does not end it, so the next stage of a sequence would log to it.
+    TensorBoard hides the steps after ``checkpoint``, which are logged again. The W&B run begins and ends here:
+    transformers does not end it, so the next stage of a sequence would log to it.
     """
-    wandb: Any = import_module("wandb") if "wandb" in trackers_of(training) and is_main_process() else None
+    names = trackers_of(trainer.options) if is_main_process() else []
+    if "tensorboard" in names:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge_step = None if checkpoint is None else step_of(checkpoint) + 1
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)))
+    wandb: Any = import_module("wandb") if "wandb" in names else None
     run: Any = nullcontext()
     if wandb and wandb.run is None:  # it reads WANDB_DIR once per process
         project, where = os.environ.get("WANDB_PROJECT", "badit"), os.environ.get("WANDB_DIR", str(folder))
