@@ -167,9 +167,8 @@ def _built_in_folder() -> Path:
     target = cache / f"{BUILT_IN}-{VERSION}-format{CONVERTER_VERSION}"
     if not target.is_dir():
         with explained(f"cache {cache}", action="written", fix="set BADIT_CACHE to a folder that can be written"):
-            cache.mkdir(parents=True, exist_ok=True)
             # The kernel releases this lock when its process ends, so a killed process never blocks the next one.
-            with FileLock(cache / f"{target.name}.lock"):
+            with FileLock(cache / f"{target.name}.lock"):  # creates the cache folder
                 if not target.is_dir():  # another process may have finished while this one waited
                     _build(target)
     return target
