@@ -145,7 +145,8 @@ class AnswerTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Skips the epoch if the resumed training had ended, where the Trainer would take another step."""
-        if self.state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+        callbacks: Any = self.state.stateful_callbacks
+        if callbacks["TrainerControl"]["args"]["should_training_stop"]:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
@@ -206,12 +207,12 @@ def logits_only_at(model: nn.Module, row_L: torch.Tensor, position_L: torch.Tens
 
     Later operations on the logits (soft-capping, scaling) act on each position separately.
     """
-    head: Any = getattr(model, "module", model).get_output_embeddings()  # inside a data-parallel wrapper
+    unwrapped: Any = getattr(model, "module", model)  # inside a data-parallel wrapper
 
     def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (args[0][row_L, position_L][None], *args[1:])
 
-    with head.register_forward_pre_hook(select):
+    with unwrapped.get_output_embeddings().register_forward_pre_hook(select):
         yield
 
 
