@@ -166,11 +166,11 @@ def _built_in_folder() -> Path:
     cache = cache_folder()
     target = cache / f"{BUILT_IN}-{VERSION}-format{CONVERTER_VERSION}"
     if not target.is_dir():
-        with explained(f"cache {cache}", action="written", fix="set BADIT_CACHE to a folder that can be written"):
-            # The kernel releases this lock when its process ends, so a killed process never blocks the next one.
-            with FileLock(cache / f"{target.name}.lock"):  # creates the cache folder
-                if not target.is_dir():  # another process may have finished while this one waited
-                    _build(target)
+        fix = "set BADIT_CACHE to a folder that can be written"
+        # The kernel releases this lock when its process ends, so a killed process never blocks the next one.
+        with explained(f"cache {cache}", action="written", fix=fix), FileLock(cache / f"{target.name}.lock"):
+            if not target.is_dir():  # another process may have finished while this one waited
+                _build(target)
     return target
 
 
