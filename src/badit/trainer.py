@@ -151,6 +151,10 @@ class AnswerTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        # With save_strategy "best" this decides whether to save, also if the run was told to save and stop.
+        return super()._determine_best_metric(*args, **kwargs) or self.control.should_save
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Also preserves torch's random state, so that evaluation does not change the training."""
         with torch.random.fork_rng():

@@ -1,5 +1,7 @@
 """The held-out loss during training: its value, no effect on training, best model, early stopping."""
 
+import os
+import signal
 from unittest.mock import Mock
 
 import pytest
@@ -106,3 +108,12 @@ def test_best_model_of_epochs_is_kept_with_checkpoints_at_other_steps(recipe, lo
     run = Run(epochs.output)
     best = int(run.metrics.dropna(subset="eval_loss").set_index("step")["eval_loss"].idxmin())
     assert {best, best + 10} < set(map(step_of, run.checkpoints_path.iterdir()))
+
+
+def test_run_that_saves_only_the_best_stops_at_an_evaluated_step_without_a_new_best(recipe, lowest_at):
+    lowest_at(2)
+    only_best = recipe("stopped", **HELD_OUT, save_strategy="best", max_steps=6)
+    interrupt = on("on_step_end", lambda state, _: state.global_step == 4 and os.kill(os.getpid(), signal.SIGINT))
+    with with_callbacks(interrupt), pytest.raises(KeyboardInterrupt):
+        fit(only_best, progress=False)
+    assert {step_of(folder) for folder in Run(only_best.output).checkpoints_path.iterdir()} == {2, 4}
