@@ -25,7 +25,7 @@ from badit.evaluate import load_run
 from badit.methods import build_method
 from badit.models import resolve_model
 from badit.run import Run
-from badit.trainer import logits_only_at, prompt_argument
+from badit.trainer import answer_losses
 from badit.tuner import hooks_of
 
 try:
@@ -111,32 +111,24 @@ class BaditLM(_HFLM):
 
     def _scored(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         """Scores one batch. The gates of each row depend on its context only."""
-        examples, contexts = [], []
+        examples = []
         for _, context, continuation in requests:
             if not 1 <= (size := len(continuation)) <= self.max_length:
                 raise BaditError(f"a continuation has {size} tokens; must have 1 to {self.max_length} (max_length)")
-            ids = [*(context or [self.prefix_token_id]), *continuation]
-            ids = ids[-(self.max_length + 1) :]  # the last token is predicted but not an input
-            contexts.append(len(ids) - len(continuation))
-            examples.append({"input_ids": ids[:-1], "labels": [-100] * (contexts[-1] - 1) + continuation})
-        inputs = on_device(AnswerCollator(self.tokenizer.pad_token_id)(examples), self.device)
-        targets_BT = inputs.pop("labels")
-        row_L, position_L = (targets_BT != -100).nonzero(as_tuple=True)
-        positions_T = torch.arange(targets_BT.shape[1], device=self.device)
-        prompt_BT = positions_T < torch.tensor(contexts, device=self.device)[:, None]
+            ids = [*(context or [self.prefix_token_id]), *continuation][-(self.max_length + 1) :]
+            examples.append({"input_ids": ids, "labels": [-100] * (len(ids) - size) + continuation, "task": self._task})
+        collate = AnswerCollator(self.tokenizer.pad_token_id, with_tasks=self._task is not None)
+        batch = on_device(collate(examples), self.device)
+        # The last token is predicted but not an input: it is masked, and needs no position of its own.
+        mask_BT = F.pad(batch["attention_mask"][:, 1:], (0, 1))
+        batch |= {"attention_mask": mask_BT, "position_ids": mask_BT.cumsum(dim=1) - 1}
         precision = self.mixed_precision_dtype
-        with (
-            torch.autocast(self.device.type, dtype=precision, enabled=precision is not None),
-            self._rows_of_task(len(requests)),
-            logits_only_at(self.model, row_L, position_L),
-        ):
-            logits_LV = self.model(**inputs, **prompt_argument(self.model, prompt_BT), use_cache=False).logits[0]
-        targets_L1 = targets_BT[row_L, position_L][:, None]
-        log_probs_LV = F.log_softmax(logits_LV, dim=-1, dtype=self.softmax_dtype or torch.float32)
-        greedy_L = logits_LV.argmax(dim=-1) == targets_L1[:, 0]
-        lengths = [len(continuation) for _, _, continuation in requests]
-        parts = zip(log_probs_LV.gather(1, targets_L1).split(lengths), greedy_L.split(lengths), strict=True)
-        return [(float(likelihoods.sum()), bool(greedy.all())) for likelihoods, greedy in parts]
+        with torch.autocast(self.device.type, dtype=precision, enabled=precision is not None):
+            losses_L, row_L, outputs = answer_losses(self.model, batch, self.model)
+        greedy_L = outputs.logits[0].argmax(dim=-1) == batch["labels"][batch["labels"] != -100]
+        lengths = row_L.bincount().tolist()
+        parts = zip(losses_L.split(lengths), greedy_L.split(lengths), strict=True)
+        return [(-float(losses.sum()), bool(greedy.all())) for losses, greedy in parts]
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._rows_of_task(len(inps)):  # ``hf`` calls this to find the largest batch that fits
