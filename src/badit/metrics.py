@@ -10,12 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from badit.errors import BaditError
-
-if TYPE_CHECKING:
-    from rouge_score.rouge_scorer import RougeScorer
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -39,20 +36,14 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """Returns the Rouge-L F-measure x 100 with Porter stemming, the maximum over the references.
 
     Words are sequences of `a-z0-9` after lower-casing. Text without words, such as Chinese, scores 0 even if equal.
-
-    Raises:
-        BaditError: ``references`` is empty or a string.
+    BaditError if ``references`` is empty or a string.
     """
     score = _rouge_scorer().score
     return 100.0 * max(score(reference, prediction)["rougeL"].fmeasure for reference in _checked(references))
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """Returns 100 if the answer equals a reference after `normalize_answer`, else 0.
-
-    Raises:
-        BaditError: ``references`` is empty or a string.
-    """
+    """Returns 100 if the answer equals a reference after `normalize_answer`, else 0; BaditError as in `rouge_l`."""
     answer = normalize_answer(prediction)
     return 100.0 * any(normalize_answer(reference) == answer for reference in _checked(references))
 
@@ -130,7 +121,7 @@ def _checked(references: Sequence[str]) -> Sequence[str]:
 
 
 @cache
-def _rouge_scorer() -> "RougeScorer":
+def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=True)
