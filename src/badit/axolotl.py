@@ -46,9 +46,7 @@ class BaditPlugin(BasePlugin):
         return get_peft_model(model, config), config
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        regroup = cfg.badit.get("regroup")
-        return (
-            []
-            if cfg.adapter != "badit" or regroup in (None, False)
-            else [RegroupCallback(**({} if regroup is True else regroup))]
-        )
+        regroup = cfg.badit.get("regroup") if cfg.adapter == "badit" else None
+        if regroup in (None, False):
+            return []
+        return [RegroupCallback(**({} if regroup is True else regroup))]
