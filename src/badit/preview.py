@@ -5,7 +5,7 @@ from operator import attrgetter
 from statistics import median
 from typing import Any
 
-from badit.data import encode_examples, prompt_text
+from badit.data.prompts import encode_examples, prompt_text, token_ids
 from badit.errors import one_line
 from badit.models import load_tokenizer
 from badit.recipe import Recipe
@@ -29,8 +29,8 @@ def preview(recipe: Recipe, count: int) -> str:
         sizes = [f"{len(split):,}" for split in (task.train, task.validation, task.test)]
         share = f"{shares.get(task.name, 0) / total:.1%}"
         rows.append([task.name, *sizes, share, " ".join((task.definition or "–").split())[:60]])
-    heading = ["task", "train", "validation", "test", "mixture", "definition"]
-    listed = f"{text_table(heading, rows, right={1, 2, 3, 4})}\n\n{counted(len(tasks), 'task')}, all valid"
+    listed = text_table(["task", "train", "validation", "test", "mixture", "definition"], rows, right={1, 2, 3, 4})
+    listed += f"\n\n{counted(len(tasks), 'task')}, all valid"
     if not count:
         return listed
     model, section = recipe.model, recipe.prompt
@@ -56,12 +56,10 @@ def preview(recipe: Recipe, count: int) -> str:
         f"Tokens of the first {_MEASURED:,} training instances: median, maximum, and how many are truncated (cut). Of "
         "all training instances: how many repeat an earlier input or have an input of the test or validation data."
     )
-    return "\n\n".join([listed, text_table(heading, rows, right=set(range(1, len(heading)))), note, *shown])
+    return "\n\n".join([listed, text_table(heading, rows), note, *shown])
 
 
 def _measured(tokenizer: Any, texts: list[str], most: int) -> list[str]:
     """Returns the median and the maximum number of tokens of the texts, and how many exceed ``most``."""
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    lengths = [len(ids) for ids in encoded]
-    middle = f"{median(lengths):.0f}" if lengths else "–"
-    return [middle, str(max(lengths, default=0)), str(sum(length > most for length in lengths))]
+    lengths = [len(ids) for ids in token_ids(tokenizer, texts)] or [0]
+    return [f"{median(lengths):.0f}", str(max(lengths)), str(sum(length > most for length in lengths))]

@@ -87,12 +87,11 @@ def encode_prompts(
             template, "never" uses the plain text.
     """
     pieces = [Prompt("", prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
-    texts = ["".join(prompt[:3]) for prompt in pieces]
+    texts, histories = ["".join(prompt[:3]) for prompt in pieces], [prompt.history for prompt in pieces]
     # In ASCII text a token has at least one character, so most texts need no tokenising to show that they fit.
     short = [text.isascii() and len(text) < max_source_tokens for text in texts]
-    unsure = [i for i, prompt in enumerate(pieces) if prompt.history or not short[i]]
-    histories = [prompt.history for prompt in pieces]
-    for i, ids in zip(unsure, _tokens(tokenizer, [texts[i] for i in unsure]), strict=True):
+    unsure = [i for i, history in enumerate(histories) if history or not short[i]]
+    for i, ids in zip(unsure, token_ids(tokenizer, [texts[i] for i in unsure]), strict=True):
         if len(ids) > max_source_tokens:
             texts[i] = _truncated(tokenizer, pieces[i], max_source_tokens)
         histories[i] = _recent_messages(tokenizer, histories[i], max_source_tokens - len(ids))
@@ -110,7 +109,7 @@ def encode_prompts(
     # BOS is added here, since some tokenizers would also append EOS to the prompt. Chat templates add BOS themselves.
     bos: list[Any] = [tokenizer.bos_token_id]
     adds_bos = not templated and tokenizer("")["input_ids"][:1] == bos
-    return [bos + ids if adds_bos and ids[:1] != bos else ids for ids in _tokens(tokenizer, texts)]
+    return [bos + ids if adds_bos and ids[:1] != bos else ids for ids in token_ids(tokenizer, texts)]
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Messages, **options: Any) -> str:
@@ -123,7 +122,7 @@ def _truncated(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, most: int) ->
     """Returns a prompt's text, truncated to `most` tokens; BaditError if not even its end fits."""
 
     def fits(text: str) -> bool:
-        return len(_tokens(tokenizer, [text])[0]) <= most
+        return len(token_ids(tokenizer, [text])[0]) <= most
 
     for before, text in ((prompt.head, prompt.input), ("", prompt.head)):
         if fits(before + prompt.tail):  # bisect the number of characters to cut from the end
@@ -134,7 +133,7 @@ def _truncated(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, most: int) ->
 
 def _recent_messages(tokenizer: PreTrainedTokenizerBase, history: Messages, most: int) -> Messages:
     """Returns the system message, if it fits in `most` tokens, and the latest messages that fit in the rest."""
-    lengths = [len(ids) for ids in _tokens(tokenizer, [content for _, content in history])]
+    lengths = [len(ids) for ids in token_ids(tokenizer, [content for _, content in history])]
     system = history[:1] if history and history[0][0] == "system" and lengths[0] <= most else ()
     left = most - sum(lengths[: len(system)])
     # Many templates require a user message first.
@@ -148,7 +147,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTempla
         _, found, after = _rendered(tokenizer, (("user", "QUESTION"), ("assistant", "ANSWER"))).rpartition("ANSWER")
         added = tokenizer.added_tokens_decoder
         # Text between the message and that token, such as Llama 2's space, has no added tokens.
-        if found and (ends := [token for token in _tokens(tokenizer, [after])[0] if token in added]):
+        if found and (ends := [token for token in token_ids(tokenizer, [after])[0] if token in added]):
             return ends[0]
     end: Any = tokenizer.eos_token_id
     if end is None:
@@ -175,7 +174,7 @@ def encode_examples(
     """
     sources = [build_prompt(task, instance, encoding) for task, instance in pairs]
     prompts = encode_prompts(tokenizer, sources, max_source_tokens=max_source_tokens, chat_template=chat_template)
-    answers = _tokens(tokenizer, [instance.outputs[0] for _, instance in pairs])
+    answers = token_ids(tokenizer, [instance.outputs[0] for _, instance in pairs])
     end = end_of_turn_id(tokenizer, chat_template)
     examples = []
     for (task, one), prompt, answer in zip(pairs, prompts, answers, strict=True):
@@ -198,7 +197,8 @@ def uses_template(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplat
     return chat_template != "never" and bool(tokenizer.chat_template)
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the token ids of texts without special tokens."""
     # verbose=False: no warning about texts longer than the model's context window; they are truncated later.
     options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     return tokenizer(list(texts), **options)["input_ids"] if texts else []  # pyright: ignore[reportReturnType]
