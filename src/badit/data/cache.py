@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from itertools import islice
-from operator import eq
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -53,7 +52,7 @@ class Items(Sequence[Item]):
             yield from map(self._make, batch.to_pylist())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+        return isinstance(other, Sequence) and list(self) == list(other)
 
     def column(self, name: str) -> list[Any]:
         """Returns the values of one column, in the order of the items."""

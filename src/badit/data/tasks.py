@@ -47,10 +47,7 @@ Messages = tuple[tuple[str, str], ...]  # (role, content) of each
 
 
 class Instance(BaseModel):
-    """An input with one or more reference answers.
-
-    An answer may be blank: task511 of the published benchmark has six such training instances. They are kept, so that
-    results remain comparable with published ones.
+    """An input with one or more reference answers, which may be blank, as some of the published benchmark are.
 
     `instruction` replaces the task's definition if instances have different instructions. `history` has the earlier
     messages of a chat as (role, content); `input` is then the message to answer.
@@ -138,18 +135,15 @@ def hold_out(tasks: Iterable[Task], per_task: int, seed: int) -> list[Task]:
     """
     after = []
     for task in tasks:
-        if task.validation or not per_task:
-            after.append(task)
-            continue
-        chats, held = _same_chat(task.train), set[int]()
-        for index in _shuffled(range(len(task.train)), f"hold_out/{seed}/{task.name}"):
-            if len(held) >= per_task:
-                break
-            chat = chats.get(index, [index])
-            if index not in held and len(held) + len(chat) <= len(task.train) // 4:
-                held.update(chat)
-        parts = {"validation": sorted(held), "train": [i for i in range(len(task.train)) if i not in held]}
-        after.append(task.model_copy(update={name: _selected(task.train, part) for name, part in parts.items()}))
+        if per_task and not task.validation:
+            indices, chats, held = range(len(task.train)), _same_chat(task.train), set[int]()
+            for index in _shuffled(indices, f"hold_out/{seed}/{task.name}"):
+                chat = chats.get(index, [index])
+                if len(held) < per_task and index not in held and len(held) + len(chat) <= len(indices) // 4:
+                    held.update(chat)
+            parts = {"validation": sorted(held), "train": [index for index in indices if index not in held]}
+            task = task.model_copy(update={name: _selected(task.train, part) for name, part in parts.items()})
+        after.append(task)
     return after
 
 
@@ -232,13 +226,13 @@ def resolve_names(wanted: Sequence[str], names: Iterable[str], *, field: str = "
     known, resolved = sorted(names), []
     for name in map(str, wanted):
         digits = re.fullmatch(r"(?:task)?(\d+)", name)
-        matches = [each for each in known if digits and _number(each) == digits[1].lstrip("0")]
-        matches = [name] if name in known else matches
+        numbered = [each for each in known if digits and _number(each) == digits[1].lstrip("0")]
+        matches = [name] if name in known else numbered
         if not matches:
             raise BaditError(f"{field}: unknown task {name!r:.60}{nearest(name, known)}")
         if len(matches) > 1:
-            such = f"such as {matches[0]!r:.130}; give a full name"
-            raise BaditError(f"{field}: {name!r:.60} matches {len(matches)} tasks, {such}")
+            fix = f"give a full name, such as {matches[0]!r:.130}"
+            raise BaditError(f"{field}: {name!r:.60} matches {len(matches)} tasks; {fix}")
         if matches[0] in resolved:
             raise BaditError(f"{field}: {matches[0]!r:.130} is listed twice; list it once")
         resolved += matches
