@@ -105,7 +105,7 @@ def test_superni_split_lists_and_the_default_of_100_test_instances(official):
 
 def test_missing_sources_and_corrupt_tables_are_refused(tmp_path):
     assert "no tasks found" in refusal(tmp_path)
-    assert "has no tasks; check the path and the format" in refusal(tmp_path, format="sapt")
+    assert "no tasks found; expected rows in files" in refusal(tmp_path, format="sapt")
     assert "no such file or folder" in refusal(tmp_path / "nowhere")
     assert "did you mean 'superni'" in refusal(tmp_path, format="supernu")
     assert "\0" not in refusal(Path("a\0b"))

@@ -5,6 +5,7 @@ dataset scripts are run. The official collection has about 1,600 files; only tho
 """
 
 import csv
+import json
 import os
 import re
 from collections import Counter
@@ -18,7 +19,6 @@ from pydantic import BaseModel, Field
 
 from badit.data import cache
 from badit.data.rows import SPLIT_NAMES, Format, Record, Source, read_rows
-from badit.data.suite import builtin_tasks
 from badit.data.tasks import SPLITS, Demonstration, FirstString, Instance, Outputs, Split, Strings, Task, resolve_names
 from badit.errors import BaditError, explained, refuse_unknown
 from badit.files import lines_of, parse_json, read_text
@@ -109,8 +109,28 @@ def _read(where: Source, wanted: Sequence[str] | None) -> list[Task]:
         if found is None:
             found = _of_rows(where, path)
     if not found:
-        raise BaditError(f"{where.path}: has no tasks; check the path and the format")
+        known = f"rows in files with the suffix {', '.join(_SUFFIXES)}, or <task>/train.json or tasks/*.json"
+        raise BaditError(f"{where.path}: no tasks found; expected {known}")
     return found
+
+
+def builtin_tasks() -> list[Task]:
+    """Returns the built-in suite, 16 small tasks in plain English whose inputs have exactly one correct answer.
+
+    They are sorted by name. A task has 160 training and 40 test instances and 2 demonstrations. suite.json, which
+    benchmarks/suite.py generates with a fixed seed, lists the abilities that each task requires.
+    """
+    suite = json.loads(Path(__file__).with_name("suite.json").read_text(encoding="utf-8"))
+    tasks = []
+    for name, about in sorted(suite["tasks"].items()):
+        first, second, *scored = suite["examples"][name].items()
+        demonstrations = tuple(Demonstration(input=text, output=answer) for text, answer in (first, second))
+        instances = tuple(
+            Instance(id=f"{name}-{i}", input=text, outputs=(answer,)) for i, (text, answer) in enumerate(scored)
+        )
+        train, test = instances[:160], instances[160:]
+        tasks.append(Task(name=name, demonstrations=demonstrations, train=train, test=test, **about))
+    return tasks
 
 
 def _build_tasks(where: Source, files: Sequence[Path], records: Iterable[Record], about: Any = None) -> list[Task]:
@@ -128,12 +148,13 @@ def _build_tasks(where: Source, files: Sequence[Path], records: Iterable[Record]
     def make(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
         counts = Counter()
         for task, about, split, fields in records:
-            about = notes.setdefault(task, {"name": task, **about})
-            own = {"id": f"{task}-{counts[task]}" if fields["id"] is None else fields["id"]}
-            if fields.get("instruction") == (about["definition"] or ""):
-                own["instruction"] = None
+            known = notes.setdefault(task, {"name": task, **about})
+            if fields["id"] is None:
+                fields["id"] = f"{task}-{counts[task]}"
+            if fields.get("instruction") == (known["definition"] or ""):
+                fields["instruction"] = None
             counts[task] += 1
-            instance = Instance(**{**fields, **own})
+            instance = Instance(**fields)
             yield {"task": task, "split": split, "hash": instance.hash, **instance.model_dump()}
 
     table, notes = cache.arrow_table(_SCHEMA, make, key)
@@ -153,8 +174,8 @@ def _official(where: Source, path: Path, wanted: Sequence[str] | None) -> list[T
         file.parent.name: [(file, "train", "train"), (file.with_name("test.json"), "test", "test")]
         for file in path.glob("*/train.json")
     }
-    if where.format != "sapt" and (where.format != "auto" or not found):
-        files = sorted((path / "tasks" if (path / "tasks").is_dir() else path).glob("*.json"))
+    if where.format == "superni" or (where.format == "auto" and not found):
+        files = _row_files(path / "tasks" if (path / "tasks").is_dir() else path, (".json",))
         if where.format != "superni" and (not files or _row_files(path, (".jsonl",)) or _holds_rows(files[0])):
             return None
         splits = _split_lists(path, files)
@@ -215,9 +236,6 @@ def _of_rows(where: Source, path: Path) -> list[Task]:
         files = [path] if path.is_file() and path.suffix in _SUFFIXES else []
     else:
         files = sorted(Path(name) for name in glob(str(where.path), recursive=True) if Path(name).is_file())
-    if not files:
-        known = f"<task>/train.json, tasks/*.json or files with the suffix {', '.join(_SUFFIXES)}"
-        raise BaditError(f"{path}: no tasks found; expected {known}")
 
     def records() -> Iterator[Record]:
         origins: dict[str, Path] = {}
@@ -247,8 +265,6 @@ def _split_in(file: Path) -> Split | None:
 
 def _holds_rows(file: Path) -> bool:
     """Whether a file starts with a JSON list."""
-    if not file.is_file():
-        return False  # a pipe or a device; reading it raises an error later
     with file.open("rb") as stream:
         return stream.read(1024).lstrip()[:1] == b"["
 
@@ -289,19 +305,16 @@ def _rows_in(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _rows_of(rows: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Yields the place and the value of each row of a dataset: class labels by name, numbers and booleans as text."""
+    """Yields the place and the value of each row of a dataset: class labels by name; None for NaN and no label (−1)."""
     features = getattr(rows, "features", None) or {}
     labels = {name: column.names for name, column in features.items() if hasattr(column, "int2str")}
     with explained(place, action="read", any_error=True):
         for number, row in enumerate(rows, start=1):
-            for name, value in list(row.items()):
-                label = name in labels and isinstance(value, int)
-                if value is None or value != value or (label and value < 0):  # NaN, and an unknown label
+            for name, value in row.items():
+                if name in labels and value is not None:
+                    row[name] = labels[name][value] if value >= 0 else None
+                elif value != value:
                     row[name] = None
-                elif label:
-                    row[name] = labels[name][value]
-                elif isinstance(value, (int, float, bool)):
-                    row[name] = str(value)
             yield f"{place}: row {number}", row
 
 

@@ -10,7 +10,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from badit.data.tasks import Messages, Outputs, Split, TaskName
 from badit.errors import BaditError, explained, nearest
@@ -19,7 +19,7 @@ Format = Literal["auto", "sapt", "superni", "jsonl", "builtin"]
 Turns = Literal["last", "all"]
 
 #: A parsed instance: the task's name, the task's fields, the split, and the instance's fields.
-Record = tuple[str, Mapping[str, Any], Split, Mapping[str, Any]]
+Record = tuple[str, Mapping[str, Any], Split, dict[str, Any]]
 #: Names of splits in datasets, and the split that each stands for.
 SPLIT_NAMES: dict[str, Any] = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval"), "validation"
@@ -38,25 +38,17 @@ _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 class Source:
     """The location of tasks and the options for reading their rows.
 
-    Attributes:
-        path: "builtin", a file, a folder, a pattern with ``*``, or a dataset on the hub: ``org/name`` or, with a
-            configuration, ``org/name:CONFIG``.
-        format: the layout of a folder; "auto" detects it.
-        task: the task of all rows (default: the task that a row names, or the name of the file or dataset).
-        instruction: the instruction of rows without one (default: none; a row's input is then the whole prompt).
-        columns: maps ``task``, ``instruction``, ``input``, ``output``, ``id``, ``split`` and ``messages`` to the
-            names of their columns, where these differ.
-        turns: the answers of a chat to train: "last", or "all", which makes one instance with its own prompt for each.
-        weight: the weight of its tasks in a mixture.
+    ``columns`` maps ``task``, ``instruction``, ``input``, ``output``, ``id``, ``split`` and ``messages`` to the names
+    of their columns, where these differ.
     """
 
-    path: str | Path
-    format: Format = "auto"
-    task: str | None = None
-    instruction: str | None = None
+    path: str | Path  # "builtin", a file, a folder, a pattern with *, or a hub dataset: org/name or org/name:CONFIG
+    format: Format = "auto"  # the layout of a folder
+    task: str | None = None  # of all rows (default: the task that a row names, or the name of the file or dataset)
+    instruction: str | None = None  # of rows without one (default: none; a row's input is then the whole prompt)
     columns: Mapping[str, str] = field(default_factory=dict)
-    turns: Turns = "last"
-    weight: float = 1.0
+    turns: Turns = "last"  # the answers of a chat to train: "all" makes one instance with its own prompt for each
+    weight: float = 1.0  # of its tasks in a mixture
 
     def refuse_missing(self) -> None:
         """Raises BaditError if the path does not exist and is not 'builtin', a pattern or the name of a hub dataset."""
@@ -65,25 +57,20 @@ class Source:
             raise BaditError(f"{path}: no such file or folder; give a path or 'builtin'")
 
 
+# Stricter than Instance: the published benchmark has blank answers, but in a user's data they are mistakes.
 def _not_blank(outputs: tuple[str, ...]) -> tuple[str, ...]:
     if not any(output.strip() for output in outputs):
         raise ValueError("must hold at least one answer that is not blank")
     return outputs
 
 
-# Stricter than Instance: the published benchmark has blank answers, but in a user's data they are mistakes.
-_Answers = Annotated[
-    Outputs, AfterValidator(_not_blank), BeforeValidator(lambda x: str(x) if isinstance(x, int | float) else x)
-]
-
-
 class _Row(BaseModel):
     task: TaskName
-    input: str = Field(coerce_numbers_to_str=True)
-    outputs: _Answers = Field(validation_alias="output")
+    input: str
+    outputs: Annotated[Outputs, AfterValidator(_not_blank)] = Field(validation_alias="output")
     instruction: str | None = None
     history: Messages = ()
-    id: str | None = Field(None, coerce_numbers_to_str=True)
+    id: str | None = None
     split: Split | None = None
 
 
@@ -99,16 +86,14 @@ def read_rows(
         try:
             with explained():
                 for one in _parsed(row, name, where, strict):
-                    known = definitions.setdefault(one.task, one.instruction or "")
-                    if strict and (one.instruction or "") != known:
-                        raise BaditError(
-                            f"instruction: differs from other rows of task '{one.task}'; use one instruction per task, "
-                            "or keep several with data.columns.instruction=instruction"
-                        )
-                    if file_split and one.split and one.split != file_split:
-                        raise BaditError(f"split: must be '{file_split}', as in the file's name; change one of them")
                     # A blank instruction is none; None would be the task's definition, which may be another row's.
-                    instance = one.model_dump(exclude={"task", "split"}) | {"instruction": one.instruction or ""}
+                    own = one.instruction or ""
+                    if own != definitions.setdefault(one.task, own) and strict:
+                        fix = "use one per task, or keep several with data.columns.instruction=instruction"
+                        raise BaditError(f"instruction: differs from other rows of task '{one.task}'; {fix}")
+                    if file_split and one.split not in (None, file_split):
+                        raise BaditError(f"split: must be '{file_split}', as in the file's name; change one of them")
+                    instance = one.model_dump(exclude={"task", "split"}) | {"instruction": own}
                     yield one.task, {"definition": one.instruction}, file_split or one.split or "train", instance
         except BaditError as error:
             raise BaditError(f"{place}: {error}") from None
@@ -124,18 +109,18 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         raise BaditError(f"{answer}: has no answer (in a dataset with class labels: -1); remove the row")
     renamed = {key: row[column] for key, column in where.columns.items()}
     kept = {key: value for key, value in row.items() if key not in where.columns.values()}
-    row = {key: value for key, value in {**kept, **renamed}.items() if value is not None}
+    present = {key: value for key, value in {**kept, **renamed}.items() if value is not None}
+    row = {key: str(value) if isinstance(value, int | float) else value for key, value in present.items()}
     if "outputs" in row:
         row = {"output": row["outputs"], **row}
     own_task, instruction = row.get("task", row.get("task_name")), where.instruction
-    keys, pair = tuple(map(str, row)), tuple[str, ...]()
-    unused = ("system", "context", "history", "prompt")
-    if not where.columns:
-        for key in ("split", *["instruction"] * ("task" in row), *["task"] * (not where.task)):
-            _refuse_near(key, keys)
+    keys, unused = tuple(map(str, row)), ["system", "context", "history", "prompt"]
+    expected = ["split"] + ["instruction"] * ("task" in row) + ["task"] * (not where.task)
+    for key in () if where.columns else expected:
+        _refuse_near(key, keys)
     if (chat := _chat_of(row)) is not None:
         # Next to messages, a prompt repeats the first one in some public datasets.
-        found, pair, unused = list(_answers(chat, where.turns)), ("messages",), ("instruction", "context", "history")
+        found, pair, unused = list(_answers(chat, where.turns)), ("messages",), ["instruction", "context", "history"]
         instruction = renamed.get("instruction") or instruction
     elif "instruction" in row and "output" in row:
         others = [key for key in row if key not in _KEYS]
@@ -159,15 +144,12 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         _refuse_near("output", keys)
         fix = "name the columns with data.columns.input=COLUMN data.columns.output=COLUMN"
         raise BaditError(f"unknown form of row: found {', '.join(map(str, row)):.200}; {fix}")
-    for key in unused if pair and not where.columns else ():
+    for key in () if where.columns else unused:
         if row.get(key) and key not in pair:
             raise BaditError(f"{key}: not used in a row with {' and '.join(pair)}; remove it, or set data.columns")
     split, identity = row.get("split") or None, str(row.get("id", "")) or None
-    about: dict[str, Any] = {
-        "task": where.task or (name if own_task is None else own_task),
-        "split": SPLIT_NAMES.get(split, split) if isinstance(split, str) else split,
-        "instruction": instruction,
-    }
+    task = where.task or (name if own_task is None else own_task)
+    about: dict[str, Any] = {"task": task, "split": SPLIT_NAMES.get(str(split), split), "instruction": instruction}
     for number, (history, content, outputs) in enumerate(found):
         own_id = f"{identity}-{number}" if identity and number else identity
         yield _Row.model_validate(about | {"id": own_id, "history": history, "input": content, "output": outputs})
