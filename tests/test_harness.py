@@ -181,7 +181,8 @@ def _apart(tmp_path, monkeypatch):
 def evaluated(model, arguments, tasks, batch_size=4):
     """Evaluates both tasks; returns the log-likelihoods of the choices, and the generations."""
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    options = {"batch_size": batch_size, "device": "cpu", "bootstrap_iters": 0, "task_manager": manager}
+    device = "cpu" if model == "hf" else None  # hf needs CUDA by default
+    options = {"batch_size": batch_size, "device": device, "bootstrap_iters": 0, "task_manager": manager}
     results = lm_eval.simple_evaluate(model, arguments, tasks=["toy_choice", "toy_answer"], **options)
     samples = {name: sorted(found, key=lambda each: each["doc_id"]) for name, found in results["samples"].items()}
     likelihoods = [float(choice[0][0]) for each in samples["toy_choice"] for choice in each["resps"]]

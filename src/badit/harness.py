@@ -23,6 +23,7 @@ from badit.data.prompts import uses_template
 from badit.errors import BaditError, explained
 from badit.evaluate import load_run
 from badit.methods import build_method
+from badit.models import device as accelerator
 from badit.models import resolve_model
 from badit.run import Run
 from badit.trainer import answer_losses
@@ -47,7 +48,7 @@ class BaditLM(_HFLM):
         run: a run's folder, instead of ``pretrained`` and ``peft``: loads the trained model.
         task: the task of all requests, for methods that need each row's task.
         pretrained: a base model that :func:`badit.load_base_model` accepts, or a loaded model.
-        device: the device of a run's model (default: the accelerator, if there is one).
+        device: the device of the model (default: the accelerator, if there is one).
         trust_remote_code: run Python code that comes with the base model.
         options: further options of ``hf``, such as ``peft``, ``dtype``, ``batch_size`` and ``max_length``.
     """
@@ -81,9 +82,8 @@ class BaditLM(_HFLM):
                     pretrained = pretrained.to(device)
         elif isinstance(pretrained, str):
             pretrained = resolve_model(pretrained)
-        if device is not None:
-            options["device"] = device
-        super().__init__(pretrained=pretrained, trust_remote_code=trust_remote_code, **options)
+        device = device or str(accelerator())
+        super().__init__(pretrained=pretrained, device=device, trust_remote_code=trust_remote_code, **options)
         if self.backend != "causal":
             raise BaditError("model_args: pretrained: badit scores causal language models only; use --model hf")
         self._task = task
