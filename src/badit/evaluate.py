@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args
@@ -29,14 +28,13 @@ from badit.files import copy_folder, exclusive, inside, read_json, read_jsonl, w
 from badit.generation import generate_answers
 from badit.methods import build_method
 from badit.metrics import Prediction, group_by_task, instance_scores, mean_scores
-from badit.recipe import Recipe, RecipeLike, make_recipe
+from badit.recipe import Recipe, RecipeLike, Split, make_recipe
 from badit.results import read_scores
 from badit.run import Run
 from badit.statistics import both_forms
 from badit.train import (
     BASE_MODEL,
     Plan,
-    Split,
     base_model,
     changed_inputs,
     encoded,
@@ -48,8 +46,6 @@ from badit.train import (
 )
 from badit.trainer import answer_losses
 from badit.tuner.prompt import cache_of, drop_last
-
-_PREDICTION = TypeAdapter(Prediction)
 
 
 def train(
@@ -89,10 +85,8 @@ def evaluate(run: Run, *, split: Split | None = None, progress: bool = True, res
     The recipe's own split is written to ``scores.json`` and ``predictions/``, another split to ``scores-SPLIT.json``
     and ``predictions-SPLIT/``. On its own split, a sequence of tasks is scored after each task, and the scores include
     the matrix of these scores. On another split, only the final model is scored. With ``resume``, stages that
-    already have scores are not scored again.
-
-    Raises:
-        BaditError: the run or split does not exist, the adapter is missing or damaged, or the split has no instances.
+    already have scores are not scored again. BaditError if the run or split does not exist, the adapter is missing or
+    damaged, or the split has no instances.
     """
     if split is not None:
         refuse_unknown("split", split, get_args(Split))
@@ -145,60 +139,51 @@ def score_model(
     pairs: list[tuple[Task, Instance]] = [(task, instance) for task in tasks for instance in getattr(task, split)]
     examples = encoded(tokenizer, recipe, pairs, model)
     prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
-    if answer is not None:
-        found, losses = answer(prompts), [None] * len(pairs)
+    if answer is None:
+        answers, losses = _generated(model, tokenizer, recipe, examples, prompts, progress)
     else:
-        without_answers = ({**example, "input_ids": ids} for example, ids in zip(examples, prompts, strict=True))
-        refuse_beyond_model(without_answers, model, more=recipe.evaluation.max_new_tokens)
-        losses = [math.nan] * len(pairs)
-        found = generate_answers(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=recipe.evaluation.max_new_tokens,
-            batch_size=recipe.evaluation.batch_size,
-            progress=progress,
-            tasks=[task.name for task, _ in pairs],
-            prefill=partial(_prefill, model, examples, losses),
-        )
-    for (task, instance), nll in zip(pairs, losses, strict=True):
+        answers, losses = answer(prompts), [None] * len(pairs)
+    predictions = []
+    for (task, instance), prompt, text, nll in zip(pairs, prompts, answers, losses, strict=True):
         if nll is not None and not math.isfinite(nll):
             fix = "the weights are damaged, or model.dtype has too small a range: use bfloat16 or float32"
             raise BaditError(f"task {task.name}, instance {instance.id}: the NLL is not finite; {fix}")
-    predictions = [
-        Prediction(task.name, instance.id, text, tuple(instance.outputs), str(tokenizer.decode(prompt)), nll)
-        for (task, instance), prompt, text, nll in zip(pairs, prompts, found, losses, strict=True)
-    ]
+        shown = str(tokenizer.decode(prompt))
+        predictions.append(Prediction(task.name, instance.id, text, instance.outputs, shown, nll))
     return mean_scores(instance_scores(group_by_task(predictions))), predictions
 
 
-@torch.no_grad()
-def _prefill(
-    model: Any,
-    examples: Sequence[Mapping[str, Any]],
-    losses: list[float],
-    batch: list[int],
-    prompts_BT: torch.Tensor,
-    attended_BT: torch.Tensor,
-) -> dict[str, Any]:
-    """Runs a batch of prompts and references: writes each reference's mean NLL to ``losses``, returns the cache."""
-    references = [torch.tensor(examples[i]["input_ids"][examples[i]["prompt_length"] :]) for i in batch]
-    answers_BA = pad_sequence(references, batch_first=True, padding_value=IGNORED_LABEL).to(model.device)
-    is_answer_BA = answers_BA != IGNORED_LABEL
-    mask = torch.cat([attended_BT, is_answer_BA.long()], dim=1)
-    inputs = {
-        "input_ids": torch.cat([prompts_BT, answers_BA.clamp(min=0)], dim=1),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
-        "labels": torch.cat([torch.full_like(prompts_BT, IGNORED_LABEL), answers_BA], dim=1),
-        "tasks": [examples[i]["task"] for i in batch],
-    }
-    losses_L, row_L, outputs = answer_losses(model, inputs, use_cache=True)
-    sums_B = losses_L.new_zeros(len(batch)).index_add(0, row_L, losses_L)
-    for i, loss in zip(batch, (sums_B / is_answer_BA.sum(dim=1)).tolist(), strict=True):
-        losses[i] = loss
-    cache = cache_of(outputs)
-    return cache if drop_last(cache, answers_BA.shape[1] + 1) else {}
+def _generated(
+    model: Any, tokenizer: Any, recipe: Recipe, examples: list[dict[str, Any]], prompts: list[list[int]], progress: bool
+) -> tuple[list[str], list[float]]:
+    """Returns the answers to the prompts, and the mean NLL of each reference, from the same pass over its prompt."""
+    sizes = recipe.evaluation.model_dump(include={"max_new_tokens", "batch_size"})
+    without_answers = ({**example, "input_ids": ids} for example, ids in zip(examples, prompts, strict=True))
+    refuse_beyond_model(without_answers, model, more=sizes["max_new_tokens"])
+    names, losses = [example["task"] for example in examples], [math.nan] * len(examples)
+
+    @torch.no_grad()
+    def prefill(batch: list[int], prompts_BT: torch.Tensor, attended_BT: torch.Tensor) -> dict[str, Any]:
+        references = [torch.tensor(examples[i]["input_ids"][len(prompts[i]) :]) for i in batch]
+        answers_BA = pad_sequence(references, batch_first=True, padding_value=IGNORED_LABEL).to(model.device)
+        is_answer_BA = answers_BA != IGNORED_LABEL
+        mask = torch.cat([attended_BT, is_answer_BA.long()], dim=1)
+        inputs = {
+            "input_ids": torch.cat([prompts_BT, answers_BA.clamp(min=0)], dim=1),
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
+            "labels": torch.cat([torch.full_like(prompts_BT, IGNORED_LABEL), answers_BA], dim=1),
+            "tasks": [names[i] for i in batch],
+        }
+        losses_L, row_L, outputs = answer_losses(model, inputs, use_cache=True)
+        sums_B = losses_L.new_zeros(len(batch)).index_add(0, row_L, losses_L)
+        for i, loss in zip(batch, (sums_B / is_answer_BA.sum(dim=1)).tolist(), strict=True):
+            losses[i] = loss
+        cache = cache_of(outputs)
+        return cache if drop_last(cache, answers_BA.shape[1] + 1) else {}
+
+    answers = generate_answers(model, tokenizer, prompts, **sizes, progress=progress, tasks=names, prefill=prefill)
+    return answers, losses
 
 
 def _score_sequence(run: Run, plan: Plan, progress: bool, resume: bool) -> dict[str, Any]:
@@ -238,11 +223,11 @@ def read_predictions(folder: str | Path) -> list[Prediction]:
 
     BaditError if there are no such files, or a line is not a prediction.
     """
-    predictions = []
+    predictions, form = [], TypeAdapter(Prediction)
     for file in sorted(Path(folder).glob("[!.]*.jsonl")):
         for number, fields in enumerate(read_jsonl(file), start=1):
             with explained(f"{file}: line {number}", fix="evaluate the run again"):
-                predictions.append(_PREDICTION.validate_python(fields))
+                predictions.append(form.validate_python(fields))
     if not predictions:
         raise BaditError(f"predictions {folder}: the folder has no .jsonl files; evaluate the run")
     return predictions
@@ -264,9 +249,7 @@ def validation_loss(run: Run) -> dict[str, Any]:
     """Measures the NLL of the answers per token on the validation split and writes it to ``validation.json``.
 
     Learning rates are chosen by this loss. It needs only forward passes and is far less noisy than generated answers.
-
-    Returns:
-        ``loss``, the mean over tasks, and ``tasks``, the loss of each task, in nats.
+    Returns ``loss``, the mean over tasks, and ``tasks``, the loss of each task, in nats.
     """
     if run.validation_path.is_file():
         return read_json(run.validation_path)
