@@ -26,12 +26,9 @@ Indices = Sequence[int] | np.ndarray
 
 
 class Items(Sequence[Item]):
-    """A sequence of items stored in an Arrow table; each item is created when it is read.
+    """A sequence of items stored in rows of an Arrow table; ``make`` creates an item from its row when it is read.
 
-    Args:
-        table: the table, in memory or memory-mapped; reading a row of a mapped file loads only that part of the file.
-        rows: row numbers of the items, in order.
-        make: creates an item from a row.
+    The table is in memory or memory-mapped. Reading a row of a mapped file loads only that part of the file.
     """
 
     def __init__(self, table: pa.Table, rows: Indices, make: Callable[[dict[str, Any]], Item]) -> None:

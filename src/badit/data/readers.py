@@ -65,14 +65,10 @@ def load_tasks(
 def load_sources(
     sources: Sequence[Source], wanted: Sequence[str] | None = None, weights: Mapping[str, float] | None = None
 ) -> list[Task]:
-    """Reads the tasks of several sources, sorted by name, or those listed in `wanted`, in that order.
+    """Reads the tasks of several sources, with ``wanted`` as ``tasks`` in :func:`load_tasks`.
 
-    Args:
-        wanted: as ``tasks`` in :func:`load_tasks`.
-        weights: additional factors on the weights of tasks, by name or number.
-
-    Raises:
-        BaditError: invalid data, a task that occurs in two sources, or a weight for an unknown task.
+    ``weights`` are additional factors on the weights of tasks, by name or number. BaditError for invalid data, a task
+    that occurs in two sources, or a weight for an unknown task.
     """
     found: dict[str, Task] = {}
     for source in sources:
