@@ -124,7 +124,7 @@ class BaditLM(_HFLM):
         batch |= {"attention_mask": mask_BT, "position_ids": mask_BT.cumsum(dim=1) - 1}
         precision = self.mixed_precision_dtype
         with torch.autocast(self.device.type, dtype=precision, enabled=precision is not None):
-            losses_L, row_L, outputs = answer_losses(self.model, batch, self.model)
+            losses_L, row_L, outputs = answer_losses(self.model, batch)
         greedy_L = outputs.logits[0].argmax(dim=-1) == batch["labels"][batch["labels"] != -100]
         lengths = row_L.bincount().tolist()
         parts = zip(losses_L.split(lengths), greedy_L.split(lengths), strict=True)
