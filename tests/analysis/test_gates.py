@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 
 from analysis import naive_experts as naive
 from analysis.naive_experts import BATCHES, METHODS, ROWS, TASKS
-from badit.analysis.gates import active_experts, changed_gates, gates_frame, marked_experts, prompt_gates
-from badit.analysis.interference import coactivation
+from badit.analysis.gates import active_experts, changed_gates, gates_frame, prompt_gates
+from badit.analysis.interference import coactivation, marked_experts
 from badit.baselines.branches import OLoraConfig
 from badit.errors import BaditError
 from tuner import helpers
@@ -47,7 +47,7 @@ def test_gates_at_step_0_are_neutral_and_an_error_restores_the_layers(tiny_model
     assert not any("gates" in vars(layer) for layer in naive.layers(model))
     gates = prompt_gates(model, BATCHES)
     np.testing.assert_allclose(gates.means, 1, atol=1e-6)
-    assert not any(mask.any() for masks in marked_experts(gates).values() for mask in masks.values())
+    assert not any(marked_TU.any() for marked_TU in marked_experts(gates).values())
 
 
 def test_table_has_mean_and_standard_deviation_over_prompts(tiny_model):
@@ -68,13 +68,15 @@ def test_marked_experts_have_a_mean_gate_above_neutral(tiny_model, layers, sizes
     modules = rf".*(layers\.[{layers}]\.mlp\.(gate|up)_proj|layers\.1\.self_attn\.o_proj)"
     gates = prompt_gates(helpers.adapted(tiny_model("llama"), target_modules=modules), BATCHES)
     marked = marked_experts(gates)
-    for t, task in enumerate(TASKS):
-        assert {layer: len(mask) for layer, mask in marked[task].items()} == sizes
-        for layer, mask in marked[task].items():
+    assert {layer: marked_TU.shape for layer, marked_TU in marked.items()} == {
+        k: (3, size) for k, size in sizes.items()
+    }
+    for t in range(len(TASKS)):
+        for layer, marked_TU in marked.items():
             own = [gates.means[t, m] for m, (of_layer, _) in enumerate(gates.modules) if of_layer == layer]
-            assert mask.tolist() == [bool(gate > 1) for gates_K in own for gate in gates_K]
-    assert 0 < sum(int(mask.sum()) for masks in marked.values() for mask in masks.values()) < 3 * 15
-    counts, by_task, pairs = coactivation({"experts": marked, "parameters": {task: {} for task in TASKS}}, "")
+            assert marked_TU[t].tolist() == [bool(gate > 1) for gates_K in own for gate in gates_K]
+    assert 0 < sum(int(marked_TU.sum()) for marked_TU in marked.values()) < 3 * 15
+    counts, by_task, pairs = coactivation(TASKS, {"experts": marked, "parameters": {}}, "")
     assert set(counts["layer"]) == set(by_task["layer"]) == sizes.keys()
     assert set(pairs["kind"]) == {"experts"}, "a kind without units is left out"
 

@@ -3,6 +3,7 @@
 import math
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -73,7 +74,9 @@ vectors = st.lists(st.lists(st.floats(-4, 4, width=16), min_size=3, max_size=3),
 def test_agreement_matches_naive_formulas(of_a, of_b):
     instances = [torch.tensor(of).double() for of in (of_a, of_b[:4])]
     sums_R = torch.stack([of[half::2].sum(dim=0) for of in instances for half in (0, 1)])
-    found = interference.agreement((sums_R @ sums_R.T)[None], torch.tensor([[3.0, 2.0], [2.0, 2.0]]).double())
+    counts_T2, pairs_2E = torch.tensor([[3.0, 2.0], [2.0, 2.0]]).double(), torch.tensor([[0], [1]])
+    of_pairs, of_tasks = interference.agreement((sums_R @ sums_R.T)[None], counts_T2, pairs_2E)
+    found = of_pairs | of_tasks
     assert not any((found[name].abs() > 1).any() for name in ("cosine", "corrected_cosine", "reliability"))
     a, b = (of.mean(dim=0) for of in instances)
     if min(float(v.norm()) for v in (a, b, *sums_R)) <= 1e-3:
@@ -81,7 +84,7 @@ def test_agreement_matches_naive_formulas(of_a, of_b):
     expected = {"cosine": naive.cosine(a, b), "magnitude_similarity": naive.magnitude(a, b)}
     if min(abs(float(sums_R[0] @ sums_R[1])), abs(float(sums_R[2] @ sums_R[3]))) > 1e-6:
         expected["corrected_cosine"] = naive.corrected(*instances)
-    assert {name: float(found[name][0, 0, 1]) for name in expected} == pytest.approx(expected, abs=1e-6, nan_ok=True)
+    assert {name: float(found[name][0, 0]) for name in expected} == pytest.approx(expected, abs=1e-6, nan_ok=True)
     assert float(found["norm"][0, 0]) == pytest.approx(float(a.norm()), abs=1e-6)
     assert float(found["reliability"][0, 1]) == pytest.approx(naive.cosine(*sums_R[2:]), abs=1e-6)
 
@@ -118,7 +121,7 @@ def test_large_sketches_match_naive_tables(tiny_model, kind, monkeypatch):
     places = naive.places(model)
     parameters = dict(model.named_parameters())
     expected_places = {id(parameters[name]): place for place, names in places.items() for name in names}
-    assert {id(item.parameter): item.place for item in interference.measured_parameters(model)} == expected_places
+    assert {id(p): place for place, p, _ in interference.measured_parameters(model)} == expected_places
     assert layer_and_module("base_model.adapter") == (-1, "adapter"), "outside of the layers"
     assert len([place for place in places if place[0] == "weights"]) == 2 * (4 if kind == "gpt2" else 7)
     assert len([place for place in places if place[0] == "adapter"]) == 2 * (kind in ("badit", "lora"))
@@ -165,15 +168,18 @@ def test_hooks_and_gradients_are_removed_and_nonfinite_losses_are_refused(tiny_m
 
 def test_at_most_one_gradient_is_stored_and_sketches_have_a_bounded_size(tiny_model):
     model, held = tiny_model("llama"), []
-    parameters = [item.parameter for item in interference.measured_parameters(model)]
+    parameters = [parameter for _, parameter, _ in interference.measured_parameters(model)]
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(
             lambda _: held.append(sum(p.grad is not None for p in model.parameters()))
         )
     interference_tables(model, naive.make_examples({"a": 2, "b": 1}))
     assert held == [1] * (3 * len(parameters))
-    sketches = interference.TaskGradients(model, [1] * 50, 8, ExitStack())._sketches
-    assert sum(sketch.sums_RM.numel() for sketch in sketches) <= len(parameters) * 2 * 50 * 8
+    sketches = interference.TaskGradients(model, [1] * 50, 8, ExitStack()).sketches
+    assert (
+        sum(sketch.sums_RM.numel() for of_place in sketches.values() for sketch in of_place)
+        <= len(parameters) * 2 * 50 * 8
+    )
 
 
 # --- shared units ---
@@ -185,8 +191,8 @@ def test_coactivation_matches_naive_counts(data):
     widths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     layers = [st.lists(st.booleans(), min_size=width, max_size=width) for width in widths]
     marks = data.draw(st.dictionaries(st.sampled_from("cabd"), st.tuples(*layers), min_size=1))
-    marked = {name: dict(enumerate(map(torch.tensor, layers))) for name, layers in marks.items()}
-    frames = interference.coactivation({"experts": marked, "neurons": marked}, "about")
+    marked = {layer: np.array([of_task[layer] for of_task in marks.values()]) for layer in range(len(widths))}
+    frames = interference.coactivation(list(marks), {"experts": marked, "neurons": marked}, "about")
     for frame, rows in zip(frames, naive.coactivation("experts", marks).values(), strict=True):
         assert_same_rows(frame, rows + [["neurons", *row[1:]] for row in rows])
     for _, of_layer in frames[0].groupby(["kind", "layer"]):

@@ -5,8 +5,7 @@ mean over the experts: 1 is neutral, K means that only one expert is used. If ea
 prompt's gates are the mean over its positions, without padding and answer.
 Batches are grouped by task; each has ``input_ids``, ``attention_mask``, ``labels`` (B, T) and ``tasks``.
 
-Shape suffixes: B = rows, T = positions, N = components, M = adapted modules, K = experts, P = prompts of one task,
-U = experts of all of a layer's modules.
+Shape suffixes: B = rows, T = positions, N = components, M = adapted modules, K = experts, P = prompts of one task.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,8 +34,6 @@ from badit.tuner.layer import ExpertLinear
 from badit.tuner.model import TaskBatches
 from badit.tuner.prompt import before_first_label
 
-# Rounding tolerance: an expert is marked only if its mean gate exceeds 1 by more than this.
-_ROUNDING = 1e-6
 #: The file with the fixed gates, in the folder of an export.
 GATES_FILE = "gates.json"
 #: Training prompts per task for the mean gates. Gates vary little within a task, so few prompts are enough.
@@ -45,8 +42,6 @@ _BATCH_SIZE = 8
 
 #: Maps a module's name to the gates of its K experts as used in the forward pass, not divided by their mean.
 Gates = Mapping[str, Sequence[float]]
-#: Values (U) of the units of each layer, such as whether they are marked.
-ByLayer = Mapping[int, torch.Tensor]
 
 GATES = Table(
     "gates",
@@ -169,15 +164,6 @@ def gates_frame(gates: PromptGates) -> pd.DataFrame:
         f"Gates of {each} prompts of each of {len(gates.by_task)} tasks, divided by their mean over the experts: 1 is "
         "neutral, and the number of experts means that only one expert is used.",
     )
-
-
-def marked_experts(gates: PromptGates) -> dict[str, ByLayer]:
-    """Returns, by task and layer, a mask (U,): the experts whose mean gate over the task's prompts is above 1."""
-    layers_M = np.array([layer for layer, _ in gates.modules])
-    return {
-        task: {layer: torch.from_numpy(marked_MK[layers_M == layer].ravel()) for layer in np.unique(layers_M).tolist()}
-        for task, marked_MK in zip(gates.tasks, gates.means > 1 + _ROUNDING, strict=True)
-    }
 
 
 def task_gates(

@@ -12,21 +12,19 @@ h(c, p) = (p + shift_c) mod M, σ(c, p) = s_p t_c. Coordinates of one run never 
 one as rarely as with independent hashing, and the signs make the estimate unbiased.
 
 Co-activation follows Figures 1 and 2 of the paper, arXiv 2605.05676. Each task marks its strongest units, and the tasks
-that mark each unit are counted. If tasks marked units independently, this count would be binomial with the marked share
-p (Poisson-binomial if the shares differ), and |A ∩ B| / |A ∪ B| of two tasks would be p / (2 − p).
-A neuron is an output of the MLP's gate projection (its first projection if it has no gate), before the activation
-function. Its score for a task is its mean over all positions of all instances. Assumptions: the blocks of parameters
-over which the paper averages squared gradients are rows of weight matrices; "top 10 %" applies to each layer.
+that mark each unit are counted. Assumptions: the blocks of parameters over which the paper averages squared gradients
+are rows of weight matrices; "top 10 %" applies to each layer. An MLP without a gate projection has the neurons of its
+first projection.
 
-Shape suffixes: N = coordinates, M = buckets, T = tasks, R = 2T half-tasks in task order, U = units of a layer or rows
-of a weight, A = units of all layers, P = places (a kind, layer and module), E = pairs of tasks.
+Shape suffixes: N = coordinates, M = buckets (of gates: adapted modules), T = tasks, R = 2T half-tasks in task order,
+U = units of a layer or rows of a weight, K = experts, P = places (a kind, layer and module), E = pairs of tasks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,9 +34,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from badit.analysis.gates import ByLayer, PromptGates, marked_experts, span
+from badit.analysis.gates import PromptGates, span
 from badit.analysis.tables import COUNT, INDEX, SHARED, Column, Table, layer_and_module
-from badit.baselines.neurons import top_neurons
 from badit.data import on_device
 from badit.errors import BaditError
 from badit.trainer import answer_losses
@@ -50,6 +47,10 @@ SKETCH_SIZE = 16384
 # The share of a layer's units that a task marks.
 SHARE = 0.1
 
+# Rounding tolerance: an expert is marked only if its mean gate exceeds 1 by more than this.
+_ROUNDING = 1e-6
+
+Marks = Mapping[int, np.ndarray]  # by layer, which tasks mark its units, (T, U)
 Place = tuple[str, int, str]  # "weights" or "adapter", the layer, the module's name within the layer
 
 GRADIENT_PAIRS = Table("gradient_pairs", "task_a task_b layer module cosine magnitude_similarity")
@@ -102,30 +103,25 @@ def measure_interference(
 ) -> list[pd.DataFrame]:
     """Returns the gradient tables and the co-activation tables of "neurons", "parameters" and, with gates, "experts".
 
-    Args:
-        model: a causal language model in evaluation mode, optionally with a PEFT adapter. The ``requires_grad`` of its
-            parameters is changed.
-        batches: by task, its instances, each a batch of one row: ``input_ids``, ``attention_mask`` and ``labels``
-            (−100 except for the answer), (1, T), and optionally ``tasks``, with the task's name.
-        gates: the gates of the tasks' prompts.
-        progress: show a progress bar.
+    ``model`` is a causal language model in evaluation mode, optionally with a PEFT adapter; the ``requires_grad`` of
+    its parameters is changed. ``batches`` has each task's instances, each a batch of one row. ``gates`` are those of
+    the same tasks.
     """
-    sizes = [len(of_task) for of_task in batches.values()]
+    tasks, sizes = list(batches), [len(of_task) for of_task in batches.values()]
     parameter = next(model.parameters())
-    sums: dict[int, Any] = {}  # by layer: sum of a task's outputs over all positions
+    outputs_TU: dict[int, torch.Tensor] = {}  # by layer: sums over all positions
+    positions_T = torch.zeros(len(tasks), dtype=torch.long)
 
     def add(layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        sums[layer] = sums.get(layer, 0) + output.detach().flatten(0, -2).sum(dim=0, dtype=torch.float32)
+        sum_U = output.detach().flatten(0, -2).sum(dim=0, dtype=torch.float32)
+        outputs_TU.setdefault(layer, sum_U.new_zeros(len(tasks), len(sum_U)))[gradients.row // 2] += sum_U
 
-    marked: dict[str, dict[str, ByLayer]] = {"neurons": {}, "parameters": {}}
     with ExitStack() as hooks, torch.enable_grad():
         gradients = TaskGradients(model, sizes, SKETCH_SIZE, hooks)
         bar = hooks.enter_context(tqdm(total=sum(sizes), desc="Gradients", disable=not progress))
         for layer, projection in enumerate(_first_projections(model)):
             hooks.callback(projection.register_forward_hook(partial(add, layer)).remove)
         for number, (task, of_task) in enumerate(batches.items()):
-            sums.clear()
-            positions = 0
             for index, instance in enumerate(of_task):
                 gradients.row = 2 * number + index % 2
                 losses_L, _, _ = answer_losses(model, on_device(instance, parameter.device))
@@ -133,10 +129,10 @@ def measure_interference(
                     reason = "the dtype may overflow: use float32" if len(losses_L) else "no answer tokens: remove it"
                     raise BaditError(f"task {task}, instance {index}: the loss is not finite; {reason}")
                 losses_L.mean().backward()
-                positions += instance["input_ids"].numel()
+                positions_T[number] += instance["input_ids"].numel()
                 bar.update()
-            marked["neurons"][task] = _strongest({layer: sums[layer].cpu() / positions for layer in sorted(sums)})
-            marked["parameters"][task] = _strongest(gradients.row_scores(number))
+    neurons = {layer: outputs_TU[layer].cpu() / positions_T[:, None] for layer in sorted(outputs_TU)}
+    marked = {"neurons": _strongest(neurons), "parameters": _strongest(gradients.row_scores())}
     data = f"Measured on {len(sizes)} tasks with {span(sizes)} instances each."
     about_gradients = (
         f"{data} A task's gradient is the mean over its instances of the gradient of the answer's mean cross-entropy, "
@@ -152,7 +148,7 @@ def measure_interference(
     if gates is not None:
         marked["experts"] = marked_experts(gates)
         about_units += " Experts: those whose mean gate over a task's prompts is above neutral."
-    return [*gradient_frames(list(batches), gradients, about_gradients), *coactivation(marked, about_units)]
+    return [*gradient_frames(tasks, gradients, about_gradients), *coactivation(tasks, marked, about_units)]
 
 
 def _first_projections(model: nn.Module) -> list[nn.Module]:
@@ -172,24 +168,35 @@ def _first_projections(model: nn.Module) -> list[nn.Module]:
     return [module for _, module in found]
 
 
-def _strongest(scores: ByLayer) -> ByLayer:
-    """Returns, for each layer's scores (U,), a mask of the units that a task marks."""
-    return {layer: top_neurons({"layer": scores_U}, SHARE)["layer"] for layer, scores_U in scores.items()}
+def _strongest(scores: Mapping[int, torch.Tensor]) -> Marks:
+    marks = {}
+    for layer, scores_TU in scores.items():
+        count = max(1, round(SHARE * scores_TU.shape[1]))
+        best = scores_TU.argsort(dim=1, descending=True, stable=True)[:, :count]
+        marks[layer] = torch.zeros(scores_TU.shape, dtype=torch.bool).scatter(1, best, True).numpy()
+    return marks
 
 
-def coactivation(marked: Mapping[str, Mapping[str, ByLayer]], about: str) -> list[pd.DataFrame]:
+def marked_experts(gates: PromptGates) -> Marks:
+    """Marks the experts of a layer's modules whose mean gate over a task's prompts is above 1."""
+    layers_M = np.array([layer for layer, _ in gates.modules])
+    marked_TMK = gates.means > 1 + _ROUNDING
+    by_layer = {layer: marked_TMK[:, layers_M == layer] for layer in np.unique(layers_M).tolist()}
+    return {layer: of_layer.reshape(len(of_layer), -1) for layer, of_layer in by_layer.items()}
+
+
+def coactivation(tasks: Sequence[str], marked: Mapping[str, Marks], about: str) -> list[pd.DataFrame]:
     """Returns the tables coactivation, coactivation_tasks and coactivation_pairs.
 
-    ``marked`` has, by kind of unit and by task, a boolean mask (U,) of each layer. ``about`` says how they were
-    measured. A kind without layers is left out.
+    ``marked`` has the marks by kind of unit, ``about`` says how they were measured. A kind without layers is left out.
     """
     counts, by_task, pairs = [], [], []
-    for kind, masks in marked.items():
-        tasks, layers = list(masks), next(iter(masks.values()))
-        layers_TU = {each: torch.stack([mask[each] for mask in masks.values()]).cpu().numpy() for each in layers}
+    order = sorted(range(len(tasks)), key=tasks.__getitem__)
+    for kind, layers in marked.items():
         if not layers:
             continue
-        for layer, marked_TU in layers_TU.items():
+        total_T, both_2TT = 0, 0  # marked units, and those that two tasks mark: observed and expected
+        for layer, marked_TU in layers.items():
             tasks_U, sizes_T, units = marked_TU.sum(axis=0), marked_TU.sum(axis=1), marked_TU.shape[1]
             shares = np.bincount(tasks_U, minlength=len(tasks) + 1) / units
             chances = np.ones(1)  # probabilities of 0, 1, …, T marks
@@ -199,15 +206,10 @@ def coactivation(marked: Mapping[str, Mapping[str, ByLayer]], about: str) -> lis
             exclusive_T, universal = (marked_TU & (tasks_U == 1)).sum(axis=1), (tasks_U == len(tasks)).sum()
             of_tasks = zip(tasks, sizes_T, exclusive_T, strict=True)
             by_task += [(kind, task, layer, size, exclusive, universal) for task, size, exclusive in of_tasks]
-        marked_TA = np.concatenate(list(layers_TU.values()), axis=1).astype(np.float64)
-        sizes_T = marked_TA.sum(axis=1)
-        # Each layer has its own marked shares, so the expected counts are summed over the layers.
-        expected_TT = sum(np.outer(m.sum(axis=1), m.sum(axis=1)) / m.shape[1] for m in layers_TU.values())
+            total_T = total_T + sizes_T
+            both_2TT = both_2TT + np.stack([marked_TU.astype(float) @ marked_TU.T, np.outer(sizes_T, sizes_T) / units])
         with np.errstate(invalid="ignore"):  # NaN where neither task marks a unit
-            overlap_TT, chance_TT = (
-                both_TT / (sizes_T[:, None] + sizes_T - both_TT) for both_TT in (marked_TA @ marked_TA.T, expected_TT)
-            )
-        order = sorted(range(len(tasks)), key=tasks.__getitem__)
+            overlap_TT, chance_TT = both_2TT / (total_T[:, None] + total_T - both_2TT)
         pairs += [(kind, tasks[a], tasks[b], overlap_TT[a, b], chance_TT[a, b]) for a, b in combinations(order, 2)]
     return [
         COACTIVATION.frame(counts, about),
@@ -216,31 +218,24 @@ def coactivation(marked: Mapping[str, Mapping[str, ByLayer]], about: str) -> lis
     ]
 
 
-class MeasuredParameter(NamedTuple):
-    """A parameter and its place in the model."""
+def measured_parameters(model: nn.Module) -> Iterator[tuple[Place, nn.Parameter, int | None]]:
+    """Yields the weights of the linear layers, then the adapter's parameters, each in model order.
 
-    place: Place
-    parameter: nn.Parameter
-    in_dim: int | None = None  # dimension of the input features; None for an adapter's parameters
-
-
-def measured_parameters(model: nn.Module) -> list[MeasuredParameter]:
-    """Returns the weights of the linear layers, then the adapter's parameters, each in model order."""
+    With each, its place and the dimension of a weight's input features (None for an adapter's parameters).
+    """
     # PEFT starts the names of an adapter's modules and parameters with a prefix such as lora_.
     own: Any = f".{model.base_model.prefix}" if isinstance(model, PeftModel) else None
-    found = []
     for name, module in model.named_modules():
         layer, below = layer_and_module(name)
-        if layer < 0 or (own and own in name) or not isinstance(module, (nn.Linear, Conv1D)):
-            continue
-        weight: Any = module.weight
-        if not is_quantised(module):  # a quantised weight has no gradient
-            found.append(MeasuredParameter(("weights", layer, below), weight, 0 if isinstance(module, Conv1D) else 1))
+        of_adapter = own is not None and own in name
+        # A quantised weight has no gradient.
+        if layer >= 0 and isinstance(module, (nn.Linear, Conv1D)) and not (of_adapter or is_quantised(module)):
+            weight: Any = module.weight
+            yield ("weights", layer, below), weight, 0 if isinstance(module, Conv1D) else 1
     for name, parameter in model.named_parameters() if own else ():
         above, mark, _ = name.partition(own)
         if mark:
-            found.append(MeasuredParameter(("adapter", *layer_and_module(f"{above}.adapter")), parameter))
-    return found
+            yield ("adapter", *layer_and_module(f"{above}.adapter")), parameter, None
 
 
 class TaskGradients:
@@ -251,42 +246,41 @@ class TaskGradients:
     """
 
     def __init__(self, model: nn.Module, instances: Sequence[int], sketch_size: int, hooks: ExitStack) -> None:
-        self._measured = measured_parameters(model)
         self.counts_T2 = torch.tensor([[n - n // 2, n // 2] for n in instances], dtype=torch.float64)
         self.row = 0
+        self.sketches: dict[Place, list[SketchedSums]] = {}
+        self._squares: dict[int, list[torch.Tensor]] = {}  # by layer, (T, U) of each weight
         generator = torch.Generator().manual_seed(0)
         model.requires_grad_(False)
-        self._sketches, self._squares = [], {}
-        for i, (_, p, in_dim) in enumerate(self._measured):
-            self._sketches.append(SketchedSums(p.numel(), 2 * len(instances), sketch_size, generator, p.device))
+        for place, p, in_dim in measured_parameters(model):
+            sketch, squares_TU = SketchedSums(p.numel(), 2 * len(instances), sketch_size, generator, p.device), None
+            self.sketches.setdefault(place, []).append(sketch)
             if in_dim is not None:
-                self._squares[i] = torch.zeros(len(instances), p.shape[1 - in_dim], device=p.device)
-            hooks.callback(p.requires_grad_(True).register_post_accumulate_grad_hook(partial(self._take, i)).remove)
+                squares_TU = torch.zeros(len(instances), p.shape[1 - in_dim], device=p.device)
+                self._squares.setdefault(place[1], []).append(squares_TU)
+            take = partial(self._take, sketch, squares_TU, in_dim)
+            hooks.callback(p.requires_grad_(True).register_post_accumulate_grad_hook(take).remove)
 
     @torch.no_grad()
-    def _take(self, index: int, parameter: torch.Tensor) -> None:
+    def _take(self, sketch: "SketchedSums", squares_TU: Any, in_dim: int | None, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad.float(), None
-        self._sketches[index].add(self.row, gradient.flatten())
-        if index in self._squares:
-            self._squares[index][self.row // 2] += gradient.square().mean(dim=self._measured[index].in_dim)
+        sketch.add(self.row, gradient.flatten())
+        if squares_TU is not None:
+            squares_TU[self.row // 2] += gradient.square().mean(dim=in_dim)
 
     def grams(self) -> tuple[list[Place], torch.Tensor]:
         """Returns the places that have a gradient, weights first, and the half-tasks' inner products (P, R, R)."""
-        grams: dict[Place, torch.Tensor] = {}
-        for item, sketch in zip(self._measured, self._sketches, strict=True):
-            grams[item.place] = grams.get(item.place, 0) + sketch.gram()
+        grams: dict[Place, Any] = {place: sum(each.gram() for each in self.sketches[place]) for place in self.sketches}
         places = sorted((place for place in grams if grams[place].any()), key=lambda p: (p[0] != "weights", p[1]))
         if not places:
             raise BaditError("model: no weights with a gradient; load it without quantisation or with an adapter")
         return places, torch.stack([grams[place] for place in places])
 
-    def row_scores(self, task: int) -> ByLayer:
-        """Returns, by layer, the mean squared gradient of every row of its weights (U,), over the task's instances."""
-        layers: dict[int, list[torch.Tensor]] = {}
-        for index, squares_TU in self._squares.items():
-            layers.setdefault(self._measured[index].place[1], []).append(squares_TU[task].cpu())
-        return {layer: torch.cat(layers[layer]) / self.counts_T2[task].sum().float() for layer in sorted(layers)}
+    def row_scores(self) -> dict[int, torch.Tensor]:
+        """Returns, by layer, the mean squared gradient of each row of its weights over each task's instances (T, U)."""
+        counts_T1 = self.counts_T2.sum(dim=1, keepdim=True).float()
+        return {layer: torch.cat(self._squares[layer], dim=1).cpu() / counts_T1 for layer in sorted(self._squares)}
 
 
 class SketchedSums:
@@ -320,70 +314,65 @@ class SketchedSums:
         return sums_RM @ sums_RM.T
 
 
-def agreement(gram_PRR: torch.Tensor, counts_T2: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Computes how well the tasks' gradients agree, from inner products of the halves' sums; NaN where undefined.
+def agreement(
+    gram_PRR: torch.Tensor, counts_T2: torch.Tensor, pairs_2E: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Returns how well the gradients of pairs of tasks agree (P, E), and the tasks' norms and reliabilities (P, T).
 
-    Returns:
-        cosine: (P, T, T), cos(g_a, g_b) of the mean gradients.
-        corrected_cosine: (P, T, T), ⟨g_a, g_b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩), with a_1 and a_2 the means over the even and
-            the odd instances (Spearman's correction for attenuation). Undefined if ⟨a_1, a_2⟩ or ⟨b_1, b_2⟩ is ≤ 0.
-        magnitude_similarity: (P, T, T), 2 |g_a| |g_b| / (|g_a|² + |g_b|²) (Yu et al. 2020, arXiv 2001.06782).
-        norm: (P, T), |g|; reliability: (P, T), cos(a_1, a_2).
+    They are computed from inner products of the halves' sums; NaN where undefined. If a_1 and a_2 are the means of a
+    task's gradients over its even and its odd instances, the reliability is cos(a_1, a_2) and the corrected cosine is
+    ⟨a, b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩) (Spearman's correction for attenuation). Yu et al. 2020, arXiv 2001.06782, define
+    the magnitude similarity.
     """
-    counts_R, counts_T = counts_T2.flatten(), counts_T2.sum(dim=1)
-
-    def by_half(values_PRR: torch.Tensor) -> torch.Tensor:
-        return values_PRR.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
-
-    def outer(values_PT: torch.Tensor) -> torch.Tensor:
-        return values_PT[:, :, None] * values_PT[:, None, :]
-
+    counts_T, (a_E, b_E) = counts_T2.sum(dim=1), pairs_2E
+    gram_PT2T2 = gram_PRR.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
     # All inner products of an empty half are 0, and those of its mean are 0 / 0 = NaN.
-    within_P22T = by_half(gram_PRR / counts_R[:, None] / counts_R).diagonal(dim1=-4, dim2=-2)
-    means_PTT = by_half(gram_PRR).sum(dim=(-3, -1)) / (counts_T[:, None] * counts_T)
+    within_P22T = (gram_PT2T2 / counts_T2[:, :, None, None] / counts_T2).diagonal(dim1=1, dim2=3)
     between_PT = within_P22T[:, 0, 1]
+    means_PTT = gram_PT2T2.sum(dim=(2, 4)) / (counts_T[:, None] * counts_T)
+    means_PE = means_PTT[:, a_E, b_E]
     squared_PT = means_PTT.diagonal(dim1=-2, dim2=-1)
-    norms_PTT = outer(squared_PT.sqrt())
+    norm_PT = squared_PT.sqrt()
+    norms_PE = norm_PT[:, a_E] * norm_PT[:, b_E]
     noiseless_PT = torch.where(between_PT > 0, between_PT, torch.nan).sqrt()
-    return {
-        "cosine": (means_PTT / norms_PTT).clamp(-1, 1),
-        "corrected_cosine": (means_PTT / outer(noiseless_PT)).clamp(-1, 1),
-        "magnitude_similarity": 2 * norms_PTT / (squared_PT[:, :, None] + squared_PT[:, None, :]),
-        "norm": squared_PT.sqrt(),
-        "reliability": (between_PT / (within_P22T[:, 0, 0] * within_P22T[:, 1, 1]).sqrt()).clamp(-1, 1),
+    of_pairs = {
+        "cosine": (means_PE / norms_PE).clamp(-1, 1),
+        "corrected_cosine": (means_PE / (noiseless_PT[:, a_E] * noiseless_PT[:, b_E])).clamp(-1, 1),
+        "magnitude_similarity": 2 * norms_PE / (squared_PT[:, a_E] + squared_PT[:, b_E]),
     }
+    reliability_PT = between_PT / (within_P22T[:, 0, 0] * within_P22T[:, 1, 1]).sqrt()
+    return of_pairs, {"norm": norm_PT, "reliability": reliability_PT.clamp(-1, 1)}
 
 
 def gradient_frames(tasks: Sequence[str], gradients: TaskGradients, about: str) -> list[pd.DataFrame]:
     """Returns the tables gradient_pairs, gradient_overall, gradient_summary and gradient_tasks."""
     order = sorted(range(len(tasks)), key=tasks.__getitem__)
-    pairs = pd.DataFrame(combinations([tasks[t] for t in order], 2), columns=["task_a", "task_b"])
-    first_E, second_E = torch.tensor(order)[torch.triu_indices(len(order), len(order), offset=1)]
+    pairs_2E = torch.tensor(order)[torch.triu_indices(len(order), len(order), offset=1)]
+    pairs = pd.DataFrame(np.array(tasks)[pairs_2E.T.numpy()], columns=["task_a", "task_b"])
+    single = pd.DataFrame({"task": tasks, "instances": gradients.counts_T2.sum(dim=1).numpy()})
     found, gram_PRR = gradients.grams()
     places = pd.DataFrame(found, columns=["parameters", "layer", "module"])
     kinds = pd.DataFrame({"parameters": places["parameters"].unique()})
     # Inner products of whole gradients are sums over the places.
     of_kind = [gram_PRR[(places["parameters"] == kind).tolist()].sum(dim=0) for kind in kinds["parameters"]]
-    single = agreement(gram_PRR, gradients.counts_T2)
-    whole = agreement(torch.stack(of_kind), gradients.counts_T2)
+    pairs_by_place, tasks_by_place = agreement(gram_PRR, gradients.counts_T2, pairs_2E)
+    pairs_by_kind, tasks_by_kind = agreement(torch.stack(of_kind), gradients.counts_T2, pairs_2E)
 
-    def by_pair(rows: pd.DataFrame, values: dict[str, torch.Tensor]) -> pd.DataFrame:
-        names = ("cosine", "corrected_cosine", "magnitude_similarity")
-        flat = {name: values[name][:, first_E, second_E].flatten().numpy() for name in names}
-        return rows.merge(pairs, how="cross").assign(**flat)
+    def crossed(rows: pd.DataFrame, columns: pd.DataFrame, values: Mapping[str, torch.Tensor]) -> pd.DataFrame:
+        flat = {name: each.flatten().numpy() for name, each in values.items()}
+        return rows.merge(columns, how="cross").assign(**flat)
 
-    cosine_PE, magnitude_PE = (single[name][:, first_E, second_E] for name in ("cosine", "magnitude_similarity"))
+    cosine_PE = pairs_by_place["cosine"]
     means = {
         "conflict_rate": (cosine_PE < 0).double().masked_fill(cosine_PE.isnan(), torch.nan),
         "mean_cosine": cosine_PE,
-        "mean_magnitude_similarity": magnitude_PE,
-        "reliability": single["reliability"],
+        "mean_magnitude_similarity": pairs_by_place["magnitude_similarity"],
+        "reliability": tasks_by_place["reliability"],
     }
-    summary = places.assign(**{name: values.nanmean(dim=1).numpy() for name, values in means.items()})
-    by_task = kinds.merge(pd.DataFrame({"task": tasks}), how="cross").assign(
-        **{name: whole[name].flatten().numpy() for name in ("norm", "reliability")},
-        instances=gradients.counts_T2.sum(dim=1).repeat(len(kinds)).numpy(),
-    )
-    rows = {GRADIENT_PAIRS: by_pair(places, single), GRADIENT_OVERALL: by_pair(kinds, whole)}
-    rows |= {GRADIENT_SUMMARY: summary, GRADIENT_TASKS: by_task}
-    return [table.frame(of_table, about) for table, of_table in rows.items()]
+    frames = {
+        GRADIENT_PAIRS: crossed(places, pairs, pairs_by_place),
+        GRADIENT_OVERALL: crossed(kinds, pairs, pairs_by_kind),
+        GRADIENT_SUMMARY: places.assign(**{name: each.nanmean(dim=1).numpy() for name, each in means.items()}),
+        GRADIENT_TASKS: crossed(kinds, single, tasks_by_kind),
+    }
+    return [table.frame(frame, about) for table, frame in frames.items()]
