@@ -74,9 +74,9 @@ def test_prompt_scores_match_naive_and_ignore_a_modules_scale(seed):
     np.testing.assert_allclose(atlas.prompt_scores(gates), scores, atol=1e-5)
     scaled = wrapped({task: values * [[[3.0], [0.5]]] - 1 for task, values in gates.by_task.items()})
     np.testing.assert_allclose(atlas.prompt_scores(scaled), scores, atol=1e-4)
-    texts = {task: [(f"{task}-{p}", f"prompt {p}") for p in range(len(each))] for task, each in gates.by_task.items()}
-    names = [(task, *text) for task in gates.tasks for text in texts[task]]
-    found = atlas.nearest_prompts(gates, texts).itertuples(index=False, name=None)
+    prompts = [(task, task.test) for task in (make_task(name, test=3) for name in gates.tasks)]
+    names = [(task.name, one.id, one.input) for task, instances in prompts for one in instances]
+    found = atlas.nearest_prompts(gates, prompts).itertuples(index=False, name=None)
     best = [(k, p) for k in range(3) for p in np.argsort(-scores[:, k])[:5]]
     assert list(found) == [
         (k, 1 + i % 5, *names[p][:2], pytest.approx(scores[p, k], abs=1e-5), names[p][2])
@@ -143,9 +143,8 @@ def test_planted_abilities_are_recovered():
 @pytest.mark.parametrize("known", [True, False])
 def test_atlas_includes_recovery_only_if_abilities_are_known(tiny_model, known):
     model = helpers.adapted(tiny_model("llama"))
-    own = {task: [(f"{task}-{i}", f"text {i}") for i in range(3)] for task in TASKS}
-    tasks = [make_task(task, abilities=("lookup",) if known else ()) for task in TASKS]
-    tables = atlas.ability_atlas(model, BATCHES, prompt_gates(model, BATCHES), own, tasks)
+    tasks = [make_task(task, test=3, abilities=("lookup",) if known else ()) for task in TASKS]
+    tables = atlas.ability_atlas(model, BATCHES, prompt_gates(model, BATCHES), [(task, task.test) for task in tasks])
     names = ["gates", "gate_similarity", "expert_losses", "nearest_prompts", "abilities", "ability_recovery"]
     assert [table.attrs["name"] for table in tables] == names[: 6 if known else 5]
     assert all(len(table) for table in tables)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from badit.analysis.atlas import ability_atlas
+from badit.analysis.atlas import Prompts, ability_atlas
 from badit.analysis.gates import active_experts, prompt_gates
 from badit.analysis.interference import measure_interference
 from badit.analysis.learning import component_flow, expert_angles, held_out_angles, task_gap, transfer
@@ -99,9 +99,7 @@ def analyze(
     return output
 
 
-def _parts(
-    recipe: Recipe, chosen: Sequence[tuple[Task, Sequence[Instance]]], progress: bool
-) -> dict[str, Callable[[], list[pd.DataFrame]]]:
+def _parts(recipe: Recipe, chosen: Prompts, progress: bool) -> dict[str, Callable[[], list[pd.DataFrame]]]:
     """Loads the model and returns, by part, the function that measures the part's tables."""
     run = Run.at(recipe.output)
     model, tokenizer = load_run(run, recipe)
@@ -119,8 +117,7 @@ def _parts(
     def experts() -> list[pd.DataFrame]:
         if gates is None:
             return []
-        texts = {task.name: [(instance.id, instance.input) for instance in found] for task, found in chosen}
-        atlas = ability_atlas(model, batches, gates, texts, [task for task, _ in chosen], progress=progress)
+        atlas = ability_atlas(model, batches, gates, chosen, progress=progress)
         unseen = all(instances[0] not in task.train[:1] for task, instances in chosen)
         held_out = held_out_angles(model, batches, progress=progress) if unseen else None
         return [expert_angles(run, held_out), component_flow(run), *atlas]
@@ -134,7 +131,6 @@ def _parts(
 
 
 def _chosen(task: Task, count: int, *, trained: bool) -> Sequence[Instance]:
-    """Returns the first instances of a split with at least two; for a trained model, the training split comes last."""
     for split in (task.validation, task.test, task.train) if trained else (task.train, task.validation, task.test):
         if len(split) >= 2:
             return split[:count]

@@ -1,14 +1,12 @@
 """The ability atlas: each task's gates, its loss with each expert disabled, and the prompts with the largest gates.
 
-Expert k stands for the experts k of all adapted modules together. Disabling an expert sets its gates to 0 and leaves
-the other gates unchanged. In methods whose experts start as parts of the pretrained weight, it also removes the
-expert's part of that weight.
+Expert k stands for the experts k of all adapted modules together.
 
-Shape suffixes: T = tasks, P = prompts (of one task), M = adapted modules, K = experts, L = answer tokens, S = states of
-the model (all experts, then each one disabled), R = the original order of the tasks, then permutations, E = task pairs.
+Shape suffixes: T = tasks, P = prompts (of one task), M = adapted modules, K = experts, S = states of the model (all
+experts, then each one disabled), R = the original order of the tasks, then permutations, E = task pairs.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -19,7 +17,7 @@ from tqdm import tqdm
 
 from badit.analysis.gates import PromptGates, active_experts, changed_gates, gates_frame
 from badit.analysis.tables import EXPERT, INDEX, TEXT, Column, Table
-from badit.data import Task
+from badit.data import Instance, Task
 from badit.evaluate import prompt_losses
 from badit.tuner.model import TaskBatches
 
@@ -33,7 +31,7 @@ _NO_CHANGE = 0.005  # nats per token
 _LEAST_LEAD = 0.25  # the largest change must exceed the mean by more than this share of the mean
 _PERMUTATIONS, _SEED = 10_000, 0
 
-Texts = Mapping[str, Sequence[tuple[str, str]]]
+Prompts = Sequence[tuple[Task, Sequence[Instance]]]
 
 GATE_SIMILARITY = Table(
     "gate_similarity",
@@ -80,12 +78,12 @@ ABILITY_RECOVERY = Table(
 
 
 def ability_atlas(
-    model: Any, batches: TaskBatches, gates: PromptGates, texts: Texts, tasks: Sequence[Task], *, progress: bool = False
+    model: Any, batches: TaskBatches, gates: PromptGates, prompts: Prompts, *, progress: bool = False
 ) -> list[pd.DataFrame]:
     """Returns all tables of the atlas, from one forward pass over the batches and another for each disabled expert.
 
-    Losses are measured on ``batches``. ``gates`` has the same tasks in the same order, optionally more prompts, whose
-    ids and texts are in ``texts``. ``ability_recovery`` needs at least two tasks, all with known abilities.
+    ``prompts`` has the tasks with the instances of ``batches`` and ``gates``, in the same order. ``ability_recovery``
+    needs at least two tasks, all with known abilities.
     """
     losses_TS, errors_TK = expert_losses(model, batches, progress=progress)
     losses_frame = EXPERT_LOSSES.frame(
@@ -97,11 +95,11 @@ def ability_atlas(
         "Loss of each task with one expert's gates set to 0 in every layer and the other gates unchanged. If the "
         "expert started as a part of the pretrained weight, that part is removed too.",
     )
-    abilities = expert_abilities(gates, losses_TS[:, 1:] - losses_TS[:, :1], errors_TK)
-    frames = [gates_frame(gates), gate_similarity(gates), losses_frame, nearest_prompts(gates, texts), abilities]
-    known = {task.name: task.abilities for task in tasks}
-    if len(gates.tasks) > 1 and all(known.get(task) for task in gates.tasks):
-        frames.append(ability_recovery(similarity(gates), [known[task] for task in gates.tasks]))
+    summary = expert_abilities(gates, losses_TS[:, 1:] - losses_TS[:, :1], errors_TK)
+    frames = [gates_frame(gates), gate_similarity(gates), losses_frame, nearest_prompts(gates, prompts), summary]
+    abilities = [task.abilities for task, _ in prompts]
+    if len(abilities) > 1 and all(abilities):
+        frames.append(ability_recovery(similarity(gates), abilities))
     return frames
 
 
@@ -122,19 +120,19 @@ def gate_similarity(gates: PromptGates) -> pd.DataFrame:
     )
 
 
-def nearest_prompts(gates: PromptGates, texts: Texts) -> pd.DataFrame:
+def nearest_prompts(gates: PromptGates, prompts: Prompts) -> pd.DataFrame:
     """Returns the prompts with the largest gates for each expert, relative to the other prompts."""
-    prompts = [(task, *text) for task in gates.tasks for text in texts[task]]
+    about = [(task.name, instance) for task, instances in prompts for instance in instances]
     rows = []
     for expert, scores_P in enumerate(prompt_scores(gates).T):
         # If all prompts have the same gates for an expert, it has no nearest prompts.
         nearest = np.argsort(-scores_P, kind="stable")[:_NEAREST] if scores_P.any() else ()
         for rank, p in enumerate(nearest, start=1):
-            task, instance, text = prompts[p]
-            rows.append((expert, rank, task, instance, scores_P[p], text[:_SHOWN_CHARACTERS]))
+            task, instance = about[p]
+            rows.append((expert, rank, task, instance.id, scores_P[p], instance.input[:_SHOWN_CHARACTERS]))
     return NEAREST_PROMPTS.frame(
         rows,
-        f"The {_NEAREST} of {len(prompts)} prompts with the largest gates for each expert. A prompt's score is its "
+        f"The {_NEAREST} of {len(about)} prompts with the largest gates for each expert. A prompt's score is its "
         "gate, standardised over all prompts and averaged over the modules.",
     )
 
@@ -194,9 +192,8 @@ def _standing_out(value_T: np.ndarray, error_T: np.ndarray) -> list[int]:
 def ability_recovery(similarity_TT: np.ndarray, abilities: Sequence[Collection[str]]) -> pd.DataFrame:
     """Returns how well the similarity of the tasks' gates agrees with the tasks' known abilities.
 
-    Both measures are compared with their values under permutations of the tasks' sets of abilities. The correlation is
-    over pairs of tasks, between gate similarity (T, T) and the Jaccard overlap of abilities. Its p-value is that of
-    Mantel's test (1967, Cancer Research 27), since pairs that share a task are not independent.
+    The p-value of the correlation is that of Mantel's test (1967, Cancer Research 27), since pairs that share a task
+    are not independent.
     """
     tasks, sets = np.arange(len(abilities)), [set(each) for each in abilities]
     overlap_TT = np.array([[len(a & b) / len(a | b) for b in sets] for a in sets])
