@@ -8,7 +8,7 @@ From the paper: the score, the selection by share, masked gradients. Assumptions
 over its answer tokens; absolute values are averaged over all attended positions of all examples; neurons of all layers
 are ranked together; the last projection's bias is frozen. Omitted: the weighting of neurons in continual fine-tuning.
 
-Shape suffixes: B = rows, T = positions, F = neurons of a layer, L = labels that are predicted.
+Shape suffixes: B = rows, T = positions, F = neurons of a layer, L = labels that are predicted, V = vocabulary.
 """
 
 from collections.abc import Iterable, Mapping
@@ -56,17 +56,31 @@ def neuron_scores(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) 
     model must have no adapters. The gradients of its parameters are not changed.
     """
     mlps = _mlps(model)
-    totals: dict[str, torch.Tensor] = {}
+    totals: dict[str, Any] = dict.fromkeys(mlps, 0)
+    outputs: dict[str, torch.Tensor] = {}
     positions = 0
-    training = model.training
-    model.eval()  # without dropout, and without gradient checkpointing, which would run the hooks twice
-    try:
+
+    def keep(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        outputs[name] = args[0].requires_grad_()  # in a frozen model, the first would not require a gradient
+
+    with ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        model.eval()  # without dropout, and without gradient checkpointing, which would run the hooks twice
+        for name, mlp in mlps.items():
+            stack.callback(mlp.last.register_forward_pre_hook(partial(keep, name)).remove)
         for batch in batches:
-            for name, sums_F in _score_sums(model, mlps, batch).items():
-                totals[name] = sums_F + totals.get(name, 0)
+            texts = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+            targets_BT = batch["labels"].to(model.device)[:, 1:]
+            labelled_BT = targets_BT != _IGNORED_LABEL
+            logits_LV = model(**texts, use_cache=False).logits[:, :-1][labelled_BT].float()
+            losses_L = F.cross_entropy(logits_LV, targets_BT[labelled_BT], reduction="none")
+            # The sum of the examples' mean cross-entropies: an example's activations affect only its own loss.
+            loss = (losses_L / labelled_BT.sum(dim=1)[labelled_BT.nonzero()[:, 0]]).sum()
+            gradients = zip(outputs.items(), torch.autograd.grad(loss, list(outputs.values())), strict=True)
+            for (name, output_BTF), gradient_BTF in gradients:  # that of padding is 0
+                totals[name] += (gradient_BTF.float() * output_BTF.detach().float()).abs().sum(dim=(0, 1)).cpu()
+            outputs.clear()
             positions += int(batch["attention_mask"].sum())
-    finally:
-        model.train(training)
     return {name: total_F / positions for name, total_F in totals.items()}
 
 
@@ -122,29 +136,3 @@ def _mlps(model: PreTrainedModel) -> dict[str, _Mlp]:
             "gate_proj, up_proj and down_proj, or of c_fc and c_proj, without adapters"
         )
     return found
-
-
-def _score_sums(
-    model: PreTrainedModel, mlps: Mapping[str, _Mlp], batch: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Returns each layer's Σ |∂L/∂ω · ω| (F,) over all positions; padding has no gradient."""
-    outputs: dict[str, torch.Tensor] = {}
-
-    def keep(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        outputs[name] = args[0].requires_grad_()  # in a frozen model, the first would not require a gradient
-
-    with ExitStack() as hooks:
-        for name, mlp in mlps.items():
-            hooks.callback(mlp.last.register_forward_pre_hook(partial(keep, name)).remove)
-        texts = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
-        logits_BTV = model(**texts, use_cache=False).logits
-    # The sum of the examples' mean cross-entropies: an example's activations affect only its own loss.
-    targets_BT = batch["labels"].to(model.device)[:, 1:]
-    labelled_BT = targets_BT != _IGNORED_LABEL
-    row_L = labelled_BT.nonzero()[:, 0]
-    losses_L = F.cross_entropy(logits_BTV[:, :-1][labelled_BT].float(), targets_BT[labelled_BT], reduction="none")
-    gradients = torch.autograd.grad((losses_L / labelled_BT.sum(dim=1)[row_L]).sum(), list(outputs.values()))
-    return {
-        name: (gradient_BTF.float() * output_BTF.detach().float()).abs().sum(dim=(0, 1)).cpu()
-        for (name, output_BTF), gradient_BTF in zip(outputs.items(), gradients, strict=True)
-    }
