@@ -67,33 +67,37 @@ class GatedBranchConfig(BranchConfig):
 class BranchGate(nn.Module):
     """Computes the weights of one adapter's branches from p0, the mean of the token embeddings over the prompt.
 
-    ``down`` (H, D) and ``up`` (D, H), a network of hidden size H, and the current task's ``key`` (D) are trained;
-    ``past_keys`` (K − 1, D) are frozen. There are no submodules, because PEFT expects the adapter's name directly
-    before the tensor's name. ``forward`` of a subclass returns the weights (B, K), with the current branch last.
+    ``down`` (H, D) and ``up`` (D, H), a network of hidden size H, and the current task's ``key`` (D) are trained. There
+    are no submodules, because PEFT expects the adapter's name directly before the tensor's name. ``forward`` of a
+    subclass returns the weights (B, K), with the current branch last.
     """
 
-    past_keys: torch.Tensor
+    #: The tensors of which every task has its own, and the buffers with those of the earlier tasks.
+    kept: ClassVar[dict[str, str]] = {"key": "past_keys"}
 
     def __init__(self, width: int, config: GatedBranchConfig, device: torch.device) -> None:
         super().__init__()
         self.key = nn.Parameter(torch.empty(width, device=device))
         self.down = nn.Parameter(torch.empty(config.gate_hidden_size, width, device=device))
         self.up = nn.Parameter(torch.empty(width, config.gate_hidden_size, device=device))
-        self.register_buffer("past_keys", torch.zeros(config.past_branches, width, device=device))
+        for name, past in self.kept.items():
+            shape = (config.past_branches, *self.get_parameter(name).shape)
+            self.register_buffer(past, torch.zeros(shape, device=device))
         for weight in (self.down, self.up):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
-    @property
-    def keys_KD(self) -> torch.Tensor:
-        return torch.cat([self.past_keys, self.key[None]])
+    def of_all_tasks(self, name: str) -> torch.Tensor:
+        """Returns a tensor named in ``kept`` for all tasks, (K, …)."""
+        return torch.cat([self.get_buffer(self.kept[name]), self.get_parameter(name)[None]])
 
     def start_key(self) -> None:
-        """Initialises the current task's key."""
-        raise NotImplementedError
+        """Initialises the current task's key, uniformly in (−1, 1)."""
+        nn.init.uniform_(self.key, -1, 1)
 
     def next_task(self) -> None:
-        """Freezes a copy of the current task's key and initialises the key again."""
-        self.past_keys = self.keys_KD.detach()
+        """Appends copies of the current task's tensors to the earlier tasks' and initialises the key again."""
+        for name, past in self.kept.items():
+            setattr(self, past, self.of_all_tasks(name).detach())
         self.start_key()
 
 
@@ -280,10 +284,7 @@ class SaptGate(BranchGate):
     def forward(self, prompt_BD: torch.Tensor) -> torch.Tensor:
         silu_BD = F.silu(prompt_BD @ self.down.T @ self.up.T)
         query_BD = F.layer_norm(silu_BD, self.key.shape, self.norm_weight, self.norm_bias)
-        return (query_BD @ self.keys_KD.T / math.sqrt(len(self.key))).softmax(dim=-1)
-
-    def start_key(self) -> None:
-        nn.init.uniform_(self.key, -1, 1)
+        return (query_BD @ self.of_all_tasks("key").T / math.sqrt(len(self.key))).softmax(dim=-1)
 
 
 @baseline("sapt", BranchModel)

@@ -37,31 +37,26 @@ _NEGLIGIBLE = 1e-5  # relative to the norm of all inputs: smaller values are flo
 
 
 class GainLoraGate(BranchGate):
-    """One network and one key per task; ``down`` is G1, ``up`` is G2. Those of earlier tasks are saved buffers."""
+    """One network and one key per task; ``down`` is G1, ``up`` is G2."""
 
-    past_down: torch.Tensor
-    past_up: torch.Tensor
+    kept: ClassVar[dict[str, str]] = {"key": "past_keys", "down": "past_down", "up": "past_up"}
+
     seen_by_down: torch.Tensor  # the projector P of G1, (D, D)
     seen_by_up: torch.Tensor  # of G2, (H, H)
     seen_by_key: torch.Tensor  # of the key, (D, D)
 
     def __init__(self, width: int, config: "GainLoraConfig", device: torch.device) -> None:
         super().__init__(width, config, device)
-        hidden, past = config.gate_hidden_size, config.past_branches
-        self.register_buffer("past_down", torch.zeros(past, hidden, width, device=device))
-        self.register_buffer("past_up", torch.zeros(past, width, hidden, device=device))
-        for name, size in (("down", width), ("up", hidden), ("key", width)):
+        for name, size in (("down", width), ("up", config.gate_hidden_size), ("key", width)):
             self.register_buffer(f"seen_by_{name}", torch.zeros(size, size, device=device))
         self.of_covariance = config.energy == "covariance"
         self._before_update: dict[str, torch.Tensor] = {}
         self.start_key()
 
     def forward(self, prompt_BD: torch.Tensor) -> torch.Tensor:
-        down_KHD = torch.cat([self.past_down, self.down[None]])
-        up_KDH = torch.cat([self.past_up, self.up[None]])
-        hidden_BKH = F.silu(torch.einsum("bd,khd->bkh", prompt_BD, down_KHD))
-        z_BKD = F.silu(torch.einsum("bkh,kdh->bkd", hidden_BKH, up_KDH))
-        cosine_BK = F.cosine_similarity(z_BKD, self.keys_KD, dim=-1)
+        hidden_BKH = F.silu(torch.einsum("bd,khd->bkh", prompt_BD, self.of_all_tasks("down")))
+        z_BKD = F.silu(torch.einsum("bkh,kdh->bkd", hidden_BKH, self.of_all_tasks("up")))
+        cosine_BK = F.cosine_similarity(z_BKD, self.of_all_tasks("key"), dim=-1)
         return (2 * torch.sigmoid(4 * cosine_BK) - 1).abs()
 
     @torch.no_grad()
@@ -79,12 +74,6 @@ class GainLoraGate(BranchGate):
         self.key.copy_(F.normalize(random_D - random_D @ self.seen_by_key, dim=0))
 
     @torch.no_grad()
-    def next_task(self) -> None:
-        super().next_task()
-        self.past_down = torch.cat([self.past_down, self.down[None]])
-        self.past_up = torch.cat([self.past_up, self.up[None]])
-
-    @torch.no_grad()
     def start_task(self, prompt_ND: torch.Tensor) -> None:
         """Sets the key to the leading direction of the task's z among those orthogonal to the earlier tasks' z."""
         z_ND = self._inputs(prompt_ND)["key"]
@@ -95,7 +84,8 @@ class GainLoraGate(BranchGate):
     @torch.no_grad()
     def end_task(self, prompt_ND: torch.Tensor) -> None:
         """Extends the projectors by the inputs of G1, G2 and the key for the finished task's prompts."""
-        share = _SHARE_OF_ENERGY + (1 - _SHARE_OF_ENERGY) * min(len(self.past_keys) / _TASKS_TO_FULL_SHARE, 1)
+        earlier = min(len(self.get_buffer("past_keys")), _TASKS_TO_FULL_SHARE)
+        share = _SHARE_OF_ENERGY + (1 - _SHARE_OF_ENERGY) * (earlier / _TASKS_TO_FULL_SHARE)
         for name, inputs in self._inputs(prompt_ND).items():
             inputs = inputs.double().T @ inputs.double() if self.of_covariance else inputs
             setattr(self, f"seen_by_{name}", grown_projector(self.get_buffer(f"seen_by_{name}"), inputs, share))
@@ -135,7 +125,6 @@ class GainLoraModel(BranchModel):
     """Branches whose gates read each task's prompts and project the update of each optimizer step."""
 
     def _prompts_of(self, batches: TaskBatches) -> torch.Tensor:
-        """Returns p0 (N, D) of all prompts."""
         embeddings, rows = self.model.get_input_embeddings(), []
         for batch in itertools.chain(*batches.values()):
             prompt_mask_BT = batch["attention_mask"].bool() & before_first_label(batch["labels"])
