@@ -73,7 +73,6 @@ _FIX = "delete the file to skip it"
 
 
 def _logged(run: Run, path: Path) -> Iterator[tuple[tuple, dict[str, Any]]]:
-    """Yields the lines of a log of the run, each with its step, layer and module."""
     for line in run.log(path):
         module = line["module"].rpartition(".")[0]  # the last part is the adapter's name
         yield (line["step"], *layer_and_module(module)), line

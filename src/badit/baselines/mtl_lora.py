@@ -70,7 +70,6 @@ class MtlLoraLinear(ExpertLinear):
         return self.badit_lambda[adapter_name][task].to(a_RI) @ a_RI, b_OR
 
     def _tasks_of_rows(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """Returns the task indices (B) of the rows of x (B, …, I)."""
         tasks_B = self.routing.forward_pass().row_tasks.get(adapter_name)
         if tasks_B is None:
             raise BaditError("MTL-LoRA needs each row's task: run it within badit.tuner.hooks_of(model).rows_of(names)")
