@@ -3,7 +3,6 @@
 import math
 from contextlib import ExitStack
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -169,17 +168,13 @@ def test_hooks_and_gradients_are_removed_and_nonfinite_losses_are_refused(tiny_m
 def test_at_most_one_gradient_is_stored_and_sketches_have_a_bounded_size(tiny_model):
     model, held = tiny_model("llama"), []
     parameters = [parameter for _, parameter, _ in interference.measured_parameters(model)]
-    for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(
-            lambda _: held.append(sum(p.grad is not None for p in model.parameters()))
-        )
+    for p in parameters:
+        p.register_post_accumulate_grad_hook(lambda _: held.append(sum(q.grad is not None for q in model.parameters())))
     interference_tables(model, naive.make_examples({"a": 2, "b": 1}))
     assert held == [1] * (3 * len(parameters))
-    sketches = interference.TaskGradients(model, [1] * 50, 8, ExitStack()).sketches
-    assert (
-        sum(sketch.sums_RM.numel() for of_place in sketches.values() for sketch in of_place)
-        <= len(parameters) * 2 * 50 * 8
-    )
+    sketches = interference.TaskGradients(model, [1] * 50, 8, ExitStack()).sketches.values()
+    sizes = [sketch.sums_RM.numel() for of_place in sketches for sketch in of_place]
+    assert sum(sizes) <= len(parameters) * 2 * 50 * 8
 
 
 # --- shared units ---
@@ -191,7 +186,7 @@ def test_coactivation_matches_naive_counts(data):
     widths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     layers = [st.lists(st.booleans(), min_size=width, max_size=width) for width in widths]
     marks = data.draw(st.dictionaries(st.sampled_from("cabd"), st.tuples(*layers), min_size=1))
-    marked = {layer: np.array([of_task[layer] for of_task in marks.values()]) for layer in range(len(widths))}
+    marked = {k: torch.tensor([of_task[k] for of_task in marks.values()]).numpy() for k in range(len(widths))}
     frames = interference.coactivation(list(marks), {"experts": marked, "neurons": marked}, "about")
     for frame, rows in zip(frames, naive.coactivation("experts", marks).values(), strict=True):
         assert_same_rows(frame, rows + [["neurons", *row[1:]] for row in rows])

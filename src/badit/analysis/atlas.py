@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from badit.analysis.gates import PromptGates, active_experts, changed_gates, gates_frame
-from badit.analysis.tables import EXPERT, INDEX, TEXT, Column, Table
+from badit.analysis.tables import INDEX, TEXT, Column, Table
 from badit.data import Instance, Task
 from badit.evaluate import prompt_losses
 from badit.tuner.model import TaskBatches
@@ -40,17 +40,15 @@ GATE_SIMILARITY = Table(
 )
 EXPERT_LOSSES = Table(
     "expert_losses",
-    "task",
-    expert=Column("the disabled expert, counted from 0", EXPERT),
+    "task expert",
     loss="mean loss over the task's answer tokens with all experts, in nats",
     loss_without="the same with the expert disabled",
     change="loss_without minus loss, in nats per token",
 )
 NEAREST_PROMPTS = Table(
     "nearest_prompts",
-    "expert",
+    "expert rank task",
     rank=Column("1 for the prompt with the highest score", INDEX),
-    task=Column("the prompt's task", TEXT),
     instance=Column("the instance's id in the task", TEXT),
     score="mean over modules of the standardised gate",
     prompt=Column(f"the first {_SHOWN_CHARACTERS} characters of the instance's own input", TEXT),

@@ -56,10 +56,9 @@ Place = tuple[str, int, str]  # "weights" or "adapter", the layer, the module's 
 GRADIENT_PAIRS = Table("gradient_pairs", "task_a task_b layer module cosine magnitude_similarity")
 GRADIENT_OVERALL = Table(
     "gradient_overall",
-    "task_a task_b parameters cosine",
+    "task_a task_b parameters cosine corrected_cosine magnitude_similarity",
     corrected_cosine="estimated cosine of the gradients without noise, from two halves of the instances; null if the "
     "reliability is not positive",
-    magnitude_similarity=SHARED["magnitude_similarity"],
 )
 GRADIENT_SUMMARY = Table(
     "gradient_summary",
@@ -71,9 +70,8 @@ GRADIENT_SUMMARY = Table(
 )
 GRADIENT_TASKS = Table(
     "gradient_tasks",
-    "task parameters",
+    "task parameters norm reliability",
     norm="norm of the task's gradient, in nats per token and unit of the parameters",
-    reliability=SHARED["reliability"],
     instances=Column("number of instances that the gradient is averaged over", COUNT),
 )
 COACTIVATION = Table(

@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from badit.analysis.gates import active_experts
-from badit.analysis.tables import COUNT, EXPERT, INDEX, SHARED, TEXT, Column, Table, layer_and_module
+from badit.analysis.tables import COUNT, EXPERT, INDEX, TEXT, Column, Table, layer_and_module
 from badit.data import on_device
 from badit.errors import BaditError, explained
 from badit.method import ExpertAngles, cosine_gram
@@ -32,9 +32,8 @@ from badit.tuner.model import TaskBatches
 
 EXPERT_ANGLES = Table(
     "expert_angles",
+    "step layer module",
     step=Column("step of the regrouping or of the log line; the last step for held-out; null if unknown", COUNT),
-    layer=SHARED["layer"],
-    module=SHARED["module"],
     measured=Column(
         "before or after: the grouping before or after this step's regrouping, on the following steps; training: a "
         "method without regrouping; held-out: the trained adapter on data that it was not trained on",
@@ -47,9 +46,8 @@ EXPERT_ANGLES = Table(
 )
 COMPONENT_FLOW = Table(
     "component_flow",
+    "step layer module",
     step=Column("step of the regrouping", INDEX),
-    layer=SHARED["layer"],
-    module=SHARED["module"],
     from_expert=Column("the expert before, counted from 0", EXPERT),
     to_expert=Column("the expert after, counted from 0", EXPERT),
     components=Column("number of components that moved from from_expert to to_expert; rows with 0 are omitted", COUNT),
@@ -63,8 +61,8 @@ TRANSFER = Table(
 )
 TASK_GAP = Table(
     "task_gap",
+    "method task",
     method=Column("the method's name in the comparison", TEXT),
-    task=SHARED["task"],
     single="Rouge-L of the model trained on this task alone, 0 to 100",
     multi="Rouge-L of the model trained on all tasks, 0 to 100",
     gap="single minus multi, in points; above 0, training with the other tasks lowered the score",

@@ -56,12 +56,13 @@ TABLES: dict[str, "Table"] = {}
 class Table:
     """Declares a table, next to the function that measures it, and registers it by name in :data:`TABLES`.
 
-    The columns are those of :data:`SHARED` named in ``shared``, then ``columns``. A string declares a numeric column.
+    ``first`` names the first columns in order; those not declared in ``columns`` are in :data:`SHARED`. The others of
+    ``columns`` follow. A string declares a numeric column.
     """
 
-    def __init__(self, name: str, shared: str = "", **columns: Column | str) -> None:
+    def __init__(self, name: str, first: str = "", **columns: Column | str) -> None:
         own = {column: Column(each) if isinstance(each, str) else each for column, each in columns.items()}
-        self.name, self.columns = name, {column: SHARED[column] for column in shared.split()} | own
+        self.name, self.columns = name, {column: own.get(column) or SHARED[column] for column in first.split()} | own
         fields: dict[str, Any] = {column: (list[kind], ...) for column, (_, kind) in self.columns.items()}
         self.values = create_model(name, **fields)
         TABLES[name] = self

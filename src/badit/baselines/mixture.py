@@ -15,9 +15,8 @@ The other two initialise A as LoRA does and B_k with zeros; all three initialise
 model adds (1/ρ) · Σ_k (g_k − 1/K) P_k to W, where P_k is the part of W from which expert k starts. This is zero on
 average over evenly used experts. For a single token its norm is at most (1 − 1/K) σ₁/ρ, below a tenth of W's norm σ₁.
 
-GOAT, from the paper: the equations, K 8, top 2, ρ 10, balance loss weight 1e-3. Assumptions: the router's
-initialisation; r 32 (experts of rank 4) and alpha 256 (s = 8), as in LoRAMoE here; the balance loss is that of Switch
-Transformers with both choices of a token counted, summed over layers, as in the released code.
+GOAT's balance loss is that of Switch Transformers with both choices of a token counted, summed over layers, as in the
+released code. Assumptions: the router's initialisation; r 32 (experts of rank 4) and alpha 256, as in LoRAMoE here.
 
 Shape suffixes: K = experts, I/O = in/out features, N = components, L = the attended positions of a batch.
 """
