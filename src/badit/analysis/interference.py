@@ -193,7 +193,8 @@ def coactivation(tasks: Sequence[str], marked: Mapping[str, Marks], about: str) 
     for kind, layers in marked.items():
         if not layers:
             continue
-        total_T, both_2TT = 0, 0  # marked units, and those that two tasks mark: observed and expected
+        # Marked units, and units that two tasks mark, observed and by chance.
+        total_T, both_2TT = np.zeros(len(tasks)), np.zeros((2, len(tasks), len(tasks)))
         for layer, marked_TU in layers.items():
             tasks_U, sizes_T, units = marked_TU.sum(axis=0), marked_TU.sum(axis=1), marked_TU.shape[1]
             shares = np.bincount(tasks_U, minlength=len(tasks) + 1) / units
@@ -204,8 +205,8 @@ def coactivation(tasks: Sequence[str], marked: Mapping[str, Marks], about: str) 
             exclusive_T, universal = (marked_TU & (tasks_U == 1)).sum(axis=1), (tasks_U == len(tasks)).sum()
             of_tasks = zip(tasks, sizes_T, exclusive_T, strict=True)
             by_task += [(kind, task, layer, size, exclusive, universal) for task, size, exclusive in of_tasks]
-            total_T = total_T + sizes_T
-            both_2TT = both_2TT + np.stack([marked_TU.astype(float) @ marked_TU.T, np.outer(sizes_T, sizes_T) / units])
+            total_T += sizes_T
+            both_2TT += np.stack([marked_TU.astype(float) @ marked_TU.T, np.outer(sizes_T, sizes_T) / units])
         with np.errstate(invalid="ignore"):  # NaN where neither task marks a unit
             overlap_TT, chance_TT = both_2TT / (total_T[:, None] + total_T - both_2TT)
         pairs += [(kind, tasks[a], tasks[b], overlap_TT[a, b], chance_TT[a, b]) for a, b in combinations(order, 2)]
@@ -222,10 +223,10 @@ def measured_parameters(model: nn.Module) -> Iterator[tuple[Place, nn.Parameter,
     With each, its place and the dimension of a weight's input features (None for an adapter's parameters).
     """
     # PEFT starts the names of an adapter's modules and parameters with a prefix such as lora_.
-    own: Any = f".{model.base_model.prefix}" if isinstance(model, PeftModel) else None
+    own = f".{model.base_model.prefix}" if isinstance(model, PeftModel) else ""
     for name, module in model.named_modules():
         layer, below = layer_and_module(name)
-        of_adapter = own is not None and own in name
+        of_adapter = own != "" and own in name
         # A quantised weight has no gradient.
         if layer >= 0 and isinstance(module, (nn.Linear, Conv1D)) and not (of_adapter or is_quantised(module)):
             weight: Any = module.weight
