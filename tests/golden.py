@@ -6,8 +6,6 @@
 tests/test_golden.py compares losses with a tolerance, because rounding differs between processors.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

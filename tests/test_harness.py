@@ -221,6 +221,7 @@ def test_methods_that_need_tasks_use_and_require_the_task_argument(trained):
 def test_invalid_arguments_are_refused(trained, task_folder, capsys):
     refuses("give either run=FOLDER or pretrained=MODEL", BaditLM, run="a", pretrained="b")
     refuses("a run has its own adapter", BaditLM, run="a", peft="b")
+    refuses("softmax_dtype: log-likelihoods are always computed in float32", BaditLM, run="a", softmax_dtype="float64")
     run = str(trained(BADIT).path)
     refuses("model_args: device: cannot be used", BaditLM, run=run, device="gpu")
     refuses("--model: is the run", run_command_line, run, ["--model=hf", "--tasks", "toy_choice"])

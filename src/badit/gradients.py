@@ -172,7 +172,7 @@ def rank_and_size() -> tuple[int, int]:
 
 def any_of_all(flag: bool) -> bool:
     """Returns whether the flag is true on any rank."""
-    return bool(gathered(torch.tensor(flag)).any())
+    return flag if rank_and_size()[1] == 1 else bool(gathered(torch.tensor(flag)).any())
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:

@@ -65,6 +65,8 @@ class BaditLM(_HFLM):
     ) -> None:
         if (run is None) == (pretrained is None):
             raise BaditError("model_args: give either run=FOLDER or pretrained=MODEL, optionally with peft=ADAPTER")
+        if options.get("softmax_dtype") is not None:
+            raise BaditError("model_args: softmax_dtype: log-likelihoods are always computed in float32; remove it")
         if run is not None:
             if "peft" in options:
                 raise BaditError("model_args: a run has its own adapter; remove peft, or use pretrained instead of run")

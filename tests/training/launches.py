@@ -52,13 +52,7 @@ def _accelerate(arguments: list[str], processes: int) -> list[str]:
 
 
 class Launches:
-    """Trains a recipe in one or several processes, each run in its own folder.
-
-    Args:
-        recipe_values: a recipe; its dropout, which differs between ranks, is disabled.
-        folder: the parent folder of the runs.
-        forks: the fixture ``processes``.
-    """
+    """Trains a recipe without dropout, which differs between ranks, in processes of ``forks``, each run in a folder."""
 
     def __init__(self, recipe_values: dict[str, Any], folder: Path, forks: Any) -> None:
         self._forks = forks

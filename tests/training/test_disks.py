@@ -1,7 +1,5 @@
 """Commands report a full or read-only disk in one line. Run again with free space, they give the same result.
 
-So do commands that were killed. Killed training runs are tested in test_kills.py.
-
 The disk is a small tmpfs. Where tmpfs cannot be mounted, a limit on file sizes simulates a full disk.
 """
 
