@@ -155,7 +155,7 @@ def export(
     about, weights = Base.of(recipe), checksums(run.adapter_path, "*.safetensors")
     base = about.hub_id or str(Path(recipe.model.name).expanduser().resolve())
     exported: dict[str, Export] = {}
-    unfinished = output.with_name(output.name + ".partial")
+    unfinished = output.with_name(f".{output.name}.badit.partial")  # no user's folder has this name
     with status("exporting"), explained(output, action="written"), exclusive(output):
         try:
             remove(unfinished)
