@@ -13,7 +13,7 @@ from typing import Any
 # Terminal control characters, bidirectional text marks and lone surrogates; not line feeds and tabs.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # torch's writer reports why opening a file failed, but not why writing failed; safetensors ends with "(os error 28)".
-_OPEN_FAILED = re.compile(r"open file failed|\(os error")
+_OPEN_FAILED = re.compile(r"open file failed|cannot be opened|\(os error")
 _WRITE_FAILED = re.compile(r"PytorchStreamWriter failed|inline_container|iostream error")
 _HUB_FIXES = {
     401: "; the token is invalid or expired: run hf auth login",

@@ -151,7 +151,7 @@ def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> S
         q_OP, _ = _new_directions(u_OM, w_OI @ new_IP)
         new_IP, r_MP = _new_directions(v_IM, w_OI.T @ q_OP)
         u_OM, v_IM = torch.cat([u_OM, q_OP], dim=1), torch.cat([v_IM, new_IP], dim=1)
-        r_MM = torch.cat([F.pad(r_MM, (0, 0, 0, block)), r_MP], dim=1)
+        r_MM = torch.cat([torch.cat([r_MM, r_MM.new_zeros(block, len(r_MM))]), r_MP], dim=1)
         left_MM, s_M, right_MM = torch.linalg.svd(r_MM.T)
         u_ON, s_N, v_IN = u_OM @ left_MM[:, :rank], s_M[:rank], v_IM @ right_MM[:rank].T
         residual_N = torch.linalg.vector_norm(w_OI @ v_IN - u_ON * s_N, dim=0)

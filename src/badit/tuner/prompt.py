@@ -32,7 +32,7 @@ from badit.errors import BaditError
 
 _IGNORED_LABEL = -100
 _HELD = "badit_gates"
-_CACHE_NAMES = ("cache", "past_key_values")  # renamed in a release of transformers 5; an output may have both
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of releases of transformers 5; an output may have two
 
 
 class Segments(NamedTuple):
