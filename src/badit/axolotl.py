@@ -1,7 +1,5 @@
 """Axolotl plugin: ``plugins: [badit.axolotl.BaditPlugin]``, ``adapter: badit`` and options under ``badit``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin  # pyright: ignore[reportMissingImports]

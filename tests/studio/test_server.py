@@ -198,8 +198,9 @@ def test_errors_are_one_line_and_reported_before_a_model_is_loaded(monkeypatch, 
     with server.listen(0) as taken:
         host, port = taken.getsockname()
         assert host == "127.0.0.1", "only this machine can reach it"
+        in_use = f"--port: {port} cannot be used (Address already in use); use another port, or 0"
         for arguments, expected in (
-            ([run, f"--port={port}"], "--port: cannot be used (Address already in use"),
+            ([run, f"--port={port}"], in_use),
             ([run, "--port=-1"], "--port: must be from 0 to 65535, not -1"),
             (["no-run", "--port=0"], "no-run: has no config.yaml"),
         ):

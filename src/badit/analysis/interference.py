@@ -36,6 +36,7 @@ from transformers.pytorch_utils import Conv1D
 
 from badit.analysis.gates import PromptGates, span
 from badit.analysis.tables import COUNT, INDEX, SHARED, Column, Table, layer_and_module
+from badit.baselines.neurons import top_neurons
 from badit.data import on_device
 from badit.errors import BaditError
 from badit.trainer import answer_losses
@@ -167,12 +168,10 @@ def _first_projections(model: nn.Module) -> list[nn.Module]:
 
 
 def _strongest(scores: Mapping[int, torch.Tensor]) -> Marks:
-    marks = {}
-    for layer, scores_TU in scores.items():
-        count = max(1, round(SHARE * scores_TU.shape[1]))
-        best = scores_TU.argsort(dim=1, descending=True, stable=True)[:, :count]
-        marks[layer] = torch.zeros(scores_TU.shape, dtype=torch.bool).scatter(1, best, True).numpy()
-    return marks
+    def marks(scores_TU: torch.Tensor) -> np.ndarray:
+        return torch.stack([top_neurons({"units": scores_U}, SHARE)["units"] for scores_U in scores_TU]).numpy()
+
+    return {layer: marks(scores_TU) for layer, scores_TU in scores.items()}
 
 
 def marked_experts(gates: PromptGates) -> Marks:

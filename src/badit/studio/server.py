@@ -81,8 +81,11 @@ def listen(port: int) -> socket.socket:
     """Returns a socket that only this machine can reach; connections wait in it until they are served."""
     if not 0 <= port <= 65535:
         raise BaditError(f"--port: must be from 0 to 65535, not {port}")
-    with explained("--port", action="used", fix="use another port, or 0"):
+    try:
         return socket.create_server((HOST, port))
+    except OSError as error:  # its own text repeats the address
+        reason = os.strerror(error.errno) if error.errno else error
+        raise BaditError(f"--port: {port} cannot be used ({reason}); use another port, or 0") from None
 
 
 def open_browser(url: str) -> None:
