@@ -68,10 +68,12 @@ def test_paper_recipes_have_the_papers_settings_and_differ_only_by_model():
 def test_overrides_set_nested_keys_to_yaml_values():
     overrides = ["training.num_train_epochs=2.5", "training.learning_rate=5e-4", "data.tasks=[a, b]", "method.r=-4"]
     overrides += ["method.regroup=null", "data.seed=1_000", "training.seed=08"]
+    overrides += ["data.instruction=Answer: yes # or no", "data.source=*.csv", 'output="1"']
     recipe = build_recipe({"training": {"num_train_epochs": 1}}, overrides)
     training, data = recipe.training, recipe.data
     assert (training.num_train_epochs, training.learning_rate, training.seed) == (2.5, 5e-4, 8)
-    assert (data.tasks, data.seed) == (["a", "b"], 1000)
+    assert (data.tasks, data.seed, data.source, recipe.output) == (["a", "b"], 1000, "*.csv", "1")
+    assert data.instruction == "Answer: yes # or no", "other values are text"
     assert recipe.method == {"r": -4, "regroup": None}
     # A task can be given by its number.
     tasks = build_recipe({}, ["data.tasks=[363, 073, 002, 089, task511, 0]"]).data.tasks
@@ -90,22 +92,18 @@ def test_invalid_values_are_one_line_errors():
         ({}, ["training.learning_rate=.nan"], r"training\.learning_rate: input should be a finite number"),
         ({}, ["training.learning_rate=yes"], r"training\.learning_rate: must be a number, not true or false"),
         ({}, ["data.weights=true"], r"data\.weights: input should be a valid dict"),
-        ({}, ["data.train_per_task=true"], r"data\.train_per_task: must be a number, not true or false"),
         ({"compare": {"methods": {}, "seeds": [True]}}, [], r"compare\.seeds: must be a number, not true or false"),
         ({}, ["training.label_smoothing_factor=2.0"], r"training\.label_smoothing_factor: input should be less than"),
         ({}, ["data.weights={a: 1e308}"], r"data\.weights\.a: input should be less than or equal to 1000000"),
         ({"training": {1: 2}}, [], r"training\.1: keys should be strings, got 1"),
-        ({}, ["training.max_steps=3000000000"], r"training\.max_steps: input should be less than or equal to"),
         ({"output": "a\0b"}, [], r"output: must be a name or a path"),
         ({"k" * 500: 1}, [], r"^recipe: k{120}: unknown key$"),
         ({}, ["data.source=[{path: a.csv, tsk: b}, c.csv]"], r"^recipe: data\.source\.0\.tsk: .* 'task'\?\)$"),
         ({}, ["data.source=[{task: b}]"], r"^recipe: data\.source\.0\.path: field required$"),
         ({}, ["training.output_dir=x"], "cannot be set in a recipe: set output, the run's folder"),
-        ({}, ["training.fp16=true"], "set model.dtype, or bf16"),
         ({}, ["training.gradient_checkpointing_kwargs={}"], "use_reentrant"),
         ({}, ["training.optim=adamm"], "training\\.optim: input should be 'adamw_torch'"),
         ({}, ["training.adam_beta1=high"], "training\\.adam_beta1: input should be a valid number, got 'high'"),
-        ({}, ["training.dataloader_num_workers=true"], "input should be a valid integer, got True"),
         ({}, ["training.warmup_steps=1.5"], "a whole number of steps, or a fraction of the run below 1, got 1.5"),
     ):
         assert "\n" not in refuses(message, build_recipe, content, overrides)

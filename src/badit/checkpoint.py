@@ -193,8 +193,10 @@ class Checkpoints(TrainerCallback):
 
 
 def checkpoint_being_written(args: Any, state: Any) -> Path:
-    """Returns the folder of the Trainer's checkpoint for the current step."""
-    return Path(args.output_dir) / f"{_PREFIX}{state.global_step}"
+    """Returns the folder of the Trainer's checkpoint for this step; a hyperparameter search has subfolders."""
+    output, name = Path(args.output_dir), f"{_PREFIX}{state.global_step}"
+    trials = output.glob(f"*/{name}") if state.is_hyper_param_search else ()
+    return max(trials, key=os.path.getmtime, default=output / name)
 
 
 def resumed_checkpoint(args: Any, state: Any) -> Path:

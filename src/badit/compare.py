@@ -250,7 +250,7 @@ def find_rate(ladder: Sequence[float], start: float, loss_of: Callable[[float], 
         return losses.get(index, math.inf)
 
     while True:
-        if loss_at(best) > loss_at(best - 1):
+        if loss_at(best) > loss_at(best - 1) or (best and min(losses.values()) == math.inf):
             best -= 1
         elif loss_at(best) > loss_at(best + 1):
             best += 1

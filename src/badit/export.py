@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
@@ -60,7 +61,7 @@ _MORE_THAN_LORA = """use_dora lora_bias modules_to_save trainable_token_indices 
     alora_invocation_tokens arrow_config kasa_config layer_replication bias"""
 # These change the base weight to W − s·B0 A0. PEFT repeats this change whenever such an adapter is loaded.
 _CHANGES_BASE = ("pissa", "olora")
-_KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  # the change of other initialisations is not known
+KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  # the change of other initialisations is not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,11 +173,15 @@ def export(
                     factors = _lora_factors(model, *([method.apply(base_model(recipe)[0])] if changed else []))
                 if merged:
                     if isinstance(model, PeftModel):
+                        modules = dict(model.get_base_model().named_modules())
+                        adapted = {name: one for name, one in modules.items() if isinstance(one, BaseTunerLayer)}
+                        _refuse_shared(model, {name: one.get_base_layer() for name, one in adapted.items()})
                         with explained("the adapter", action="merged", any_error=True):  # NaN in a merged weight
                             model = model.unload() if factors else model.merge_and_unload(safe_merge=True)
                     merge(model, factors)
                     model.save_pretrained(place)
-                    tokenizer.save_pretrained(place)
+                    # Several templates would be files in a subfolder.
+                    tokenizer.save_pretrained(place, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
                 else:
                     factors, facts = _compressed(factors, rank)
                     write_adapter(place, factors, model.get_base_model(), base, recipe.model.revision)
@@ -328,7 +333,7 @@ def beyond_lora(config: Any) -> list[str]:
     names = ["modules_to_save", "bias"] if isinstance(config, ExpertConfig) else _MORE_THAN_LORA.split()
     found = [name for name in names if getattr(config, name, None) not in (None, False, [], "none")]
     initial = getattr(config, "init_lora_weights", True)
-    return found if initial in (*_KEEPS_BASE, *_CHANGES_BASE) else [*found, "init_lora_weights"]
+    return found if initial in (*KEEPS_BASE, *_CHANGES_BASE) else [*found, "init_lora_weights"]
 
 
 def mixture_factors(model: PeftModel, gates: Gates | None, task: str | None = None) -> Factors:
@@ -395,10 +400,17 @@ def write_adapter(folder: Path, factors: Factors, base: nn.Module, name: str, re
 @torch.no_grad()
 def merge(base: nn.Module, factors: Factors) -> None:
     """Adds B A to every weight in float32 and rounds once to the weight's dtype."""
-    owners = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))
+    layers = {name: base_layer(base, name) for name in factors}
+    _refuse_shared(base, layers)
     for name, (a_PI, b_OP) in factors.items():
-        layer = base_layer(base, name)
-        if owners[id(layer.weight)] > 1:
-            raise BaditError(f"{name}: shares its weight with another module; export without --merged")
+        layer = layers[name]
         delta_OI = (b_OP @ a_PI).to(layer.weight.device)
         layer.weight.copy_(layer.weight.float() + (delta_OI.T if isinstance(layer, Conv1D) else delta_OI))
+
+
+def _refuse_shared(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Raises BaditError if one of the layers shares its weight, such as tied embeddings: both would be changed."""
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for name, layer in layers.items():
+        if owners[id(getattr(layer, "weight", None))] > 1:
+            raise BaditError(f"{name}: shares its weight with another module; export without --merged")

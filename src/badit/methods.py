@@ -293,6 +293,8 @@ def build_method(section: Mapping[str, Any]) -> Method:
             options = {**BaditConfig.PAPER, **options}
             regroup = None if regroup is None else {**RegroupOptions.PAPER, **regroup}
     config = _built(name, kind.config_cls, options, kind.fixed)
+    if str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter"):
+        raise BaditError("method.init_lora_weights: pissa_niter is random, and loading would repeat it; use pissa")
     if regroup is not None:
         _built("regroup", RegroupOptions, regroup, {}, "method.regroup")
         if config.top_k is not None and config.top_k < config.num_experts:

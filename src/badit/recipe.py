@@ -241,7 +241,7 @@ def shipped_recipes() -> dict[str, Path]:
 def _or_shipped(path: Path, name: str = "") -> Path:
     """Returns the path or, if there is no such file, that of the recipe of this name that comes with badit."""
     name, shipped = name or str(path), shipped_recipes()
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.suffix in (".yaml", ".yml") or path.is_file():
         return path
     if name not in shipped:
         raise BaditError(f"{name}: no such file, and no recipe of this name comes with badit{nearest(name, shipped)}")
@@ -329,7 +329,7 @@ def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, w
             section = section[part]
             if not isinstance(section, dict):
                 raise BaditError(f"{override!r:.80}: {part} is a single value and has no keys")
-        section[last] = parse_yaml(value, where=override)
+        section[last] = _value(value, override)
     found = list(_unknown_keys(values))
     try:
         recipe = Recipe.model_validate(values)
@@ -339,6 +339,18 @@ def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, w
     except ValidationError as error:
         found += [f"{place}: {problem}" for place, problem in problems(error, values, _known_keys)]
     raise BaditError(*(f"{where}: {problem}" for problem in found))
+
+
+def _value(text: str, override: str) -> Any:
+    """Returns an override's value: YAML in quotes, brackets or braces; a number, true, false or null; other text."""
+    text = text.strip()
+    if text[:1] in {*"[{'\""}:
+        return parse_yaml(text, where=override)
+    try:
+        value = parse_yaml(text, where=override)
+    except BaditError:
+        return text
+    return value if value is None or isinstance(value, int | float) else text
 
 
 def _unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
@@ -378,6 +390,8 @@ def expand_source(source: str) -> str:
     if missing := re.search(r"\$\{?(\w+)", expanded):
         problem = f"the environment variable {missing[1]} is not set; set it, or use data.source=PATH"
         raise BaditError(f"data.source: {problem}")
+    if not expanded.strip():
+        raise BaditError(f"data.source: {source} is empty; set the variable, or use data.source=PATH")
     return os.path.expanduser(expanded)
 
 

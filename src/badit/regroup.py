@@ -168,6 +168,7 @@ def _plus(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
 class Regrouper:
     """Regroups the components of every trainable BADIT adapter of a model in a custom training loop.
 
+        model.train()
         regrouper = Regrouper(model, total_steps=len(loader) * epochs, every=20)
         for batch in loader:
             model(**batch).loss.backward()

@@ -79,26 +79,32 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
-    """Builds the method and reads tasks; BaditError if one has no instances in ``split`` (default: the recipe's)."""
+    """Builds the method and reads tasks; BaditError if one has no instances in ``split`` (default: the recipe's).
+
+    If some tasks have no training instances, as in official split lists, the others need no instances to score.
+    """
     data = recipe.data
     method = build_method(recipe.method)
     method.refuse_recipe(recipe)
     with status("reading the tasks"):
         tasks = data.load()
     split = split or recipe.evaluation.split
-    hold_out = "set data.validation_per_task to hold out some of its training instances"
-    if data.validation_per_task:
-        hold_out = "at least 4 training instances are needed to hold one out; add some, or remove it from data.tasks"
-    score_those = "to score held-out training instances: evaluation.split=validation data.validation_per_task=10"
-    for task in tasks:
-        if not getattr(task, split):
-            fix = score_those if split == "test" else hold_out
-            raise BaditError(f"data: task {task.name} has no {split} instances; {fix}")
-        if recipe.training.eval_strategy != "no" and not task.validation:
-            raise BaditError(f"training.eval_strategy: task {task.name} has no validation instances; {hold_out}")
     untrained = [task.name for task in tasks if not task.train]
     if len(untrained) == len(tasks):
         raise BaditError("data: no task has training instances; add some")
+    score_those = "to score held-out training instances: evaluation.split=validation data.validation_per_task=10"
+    for task in tasks:
+        hold_out = "set data.validation_per_task to hold out some of its training instances"
+        if data.validation_per_task or 0 < len(task.train) < 4:
+            hold_out = (
+                "at least 4 training instances are needed to hold one out; add some, or leave it out of data.tasks"
+            )
+        need_not = untrained and task.train if split == "test" else not task.train
+        if not getattr(task, split) and not need_not:
+            fix = score_those if split == "test" and len(task.train) >= 4 else hold_out
+            raise BaditError(f"data: task {task.name} has no {split} instances; {fix}")
+        if recipe.training.eval_strategy != "no" and task.train and not task.validation:
+            raise BaditError(f"training.eval_strategy: task {task.name} has no validation instances; {hold_out}")
     if data.order is not None:
         tasks = ordered(tasks, data.order)
         if untrained:
@@ -367,6 +373,8 @@ def base_model(recipe: Recipe, *, dtype: Dtype | None = None) -> tuple[PreTraine
     ends = known if isinstance(known, list) else [known]
     if end not in ends:
         model.generation_config.eos_token_id = [one for one in ends if one is not None] + [end]
+    if not model.generation_config.do_sample:  # transformers saves no changed configuration with unused settings
+        vars(model.generation_config).update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
     return model, tokenizer
 
 

@@ -96,6 +96,7 @@ class AnswerTrainer(Trainer):
 
     create_scheduler = _names_section(Trainer.create_scheduler)
     get_train_dataloader = _names_section(Trainer.get_train_dataloader)
+    set_initial_training_values = _names_section(Trainer.set_initial_training_values)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -277,11 +278,17 @@ class _StepCallback(TrainerCallback):
         hooks_of(kwargs["model"]).after_update()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (
+            args.eval_strategy == "epoch"
+        ):  # in the epoch's last step, so that a checkpoint of it includes the evaluation
+            ended = state.epoch % 1 == 0 or state.global_step >= state.max_steps
+            control.should_evaluate = ended and args.eval_delay <= state.epoch
         # Log the last step and every evaluated step; save every evaluated step if the best model is loaded at the end.
         control.should_log |= control.should_evaluate or state.global_step >= state.max_steps
         control.should_save |= control.should_evaluate and args.load_best_model_at_end
 
-    on_epoch_end = on_step_end
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, model = self._trainer, kwargs["model"]

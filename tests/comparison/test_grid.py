@@ -160,8 +160,8 @@ def test_lowest_rate_within_the_margin_is_selected_and_ties_keep_the_start():
     losses = dict(zip(LADDER, [1.43, 1.405, 1.40, 1.42, *[9.0] * len(LADDER)], strict=False))
     assert find_rate(LADDER, LADDER[2], losses.__getitem__, 0.01) == LADDER[1]
     assert find_rate(LADDER, LADDER[2], losses.__getitem__, 0.004) == LADDER[2]
-    for tie in ([1, 1, 1], [math.inf, math.nan, math.inf]):
-        assert walk(tie, 1) == (1, [1, 0, 2])
+    assert walk([1, 1, 1], 1) == (1, [1, 0, 2])
+    assert walk([2, 1, math.inf, math.nan], 3) == (1, [3, 2, 1, 0]), "a search leaves rates that diverge"
 
 
 @st.composite

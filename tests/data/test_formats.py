@@ -28,7 +28,7 @@ def task_of(path, **options):
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "arrow", "json", "jsonl", "saved"])
 def test_same_rows_give_the_same_tasks_in_every_format(tmp_path, suffix):
-    capitals, sums = load_tasks(write_rows(tmp_path / f"rows.{suffix}", *ROWS))
+    capitals, sums = load_tasks(write_rows(tmp_path / f"rows [1].{suffix}", *ROWS))
     assert (capitals.name, capitals.definition) == ("capitals", "Name the capital.")
     assert capitals.train == (
         Instance(id="capitals-0", input="France", outputs=("Paris",)),
@@ -94,7 +94,12 @@ def test_files_of_one_name_are_refused_and_links_have_their_own(tmp_path):
 
 
 def test_file_names_in_a_folder_or_glob_set_splits_and_tasks(tmp_path):
-    for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "val.csv", "test.jsonl"):
+    for name in (
+        "train-00000-of-00002.parquet",
+        "train-00001-of-00002-a09b74b3ef9c3b56.parquet",
+        "Val.csv",
+        "test.jsonl",
+    ):
         write_rows(tmp_path / name, HELLO)
     task = task_of(tmp_path)
     assert (task.name, len(task.train), len(task.validation), len(task.test)) == (tmp_path.name, 2, 1, 1)
@@ -172,7 +177,9 @@ def test_all_turns_become_instances_with_their_own_prompts(tmp_path):
 def test_long_chats_drop_the_oldest_messages_first():
     tokenizer = make_tokenizer(chat_template=CHATML)
     turns = [("user", "first question"), ("assistant", "first answer"), ("user", "second"), ("assistant", "reply")]
-    instance = Instance(id="x", input="third", outputs=("end",), history=(("system", "Brief."), *turns))
+    instance = Instance(
+        id="x", input="third", outputs=("end",), history=(("system", "Brief."), ("developer", "Calm."), *turns)
+    )
     task = Task(name="chat", definition=None, train=(instance,))
     seen = set()
     for most in range(8, 120):
@@ -181,6 +188,7 @@ def test_long_chats_drop_the_oldest_messages_first():
         kept = [content for _, content in turns if f"\n{content}<" in text]
         assert kept == [content for _, content in turns][len(turns) - len(kept) :]
         seen.add(len(kept))
+        assert not kept or ("Brief." in text and "Calm." in text)
     assert seen == {0, 2, 4}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from badit import plan
 from badit.data import Instance, Source, Task, builtin_tasks, load_sources, load_tasks
 from badit.errors import BaditError
 from data.examples import CHAT, refusal, write_rows
@@ -94,6 +95,7 @@ def test_superni_split_lists_and_the_default_of_100_test_instances(official):
     assert (tasks[0].test[0].id, tasks[0].train[0].id) == ("x0", "x100")
     write_lists(official / "splits" / "mine", "task3_c", "task2_b")
     assert sizes(load_tasks(official)) == {"task2_b": (0, 0, 100), "task3_c": (130, 0, 0)}
+    assert "130 training, 100 test" in repr(plan(data={"source": str(official)})), "tasks score the model of others"
     write_lists(official / "splits" / "more", "", "")
     assert "2 split lists and no 'default'" in refusal(official)
     write_lists(official / "splits" / "default", "task1_a\nmissing\n", "task2_b\n\n")
@@ -104,7 +106,6 @@ def test_superni_split_lists_and_the_default_of_100_test_instances(official):
 
 
 def test_missing_sources_and_corrupt_tables_are_refused(tmp_path):
-    assert "no tasks found" in refusal(tmp_path)
     assert "no tasks found; expected rows in files" in refusal(tmp_path, format="sapt")
     assert "no such file or folder" in refusal(tmp_path / "nowhere")
     assert "did you mean 'superni'" in refusal(tmp_path, format="supernu")
@@ -173,16 +174,16 @@ def test_invalid_rows_are_refused_with_their_line_number(tmp_path):
         ([LINE, ["France", "Paris"]], "line 2: must be an object with keys, not ['France', 'Paris']"),
         ([same, same], "task 'capitals': train: two instances have the id 'same'"),
         ([{"instruction": "a", "inptu": "b", "output": "c"}], "line 1: found 'inptu', did you mean 'input'?"),
-        ([{"task": "a", "instruction": "b", "ouput": "d"}], "line 1: found 'ouput', did you mean 'output'?"),
         ([{"messages": CHAT[:2]}], "line 1: messages: there is no assistant message"),
         ([{"messages": [CHAT[0], CHAT[2]]}], "line 1: messages.1: an assistant message must follow a user message"),
         ([{"messages": "[]"}], "line 1: messages: must be a list of messages, not '[]'"),
-        ([{"task": "a", "instrution": "b", "input": "c", "output": "d"}], "line 1: found 'instrution', did you mean"),
         ([{"task": "a", "input": "c", "output": "d", "spilt": "test"}], "line 1: found 'spilt', did you mean 'split'?"),
         ([{"context": "b", "question": "c", "answer": "d"}], "line 1: context: not used in a row with question and an"),
         ([{"instruction": "b", "system": "c", "output": "d"}], "line 1: system: not used in a row with instruction"),
         ([{"messages": CHAT, "context": "b"}], "line 1: context: not used in a row with messages; remove it"),
         ([{"messages": CHAT, "instruction": "b"}], "line 1: instruction: not used in a row with messages"),
+        ([{"messages": CHAT, "tools": ["f"]}], "line 1: tools: not used in a row with messages"),
+        ([{"messages": [{**CHAT[0], "tool_calls": ["f"]}]}], "line 1: messages.0: must have a role and text as"),
         ([{"messages": ["Hi"]}], "line 1: messages.0: must have a role and text as content"),
     ):
         file = write_rows(tmp_path / "rows.jsonl", *rows)

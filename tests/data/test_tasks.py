@@ -64,7 +64,7 @@ def test_held_out_draw_is_deterministic_and_depends_on_seed_and_name():
 
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
 def test_no_training_prompt_contains_an_answer_that_is_held_out(tmp_path, system):
-    turn = [{"role": "user", "content": "q{} {}"}, {"role": "assistant", "content": "a{} {}"}]
+    turn = [{"role": "user", "content": "q {1}"}, {"role": "assistant", "content": "a{} {}"}]
     chats = [
         {"messages": system + [{**m, "content": m["content"].format(c, t)} for t in range(3) for m in turn]}
         for c in range(8)

@@ -107,6 +107,8 @@ def test_best_model_of_epochs_is_kept_with_checkpoints_at_other_steps(recipe, lo
     run = Run(epochs.output)
     best = int(run.metrics.dropna(subset="eval_loss").set_index("step")["eval_loss"].idxmin())
     assert {best, best + 10} < set(map(step_of, run.checkpoints_path.iterdir()))
+    at_best = on("on_step_end", lambda state, _: state.global_step == best and signal.raise_signal(signal.SIGINT))
+    assert_resumes(recipe("stopped", **BEST | {"eval_strategy": "epoch"}), fit(epochs, progress=False), at_best)
 
 
 def test_run_that_saves_only_the_best_stops_at_an_evaluated_step_without_a_new_best(recipe, lowest_at):

@@ -135,6 +135,9 @@ def _gates_of_prompts(model: Any, experts: Sequence[Experts], of_task: Iterable[
     def keep(one: Experts, gates: torch.Tensor) -> torch.Tensor:
         # OPT flattens batch and positions into one dimension before its MLP.
         by_row = gates.unflatten(0, prompt_BT.shape) if gates.ndim == 2 else gates
+        if by_row.shape[1] not in (1, prompt_BT.shape[1]):
+            problem = "does not see every position, so its gates cannot be measured"
+            raise BaditError(f"{one.layer.name}: {problem}; leave it out of target_modules, or use export --gates")
         gates_BTK = by_row.float().expand(*prompt_BT.shape, -1)
         kept[one.layer.name].append(prompt_mean(gates_BTK, prompt_BT.to(gates.device)).cpu())
         return gates

@@ -88,12 +88,16 @@ def arrow_table(
         with FileLock(f"{path}.lock"):  # only one process writes the table
             if not path.is_file():
                 partial = path.with_suffix(".partial")
-                with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-                    for batch in batches:
-                        writer.write_batch(batch)
-                sync(partial)
-                write_json(path.with_suffix(".json"), notes)
-                partial.replace(path)
+                try:
+                    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+                        for batch in batches:
+                            writer.write_batch(batch)
+                    sync(partial)
+                    write_json(path.with_suffix(".json"), notes)
+                    partial.replace(path)
+                finally:
+                    partial.unlink(missing_ok=True)
+    with explained(path, action="read", fix="delete it", any_error=True):
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all(), read_json(path.with_suffix(".json"))
 
 

@@ -132,13 +132,13 @@ def _truncated(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, most: int) ->
 
 
 def _recent_messages(tokenizer: PreTrainedTokenizerBase, history: Messages, most: int) -> Messages:
-    """Returns the system message, if it fits in `most` tokens, and the latest messages that fit in the rest."""
+    """Returns the messages before the first user message if they fit in `most` tokens, and the latest that also fit."""
     lengths = [len(ids) for ids in token_ids(tokenizer, [content for _, content in history])]
-    system = history[:1] if history and history[0][0] == "system" and lengths[0] <= most else ()
-    left = most - sum(lengths[: len(system)])
-    # Many templates require a user message first.
-    starts = (i for i in range(len(system), len(history)) if history[i][0] == "user" and sum(lengths[i:]) <= left)
-    return system + history[next(starts, len(history)) :]
+    users = [i for i, (role, _) in enumerate(history) if role == "user"]  # many templates require one of these first
+    first = next(iter(users), len(history))
+    before = history[:first] if sum(lengths[:first]) <= most else ()
+    left = most - sum(lengths[: len(before)])
+    return before + history[next((i for i in users if sum(lengths[i:]) <= left), len(history)) :]
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate = "auto") -> int:

@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from pathlib import Path
 from typing import Any, get_args
 
@@ -172,7 +172,8 @@ def _official(where: Source, path: Path, wanted: Sequence[str] | None) -> list[T
     }
     if where.format == "superni" or (where.format == "auto" and not found):
         files = _row_files(path / "tasks" if (path / "tasks").is_dir() else path, (".json",))
-        if where.format != "superni" and (not files or _row_files(path, (".jsonl",)) or _holds_rows(files[0])):
+        is_rows = not files or _row_files(path, (".jsonl",)) or _holds_rows(files[0]) or _split_in(files[0])
+        if is_rows and where.format != "superni":
             return None
         splits = _split_lists(path, files)
         found = {file.stem: [(file, *splits[file.stem])] for file in files if file.stem in splits}
@@ -256,7 +257,7 @@ def _row_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
 
 def _split_in(file: Path) -> Split | None:
     """Returns the split that a file's name stands for, such as train for train-00000-of-00002.parquet."""
-    return SPLIT_NAMES.get(re.sub(r"-\d+-of-\d+$", "", file.stem))
+    return SPLIT_NAMES.get(re.sub(r"-\d+-of-\d+(-[0-9a-f]+)?$", "", file.stem).lower())
 
 
 def _holds_rows(file: Path) -> bool:
@@ -271,7 +272,7 @@ def _rows_in(file: Path) -> Iterator[tuple[str, Any]]:
         from datasets import load_dataset
 
         with explained(file, action="read", any_error=True):
-            rows = load_dataset(file.suffix[1:], data_files=str(file), split="train", streaming=True)
+            rows = load_dataset(file.suffix[1:], data_files=escape(str(file)), split="train", streaming=True)
         yield from _rows_of(rows, str(file))
     elif file.suffix in (".csv", ".tsv"):
         csv.field_size_limit(2**31 - 1)  # in characters; the default is 131,072

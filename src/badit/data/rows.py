@@ -114,13 +114,17 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     if "outputs" in row:
         row = {"output": row["outputs"], **row}
     own_task, instruction = row.get("task", row.get("task_name")), where.instruction
-    keys, unused = tuple(map(str, row)), ["system", "context", "history", "prompt"]
+    keys, unused = tuple(map(str, row)), ["system", "context", "history", "prompt", "tools", "functions"]
     expected = ["split"] + ["instruction"] * ("task" in row) + ["task"] * (not where.task)
     for key in () if where.columns else expected:
         _refuse_near(key, keys)
     if (chat := _chat_of(row)) is not None:
         # Next to messages, a prompt repeats the first one in some public datasets.
-        found, pair, unused = list(_answers(chat, where.turns)), ("messages",), ["instruction", "context", "history"]
+        found, pair, unused = (
+            list(_answers(chat, where.turns)),
+            ("messages",),
+            ["instruction", "context", "history", "tools", "functions"],
+        )
         instruction = renamed.get("instruction") or instruction
     elif "instruction" in row and "output" in row:
         others = [key for key in row if key not in _KEYS]
@@ -189,6 +193,6 @@ def _message(number: int, message: Any) -> tuple[str, str]:
     if isinstance(content, list):
         with suppress(TypeError, LookupError):  # not all parts are text
             content = "".join(part["text"] for part in content)
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise BaditError(f"messages.{number}: must have a role and text as content")
+    if not isinstance(role, str) or not isinstance(content, str) or fields.get("tool_calls"):
+        raise BaditError(f"messages.{number}: must have a role and text as content, and no tool calls; remove the row")
     return _ROLES.get(role, role), content

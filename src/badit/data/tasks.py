@@ -9,6 +9,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import dropwhile
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
@@ -148,12 +149,14 @@ def hold_out(tasks: Iterable[Task], per_task: int, seed: int) -> list[Task]:
 
 
 def _same_chat(instances: Sequence[Instance]) -> dict[int, list[int]]:
-    """Returns by index the indices of the instances with the same first user message; empty if there are no chats."""
-    histories, chats = _column(instances, "history"), defaultdict[Any, list[int]](list)
+    """Returns by index the indices of the instances with the same first question and answer; empty without chats."""
+    histories, texts, outputs = (_column(instances, name) for name in ("history", "input", "outputs"))
+    chats = defaultdict[Any, list[int]](list)
     if not any(histories):
         return {}
-    for index, (history, text) in enumerate(zip(histories, _column(instances, "input"), strict=True)):
-        chats[next((content for role, content in history if role == "user"), text)].append(index)
+    for index, (history, text, answers) in enumerate(zip(histories, texts, outputs, strict=True)):
+        turns = [content for _, content in dropwhile(lambda message: message[0] != "user", history)]
+        chats[(*turns, text, answers[0])[:2]].append(index)
     return {index: chat for chat in chats.values() for index in chat}
 
 

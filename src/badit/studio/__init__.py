@@ -23,10 +23,11 @@ from badit.analysis.tables import load_frame
 from badit.data import Task
 from badit.errors import BaditError, refuse_unknown, say
 from badit.evaluate import load_run
+from badit.export import KEEPS_BASE
 from badit.generation import stream_answer
 from badit.methods import AdapterMethod, build_method
 from badit.run import Run
-from badit.train import encoded_texts, make_plan
+from badit.train import base_model, encoded_texts, make_plan
 
 MAX_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 512
@@ -70,6 +71,9 @@ class Session:
             self.remark = f"The run's tasks cannot be loaded: {error}"
         model, self.tokenizer = load_run(self.run, self.recipe)
         self.model: Any = model
+        # Initialisations such as PiSSA's change the base weights, also for a disabled adapter.
+        kept = getattr(self.method.config, "init_lora_weights", True) in KEEPS_BASE
+        self.base: Any = None if kept else base_model(self.recipe)[0]
         self.experts = active_experts(self.model)
         self.number_of_experts = self.experts[0].number if self.experts else 0
         self._free = threading.Lock()
@@ -157,6 +161,7 @@ class Session:
         began = time.monotonic()
         by_hand = question.gates if side == "hand" else None
         switched: Any = self.model.disable_adapter() if side == "base" else mixed(self.experts, by_hand)
+        model = self.model if self.base is None or side != "base" else self.base
         gates_shown = side == "base" or not self.experts
 
         def show_text(text: str) -> None:
@@ -173,7 +178,7 @@ class Session:
 
         options = question.model_dump(include={"max_new_tokens", "task"})
         with switched as used:
-            answer = stream_answer(self.model, self.tokenizer, ids, show=show_text, **options)
+            answer = stream_answer(model, self.tokenizer, ids, show=show_text, **options)
         show("end", {"side": side, **answer._asdict(), "seconds": round(time.monotonic() - began, 2)})
 
 
