@@ -1,7 +1,6 @@
-"""Base models: the built-in one is downloaded, verified and converted once; others are folders or hub ids.
+"""Base models: the built-in one is downloaded, verified and converted once; others are folders or hub ids."""
 
-torch and transformers are imported where they are used, because processes that tests start import this file.
-"""
+# torch and transformers are imported where they are used, because processes that tests start import this file.
 
 import hashlib
 import multiprocessing

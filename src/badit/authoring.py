@@ -49,8 +49,8 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     with status("reading the tasks"):
         tasks = load_sources(data.sources(), data.tasks, data.weights)
     held_out = data.validation_per_task or min([10, *(len(task.train) // 4 for task in tasks if task.train)])
-    unseen = [task for task in tasks if not task.train]  # only scored; then the others need no test data
-    split = "test" if unseen or all(task.test for task in tasks) else "validation"
+    # If some tasks have no training data, the others need no test data, as in make_plan.
+    split = "test" if all(task.test for task in tasks) or not all(task.train for task in tasks) else "validation"
     used = limit(hold_out(tasks, held_out, data.seed), data.train_per_task, data.test_per_task, data.seed)
     train, test = (sum(len(getattr(task, part)) for task in used) for part in ("train", split))
     answer = max((_most_tokens(output) for task in tasks for one in task.train for output in one.outputs), default=0)

@@ -172,13 +172,7 @@ def export(
                     changed = getattr(config, "init_lora_weights", None) in _CHANGES_BASE
                     factors = _lora_factors(model, *([method.apply(base_model(recipe)[0])] if changed else []))
                 if merged:
-                    if isinstance(model, PeftModel):
-                        modules = dict(model.get_base_model().named_modules())
-                        adapted = {name: one for name, one in modules.items() if isinstance(one, BaseTunerLayer)}
-                        _refuse_shared(model, {name: one.get_base_layer() for name, one in adapted.items()})
-                        with explained("the adapter", action="merged", any_error=True):  # NaN in a merged weight
-                            model = model.unload() if factors else model.merge_and_unload(safe_merge=True)
-                    merge(model, factors)
+                    model = _merged(model, factors)
                     model.save_pretrained(place)
                     # Several templates would be files in a subfolder.
                     tokenizer.save_pretrained(place, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
@@ -397,13 +391,25 @@ def write_adapter(folder: Path, factors: Factors, base: nn.Module, name: str, re
     write_json(folder / CONFIG_NAME, config)
 
 
+def _merged(model: Any, factors: Factors) -> Any:
+    """Returns the model without its adapter, which is added to the base weights; without ``factors``, PEFT adds it."""
+    if isinstance(model, PeftModel) and not factors:
+        modules = model.get_base_model().named_modules()
+        adapted = {name: one.get_base_layer() for name, one in modules if isinstance(one, BaseTunerLayer)}
+        _refuse_shared(model, adapted)
+        with explained("the adapter", action="merged", any_error=True):  # NaN in a merged weight
+            return model.merge_and_unload(safe_merge=True)
+    base = model.unload() if factors else model
+    merge(base, factors)
+    return base
+
+
 @torch.no_grad()
 def merge(base: nn.Module, factors: Factors) -> None:
     """Adds B A to every weight in float32 and rounds once to the weight's dtype."""
     layers = {name: base_layer(base, name) for name in factors}
     _refuse_shared(base, layers)
-    for name, (a_PI, b_OP) in factors.items():
-        layer = layers[name]
+    for (a_PI, b_OP), layer in zip(factors.values(), layers.values(), strict=True):
         delta_OI = (b_OP @ a_PI).to(layer.weight.device)
         layer.weight.copy_(layer.weight.float() + (delta_OI.T if isinstance(layer, Conv1D) else delta_OI))
 

@@ -344,7 +344,7 @@ def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, w
 def _value(text: str, override: str) -> Any:
     """Returns an override's value: YAML in quotes, brackets or braces; a number, true, false or null; other text."""
     text = text.strip()
-    if text[:1] in {*"[{'\""}:
+    if text.startswith(("[", "{", "'", '"')):
         return parse_yaml(text, where=override)
     try:
         value = parse_yaml(text, where=override)

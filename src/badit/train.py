@@ -92,15 +92,13 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
     untrained = [task.name for task in tasks if not task.train]
     if len(untrained) == len(tasks):
         raise BaditError("data: no task has training instances; add some")
+    set_it = "set data.validation_per_task to hold out some of its training instances"
+    too_few = "at least 4 training instances are needed to hold one out; add some, or remove it from data.tasks"
     score_those = "to score held-out training instances: evaluation.split=validation data.validation_per_task=10"
     for task in tasks:
-        hold_out = "set data.validation_per_task to hold out some of its training instances"
-        if data.validation_per_task or 0 < len(task.train) < 4:
-            hold_out = (
-                "at least 4 training instances are needed to hold one out; add some, or leave it out of data.tasks"
-            )
-        need_not = untrained and task.train if split == "test" else not task.train
-        if not getattr(task, split) and not need_not:
+        hold_out = too_few if data.validation_per_task or 0 < len(task.train) < 4 else set_it
+        need_not_score = untrained and task.train if split == "test" else not task.train
+        if not getattr(task, split) and not need_not_score:
             fix = score_those if split == "test" and len(task.train) >= 4 else hold_out
             raise BaditError(f"data: task {task.name} has no {split} instances; {fix}")
         if recipe.training.eval_strategy != "no" and task.train and not task.validation:

@@ -278,9 +278,8 @@ class _StepCallback(TrainerCallback):
         hooks_of(kwargs["model"]).after_update()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if (
-            args.eval_strategy == "epoch"
-        ):  # in the epoch's last step, so that a checkpoint of it includes the evaluation
+        # Evaluate an epoch in its last step, so that a checkpoint of this step includes the evaluation.
+        if args.eval_strategy == "epoch":
             ended = state.epoch % 1 == 0 or state.global_step >= state.max_steps
             control.should_evaluate = ended and args.eval_delay <= state.epoch
         # Log the last step and every evaluated step; save every evaluated step if the best model is loaded at the end.

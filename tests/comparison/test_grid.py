@@ -161,6 +161,7 @@ def test_lowest_rate_within_the_margin_is_selected_and_ties_keep_the_start():
     assert find_rate(LADDER, LADDER[2], losses.__getitem__, 0.01) == LADDER[1]
     assert find_rate(LADDER, LADDER[2], losses.__getitem__, 0.004) == LADDER[2]
     assert walk([1, 1, 1], 1) == (1, [1, 0, 2])
+    assert walk([math.inf, math.nan, math.inf], 1) == (0, [1, 0]), "nothing is known to work"
     assert walk([2, 1, math.inf, math.nan], 3) == (1, [3, 2, 1, 0]), "a search leaves rates that diverge"
 
 

@@ -94,12 +94,7 @@ def test_files_of_one_name_are_refused_and_links_have_their_own(tmp_path):
 
 
 def test_file_names_in_a_folder_or_glob_set_splits_and_tasks(tmp_path):
-    for name in (
-        "train-00000-of-00002.parquet",
-        "train-00001-of-00002-a09b74b3ef9c3b56.parquet",
-        "Val.csv",
-        "test.jsonl",
-    ):
+    for name in ("train-00000-of-00002.parquet", "train-00001-of-00002-a09b.parquet", "Val.csv", "test.jsonl"):
         write_rows(tmp_path / name, HELLO)
     task = task_of(tmp_path)
     assert (task.name, len(task.train), len(task.validation), len(task.test)) == (tmp_path.name, 2, 1, 1)
@@ -177,9 +172,8 @@ def test_all_turns_become_instances_with_their_own_prompts(tmp_path):
 def test_long_chats_drop_the_oldest_messages_first():
     tokenizer = make_tokenizer(chat_template=CHATML)
     turns = [("user", "first question"), ("assistant", "first answer"), ("user", "second"), ("assistant", "reply")]
-    instance = Instance(
-        id="x", input="third", outputs=("end",), history=(("system", "Brief."), ("developer", "Calm."), *turns)
-    )
+    history = (("system", "Brief."), ("developer", "Calm."), *turns)
+    instance = Instance(id="x", input="third", outputs=("end",), history=history)
     task = Task(name="chat", definition=None, train=(instance,))
     seen = set()
     for most in range(8, 120):

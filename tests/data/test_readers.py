@@ -106,6 +106,7 @@ def test_superni_split_lists_and_the_default_of_100_test_instances(official):
 
 
 def test_missing_sources_and_corrupt_tables_are_refused(tmp_path):
+    assert "no tasks found" in refusal(tmp_path)
     assert "no tasks found; expected rows in files" in refusal(tmp_path, format="sapt")
     assert "no such file or folder" in refusal(tmp_path / "nowhere")
     assert "did you mean 'superni'" in refusal(tmp_path, format="supernu")
@@ -174,9 +175,11 @@ def test_invalid_rows_are_refused_with_their_line_number(tmp_path):
         ([LINE, ["France", "Paris"]], "line 2: must be an object with keys, not ['France', 'Paris']"),
         ([same, same], "task 'capitals': train: two instances have the id 'same'"),
         ([{"instruction": "a", "inptu": "b", "output": "c"}], "line 1: found 'inptu', did you mean 'input'?"),
+        ([{"task": "a", "instruction": "b", "ouput": "d"}], "line 1: found 'ouput', did you mean 'output'?"),
         ([{"messages": CHAT[:2]}], "line 1: messages: there is no assistant message"),
         ([{"messages": [CHAT[0], CHAT[2]]}], "line 1: messages.1: an assistant message must follow a user message"),
         ([{"messages": "[]"}], "line 1: messages: must be a list of messages, not '[]'"),
+        ([{"task": "a", "instrution": "b", "input": "c", "output": "d"}], "line 1: found 'instrution', did you mean"),
         ([{"task": "a", "input": "c", "output": "d", "spilt": "test"}], "line 1: found 'spilt', did you mean 'split'?"),
         ([{"context": "b", "question": "c", "answer": "d"}], "line 1: context: not used in a row with question and an"),
         ([{"instruction": "b", "system": "c", "output": "d"}], "line 1: system: not used in a row with instruction"),

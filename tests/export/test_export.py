@@ -201,6 +201,7 @@ def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(traine
     [
         (BADIT, {"task": "citys"}, r"--task: unknown task 'citys' \(did you mean 'cities'\?\)"),
         (BADIT, {"task": "cities", "gates": "x.json"}, "only one of --task, --all-tasks and --gates"),
+        (BADIT, {"all_tasks": True, "merged": True}, "--merged: writes a model without a rank; remove --all-tasks"),
         (BADIT, {"rank": 4, "merged": True}, "--merged: writes a model without a rank; remove --all-tasks and --rank"),
         (BADIT, {"rank": 513}, "--rank: must be between 1 and 512, not 513"),
         ({"name": "base"}, {}, "there is nothing to export"),
@@ -213,6 +214,7 @@ def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(traine
 def test_invalid_options_are_refused_and_nothing_is_written(trained, tmp_path, method, options, message):
     assert beyond_lora(BaditConfig(modules_to_save=["lm_head"], bias="all")) == ["modules_to_save", "bias"]
     assert beyond_lora(LoraConfig(layer_replication=[(0, 1)])) == ["layer_replication"]
+    assert beyond_lora(LoraConfig(init_lora_weights="pissa_niter_4")) == ["init_lora_weights"]
     refuses(message, export, trained(method), tmp_path / "out", **options)
     assert not list(tmp_path.glob("out*"))
 

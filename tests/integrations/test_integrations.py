@@ -1,7 +1,6 @@
 """badit with W&B, MLflow, Axolotl and LLaMA-Factory, each in its own environment: ``make test-integrations``.
 
-The configurations and the script are taken from docs/integrations.md, with a tiny model and data. Their fences are yml
-and py because other tests read yaml and python blocks as badit's own.
+They run the yml and py blocks of docs/integrations.md with a tiny model; other tests run yaml and python blocks.
 """
 
 import json

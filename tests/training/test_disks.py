@@ -1,7 +1,6 @@
-"""Commands report a full or read-only disk in one line. Run again with free space, they give the same result.
+"""Commands report a full or read-only disk in one line. Run again with free space, they give the same result."""
 
-The disk is a small tmpfs. Where tmpfs cannot be mounted, a limit on file sizes simulates a full disk.
-"""
+# The disk is a small tmpfs. Where tmpfs cannot be mounted, a limit on file sizes simulates a full disk.
 
 import resource
 import shutil

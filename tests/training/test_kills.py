@@ -1,7 +1,6 @@
 """Runs that are killed, interrupted or out of disk space resume to bit-identical files (see ``contents``).
 
-``make stress`` kills each kind of run at 20 random steps, at its first 20 file operations and at 20 random ones;
-``make test`` kills it at two of each.
+``make stress`` kills a run at 20 random steps, its first 20 file operations and 20 random ones, ``make test`` at two.
 """
 
 import random

@@ -1,7 +1,6 @@
 """A training step synchronises with the GPU in two places, and in none per layer.
 
-The test runs on the CPU and counts the operations that would synchronise on a GPU: reading a tensor's value in Python,
-copying a tensor to the host, and computing a data-dependent shape.
+It counts, on the CPU, what would synchronise: reading a value, copying to the host, computing a data-dependent shape.
 """
 
 import sys

@@ -159,9 +159,8 @@ def _first_projections(model: nn.Module) -> list[nn.Module]:
         if layer >= 0 and names & {name, below.rpartition(".")[2]} and not name.endswith(".base_layer"):
             found.append((layer, module))
     config: Any = model.config
-    if not found or [layer for layer, _ in found] != list(
-        range(getattr(config.get_text_config(), "num_hidden_layers", 0))
-    ):
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if not found or [layer for layer, _ in found] != list(range(layers)):
         raise BaditError(
             f"model: co-activation cannot be measured for type {config.model_type}: every layer needs one MLP with a "
             f"projection named {' or '.join(PROJECTIONS)}"

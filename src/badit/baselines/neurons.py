@@ -130,7 +130,7 @@ def _mlps(model: PreTrainedModel) -> dict[str, _Mlp]:
             axes[f"{last}.weight"] = int(not isinstance(children[last], Conv1D))
             parameters = {f"{name}.{key}": (module.get_parameter(key), axis) for key, axis in axes.items()}
             found[name] = _Mlp(children[last], parameters)
-    if len(found) != getattr(model.config, "num_hidden_layers", None):
+    if len(found) != getattr(model.config.get_text_config(), "num_hidden_layers", None):
         raise BaditError(
             f"task neurons do not support this model of type {model.config.model_type}; every layer needs an MLP of "
             "gate_proj, up_proj and down_proj, or of c_fc and c_proj, without adapters"

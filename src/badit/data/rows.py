@@ -114,17 +114,14 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     if "outputs" in row:
         row = {"output": row["outputs"], **row}
     own_task, instruction = row.get("task", row.get("task_name")), where.instruction
-    keys, unused = tuple(map(str, row)), ["system", "context", "history", "prompt", "tools", "functions"]
+    lost = ["context", "history", "tools", "functions"]  # keys that no form of row uses
+    keys, unused = tuple(map(str, row)), ["system", "prompt", *lost]
     expected = ["split"] + ["instruction"] * ("task" in row) + ["task"] * (not where.task)
     for key in () if where.columns else expected:
         _refuse_near(key, keys)
     if (chat := _chat_of(row)) is not None:
         # Next to messages, a prompt repeats the first one in some public datasets.
-        found, pair, unused = (
-            list(_answers(chat, where.turns)),
-            ("messages",),
-            ["instruction", "context", "history", "tools", "functions"],
-        )
+        found, pair, unused = list(_answers(chat, where.turns)), ("messages",), ["instruction", *lost]
         instruction = renamed.get("instruction") or instruction
     elif "instruction" in row and "output" in row:
         others = [key for key in row if key not in _KEYS]

@@ -144,9 +144,10 @@ class ExpertAngles(NamedTuple):
 def expert_angles(gram_NN: np.ndarray, labels_N: np.ndarray) -> ExpertAngles:
     """Returns the angles within and between experts; ``gram_NN`` is of steps that the grouping was not fitted to."""
     # A mean over steps in some of which a component had no gradient has a diagonal below 1.
-    root_N = np.sqrt(np.diag(np.asarray(gram_NN, dtype=np.float64)))
-    pair_NN = np.triu(np.outer(root_N, root_N), k=1) > 0
-    gram_NN = np.clip(gram_NN / np.fmax(np.outer(root_N, root_N), 1e-12), -1.0, 1.0)
+    root_N = np.sqrt(np.diag(gram_NN).astype(np.float64))
+    norm_NN = np.outer(root_N, root_N)
+    pair_NN = np.triu(norm_NN, k=1) > 0
+    gram_NN = np.clip(gram_NN / np.fmax(norm_NN, 1e-12), -1.0, 1.0)
     same_NN = labels_N[:, None] == labels_N[None, :]
     intra, inter = gram_NN[pair_NN & same_NN], gram_NN[pair_NN & ~same_NN]
     values = np.degrees(np.arccos(intra)), np.degrees(np.arccos(inter)), np.abs(intra), np.abs(inter)
