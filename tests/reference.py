@@ -140,6 +140,12 @@ def expert_gates(logits, kind="mean_one", top_k=None):
     return gates
 
 
+def cluster_gates(x, centroids, codes):
+    """Returns the gates of each row of x: the code of the centroid with the largest cosine."""
+    centroids = float64(centroids)
+    return np.array([codes[max(range(len(centroids)), key=lambda c: centroids[c] @ row)] for row in float64(x)])
+
+
 # --- freezing ---
 def frozen_weight(A, B, A0, B0, gates, scaling, share):
     """Returns s (Σ_i gate_i B_i A_i − share B0 A0), (out, in), summed by component; i uses row i mod R of A."""

@@ -7,7 +7,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import reference
-from badit.method import batch_moments, expert_gates, prompt_mean, segment_means, standardised, updated_moments
+from badit.method import (
+    batch_moments,
+    cluster_gates,
+    expert_gates,
+    prompt_centroids,
+    prompt_mean,
+    random_codes,
+    segment_means,
+    standardised,
+    updated_moments,
+)
 
 PROPERTY = settings(deadline=None, max_examples=60)
 
@@ -89,3 +99,39 @@ def test_constant_features_pass_no_gradient():
     assert x_BI.grad.isfinite().all()
     assert not x_BI.grad[:, 0].any()
     assert x_BI.grad[:, 1:].all()
+
+
+@PROPERTY
+@given(st.integers(1, 6), _SEED)
+def test_centroids_find_separate_groups_and_are_at_a_fixed_point(groups, seed):
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q[:groups]
+    group_S = torch.arange(12) % groups
+    rows = directions[group_S] * (1 + torch.rand(12, 1, generator=generator))
+    rows = rows + 0.05 * torch.randn(12, 8, generator=generator)
+    x = torch.cat([rows, torch.zeros(2, 8)])  # rows of zeros have no prompt
+    centroids = prompt_centroids(x, groups)
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    nearest_S = (unit @ centroids.T).argmax(dim=1)
+    assert len({(int(a), int(b)) for a, b in zip(group_S, nearest_S, strict=True)}) == groups
+    for cluster in range(groups):
+        mean = unit[nearest_S == cluster].sum(dim=0)
+        torch.testing.assert_close(centroids[cluster], mean / mean.norm(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(centroids, prompt_centroids(x, groups))
+    codes = random_codes(groups, 3)
+    gates = cluster_gates(x[:, None], centroids, codes)
+    np.testing.assert_allclose(gates[:, 0], reference.cluster_gates(x, centroids, codes.numpy()), rtol=1e-6)
+
+
+def test_more_clusters_than_prompts_and_no_prompts_at_all():
+    row = torch.tensor([[3.0, 4.0]])
+    torch.testing.assert_close(prompt_centroids(row, 3), (row / 5).expand(3, 2))
+    assert not prompt_centroids(torch.zeros(2, 5), 3).any()
+
+
+def test_codes_have_sum_1_and_mostly_choose_one_expert():
+    codes = random_codes(4_000, 3)
+    torch.testing.assert_close(codes.sum(dim=1), torch.ones(4_000))
+    assert codes.amax(dim=1).mean() > 0.8
+    torch.testing.assert_close(codes.mean(dim=0), torch.full((3,), 1 / 3), atol=0.03, rtol=0)
+    assert random_codes(4, 1).eq(1).all()

@@ -14,7 +14,7 @@ from tuner.helpers import adapt, adapted, config, layers, logits
 
 BAD_VALUES = {
     "num_experts": (0, 2.0, True, "4", None, "other"),
-    "r": (0,),
+    **dict.fromkeys(("r", "num_clusters"), (0,)),
     "lora_alpha": (0, "32", None, True, float("nan"), float("inf"), 10**400),
     "lora_dropout": (-0.1, 1.0, "0.1", float("nan")),
     "svd_tolerance": (0,),
@@ -30,6 +30,10 @@ BAD_VALUES = {
     [
         *(({field: value}, f"^{field}: input should be") for field, values in BAD_VALUES.items() for value in values),
         ({"router_input": "standardised", "routing": "token"}, "needs routing='prompt'"),
+        *(
+            ({"gates": "clusters", **one}, "needs")
+            for one in ({"routing": "token"}, {"router_input": "mean"}, {"top_k": 1})
+        ),
         ({"target_modules": r".*gate_proj", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"target_modules": "all-linear", "layers_to_transform": [0]}, "layers_to_transform: needs a list of names"),
         ({"layers_pattern": "layers"}, "layers_pattern"),

@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 
 import reference
 from badit.errors import BaditError
+from badit.tuner import hooks_of
 from badit.tuner.layer import BaditLinear
 from badit.tuner.prompt import ForwardPass, RoutingContext
-from tuner.helpers import KINDS, base_layer, config, randomise
+from tuner.helpers import KINDS, adapt, base_layer, config, layers, logits, randomise
 
 IN, OUT, GATES = 12, 10, ("mean_one", "softmax")
+CLUSTERS = {"gates": "clusters", "router_input": "standardised", "num_clusters": 4}
 MASK = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]]).bool()
 
 
@@ -128,6 +131,49 @@ def test_only_training_passes_update_moments_and_gate_sums():
     assert layer.badit_moments["default"].isfinite().all()
     layer.double().update_layer("default", config(num_experts=2, r=2))  # another adapter of this name
     run(layer, x, mask)
+
+
+def test_gates_of_a_prompt_are_the_code_of_its_nearest_centroid():
+    layer, (x, mask) = make(**CLUSTERS, at_start=True).train(), batch()
+    assert not layer.badit_router
+    assert run(layer, x, mask).requires_grad
+    torch.testing.assert_close(layer.gates("default", x), torch.full((3, 1, 3), 1 / 3))
+    means = torch.randn(40, IN, dtype=torch.float64)
+    layer.cluster("default", means)
+    buffers = [getattr(layer, f"badit_{name}")["default"].clone() for name in ("moments", "centroids", "codes")]
+    np.testing.assert_allclose(buffers[0], reference.prompt_moments([means]), rtol=1e-5, atol=1e-6)
+    seen = reference.standardised(reference.prompt_mean(x, mask), *buffers[0].double().numpy())
+    expected = reference.cluster_gates(seen, buffers[1], buffers[2].numpy())
+    layer.routing._running = ForwardPass(lambda: (mask, None))
+    np.testing.assert_allclose(layer.gates("default", x)[:, 0], expected, rtol=1e-6)
+    run(layer, x, mask)  # training changes none of them
+    for name, before in zip(("moments", "centroids", "codes"), buffers, strict=True):
+        assert torch.equal(getattr(layer, f"badit_{name}")["default"], before)
+
+
+def test_clusters_are_found_once_and_saved(tiny_model, tmp_path):
+    model = adapt(tiny_model("llama"), **CLUSTERS)
+    ids, answer = torch.randint(4, 90, (6, 4, 9)), torch.arange(9) > 4
+    batches = [
+        {"input_ids": one, "attention_mask": torch.ones_like(one), "labels": one.where(answer, -100)} for one in ids
+    ]
+    tasks = {"first": batches[:2], "second": batches[2:]}
+    training = model.train().training
+    hooks_of(model).start_task(tasks)
+    assert model.training == training
+    first, second, *_ = layers(model)
+    assert first.badit_batches["default"] == 1
+    centroids, codes = first.badit_centroids["default"].clone(), first.badit_codes["default"].clone()
+    torch.testing.assert_close(centroids.norm(dim=1), torch.ones(4))
+    assert (codes.amax(dim=1) > 0.4).any()
+    assert not torch.equal(codes, second.badit_codes["default"])
+    hooks_of(model).start_task({"first": batches[:1]})  # another task of a sequence keeps the clusters
+    assert torch.equal(first.badit_centroids["default"], centroids)
+    assert torch.equal(first.badit_codes["default"], codes)
+    randomise(model.eval())
+    assert len(logits(model)[:, -1].unique(dim=0)) > 1
+    model.save_pretrained(str(tmp_path))
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_model("llama"), tmp_path)), logits(model))
 
 
 def test_2d_input_is_routed_by_row_and_a_shape_mismatch_is_refused():

@@ -2,14 +2,20 @@
 
     gate = K · softmax(router(x̄))        mean 1: a zero-initialised router gives gates of exactly 1
     gate = softmax(router(x̄))            the paper's form, sum 1; available as an ablation
+    gate = code(nearest(x̂))              fixed, without a router: each cluster of prompts has random gates, its code
 
 x̄ is the mean of the layer's input over the prompt's positions, without padding and without the answer. The router can
 read x̂ instead, which measures how a prompt differs from the others (not in the paper):
 
     x̂ = 8/√I · (x̄ − μ)/√v       μ, v: running mean and variance of every feature over the training prompts
 
-Shape suffixes: B = batch, T = positions, S = segments of packed rows, I = in features, K = experts; `...` may be (B,)
-or (B, T).
+Codes are not in the paper. Spherical k-means finds C centroids of x̂ before training, and a cluster's code is
+softmax(w / 0.1) with w uniform within ±1/√K, the initial weights of tasks in MTL-LoRA (arXiv 2410.09437). Most codes
+are close to one expert. Every layer draws its own, so that two clusters that share an expert in one layer do not in
+most others (docs/experiments/task-maps.md). A zero-initialised router gives all experts the same gates at the start.
+
+Shape suffixes: B = batch, T = positions, S = segments of packed rows or prompts, I = in features, K = experts,
+C = clusters; `...` may be (B,) or (B, T).
 """
 
 import math
@@ -17,12 +23,15 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
-GateKind = Literal["mean_one", "softmax"]
+GateKind = Literal["clusters", "mean_one", "softmax"]
 RouterInput = Literal["mean", "standardised"]
 
 _NORM = 8.0  # x̂'s mean norm; sets how fast gates diverge. Tried on SmolLM2: 2.4 to 24, of which 7 was best.
 _LEAST_WEIGHT = 0.02  # a batch's minimum weight in the moments; batches fade within hundreds of steps
+_CODE_TEMPERATURE = 0.1
+_STARTS, _ITERATIONS = 5, 30  # of k-means
 
 
 def prompt_mean(x_BTI: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tensor:
@@ -77,6 +86,43 @@ def standardised(x: torch.Tensor, moments_2I: torch.Tensor) -> torch.Tensor:
     scale_I = torch.where(varies_I, variance_I, 1.0).rsqrt()
     unit = torch.where(varies_I, (x.float() - mean_I) * scale_I, 0.0)
     return (unit * (_NORM / math.sqrt(x.shape[-1]))).to(x.dtype) * x.any(dim=-1, keepdim=True)
+
+
+def prompt_centroids(x_SI: torch.Tensor, clusters: int) -> torch.Tensor:
+    """Returns C centroids (C, I) of prompts with spherical k-means: unit vectors, in float32 on the CPU.
+
+    Of several starts with k-means++, the one with the largest sum of cosines is returned. The result depends only on
+    x. Rows of zeros do not count; without any other row, the centroids are zero. Centroids may be equal.
+    """
+    x_SI = x_SI.float().cpu()
+    unit_SI = F.normalize(x_SI[x_SI.any(dim=1)], dim=1)
+    best, best_CI, generator = -math.inf, unit_SI.new_zeros(clusters, x_SI.shape[1]), torch.Generator().manual_seed(0)
+    for _ in range(_STARTS if len(unit_SI) else 0):
+        chosen_C = torch.randint(len(unit_SI), (1,), generator=generator)
+        while len(chosen_C) < clusters:
+            distance_S = 1 - (unit_SI @ unit_SI[chosen_C].T).amax(dim=1)
+            another = torch.multinomial(distance_S.clamp_min(1e-6), 1, generator=generator)
+            chosen_C = torch.cat([chosen_C, another])
+        centroids_CI = unit_SI[chosen_C]
+        for _ in range(_ITERATIONS):
+            nearest_S = (unit_SI @ centroids_CI.T).argmax(dim=1)
+            sums_CI = torch.zeros_like(centroids_CI).index_add(0, nearest_S, unit_SI)
+            centroids_CI = torch.where(sums_CI.any(dim=1, keepdim=True), F.normalize(sums_CI, dim=1), centroids_CI)
+        total = float((unit_SI @ centroids_CI.T).amax(dim=1).sum())
+        if total > best:
+            best, best_CI = total, centroids_CI
+    return best_CI
+
+
+def random_codes(clusters: int, num_experts: int) -> torch.Tensor:
+    """Returns the codes (C, K) of a layer's clusters, drawn from torch's random state: gates with sum 1."""
+    weights_CK = (2 * torch.rand(clusters, num_experts) - 1) / math.sqrt(num_experts)
+    return torch.softmax(weights_CK / _CODE_TEMPERATURE, dim=1)
+
+
+def cluster_gates(x: torch.Tensor, centroids_CI: torch.Tensor, codes_CK: torch.Tensor) -> torch.Tensor:
+    """Returns gates (…, K): for every x̂ (…, I) the code of the centroid with the largest cosine."""
+    return codes_CK[F.linear(x.to(centroids_CI.dtype), centroids_CI).argmax(dim=-1)]
 
 
 def expert_gates(logits: torch.Tensor, *, kind: GateKind = "mean_one", top_k: int | None = None) -> torch.Tensor:

@@ -87,6 +87,7 @@ class ExpertConfig(PeftConfig):
     needs_whole_weights: ClassVar[bool] = False  # does not work with sharded weights (FSDP, DeepSpeed)
     shares_A: ClassVar[bool] = False  # all experts share one A of r rows
     top_k = None  # methods with gates of only the top_k experts override it with an option
+    has_router = True  # badit_router is trained
 
     num_experts: Count = option(8, "Number of experts, K.")
     r: Count = option(4, "Rank of each expert; the adapter's total rank is num_experts × r.")
@@ -186,8 +187,11 @@ class BaditConfig(ExpertConfig):
     gates: GateKind = option(
         "mean_one",
         "'mean_one': K·softmax; all gates are 1 at step 0. 'softmax': sum 1, the paper's form; with "
-        "init_weights='bad', the adapted model then differs from the base model at step 0.",
+        "init_weights='bad', the adapted model then differs from the base model at step 0. 'clusters': no router; in "
+        "every layer, a prompt gets the fixed random gates, with sum 1, of the nearest of num_clusters centroids, "
+        "which hooks_of(model).start_task(batches) finds before training. Until then all gates are 1/K.",
     )
+    num_clusters: Count = option(16, "Number of clusters of prompts in every layer, with gates='clusters'.")
     top_k: int | None = option(
         None,
         "Use only the k largest gates (default: all). With k = 1 the gate is constant, so the router does not learn. "
@@ -227,11 +231,17 @@ class BaditConfig(ExpertConfig):
             self.router_input = "standardised" if self.routing == "prompt" else "mean"
         if self.router_input == "standardised" and self.routing != "prompt":
             raise BaditError("router_input: 'standardised' needs routing='prompt'; use router_input='mean'")
+        if self.gates == "clusters" and (self.router_input != "standardised" or self.top_k is not None):
+            raise BaditError("gates: 'clusters' needs routing='prompt', router_input='standardised' and no top_k")
         if self.target_parameters and (self.routing != "prompt" or self.layers_to_transform is not None):
             raise BaditError("target_parameters: needs routing='prompt', and full names instead of layers_to_transform")
         # Older versions of PEFT save biases only for the methods that they know by name.
         if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise BaditError("bias must be 'none' with PEFT before 0.21, which saves no trained biases; upgrade PEFT")
+
+    @property
+    def has_router(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.gates != "clusters"
 
     @property
     def subtracted_share(self) -> float:

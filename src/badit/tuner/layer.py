@@ -20,7 +20,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from badit.errors import BaditError
-from badit.method import batch_moments, expert_gates, prompt_mean, segment_means, standardised, updated_moments
+from badit.method import (
+    batch_moments,
+    cluster_gates,
+    expert_gates,
+    prompt_centroids,
+    prompt_mean,
+    random_codes,
+    segment_means,
+    standardised,
+    updated_moments,
+)
 from badit.tuner.config import BaditConfig
 from badit.tuner.prompt import RoutingContext
 from badit.tuner.targets import FusedExpert, weight_as_used
@@ -68,7 +78,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         rows_of_A = config.r if config.shares_A else config.num_components
         self.badit_A[adapter_name] = nn.Parameter(torch.zeros(rows_of_A, self.in_features))
         self.badit_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, config.num_components))
-        if "badit_router" in self.adapter_layer_names:
+        if config.has_router and "badit_router" in self.adapter_layer_names:
             self.badit_router[adapter_name] = nn.Parameter(torch.zeros(config.num_experts, self.in_features))
         if config.subtracted_share:
             self.badit_A0[adapter_name] = torch.zeros(config.num_components, self.in_features)
@@ -246,14 +256,20 @@ class BaditLinear(ExpertLinear):
     """BADIT's layer: gates from the prompt or the position, and expert labels that regrouping (DOG) changes.
 
     It also saves the labels badit_expert_of (N integers) and, with a standardised router input, badit_moments (2, I),
-    the running mean and variance, and badit_batches, the number of batches in them.
+    the running mean and variance, and badit_batches, the number of batches in them. With clusters of prompts it has no
+    router, but badit_centroids (C, I) and badit_codes (C, K), their gates; its moments are those of :meth:`cluster`.
     """
 
-    other_param_names = (*ExpertLinear.other_param_names, "badit_expert_of", "badit_moments", "badit_batches")
+    other_param_names = (
+        *ExpertLinear.other_param_names,
+        *("badit_expert_of", "badit_moments", "badit_batches", "badit_centroids", "badit_codes"),
+    )
 
     badit_expert_of: Buffers
     badit_moments: Buffers
     badit_batches: Buffers
+    badit_centroids: Buffers
+    badit_codes: Buffers
 
     def __init__(self, *args: Any) -> None:
         # By adapter, for regrouping: the sums of its K gates in training and, as last entry, the number of summands.
@@ -268,11 +284,16 @@ class BaditLinear(ExpertLinear):
         if config.router_input == "standardised":
             self.badit_moments[adapter_name] = torch.zeros(2, self.in_features)
             self.badit_batches[adapter_name] = torch.zeros(())
+        if config.gates == "clusters":
+            self.badit_centroids[adapter_name] = torch.zeros(config.num_clusters, self.in_features)
+            uniform_CK = torch.full((config.num_clusters, config.num_experts), 1 / config.num_experts)
+            self.badit_codes[adapter_name] = uniform_CK
         super().update_layer(adapter_name, config, inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT casts to the base layer's dtype, before 0.21 also integers. These buffers keep their dtypes and values.
-        exact = self.badit_expert_of, self.badit_moments, self.badit_batches
+        names = ("expert_of", "moments", "batches", "centroids", "codes")
+        exact = [getattr(self, f"badit_{name}") for name in names]
         before = [(buffers, buffers[adapter_name]) for buffers in exact if adapter_name in buffers]
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         for buffers, value in before:
@@ -335,15 +356,33 @@ class BaditLinear(ExpertLinear):
             forward_pass.fresh[self._key(adapter_name)] = gates.detach()
         return gates
 
+    @torch.no_grad()
+    def cluster(self, adapter_name: str, means_SI: torch.Tensor) -> None:
+        """Sets an adapter's moments, centroids and codes from x̄ (S, I) of training prompts."""
+        moments_2I = batch_moments(means_SI)
+        self.badit_moments[adapter_name].copy_(moments_2I)
+        self.badit_batches[adapter_name].fill_(1)
+        codes_CK = self.badit_codes[adapter_name]
+        self.badit_centroids[adapter_name].copy_(prompt_centroids(standardised(means_SI, moments_2I), len(codes_CK)))
+        codes_CK.copy_(random_codes(*codes_CK.shape))
+
     def _route_prompts(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        if self.badit_config[adapter_name].router_input == "mean":
+        config = self.badit_config[adapter_name]
+        if self.routing.prompt_means is not None:
+            self.routing.prompt_means[self._key(adapter_name)].append(x.flatten(0, -2).float())
+        if config.router_input == "mean":
             return self._route(adapter_name, x)
         moments_2I, batches = self.badit_moments[adapter_name], self.badit_batches[adapter_name]
         forward_pass = self.routing.forward_pass()
         if self.routing.runs_again():
             # Gradient checkpointing: the prompts are already counted, and later passes may have changed the moments.
             moments_2I = forward_pass.moments.get(self._key(adapter_name), moments_2I)
-        elif self.training and forward_pass.begun_with_gradients and self.badit_router[adapter_name].requires_grad:
+        elif (
+            self.training
+            and forward_pass.begun_with_gradients
+            and config.has_router
+            and self.badit_router[adapter_name].requires_grad
+        ):
             with torch.no_grad():
                 new_2I = batch_moments(x.detach().flatten(0, -2), _sum_over_ranks)
                 usable = new_2I.isfinite().all()  # otherwise an overflow would remain in the moments
@@ -357,8 +396,11 @@ class BaditLinear(ExpertLinear):
 
     def _route(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         config = self.badit_config[adapter_name]
-        logits = F.linear(x, self.badit_router[adapter_name]).float()
-        gates = expert_gates(logits, kind=config.gates, top_k=config.top_k)
+        if config.gates == "clusters":
+            gates = cluster_gates(x, self.badit_centroids[adapter_name], self.badit_codes[adapter_name])
+        else:
+            logits = F.linear(x, self.badit_router[adapter_name]).float()
+            gates = expert_gates(logits, kind=config.gates, top_k=config.top_k)
         if self.training and torch.is_grad_enabled():
             by_prompt = config.routing == "prompt"  # padding of packed rows has no prompt: its input is zero
             counts = x.detach().any(dim=-1, keepdim=True).to(gates) if by_prompt else torch.ones_like(gates[..., :1])

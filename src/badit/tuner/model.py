@@ -1,7 +1,9 @@
 """The PEFT tuners, which add expert layers to a base model, and the hooks that training, evaluation and export call."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from badit.tuner.config import BaditConfig, ExpertConfig, peft_type
 from badit.tuner.layer import BaditLinear, ExpertLinear
 from badit.tuner.prompt import RoutingContext
 from badit.tuner.targets import chosen_targets, join_experts, keep_in_place, refuse_unsuitable_layer, split_experts
+
+# The number of prompts that clusters are found from: 32 per cluster with 16 clusters.
+_CLUSTERED_PROMPTS = 512
 
 # Batches by task.
 TaskBatches = Mapping[str, Any]
@@ -164,6 +169,35 @@ class BaditModel(ExpertModel):
 
     tuner_layer_cls = BaditLinear
     routes_prompts = True
+
+    @torch.no_grad()
+    def start_task(self, batches: TaskBatches) -> None:
+        """Finds the clusters of prompts of new adapters with gates='clusters', in a pass over up to 512 prompts."""
+        layers = [
+            (layer, name)
+            for layer in self.expert_layers()
+            for name in layer.running_adapters
+            if layer.badit_config[name].gates == "clusters" and not layer.badit_batches[name]
+        ]
+        if not layers:
+            return
+        routing, training, prompts = RoutingContext.of(self.model), self.training, 0
+        rounds = zip_longest(*batches.values())  # a batch of every task, so that the limit does not leave out tasks
+        routing.prompt_means = defaultdict(list)
+        self.eval()
+        try:
+            for batch in (one for batches_of_tasks in rounds for one in batches_of_tasks if one is not None):
+                names = [name for name in ("input_ids", "attention_mask", "labels") if name in batch]
+                self.model(**{name: batch[name].to(self.model.device) for name in names})
+                prompts += len(batch["input_ids"])
+                if prompts >= _CLUSTERED_PROMPTS:
+                    break
+            means = {key: torch.cat(parts) for key, parts in routing.prompt_means.items()}
+        finally:
+            routing.prompt_means = None
+            self.train(training)
+        for layer, name in layers:
+            layer.cluster(name, means[f"{layer.name}.{name}"])
 
     def _refuse_unsuitable(self, config: BaditConfig) -> None:
         if config.routing == "prompt" and self._is_encoder_decoder():

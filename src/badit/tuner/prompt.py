@@ -93,6 +93,7 @@ class RoutingContext:
         self._hooks: list[Any] = []
         self._generate: Callable[..., Any] | None = None  # the model's own attribute, if it had one
         self.row_tasks: Mapping[str, torch.Tensor] = {}  # of the next forward passes
+        self.prompt_means: dict[str, list[torch.Tensor]] | None = None  # while they are collected: by layer, x̄ (B, I)
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
