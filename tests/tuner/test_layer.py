@@ -136,7 +136,8 @@ def test_only_training_passes_update_moments_and_gate_sums():
 def test_gates_of_a_prompt_are_the_code_of_its_nearest_centroid():
     layer, (x, mask) = make(**CLUSTERS, at_start=True).train(), batch()
     assert not layer.badit_router
-    assert run(layer, x, mask).requires_grad
+    with pytest.warns(UserWarning, match="the prompts have no clusters yet; call .*start_task"):
+        assert run(layer, x, mask).requires_grad
     torch.testing.assert_close(layer.gates("default", x), torch.full((3, 1, 3), 1 / 3))
     means = torch.randn(40, IN, dtype=torch.float64)
     layer.cluster("default", means)

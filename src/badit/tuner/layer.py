@@ -274,6 +274,7 @@ class BaditLinear(ExpertLinear):
     def __init__(self, *args: Any) -> None:
         # By adapter, for regrouping: the sums of its K gates in training and, as last entry, the number of summands.
         self.gate_sums: dict[str, torch.Tensor] = {}
+        self.clustered: set[str] = set()  # adapters known to have clusters
         super().__init__(*args)
         self.routing.mask_readers.append(self._reads_prompt)
         self.register_load_state_dict_post_hook(_refuse_broken_labels)
@@ -397,6 +398,12 @@ class BaditLinear(ExpertLinear):
     def _route(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         config = self.badit_config[adapter_name]
         if config.gates == "clusters":
+            if self.training and adapter_name not in self.clustered and not torch.compiler.is_compiling():
+                if self.badit_batches[adapter_name]:
+                    self.clustered.add(adapter_name)
+                else:
+                    fix = "call hooks_of(model).start_task({'all': batches}) before training, use gates='mean_one'"
+                    self.routing.warn_once("all gates are equal, because the prompts have no clusters yet", fix)
             gates = cluster_gates(x, self.badit_centroids[adapter_name], self.badit_codes[adapter_name])
         else:
             logits = F.linear(x, self.badit_router[adapter_name]).float()

@@ -158,7 +158,8 @@ class RoutingContext:
     def _reads_prompt(self) -> bool:
         return any(reads() for reads in self.mask_readers)
 
-    def _warn_once(self, problem: str, fix: str) -> None:
+    def warn_once(self, problem: str, fix: str) -> None:
+        """Warns of a problem of the training or the generation, once per base model."""
         if problem not in self._warned:
             self._warned.add(problem)
             warnings.warn(f"{problem}; {fix}, or use routing='token'", stacklevel=2)
@@ -217,7 +218,7 @@ class RoutingContext:
             # During ``generate``, several positions are a part of the prompt or candidate tokens of the answer.
             if held and shape is not None and shape[1] > 1 and (length is None or cached < length - 1):
                 fix = "for gates of the whole text, call cache.reset() and pass all of it"
-                self._warn_once("text is added to a filled cache, which keeps the gates of its first prompt", fix)
+                self.warn_once("text is added to a filled cache, which keeps the gates of its first prompt", fix)
             if self._stored is not None and self._stored[0] is not held:
                 self._stored = held, {}
             return ForwardPass(held=held, shape=shape, stored=self._stored and self._stored[1])
@@ -240,7 +241,7 @@ class RoutingContext:
             labels_BT = None  # a classifier: the whole row is the prompt
         elif labels_BT is None and model.training and torch.is_grad_enabled():
             fix = "pass the model labels (-100 on the prompt) or prompt_mask= (batch, positions)"
-            self._warn_once("a language model is trained without labels, so the router reads prompts and answers", fix)
+            self.warn_once("a language model is trained without labels, so the router reads prompts and answers", fix)
         mask_BT = _attended(batch["attention_mask"], shape, device)
         if isinstance(labels_BT, torch.Tensor) and labels_BT.shape == mask_BT.shape:
             if not self._looked_at_labels:  # once, because it waits for the device
@@ -263,10 +264,10 @@ class RoutingContext:
         answers_B = (labelled_BT[:, 1:] & ~labelled_BT[:, :-1]).sum(dim=1) + labelled_BT[:, 0]
         if bool(labelled_BT[:, int(packed) : 2].all()):  # TRL removes the first label of a segment
             fix = "set labels to -100 on the prompt (TRL: completion_only_loss or assistant_only_loss)"
-            self._warn_once("every position has a label, so the router reads only the first token as the prompt", fix)
+            self.warn_once("every position has a label, so the router reads only the first token as the prompt", fix)
         elif not packed and bool((answers_B > 1).any()):
             problem = "a row has several answers, and all of them have the gates of the text before the first"
-            self._warn_once(problem, "give each answer its own row (badit.data.answer_rows)")
+            self.warn_once(problem, "give each answer its own row (badit.data.answer_rows)")
 
 
 def cache_of(output: Mapping[str, Any]) -> dict[str, Any]:
