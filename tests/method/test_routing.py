@@ -7,17 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import reference
-from badit.method import (
-    batch_moments,
-    cluster_gates,
-    expert_gates,
-    prompt_centroids,
-    prompt_mean,
-    random_codes,
-    segment_means,
-    standardised,
-    updated_moments,
-)
+from badit.method import batch_moments, expert_gates, prompt_mean, segment_means, standardised, updated_moments
+from badit.method.routing import cluster_gates, prompt_centroids, random_codes
 
 PROPERTY = settings(deadline=None, max_examples=60)
 

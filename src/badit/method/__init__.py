@@ -7,21 +7,10 @@ Instruct-Tuning" (ICML 2026, arXiv 2605.05676).
 from badit.method.decomposition import SingularTriples, expert_directions, expert_factors, top_singular_triples
 from badit.method.grouping import ExpertAngles, cosine_gram, expert_angles, group_components, grouping_objective
 from badit.method.orthogonal import Moments, inverse_root, no_moments, orthogonal_updates
-from badit.method.routing import (
-    batch_moments,
-    cluster_gates,
-    expert_gates,
-    prompt_centroids,
-    prompt_mean,
-    random_codes,
-    segment_means,
-    standardised,
-    updated_moments,
-)
+from badit.method.routing import batch_moments, expert_gates, prompt_mean, segment_means, standardised, updated_moments
 
 __all__ = [
-    "ExpertAngles", "Moments", "SingularTriples", "batch_moments", "cluster_gates", "cosine_gram", "expert_angles",
-    "expert_directions", "expert_factors", "expert_gates", "group_components", "grouping_objective", "inverse_root",
-    "no_moments", "orthogonal_updates", "prompt_centroids", "prompt_mean", "random_codes", "segment_means",
-    "standardised", "top_singular_triples", "updated_moments",
+    "ExpertAngles", "Moments", "SingularTriples", "batch_moments", "cosine_gram", "expert_angles", "expert_directions",
+    "expert_factors", "expert_gates", "group_components", "grouping_objective", "inverse_root", "no_moments",
+    "orthogonal_updates", "prompt_mean", "segment_means", "standardised", "top_singular_triples", "updated_moments",
 ]  # fmt: skip

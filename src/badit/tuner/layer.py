@@ -20,17 +20,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from badit.errors import BaditError
-from badit.method import (
-    batch_moments,
-    cluster_gates,
-    expert_gates,
-    prompt_centroids,
-    prompt_mean,
-    random_codes,
-    segment_means,
-    standardised,
-    updated_moments,
-)
+from badit.method import batch_moments, expert_gates, prompt_mean, segment_means, standardised, updated_moments
+from badit.method.routing import cluster_gates, prompt_centroids, random_codes
 from badit.tuner.config import BaditConfig
 from badit.tuner.prompt import RoutingContext
 from badit.tuner.targets import FusedExpert, weight_as_used
