@@ -54,9 +54,9 @@ def test_batched_layers_give_the_same_grams_as_single_layers(monkeypatch, at_a_t
     torch.testing.assert_close(grams, expected, rtol=0, atol=2e-6)
 
 
-@pytest.fixture
-def deepspeed(monkeypatch):
-    """Stubs DeepSpeed's accessors (test_deepspeed.py runs DeepSpeed); returns its fp32 weights by parameter id."""
+@pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])  # ZeRO-1 and -2; ZeRO-3
+def test_gradients_and_weights_are_accessed_through_deepspeed(monkeypatch, mark):
+    """Stubs DeepSpeed's accessors (test_deepspeed.py runs DeepSpeed) and its fp32 weights by parameter id."""
     masters = {}
     stub = SimpleNamespace(
         safe_get_full_grad=lambda parameter: parameter.kept_gradient,
@@ -65,11 +65,6 @@ def deepspeed(monkeypatch):
         GatheredParameters=lambda parameters, modifier_rank: nullcontext(),
     )
     monkeypatch.setattr("badit.gradients.import_module", lambda name: stub)
-    return masters
-
-
-@pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])  # ZeRO-1 and -2; ZeRO-3
-def test_gradients_and_weights_are_accessed_through_deepspeed(deepspeed, mark):
     a_NI, b_ON = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(5, 4))
     grad_A, grad_B = torch.randn(4, 3), torch.randn(5, 4)
     for parameter, gradient in ((a_NI, grad_A), (b_ON, grad_B)):
@@ -79,12 +74,12 @@ def test_gradients_and_weights_are_accessed_through_deepspeed(deepspeed, mark):
     b_ON.kept_gradient = None
     assert component_grams([(a_NI, b_ON)])[0] is None
     master_ON, scale_N = torch.randn(5, 4), torch.rand(4)
-    deepspeed[id(b_ON)] = master_ON
+    masters[id(b_ON)] = master_ON
     scale_columns(b_ON, scale_N)
-    assert torch.equal(deepspeed[id(b_ON)], master_ON * scale_N)
+    assert torch.equal(masters[id(b_ON)], master_ON * scale_N)
     assert torch.equal(b_ON, master_ON * scale_N), "the copy that the next forward pass reads is not scaled"
     whole = whole_weights(nn.ModuleList([nn.ParameterList([b_ON])]))
-    assert torch.equal(whole["0.0"], deepspeed[id(b_ON)]) if mark == "ds_id" else whole is None
+    assert torch.equal(whole["0.0"], masters[id(b_ON)]) if mark == "ds_id" else whole is None
 
 
 def test_before_step_reads_before_every_step_of_deepspeed_engine():

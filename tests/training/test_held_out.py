@@ -13,16 +13,11 @@ from badit.recipe import build_recipe
 from badit.run import Run
 from badit.train import encoded, fit, make_plan
 from badit.trainer import AnswerTrainer
-from training.trainers import StopAt, assert_same, fit_until, learned, on, with_callbacks
+from training.trainers import assert_same, fit_until, learned, on
 
 HELD_OUT = {"eval_strategy": "steps", "eval_steps": 2}
-BEST = {
-    **HELD_OUT,
-    "num_train_epochs": 6,
-    "save_steps": 3,
-    "load_best_model_at_end": True,
-    "early_stopping_patience": 2,
-}
+BEST = {**HELD_OUT, "num_train_epochs": 6, "save_steps": 3}
+BEST |= {"load_best_model_at_end": True, "early_stopping_patience": 2}
 
 
 @pytest.fixture
@@ -74,9 +69,8 @@ def test_training_without_a_best_model_ends(recipe):
 
 
 def assert_resumes(recipe, whole, stop):
-    """Asserts that a run stopped by the callback ``stop`` and resumed is bit-identical to the run ``whole``."""
-    with with_callbacks(stop), pytest.raises(KeyboardInterrupt):
-        fit(recipe, progress=False)
+    """Asserts that a run stopped at ``stop`` (see fit_until) and resumed is bit-identical to the run ``whole``."""
+    fit_until(stop, recipe)
     run = fit(recipe, progress=False)
     assert_same(learned(whole), learned(run))
     assert run.metrics_path.read_text() == whole.metrics_path.read_text()
@@ -93,7 +87,7 @@ def test_best_model_is_kept_and_early_stopping_resumes_bit_identically(recipe, l
     kept = {folder.name: folder for folder in until.checkpoints_path.iterdir()}
     assert_same(learned(whole), load_file(kept[f"checkpoint-{best}"] / "adapter_model.safetensors"))
     at_the_end = on("on_train_end", Mock(side_effect=KeyboardInterrupt))  # after the last checkpoint
-    for name, stop in enumerate([*map(StopAt, (best, last - 1, last)), at_the_end]):
+    for name, stop in enumerate([best, last - 1, last, at_the_end]):
         assert_resumes(recipe(str(name), **BEST), whole, stop)
     whole = fit(recipe("three-steps", max_steps=3), progress=False)  # ends in the middle of an epoch
     assert_resumes(recipe("ended", max_steps=3), whole, at_the_end)
@@ -102,9 +96,7 @@ def test_best_model_is_kept_and_early_stopping_resumes_bit_identically(recipe, l
 def test_best_model_of_epochs_is_kept_with_checkpoints_at_other_steps(recipe, lowest_at):
     lowest_at(10)
     epochs = recipe("epochs", **BEST | {"eval_strategy": "epoch"})
-    with with_callbacks(on("on_train_end", Mock(side_effect=KeyboardInterrupt))), pytest.raises(KeyboardInterrupt):
-        fit(epochs, progress=False)
-    run = Run(epochs.output)
+    run = Run(fit_until(on("on_train_end", Mock(side_effect=KeyboardInterrupt)), epochs).path)
     best = int(run.metrics.dropna(subset="eval_loss").set_index("step")["eval_loss"].idxmin())
     assert {best, best + 10} < set(map(step_of, run.checkpoints_path.iterdir()))
     at_best = on("on_step_end", lambda state, _: state.global_step == best and signal.raise_signal(signal.SIGINT))
@@ -115,7 +107,5 @@ def test_run_that_saves_only_the_best_stops_at_an_evaluated_step_without_a_new_b
     lowest_at(2)
     only_best = recipe("stopped", **HELD_OUT, save_strategy="best", max_steps=6)
     interrupt = on("on_step_end", lambda state, _: state.global_step == 4 and signal.raise_signal(signal.SIGINT))
-    with with_callbacks(interrupt), pytest.raises(KeyboardInterrupt):
-        fit(only_best, progress=False)
-    assert {step_of(folder) for folder in Run(only_best.output).checkpoints_path.iterdir()} == {2, 4}
+    assert set(map(step_of, Run(fit_until(interrupt, only_best).path).checkpoints_path.iterdir())) == {2, 4}
     assert fit(only_best, progress=False).environment["training"]["steps"] == 6

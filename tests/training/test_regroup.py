@@ -132,11 +132,9 @@ def test_regrouping_schedule_and_refused_options(tiny_model):
     model, switched_off = adapted(tiny_model("llama")), adapted(tiny_model("llama"), top_k=2)
     for every, steps in ((0.1, [10, 20, 30, 40, 50]), (0.25, [25, 50]), (30, [30]), (1e-9, [*range(1, 51)])):
         assert [*Regrouper(model, 100, every=every, stop=0.5).due] == steps
+    fraction = "must be a whole number of steps, or a fraction of the run below 1"
     for every in (0, -1, 1.5, float("nan"), True, "20"):
-        message = (
-            "must be a whole number of steps, or a fraction of the run below 1" if every == 1.5 else "input should be"
-        )
-        refuses(rf"^regroup\.every: {message}", RegroupCallback, every=every)
+        refuses(rf"^regroup\.every: {fraction if every == 1.5 else 'input should be'}", RegroupCallback, every=every)
     for options in ({"stop": 1.5}, {"solver": "greedy"}, {"restarts": -1}):
         refuses(rf"^regroup\.{next(iter(options))}: input should be", RegroupCallback, **options)
     for total in (0, 1.5, True):
@@ -178,14 +176,11 @@ class InOrder(Trainer):
 
 def train_by_trainer(model, folder, accumulated):
     arguments = {"max_steps": BATCHES // accumulated, "gradient_accumulation_steps": accumulated, "max_grad_norm": 0}
+    args = TrainingArguments(output_dir=str(folder), save_strategy="no", **QUIET, **arguments)
     optimizer = optimizer_of(model)
-    trainer = InOrder(
-        model=model,
-        args=TrainingArguments(output_dir=str(folder), save_strategy="no", **QUIET, **arguments),
-        train_dataset=batches(),
-        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
-        callbacks=[RegroupCallback(every=2, stop=1.0)],
-    )
+    data = {"train_dataset": batches(), "callbacks": [RegroupCallback(every=2, stop=1.0)]}
+    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    trainer = InOrder(model, args, optimizers=(optimizer, constant), **data)
     trainer.model_accepts_loss_kwargs = False  # use the mean over each batch, as the loop below does
     trainer.train()
 

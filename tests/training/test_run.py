@@ -57,11 +57,8 @@ def test_splits_have_separate_scores_and_a_finished_run_is_not_repeated(finished
 
 
 def change_config(**changes):
-    def change(path):
-        config = path.with_name("adapter_config.json")
-        write_json(config, read_json(config) | changes)
-
-    return change
+    name = "adapter_config.json"
+    return lambda path: write_json(path.with_name(name), read_json(path.with_name(name)) | changes)
 
 
 @pytest.mark.parametrize(

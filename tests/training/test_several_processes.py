@@ -34,6 +34,7 @@ def test_two_processes_match_one_process_and_resume_in_one_or_three(launches, ca
 
 def test_sequence_in_two_processes_writes_one_complete_run(recipe_values, tmp_path, processes):
     values = {**recipe_values, "data": {**recipe_values["data"], "order": "seeded-0"}}
+    values["method"] |= {"gates": "clusters", "router_input": "standardised"}
     launches = Launches(values, tmp_path, processes)
     launches.train("sequence", 2, "ddp")
     run = launches.run("sequence")

@@ -43,15 +43,12 @@ def reward(completions, **columns):
 
 def make_trainer(kind, model_folder, output, rows, *, model=None, tokenizer=None, adapter=None, **options):
     """A TRL trainer for an adapted ``model``, or for a new adapter with the options ``adapter``."""
-    return kind(
-        model=model or AutoModelForCausalLM.from_pretrained(model_folder),
-        processing_class=tokenizer or AutoTokenizer.from_pretrained(model_folder),
-        args=CONFIGS[kind](output_dir=str(output), **{**ARGUMENTS, **options}),
-        train_dataset=Dataset.from_list(rows),
-        peft_config=None if model else BaditConfig(**ADAPTER, **(adapter or {})),
-        callbacks=[RegroupCallback(every=2)],
-        **({"reward_funcs": reward} if kind is GRPOTrainer else {}),
-    )
+    given = {"train_dataset": Dataset.from_list(rows), "callbacks": [RegroupCallback(every=2)]}
+    given["processing_class"] = tokenizer or AutoTokenizer.from_pretrained(model_folder)
+    given["peft_config"] = None if model else BaditConfig(**ADAPTER, **(adapter or {}))
+    given |= {"reward_funcs": reward} if kind is GRPOTrainer else {}
+    model = model or AutoModelForCausalLM.from_pretrained(model_folder)
+    return kind(model=model, args=CONFIGS[kind](output_dir=str(output), **{**ARGUMENTS, **options}), **given)
 
 
 def routed_on(trainer):

@@ -84,9 +84,10 @@ def with_callbacks(*added, kind=AdapterMethod, folder=""):
         yield
 
 
-def fit_until(step, recipe, **options):
-    """Trains a run, stops it after ``step``, and returns it."""
-    with with_callbacks(StopAt(step), **options), pytest.raises(KeyboardInterrupt):
+def fit_until(stop, recipe, **options):
+    """Trains a run, stops it after the step ``stop`` or by the callback ``stop``, and returns it."""
+    callback = StopAt(stop) if isinstance(stop, int) else stop
+    with with_callbacks(callback, **options), pytest.raises(KeyboardInterrupt):
         fit(recipe, progress=False)
     return Run.at(recipe.output)
 

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from badit.tuner.layer import BaditLinear, ExpertLinear
 from badit.tuner.prompt import RoutingContext
 from badit.tuner.targets import chosen_targets, join_experts, keep_in_place, refuse_unsuitable_layer, split_experts
 
-# The number of prompts that clusters are found from: 32 per cluster with 16 clusters.
+# The number of prompts of all tasks that clusters are found from: 32 per cluster with 16 clusters.
 _CLUSTERED_PROMPTS = 512
 
 # Batches by task.
@@ -181,17 +180,18 @@ class BaditModel(ExpertModel):
         ]
         if not layers:
             return
-        routing, training, prompts = RoutingContext.of(self.model), self.training, 0
-        rounds = zip_longest(*batches.values())  # a batch of every task, so that the limit does not leave out tasks
+        routing, training = RoutingContext.of(self.model), self.training
         routing.prompt_means = defaultdict(list)
         self.eval()
         try:
-            for batch in (one for batches_of_tasks in rounds for one in batches_of_tasks if one is not None):
-                names = [name for name in ("input_ids", "attention_mask", "labels") if name in batch]
-                self.model(**{name: batch[name].to(self.model.device) for name in names})
-                prompts += len(batch["input_ids"])
-                if prompts >= _CLUSTERED_PROMPTS:
-                    break
+            for batches_of_task in batches.values():
+                left = max(1, _CLUSTERED_PROMPTS // len(batches))
+                for batch in batches_of_task:
+                    names = [name for name in ("input_ids", "attention_mask", "labels") if name in batch]
+                    self.model(**{name: batch[name][:left].to(self.model.device) for name in names})
+                    left -= len(batch["input_ids"])
+                    if left <= 0:
+                        break
             means = {key: torch.cat(parts) for key, parts in routing.prompt_means.items()}
         finally:
             routing.prompt_means = None
