@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from badit.authoring import check, first_recipe, recipe_keys, schema
-from badit.errors import BaditError
 from badit.files import read_jsonl
 from badit.methods import NAMES, build_method
 from badit.recipe import CompareSection, Recipe, build_recipe, load_recipe, shipped_recipes
@@ -66,8 +65,8 @@ def test_max_answer_tokens_of_a_first_recipe_depend_on_the_script(rows, answer, 
 def test_few_rows_give_no_validation_or_rate_search_and_any_file_name_works(rows):
     values = yaml.safe_load(first_recipe(rows(3), "my recipe #2.yaml"))
     assert (values["output"], "learning_rates" in values["compare"]) == ("runs/my recipe #2", False)
-    with pytest.raises(BaditError, match=r"no validation instances; at least 4 training instances are needed"):
-        first_recipe(rows(3, test=False), "a.yaml", ["data.validation_per_task=1"])
+    few, held_out = rows(3, test=False), ["data.validation_per_task=1"]
+    refuses(r"no validation instances; at least 4 training instances are needed", first_recipe, few, "a.yaml", held_out)
     refuses("task a has no validation instances", first_recipe, rows(1, test=False), "a.yaml")
 
 
@@ -112,8 +111,7 @@ def test_check_reports_invalid_recipes_without_creating_a_run(recipe_values, tmp
         ({"training": {"eval_strategy": "epoch"}}, "eval_strategy: task cities has no validation instances; set data"),
     ):
         values = {**recipe_values, **values, "data": {**recipe_values["data"], **values.get("data", {})}}
-        with pytest.raises(BaditError, match=message):
-            check(build_recipe(values))
+        refuses(message, lambda given: check(build_recipe(given)), values)
     assert not (tmp_path / "run").exists()
 
 

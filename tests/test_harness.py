@@ -16,7 +16,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from badit.cli import main
-from badit.errors import BaditError
 from badit.harness import BaditLM, run_command_line
 from data.examples import write_rows
 from refusals import refuses
@@ -141,8 +140,8 @@ def test_long_contexts_lose_their_start_and_bad_continuations_are_refused(routed
     ((found, _),) = scorer._loglikelihood_tokens([(None, [], continuation)], disable_tqdm=True)  # of a blank text
     assert found == pytest.approx(decoded_likelihood(routed[0], [scorer.prefix_token_id], continuation)[0], rel=1e-5)
     for bad in ([], [9] * 9):
-        with pytest.raises(BaditError, match=rf"a continuation has {len(bad)} tokens; must have 1 to 8"):
-            scorer._loglikelihood_tokens([(None, context, bad)], disable_tqdm=True)
+        message = rf"a continuation has {len(bad)} tokens; must have 1 to 8"
+        refuses(message, scorer._loglikelihood_tokens, [(None, context, bad)], disable_tqdm=True)
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ from starlette.routing import Route
 
 from badit.analysis.gates import adapted_layers, mean_gates
 from badit.data import AnswerCollator, batches_by_task
-from badit.errors import BaditError
 from badit.export import export
 from badit.serve import MAX_BODY, Router, application
 from badit.train import base_model, encoded, make_plan
+from refusals import refuses
 from studio.conftest import BADIT, served
 
 MODELS = {"object": "list", "data": [{"id": "base"}]}
@@ -241,12 +241,10 @@ def test_unreachable_vllm_or_missing_lora_loading_is_reported(router, vllm):
 
 def test_unsuitable_runs_exports_and_urls_are_refused(run, trained, tmp_path, command):
     for method in ({"name": "lora", "r": 2}, {"name": "mtl-lora", "r": 2}):
-        with pytest.raises(BaditError, match="do not depend on the prompt; serve its export"):
-            Router(trained(method), None)
+        refuses("do not depend on the prompt; serve its export", Router, trained(method), None)
     other = trained(BADIT | {"lora_alpha": 1.0})
     export(other, tmp_path / "tasks", all_tasks=True, progress=False)
-    with pytest.raises(BaditError, match="was not exported from the present weights of"):
-        Router(run, tmp_path / "tasks")
+    refuses("was not exported from the present weights of", Router, run, tmp_path / "tasks")
     wrong = {str(tmp_path): "has no task LoRAs; run badit export"}
     wrong |= {"--url=localhost:8000": "--url: must be an address such as http://127.0.0.1:8000"}
     wrong |= {"--url=http://127.0.0.1:80o0": "--url: cannot be used (Invalid port: '80o0')"}

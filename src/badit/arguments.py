@@ -113,8 +113,7 @@ class TrainingSection(Section):
         return self.model_dump(exclude=own)
 
 
-#: Field names of earlier releases (and one of transformers'), with the current names.
-RENAMED_ARGUMENTS = {
+RENAMED_ARGUMENTS = {  # field names of earlier releases (and one of transformers'), with the current names
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
     "gradient_accumulation": "gradient_accumulation_steps",
@@ -126,8 +125,7 @@ RENAMED_ARGUMENTS = {
     "save_every": "save_steps",
 }
 
-# Fields of TrainingArguments that a recipe cannot set (* is a wildcard), and the reasons.
-_FIXED_ARGUMENTS = {
+_FIXED_ARGUMENTS = {  # fields of TrainingArguments that a recipe cannot set (* is a wildcard), and the reasons
     "output_dir": "set output, the run's folder",
     "resume_from_checkpoint": "a run resumes from its own last checkpoint",
     "do_* prediction_loss_only include_for_metrics batch_eval_metrics *_full_eval eval_accumulation_steps "

@@ -14,9 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
-# Up to this length plain products are faster (benchmarks/speed/attention.py).
-LONGEST = 512
-
+LONGEST = 512  # up to this length plain products are faster (benchmarks/speed/attention.py)
 _NAME = "badit_short"
 
 
@@ -32,9 +30,8 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Returns softmax(scaling · q kᵀ + mask) v, (B, T, H, D), as an attention function of transformers.
 
-    Args:
-        query: (B, H, T, D); key and value: (B, H/G, T, D), where G heads share one; value may have another width.
-        attention_mask: (B, 1, T, T), 0 where attending is allowed and the lowest number elsewhere.
+    The query is (B, H, T, D). Key and value are (B, H/G, T, D), where G heads share one; the value may have another
+    width. The mask is (B, 1, T, T), 0 where attending is allowed and the lowest number elsewhere.
     """
     rows, heads, length, width = query.shape
     plain = query.requires_grad and query.dtype == torch.bfloat16 and length <= LONGEST

@@ -29,8 +29,7 @@ from badit.run import Run
 from badit.train import Plan, encoded, make_plan, model_dtype, training_arguments
 from badit.trainer import prompt_argument
 
-# Approximate number of training instances from which the mean length is estimated.
-_SAMPLED = 64
+_SAMPLED = 64  # approximate number of training instances from which the mean length is estimated
 # Lower bound of a step's time relative to its matrix products with weights; the rest is attention, norms, adapters and
 # the overhead of small batches. Measured on a CPU: 2 in float32, 5 in bfloat16 (small model, fast products).
 _OVERHEAD = 2.0
@@ -65,10 +64,7 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
 
 
 def check(recipe: Recipe) -> list[str]:
-    """Describes the training of a recipe, as lines of text; BaditError with one line for each problem.
-
-    The model is built without its weights.
-    """
+    """Describes a recipe's training in lines of text, without loading weights; BaditError with a line per problem."""
     section, errors = recipe.model, list[str]()
 
     def tried(step: Callable[[], Any]) -> Any:

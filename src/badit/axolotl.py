@@ -45,6 +45,4 @@ class BaditPlugin(BasePlugin):
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         regroup = cfg.badit.get("regroup") if cfg.adapter == "badit" else None
-        if regroup in (None, False):
-            return []
-        return [RegroupCallback(**({} if regroup is True else regroup))]
+        return [] if regroup in (None, False) else [RegroupCallback(**({} if regroup is True else regroup))]

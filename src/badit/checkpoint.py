@@ -33,8 +33,7 @@ STAGING = "partial"
 SEAL = "seal.json"
 _PREFIX = "checkpoint-"
 _SUMS = "badit_sums.json"
-# The objects in DeepSpeed's checkpoints, apart from tensors and plain values.
-_DEEPSPEED_TYPES = (
+_DEEPSPEED_TYPES = (  # the objects in DeepSpeed's checkpoints, apart from tensors and plain values
     "deepspeed.runtime.fp16.loss_scaler:LossScaler",
     "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",
     "deepspeed.runtime.zero.config:ZeroStageEnum",

@@ -41,8 +41,7 @@ from badit.statistics import both_forms
 from badit.train import joint_training, keep_inputs, make_plan, task_fingerprints
 from badit.worker import ERROR, error_of, progress, start_cell
 
-# Maximum relative difference of parameter counts. Ranks are integers, so the counts match only approximately.
-_TOLERANCE = 0.05
+_TOLERANCE = 0.05  # relative, of parameter counts; ranks are integers, so the counts match only approximately
 
 Order = str | list[str] | None
 
@@ -215,10 +214,9 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
         budget = counts[section.budget]
         for name, count in counts.items():
             if count and name not in section.unmatched and abs(count - budget) > _TOLERANCE * budget:
-                raise BaditError(
-                    f"compare.methods.{name}: trains {count:,} parameters, {section.budget} trains {budget:,}; "
-                    f"change its rank to agree within {_TOLERANCE:.0%}, or list it in compare.unmatched"
-                )
+                found = f"trains {count:,} parameters, {section.budget} trains {budget:,}"
+                fix = f"change its rank to agree within {_TOLERANCE:.0%}, or list it in compare.unmatched"
+                raise BaditError(f"compare.methods.{name}: {found}; {fix}")
     # Refuse runs in the folder that were made with another recipe or other data.
     fingerprints: dict[str, dict[str, str]] = {}
     for name, start in grid.start_rates.items():

@@ -182,8 +182,7 @@ def _generated(
         cache = cache_of(outputs)
         return cache if drop_last(cache, answers_BA.shape[1] + 1) else {}
 
-    answers = generate_answers(model, tokenizer, prompts, **sizes, progress=progress, tasks=names, prefill=prefill)
-    return answers, losses
+    return generate_answers(model, tokenizer, prompts, **sizes, progress=progress, tasks=names, prefill=prefill), losses
 
 
 def _score_sequence(run: Run, plan: Plan, progress: bool, resume: bool) -> dict[str, Any]:

@@ -17,8 +17,7 @@ from typing import Any, NoReturn
 
 from badit.errors import BaditError, explained
 
-# In a folder that is in use: the name of the process that uses it.
-OWNER = ".owner"
+OWNER = ".owner"  # in a folder that is in use: the name of the process that uses it
 
 
 def read_text(file: Path) -> str:

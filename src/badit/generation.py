@@ -36,22 +36,14 @@ def generate_answers(
     Options of the model's own generation config, such as a repetition penalty, are ignored, except for its end tokens:
     they end an answer, as the tokenizer's end token does.
 
-    Args:
-        model: a causal language model in evaluation mode, with or without PEFT adapters, on one device.
-        tokenizer: decodes the answers and defines the padding token.
-        prompts: token ids, one non-empty sequence for each prompt.
-        max_new_tokens: the maximum length of an answer, in tokens.
-        batch_size: the number of prompts per batch.
-        progress: show a progress bar on stderr.
-        tasks: the task of each prompt; used only by methods with parameters per task.
-        prefill: called with the indices of a batch's prompts, their padded token ids and their attention mask. Returns
-            {name of the model's cache argument: cache of each prompt except its last token}, or {}.
+    ``model`` is a causal language model in evaluation mode, with or without PEFT adapters, on one device. The tokenizer
+    decodes the answers and defines the padding token. ``prompts`` has the token ids of each prompt. ``tasks``, the task
+    of each prompt, is used only by methods with parameters per task. ``prefill`` is called with the indices of a
+    batch's prompts, their padded token ids and their attention mask. It returns {name of the model's cache argument:
+    cache of each prompt except its last token}, or {}.
 
-    Returns:
-        The answers in the order of the prompts, without special tokens and surrounding white space.
-
-    Raises:
-        BaditError: a prompt is empty, or a size is not positive.
+    Returns the answers in the order of the prompts, without special tokens and surrounding white space. BaditError if a
+    prompt is empty or a size is not positive.
     """
     _check(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     answers = [""] * len(prompts)
@@ -65,8 +57,7 @@ def generate_answers(
             padded = _pad_left([prompts[i] for i in batch], settings.pad_token_id, model.device)
             cache = {} if prefill is None else prefill(batch, *padded)
             names = None if tasks is None else [tasks[i] for i in batch]
-            new_tokens = _continuations(model, *padded, settings, names, cache)
-            for i, tokens in zip(batch, new_tokens, strict=True):
+            for i, tokens in zip(batch, _continuations(model, *padded, settings, names, cache), strict=True):
                 answers[i] = _decode(tokenizer, tokens, settings.eos_token_id)
             bar.update(len(batch))
     return answers
@@ -96,16 +87,12 @@ def _continuations(
         ended_B = torch.isin(input_ids[:, width:], ends_E).any(dim=1)  # in the current call
         return (2 * ended_B.sum() >= len(ended_B)).expand(len(ended_B))
 
+    stopping = [half_ended] if criteria is None else criteria
     while True:
         width = input_ids.shape[1]
         with hooks_of(model).rows_of(None if tasks is None else [tasks[row] for row in rows]):
-            output = generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                generation_config=settings,
-                stopping_criteria=StoppingCriteriaList([half_ended] if criteria is None else criteria),
-                **cache,
-            )
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **cache}
+            output = generate(**inputs, generation_config=settings, stopping_criteria=StoppingCriteriaList(stopping))
         new = output["sequences"][:, width:]
         for row, tokens in zip(rows, new.tolist(), strict=True):
             continuations[row] += tokens
@@ -175,16 +162,9 @@ def _greedy(
     original = owner.generation_config
     own = original.eos_token_id
     ends: list[Any] = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        return_dict_in_generate=True,
-        pad_token_id=tokenizer.pad_token_id or 0,
-        eos_token_id=sorted({*ends} - {None}),
-    )
-    owner.generation_config = settings
+    options = {"do_sample": False, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}
+    tokens = {"pad_token_id": tokenizer.pad_token_id or 0, "eos_token_id": sorted({*ends} - {None})}
+    owner.generation_config = settings = GenerationConfig(max_new_tokens=max_new_tokens, **options, **tokens)
     try:
         yield settings
     finally:

@@ -17,8 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from badit.method import cosine_gram
 from badit.method.grouping import OverShards
 
-# The largest number of elements that are stacked for one batched product: 64 MB in float32.
-_NUMBERS_AT_A_TIME = 2**24
+_NUMBERS_AT_A_TIME = 2**24  # at most this number of elements is stacked for one batched product: 64 MB in float32
 
 
 def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> list[torch.Tensor | None]:
@@ -112,10 +111,7 @@ def scale_columns(b_ON: nn.Parameter, scale_N: torch.Tensor) -> None:
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """Returns the trainable parameters and the buffers of a sharded model, gathered on the CPU; None if not sharded.
-
-    All processes must call it.
-    """
+    """Returns a sharded model's trained parameters and buffers on the CPU, else None; all processes must call it."""
     if not any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return None
     named = dict(model.named_buffers())

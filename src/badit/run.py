@@ -24,10 +24,8 @@ if TYPE_CHECKING:
     from badit.recipe import Recipe, RecipeLike
     from badit.train import Plan
 
-# In the folder of an export: the run that it was made from, and its options.
-RECORD = "export.json"
-#: A folder or a file; a Run can be passed as its folder.
-AnyPath = str | os.PathLike[str]
+RECORD = "export.json"  # in the folder of an export: the run that it was made from, and its options
+AnyPath = str | os.PathLike[str]  # a folder or a file; a Run can be passed as its folder
 
 
 class Run:

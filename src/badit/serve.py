@@ -44,11 +44,8 @@ MAX_BODY = 1024 * 1024
 class Router:
     """A loaded run that computes a prompt's gates and chooses or writes the adapter for them.
 
-    Args:
-        exports: the folder written by ``badit export --all-tasks``; None to write an adapter for every prompt.
-
-    Raises:
-        BaditError: the run's gates do not depend on the prompt, or the folder has no exports of its tasks and weights.
+    ``exports`` is the folder written by ``badit export --all-tasks``; None to write an adapter for every prompt.
+    BaditError if the run's gates do not depend on the prompt, or the folder has no exports of its tasks and weights.
     """
 
     def __init__(self, run: Run, exports: str | Path | None) -> None:

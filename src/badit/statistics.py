@@ -16,8 +16,7 @@ Form = Literal["standard", "released"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
 _RESAMPLES = 10_000
-# Number of resamples computed at a time, to limit memory.
-_CHUNK = 200
+_CHUNK = 200  # number of resamples computed at a time, to limit memory
 #: Scores that agree to this many decimals are equal, because means of equal scores may differ by rounding errors.
 DECIMALS = 9
 
@@ -52,9 +51,8 @@ def paired_bootstrap(differences_by_task: Mapping[str, np.ndarray]) -> Differenc
     instances only. Runs are treated as exchangeable. In a sequential comparison this holds only approximately, because
     some runs share a seed or a task order.
 
-    Args:
-        differences_by_task: (S, N) per task: score of the method minus score of the reference. N may differ between
-            tasks. All tasks need the same runs in the same order. The order of the tasks has no effect.
+    ``differences_by_task`` has (S, N) per task: score of the method minus score of the reference. N may differ between
+    tasks. All tasks need the same runs in the same order. The order of the tasks has no effect.
     """
     tasks_SN = [task_SN for _, task_SN in sorted(differences_by_task.items())]
     rng = np.random.default_rng(0)

@@ -180,12 +180,9 @@ def answer_losses(
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Returns the cross-entropy of every answer token of a batch, for a model that may be wrapped for data parallelism.
 
-    Args:
-        inputs: input_ids, attention_mask and labels, (B, T); ``tasks`` of the rows for methods that need them.
-        use_cache: whether the outputs include the key-value cache.
-
-    Returns:
-        The losses (L,) in float32, their rows in the batch (L,), and the outputs, with logits (1, L, vocabulary).
+    ``inputs`` has input_ids, attention_mask and labels, (B, T), and the ``tasks`` of the rows for methods that need
+    them. Returns the losses (L,) in float32, their rows in the batch (L,), and the outputs, with logits (1, L,
+    vocabulary) and, with ``use_cache``, the key-value cache.
     """
     labels_BT = inputs["labels"]
     targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
@@ -193,7 +190,15 @@ def answer_losses(
     row_L, position_L = (targets_BT != -100).nonzero(as_tuple=True)
     batch = {key: value for key, value in inputs.items() if key not in ("labels", "tasks")} | {"use_cache": use_cache}
     batch |= prompt_argument(model, inputs["attention_mask"].bool() & before_first_label(labels_BT))
-    with hooks_of(model).rows_of(inputs.get("tasks")), logits_only_at(model, row_L, position_L):
+    unwrapped: Any = getattr(model, "module", model)  # inside a data-parallel wrapper
+    output_layer = unwrapped.get_output_embeddings()
+
+    def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0][row_L, position_L][None], *args[1:])
+
+    # The output layer gets only the labels' positions, as one row (1, L, hidden). Later operations on the logits
+    # (soft-capping, scaling) act on each position separately.
+    with hooks_of(model).rows_of(inputs.get("tasks")), output_layer.register_forward_pre_hook(select):
         outputs = model(**batch)
     losses_L = F.cross_entropy(
         outputs.logits[0].float(), targets_BT[row_L, position_L], reduction="none", label_smoothing=label_smoothing
@@ -204,21 +209,6 @@ def answer_losses(
 def prompt_argument(model: nn.Module, prompt_mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
     """Returns the ``prompt_mask`` argument for a model that routes by prompt, and no arguments for other models."""
     return {"prompt_mask": prompt_mask_BT} if hooks_of(model).routes_prompts else {}
-
-
-@contextmanager
-def logits_only_at(model: nn.Module, row_L: torch.Tensor, position_L: torch.Tensor) -> Iterator[None]:
-    """A context in which the output layer gets only these positions of the batch, as one row (1, L, hidden).
-
-    Later operations on the logits (soft-capping, scaling) act on each position separately.
-    """
-    unwrapped: Any = getattr(model, "module", model)  # inside a data-parallel wrapper
-
-    def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0][row_L, position_L][None], *args[1:])
-
-    with unwrapped.get_output_embeddings().register_forward_pre_hook(select):
-        yield
 
 
 @dataclass(eq=False)

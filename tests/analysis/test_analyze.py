@@ -10,8 +10,8 @@ import badit.analysis as module
 from badit import analyze
 from badit.analysis.tables import load_frames
 from badit.cli import main
-from badit.errors import BaditError
 from badit.recipe import build_recipe
+from refusals import refuses
 from report.samples import write_comparison
 from training.trainers import change_tensors, train_and_score
 
@@ -51,21 +51,19 @@ def test_run_with_experts_has_all_tables_and_skips_finished_parts(recipe_values,
     assert angles["within_degrees"].between(0, 180, inclusive="neither").all()
     record = json.loads((run / "analysis.json").read_text())
     assert list(record["parts"]) == ["interference", "experts", "learning"]
-    with pytest.raises(BaditError, match=r"analysis: belongs to .* or to other settings; delete it and analysis\."):
-        analyze(run, instances=3, progress=False)
+    message = r"analysis: belongs to .* or to other settings; delete it and analysis\."
+    refuses(message, analyze, run, instances=3, progress=False)
     source = Path(recipe_values["data"]["source"])
     for file, word in ((run / "adapter" / "adapter_model.safetensors", b"layers"), (source, b"rivers")):
         content = file.read_bytes()
         file.write_bytes(content.replace(word, word.upper()))
-        with pytest.raises(BaditError, match="belongs to another run, model or data"):
-            analyze(run, instances=2, progress=False)
+        refuses("belongs to another run, model or data", analyze, run, instances=2, progress=False)
         file.write_bytes(content)
     (run / "analysis" / "gates.json").unlink()
     with pytest.raises(pytest.fail.Exception, match="loaded a model"):
         analyze(run, instances=2, progress=False)
     (run / "analysis.json").write_text(json.dumps({**record, "parts": 5}))
-    with pytest.raises(BaditError, match="delete it and analysis"):
-        analyze(run, instances=2, progress=False)
+    refuses("delete it and analysis", analyze, run, instances=2, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -92,16 +90,15 @@ def test_report_in_another_folder_shows_the_runs_scores(recipe_values, tmp_path)
 
 def test_base_model_is_measured_on_given_data(model_folder, task_file, tmp_path):
     output = tmp_path / "base"
-    assert analyze(model_folder, data=str(task_file), instances=2, output=output, progress=False).keys() == INTERFERENCE
+    options = {"data": str(task_file), "instances": 2, "output": output, "progress": False}
+    assert analyze(model_folder, **options).keys() == INTERFERENCE
     assert (output / "config.yaml").is_file()
-    with pytest.raises(BaditError, match=r"to another run, model or data.*; delete it, analysis\.json and config"):
-        analyze("smollm2-135m", data=str(task_file), instances=2, output=output, progress=False)
+    message = r"to another run, model or data.*; delete it, analysis\.json and config"
+    refuses(message, analyze, "smollm2-135m", **options)
     assert json.loads((output / "environment.json").read_text())["packages"]
-    change_tensors(lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()})(
-        model_folder / "model.safetensors"
-    )
-    with pytest.raises(BaditError, match="to another run, model or data"):
-        analyze(model_folder, data=str(task_file), instances=2, output=output, progress=False)
+    double = change_tensors(lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()})
+    double(model_folder / "model.safetensors")
+    refuses("to another run, model or data", analyze, model_folder, **options)
 
 
 def test_input_errors_are_one_line_with_exit_code_2(model_folder, tmp_path, command):

@@ -12,7 +12,7 @@ from analysis.naive_experts import BATCHES, METHODS, ROWS, TASKS
 from badit.analysis.gates import active_experts, changed_gates, gates_frame, prompt_gates
 from badit.analysis.interference import coactivation, marked_experts
 from badit.baselines.branches import OLoraConfig
-from badit.errors import BaditError
+from refusals import refuses
 from tuner import helpers
 
 
@@ -86,5 +86,4 @@ def test_active_experts_may_be_empty_and_several_active_adapters_are_refused(tin
     model = helpers.adapted(tiny_model("llama"))
     model.add_adapter("second", helpers.config())
     model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(BaditError, match="several adapters are active"):
-        prompt_gates(model, BATCHES)
+    refuses("several adapters are active", prompt_gates, model, BATCHES)

@@ -10,10 +10,10 @@ import reference
 from analysis import naive_experts as naive
 from analysis.naive_interference import rows
 from badit.analysis.learning import component_flow, expert_angles, held_out_angles, task_gap, transfer
-from badit.errors import BaditError
 from badit.metrics import mean_scores
 from badit.run import Run
 from materials import comparison, results_cell, write_results
+from refusals import refuses
 from report.samples import write_lines
 from tuner import helpers
 
@@ -35,10 +35,8 @@ def test_angles_and_component_flow_are_read_from_logs(tmp_path):
     write_lines(tmp_path / "angles.jsonl", [{"step": 5, "module": NAME, **after, "intra_degrees": None}])
     assert rows(expert_angles(Run.at(tmp_path))) == [[5, *place, "training", None, 90.0, 0.4, 0.1]]
     write_lines(tmp_path / "regroupings.jsonl", [regrouping(10, **before, **after), stays])
-    assert rows(expert_angles(Run.at(tmp_path))) == [
-        [10, *place, "before", 85.0, 88.0, 0.2, 0.2],
-        [10, *place, "after", 70.0, 90.0, 0.4, 0.1],
-    ]  # no step followed the regrouping at 20
+    angles = [[10, *place, "before", 85.0, 88.0, 0.2, 0.2], [10, *place, "after", 70.0, 90.0, 0.4, 0.1]]
+    assert rows(expert_angles(Run.at(tmp_path))) == angles, "no step followed the regrouping at 20"
     assert rows(component_flow(Run.at(tmp_path))) == [
         [10, *place, 0, 0, 1], [10, *place, 0, 1, 1], [10, *place, 1, 0, 1], [10, *place, 1, 1, 1],
         [20, *place, 0, 0, 2], [20, *place, 1, 1, 2],
@@ -70,8 +68,7 @@ def test_damaged_log_is_refused(tmp_path):
         (component_flow, regrouping(10, after=(0, 1, 0, 10**9)), r"to_expert\.\d: input should be less than 1024"),
     ):
         write_lines(path, [regrouping(5), line])
-        with pytest.raises(BaditError, match=rf"{path}: .*{message}.*; delete the file to skip it"):
-            read(Run.at(tmp_path))
+        refuses(rf"{path}: .*{message}.*; delete the file to skip it", read, Run.at(tmp_path))
 
 
 @pytest.mark.parametrize("method", ["badit", "badit token", "loramoe", "goat"])
@@ -123,16 +120,14 @@ def test_task_gap_averages_seeds_with_both_runs_and_all_orders(tmp_path):
     assert task_gap(comparison_folder(tmp_path, [("lora", 0, None, {"a": 40})])).empty
 
 
-def scored_run(tmp_path, **sequence):
-    content = {**mean_scores({"a": {"rouge_l": [55], "exact_match": [0]}}), **sequence}
+def scored_run(tmp_path, order, matrix):
+    content = {**mean_scores({"a": {"rouge_l": [55], "exact_match": [0]}}), "order": order, "matrix": matrix}
     (tmp_path / "scores.json").write_text(json.dumps(content))
     return Run.at(tmp_path)
 
 
 def test_transfer_has_the_score_matrix_and_refuses_malformed_ones(tmp_path):
-    table = transfer(scored_run(tmp_path, order=["b", "a"], matrix=[[50, None], [40, 70.5]]))
+    table = transfer(scored_run(tmp_path, ["b", "a"], [[50, None], [40, 70.5]]))
     assert rows(table) == [[1, "b", "b", 50], [1, "b", "a", None], [2, "a", "b", 40], [2, "a", "a", 70.5]]
-    with pytest.raises(BaditError, match=r"matrix\.0\.0: input should be a valid number"):
-        transfer(scored_run(tmp_path, order=["a"], matrix=[["x"]]))
-    with pytest.raises(BaditError, match="matrix: needs a row and a column per task"):
-        transfer(scored_run(tmp_path, order=["a", "b"], matrix=[[1, 2], [1]]))
+    refuses(r"matrix\.0\.0: input should be a valid number", transfer, scored_run(tmp_path, ["a"], [["x"]]))
+    refuses("matrix: needs a row and a column per task", transfer, scored_run(tmp_path, ["a", "b"], [[1, 2], [1]]))

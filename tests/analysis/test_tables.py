@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from pandas.testing import assert_frame_equal
 
-from badit.analysis.tables import COUNT, EXPERT, INDEX, NUMBER, TABLES, TEXT, load_frame, load_frames
-from badit.analysis.tables import save_frame as save
+from badit.analysis.tables import COUNT, EXPERT, INDEX, NUMBER, TABLES, TEXT, load_frame, load_frames, save_frame
 from refusals import refuses
 
 KINDS = [NUMBER, COUNT, EXPERT, INDEX, TEXT]
@@ -23,7 +22,7 @@ def table(name):
 @pytest.mark.parametrize("name", TABLES)
 def test_round_trip_and_missing_columns_are_refused(tmp_path, name):
     frame = table(name)
-    path = save(frame, tmp_path)
+    path = save_frame(frame, tmp_path)
     loaded = load_frame(path)
     assert_frame_equal(loaded, frame, rtol=1e-5)
     assert loaded.attrs == frame.attrs
@@ -38,17 +37,17 @@ def test_round_trip_and_missing_columns_are_refused(tmp_path, name):
 
 def test_numbers_have_six_digits_and_undefined_numbers_are_null(tmp_path):
     rows = [("a", 0, "m", 2, 1.23456789, np.inf), ("b", 0, "m", 2, 100, np.nan)]
-    path = save(TABLES["gates"].frame(rows, ""), tmp_path)
+    path = save_frame(TABLES["gates"].frame(rows, ""), tmp_path)
     assert '  ["a", 0, "m", 2, 1.23457, null],\n  ["b", 0, "m", 2, 100.0, null]\n' in path.read_text()
-    save(TABLES["gate_similarity"].frame([], "a single task"), tmp_path)
+    save_frame(TABLES["gate_similarity"].frame([], "a single task"), tmp_path)
     assert {name: len(frame) for name, frame in load_frames(tmp_path).items()} == {"gate_similarity": 0, "gates": 2}
 
 
 def test_errors_name_the_column_and_row_of_a_wrong_value(tmp_path):
-    path = save(table("gates"), tmp_path)
+    path = save_frame(table("gates"), tmp_path)
     wrong = {"mean": ["1.0", True, np.nan], "expert": [1.5, -1, 10**9], "layer": [None, 10**20], "task": [None]}
     for column, value in ((column, value) for column, values in wrong.items() for value in values):
-        content = json.loads(save(table("gates"), tmp_path).read_text())
+        content = json.loads(save_frame(table("gates"), tmp_path).read_text())
         content["rows"][1][list(content["columns"]).index(column)] = value
         path.write_text(json.dumps(content))
         refuses(rf"gates\.json: {column}\.1: input should be", load_frame, path)

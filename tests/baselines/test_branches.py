@@ -12,10 +12,10 @@ from transformers import T5Config, T5ForConditionalGeneration
 import reference
 from badit.analysis.gates import read_gates
 from badit.baselines.branches import mean_embedding
-from badit.errors import BaditError
 from badit.files import write_json
 from baselines import naive
 from baselines.naive import BRANCHES, FAMILIES, GATED, adapt, adapted, config, gate, logits, loss, randomise, trainable
+from refusals import refuses
 from tuner.helpers import IDS, MASK, cache_name, gradients, layers
 
 
@@ -112,14 +112,13 @@ def test_forward_without_gates_and_unsuitable_models_are_refused(tiny_model, met
         lambda: model(input_ids=IDS[:, :1], **{name: without}),
         lambda: model(input_ids=IDS[:2, :1], **{name: of_two}),
     ):
-        with pytest.raises(BaditError, match=r"gate_proj: there are no gates for an input of shape \(.*input_ids"):
-            pass_()
+        refuses(r"gate_proj: there are no gates for an input of shape \(.*input_ids", pass_)
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
     for other, target in ((T5ForConditionalGeneration(T5Config(**sizes)), "wo"), (nn.Sequential(nn.Linear(4, 4)), "0")):
-        with pytest.raises(BaditError, match="is for decoder-only language models"):
-            get_peft_model(other, config(method, target_modules=[target], task_type=None))
-    with pytest.raises(BaditError, match="modules_to_save: remove the embeddings"):
-        adapt(tiny_model("llama"), method, modules_to_save=["embed_tokens"])
+        of_other = config(method, target_modules=[target], task_type=None)
+        refuses("is for decoder-only language models", get_peft_model, other, of_other)
+    saved = {"modules_to_save": ["embed_tokens"]}
+    refuses("modules_to_save: remove the embeddings", adapt, tiny_model("llama"), method, **saved)
 
 
 def test_o_lora_works_without_token_embeddings():

@@ -8,10 +8,10 @@ import torch
 import reference
 from badit.baselines.mixture import MixtureLinear
 from badit.data import AnswerCollator
-from badit.errors import BaditError
 from badit.tuner.prompt import RoutingContext
 from baselines import naive
 from baselines.naive import MIXTURES, adapted, config
+from refusals import refuses
 from training.trainers import examples, make_trainer
 from tuner.helpers import KINDS, base_layer, forward, gradients, layers, padded, random_rows, randomise
 
@@ -56,8 +56,7 @@ def test_goat_experts_start_from_chunks_of_the_spectrum(kind, rho):
 
 
 def test_goat_refuses_a_weight_too_small_for_the_rank():
-    with pytest.raises(BaditError, match=r"layer: a weight of shape \(18, 20\) has 4 directions .* at most r = 16$"):
-        make_layer("goat", r=24)
+    refuses(r"layer: a weight of shape \(18, 20\) has 4 directions .* at most r = 16$", make_layer, "goat", r=24)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -85,15 +84,14 @@ def test_balance_loss_sums_over_layers_and_ignores_padding(tiny_model, method, f
 def test_balance_loss_is_read_once_per_training_pass_of_matching_size(tiny_model):
     ids, mask = padded(random_rows(4, 9))
     model = adapted(tiny_model("llama"), "goat").train()
+    extra_loss = model.base_model.extra_loss
     forward(model, ids, mask)
-    assert model.base_model.extra_loss(mask) is not None
+    assert extra_loss(mask) is not None
     for _ in range(2):
-        with pytest.raises(BaditError, match="has seen no training pass"):
-            model.base_model.extra_loss(mask)
+        refuses("has seen no training pass", extra_loss, mask)
         forward(model.eval(), ids, mask)
     forward(model.train(), ids, mask)
-    with pytest.raises(BaditError, match=r"sees 18 positions, but the batch has 6; exclude it from the targets"):
-        model.base_model.extra_loss(mask[:, :3])
+    refuses(r"sees 18 positions, but the batch has 6; exclude it from the targets", extra_loss, mask[:, :3])
 
 
 @pytest.mark.parametrize(("method", "option"), [("goat", "balance_weight"), ("o-lora", "orthogonality_weight")])
@@ -125,10 +123,9 @@ def test_balance_loss_is_averaged_over_accumulated_micro_batches(tiny_model, tmp
         answers = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / items
         (answers + model.base_model.extra_loss(batch["attention_mask"]) / 2).backward()
     expected = gradients(model)
-    trainer = make_trainer(
-        model, tmp_path, [], count=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1,
-        save_strategy="no", optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0,
-    )  # fmt: skip
+    one_step = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    plain = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    trainer = make_trainer(model, tmp_path, [], count=4, save_strategy="no", **one_step, **plain)
     trainer._get_train_sampler = lambda dataset=None: torch.utils.data.SequentialSampler(data)
     trainer.train()
     moved = {name: before[name] - p.detach() for name, p in model.named_parameters() if name in expected}

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from badit.baselines.neurons import neuron_scores, top_neurons, train_only
 from badit.data import AnswerCollator
-from badit.errors import BaditError
 from baselines.naive import adapted
+from refusals import refuses
 from training.trainers import assert_same, examples
 from tuner.helpers import take_steps
 
@@ -107,6 +107,5 @@ def test_step_changes_only_the_selected_neurons(tiny_model, family):
 
 
 def test_model_with_adapter_is_refused(tiny_model):
-    model = adapted(tiny_model("llama"), "loramoe")
-    with pytest.raises(BaditError, match="task neurons do not support this model of type llama"):
-        neuron_scores(model, [AnswerCollator(0)(examples(2))])
+    model, batches = adapted(tiny_model("llama"), "loramoe"), [AnswerCollator(0)(examples(2))]
+    refuses("task neurons do not support this model of type llama", neuron_scores, model, batches)

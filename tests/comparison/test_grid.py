@@ -106,10 +106,8 @@ def test_invalid_options_are_refused_in_one_line():
 
 
 def test_compare_section_is_required_by_comparisons_and_ignored_by_runs(tmp_path):
-    with pytest.raises(BaditError, match="compare: the recipe has no compare section"):
-        Grid(build_recipe({}))
-    with pytest.raises(BaditError, match=r"compare\.methods: field required"):
-        build_recipe({"compare": {}})
+    refuses("compare: the recipe has no compare section", Grid, build_recipe({}))
+    refuses(r"compare\.methods: field required", build_recipe, {"compare": {}})
     compared = build_recipe({"output": str(tmp_path / "run"), "compare": {"methods": METHODS}})
     assert "compare" not in yaml.safe_load(dump_recipe(compared))
     Run.prepare(build_recipe({"output": str(tmp_path / "run")}))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from badit.data import Instance, Source, Task, build_prompt, encode_examples, quotas
 from badit.data.encoded import encode_tasks
 from badit.data.readers import load_sources, load_tasks
-from badit.errors import BaditError
 from data.examples import CHAT, CHATML, encode_prompt, make_tokenizer, refusal, write_rows
+from refusals import refuses
 
 ROWS = [
     {"task": "capitals", "instruction": "Name the capital.", "input": "France", "output": "Paris"},
@@ -30,10 +30,9 @@ def task_of(path, **options):
 def test_same_rows_give_the_same_tasks_in_every_format(tmp_path, suffix):
     capitals, sums = load_tasks(write_rows(tmp_path / f"rows [1].{suffix}", *ROWS))
     assert (capitals.name, capitals.definition) == ("capitals", "Name the capital.")
-    assert capitals.train == (
-        Instance(id="capitals-0", input="France", outputs=("Paris",)),
-        Instance(id="capitals-1", input='Peru, "the" one', outputs=("Lima",)),
-    )
+    france = Instance(id="capitals-0", input="France", outputs=("Paris",))
+    peru = Instance(id="capitals-1", input='Peru, "the" one', outputs=("Lima",))
+    assert capitals.train == (france, peru)
     assert sums.train[0].outputs == ("2",)
 
 
@@ -89,8 +88,8 @@ def test_files_of_one_name_are_refused_and_links_have_their_own(tmp_path):
         (tmp_path / "links" / f"{name}.csv").symlink_to(tmp_path / ("de" if name == "train" else "fr") / "items.csv")
     task = task_of(tmp_path / "links")
     assert (task.name, len(task.train), len(task.test)) == ("links", 1, 1)
-    with pytest.raises(BaditError, match=r"test.csv is named after a split, not a task; give the folder"):
-        load_sources([Source(tmp_path / "de" / "items.csv"), Source(tmp_path / "links" / "test.csv")])
+    sources = [Source(tmp_path / "de" / "items.csv"), Source(tmp_path / "links" / "test.csv")]
+    refuses(r"test.csv is named after a split, not a task; give the folder", load_sources, sources)
 
 
 def test_file_names_in_a_folder_or_glob_set_splits_and_tasks(tmp_path):
@@ -157,10 +156,8 @@ def test_columns_instruction_and_class_labels_of_a_saved_dataset(tmp_path):
 
 def test_all_turns_become_instances_with_their_own_prompts(tmp_path):
     task = task_of(write_rows(tmp_path / "chat.jsonl", {"messages": CHAT, "id": "x"}), turns="all")
-    assert [(each.id, each.input, each.outputs, len(each.history)) for each in task.train] == [
-        ("x", "Capital of France?", ("Paris",), 1),
-        ("x-1", "And of Peru?", ("Lima",), 3),
-    ]
+    expected = [("x", "Capital of France?", ("Paris",), 1), ("x-1", "And of Peru?", ("Lima",), 3)]
+    assert [(each.id, each.input, each.outputs, len(each.history)) for each in task.train] == expected
     tokenizer, plain = make_tokenizer(chat_template=CHATML), make_tokenizer(chat_template=None)
     text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in CHAT)
     (example,) = encode_examples(tokenizer, [(task, task.train[1])])
@@ -208,10 +205,8 @@ def test_source_weights_set_the_mixture_and_conflicts_are_refused(tmp_path):
     assert [(task.name, task.weight) for task in tasks] == [("a", 2.0), ("b", 3.0)]
     assert quotas(tasks) == {"a": 27, "b": 13}
     assert [task.name for task in load_sources([Source(b), Source(a)], ["b"])] == ["b"]
-    with pytest.raises(BaditError, match="has task a of another source; set a new task"):
-        load_sources([Source(a)] * 2)
-    with pytest.raises(BaditError, match=r"data.weights: unknown task 'c'"):
-        load_sources([Source(a)], weights={"c": 2.0})
+    refuses("has task a of another source; set a new task", load_sources, [Source(a)] * 2)
+    refuses(r"data.weights: unknown task 'c'", load_sources, [Source(a)], weights={"c": 2.0})
 
 
 @given(sizes=st.lists(st.integers(1, 99), min_size=1, max_size=6), temperature=st.floats(1, 50))

@@ -10,17 +10,16 @@ from hypothesis import strategies as st
 from badit.data.encoded import AnswerCollator, batches_by_task, on_device
 from badit.data.prompts import answer_rows, build_prompt, encode_examples, end_of_turn_id, own_input, prompt_text
 from badit.data.tasks import Instance
-from data.examples import BRACKETS, CHATML, UNMARKED, encode_prompt, make_task, make_tokenizer
-from data.examples import CHAT as MESSAGES
+from data.examples import BRACKETS, CHAT, CHATML, UNMARKED, encode_prompt, make_task, make_tokenizer
 from refusals import refuses
 
 TASK = make_task()
 FRANCE = Instance(id="x", input="France", outputs=("Paris", "City of Paris"))
 PROMPT = build_prompt(TASK, FRANCE)
 TEXT = "Answer with the capital of the country.\n\nNow complete the following example -\nInput: France\nOutput: "
-PLAIN, CHAT, BRACKETED = (make_tokenizer(chat_template=template) for template in (None, CHATML, BRACKETS))
-ALL = pytest.mark.parametrize("tokenizer", [PLAIN, CHAT, BRACKETED], ids=["plain", "chatml", "brackets"])
-SYSTEM, USER, ANSWER = MESSAGES[:3]
+PLAIN, MARKED, BRACKETED = (make_tokenizer(chat_template=template) for template in (None, CHATML, BRACKETS))
+ALL = pytest.mark.parametrize("tokenizer", [PLAIN, MARKED, BRACKETED], ids=["plain", "chatml", "brackets"])
+SYSTEM, USER, ANSWER = CHAT[:3]
 LATER = {"role": "assistant", "content": "Lima.", "tool_calls": []}
 EXAMPLES = [
     {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "prompt_length": 1, "task": "a"},
@@ -46,10 +45,11 @@ def test_prompt_text_with_and_without_demonstrations():
 
 def test_prompt_is_bos_and_text_or_the_rendered_chat_template():
     assert PLAIN.decode(encode_prompt(PLAIN, PROMPT)) == f"<s>{TEXT}"
-    assert CHAT.decode(encode_prompt(CHAT, PROMPT)) == (f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\n")
+    rendered = f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\n"
+    assert MARKED.decode(encode_prompt(MARKED, PROMPT)) == rendered
     assert encode_prompt(PLAIN, "<s>France").count(PLAIN.bos_token_id) == 1, "no second BOS if the text starts with BOS"
-    assert encode_prompt(CHAT, PROMPT, chat_template="never") == encode_prompt(PLAIN, PROMPT)
-    assert encode_prompt(CHAT, PROMPT, chat_template="always") == encode_prompt(CHAT, PROMPT)
+    assert encode_prompt(MARKED, PROMPT, chat_template="never") == encode_prompt(PLAIN, PROMPT)
+    assert encode_prompt(MARKED, PROMPT, chat_template="always") == encode_prompt(MARKED, PROMPT)
     refuses("has no chat template", encode_prompt, PLAIN, PROMPT, chat_template="always")
 
 
@@ -121,10 +121,9 @@ def test_example_is_evaluation_prompt_truncated_answer_and_end_token(tokenizer, 
 
 
 def test_each_answer_of_a_chat_has_all_previous_messages_as_prompt():
-    assert answer_rows([SYSTEM, USER, ANSWER, USER, LATER, USER]) == [
-        {"prompt": [SYSTEM, USER], "completion": [ANSWER]},
-        {"prompt": [SYSTEM, USER, ANSWER, USER], "completion": [LATER]},
-    ]
+    expected = [{"prompt": [SYSTEM, USER], "completion": [ANSWER]}]
+    expected += [{"prompt": [SYSTEM, USER, ANSWER, USER], "completion": [LATER]}]
+    assert answer_rows([SYSTEM, USER, ANSWER, USER, LATER, USER]) == expected
     assert answer_rows([USER]) == answer_rows([]) == []
     refuses("the first is an assistant message", answer_rows, [ANSWER, USER])
     refuses("message 1 must have a role", answer_rows, [USER, {"content": "Rome."}])

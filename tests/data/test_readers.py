@@ -8,8 +8,8 @@ import pytest
 
 from badit import plan
 from badit.data import Instance, Source, Task, builtin_tasks, load_sources, load_tasks
-from badit.errors import BaditError
 from data.examples import CHAT, refusal, write_rows
+from refusals import refuses
 
 SUPERNI = os.environ.get("BADIT_SUPERNI")
 # Training and test instances per task of the published release.
@@ -49,18 +49,10 @@ def sapt(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def official(tmp_path: Path) -> Path:
-    for name in ("task1_a", "task2_b", "task3_c"):
-        write_task(tmp_path / "tasks" / f"{name}.json", 130)
-    return tmp_path
-
-
 def test_builtin_suite_and_selected_tasks():
     assert load_tasks("builtin") == builtin_tasks()
     assert [task.name for task in load_tasks("builtin", tasks=["which_day", "got_more"])] == ["which_day", "got_more"]
-    with pytest.raises(BaditError, match="must be 'builtin'"):
-        load_tasks("elsewhere", format="builtin")
+    refuses("must be 'builtin'", load_tasks, "elsewhere", format="builtin")
 
 
 def test_sapt_has_no_validation_set_and_reads_only_selected_tasks(sapt):
@@ -89,20 +81,22 @@ def test_invalid_task_selections_are_refused(sapt):
         assert message in refusal(sapt, tasks=wanted)
 
 
-def test_superni_split_lists_and_the_default_of_100_test_instances(official):
-    tasks = load_tasks(official)
+def test_superni_split_lists_and_the_default_of_100_test_instances(tmp_path):
+    for name in ("task1_a", "task2_b", "task3_c"):
+        write_task(tmp_path / "tasks" / f"{name}.json", 130)
+    tasks = load_tasks(tmp_path)
     assert set(sizes(tasks).values()) == {(30, 0, 100)}
     assert (tasks[0].test[0].id, tasks[0].train[0].id) == ("x0", "x100")
-    write_lists(official / "splits" / "mine", "task3_c", "task2_b")
-    assert sizes(load_tasks(official)) == {"task2_b": (0, 0, 100), "task3_c": (130, 0, 0)}
-    assert "130 training, 100 test" in repr(plan(data={"source": str(official)})), "tasks score the model of others"
-    write_lists(official / "splits" / "more", "", "")
-    assert "2 split lists and no 'default'" in refusal(official)
-    write_lists(official / "splits" / "default", "task1_a\nmissing\n", "task2_b\n\n")
-    for source in (official, official / "tasks"):
+    write_lists(tmp_path / "splits" / "mine", "task3_c", "task2_b")
+    assert sizes(load_tasks(tmp_path)) == {"task2_b": (0, 0, 100), "task3_c": (130, 0, 0)}
+    assert "130 training, 100 test" in repr(plan(data={"source": str(tmp_path)})), "tasks score the model of others"
+    write_lists(tmp_path / "splits" / "more", "", "")
+    assert "2 split lists and no 'default'" in refusal(tmp_path)
+    write_lists(tmp_path / "splits" / "default", "task1_a\nmissing\n", "task2_b\n\n")
+    for source in (tmp_path, tmp_path / "tasks"):
         assert sizes(load_tasks(source)) == {"task1_a": (130, 0, 0), "task2_b": (0, 0, 100)}
-    (official / "splits" / "default" / "test_tasks.txt").write_text("task1_a")
-    assert "'task1_a' is in both" in refusal(official)
+    (tmp_path / "splits" / "default" / "test_tasks.txt").write_text("task1_a")
+    assert "'task1_a' is in both" in refusal(tmp_path)
 
 
 def test_missing_sources_and_corrupt_tables_are_refused(tmp_path):
@@ -134,11 +128,8 @@ def test_official_superni_task_and_invalid_fields(tmp_path):
     assert (task.name, task.definition) == ("capitals", "Name the capital.")
     assert (task.categories, task.domains, task.abilities) == (("Question Answering",), ("Geography",), ())
     assert task.demonstrations[0].explanation == "Since 1871."
-    assert task.test == (
-        Instance(id="x1", input="France", outputs=("Paris",)),
-        Instance(id="capitals-1", input="Peru", outputs=("Lima",)),
-        Instance(id="capitals-2", input="a", outputs=("",)),
-    )
+    expected = {"x1": ("France", "Paris"), "capitals-1": ("Peru", "Lima"), "capitals-2": ("a", "")}
+    assert task.test == tuple(Instance(id=key, input=text, outputs=(out,)) for key, (text, out) in expected.items())
     for changes, message in (
         ({"Instances": []}, "Instances: list should have at least 1 item"),
         ({"Instances": [ITEM, {"id": "y", "output": "b"}]}, "Instances.1.input: field required"),

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from badit.data import Source, Task, builtin_tasks, hold_out, limit, load_tasks, mixture, ordered
-from badit.errors import BaditError
 from data.examples import make_task
+from refusals import refuses
 
 SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=5)
 BENCHMARK = Path(__file__).parents[2] / "docs/benchmark.md"
@@ -65,12 +65,9 @@ def test_held_out_draw_is_deterministic_and_depends_on_seed_and_name():
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
 def test_no_training_prompt_contains_an_answer_that_is_held_out(tmp_path, system):
     turn = [{"role": "user", "content": "q {1}"}, {"role": "assistant", "content": "a{} {}"}]
-    chats = [
-        {"messages": system + [{**m, "content": m["content"].format(c, t)} for t in range(3) for m in turn]}
-        for c in range(8)
-    ]
+    chats = [[{**m, "content": m["content"].format(c, t)} for t in range(3) for m in turn] for c in range(8)]
     path = tmp_path / "chats.jsonl"
-    path.write_text("\n".join(map(json.dumps, chats)))
+    path.write_text("\n".join(json.dumps({"messages": system + chat}) for chat in chats))
     (task,) = hold_out(load_tasks(Source(path, turns="all")), 4, seed=0)
     assert (len(task.train), len(task.validation)) == (18, 6)
     chat_of = lambda one: one.outputs[0].split()[0]  # noqa: E731
@@ -118,8 +115,7 @@ def test_order_may_be_a_list_and_invalid_orders_are_refused():
         (cities, ["cities", "rivers", "cities"], r"data\.order: 'cities' is listed twice; list it once"),
         (["task363_one", "task363_other"], "sapt-1", "does not contain task task363_"),
     ):
-        with pytest.raises(BaditError, match=message):
-            order_of(names, order)
+        refuses(message, order_of, names, order)
 
 
 def test_suite_content_has_the_recorded_hash():

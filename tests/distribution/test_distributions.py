@@ -6,7 +6,6 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-import pytest
 from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
@@ -18,19 +17,9 @@ PACKAGE = ROOT / "src" / "badit"
 INFO = f"badit-{badit.__version__}.dist-info"
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    (path,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path_factory.mktemp("wheel")), versions=["standard"])
-    return zipfile.ZipFile(path)
-
-
-@pytest.fixture(scope="module")
-def sdist(tmp_path_factory):
-    (path,) = SdistBuilder(str(ROOT)).build(directory=str(tmp_path_factory.mktemp("sdist")), versions=["standard"])
-    return Path(path)
-
-
-def test_the_wheel_is_the_package_and_no_more(wheel):
+def test_the_wheel_is_the_package_and_no_more(tmp_path):
+    (path,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    wheel = zipfile.ZipFile(path)
     names = {name for name in wheel.namelist() if not name.startswith(f"{INFO}/")}
     files = [file for file in PACKAGE.glob("**/*") if file.is_file() and "__pycache__" not in file.parts]
     recipes = {f"badit/{file.relative_to(ROOT)}" for file in (ROOT / "recipes").glob("**/*.*")}
@@ -51,8 +40,9 @@ def test_every_requirement_has_a_floor_and_a_ceiling():
             assert {one.operator for one in requirement.specifier} == {">=", "<"}, text
 
 
-def test_the_source_distribution_can_be_tested_and_documented(sdist):
-    with tarfile.open(sdist) as archive:
+def test_the_source_distribution_can_be_tested_and_documented(tmp_path):
+    (path,) = SdistBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with tarfile.open(path) as archive:
         sizes = {name.partition("/")[2]: archive.getmember(name).size for name in archive.getnames()}
     wanted = {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md", "Makefile"}
     wanted |= {"pyproject.toml", "mkdocs.yml", "docs/fsdp2.yaml", "docs/_site/hooks.py", "src/badit/py.typed"}
@@ -61,4 +51,4 @@ def test_the_source_distribution_can_be_tested_and_documented(sdist):
     assert wanted - sizes.keys() == set()
     assert {name for name in sizes if re.search(r"(^|/)(runs|site|dist|\.venv|__pycache__)(/|$)", name)} == set()
     assert max(sizes.values()) < 10_000_000, "the raw scores of a comparison are the largest"
-    assert sdist.stat().st_size < 4_000_000
+    assert Path(path).stat().st_size < 4_000_000

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerFast
 
 from badit import BaditConfig, Run, generation
 from badit.data import AnswerCollator, Instance, Task
-from badit.errors import BaditError
 from badit.evaluate import evaluate, prompt_losses, read_predictions, score_model, write_predictions
 from badit.generation import generate_answers, stream_answer
 from badit.metrics import Prediction
@@ -250,8 +249,8 @@ def test_invalid_predictions_and_unknown_splits_are_refused(tmp_path):
             file.write(line + "\n")
         refuses(r"a\.jsonl: (line 2: .*evaluate the run again|invalid JSON at line 2)", read_predictions, tmp_path)
     refuses(r"no \.jsonl files", read_predictions, tmp_path / "empty")
-    with pytest.raises(BaditError, match=r"split: unknown 'tests' \(did you mean 'test'\?\); known: test, validation"):
-        evaluate(Run.at(tmp_path), split="tests")
+    message = r"split: unknown 'tests' \(did you mean 'test'\?\); known: test, validation"
+    refuses(message, evaluate, Run.at(tmp_path), split="tests")
 
 
 def word_tokenizer(start, **special):

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 import reference
 from badit.analysis.gates import adapted_layers, changed_gates, mean_gates
 from badit.data import AnswerCollator, batches_by_task
-from badit.errors import BaditError
 from badit.evaluate import evaluate, load_run
 from badit.export import Export, beyond_lora, export, merge, mixture_factors, score_export, write_adapter
 from badit.files import OWNER, read_json
@@ -282,8 +281,7 @@ def test_score_export_scores_the_folder_of_the_export(trained, tmp_path):
     entry = result["tasks"]["cities"]
     assert (entry["routed"], entry["difference"]) == (77.0, pytest.approx(entry["frozen"] - 77.0))
     message = r"^engine: vllm: cannot be started \(No module named .vllm.\); install vLLM"
-    with pytest.raises(BaditError, match=message):  # vLLM is tested in tests/serving
-        score_export(run, done, engine="vllm", progress=False)
+    refuses(message, score_export, run, done, engine="vllm", progress=False)  # vLLM is tested in tests/serving
     path = done.folder / "adapter_model.safetensors"
     save_file({name: 0 * tensor for name, tensor in load_file(path).items()}, path)
     base = score_export(run, done, progress=False)["tasks"]["cities"]["frozen"]
@@ -339,8 +337,8 @@ def test_ambiguous_module_names_are_full_and_shared_weights_are_not_merged(tiny_
     assert short_module_names(base, factors) == sorted(names[1:])
     base = tiny_model("gpt2")  # its head shares the weight of the embedding
     before = base.lm_head.weight.clone()
-    with pytest.raises(BaditError, match="lm_head: shares its weight with another module; export without"):
-        merge(base, {"lm_head": (torch.ones(1, 32), torch.ones(len(before), 1))})
+    factors = {"lm_head": (torch.ones(1, 32), torch.ones(len(before), 1))}
+    refuses("lm_head: shares its weight with another module; export without", merge, base, factors)
     assert torch.equal(base.lm_head.weight, before)
 
 

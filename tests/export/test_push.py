@@ -13,7 +13,6 @@ from starlette.routing import Route
 
 import badit
 from badit.card import write_run_card
-from badit.errors import BaditError
 from refusals import refuses
 from studio.conftest import BADIT, served
 
@@ -91,16 +90,16 @@ def test_runs_and_exports_are_uploaded_with_model_cards(run, hub, tmp_path, comm
 
 
 def test_push_errors_are_one_line(run, hub, monkeypatch):
+    push = badit.Run(run.path).push
     for name in ("tuned", "a/b/c", "org/na--me", "../x", "org/" + "x" * 100):
-        assert name in refuses(".", badit.Run(run.path).push, name)
+        assert name in refuses(".", push, name)
     for status, fix in ((401, "the token is invalid or expired"), (403, "the token has no access to this")):
         hub.status = status
-        refuses(rf"^org/tuned: the hub refuses: .*{status}.*; {fix}", badit.Run(run.path).push, "org/tuned")
+        refuses(rf"^org/tuned: the hub refuses: .*{status}.*; {fix}", push, "org/tuned")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(BaditError, match=r"org/tuned: the hub cannot be reached \(.*Connection refused\); try again"):
-        badit.Run(run.path).push("org/tuned")
+    refuses(r"org/tuned: the hub cannot be reached \(.*Connection refused\); try again", push, "org/tuned")
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    refuses("hf auth login or set HF_TOKEN", badit.Run(run.path).push, "org/tuned")
+    refuses("hf auth login or set HF_TOKEN", push, "org/tuned")
     assert hub.files == {}
 
 
@@ -127,10 +126,9 @@ def test_only_files_written_by_badit_are_uploaded(run, hub, tmp_path):
 
 
 def test_export_of_all_tasks_is_pushed_one_task_at_a_time(run, hub, tmp_path):
-    folder = badit.Run(run.path).export(tmp_path / "all", all_tasks=True, progress=False).folder
-    with pytest.raises(BaditError, match=r"has a LoRA for each task; push one of them: badit push .*all/cities org/x$"):
-        badit.Run(folder).push("org/x")
-    badit.Run(folder / "cities").push("org/tuned")
+    out = badit.Run(run.path).export(tmp_path / "all", all_tasks=True, progress=False).folder
+    refuses("has a LoRA for each task; push one of them: badit push .*all/cities org/x$", badit.Run(out).push, "org/x")
+    badit.Run(out / "cities").push("org/tuned")
     assert "adapter_model.safetensors" in hub.files
 
 

@@ -34,10 +34,8 @@ def wandb_run(path):
 
 
 def mlflow_run(client, run):
-    return {
-        name: {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)}
-        for name in run.data.metrics
-    }
+    histories = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
+    return {name: {metric.step: metric.value for metric in history} for name, history in histories.items()}
 
 
 client = MlflowClient(sys.argv[1])

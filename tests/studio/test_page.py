@@ -12,6 +12,7 @@ from badit.analysis.tables import save_frame
 from badit.studio import Session
 from badit.studio.server import application
 from browsers import emulate, requests, until
+from data.examples import write_rows
 from studio.conftest import BADIT, served
 
 # Without a slash, because task names must not contain one.
@@ -194,12 +195,9 @@ def test_page_reports_a_method_without_gates_and_a_stopped_server(browser, plain
 
 
 def test_markup_in_names_data_and_tables_is_shown_as_text(browser, trained, tmp_path):
-    source = tmp_path / "tasks.jsonl"
-    lines = [
-        {"task": MARKUP, "instruction": MARKUP, "input": f"{MARKUP} {i}", "output": MARKUP, "split": split}
-        for i, split in enumerate(["train"] * 8 + ["test"] * 2)
-    ]
-    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    line = dict.fromkeys(["task", "instruction", "output"], MARKUP)
+    lines = [{**line, "input": f"{MARKUP} {i}", "split": split} for i, split in enumerate(["train"] * 8 + ["test"] * 2)]
+    source = write_rows(tmp_path / "tasks.jsonl", *lines)
     run = trained(BADIT, source, MARKUP)
     save_frame(ABILITIES.frame([[expert, MARKUP, "", 1.0, 0.0, 0.0] for expert in range(4)], ""), run.analysis_path)
     session = Session(run)

@@ -29,6 +29,8 @@ FSDP2 = ["--config_file", str(TESTS.parent / "docs" / "fsdp2.yaml")]
 SHARDED_STATE = [*FSDP2, "--fsdp_state_dict_type", "SHARDED_STATE_DICT"]
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 SHARDED_ON_CPU = {**ON_CPU, "BADIT_SHARD_ON_CPU": "1"}
+# By default, stage 3 does not partition small parameters. This configuration partitions all of them.
+ALL_DIVIDED = ["--use_deepspeed", "--deepspeed_config_file", str(SCRIPT.with_name("all_divided.json"))]
 PYTHONPATH = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
 OF_PROCESSES = {"PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 
@@ -39,11 +41,7 @@ ENGINES: dict[str, tuple[list[str] | None, dict[str, str]]] = {
     "fsdp2, sharded state": (SHARDED_STATE, SHARDED_ON_CPU),
     "deepspeed, stage 2": (["--use_deepspeed", "--zero_stage", "2"], {}),
     "deepspeed, stage 3": (["--use_deepspeed", "--zero_stage", "3"], {}),
-    # By default, stage 3 does not partition small parameters. This configuration partitions all of them.
-    "deepspeed, all divided": (
-        ["--use_deepspeed", "--deepspeed_config_file", str(SCRIPT.with_name("all_divided.json"))],
-        {},
-    ),
+    "deepspeed, all divided": (ALL_DIVIDED, {}),
 }
 
 
@@ -102,17 +100,13 @@ class Launches:
             port = str(free.getsockname()[1])
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), **variables}
         if arguments is not None:
-            checked, *_ = _validate_launch_command(
-                launch_command_parser().parse_args(_accelerate(arguments, processes))
-            )
+            parsed = launch_command_parser().parse_args(_accelerate(arguments, processes))
+            checked, *_ = _validate_launch_command(parsed)
             variables = {**prepare_multi_gpu_env(checked), **variables}
         printed = str(self.folder / f"{name}-{port}.txt")
-        ranks = [
-            self._forks.Process(
-                target=forked, args=(self.settings(name, 2), {**variables, "RANK": rank, "LOCAL_RANK": rank}, printed)
-            )
-            for rank in map(str, range(processes))
-        ]
+        words = self.settings(name, 2)
+        places = [{**variables, "RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(processes))]
+        ranks = [self._forks.Process(target=forked, args=(words, place, printed)) for place in places]
         for rank in ranks:
             rank.start()
         while alive := [rank.sentinel for rank in ranks if rank.is_alive()]:

@@ -30,8 +30,6 @@ from badit.results import RESULTS
 from badit.run import AnyPath, Run
 from badit.train import encoded, make_plan, task_fingerprints
 
-_BATCH_SIZE = 4
-
 
 def analyze(
     target: str, data: str | None, instances: int, output: AnyPath | None, progress: bool, trust_remote_code: bool
@@ -110,9 +108,9 @@ def _parts(recipe: Recipe, chosen: Prompts, progress: bool) -> dict[str, Callabl
     pairs = [(task, instance) for task, instances in chosen for instance in instances]
     examples = encoded(tokenizer, recipe, pairs, model)
     collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
-    batches = batches_by_task(examples, collate, _BATCH_SIZE)
+    batches = batches_by_task(examples, collate, batch_size=4)
     gates = prompt_gates(model, batches) if active_experts(model) else None
-    one_by_one = batches_by_task(examples, collate, 1)
+    one_by_one = batches_by_task(examples, collate, batch_size=1)
 
     def experts() -> list[pd.DataFrame]:
         if gates is None:

@@ -24,7 +24,6 @@ from badit.tuner.model import TaskBatches
 _NEAREST = 5
 _SHOWN_CHARACTERS = 300
 _CONSTANT = 1e-6  # a gate with a smaller deviation over all prompts or tasks counts as constant
-_MOST_NAMED = 2
 _LEAST_SPREAD = 0.02
 _STANDARD_ERRORS = 3
 _NO_CHANGE = 0.005  # nats per token
@@ -181,7 +180,7 @@ def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.nda
 
 def _standing_out(value_T: np.ndarray, error_T: np.ndarray) -> list[int]:
     """Returns at most two tasks that lead the mean by over half of the largest lead; none if that lead is noise."""
-    first, mean = np.argsort(-value_T, kind="stable")[:_MOST_NAMED], value_T.mean()
+    first, mean = np.argsort(-value_T, kind="stable")[:2], value_T.mean()
     if value_T[first[0]] - mean < _STANDARD_ERRORS * error_T[first[0]]:
         return []
     return [int(t) for t in first if value_T[t] > (mean + value_T[first[0]]) / 2]

@@ -34,10 +34,8 @@ from badit.tuner.layer import ExpertLinear
 from badit.tuner.model import TaskBatches
 from badit.tuner.prompt import before_first_label
 
-#: The file with the fixed gates, in the folder of an export.
-GATES_FILE = "gates.json"
-#: Training prompts per task for the mean gates. Gates vary little within a task, so few prompts are enough.
-PROMPTS_PER_TASK = 32
+GATES_FILE = "gates.json"  # the fixed gates, in the folder of an export
+PROMPTS_PER_TASK = 32  # for the mean gates; gates vary little within a task, so few training prompts are enough
 _BATCH_SIZE = 8
 
 #: Maps a module's name to the gates of its K experts as used in the forward pass, not divided by their mean.

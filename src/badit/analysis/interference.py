@@ -43,13 +43,8 @@ from badit.trainer import answer_losses
 from badit.tuner.model import TaskBatches
 from badit.tuner.targets import PROJECTIONS, default_targets, is_quantised
 
-# Size of the sketch of each parameter's gradient. A cosine has a standard error of at most 1 / √SKETCH_SIZE.
-SKETCH_SIZE = 16384
-# The share of a layer's units that a task marks.
-SHARE = 0.1
-
-# Rounding tolerance: an expert is marked only if its mean gate exceeds 1 by more than this.
-_ROUNDING = 1e-6
+SKETCH_SIZE = 16384  # of each parameter's gradient; a cosine has a standard error of at most 1 / √SKETCH_SIZE
+SHARE = 0.1  # of a layer's units: a task marks the strongest
 
 Marks = Mapping[int, np.ndarray]  # by layer, which tasks mark its units, (T, U)
 Place = tuple[str, int, str]  # "weights" or "adapter", the layer, the module's name within the layer
@@ -161,10 +156,9 @@ def _first_projections(model: nn.Module) -> list[nn.Module]:
     config: Any = model.config
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if not found or [layer for layer, _ in found] != list(range(layers)):
-        raise BaditError(
-            f"model: co-activation cannot be measured for type {config.model_type}: every layer needs one MLP with a "
-            f"projection named {' or '.join(PROJECTIONS)}"
-        )
+        problem = f"co-activation cannot be measured for type {config.model_type}"
+        needed = f"every layer needs one MLP with a projection named {' or '.join(PROJECTIONS)}"
+        raise BaditError(f"model: {problem}: {needed}")
     return [module for _, module in found]
 
 
@@ -178,7 +172,7 @@ def _strongest(scores: Mapping[int, torch.Tensor]) -> Marks:
 def marked_experts(gates: PromptGates) -> Marks:
     """Marks the experts of a layer's modules whose mean gate over a task's prompts is above 1."""
     layers_M = np.array([layer for layer, _ in gates.modules])
-    marked_TMK = gates.means > 1 + _ROUNDING
+    marked_TMK = gates.means > 1 + 1e-6  # more than by rounding
     by_layer = {layer: marked_TMK[:, layers_M == layer] for layer in np.unique(layers_M).tolist()}
     return {layer: of_layer.reshape(len(of_layer), -1) for layer, of_layer in by_layer.items()}
 
@@ -210,11 +204,8 @@ def coactivation(tasks: Sequence[str], marked: Mapping[str, Marks], about: str) 
         with np.errstate(invalid="ignore"):  # NaN where neither task marks a unit
             overlap_TT, chance_TT = both_2TT / (total_T[:, None] + total_T - both_2TT)
         pairs += [(kind, tasks[a], tasks[b], overlap_TT[a, b], chance_TT[a, b]) for a, b in combinations(order, 2)]
-    return [
-        COACTIVATION.frame(counts, about),
-        COACTIVATION_TASKS.frame(by_task, about),
-        COACTIVATION_PAIRS.frame(pairs, about),
-    ]
+    rows = {COACTIVATION: counts, COACTIVATION_TASKS: by_task, COACTIVATION_PAIRS: pairs}
+    return [table.frame(of_table, about) for table, of_table in rows.items()]
 
 
 def measured_parameters(model: nn.Module) -> Iterator[tuple[Place, nn.Parameter, int | None]]:

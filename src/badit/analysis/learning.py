@@ -72,8 +72,7 @@ _FIX = "delete the file to skip it"
 
 def _logged(run: Run, path: Path) -> Iterator[tuple[tuple, dict[str, Any]]]:
     for line in run.log(path):
-        module = line["module"].rpartition(".")[0]  # the last part is the adapter's name
-        yield (line["step"], *layer_and_module(module)), line
+        yield (line["step"], *layer_and_module(line["module"].rpartition(".")[0])), line  # without the adapter's name
 
 
 def expert_angles(run: Run, held_out: Mapping[tuple[int, str], Sequence[float | None]] | None = None) -> pd.DataFrame:

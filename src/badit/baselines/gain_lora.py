@@ -66,10 +66,8 @@ class GainLoraGate(BranchGate):
             return
         size = len(self.key)
         if self.seen_by_key.trace() > size - 0.5:  # a projector's trace is its rank
-            raise BaditError(
-                f"the earlier tasks' prompts take up all {size} dimensions of GainLoRA's gates, so there is none for "
-                "another task; train on fewer tasks"
-            )
+            problem = f"the earlier tasks' prompts take up all {size} dimensions of GainLoRA's gates"
+            raise BaditError(f"{problem}, so there is none for another task; train on fewer tasks")
         random_D = torch.randn_like(self.key)
         self.key.copy_(F.normalize(random_D - random_D @ self.seen_by_key, dim=0))
 

@@ -88,16 +88,13 @@ class MixtureModel(ExpertModel):
                 if not config.balance_weight:
                     continue
                 if adapter_name not in kept:
-                    raise BaditError(
-                        f"{layer.name}: has seen no training pass, so there is no balance loss; with gradient "
-                        "checkpointing set use_reentrant=False, or set balance_weight=0"
-                    )
+                    fix = "with gradient checkpointing set use_reentrant=False, or set balance_weight=0"
+                    raise BaditError(f"{layer.name}: has seen no training pass, so there is no balance loss; {fix}")
                 logits_LK = kept[adapter_name].flatten(0, -2)
                 if len(logits_LK) != attention_mask.numel():
                     sizes = f"{len(logits_LK)} positions, but the batch has {attention_mask.numel()}"
-                    raise BaditError(
-                        f"{layer.name}: sees {sizes}; exclude it from the targets, or set balance_weight=0"
-                    )
+                    fix = "exclude it from the targets, or set balance_weight=0"
+                    raise BaditError(f"{layer.name}: sees {sizes}; {fix}")
                 logits_LK = logits_LK[attention_mask.flatten().bool().to(logits_LK.device)]
                 losses.append(config.imbalance(logits_LK).to(attention_mask.device) * config.balance_weight)
         return torch.stack(losses).sum() if losses else None
@@ -162,10 +159,8 @@ class GoatConfig(MixtureConfig):
     def initial_factors(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rank, chunk = self.r // self.num_experts, min(weight_OI.shape) // self.num_experts
         if rank > chunk:
-            raise BaditError(
-                f"a weight of shape {tuple(weight_OI.shape)} has {chunk} directions for each of {self.num_experts} "
-                f"experts, too few for r = {self.r}; use at most r = {chunk * self.num_experts}"
-            )
+            found = f"a weight of shape {tuple(weight_OI.shape)} has {chunk} directions for each of {self.num_experts}"
+            raise BaditError(f"{found} experts, too few for r = {self.r}; use at most r = {chunk * self.num_experts}")
         u, s, vh = top_singular_triples(weight_OI, min(weight_OI.shape), method="exact")
         chosen_N = [k * chunk + i for k in range(self.num_experts) for i in range(rank)]
         return expert_factors(SingularTriples(u[:, chosen_N], s[chosen_N], vh[chosen_N]), self.scaling * self.rho)

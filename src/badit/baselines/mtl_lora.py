@@ -74,10 +74,9 @@ class MtlLoraLinear(ExpertLinear):
         if tasks_B is None:
             raise BaditError("MTL-LoRA needs each row's task: run it within badit.tuner.hooks_of(model).rows_of(names)")
         if len(tasks_B) != len(x):
-            raise BaditError(
-                f"{self.name}: sees {len(x)} rows, but {len(tasks_B)} tasks are given; name one task per row (each "
-                "beam and each returned sequence is a row), or leave the layer out of target_modules"
-            )
+            fix = "name one task per row (each beam and each returned sequence is a row)"
+            problem = f"sees {len(x)} rows, but {len(tasks_B)} tasks are given"
+            raise BaditError(f"{self.name}: {problem}; {fix}, or leave the layer out of target_modules")
         return tasks_B.to(x.device)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,13 +42,6 @@ class NeuronOptions:
         check_options(self)
 
 
-class _Mlp(NamedTuple):
-    """One layer's last projection, and its neurons' parameters by name, each with the axis of the neurons."""
-
-    last: nn.Module
-    parameters: dict[str, tuple[nn.Parameter, int]]
-
-
 def neuron_scores(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """Returns the mean of |∂L/∂ω_j · ω_j| (F,), in float32 on the CPU, by the name of each layer's MLP.
 
@@ -66,8 +59,8 @@ def neuron_scores(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) 
     with ExitStack() as stack:
         stack.callback(model.train, model.training)
         model.eval()  # without dropout, and without gradient checkpointing, which would run the hooks twice
-        for name, mlp in mlps.items():
-            stack.callback(mlp.last.register_forward_pre_hook(partial(keep, name)).remove)
+        for name, (last, _) in mlps.items():
+            stack.callback(last.register_forward_pre_hook(partial(keep, name)).remove)
         for batch in batches:
             texts = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
             targets_BT = batch["labels"].to(model.device)[:, 1:]
@@ -98,8 +91,8 @@ def train_only(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> Non
     The optimizer must have ``weight_decay=0``, because weight decay changes weights whose gradient is zero.
     """
     model.requires_grad_(False)
-    for name, mlp in _mlps(model).items():
-        for parameter, axis in mlp.parameters.values():
+    for name, (_, parameters) in _mlps(model).items():
+        for parameter, axis in parameters.values():
             frozen = ~masks[name]
             if axis < parameter.ndim - 1:
                 frozen = frozen[:, None]
@@ -112,12 +105,13 @@ def trained_parameters(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]
     """Returns how many entries of each parameter :func:`train_only` trains, by name; without masks, all of them."""
     return {
         key: parameter.numel() if masks is None else parameter.numel() // len(masks[name]) * int(masks[name].sum())
-        for name, mlp in _mlps(model).items()
-        for key, (parameter, _) in mlp.parameters.items()
+        for name, (_, parameters) in _mlps(model).items()
+        for key, (parameter, _) in parameters.items()
     }
 
 
-def _mlps(model: PreTrainedModel) -> dict[str, _Mlp]:
+def _mlps(model: PreTrainedModel) -> dict[str, tuple[nn.Module, dict[str, tuple[nn.Parameter, int]]]]:
+    """Returns each MLP's last projection, and its neurons' parameters by name, each with the axis of the neurons."""
     found = {}
     for name, module in model.named_modules():
         children: dict[str, Any] = dict(module.named_children())
@@ -129,10 +123,8 @@ def _mlps(model: PreTrainedModel) -> dict[str, _Mlp]:
             axes |= {f"{child}.bias": 0 for child in first if children[child].bias is not None}
             axes[f"{last}.weight"] = int(not isinstance(children[last], Conv1D))
             parameters = {f"{name}.{key}": (module.get_parameter(key), axis) for key, axis in axes.items()}
-            found[name] = _Mlp(children[last], parameters)
+            found[name] = (children[last], parameters)
     if len(found) != getattr(model.config.get_text_config(), "num_hidden_layers", None):
-        raise BaditError(
-            f"task neurons do not support this model of type {model.config.model_type}; every layer needs an MLP of "
-            "gate_proj, up_proj and down_proj, or of c_fc and c_proj, without adapters"
-        )
+        fix = "every layer needs an MLP of gate_proj, up_proj and down_proj, or of c_fc and c_proj, without adapters"
+        raise BaditError(f"task neurons do not support this model of type {model.config.model_type}; {fix}")
     return found

@@ -17,8 +17,7 @@ from filelock import FileLock
 from badit.errors import explained
 from badit.files import cache_folder, read_json, sync, write_json
 
-# Version of the cache files; increase it whenever their content changes.
-_FORMAT = 5
+_FORMAT = 5  # version of the cache files; increase it whenever their content changes
 ROWS_AT_A_TIME = 5_000
 
 Item = TypeVar("Item")
@@ -73,9 +72,8 @@ def arrow_table(
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Returns a table and its notes, from the cache if possible; BaditError if the cache cannot be read or written.
 
-    Args:
-        make: generates the rows and fills the dictionary of notes it receives; not run if the cache has the table.
-        key: JSON values that determine the content; None keeps the table in memory.
+    ``make`` generates the rows and fills the dictionary of notes it receives; it is not run if the cache has the table.
+    ``key`` has the JSON values that determine the content; None keeps the table in memory.
     """
     notes: dict[str, Any] = {}
     batches = (pa.RecordBatch.from_pylist(rows, schema=schema) for rows in chunks(make(notes), ROWS_AT_A_TIME))

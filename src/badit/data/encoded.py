@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _pc: Any = pyarrow.compute  # its functions are created at import
-# Minimum number of training instances for the cache.
-_LARGE = 20_000
+_LARGE = 20_000  # minimum number of training instances for the cache
 _SCHEMA = pa.schema(
     [("task", pa.string()), ("id", pa.string()), ("prompt_length", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
 )
@@ -57,12 +56,9 @@ def encode_tasks(
     *,
     progress: bool = False,
 ) -> Examples:
-    """Encodes the training instances of tasks as token ids.
+    """Encodes the training instances of tasks as token ids, with the ``options`` of :func:`encode_examples`.
 
-    Args:
-        options: keyword arguments of :func:`badit.data.encode_examples`.
-        order: the order of the examples, as indices of the training instances numbered consecutively over the tasks.
-        progress: whether to show a progress bar on stderr.
+    ``order`` has the order of the examples, as indices of the training instances numbered consecutively over the tasks.
     """
     count = sum(len(task.train) for task in tasks)
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -22,8 +22,7 @@ PromptEncoding = Literal[
 ]
 ChatTemplate = Literal["auto", "always", "never"]
 
-# The losses of PyTorch and transformers ignore this label.
-IGNORED_LABEL = -100
+IGNORED_LABEL = -100  # ignored by the losses of PyTorch and transformers
 _TEMPLATE_FIX = "use prompt.chat_template=never or another template"
 
 
@@ -77,14 +76,11 @@ def encode_prompts(
     max_source_tokens: int,
     chat_template: ChatTemplate = "auto",
 ) -> list[list[int]]:
-    """Returns the token ids of prompts, for generation or training.
+    """Returns the token ids of prompts, for generation or training. A plain string is truncated at its end.
 
-    Args:
-        prompts: :class:`Prompt` objects or plain strings; a string is truncated at its end.
-        max_source_tokens: maximum length of a prompt's text with its history. The tokens of the chat template, or the
-            BOS that the tokenizer adds, are not included and never truncated.
-        chat_template: "auto" puts the text in the user's turn if the tokenizer has a template, "always" requires a
-            template, "never" uses the plain text.
+    ``max_source_tokens`` limits a prompt's text with its history. The tokens of the chat template, or the BOS that the
+    tokenizer adds, are not included and never truncated. ``chat_template`` "auto" puts the text in the user's turn if
+    the tokenizer has a template, "always" requires a template, "never" uses the plain text.
     """
     pieces = [Prompt("", prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
     texts, histories = ["".join(prompt[:3]) for prompt in pieces], [prompt.history for prompt in pieces]

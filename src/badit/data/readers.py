@@ -23,11 +23,8 @@ from badit.data.tasks import SPLITS, Demonstration, FirstString, Instance, Outpu
 from badit.errors import BaditError, explained, refuse_unknown
 from badit.files import lines_of, parse_json, read_text
 
-# The official evaluation scores the first 100 instances of a test task.
-OFFICIAL_TEST_INSTANCES = 100
-
-# Sources of at least this size, in bytes, are kept in the cache.
-_LARGE = 4 * 2**20
+OFFICIAL_TEST_INSTANCES = 100  # the official evaluation scores the first 100 instances of a test task
+_LARGE = 4 * 2**20  # bytes; sources of at least this size are kept in the cache
 _JSON = (".jsonl", ".json")
 _SUFFIXES = (*_JSON, ".csv", ".tsv", ".parquet", ".arrow")
 _TEXT = pa.string()

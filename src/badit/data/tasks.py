@@ -201,10 +201,9 @@ def _shuffled(items: Iterable[Item], seed: str) -> list[Item]:
 def ordered(tasks: Sequence[Task], order: str | Sequence[str]) -> list[Task]:
     """Returns the tasks in training order.
 
-    Args:
-        order: a list of the names or numbers of all tasks; "sapt-1" or "sapt-2", without the tasks that are not loaded;
-            or "seeded-N", the sorted names shuffled with seed N. seeded-0 to seeded-4 replace the BADIT paper's five
-            orders, which cannot be recovered.
+    ``order`` is a list of the names or numbers of all tasks; "sapt-1" or "sapt-2", without the tasks that are not
+    loaded; or "seeded-N", the sorted names shuffled with seed N. seeded-0 to seeded-4 replace the BADIT paper's five
+    orders, which cannot be recovered.
     """
     by_name = {task.name: task for task in tasks}
     if not isinstance(order, str):

@@ -12,10 +12,8 @@ import pandas as pd
 from badit.render import number
 
 ALL = "all"
-# Height in pixels of a row for a task or a method.
-ROW = 23
-# Maximum number of values in a figure. Above it, a layer or a module can be chosen, but not both.
-MOST_VALUES = 150_000
+ROW = 23  # height in pixels of a row for a task or a method
+MOST_VALUES = 150_000  # maximum for a figure; above it, a layer or a module can be chosen, but not both
 
 
 def as_text(frame: pd.DataFrame, forms: Mapping[str, str]) -> pd.DataFrame:

@@ -130,8 +130,7 @@ def differences(frame: pd.DataFrame) -> Any:
     dotted line) is not conclusive. An interval over one run covers no other seeds. The untuned model is left out."""
     tooltip = ["method:N", *(alt.Tooltip(f"{name}:Q", format="+.2f") for name in ("mean", "low", "high"))]
     base = charts.chart_of(frame).encode(y=alt.Y("method:N", title=None, sort=None), tooltip=tooltip)
-    title = f"Rouge-L points above {frame['reference'].iloc[0]}"
-    x = alt.X("low:Q", title=title, axis=alt.Axis(tickCount=6))
+    x = alt.X("low:Q", title=f"Rouge-L points above {frame['reference'].iloc[0]}", axis=alt.Axis(tickCount=6))
     bars = base.mark_rule(style="interval", strokeWidth=2.5).encode(x=x, x2="high:Q")
     means = base.mark_point(filled=True, size=90, opacity=1).encode(x="mean:Q")
     zero = charts.chart_of(pd.DataFrame({"zero": [0]})).mark_rule(style="reference", tooltip=None).encode(x="zero:Q")
@@ -274,8 +273,7 @@ def units_of_tasks(frame: pd.DataFrame) -> Any:
         color=_colour("part", parts),
         tooltip=["task:N", "part:N", "units:Q", alt.Tooltip("share:Q", format=".1%")],
     )
-    chart = chart.add_params(charts.choice("kind", frame["kind"]))
-    return chart.properties(height=charts.ROW * len(names))
+    return chart.add_params(charts.choice("kind", frame["kind"])).properties(height=charts.ROW * len(names))
 
 
 def unit_overlaps(frame: pd.DataFrame) -> Any:
@@ -394,8 +392,7 @@ def ability_recovery(frame: pd.DataFrame) -> pd.DataFrame:
     return charts.as_text(frame.replace({"measure": measures}), forms)
 
 
-# In the order of the page.
-FIGURES = [
+FIGURES = [  # in the order of the page
     Figure("scores", "Methods", "methods", methods),
     Figure("scores", "Differences", "differences", differences),
     Figure("scores", "Scores by task", "scores", scores_by_task),

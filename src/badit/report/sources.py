@@ -181,8 +181,7 @@ def _differences(runs: Sequence[Source]) -> pd.DataFrame:
     for run in runs[1:]:
         pairs = (_rouge_l(run).reindex(scores.index) - scores).dropna()
         if len(pairs) and run.config.get("method") != {"name": "base"}:
-            by_task = {str(task): each.to_numpy()[None] for task, each in pairs.groupby(level=0)}
-            found = paired_bootstrap(by_task)
+            found = paired_bootstrap({str(task): each.to_numpy()[None] for task, each in pairs.groupby(level=0)})
             rows.append([run.label, found.mean, found.low, found.high, runs[0].label])
     return pd.DataFrame(rows, columns=_DIFFERENCES)
 

@@ -33,12 +33,9 @@ MAX_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 512
 _EXAMPLES, _SHOWN_TASKS, _DIGITS = 6, 5, 5
 _PAUSE = 0.01  # seconds for which the measuring thread releases the model, so that a waiting question gets it
-# Sums of softmaxes are 1 or K except for rounding errors, which must not be multiplied into gates set by hand.
-_DECIMALS = 6
 
 Side = Literal["router", "hand", "base"]
-# Sends an event (name, data) of the running answer to the page.
-Show = Callable[[str, Mapping[str, Any]], None]
+Show = Callable[[str, Mapping[str, Any]], None]  # sends an event (name, data) of the running answer to the page
 
 
 class Question(BaseModel):
@@ -191,8 +188,9 @@ def mixed(experts: Sequence[Experts], by_hand: Sequence[float] | None = None) ->
     used: dict[str, torch.Tensor] = {}
 
     def mixing(one: Experts, gates: torch.Tensor) -> torch.Tensor:
-        # The neutral gate depends on the method: 1, or 1/K if its gates sum to 1.
-        neutral = gates.mean(dim=-1, keepdim=True).round(decimals=_DECIMALS)
+        # The neutral gate depends on the method: 1, or 1/K if its gates sum to 1. The sum of a softmax has rounding
+        # errors, which must not be multiplied into gates set by hand.
+        neutral = gates.mean(dim=-1, keepdim=True).round(decimals=6)
         if by_hand is not None:
             gates = neutral * torch.tensor(by_hand).to(gates)
         if one.layer.name not in used:
