@@ -24,19 +24,17 @@ def start_cell(folder: Path, *, score: bool, threads: int | None, device: int | 
     """
     (folder / ERROR).unlink(missing_ok=True)
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "TQDM_MININTERVAL": "5"}
-    environment = {**quiet, **os.environ}
+    env = {**quiet, **os.environ}
     if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
+        env["OMP_NUM_THREADS"] = str(threads)
     if device is not None:
-        visible = environment.get("CUDA_VISIBLE_DEVICES")
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
+        visible = env.get("CUDA_VISIBLE_DEVICES")
+        env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
     command = [sys.executable, "-m", "badit.worker", str(folder), "score" if score else "search"]
     with (folder / LOG).open("w", encoding="utf-8") as log:
         # A new session: Ctrl-C reaches only this process, which then sends the cell a single signal to stop.
         # The cell reads its standard input to detect the end of this process.
-        return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
-        )
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True)
 
 
 def error_of(folder: Path, code: int) -> str | None:

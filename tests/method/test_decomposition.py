@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from badit.errors import BaditError
 from badit.method import decomposition, expert_factors, top_singular_triples
 from badit.method.decomposition import compress
+from refusals import refuses
 
 PROPERTY = settings(deadline=None, max_examples=40)
 
@@ -166,8 +166,7 @@ def test_largest_entry_of_every_u_is_positive(method):
     ],
 )
 def test_invalid_weights_ranks_and_methods_are_refused(weight, options, message):
-    with pytest.raises(BaditError, match=message):
-        top_singular_triples(weight, **{"rank": 2, **options})
+    refuses(message, top_singular_triples, weight, **{"rank": 2, **options})
 
 
 @PROPERTY

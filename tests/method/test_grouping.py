@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from badit.errors import BaditError
 from badit.method import cosine_gram, expert_angles, group_components, grouping, grouping_objective
+from refusals import refuses
 
 PROPERTY = settings(deadline=None, max_examples=40)
 
@@ -136,10 +136,8 @@ def test_labels_are_kept_if_all_groupings_are_equally_good(kind, noise, solver):
     ],
 )
 def test_invalid_gram_labels_and_solver_are_refused(gram, labels, message):
-    with pytest.raises(BaditError, match=message):
-        group_components(gram, np.array(labels, dtype=np.int64))
-    with pytest.raises(BaditError, match=r"solver: unknown 'greedy'.*swap, paper"):
-        group_components(np.eye(4), contiguous(2, 2), solver="greedy")
+    refuses(message, group_components, gram, np.array(labels, dtype=np.int64))
+    refuses(r"solver: unknown 'greedy'.*swap, paper", group_components, np.eye(4), contiguous(2, 2), solver="greedy")
 
 
 @pytest.mark.parametrize(("components", "num_experts"), [(6, 3), (8, 2), (8, 4), (9, 3), (10, 2)])

@@ -32,9 +32,10 @@ def test_two_processes_match_one_process_and_resume_in_one_or_three(launches, ca
     assert losses(launches.run("fsdp2-copied")) == pytest.approx(losses(launches.run("ddp-copied")), abs=1e-5)
 
 
-def test_sequence_in_two_processes_writes_one_complete_run(recipe_values, tmp_path, processes):
+@pytest.mark.parametrize("gates", ["mean_one", "clusters"])
+def test_sequence_in_two_processes_writes_one_complete_run(recipe_values, tmp_path, processes, gates):
     values = {**recipe_values, "data": {**recipe_values["data"], "order": "seeded-0"}}
-    values["method"] |= {"gates": "clusters", "router_input": "standardised"}
+    values["method"] |= {"gates": gates, "router_input": "standardised"}
     launches = Launches(values, tmp_path, processes)
     launches.train("sequence", 2, "ddp")
     run = launches.run("sequence")

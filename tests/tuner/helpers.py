@@ -48,9 +48,7 @@ def randomise(model, adapter="default", seed=0):
         return (size * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
 
     for layer in (each for each in layers(model) if adapter in each.badit_A):
-        own = {
-            name: getattr(layer, name)[adapter] for name in layer.adapter_layer_names if adapter in getattr(layer, name)
-        }
+        own = {name: of[adapter] for name in layer.adapter_layer_names if adapter in (of := getattr(layer, name))}
         for name, size in (("badit_A", 0.1), ("badit_B", 0.1), ("badit_lambda", 0.5)):
             if name in own:
                 own[name].add_(noise(own[name], size))

@@ -6,10 +6,10 @@ import torch
 from peft import PeftModel
 
 import reference
-from badit.errors import BaditError
 from badit.tuner import hooks_of
 from badit.tuner.layer import BaditLinear
 from badit.tuner.prompt import ForwardPass, RoutingContext
+from refusals import refuses
 from tuner.helpers import KINDS, adapt, base_layer, config, layers, logits, randomise
 
 IN, OUT, GATES = 12, 10, ("mean_one", "softmax")
@@ -139,8 +139,7 @@ def test_gates_of_a_prompt_are_the_code_of_its_nearest_centroid():
     with pytest.warns(UserWarning, match="the prompts have no clusters yet; call .*start_task"):
         assert run(layer, x, mask).requires_grad
     torch.testing.assert_close(layer.gates("default", x), torch.full((3, 1, 3), 1 / 3))
-    means = torch.randn(40, IN, dtype=torch.float64)
-    layer.cluster("default", means)
+    layer.cluster("default", means := torch.randn(40, IN, dtype=torch.float64))
     buffers = [getattr(layer, f"badit_{name}")["default"].clone() for name in ("moments", "centroids", "codes")]
     np.testing.assert_allclose(buffers[0], reference.prompt_moments([means]), rtol=1e-5, atol=1e-6)
     seen = reference.standardised(reference.prompt_mean(x, mask), *buffers[0].double().numpy())
@@ -155,13 +154,9 @@ def test_gates_of_a_prompt_are_the_code_of_its_nearest_centroid():
 def test_clusters_are_found_once_and_saved(tiny_model, tmp_path):
     model = adapt(tiny_model("llama"), **CLUSTERS)
     ids, answer = torch.randint(4, 90, (6, 4, 9)), torch.arange(9) > 4
-    batches = [
-        {"input_ids": one, "attention_mask": torch.ones_like(one), "labels": one.where(answer, -100)} for one in ids
-    ]
-    tasks = {"first": batches[:2], "second": batches[2:]}
-    training = model.train().training
-    hooks_of(model).start_task(tasks)
-    assert model.training == training
+    batches = [{"input_ids": one, "labels": one.where(answer, -100)} for one in ids]
+    hooks_of(model.train()).start_task({"first": batches[:2], "second": batches[2:]})
+    assert all(module.training for module in model.modules())
     first, second, *_ = layers(model)
     assert first.badit_batches["default"] == 1
     centroids, codes = first.badit_centroids["default"].clone(), first.badit_codes["default"].clone()
@@ -177,10 +172,35 @@ def test_clusters_are_found_once_and_saved(tiny_model, tmp_path):
     torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_model("llama"), tmp_path)), logits(model))
 
 
+def test_clusters_without_prompts_or_with_equal_prompts_are_well_defined():
+    layer, (x, mask) = make(**CLUSTERS), batch()
+    layer.cluster("default", torch.zeros(5, IN))  # such as an MoE's expert that gets no tokens
+    assert layer.badit_moments["default"].isfinite().all()
+    assert run(layer, x, mask).isfinite().all()
+    layer.cluster("default", torch.randn(2, IN)[[0, 1, 0, 1, 1]])  # 4 clusters, 2 prompts
+    assert len(layer.badit_codes["default"].unique(dim=0)) == 2
+
+
+def test_prompts_are_clustered_as_training_reads_them(tiny_model):
+    def centroids(*batches):
+        hooks_of(model := adapt(tiny_model("llama"), **CLUSTERS)).start_task({"all": batches})
+        return layers(model)[1].badit_centroids["default"]
+
+    ids, answer = torch.randint(4, 90, (6, 9)), torch.arange(9).expand(6, 9) > 4
+    labels, positions = ids.where(answer, -100), torch.arange(9).repeat(6)[None]
+    expected = centroids({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    assert not torch.allclose(expected, centroids({"input_ids": ids}), atol=1e-2)
+    preference = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": answer.long()}
+    packed = {"input_ids": ids.view(1, -1), "labels": labels.view(1, -1), "position_ids": positions}
+    for one in (preference, packed):
+        torch.testing.assert_close(centroids(one), expected, atol=1e-4, rtol=1e-4)
+    refuses("there are no batches", centroids)
+    refuses("a batch must be a dict of tensors", centroids, [{"prompt": "text"}])
+
+
 def test_2d_input_is_routed_by_row_and_a_shape_mismatch_is_refused():
     layer, x = make(), torch.randn(4, IN, dtype=torch.float64)
     torch.testing.assert_close(layer(x), torch.cat([layer(row[None]) for row in x]))
     torch.testing.assert_close(layer(x), layer(x[:, None])[:, 0])
     x, mask = batch()
-    with pytest.raises(BaditError, match=r"layer: the input has shape \(3, 4, 12\).*leave it out of target_modules"):
-        run(layer, x[:, :4], mask)
+    refuses(r"layer: the input has shape \(3, 4, 12\).*leave it out of target_modules", run, layer, x[:, :4], mask)

@@ -28,7 +28,6 @@ from badit.tuner.config import Count, Share, check_options, option
 
 # Names of an MLP's first projections, whose outputs are the neurons, and of its last, whose inputs they are.
 _PROJECTIONS = ((("gate_proj", "up_proj"), "down_proj"), (("c_fc",), "c_proj"))
-_IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def neuron_scores(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) 
         for batch in batches:
             texts = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
             targets_BT = batch["labels"].to(model.device)[:, 1:]
-            labelled_BT = targets_BT != _IGNORED_LABEL
+            labelled_BT = targets_BT != -100
             logits_LV = model(**texts, use_cache=False).logits[:, :-1][labelled_BT].float()
             losses_L = F.cross_entropy(logits_LV, targets_BT[labelled_BT], reduction="none")
             # The sum of the examples' mean cross-entropies: an example's activations affect only its own loss.

@@ -189,7 +189,7 @@ class BaditConfig(ExpertConfig):
         "'mean_one': K·softmax; all gates are 1 at step 0. 'softmax': sum 1, the paper's form; with "
         "init_weights='bad', the adapted model then differs from the base model at step 0. 'clusters': no router; in "
         "every layer, a prompt gets the fixed random gates, with sum 1, of the nearest of num_clusters centroids, "
-        "which hooks_of(model).start_task(batches) finds before training. Until then all gates are 1/K.",
+        "which hooks_of(model).start_task(batches) finds before training (gates are 1/K until then).",
     )
     num_clusters: Count = option(16, "Number of clusters of prompts in every layer, with gates='clusters'.")
     top_k: int | None = option(

@@ -272,6 +272,7 @@ class BaditLinear(ExpertLinear):
 
     def update_layer(self, adapter_name: str, config: BaditConfig, inference_mode: bool = False) -> None:
         self.gate_sums.pop(adapter_name, None)  # of an earlier adapter of this name
+        self.clustered.discard(adapter_name)
         self.badit_expert_of[adapter_name] = torch.arange(config.num_experts).repeat_interleave(config.r)
         if config.router_input == "standardised":
             self.badit_moments[adapter_name] = torch.zeros(2, self.in_features)
@@ -350,31 +351,34 @@ class BaditLinear(ExpertLinear):
 
     @torch.no_grad()
     def cluster(self, adapter_name: str, means_SI: torch.Tensor) -> None:
-        """Sets an adapter's moments, centroids and codes from x̄ (S, I) of training prompts."""
+        """Sets moments, centroids and codes from x̄ (S, I) of training prompts; on all ranks, those of rank 0."""
+        config, codes_CK = self.badit_config[adapter_name], self.badit_codes[adapter_name]
         moments_2I = batch_moments(means_SI)
-        self.badit_moments[adapter_name].copy_(moments_2I)
-        self.badit_batches[adapter_name].fill_(1)
-        codes_CK = self.badit_codes[adapter_name]
-        self.badit_centroids[adapter_name].copy_(prompt_centroids(standardised(means_SI, moments_2I), len(codes_CK)))
-        codes_CK.copy_(random_codes(*codes_CK.shape))
+        moments_2I = moments_2I.where(moments_2I.isfinite(), 0.0)  # without a prompt (MoE experts), or overflown
+        centroids_CI = prompt_centroids(standardised(means_SI, moments_2I), len(codes_CK))
+        # Fewer prompts than clusters give equal centroids; rounding must not choose between their codes.
+        first_equal_C = (centroids_CI @ centroids_CI.T > 1 - 1e-5).int().argmax(dim=1)
+        codes_CK = random_codes(*codes_CK.shape)[first_equal_C]
+        found = {"moments": moments_2I, "centroids": centroids_CI, "codes": codes_CK, "batches": torch.ones(())}
+        for name in [adapter_name, *(["ref"] if self.badit_config.get("ref") is config else [])]:  # TRL's, a copy
+            for part, value in found.items():
+                buffer = getattr(self, f"badit_{part}")[name].copy_(value)
+                if torch.distributed.is_available() and torch.distributed.is_initialized():
+                    torch.distributed.broadcast(buffer, 0)
 
     def _route_prompts(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         config = self.badit_config[adapter_name]
         if self.routing.prompt_means is not None:
-            self.routing.prompt_means[self._key(adapter_name)].append(x.flatten(0, -2).float())
+            self.routing.prompt_means[self._key(adapter_name)].append(x.flatten(0, -2).float().cpu())
         if config.router_input == "mean":
             return self._route(adapter_name, x)
         moments_2I, batches = self.badit_moments[adapter_name], self.badit_batches[adapter_name]
+        router = self.badit_router.get(adapter_name)
         forward_pass = self.routing.forward_pass()
         if self.routing.runs_again():
             # Gradient checkpointing: the prompts are already counted, and later passes may have changed the moments.
             moments_2I = forward_pass.moments.get(self._key(adapter_name), moments_2I)
-        elif (
-            self.training
-            and forward_pass.begun_with_gradients
-            and config.has_router
-            and self.badit_router[adapter_name].requires_grad
-        ):
+        elif self.training and forward_pass.begun_with_gradients and router is not None and router.requires_grad:
             with torch.no_grad():
                 new_2I = batch_moments(x.detach().flatten(0, -2), _sum_over_ranks)
                 usable = new_2I.isfinite().all()  # otherwise an overflow would remain in the moments
@@ -389,12 +393,13 @@ class BaditLinear(ExpertLinear):
     def _route(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         config = self.badit_config[adapter_name]
         if config.gates == "clusters":
-            if self.training and adapter_name not in self.clustered and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and self.training and adapter_name not in self.clustered:
                 if self.badit_batches[adapter_name]:
                     self.clustered.add(adapter_name)
                 else:
-                    fix = "call hooks_of(model).start_task({'all': batches}) before training, use gates='mean_one'"
-                    self.routing.warn_once("all gates are equal, because the prompts have no clusters yet", fix)
+                    fix = "call hooks_of(model).start_task({'all': batches}) before training"
+                    problem = "all gates are equal, because the prompts have no clusters yet"
+                    self.routing.warn_once(problem, fix, "gates='mean_one'")
             gates = cluster_gates(x, self.badit_centroids[adapter_name], self.badit_codes[adapter_name])
         else:
             logits = F.linear(x, self.badit_router[adapter_name]).float()

@@ -1,5 +1,6 @@
 """The PEFT tuners, which add expert layers to a base model, and the hooks that training, evaluation and export call."""
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,9 +17,6 @@ from badit.tuner.config import BaditConfig, ExpertConfig, peft_type
 from badit.tuner.layer import BaditLinear, ExpertLinear
 from badit.tuner.prompt import RoutingContext
 from badit.tuner.targets import chosen_targets, join_experts, keep_in_place, refuse_unsuitable_layer, split_experts
-
-# The number of prompts of all tasks that clusters are found from: 32 per cluster with 16 clusters.
-_CLUSTERED_PROMPTS = 512
 
 # Batches by task.
 TaskBatches = Mapping[str, Any]
@@ -171,33 +169,52 @@ class BaditModel(ExpertModel):
 
     @torch.no_grad()
     def start_task(self, batches: TaskBatches) -> None:
-        """Finds the clusters of prompts of new adapters with gates='clusters', in a pass over up to 512 prompts."""
-        layers = [
+        """Finds the clusters of prompts of new adapters with gates='clusters', in a pass over some training prompts.
+
+        It reads 32 prompts per cluster, the same number of every task (at least one). BaditError if there are none.
+        """
+        new = [
             (layer, name)
             for layer in self.expert_layers()
             for name in layer.running_adapters
             if layer.badit_config[name].gates == "clusters" and not layer.badit_batches[name]
         ]
-        if not layers:
+        if not new:
             return
+        of_each = 32 * max(layer.badit_config[name].num_clusters for layer, name in new) // max(1, len(batches))
         routing, training = RoutingContext.of(self.model), self.training
-        routing.prompt_means = defaultdict(list)
+        means = routing.prompt_means = defaultdict(list)
         self.eval()
         try:
-            for batches_of_task in batches.values():
-                left = max(1, _CLUSTERED_PROMPTS // len(batches))
-                for batch in batches_of_task:
-                    names = [name for name in ("input_ids", "attention_mask", "labels") if name in batch]
-                    self.model(**{name: batch[name][:left].to(self.model.device) for name in names})
-                    left -= len(batch["input_ids"])
-                    if left <= 0:
-                        break
-            means = {key: torch.cat(parts) for key, parts in routing.prompt_means.items()}
+            with torch.compiler.set_stance("force_eager"):
+                for batches_of_task in batches.values():
+                    left = max(1, of_each)
+                    for batch in batches_of_task:
+                        left -= self._read_prompts(batch, left)
+                        if left <= 0:
+                            break
         finally:
             routing.prompt_means = None
             self.train(training)
-        for layer, name in layers:
-            layer.cluster(name, means[f"{layer.name}.{name}"])
+        if not means:
+            raise BaditError("start_task: there are no batches, so the prompts have no clusters; pass training batches")
+        for layer, name in new:
+            layer.cluster(name, torch.cat(means.pop(f"{layer.name}.{name}")))
+
+    def _read_prompts(self, batch: Any, rows: int) -> int:
+        """Runs the base model on the first rows of a batch as in training, and returns the number of their prompts."""
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            raise BaditError("start_task: a batch must be a dict of tensors: input_ids, attention_mask and labels")
+        tensors = {name: each.to(self.model.device) for name, each in batch.items() if isinstance(each, torch.Tensor)}
+        tensors = {name: each[:rows] if each.ndim > 1 else each for name, each in tensors.items()}
+        if "labels" not in tensors and "completion_mask" in tensors:  # as in TRL's preference data
+            tensors["labels"] = tensors["input_ids"].where(tensors["completion_mask"].bool(), -100)
+        mask_BT, segments = RoutingContext.of(self.model).describe(self.model, tensors).prompt
+        # Without labels, logits and cache, the pass needs less memory than a training step.
+        options = {**tensors, "labels": None, "use_cache": False, "logits_to_keep": 1}
+        known = inspect.signature(self.model.forward).parameters
+        self.model(**{name: options[name] for name in options if name in known}, prompt_mask=mask_BT)
+        return len(tensors["input_ids"]) if segments is None else segments.number
 
     def _refuse_unsuitable(self, config: BaditConfig) -> None:
         if config.routing == "prompt" and self._is_encoder_decoder():

@@ -158,11 +158,11 @@ class RoutingContext:
     def _reads_prompt(self) -> bool:
         return any(reads() for reads in self.mask_readers)
 
-    def warn_once(self, problem: str, fix: str) -> None:
+    def warn_once(self, problem: str, fix: str, otherwise: str = "routing='token'") -> None:
         """Warns of a problem of the training or the generation, once per base model."""
         if problem not in self._warned:
             self._warned.add(problem)
-            warnings.warn(f"{problem}; {fix}, or use routing='token'", stacklevel=2)
+            warnings.warn(f"{problem}; {fix}, or use {otherwise}", stacklevel=2)
 
     def _refuse_alone(self, decoder: nn.Module, args: tuple) -> None:
         """Raises BaditError if the decoder is called by itself, since its gates would depend on padding and answers."""
@@ -175,7 +175,7 @@ class RoutingContext:
             fix = "start with accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU"
             raise BaditError(f"nn.DataParallel: its threads would share one routing context; {fix}")
         names = inspect.signature(model.forward).parameters if args else ()
-        self._running = self._describe(model, {**dict(zip(names, args, strict=False)), **kwargs})
+        self._running = self.describe(model, {**dict(zip(names, args, strict=False)), **kwargs})
         kwargs.pop("prompt_mask", None)
         self._running.row_tasks = self.row_tasks
         if torch.is_grad_enabled():
@@ -205,7 +205,8 @@ class RoutingContext:
         elif running.held is None and hasattr(cache, _HELD):  # filled again, without the adapter
             delattr(cache, _HELD)
 
-    def _describe(self, model: nn.Module, batch: Mapping[str, Any]) -> ForwardPass:
+    def describe(self, model: nn.Module, batch: Mapping[str, Any]) -> ForwardPass:
+        """Returns what the layers need to know about a forward pass of a batch, the model's keyword arguments."""
         cache = _cache(batch)
         tokens: Any = batch.get("inputs_embeds") if batch.get("input_ids") is None else batch["input_ids"]
         shape = tokens.shape[:2] if isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 else None
@@ -230,9 +231,7 @@ class RoutingContext:
         fills_cache = cache is not None or batch.get("use_cache") is not False
         return ForwardPass(find_prompt, shape=shape, fills_cache=fills_cache)
 
-    def _prompt(
-        self, model: nn.Module, batch: Any, shape: torch.Size, device: Any
-    ) -> tuple[torch.Tensor, Segments | None]:
+    def _prompt(self, model: Any, batch: Any, shape: torch.Size, device: Any) -> tuple[torch.Tensor, Segments | None]:
         segments = _segments(batch, shape, device)
         if batch["prompt_mask"] is not None:
             return batch["prompt_mask"].bool(), segments

@@ -18,9 +18,7 @@ from badit.errors import BaditError
 
 # The MLP's gate projection (as in the paper) or first projection; if all MLPs are fused, LoRA's default targets.
 PROJECTIONS = ("gate_proj", "gate_up_proj", "up_proj", "fc1", "c_fc", "fc_in", "dense_h_to_4h", "w1", "wi_0", "wi")
-_PATTERNS = (
-    *(rf"(?!.*(attn|attention|router|norm)).*\.{name}" for name in PROJECTIONS), r".*\.(q_proj|v_proj)"
-)  # fmt: skip
+_PATTERNS = (*(rf"(?!.*(attn|attention|router|norm)).*\.{name}" for name in PROJECTIONS), r".*\.(q_proj|v_proj)")
 _SPLIT = "split_"  # prefix of the list of a fused weight's matrices
 
 
