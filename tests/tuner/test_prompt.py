@@ -147,13 +147,13 @@ def test_packed_segments_have_their_own_prompts_from_labels_or_mask(tiny_model):
     by_positions = {"labels": labels.repeat(2, 1), "position_ids": positions_.repeat(2, 1)}
     by_mask = {"position_ids": positions_, "prompt_mask": expected}
     for rows, batch in ((1, by_ends), (2, by_positions), (1, by_mask)):
-        found = context._describe(model, {"input_ids": ids.repeat(rows, 1), **batch})
+        found = context.describe(model, {"input_ids": ids.repeat(rows, 1), **batch})
         assert torch.equal(found.prompt[0], expected.repeat(rows, 1))
         assert found.prompt[1].of_BT.tolist() == [[0] * 4 + [1] * 5, [2] * 4 + [3] * 5][:rows]
         padding = {"labels": torch.cat([labels, torch.full((1, 2), -100)], dim=1).repeat(rows, 1)}
         padding["position_ids"] = torch.cat([positions_, torch.zeros(1, 2, dtype=torch.long)], dim=1).repeat(rows, 1)
         padded_ids = torch.cat([ids, ids[:, :2]], dim=1).repeat(rows, 1)
-        assert not context._describe(model, {"input_ids": padded_ids, **padding}).prompt[0][:, 9:].any()
+        assert not context.describe(model, {"input_ids": padded_ids, **padding}).prompt[0][:, 9:].any()
         with pytest.raises(BaditError, match="set packing=False and padding_free=False"):
             _ = found.prompt_mask_BT  # read by methods with one set of gates per row
 
