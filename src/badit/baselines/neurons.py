@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from badit.data.prompts import IGNORED_LABEL
 from badit.errors import BaditError
 from badit.tuner.config import Count, Share, check_options, option
 
@@ -63,7 +64,7 @@ def neuron_scores(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) 
         for batch in batches:
             texts = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
             targets_BT = batch["labels"].to(model.device)[:, 1:]
-            labelled_BT = targets_BT != -100
+            labelled_BT = targets_BT != IGNORED_LABEL
             logits_LV = model(**texts, use_cache=False).logits[:, :-1][labelled_BT].float()
             losses_L = F.cross_entropy(logits_LV, targets_BT[labelled_BT], reduction="none")
             # The sum of the examples' mean cross-entropies: an example's activations affect only its own loss.

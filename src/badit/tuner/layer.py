@@ -251,10 +251,8 @@ class BaditLinear(ExpertLinear):
     router, but badit_centroids (C, I) and badit_codes (C, K), their gates; its moments are those of :meth:`cluster`.
     """
 
-    other_param_names = (
-        *ExpertLinear.other_param_names,
-        *("badit_expert_of", "badit_moments", "badit_batches", "badit_centroids", "badit_codes"),
-    )
+    exact_buffers = ("badit_expert_of", "badit_moments", "badit_batches", "badit_centroids", "badit_codes")
+    other_param_names = (*ExpertLinear.other_param_names, *exact_buffers)
 
     badit_expert_of: Buffers
     badit_moments: Buffers
@@ -279,14 +277,12 @@ class BaditLinear(ExpertLinear):
             self.badit_batches[adapter_name] = torch.zeros(())
         if config.gates == "clusters":
             self.badit_centroids[adapter_name] = torch.zeros(config.num_clusters, self.in_features)
-            uniform_CK = torch.full((config.num_clusters, config.num_experts), 1 / config.num_experts)
-            self.badit_codes[adapter_name] = uniform_CK
+            self.badit_codes[adapter_name] = torch.ones(config.num_clusters, config.num_experts) / config.num_experts
         super().update_layer(adapter_name, config, inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT casts to the base layer's dtype, before 0.21 also integers. These buffers keep their dtypes and values.
-        names = ("expert_of", "moments", "batches", "centroids", "codes")
-        exact = [getattr(self, f"badit_{name}") for name in names]
+        exact = [getattr(self, name) for name in self.exact_buffers]
         before = [(buffers, buffers[adapter_name]) for buffers in exact if adapter_name in buffers]
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         for buffers, value in before:
@@ -363,15 +359,14 @@ class BaditLinear(ExpertLinear):
         for name in [adapter_name, *(["ref"] if self.badit_config.get("ref") is config else [])]:  # TRL's, a copy
             for part, value in found.items():
                 buffer = getattr(self, f"badit_{part}")[name].copy_(value)
-                if torch.distributed.is_available() and torch.distributed.is_initialized():
+                if _is_distributed():
                     torch.distributed.broadcast(buffer, 0)
 
     def _route_prompts(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        config = self.badit_config[adapter_name]
+        if self.badit_config[adapter_name].router_input == "mean":
+            return self._route(adapter_name, x)
         if self.routing.prompt_means is not None:
             self.routing.prompt_means[self._key(adapter_name)].append(x.flatten(0, -2).float().cpu())
-        if config.router_input == "mean":
-            return self._route(adapter_name, x)
         moments_2I, batches = self.badit_moments[adapter_name], self.badit_batches[adapter_name]
         router = self.badit_router.get(adapter_name)
         forward_pass = self.routing.forward_pass()
@@ -412,8 +407,12 @@ class BaditLinear(ExpertLinear):
         return gates
 
 
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _is_distributed():
         torch.distributed.all_reduce(sums)
     return sums
 

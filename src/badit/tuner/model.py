@@ -15,7 +15,7 @@ from torch import nn
 from badit.errors import BaditError
 from badit.tuner.config import BaditConfig, ExpertConfig, peft_type
 from badit.tuner.layer import BaditLinear, ExpertLinear
-from badit.tuner.prompt import RoutingContext
+from badit.tuner.prompt import IGNORED_LABEL, RoutingContext
 from badit.tuner.targets import chosen_targets, join_experts, keep_in_place, refuse_unsuitable_layer, split_experts
 
 # Batches by task.
@@ -208,7 +208,7 @@ class BaditModel(ExpertModel):
         tensors = {name: each.to(self.model.device) for name, each in batch.items() if isinstance(each, torch.Tensor)}
         tensors = {name: each[:rows] if each.ndim > 1 else each for name, each in tensors.items()}
         if "labels" not in tensors and "completion_mask" in tensors:  # as in TRL's preference data
-            tensors["labels"] = tensors["input_ids"].where(tensors["completion_mask"].bool(), -100)
+            tensors["labels"] = tensors["input_ids"].where(tensors["completion_mask"].bool(), IGNORED_LABEL)
         mask_BT, segments = RoutingContext.of(self.model).describe(self.model, tensors).prompt
         # Without labels, logits and cache, the pass needs less memory than a training step.
         options = {**tensors, "labels": None, "use_cache": False, "logits_to_keep": 1}

@@ -30,7 +30,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from badit.errors import BaditError
 
-_IGNORED_LABEL = -100
+IGNORED_LABEL = -100
 _HELD = "badit_gates"
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of releases of transformers 5; an output may have two
 
@@ -259,7 +259,7 @@ class RoutingContext:
 
     def _warn_of_labels(self, labels_BT: torch.Tensor, packed: bool) -> None:
         """Warns if the labels do not separate the prompt from the answer."""
-        labelled_BT = labels_BT != _IGNORED_LABEL
+        labelled_BT = labels_BT != IGNORED_LABEL
         answers_B = (labelled_BT[:, 1:] & ~labelled_BT[:, :-1]).sum(dim=1) + labelled_BT[:, 0]
         if bool(labelled_BT[:, int(packed) : 2].all()):  # TRL removes the first label of a segment
             fix = "set labels to -100 on the prompt (TRL: completion_only_loss or assistant_only_loss)"
@@ -309,7 +309,7 @@ def before_first_label(labels_BT: torch.Tensor, segments: Segments | None = None
 
     The label at the first position is ignored, because no position predicts it.
     """
-    labelled_BT = labels_BT != _IGNORED_LABEL
+    labelled_BT = labels_BT != IGNORED_LABEL
     labelled_BT[:, 0] = False
     if segments is None:
         return labelled_BT.cumsum(dim=1) == 0
