@@ -1,6 +1,6 @@
 """Compare the log-likelihoods of the same choices with lm_eval's model class `hf` and with `badit`.
 
-    python benchmarks/lm_eval_gates.py runs/demo/badit/lr-0.0005/seed-0     # a run of `badit demo`
+    python benchmarks/lm_eval_gates.py runs/demo/badit/lr-0.002/seed-0      # a run of `badit demo`
 
 Each test instance of the run's tasks becomes a question with up to four choices: its answer and other answers of its
 task. With `badit` the gates depend only on the prompt; with `hf` also on the choice and, in a batch, on the padding.

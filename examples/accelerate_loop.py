@@ -7,7 +7,6 @@ accelerate launch examples/accelerate_loop.py                    # several proce
 
 import argparse
 
-import torch
 from accelerate import Accelerator
 from peft import get_peft_model
 from torch.utils.data import DataLoader
@@ -26,13 +25,14 @@ epochs, batch_size = (1, 2) if options.small else (3, 8)
 accelerator = Accelerator(gradient_accumulation_steps=1 if options.small else 2)
 model, tokenizer = badit.load_base_model(options.model, dtype="float32")
 model = get_peft_model(model, badit.BaditConfig(num_experts=8, r=4, task_type="CAUSAL_LM"))
-optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-4)
+optimizer = badit.OrthogonalUpdates(model, lr=2e-3)
 
 pairs = [(task, instance) for task in badit.load_tasks(options.data) for instance in task.train]
 rows = encode_examples(tokenizer, pairs[: 8 if options.small else None])
 collate = AnswerCollator(tokenizer.pad_token_id or 0)
 loader = DataLoader(rows, batch_size, shuffle=True, collate_fn=collate)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+badit.hooks_of(model).start_task({"all": loader})  # finds the clusters of prompts
 
 steps = epochs * -(-len(loader) // accelerator.gradient_accumulation_steps)
 regrouper = badit.Regrouper(model, steps, every=2 if options.small else 20, optimizer=optimizer)
@@ -42,7 +42,7 @@ model.train()
 for _ in range(epochs):
     for batch in loader:
         with accelerator.accumulate(model):
-            accelerator.backward(model(**batch).loss)  # the router reads the tokens with label -100, the prompt
+            accelerator.backward(model(**batch).loss)  # the gates depend on the tokens with label -100, the prompt
             if accelerator.sync_gradients:
                 regrouper.after_backward()
             optimizer.step()

@@ -40,7 +40,7 @@ recipe = build_recipe(
             "max_steps": 4 if options.small else -1,
             "per_device_train_batch_size": 2 if options.small else 8,
             "optimizer": "orthogonal",
-            "router_lr_ratio": 0.3,
+            "learning_rate": 2e-3,
         },
         "evaluation": {"split": scored, "max_new_tokens": 8 if options.small else 50},
         "output": options.output,

@@ -52,7 +52,8 @@ trainer = SFTTrainer(
         bf16=False,
     ),
     train_dataset=Dataset.from_list(rows[:8] if options.small else rows),
-    optimizers=(badit.OrthogonalUpdates(model, lr=5e-4, other_lr=1.5e-4), None),  # other_lr: for the routers
+    optimizers=(badit.OrthogonalUpdates(model, lr=2e-3), None),
 )
+badit.hooks_of(model).start_task({"all": trainer.get_train_dataloader()})  # finds the clusters of prompts
 trainer.train()
 trainer.save_model(f"{options.output}/adapter")

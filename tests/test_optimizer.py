@@ -166,18 +166,18 @@ def test_invalid_models_options_and_deepspeed_are_refused(tiny_model, monkeypatc
     frozen, whole = tiny_model("llama").requires_grad_(False), tiny_model("llama")
     model = tuned(tiny_model("llama"), "badit")
     for words, call in [
-        ("no pair of trainable factors", lambda: OrthogonalUpdates(whole)),
+        ("no pair of trainable factors", lambda: OrthogonalUpdates(whole, 0.1)),
         ("no trainable parameters", lambda: lora_plus_groups(frozen, 0.1)),
         ("^lr: input should be greater than 0", lambda: OrthogonalUpdates(model, 0.0)),
         ("other_lr: input should be greater than 0", lambda: OrthogonalUpdates(model, 0.1, other_lr=-1)),
-        ("betas must be at least 0 and below 1", lambda: OrthogonalUpdates(model, betas=(0.9, 1.0))),
-        ("weight_decay: input should be greater than", lambda: OrthogonalUpdates(model, weight_decay=-0.1)),
+        ("betas must be at least 0 and below 1", lambda: OrthogonalUpdates(model, 0.1, betas=(0.9, 1.0))),
+        ("weight_decay: input should be greater than", lambda: OrthogonalUpdates(model, 0.1, weight_decay=-0.1)),
         ("ratio: input should be greater than 0", lambda: lora_plus_groups(model, 0.1, 0)),
     ]:
         refuses(words, call)
     # DeepSpeed passes flat partitions of the parameters to its optimizer.
-    optimizer = OrthogonalUpdates(model)
+    optimizer = OrthogonalUpdates(model, 5e-4)
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(10))]
     refuses("use FSDP2 or DDP", optimizer.step)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    refuses("use FSDP2 or DDP", OrthogonalUpdates, model)
+    refuses("use FSDP2 or DDP", OrthogonalUpdates, model, 0.1)

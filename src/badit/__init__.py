@@ -1,10 +1,11 @@
 """badit: multi-task instruction tuning by basic-ability decomposition.
 
     from peft import get_peft_model
-    from badit import BaditConfig, OrthogonalUpdates
+    from badit import BaditConfig, OrthogonalUpdates, hooks_of
 
     model = get_peft_model(model, BaditConfig(num_experts=8, r=4))
-    trainer = Trainer(model, ..., optimizers=(OrthogonalUpdates(model, lr=5e-4, other_lr=1.5e-4), None))
+    trainer = Trainer(model, ..., optimizers=(OrthogonalUpdates(model, lr=2e-3), None))
+    hooks_of(model).start_task({"all": trainer.get_train_dataloader()})
 
 The commands are also available from Python: ``train``, ``compare``, ``analyze``, and the methods of :class:`badit.Run`.
 Names are imported on first use, so ``import badit`` is fast.
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from badit.report import write_report
     from badit.results import load_results, summarise
     from badit.run import Run, analyze, plan, table
-    from badit.tuner import BaditConfig, BaditModel
+    from badit.tuner import BaditConfig, BaditModel, hooks_of
 
 __version__ = "0.1.0"
 
@@ -46,13 +47,13 @@ _NAMES = {
     "report": ["write_report"],
     "results": ["load_results", "summarise"],
     "run": ["Run", "analyze", "plan", "table"],
-    "tuner": ["BaditConfig", "BaditModel"],
+    "tuner": ["BaditConfig", "BaditModel", "hooks_of"],
 }
 _HOMES = {name: f"badit.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "BaditConfig", "BaditError", "BaditModel", "OrthogonalUpdates", "RegroupCallback", "Regrouper", "Run",
-    "__version__", "analyze", "compare", "load_base_model", "load_recipe", "load_results",
+    "__version__", "analyze", "compare", "hooks_of", "load_base_model", "load_recipe", "load_results",
     "load_tasks", "lora_plus_groups", "plan", "summarise", "table", "train", "write_report",
 ]  # fmt: skip
 

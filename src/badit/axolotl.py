@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from badit.errors import BaditError
 from badit.regroup import RegroupCallback
-from badit.tuner import BaditConfig
+from badit.tuner import BaditConfig, hooks_of
 
 
 class BaditSection(BaseModel):
@@ -44,5 +44,8 @@ class BaditPlugin(BasePlugin):
         return get_peft_model(model, config), config
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        regroup = cfg.badit.get("regroup") if cfg.adapter == "badit" else None
+        if cfg.adapter != "badit":
+            return []
+        hooks_of(trainer.model).start_task({"all": trainer.get_train_dataloader()})
+        regroup = cfg.badit.get("regroup")
         return [] if regroup in (None, False) else [RegroupCallback(**({} if regroup is True else regroup))]

@@ -183,7 +183,7 @@ def serve(
     port: int = 8001,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Start an OpenAI-compatible proxy in front of vLLM that routes prompts with a run's router.
+    """Start an OpenAI-compatible proxy in front of vLLM that routes prompts with a run's gates.
 
     Requests for the model 'auto' are routed, others are passed on. It listens on 127.0.0.1. See docs/serving.md.
 

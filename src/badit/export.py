@@ -69,7 +69,7 @@ class Export:
     """A written export."""
 
     folder: Path
-    mixture: str | None  # a description of the gates that replaced the router; None if the run has no gates that vary
+    mixture: str | None  # a description of the fixed gates; None if the run has no gates that vary
     task: str | None  # the task whose mean gates were used, or None
     rank: int | None = None  # of the adapter; None for a merged model
     exact_rank: int | None = None  # the rank at which the adapter is exact; None for a merged model

@@ -33,7 +33,8 @@ from badit.files import inside, read_text, refuse_other_format
 from badit.models import Quantisation
 
 # The version of a run's config.yaml. Version 1 has no ``format`` key, and its BADIT defaults are those of the paper.
-FORMAT = 2
+# Version 2 has a router by default.
+FORMAT = 3
 # A recipe has a few hundred values. With nested aliases, a few lines of YAML can expand to billions of values.
 MAX_VALUES = 100_000
 MAX_CHARACTERS = 1_000_000
@@ -255,12 +256,15 @@ def load_config(path: Path) -> Recipe:
 
 def _of_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Returns the values of a run's config.yaml, with the current names and the defaults of its release."""
-    if "format" in content:
-        refuse_other_format(content, path, FORMAT)
-        del content["format"]
-    elif isinstance(method := content.get("method"), dict) and method.get("name", "badit") == "badit":
-        former = {"init_weights": "bad", "router_input": "mean", "regroup": {}}
-        content["method"] = {**({} if method.get("preset") == "paper" else former), **method}
+    version, method = content.pop("format", None), content.get("method")
+    if version not in (None, 2):
+        refuse_other_format({"format": version}, path, FORMAT)
+    elif isinstance(method, dict) and method.get("name", "badit") == "badit" and method.get("preset") != "paper":
+        first = {} if version else {"init_weights": "bad", "router_input": "mean", "regroup": {}}
+        content["method"] = method = {**first, **method}
+        routed = {"router_input": "mean", "init_weights": "bad", "routing": "token", "num_experts": 1}
+        if not (method.keys() & {"top_k", "target_parameters"} or any(method.get(k) == v for k, v in routed.items())):
+            method.setdefault("gates", "mean_one")
     if isinstance(training := content.get("training"), dict):
         content["training"] = {RENAMED_ARGUMENTS.get(key, key): value for key, value in training.items()}
         content["training"].pop("group_by_length", None)  # an option of earlier releases

@@ -168,15 +168,16 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
     if recipe.training.eval_strategy != "no":
         held_out = encoded(tokenizer, recipe, [(task, one) for task in tasks for one in task.validation], base)
         held_out.sort(key=lambda example: len(example["input_ids"]))
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    checkpoint = last_checkpoint(folder.checkpoints_path)
+    arguments = training_arguments(plan, folder.path, seed, checkpoint)  # starts the group of processes
     with status(f"preparing the data for {method.name}"):
         method.before_training(model, batches)
 
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    checkpoint = last_checkpoint(folder.checkpoints_path)
     bar = ProgressBar()
     trainer = method.trainer(
         model=model,
-        args=training_arguments(plan, folder.path, seed, checkpoint),
+        args=arguments,
         train_dataset=examples,
         eval_dataset=held_out,
         data_collator=collate,

@@ -17,8 +17,9 @@ METHODS = ("badit", "badit standardised", *MIXTURES, "mtl-lora", *BRANCHES)
 FAMILIES = ("llama", "gpt2", "gemma2")
 TASKS = ["cities", "rivers", "seas"]
 SMALL = {
-    **{name: {"num_experts": 3, "r": 2, "lora_alpha": 4} for name in ("badit", "loramoe", "hydralora")},
-    "badit standardised": {"num_experts": 3, "r": 2, "router_input": "standardised", "init_weights": "directions"},
+    **{name: {"num_experts": 3, "r": 2, "lora_alpha": 4} for name in ("loramoe", "hydralora")},
+    "badit": {"num_experts": 3, "r": 2, "lora_alpha": 4, "gates": "mean_one"},
+    "badit standardised": {"num_experts": 3, "r": 2, "router_input": "standardised", "gates": "mean_one"},
     "goat": {"num_experts": 4, "r": 8, "lora_alpha": 16, "top_k": 2},
     "mtl-lora": {"num_experts": 3, "r": 2, "lora_alpha": 4, "tasks": TASKS},
     "o-lora": {"r": 2, "lora_alpha": 4},

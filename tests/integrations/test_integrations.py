@@ -16,7 +16,6 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from badit import BaditConfig
 from badit.files import read_jsonl
 from data.examples import write_rows
 from docs.pages import Page
@@ -72,12 +71,10 @@ def test_wandb_and_mlflow_store_losses_and_regroupings_of_every_stage(recipe_val
 
 def assert_trained(adapter, model_folder, regroupings=()):
     """Asserts that the adapter loads, all its trained parameters have changed, and it was regrouped at these steps."""
-    base = AutoModelForCausalLM.from_pretrained(model_folder)
-    untrained = get_peft_model(base, BaditConfig(**OPTIONS, task_type="CAUSAL_LM"))
-    start = {name: p.detach().clone() for name, p in untrained.named_parameters()}
-    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), adapter)
+    base, another = (AutoModelForCausalLM.from_pretrained(model_folder) for _ in range(2))
+    trained = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    start = dict(get_peft_model(another, trained.peft_config["default"]).named_parameters())
     learned = {name: p for name, p in trained.named_parameters() if "badit_" in name}
-    assert any("router" in name for name in learned)
     assert not [name for name, p in learned.items() if start[name].requires_grad and torch.equal(p, start[name])]
     lines = list(read_jsonl(adapter / "regroupings.jsonl"))
     assert {line["step"] for line in lines} == {*regroupings}
@@ -109,8 +106,7 @@ def test_axolotl_trains_an_adapter(model_folder, tmp_path, kind):
         values["badit"]["regroup"] = False
         axolotl("train", values)
         first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "again"))
-        trained = [name for name in first if not name.endswith(("badit_batches", "badit_moments"))]
-        torch.testing.assert_close({name: again[name] for name in trained}, {name: first[name] for name in trained})
+        torch.testing.assert_close(again, first)
         assert not (tmp_path / "again" / "regroupings.jsonl").exists()
         with pytest.raises(AssertionError, match="BaditError: merge-lora: a BADIT adapter has no single weight"):
             axolotl("merge_lora", values)

@@ -109,14 +109,9 @@ def test_centroids_find_separate_groups_and_are_at_a_fixed_point(groups, seed):
         mean = unit[nearest_S == cluster].sum(dim=0)
         torch.testing.assert_close(centroids[cluster], mean / mean.norm(), rtol=1e-4, atol=1e-5)
     assert torch.equal(centroids, prompt_centroids(x, groups))
-    codes = random_codes(groups, 3)
-    gates = cluster_gates(x[:, None], centroids, codes)
+    gates = cluster_gates(x[:, None], centroids, codes := random_codes(groups, 3))
     np.testing.assert_allclose(gates[:, 0], reference.cluster_gates(x, centroids, codes.numpy()), rtol=1e-6)
-
-
-def test_more_clusters_than_prompts_and_no_prompts_at_all():
-    row = torch.tensor([[3.0, 4.0]])
-    torch.testing.assert_close(prompt_centroids(row, 3), (row / 5).expand(3, 2))
+    torch.testing.assert_close(prompt_centroids(rows[:1], 3), unit[:1].expand(3, 8))  # more clusters than prompts
     assert not prompt_centroids(torch.zeros(2, 5), 3).any()
 
 

@@ -67,6 +67,7 @@ _own_post_init, _own_factors = BaditConfig.__post_init__, BaditConfig.initial_fa
 
 def _post_init(self):
     """PEFT's tests give every method ``init_weights=False``, so that an adapter changes the output at once."""
+    self.gates = self.gates or "mean_one"  # they find no clusters of prompts
     if self.init_weights is False:
         self.init_weights, self._random_start = "lora", True
     _own_post_init(self)

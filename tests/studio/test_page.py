@@ -138,7 +138,7 @@ def test_sliders_send_their_gates_and_can_be_reset_to_the_router(page):
     assert question["sides"] == ["hand"], "the other sides are already answered"
     assert question["gates"] == page.values() == [*router[:2], 0, router[3]]
     assert page.one("#side-hand").is_displayed()
-    assert page.text("#side-router h3") == "With the router’s gates"
+    assert page.text("#side-router h3") == "With the prompt’s gates"
     assert page.text("#side-router .text") == answer
 
     page.all(".slider button")[3].click()

@@ -14,8 +14,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import badit
+from badit.data import AnswerCollator
 from badit.regroup import RegroupCallback
-from training.trainers import adapted, make_trainer, on
+from badit.tuner import hooks_of
+from training.trainers import adapted, examples, make_trainer, on
+from tuner.helpers import CLUSTERS
 
 aten = torch.ops.aten
 PACKAGE = str(Path(badit.__file__).parent)
@@ -51,7 +54,7 @@ class Shapes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"router_input": "standardised", "top_k": 2}, {"routing": "token"}], ids=str)
+@pytest.mark.parametrize("options", [{}, CLUSTERS, {"router_input": "standardised", "top_k": 2}, {"routing": "token"}])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_step_syncs_once_per_micro_batch_and_once_before_optimizer(tiny_model, tmp_path, options, micro_batches):
     modes, counted = ExitStack(), []
@@ -66,7 +69,8 @@ def test_step_syncs_once_per_micro_batch_and_once_before_optimizer(tiny_model, t
     regrouping = [] if "top_k" in options else [RegroupCallback(every=100)]
     callbacks = [*regrouping, on("on_step_begin", begin), on("on_step_end", lambda *args: modes.close())]
     steps = {"max_steps": 4, "gradient_accumulation_steps": micro_batches, "logging_steps": 100}
-    make_trainer(adapted(tiny_model("llama"), **options), tmp_path, callbacks, save_strategy="no", **steps).train()
+    hooks_of(model := adapted(tiny_model("llama"), **options)).start_task({"all": [AnswerCollator(0)(examples())]})
+    make_trainer(model, tmp_path, callbacks, save_strategy="no", **steps).train()
     assert len(counted) == 3
     # The number of labels determines the shape of the logits; the optimizer must skip steps that are not finite.
     assert waits == {"trainer.py:answer_losses": 3 * micro_batches, "trainer.py:on_pre_optimizer_step": 3}

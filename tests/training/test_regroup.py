@@ -66,7 +66,7 @@ def test_log_has_partition_by_mean_gram_and_angles_of_next_window(tiny_model, tm
     assert {name: layer.expert_of(adapter).tolist() for name, (layer, adapter) in layers.items()} == last
 
 
-@pytest.mark.parametrize("config_class", [LoraMoeConfig, BaditConfig, HydraLoraConfig])
+@pytest.mark.parametrize("config_class", [LoraMoeConfig, BaditConfig.paper, HydraLoraConfig])
 def test_angle_log_has_angles_of_the_mean_gram_of_each_window(tiny_model, tmp_path, config_class):
     steps, path = [], tmp_path / "angles.jsonl"
     model = get_peft_model(tiny_model("llama"), config_class(num_experts=3, r=2))

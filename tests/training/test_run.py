@@ -65,7 +65,7 @@ def change_config(**changes):
     ("damage", "message"),
     [
         (change_tensors(lambda t: {**t, "layers.7.badit_A": torch.zeros(2)}), r"belongs to another base .*layers\.7"),
-        (change_tensors(lambda t: {n: v for n, v in t.items() if "router" not in n}), "Found missing adapter keys"),
+        (change_tensors(lambda t: {n: v for n, v in t.items() if "codes" not in n}), "Found missing adapter keys"),
         (change_tensors(lambda t: {n: v * torch.nan if "_A" in n else v for n, v in t.items()}), "NaN or infinite"),
         (change_config(r=4), r"config\.json: r: is 4, but the run's recipe says 2; this adapter belongs"),
         (change_config(peft_type="LORA"), r"config\.json: peft_type: is 'LORA', but the run's recipe says 'BADIT'"),
@@ -208,7 +208,7 @@ def test_validation_loss_is_the_mean_of_per_task_token_means(finished, recipe_va
     expected = naive_loss(recipe, routed_by="prompt" if method is None else None)
     assert found["tasks"] == pytest.approx(expected, rel=1e-5)
     assert found["loss"] == pytest.approx((expected["cities"] + expected["rivers"]) / 2, rel=1e-5)
-    assert expected["cities"] != pytest.approx(expected["rivers"], rel=1e-3)
+    assert expected["cities"] != pytest.approx(expected["rivers"], rel=1e-4)
     if method is None:
         assert naive_loss(recipe, routed_by="all") != pytest.approx(expected, rel=1e-4), "only the prompt routes"
     assert read_json(Run(recipe.output).path / "validation.json") == found

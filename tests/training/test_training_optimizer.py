@@ -11,6 +11,7 @@ from training.trainers import learned, on, with_callbacks
 
 def test_run_uses_the_optimizer_of_its_recipe(recipe_values, tmp_path):
     used, adapters = [], []
+    recipe_values["method"] |= {"gates": "mean_one"}
     recipe_values["training"] |= {"lora_plus_ratio": 4.0, "router_lr_ratio": 0.5, "max_steps": 3}
     for name in ("adamw", "lora+", "orthogonal"):
         recipe = build_recipe(recipe_values, [f"training.optimizer={name}", f"output={tmp_path / name}"])
@@ -24,7 +25,7 @@ def test_run_uses_the_optimizer_of_its_recipe(recipe_values, tmp_path):
 
 
 def test_orthogonal_in_two_processes_matches_one_process_and_resumes(recipe_values, tmp_path, processes):
-    recipe_values["method"] |= {"num_experts": 3, "r": 3}  # nine rows of A do not divide evenly by two
+    recipe_values["method"] |= {"gates": "mean_one", "num_experts": 3, "r": 3}  # nine rows of A on two ranks
     recipe_values["training"] |= {"optimizer": "orthogonal"}
     launches = Launches(recipe_values, tmp_path, processes)
     assert launches.train_alone("alone", batch=4) == 0

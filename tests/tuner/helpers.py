@@ -12,13 +12,14 @@ from badit.tuner import BaditConfig, ExpertLinear
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
 SMALL = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
-SMALL |= {"init_weights": "bad", "router_input": "mean"}
+SMALL |= {"init_weights": "bad", "router_input": "mean", "gates": "mean_one"}
+CLUSTERS = {"gates": "clusters", "router_input": "standardised", "num_clusters": 4}
 NEW = 6  # default number of tokens that `generate` adds
 KINDS = ("linear", "linear without bias", "conv1d")
 
 
 def config(**options):
-    """Returns a small configuration: K = 3, r = 2, scaling 2, no dropout, BAD initialisation, mean router input."""
+    """Returns a small configuration: K = 3, r = 2, scaling 2, no dropout, BAD, mean router input, gates with mean 1."""
     return BaditConfig(**{**SMALL, **options})
 
 
@@ -57,6 +58,10 @@ def randomise(model, adapter="default", seed=0):
         if adapter in getattr(layer, "badit_moments", ()):
             layer.badit_moments[adapter].copy_(noise(layer.badit_moments[adapter], 1.0).abs() + 0.5)
             layer.badit_batches[adapter].fill_(3)
+        if adapter in getattr(layer, "badit_codes", ()):
+            layer.badit_moments[adapter][0] = 0.0  # as in training, prompts differ in their direction from the mean
+            layer.badit_centroids[adapter].copy_(noise(layer.badit_centroids[adapter], 1.0))
+            layer.badit_codes[adapter].copy_(noise(layer.badit_codes[adapter], 2.0).softmax(dim=1))
         if adapter in getattr(layer, "badit_expert_of", ()):
             labels = layer.expert_of(adapter)
             labels.copy_(labels[torch.randperm(len(labels), generator=generator)])

@@ -43,7 +43,11 @@ def test_invalid_values_and_conflicting_options_are_refused(options, message):
     refuses(message, BaditConfig, **options)
 
 
-def test_default_router_input_depends_on_routing():
+def test_default_gates_are_clusters_where_possible():
+    routed = {"routing": "token", "router_input": "mean", "top_k": 2, "init_weights": "bad", "num_experts": 1}
+    routed["target_parameters"] = ["experts.down_proj"]
+    assert {BaditConfig(**{name: value}).gates for name, value in routed.items()} == {"mean_one"}
+    assert {BaditConfig(init_weights=each).gates for each in ("directions", "lora")} == {"clusters"}
     assert [BaditConfig(routing=each).router_input for each in ("prompt", "token")] == ["standardised", "mean"]
 
 

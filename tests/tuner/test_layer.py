@@ -10,10 +10,9 @@ from badit.tuner import hooks_of
 from badit.tuner.layer import BaditLinear
 from badit.tuner.prompt import ForwardPass, RoutingContext
 from refusals import refuses
-from tuner.helpers import KINDS, adapt, base_layer, config, layers, logits, randomise
+from tuner.helpers import CLUSTERS, KINDS, adapt, base_layer, config, layers, logits, randomise
 
 IN, OUT, GATES = 12, 10, ("mean_one", "softmax")
-CLUSTERS = {"gates": "clusters", "router_input": "standardised", "num_clusters": 4}
 MASK = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]]).bool()
 
 
@@ -25,6 +24,8 @@ def naive_gates(layer, x, mask):
     if options.router_input == "standardised":
         mean, variance = layer.badit_moments["default"].double()
         seen = 8 / IN**0.5 * (seen - mean) / variance.sqrt()
+    if options.gates == "clusters":
+        return layer.badit_codes["default"][(seen @ layer.badit_centroids["default"].T.double()).argmax(dim=-1)]
     logits = seen @ layer.badit_router["default"].T
     if options.top_k is not None:
         logits = logits.scatter(-1, logits.argsort(dim=-1)[..., : -options.top_k], float("-inf"))
@@ -62,6 +63,7 @@ def run(layer, x, mask):
 OPTIONS = [
     *({"routing": r, "gates": g, "top_k": k} for r in ("prompt", "token") for g in GATES for k in (None, 1, 2)),
     *({"init_weights": w, "router_input": r} for w in ("bad", "lora", "directions") for r in ("mean", "standardised")),
+    CLUSTERS,
 ]
 
 
@@ -73,7 +75,7 @@ def test_outputs_and_gradients_equal_a_loop_over_experts(kind, options):
     assert options.get("top_k") == 1 or naive_gates(layer, x, mask).std(dim=0).max() > 0.1
     found, expected = run(layer, x, mask), naive_forward(layer, x, mask)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
-    trained = [layer.badit_A["default"], layer.badit_B["default"], layer.badit_router["default"], x]
+    trained = [x, *(p for name in layer.adapter_layer_names for p in getattr(layer, name).values())]
     upstream = torch.randn(3, 5, OUT, dtype=torch.float64)
     gradients = (torch.autograd.grad((y * upstream).sum(), trained) for y in (found, expected))
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)  # the router computes in float32
@@ -133,47 +135,34 @@ def test_only_training_passes_update_moments_and_gate_sums():
     run(layer, x, mask)
 
 
-def test_gates_of_a_prompt_are_the_code_of_its_nearest_centroid():
-    layer, (x, mask) = make(**CLUSTERS, at_start=True).train(), batch()
-    assert not layer.badit_router
-    with pytest.warns(UserWarning, match="the prompts have no clusters yet; call .*start_task"):
-        assert run(layer, x, mask).requires_grad
-    torch.testing.assert_close(layer.gates("default", x), torch.full((3, 1, 3), 1 / 3))
-    layer.cluster("default", means := torch.randn(40, IN, dtype=torch.float64))
-    buffers = [getattr(layer, f"badit_{name}")["default"].clone() for name in ("moments", "centroids", "codes")]
-    np.testing.assert_allclose(buffers[0], reference.prompt_moments([means]), rtol=1e-5, atol=1e-6)
-    seen = reference.standardised(reference.prompt_mean(x, mask), *buffers[0].double().numpy())
-    expected = reference.cluster_gates(seen, buffers[1], buffers[2].numpy())
-    layer.routing._running = ForwardPass(lambda: (mask, None))
-    np.testing.assert_allclose(layer.gates("default", x)[:, 0], expected, rtol=1e-6)
-    run(layer, x, mask)  # training changes none of them
-    for name, before in zip(("moments", "centroids", "codes"), buffers, strict=True):
-        assert torch.equal(getattr(layer, f"badit_{name}")["default"], before)
-
-
 def test_clusters_are_found_once_and_saved(tiny_model, tmp_path):
     model = adapt(tiny_model("llama"), **CLUSTERS)
     ids, answer = torch.randint(4, 90, (6, 4, 9)), torch.arange(9) > 4
     batches = [{"input_ids": one, "labels": one.where(answer, -100)} for one in ids]
-    hooks_of(model.train()).start_task({"first": batches[:2], "second": batches[2:]})
+    refuses("the prompts have no clusters yet; before training, call", model.train(), **batches[0])
+    hooks_of(model).start_task({"first": batches[:2], "second": batches[2:]})
     assert all(module.training for module in model.modules())
     first, second, *_ = layers(model)
     assert first.badit_batches["default"] == 1
-    centroids, codes = first.badit_centroids["default"].clone(), first.badit_codes["default"].clone()
-    torch.testing.assert_close(centroids.norm(dim=1), torch.ones(4))
-    assert (codes.amax(dim=1) > 0.4).any()
-    assert not torch.equal(codes, second.badit_codes["default"])
+    torch.testing.assert_close(first.badit_centroids["default"].norm(dim=1), torch.ones(4))
+    assert (first.badit_codes["default"].amax(dim=1) > 0.4).any()
+    assert not torch.equal(first.badit_codes["default"], second.badit_codes["default"])
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert model(**batches[0]).loss.requires_grad  # training changes none of them
     hooks_of(model).start_task({"first": batches[:1]})  # another task of a sequence keeps the clusters
-    assert torch.equal(first.badit_centroids["default"], centroids)
-    assert torch.equal(first.badit_codes["default"], codes)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     randomise(model.eval())
     assert len(logits(model)[:, -1].unique(dim=0)) > 1
     model.save_pretrained(str(tmp_path))
     torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_model("llama"), tmp_path)), logits(model))
 
 
-def test_clusters_without_prompts_or_with_equal_prompts_are_well_defined():
+def test_clusters_have_the_moments_of_their_prompts_also_without_or_with_equal_prompts():
     layer, (x, mask) = make(**CLUSTERS), batch()
+    assert not layer.badit_router
+    layer.cluster("default", means := torch.randn(40, IN, dtype=torch.float64))
+    expected = reference.prompt_moments([means])
+    np.testing.assert_allclose(layer.badit_moments["default"], expected, rtol=1e-5, atol=1e-6)
     layer.cluster("default", torch.zeros(5, IN))  # such as an MoE's expert that gets no tokens
     assert layer.badit_moments["default"].isfinite().all()
     assert run(layer, x, mask).isfinite().all()
@@ -195,7 +184,7 @@ def test_prompts_are_clustered_as_training_reads_them(tiny_model):
     for one in (preference, packed):
         torch.testing.assert_close(centroids(one), expected, atol=1e-4, rtol=1e-4)
     refuses("there are no batches", centroids)
-    refuses("a batch must be a dict of tensors", centroids, [{"prompt": "text"}])
+    refuses("batches must be dicts of input_ids and labels", centroids, [{"prompt": "text"}])
 
 
 def test_2d_input_is_routed_by_row_and_a_shape_mismatch_is_refused():

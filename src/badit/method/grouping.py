@@ -88,7 +88,7 @@ def group_components(
         seed: random seed; the same seed and Gram matrix give the same labels.
 
     Returns:
-        Integer labels, permuted to overlap ``current_N`` as much as possible, so that experts keep their router rows.
+        Integer labels, permuted to overlap ``current_N`` as much as possible, so that experts keep their gates.
 
     Raises:
         BaditError: if the Gram matrix is not finite or not N × N, the labels are unbalanced, or the solver is unknown.

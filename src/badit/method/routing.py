@@ -1,19 +1,17 @@
 """Routing: hidden states to one gate per expert (the paper's α_k).
 
-    gate = K · softmax(router(x̄))        mean 1: a zero-initialised router gives gates of exactly 1
-    gate = softmax(router(x̄))            the paper's form, sum 1; available as an ablation
-    gate = code(nearest(x̂))              fixed, without a router: each cluster of prompts has random gates, its code
+    gate = code(nearest(x̂))              the default, fixed: each cluster of prompts has random gates, its code
+    gate = K · softmax(router(x̂))        mean 1: a zero-initialised router gives gates of exactly 1
+    gate = softmax(router(x̄))            the paper's form, sum 1
 
-x̄ is the mean of the layer's input over the prompt's positions, without padding and without the answer. The router can
-read x̂ instead, which measures how a prompt differs from the others (not in the paper):
+x̄ is the mean of the layer's input over the prompt's positions, without padding and without the answer. x̂ measures
+how a prompt differs from the others (not in the paper):
 
-    x̂ = 8/√I · (x̄ − μ)/√v       μ, v: running mean and variance of every feature over the training prompts
+    x̂ = 8/√I · (x̄ − μ)/√v       μ, v: mean and variance of every feature over training prompts, with a router running
 
 Codes are not in the paper. Spherical k-means finds C centroids of x̂ before training, and a cluster's code is
-softmax(w / 0.1) with w uniform within ±1/√K, the initial weights of tasks in MTL-LoRA (arXiv 2410.09437). The largest
-gate of a code is 0.9 for K = 3 and 0.5 for K = 8 (median). Every layer draws its own, so that two clusters that share
-experts in one layer do not in most others (docs/experiments/task-maps.md). A zero-initialised router gives all experts
-the same gates at the start.
+softmax(w / 0.1) with w uniform within ±1/√K, the initial weights of tasks in MTL-LoRA (arXiv 2410.09437). Every layer
+draws its own, so that two clusters share experts in some layers and not in others (docs/experiments/task-maps.md).
 
 Shape suffixes: B = batch, T = positions, S = segments of packed rows or prompts, I = in features, K = experts,
 C = clusters; `...` may be (B,) or (B, T).

@@ -181,7 +181,7 @@ class Session:
 
 @contextmanager
 def mixed(experts: Sequence[Experts], by_hand: Sequence[float] | None = None) -> Iterator[dict[str, torch.Tensor]]:
-    """A context in which prompts are answered with the routers' gates, or with gates (K) set by hand for all layers.
+    """A context in which prompts are answered with their own gates, or with gates (K) set by hand for all layers.
 
     Yields, by adapted module, the gates (K) of the first forward pass (the prompt), averaged over its positions.
     """

@@ -87,7 +87,7 @@ class ExpertConfig(PeftConfig):
     needs_whole_weights: ClassVar[bool] = False  # does not work with sharded weights (FSDP, DeepSpeed)
     shares_A: ClassVar[bool] = False  # all experts share one A of r rows
     top_k = None  # methods with gates of only the top_k experts override it with an option
-    has_router = True  # badit_router is trained
+    gates = None  # BaditConfig overrides it with an option
 
     num_experts: Count = option(8, "Number of experts, K.")
     r: Count = option(4, "Rank of each expert; the adapter's total rank is num_experts × r.")
@@ -159,12 +159,12 @@ class ExpertConfig(PeftConfig):
 
 @dataclass
 class BaditConfig(ExpertConfig):
-    """BADIT: ``num_experts`` orthogonal LoRA experts of rank ``r`` in every target module, mixed by a router.
+    """BADIT: ``num_experts`` orthogonal LoRA experts of rank ``r`` in every target module, weighted by gates.
 
-    Pass it to ``get_peft_model`` like any PEFT configuration, and train with :class:`badit.OrthogonalUpdates`.
-    The sizes are the paper's (arXiv 2605.05676: K 8, r 4, alpha 32, dropout 0.05, gate_proj). The initialisation,
-    the router's input and the gates are not; docs/paper-index.md gives the reasons. :meth:`paper` returns the paper's
-    exact form, which is trained with :class:`badit.RegroupCallback` (DOG).
+    Pass it to ``get_peft_model`` like any PEFT configuration, call ``hooks_of(model).start_task`` with training
+    batches, and train with :class:`badit.OrthogonalUpdates`. The sizes are the paper's (arXiv 2605.05676: K 8, r 4,
+    alpha 32, dropout 0.05, gate_proj); the initialisation and the gates are not (docs/paper-index.md). :meth:`paper`
+    returns the paper's exact form, which is trained with :class:`badit.RegroupCallback` (DOG).
     """
 
     method: ClassVar[str] = "BADIT"
@@ -181,15 +181,16 @@ class BaditConfig(ExpertConfig):
     )
     router_input: RouterInput | None = option(
         None,
-        "Router input with routing='prompt'. 'mean': the mean of the layer's input over the prompt, as in the paper. "
-        "'standardised' (default): this mean, standardised with its running moments over the training prompts.",
+        "Input of the gates with routing='prompt'. 'mean': the mean of the layer's input over the prompt, as in the "
+        "paper. 'standardised' (default): this mean, standardised with its moments over training prompts.",
     )
-    gates: GateKind = option(
-        "mean_one",
-        "'mean_one': K·softmax; all gates are 1 at step 0. 'softmax': sum 1, the paper's form; with "
-        "init_weights='bad', the adapted model then differs from the base model at step 0. 'clusters': no router; in "
-        "every layer, a prompt gets the fixed random gates, with sum 1, of the nearest of num_clusters centroids, "
-        "which hooks_of(model).start_task(batches) finds before training (gates are 1/K until then).",
+    gates: GateKind | None = option(
+        None,
+        "'clusters': no router; in every layer, a prompt gets the fixed random gates, with sum 1, of the nearest of "
+        "num_clusters centroids, which hooks_of(model).start_task(batches) finds before training. 'mean_one': "
+        "K·softmax of a router; all gates are 1 at step 0. 'softmax': sum 1, the paper's form; with "
+        "init_weights='bad', gates with sum 1 change the model at step 0. Default: 'clusters'; 'mean_one' with "
+        "routing='token', router_input='mean', top_k, init_weights='bad', target_parameters or a single expert.",
     )
     num_clusters: Count = option(16, "Number of clusters of prompts in every layer, with gates='clusters'.")
     top_k: int | None = option(
@@ -207,7 +208,7 @@ class BaditConfig(ExpertConfig):
     target_parameters: list[str] | None = option(
         None,
         "Names of fused weights of MoE experts to adapt, such as 'experts.gate_up_proj'. Each matrix has its own "
-        "experts and router. If target_modules is not set, nothing else is adapted.",
+        "experts and gates. If target_modules is not set, nothing else is adapted.",
     )
     bias: Literal["none", "all", "badit_only"] = option("none", "Biases to train: 'none', 'all' or 'badit_only'.")
 
@@ -229,6 +230,9 @@ class BaditConfig(ExpertConfig):
         super().__post_init__()
         if self.router_input is None:
             self.router_input = "standardised" if self.routing == "prompt" else "mean"
+        if self.gates is None:
+            needs_router = self.router_input == "mean" or self.init_weights == "bad" or self.num_experts == 1
+            self.gates = "mean_one" if needs_router or self.top_k or self.target_parameters else "clusters"
         if self.router_input == "standardised" and self.routing != "prompt":
             raise BaditError("router_input: 'standardised' needs routing='prompt'; use router_input='mean'")
         if self.gates == "clusters" and (self.router_input != "standardised" or self.top_k is not None):
@@ -238,10 +242,6 @@ class BaditConfig(ExpertConfig):
         # Older versions of PEFT save biases only for the methods that they know by name.
         if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise BaditError("bias must be 'none' with PEFT before 0.21, which saves no trained biases; upgrade PEFT")
-
-    @property
-    def has_router(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.gates != "clusters"
 
     @property
     def subtracted_share(self) -> float:

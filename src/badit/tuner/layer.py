@@ -20,6 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from badit.errors import BaditError
+from badit.gradients import gathered
 from badit.method import batch_moments, expert_gates, prompt_mean, segment_means, standardised, updated_moments
 from badit.method.routing import cluster_gates, prompt_centroids, random_codes
 from badit.tuner.config import BaditConfig
@@ -69,7 +70,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         rows_of_A = config.r if config.shares_A else config.num_components
         self.badit_A[adapter_name] = nn.Parameter(torch.zeros(rows_of_A, self.in_features))
         self.badit_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, config.num_components))
-        if config.has_router and "badit_router" in self.adapter_layer_names:
+        if config.gates != "clusters" and "badit_router" in self.adapter_layer_names:
             self.badit_router[adapter_name] = nn.Parameter(torch.zeros(config.num_experts, self.in_features))
         if config.subtracted_share:
             self.badit_A0[adapter_name] = torch.zeros(config.num_components, self.in_features)
@@ -246,9 +247,9 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
 class BaditLinear(ExpertLinear):
     """BADIT's layer: gates from the prompt or the position, and expert labels that regrouping (DOG) changes.
 
-    It also saves the labels badit_expert_of (N integers) and, with a standardised router input, badit_moments (2, I),
-    the running mean and variance, and badit_batches, the number of batches in them. With clusters of prompts it has no
-    router, but badit_centroids (C, I) and badit_codes (C, K), their gates; its moments are those of :meth:`cluster`.
+    It also saves the labels badit_expert_of (N integers) and, if x̄ is standardised, badit_moments (2, I), its mean and
+    variance, and badit_batches, the number of batches in them. With clusters of prompts it has no router, but
+    badit_centroids (C, I) and badit_codes (C, K), their gates; the moments are then those of :meth:`cluster`.
     """
 
     exact_buffers = ("badit_expert_of", "badit_moments", "badit_batches", "badit_centroids", "badit_codes")
@@ -263,19 +264,18 @@ class BaditLinear(ExpertLinear):
     def __init__(self, *args: Any) -> None:
         # By adapter, for regrouping: the sums of its K gates in training and, as last entry, the number of summands.
         self.gate_sums: dict[str, torch.Tensor] = {}
-        self.clustered: set[str] = set()  # adapters known to have clusters
         super().__init__(*args)
         self.routing.mask_readers.append(self._reads_prompt)
         self.register_load_state_dict_post_hook(_refuse_broken_labels)
 
     def update_layer(self, adapter_name: str, config: BaditConfig, inference_mode: bool = False) -> None:
         self.gate_sums.pop(adapter_name, None)  # of an earlier adapter of this name
-        self.clustered.discard(adapter_name)
         self.badit_expert_of[adapter_name] = torch.arange(config.num_experts).repeat_interleave(config.r)
         if config.router_input == "standardised":
             self.badit_moments[adapter_name] = torch.zeros(2, self.in_features)
             self.badit_batches[adapter_name] = torch.zeros(())
         if config.gates == "clusters":
+            self.routing.unclustered.append((self, adapter_name))
             self.badit_centroids[adapter_name] = torch.zeros(config.num_clusters, self.in_features)
             self.badit_codes[adapter_name] = torch.ones(config.num_clusters, config.num_experts) / config.num_experts
         super().update_layer(adapter_name, config, inference_mode)
@@ -358,9 +358,7 @@ class BaditLinear(ExpertLinear):
         found = {"moments": moments_2I, "centroids": centroids_CI, "codes": codes_CK, "batches": torch.ones(())}
         for name in [adapter_name, *(["ref"] if self.badit_config.get("ref") is config else [])]:  # TRL's, a copy
             for part, value in found.items():
-                buffer = getattr(self, f"badit_{part}")[name].copy_(value)
-                if _is_distributed():
-                    torch.distributed.broadcast(buffer, 0)
+                getattr(self, f"badit_{part}")[name].copy_(gathered(value)[0])
 
     def _route_prompts(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         if self.badit_config[adapter_name].router_input == "mean":
@@ -388,13 +386,6 @@ class BaditLinear(ExpertLinear):
     def _route(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         config = self.badit_config[adapter_name]
         if config.gates == "clusters":
-            if not torch.compiler.is_compiling() and self.training and adapter_name not in self.clustered:
-                if self.badit_batches[adapter_name]:
-                    self.clustered.add(adapter_name)
-                else:
-                    fix = "call hooks_of(model).start_task({'all': batches}) before training"
-                    problem = "all gates are equal, because the prompts have no clusters yet"
-                    self.routing.warn_once(problem, fix, "gates='mean_one'")
             gates = cluster_gates(x, self.badit_centroids[adapter_name], self.badit_codes[adapter_name])
         else:
             logits = F.linear(x, self.badit_router[adapter_name]).float()
@@ -407,12 +398,8 @@ class BaditLinear(ExpertLinear):
         return gates
 
 
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:
-    if _is_distributed():
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
     return sums
 

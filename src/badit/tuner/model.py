@@ -173,16 +173,10 @@ class BaditModel(ExpertModel):
 
         It reads 32 prompts per cluster, the same number of every task (at least one). BaditError if there are none.
         """
-        new = [
-            (layer, name)
-            for layer in self.expert_layers()
-            for name in layer.running_adapters
-            if layer.badit_config[name].gates == "clusters" and not layer.badit_batches[name]
-        ]
-        if not new:
+        routing, training = RoutingContext.of(self.model), self.training
+        if not (new := routing.without_clusters()):
             return
         of_each = 32 * max(layer.badit_config[name].num_clusters for layer, name in new) // max(1, len(batches))
-        routing, training = RoutingContext.of(self.model), self.training
         means = routing.prompt_means = defaultdict(list)
         self.eval()
         try:
@@ -204,9 +198,10 @@ class BaditModel(ExpertModel):
     def _read_prompts(self, batch: Any, rows: int) -> int:
         """Runs the base model on the first rows of a batch as in training, and returns the number of their prompts."""
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            raise BaditError("start_task: a batch must be a dict of tensors: input_ids, attention_mask and labels")
+            raise BaditError("start_task: batches must be dicts of input_ids and labels; or use gates='mean_one'")
         tensors = {name: each.to(self.model.device) for name, each in batch.items() if isinstance(each, torch.Tensor)}
-        tensors = {name: each[:rows] if each.ndim > 1 else each for name, each in tensors.items()}
+        if all(len(each) == len(batch["input_ids"]) for each in tensors.values() if each.ndim > 1):
+            tensors = {name: each[:rows] if each.ndim > 1 else each for name, each in tensors.items()}
         if "labels" not in tensors and "completion_mask" in tensors:  # as in TRL's preference data
             tensors["labels"] = tensors["input_ids"].where(tensors["completion_mask"].bool(), IGNORED_LABEL)
         mask_BT, segments = RoutingContext.of(self.model).describe(self.model, tensors).prompt

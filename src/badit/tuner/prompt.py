@@ -90,6 +90,7 @@ class RoutingContext:
         self._warned: set[str] = set()
         # Each returns whether its layer needs the prompt mask, which must be computed before a compiled layer runs.
         self.mask_readers: list[Callable[[], bool]] = []
+        self.unclustered: list[tuple[Any, str]] = []  # layers and adapters that may have no clusters of prompts
         self._hooks: list[Any] = []
         self._generate: Callable[..., Any] | None = None  # the model's own attribute, if it had one
         self.row_tasks: Mapping[str, torch.Tensor] = {}  # of the next forward passes
@@ -158,11 +159,11 @@ class RoutingContext:
     def _reads_prompt(self) -> bool:
         return any(reads() for reads in self.mask_readers)
 
-    def warn_once(self, problem: str, fix: str, otherwise: str = "routing='token'") -> None:
+    def warn_once(self, problem: str, fix: str) -> None:
         """Warns of a problem of the training or the generation, once per base model."""
         if problem not in self._warned:
             self._warned.add(problem)
-            warnings.warn(f"{problem}; {fix}, or use {otherwise}", stacklevel=2)
+            warnings.warn(f"{problem}; {fix}, or use routing='token'", stacklevel=2)
 
     def _refuse_alone(self, decoder: nn.Module, args: tuple) -> None:
         """Raises BaditError if the decoder is called by itself, since its gates would depend on padding and answers."""
@@ -180,9 +181,19 @@ class RoutingContext:
         self._running.row_tasks = self.row_tasks
         if torch.is_grad_enabled():
             self._last_training_pass = self._running
+            if model.training and self.unclustered and self.without_clusters():
+                fix = "before training, call hooks_of(model).start_task({'all': batches}) with the PeftModel"
+                raise BaditError(f"gates='clusters': the prompts have no clusters yet; {fix}, or use gates='mean_one'")
         if self._running.held is None and self._reads_prompt():
             _ = self._running.prompt  # a cached property: computed here
         return args, kwargs
+
+    def without_clusters(self) -> list[tuple[Any, str]]:
+        """Returns the running layers and adapters without clusters; looks at each once, as it waits for the device."""
+        running = [(layer, name) for layer, name in self.unclustered if name in layer.running_adapters]
+        missing = [(layer, name) for layer, name in running if not layer.badit_batches[name]]
+        self.unclustered = [one for one in self.unclustered if one not in running or one in missing]
+        return missing
 
     def _leave(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         running, self._running = self._running, None
@@ -240,7 +251,7 @@ class RoutingContext:
             labels_BT = None  # a classifier: the whole row is the prompt
         elif labels_BT is None and model.training and torch.is_grad_enabled():
             fix = "pass the model labels (-100 on the prompt) or prompt_mask= (batch, positions)"
-            self.warn_once("a language model is trained without labels, so the router reads prompts and answers", fix)
+            self.warn_once("a language model is trained without labels, so the gates depend on all tokens", fix)
         mask_BT = _attended(batch["attention_mask"], shape, device)
         if isinstance(labels_BT, torch.Tensor) and labels_BT.shape == mask_BT.shape:
             if not self._looked_at_labels:  # once, because it waits for the device
@@ -263,7 +274,7 @@ class RoutingContext:
         answers_B = (labelled_BT[:, 1:] & ~labelled_BT[:, :-1]).sum(dim=1) + labelled_BT[:, 0]
         if bool(labelled_BT[:, int(packed) : 2].all()):  # TRL removes the first label of a segment
             fix = "set labels to -100 on the prompt (TRL: completion_only_loss or assistant_only_loss)"
-            self.warn_once("every position has a label, so the router reads only the first token as the prompt", fix)
+            self.warn_once("every position has a label, so the gates depend on the first token only", fix)
         elif not packed and bool((answers_B > 1).any()):
             problem = "a row has several answers, and all of them have the gates of the text before the first"
             self.warn_once(problem, "give each answer its own row (badit.data.answer_rows)")

@@ -170,7 +170,7 @@ function showMixture() {
   if (!mixture) return;
   at("mixture-lead").textContent = byHand
     ? "The gates that you set: the weight of each expert. 1 is neutral."
-    : "The router’s gates: the weight of each expert for this prompt. 1 is neutral.";
+    : "The prompt’s gates: the weight of each expert. 1 is neutral.";
   at("nearest").hidden = !mixture.nearest.length && !mixture.unmeasured;
   at("unmeasured").hidden = !mixture.unmeasured;
   at("nearest").querySelector("ol").replaceChildren(...mixture.nearest.map(({ task: name, difference }) =>
@@ -268,7 +268,7 @@ function setMixture(gates, isByHand) {
   byHand = isByHand;
   at("own").disabled = !byHand;
   side("hand").hidden = !byHand;
-  side("router").querySelector("h3").textContent = byHand ? "With the router’s gates" : "With the adapter";
+  side("router").querySelector("h3").textContent = byHand ? "With the prompt’s gates" : "With the adapter";
   if (byHand && at("text").value.trim()) answer();
   else showMixture();
 }
