@@ -31,8 +31,9 @@ pairs = [(task, instance) for task in badit.load_tasks(options.data) for instanc
 rows = encode_examples(tokenizer, pairs[: 8 if options.small else None])
 collate = AnswerCollator(tokenizer.pad_token_id or 0)
 loader = DataLoader(rows, batch_size, shuffle=True, collate_fn=collate)
-model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+model.to(accelerator.device)
 badit.hooks_of(model).start_task({"all": loader})  # finds the clusters of prompts
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
 steps = epochs * -(-len(loader) // accelerator.gradient_accumulation_steps)
 regrouper = badit.Regrouper(model, steps, every=2 if options.small else 20, optimizer=optimizer)

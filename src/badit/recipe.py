@@ -32,8 +32,7 @@ from badit.errors import BaditError, first_line, nearest, problems
 from badit.files import inside, read_text, refuse_other_format
 from badit.models import Quantisation
 
-# The version of a run's config.yaml. Version 1 has no ``format`` key, and its BADIT defaults are those of the paper.
-# Version 2 has a router by default.
+# The version of a run's config.yaml. Version 1 has no ``format`` key and the paper's defaults, version 2 a router.
 FORMAT = 3
 # A recipe has a few hundred values. With nested aliases, a few lines of YAML can expand to billions of values.
 MAX_VALUES = 100_000
@@ -262,8 +261,8 @@ def _of_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
     elif isinstance(method, dict) and method.get("name", "badit") == "badit" and method.get("preset") != "paper":
         first = {} if version else {"init_weights": "bad", "router_input": "mean", "regroup": {}}
         content["method"] = method = {**first, **method}
-        routed = {"router_input": "mean", "init_weights": "bad", "routing": "token", "num_experts": 1}
-        if not (method.keys() & {"top_k", "target_parameters"} or any(method.get(k) == v for k, v in routed.items())):
+        kept = {"router_input": "mean", "init_weights": "bad", "routing": "token", "num_experts": 1}
+        if not (any(map(method.get, ("top_k", "target_parameters"))) or any(method.get(k) == kept[k] for k in kept)):
             method.setdefault("gates", "mean_one")
     if isinstance(training := content.get("training"), dict):
         content["training"] = {RENAMED_ARGUMENTS.get(key, key): value for key, value in training.items()}

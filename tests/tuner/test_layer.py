@@ -183,7 +183,7 @@ def test_prompts_are_clustered_as_training_reads_them(tiny_model):
     packed = {"input_ids": ids.view(1, -1), "labels": labels.view(1, -1), "position_ids": positions}
     for one in (preference, packed):
         torch.testing.assert_close(centroids(one), expected, atol=1e-4, rtol=1e-4)
-    refuses("there are no batches", centroids)
+    refuses(r"no batch reaches model\.layers\.0\.mlp\.gate_proj", centroids)
     refuses("batches must be dicts of input_ids and labels", centroids, [{"prompt": "text"}])
 
 

@@ -171,9 +171,10 @@ class BaditModel(ExpertModel):
     def start_task(self, batches: TaskBatches) -> None:
         """Finds the clusters of prompts of new adapters with gates='clusters', in a pass over some training prompts.
 
-        It reads 32 prompts per cluster, the same number of every task (at least one). BaditError if there are none.
+        It reads 32 prompts per cluster, the same number of every task (at least one). All processes call it, before the
+        model is wrapped or sharded; the clusters are those of rank 0. BaditError if a layer gets no prompts.
         """
-        routing, training = RoutingContext.of(self.model), self.training
+        routing, modes = RoutingContext.of(self.model), {module: module.training for module in self.modules()}
         if not (new := routing.without_clusters()):
             return
         of_each = 32 * max(layer.badit_config[name].num_clusters for layer, name in new) // max(1, len(batches))
@@ -189,9 +190,10 @@ class BaditModel(ExpertModel):
                             break
         finally:
             routing.prompt_means = None
-            self.train(training)
-        if not means:
-            raise BaditError("start_task: there are no batches, so the prompts have no clusters; pass training batches")
+            for module, mode in modes.items():
+                module.training = mode
+        if missed := [layer.name for layer, name in new if f"{layer.name}.{name}" not in means]:
+            raise BaditError(f"start_task: no batch reaches {missed[0]}; pass other batches, or use gates='mean_one'")
         for layer, name in new:
             layer.cluster(name, torch.cat(means.pop(f"{layer.name}.{name}")))
 
@@ -205,8 +207,7 @@ class BaditModel(ExpertModel):
         if "labels" not in tensors and "completion_mask" in tensors:  # as in TRL's preference data
             tensors["labels"] = tensors["input_ids"].where(tensors["completion_mask"].bool(), IGNORED_LABEL)
         mask_BT, segments = RoutingContext.of(self.model).describe(self.model, tensors).prompt
-        # Without labels, logits and cache, the pass needs less memory than a training step.
-        options = {**tensors, "labels": None, "use_cache": False, "logits_to_keep": 1}
+        options = {**tensors, "labels": None, "use_cache": False, "logits_to_keep": 1}  # less memory than a step
         known = inspect.signature(self.model.forward).parameters
         self.model(**{name: options[name] for name in options if name in known}, prompt_mask=mask_BT)
         return len(tensors["input_ids"]) if segments is None else segments.number

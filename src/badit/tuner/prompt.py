@@ -181,7 +181,7 @@ class RoutingContext:
         self._running.row_tasks = self.row_tasks
         if torch.is_grad_enabled():
             self._last_training_pass = self._running
-            if model.training and self.unclustered and self.without_clusters():
+            if self.unclustered and any(layer.training for layer, _ in self.without_clusters()):
                 fix = "before training, call hooks_of(model).start_task({'all': batches}) with the PeftModel"
                 raise BaditError(f"gates='clusters': the prompts have no clusters yet; {fix}, or use gates='mean_one'")
         if self._running.held is None and self._reads_prompt():
@@ -190,7 +190,7 @@ class RoutingContext:
 
     def without_clusters(self) -> list[tuple[Any, str]]:
         """Returns the running layers and adapters without clusters; looks at each once, as it waits for the device."""
-        running = [(layer, name) for layer, name in self.unclustered if name in layer.running_adapters]
+        running = [one for one in dict.fromkeys(self.unclustered) if one[1] in one[0].running_adapters]
         missing = [(layer, name) for layer, name in running if not layer.badit_batches[name]]
         self.unclustered = [one for one in self.unclustered if one not in running or one in missing]
         return missing
