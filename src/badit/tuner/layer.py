@@ -349,16 +349,16 @@ class BaditLinear(ExpertLinear):
     def cluster(self, adapter_name: str, means_SI: torch.Tensor) -> None:
         """Sets moments, centroids and codes from x̄ (S, I) of training prompts; on all ranks, those of rank 0."""
         config, codes_CK = self.badit_config[adapter_name], self.badit_codes[adapter_name]
-        moments_2I = batch_moments(means_SI)
-        moments_2I = moments_2I.where(moments_2I.isfinite(), 0.0)  # without a prompt (MoE experts), or overflown
+        moments_2I = batch_moments(means_SI).nan_to_num(0.0, 0.0, 0.0)  # without a prompt (MoE experts), or overflown
         centroids_CI = prompt_centroids(standardised(means_SI, moments_2I), len(codes_CK))
         # Fewer prompts than clusters give equal centroids; rounding must not choose between their codes.
         first_equal_C = (centroids_CI @ centroids_CI.T > 1 - 1e-5).int().argmax(dim=1)
         codes_CK = random_codes(*codes_CK.shape)[first_equal_C]
-        found = {"moments": moments_2I, "centroids": centroids_CI, "codes": codes_CK, "batches": torch.ones(())}
+        found = {"moments": gathered(moments_2I), "centroids": gathered(centroids_CI), "codes": gathered(codes_CK)}
         for name in [adapter_name, *(["ref"] if self.badit_config.get("ref") is config else [])]:  # TRL's, a copy
-            for part, value in found.items():
-                getattr(self, f"badit_{part}")[name].copy_(gathered(value)[0])
+            self.badit_batches[name].fill_(1)
+            for part, of_ranks in found.items():
+                getattr(self, f"badit_{part}")[name].copy_(of_ranks[0])
 
     def _route_prompts(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         if self.badit_config[adapter_name].router_input == "mean":

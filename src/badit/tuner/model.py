@@ -174,11 +174,12 @@ class BaditModel(ExpertModel):
         It reads 32 prompts per cluster, the same number of every task (at least one). All processes call it, before the
         model is wrapped or sharded; the clusters are those of rank 0. BaditError if a layer gets no prompts.
         """
-        routing, modes = RoutingContext.of(self.model), {module: module.training for module in self.modules()}
+        routing = RoutingContext.of(self.model)
         if not (new := routing.without_clusters()):
             return
         of_each = 32 * max(layer.badit_config[name].num_clusters for layer, name in new) // max(1, len(batches))
         means = routing.prompt_means = defaultdict(list)
+        modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
             with torch.compiler.set_stance("force_eager"):

@@ -191,9 +191,9 @@ class RoutingContext:
     def without_clusters(self) -> list[tuple[Any, str]]:
         """Returns the running layers and adapters without clusters; looks at each once, as it waits for the device."""
         running = [one for one in dict.fromkeys(self.unclustered) if one[1] in one[0].running_adapters]
-        missing = [(layer, name) for layer, name in running if not layer.badit_batches[name]]
-        self.unclustered = [one for one in self.unclustered if one not in running or one in missing]
-        return missing
+        clustered = {(layer, name) for layer, name in running if layer.badit_batches[name]}
+        self.unclustered = [one for one in self.unclustered if one not in clustered]
+        return [one for one in running if one not in clustered]
 
     def _leave(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         running, self._running = self._running, None
