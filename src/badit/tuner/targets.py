@@ -7,10 +7,11 @@ dequantised weight. A fused weight of MoE experts is not changed either; each of
 import re
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -154,16 +155,10 @@ def is_quantised(layer: nn.Module) -> bool:
 def weight_as_used(layer: nn.Module) -> torch.Tensor:
     """Returns the layer's weight as (out, in), dequantised if necessary; Conv1D stores it transposed."""
     weight: Any = layer.weight
-    match type(weight).__name__:
-        case "Int8Params":
-            # Not with PEFT's dequantize_module_weight, which loses the scales of an 8-bit layer after its first forward
-            # pass: bitsandbytes moves the rows' scales (the value of the integer 127) to the layer's state.
-            scale_O = weight.SCB if weight.SCB is not None else cast(Any, layer).state.SCB
-            return weight.data.float() * (scale_O.float() / 127)[:, None]
-        case "Params4bit":
-            from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports] (an extra)
-
-            return dequantize_4bit(weight.data, weight.quant_state)
+    if type(weight).__name__ in ("Int8Params", "Params4bit"):
+        # Not with PEFT's dequantize_module_weight, which replaces the weight on a CPU: after an 8-bit layer's first
+        # forward pass, when bitsandbytes has moved the scales to the layer's state, the new weight has none.
+        return dequantize_bnb_weight(weight, getattr(layer, "state", None))
     if is_quantised(layer):
         return weight.dequantize()
     return weight.T if isinstance(layer, Conv1D) else weight
