@@ -83,12 +83,9 @@ class ExpertModel(Hooks, BaseTuner):
             del self.peft_config[next(name for name, known in self.peft_config.items() if known is config)]
             raise
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        super()._pre_injection_hook(model, config, adapter_name)
-        keep_in_place(model)
-
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """Sets the default targets and checks the given ones against the model's fused weights."""
+        keep_in_place(self.model)
         peft_config.target_modules = targets = chosen_targets(self.model, peft_config)
         if targets is None:
             kind = model_config["model_type"]
