@@ -154,10 +154,8 @@ def expert_angles(gram_NN: np.ndarray, labels_N: np.ndarray) -> ExpertAngles:
     return ExpertAngles(*(float(each.mean()) if each.size else float("nan") for each in values))
 
 
-def _centroid_similarity(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: int) -> np.ndarray:
-    """Returns ⟨ĝ_i, c_k⟩ for unit centroids c_k; 0 for a group that is empty or sums to zero."""
-    onehot_NK = np.eye(num_experts)[labels_N]
-    sums_NK = gram_NN @ onehot_NK
+def _centroid_similarity(onehot_NK: np.ndarray, sums_NK: np.ndarray) -> np.ndarray:
+    """Returns ⟨ĝ_i, c_k⟩ for unit centroids c_k, from Π and GΠ; 0 for a group that is empty or sums to zero."""
     squared_K = (onehot_NK * sums_NK).sum(axis=0)
     return np.where(squared_K > 1e-12, sums_NK / np.sqrt(np.maximum(squared_K, 1e-12)), 0.0)
 
@@ -173,12 +171,13 @@ def _until_stable(
     gram_NN: np.ndarray,
     labels_N: np.ndarray,
     num_experts: int,
-    similarity: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
+    similarity: Callable[[np.ndarray, np.ndarray], np.ndarray],
     balanced: bool = True,
 ) -> np.ndarray:
     """Reassigns components to the most similar experts until the labels are stable, and returns the labels."""
     for _ in range(_MAX_ROUNDS):
-        similarity_NK = similarity(gram_NN, labels_N, num_experts)
+        onehot_NK = np.eye(num_experts)[labels_N]
+        similarity_NK = similarity(onehot_NK, gram_NN @ onehot_NK)
         new_N = _assign_balanced(similarity_NK) if balanced else similarity_NK.argmax(axis=1)
         if np.array_equal(new_N, labels_N):
             break
@@ -186,10 +185,8 @@ def _until_stable(
     return labels_N
 
 
-def _polar_similarity(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: int) -> np.ndarray:
-    """Returns ⟨ĝ_i, q_k⟩ with the paper's orthogonal targets q_k, the polar factor of the centroids."""
-    onehot_NK = np.eye(num_experts)[labels_N]
-    sums_NK = gram_NN @ onehot_NK
+def _polar_similarity(onehot_NK: np.ndarray, sums_NK: np.ndarray) -> np.ndarray:
+    """Returns ⟨ĝ_i, q_k⟩ with the paper's orthogonal targets q_k, the polar factor of the centroids; from Π and GΠ."""
     values_K, vectors_KK = np.linalg.eigh(onehot_NK.T @ sums_NK)
     # A linearly dependent or empty centroid has no polar direction; the pseudo-inverse ignores it.
     kept_K = values_K > 1e-10 * max(values_K.max(), 1e-30)
