@@ -4,8 +4,7 @@ The Trainer writes to ``checkpoints/partial/``. A complete checkpoint is sealed 
 ``checkpoints/checkpoint-STEP``. If a run is killed at any point, the last sealed checkpoint stays intact.
 
 The checksums detect damage, not tampering: whoever can write the files can also write the checksums. Files are read
-with ``weights_only=True``, which runs no pickled code: :func:`safe_unpickling` has DeepSpeed do so, and
-:func:`prepare_engine` avoids FSDP's sharded files, which torch reads without this restriction.
+with ``weights_only=True``, which runs no pickled code (:func:`safe_resuming`).
 """
 
 import hashlib
@@ -16,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from pkgutil import resolve_name
 from types import FrameType
 from typing import Any, Self
@@ -82,10 +82,14 @@ def engine_of(trainer: Any) -> str:
     return "FSDP, unsharded" if trainer.is_fsdp_enabled else "neither FSDP nor DeepSpeed"
 
 
-def prepare_engine(trainer: Any, checkpoint: Path | None) -> None:
-    """Makes FSDP's checkpoints single files of the trained weights; torch unpickles sharded ones unrestrictedly.
+@contextmanager
+def safe_resuming(trainer: Any, checkpoint: Path | None) -> Iterator[None]:
+    """A context for a training that may resume, in which torch executes no pickled code of the ``checkpoint``.
 
-    BaditError if the ``checkpoint`` to resume from was written with another engine than the trainer's.
+    FSDP's checkpoints become single files of the trained weights, because torch unpickles sharded ones unrestrictedly.
+    DeepSpeed, which asks torch for its unrestricted reader, gets the restricted one.
+
+    BaditError if another engine than the trainer's wrote the checkpoint, or if it has pickled objects of other types.
     """
     wrote = None if checkpoint is None else read_json(checkpoint / _SUMS).get("engine")
     if wrote not in (None, engine_of(trainer)):
@@ -95,17 +99,14 @@ def prepare_engine(trainer: Any, checkpoint: Path | None) -> None:
         plugin = trainer.accelerator.state.fsdp_plugin
         plugin.state_dict_config = plugin.optim_state_dict_config = None  # else those of the former type are kept
         plugin.set_state_dict_type("FULL_STATE_DICT")
-
-
-@contextmanager
-def safe_unpickling(trainer: Any) -> Iterator[None]:
-    """A context in which DeepSpeed, which asks torch for its unrestricted reader, gets the restricted one."""
-    if not trainer.is_deepspeed_enabled:
-        yield
-        return
-    known = [resolve_name(name) for name in _DEEPSPEED_TYPES]
-    with patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"), torch.serialization.safe_globals(known):
-        yield
+    known = [resolve_name(name) for name in _DEEPSPEED_TYPES] if trainer.is_deepspeed_enabled else []
+    variables = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"} if trainer.is_deepspeed_enabled else {}
+    try:
+        with patch_environment(**variables), torch.serialization.safe_globals(known):
+            yield
+    except UnpicklingError:  # torch's loader found something other than tensors and plain values
+        problem = "contains pickled objects that badit does not write, which were not executed"
+        raise BaditError(f"{checkpoint}: {problem}; remove the folder to resume from the previous checkpoint") from None
 
 
 class Checkpoints(TrainerCallback):

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from badit.arguments import argument_names
 from badit.attention import fast_on_short_sequences
-from badit.checkpoint import STAGING, Checkpoints, discard, last_checkpoint, prepare_engine, safe_unpickling
+from badit.checkpoint import STAGING, Checkpoints, discard, last_checkpoint, safe_resuming
 from badit.data.encoded import AnswerCollator, Examples, batches_by_task, encode_tasks
 from badit.data.prompts import build_prompt, encode_examples, encode_prompts, end_of_turn_id
 from badit.data.tasks import Instance, Task, mixture, ordered
@@ -187,18 +186,12 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
     trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which are in metrics.jsonl
     if method.needs_whole_weights and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         raise BaditError(f"method: {method.name} needs unsharded weights; launch it without FSDP and DeepSpeed")
-    prepare_engine(trainer, checkpoint)
 
     trainer.add_callback(saving := Checkpoints(trainer, folder.checkpoints_path))
     tracked = tracking(trainer, folder.path, checkpoint)
-    with saving, tracked, fast_on_short_sequences(base), safe_unpickling(trainer):
+    with safe_resuming(trainer, checkpoint), saving, tracked, fast_on_short_sequences(base):
         try:
             trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-        except UnpicklingError:  # torch's loader found something other than tensors and plain values
-            raise BaditError(
-                f"{checkpoint}: contains pickled objects that badit does not write, which were not executed; "
-                "remove the folder to resume from the previous checkpoint"
-            ) from None
         finally:
             bar.close()
             torch.use_deterministic_algorithms(deterministic)  # full_determinism applies to training only
