@@ -3,7 +3,6 @@
 With ``data.order`` the tasks are trained one after another, each in its own folder. Interrupted runs can be resumed.
 """
 
-import gc
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import release_memory
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -354,9 +354,7 @@ def encoded_texts(
 def base_model(recipe: Recipe, *, dtype: Dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a recipe's base model to this process's device, and its tokenizer; ``dtype`` overrides the recipe's."""
     dtype = dtype or model_dtype(recipe)
-    gc.collect()  # frees adapted models of earlier stages, which have reference cycles
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()  # of adapted models of earlier stages, which have reference cycles
     model, tokenizer = load_base_model(**recipe.model.model_dump(exclude={"dtype"}), dtype=dtype, device=device())
     warn_of_slow_dtype(dtype, device())
     # The end of answers in training, which may be missing in the base model's generation configuration.
