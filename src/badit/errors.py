@@ -61,20 +61,19 @@ def explained(
 
 def _explanation(error: Exception, action: str, named: str, any_error: bool) -> str | None:
     """Describes an exception; ``named`` is appended to OS errors and names their file. None if it is unknown."""
-    if isinstance(error, _class("pydantic_core", "ValidationError")):
+    if _is(error, "pydantic_core", "ValidationError"):
         problem = error.errors(include_url=False)[0]  # pyright: ignore
         return ": ".join(filter(None, [".".join(map(str, problem["loc"])), _message(problem)]))
     if isinstance(error, json.JSONDecodeError):
         return f"invalid JSON at line {error.lineno} column {error.colno}: {error.msg}"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 at byte {error.start}; save the file as UTF-8"
-    if isinstance(error, _class("huggingface_hub.errors", "HfHubHTTPError")):
+    if _is(error, "huggingface_hub.errors", "HfHubHTTPError"):
         status = getattr(getattr(error, "response", None), "status_code", 0)
         return f"the hub refuses: {first_line(error)}{_HUB_FIXES.get(status, '')}"
-    network = ("HTTPError", "OfflineModeIsEnabled", "LocalTokenNotFoundError")
-    if isinstance(error, tuple(_class("huggingface_hub.errors", name) for name in network)):
+    if _is(error, "huggingface_hub.errors", "HTTPError", "OfflineModeIsEnabled", "LocalTokenNotFoundError"):
         return f"the hub cannot be reached ({first_line(error)}); try again later"
-    if isinstance(error, _class("huggingface_hub.errors", "HFValidationError")):
+    if _is(error, "huggingface_hub.errors", "HFValidationError"):
         return first_line(error)
     text = str(error)
     cannot_open = _OPEN_FAILED.search(text)
@@ -89,7 +88,7 @@ def _explanation(error: Exception, action: str, named: str, any_error: bool) -> 
         return f"cannot be {action} (not a valid path)"
     if isinstance(error, ValueError) and "trust_remote_code" in text:
         return f"cannot be {action} without the model's Python code; allow it with trust_remote_code if you trust it"
-    if any_error or cannot_open or isinstance(error, _class("safetensors", "SafetensorError")):
+    if any_error or cannot_open or _is(error, "safetensors", "SafetensorError"):
         return f"cannot be {action} ({first_line(error)})"
     return None
 
@@ -99,9 +98,9 @@ def _has_number(error: Exception, *numbers: int) -> bool:
     return getattr(error, "errno", None) in numbers or any(os.strerror(number) in str(error) for number in numbers)
 
 
-def _class(module: str, name: str) -> Any:
-    """Returns a library's exception class, or () if the library is not imported: then it cannot have been raised."""
-    return getattr(sys.modules.get(module), name, ())
+def _is(error: Any, module: str, *names: str) -> bool:
+    """Returns whether an exception is of one of a library's classes; a library that is not imported cannot raise it."""
+    return isinstance(error, tuple(getattr(sys.modules.get(module), name, ()) for name in names))
 
 
 def problems(
