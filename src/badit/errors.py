@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 # Terminal control characters, bidirectional text marks and lone surrogates; not line feeds and tabs.
@@ -113,13 +113,12 @@ def problems(
     found: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         place, inner = [], values
-        for number, part in enumerate(problem["loc"], start=1):
-            try:
+        for part in problem["loc"]:
+            with suppress(LookupError, TypeError):  # a part that is not in the values: the tried alternative of a union
                 inner = inner[part]
-            except (LookupError, TypeError):
-                if problem["type"] != "missing" or number < len(problem["loc"]):
-                    continue  # the tried alternative of a union
-            place.append(part)
+                place.append(part)
+        if problem["type"] == "missing":
+            place.append(problem["loc"][-1])
         message = _message(problem)
         if problem["type"] == "extra_forbidden":
             *section, key = problem["loc"]
