@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +117,13 @@ def application(session: Session) -> Starlette:
         session.check(question)
         return partial(_stream, session, question, one_at_a_time)
 
-    look = resources.files("badit.report").joinpath("templates", "look.css").read_bytes()
     return Starlette(
         routes=[
             Route("/api/run", JSONResponse(about), methods=["GET"]),
             Route("/api/task", task),
             Route("/api/answer", answer, methods=["POST"]),
-            Route("/look.css", Response(look, media_type="text/css"), methods=["GET"]),
-            Mount("/", StaticFiles(packages=[("badit.studio", "page")], html=True)),
+            # look.css is that of the report.
+            Mount("/", StaticFiles(packages=[("badit.studio", "page"), ("badit.report", "templates")], html=True)),
         ],
         middleware=[LOCAL_HOSTS],
         exception_handlers=dict.fromkeys([BaditError, HTTPException, ClientDisconnect], _refused),
