@@ -156,7 +156,7 @@ def application(router: Router, url: str) -> Starlette:
             raise BaditError("request: must be a JSON object")
 
         async def forward(scope: Scope, receive: Receive, send: Send) -> None:
-            async with ending_with(scope, receive), adapter_for(request, content) as name:
+            async with ending_with(request), adapter_for(request, content) as name:
                 options: Any = {"json": {**content, "model": name}, "headers": key(request)}
                 async with client.stream("POST", request.url.path, **options) as answer:
                     headers = {"content-type": answer.headers.get("content-type", ""), "x-badit-adapter": quote(name)}

@@ -173,7 +173,7 @@ async def _stream(
     headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     last = "error", {"message": "the studio was stopped"}
-    async with ending_with(scope, receive):
+    async with ending_with(Request(scope, receive)):
         try:
             await to_thread.run_sync(session.answer, question, show, limiter=limiter)
             last = "done", {}
@@ -186,14 +186,12 @@ async def _stream(
 
 
 @asynccontextmanager
-async def ending_with(scope: Scope, receive: Receive) -> AsyncIterator[None]:
+async def ending_with(request: Request) -> AsyncIterator[None]:
     """A context whose work is cancelled when the client disconnects or the server, which would wait for it, stops."""
 
     async def cancel_at_end() -> None:
-        gone = False
-        while not gone and not scope["app"].state.server.should_exit:
-            with anyio.move_on_after(0.1):
-                gone = (await receive())["type"] == "http.disconnect"
+        while not (request.app.state.server.should_exit or await request.is_disconnected()):
+            await anyio.sleep(0.1)
         group.cancel_scope.cancel()
 
     try:
