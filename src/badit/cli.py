@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal  # noqa: F401 (Literal is in annotations of derived commands)
 
 from cyclopts import App, CycloptsError, Parameter
-from cyclopts.types import NonNegativeInt, PositiveInt
+from cyclopts.types import NonNegativeInt, Port, PositiveInt
 
 from badit import __version__
 from badit.environment import is_main_process, quiet_notices, status
@@ -161,7 +161,7 @@ def tasks(source: str, *overrides: str, show: NonNegativeInt = 0) -> str:
 
 
 @app.command
-def studio(run: str, *, port: int = 8642, browser: Enabled = True, trust_remote_code: Trust = False) -> None:
+def studio(run: str, *, port: Port = 8642, browser: Enabled = True, trust_remote_code: Trust = False) -> None:
     """Try a run's adapter in the browser: answers, gates, and mixtures with gates that you set.
 
     The server listens on 127.0.0.1, so only this machine can reach it. Ctrl-C stops it.
@@ -180,7 +180,7 @@ def serve(
     exports: str | None = None,
     *,
     url: str = "http://127.0.0.1:8000",
-    port: int = 8001,
+    port: Port = 8001,
     trust_remote_code: Trust = False,
 ) -> None:
     """Start an OpenAI-compatible proxy in front of vLLM that routes prompts with a run's gates.

@@ -201,7 +201,7 @@ def test_errors_are_one_line_and_reported_before_a_model_is_loaded(monkeypatch, 
         in_use = f"--port: {port} cannot be used (Address already in use); use another port, or 0"
         for arguments, expected in (
             ([run, f"--port={port}"], in_use),
-            ([run, "--port=-1"], "--port: must be from 0 to 65535, not -1"),
+            ([run, "--port=-1"], 'Invalid value "-1" for --port. Must be >= 0.'),
             (["no-run", "--port=0"], "no-run: has no config.yaml"),
         ):
             assert command("studio", *arguments, code=2).startswith(f"badit: {expected}")
