@@ -103,7 +103,6 @@ class Session:
     def about(self) -> dict[str, Any]:
         """Returns what the page shows about the run before the first question."""
         path = self.run.analysis_path / f"{ABILITIES.name}.json"
-        said = load_frame(path).set_index("expert")["tasks"] if path.is_file() else None
         return {
             "run": self.run.path.resolve().name,
             "method": self.method.name,
@@ -112,7 +111,7 @@ class Session:
             "remark": self.remark,
             "needs_task": self.method.needs_tasks,
             "experts": self.number_of_experts,
-            "abilities": [] if said is None else [str(said.get(i, "")) for i in range(self.number_of_experts)],
+            "abilities": load_frame(path)["tasks"].tolist() if path.is_file() else [],
             "modules": [one.place for one in self.experts],
             "max_characters": MAX_CHARACTERS,
             "max_new_tokens": MAX_NEW_TOKENS,
