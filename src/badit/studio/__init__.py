@@ -70,7 +70,7 @@ class Session:
         self.model: Any = model
         # Initialisations such as PiSSA's change the base weights, also for a disabled adapter.
         kept = getattr(self.method.config, "init_lora_weights", True) in KEEPS_BASE
-        self.base: Any = None if kept else base_model(self.recipe)[0]
+        self.base: Any = model if kept else base_model(self.recipe)[0]
         self.experts = active_experts(self.model)
         self.number_of_experts = self.experts[0].number if self.experts else 0
         self._free = threading.Lock()
@@ -157,7 +157,7 @@ class Session:
         began = time.monotonic()
         by_hand = question.gates if side == "hand" else None
         switched: Any = self.model.disable_adapter() if side == "base" else mixed(self.experts, by_hand)
-        model = self.model if self.base is None or side != "base" else self.base
+        model = self.base if side == "base" else self.model
         gates_shown = side == "base" or not self.experts
 
         def show_text(text: str) -> None:
