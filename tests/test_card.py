@@ -26,7 +26,7 @@ def make_run(folder, task="capitals", **sections):
 
 
 def card_of(run, recipe, **options):
-    return ModelCard(model_card(run, recipe, Base.of(recipe), **options))
+    return ModelCard(model_card(run, Base.of(recipe), **options))
 
 
 def html_of(card):

@@ -64,21 +64,18 @@ def licence(card_data: Any) -> str | None:
 
 def write_run_card(run: Run) -> None:
     """Writes the card into a run's ``adapter`` folder, if the run has an adapter."""
-    recipe = run.recipe
-    if run.adapter_path.is_dir() and isinstance(build_method(recipe.method), AdapterMethod):
-        write_text(run.adapter_path / CARD, model_card(run, recipe, Base.of(recipe)))
+    if run.adapter_path.is_dir() and isinstance(build_method(run.recipe.method), AdapterMethod):
+        write_text(run.adapter_path / CARD, model_card(run, Base.of(run.recipe)))
 
 
-def model_card(
-    run: Run, recipe: Recipe, base: Base, *, export: Mapping[str, Any] | None = None, address: str | None = None
-) -> str:
+def model_card(run: Run, base: Base, *, export: Mapping[str, Any] | None = None, address: str | None = None) -> str:
     """Returns the card of a run, or of its export with the record ``export``, as Markdown with the hub's header.
 
     ``address`` is the repository (org/name) to load it from (default: a placeholder).
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    merged = export is not None and export.get("rank") is None
+    recipe, merged = run.recipe, export is not None and export.get("rank") is None
     place = type(getattr(build_method(recipe.method), "config", None)).__module__.split(".")  # badit.tuner, peft, …
     header = ModelCardData(
         license=base.licence,
@@ -178,7 +175,7 @@ def push_to_hub(source: Run, repository: str, *, private: bool) -> str:
             base = base._replace(licence=licence(api.model_info(base.hub_id).card_data))
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
         files: dict[str, str | bytes] = {name: str(folder / name) for name in names}
-        files[CARD] = model_card(run, run.recipe, base, export=record, address=repository).encode()
+        files[CARD] = model_card(run, base, export=record, address=repository).encode()
         if CONFIG_NAME in files:
             config = {**read_json(folder / CONFIG_NAME), "base_model_name_or_path": base.hub_id}
             files[CONFIG_NAME] = json.dumps(config, indent=2).encode()

@@ -183,7 +183,7 @@ def export(
                     write_json(place / GATES_FILE, fixed)
                 exported[below] = done = Export(output / below, mixture, of_task, **facts)
                 record = done.record(run, method.name, weights)
-                write_text(place / CARD, model_card(run, recipe, about, export=record))
+                write_text(place / CARD, model_card(run, about, export=record))
                 _write_record(place, record)
             done = max(exported.values(), key=lambda each: each.total_error)
             if all_tasks:
