@@ -39,27 +39,25 @@ app = App(
 app.register_install_completion_command(help="Install completion for your shell, and print the path of the script.")
 Output = Annotated[str, Parameter(name=["--output", "-o"])]
 Enabled = Annotated[bool, Parameter(negative_bool="no-")]  # a flag that is set unless --no-NAME is given
+Overrides = Annotated[str, Parameter(help="key=value, such as training.num_train_epochs=2 output=runs/mine.")]
 RunFolder = Annotated[str, Parameter(help="a run's folder.")]
 Trust = Annotated[bool, Parameter(help="run the base model's own Python code, if the run's recipe allows this too.")]
 
 
 @app.command
-def train(recipe: str, *overrides: str, dry_run: bool = False, allow_changed_inputs: bool = False) -> str | None:
+def train(recipe: str, *overrides: Overrides, dry_run: bool = False, allow_changed_inputs: bool = False) -> str | None:
     """Train and score a recipe.
 
     The same command resumes an interrupted run. Finished work is not repeated.
 
     Args:
         recipe: a YAML file, or the name of a recipe that comes with badit, such as superni-cpu.
-        overrides: key=value, such as training.num_train_epochs=2 output=runs/mine.
         dry_run: check recipe, data and model, print the steps and the estimated costs, and exit without training.
         allow_changed_inputs: resume the run even if its data or base weights have changed, and record the change.
     """
     made = _read_recipe(recipe, overrides)
     if dry_run:
-        from badit.recipe import dump_recipe
-
-        return "\n".join([dump_recipe(made), *_load("badit.authoring").check(made)])
+        return "\n".join([_load("badit.recipe").dump_recipe(made), *_load("badit.authoring").check(made)])
     run = _load("badit.evaluate").train(made, allow_changed_inputs=allow_changed_inputs)
     if not is_main_process():
         return None
@@ -324,13 +322,10 @@ def _inputs(file: Path) -> list[str]:
 
 
 @app.command
-def demo(*overrides: str) -> str | int:
+def demo(*overrides: Overrides) -> str | int:
     """Tune SmolLM2 on the built-in tasks with LoRA and with BADIT, and compare them: 'badit compare demo'.
 
     The same command resumes an interrupted demo. To start over, remove the output folder.
-
-    Args:
-        overrides: key=value, such as training.num_train_epochs=2 output=runs/mine.
     """
     return compare(str(_load("badit.recipe").shipped_recipes()["demo"]), *overrides)
 
