@@ -30,7 +30,6 @@ app = App(
     name="badit",
     help="Tunes a model on many tasks and compares methods. --debug before a command shows tracebacks.",
     version=f"badit {__version__}",
-    help_flags=["--help", "-h"],
     help_format="plaintext",
     default_parameter=Parameter(negative_bool=()),
     result_action="return_value",
@@ -332,10 +331,8 @@ def demo(*overrides: Overrides) -> str | int:
 
 def _read_recipe(path: str, overrides: Sequence[str]) -> Any:
     """Reads a recipe and checks that its data exists, so that errors are reported before the slow imports."""
-    from badit.recipe import load_recipe
-
     with status("reading the recipe"):
-        made = load_recipe(path, overrides)
+        made = _load("badit.recipe").load_recipe(path, overrides)
         for source in made.data.sources():
             source.refuse_missing()
     return made
