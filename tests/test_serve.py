@@ -197,7 +197,7 @@ def test_stopping_the_proxy_ends_a_stream_and_unloads_its_lora(router, vllm):
 def test_invalid_requests_are_refused_in_openai_format(client, vllm):
     for content, status, problem in (
         (b"{", 400, "request: invalid JSON"),
-        (b"[]", 400, "request: must be a JSON object"),
+        (b"[]", 400, "request: must hold one JSON object, not a list"),
         *(({"prompt": prompt}, 400, NOT_ONE_PROMPT) for prompt in (["a", "b"], [1, True], [10**6])),
         (b'{"model": "base", "temperature": 1e999}', 400, "Out of range float values"),
         ({"prompt": []}, 400, "prompt: must have 1 to 128 tokens, not 0"),

@@ -152,8 +152,6 @@ def application(router: Router, url: str) -> Starlette:
     async def completion(request: Request) -> Any:
         """Sends the request to vLLM with the adapter for its prompt as the model, and streams the response."""
         content = await json_body(request, MAX_BODY, programs=True)
-        if not isinstance(content, dict):
-            raise BaditError("request: must be a JSON object")
 
         async def forward(scope: Scope, receive: Receive, send: Send) -> None:
             async with ending_with(request), adapter_for(request, content) as name:

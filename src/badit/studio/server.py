@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from badit.errors import BaditError, explained, show
-from badit.files import parse_json
+from badit.files import read_json
 from badit.report import chart_config
 from badit.run import Run
 from badit.studio import Question, Session
@@ -128,8 +128,8 @@ def application(session: Session) -> Starlette:
     )
 
 
-async def json_body(request: Request, limit: int, *, programs: bool = False) -> Any:
-    """Returns a request's JSON of at most ``limit`` bytes; HTTPException or BaditError for anything else.
+async def json_body(request: Request, limit: int, *, programs: bool = False) -> dict[str, Any]:
+    """Returns a request's JSON object of at most ``limit`` bytes; HTTPException or BaditError for anything else.
 
     Browsers always send an Origin. Requests of other pages are refused; ``programs`` allows requests without an Origin.
     """
@@ -144,7 +144,7 @@ async def json_body(request: Request, limit: int, *, programs: bool = False) -> 
         if len(body) > limit:
             raise HTTPException(413, f"the request is larger than {limit // 1024} KiB")
     with explained("request"):
-        return parse_json(body.decode(), file=Path("request"))
+        return read_json(Path("request"), body.decode())
 
 
 async def _refused(request: Request, error: Exception) -> Response:
