@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from badit.card import Base, model_card
+from badit.card import hub_id, model_card
 from badit.files import write_json
 from badit.recipe import build_recipe, dump_recipe
 from badit.run import Run
@@ -26,7 +26,7 @@ def make_run(folder, task="capitals", **sections):
 
 
 def card_of(run, recipe, **options):
-    return ModelCard(model_card(run, Base.of(recipe), **options))
+    return ModelCard(model_card(run, **options))
 
 
 def html_of(card):
@@ -78,11 +78,12 @@ def test_loading_code_for_baselines_lora_and_exports(tmp_path):
 
 def test_base_model_licence_is_read_from_its_card(tmp_path):
     (tmp_path / "base").mkdir()
-    _, recipe = make_run(tmp_path / "run", model={"name": str(tmp_path / "base")})
-    assert Base.of(recipe) == Base(None, None)
+    run, recipe = make_run(tmp_path / "run", model={"name": str(tmp_path / "base")})
+    assert hub_id(recipe) is None
+    assert card_of(run, recipe).data.license is None
     for header, licence in (("license: gemma\n---\n# A model", "gemma"), ("license: [\n---", None), ("- a\n---", None)):
         (tmp_path / "base" / "README.md").write_text(f"---\n{header}\n")
-        assert Base.of(recipe) == Base(None, licence), header
+        assert card_of(run, recipe).data.license == licence, header
 
 
 @pytest.mark.filterwarnings("error")

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import pandas as pd
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -33,56 +33,56 @@ _WITHOUT_EFFECT = {"full_determinism", "gradient_checkpointing", "logging_steps"
 _VISIBLE = re.compile(r"[^./\\\0][^/\\\0]*")  # the name of a visible file directly in the folder
 
 
-class Base(NamedTuple):
-    """A base model's hub id (None for a local folder) and its licence in the hub's notation (None if unknown)."""
+def hub_id(recipe: Recipe) -> str | None:
+    """Returns the id of the recipe's base model on the hub; None for a local folder."""
+    name = recipe.model.name
+    if name == BUILT_IN:
+        return BUILT_IN_HUB_ID
+    return name if HUB_ID.fullmatch(name) and not Path(name).expanduser().is_dir() else None
 
-    hub_id: str | None
-    licence: str | None
 
-    @classmethod
-    def of(cls, recipe: Recipe) -> Self:
-        """Returns the recipe's base model, with what is known without a network."""
-        from huggingface_hub import ModelCard
+def _licence(recipe: Recipe, *, online: bool = False) -> str | None:
+    """Returns the base model's licence in the hub's notation, None if unknown; that of a hub model only ``online``."""
+    from huggingface_hub import HfApi, ModelCard
 
-        name = recipe.model.name
-        if name == BUILT_IN:
-            return cls(BUILT_IN_HUB_ID, "apache-2.0")
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
-            return cls(name if HUB_ID.fullmatch(name) else None, None)
+    if recipe.model.name == BUILT_IN:
+        return "apache-2.0"
+    if base := hub_id(recipe):
+        data = HfApi().model_info(base).card_data if online else None
+    else:
         try:
-            return cls(None, licence(ModelCard(read_text(folder / CARD)).data))
+            data = ModelCard(read_text(Path(recipe.model.name).expanduser() / CARD)).data
         except Exception:  # no card, or a damaged header
-            return cls(None, None)
-
-
-def licence(card_data: Any) -> str | None:
-    """Returns the licence in a model card's header, or None."""
-    found = None if card_data is None else card_data.to_dict().get("license")
+            data = None
+    found = None if data is None else data.to_dict().get("license")
     return found if isinstance(found, str) else None
 
 
 def write_run_card(run: Run) -> None:
     """Writes the card into a run's ``adapter`` folder, if the run has an adapter."""
     if run.adapter_path.is_dir() and isinstance(build_method(run.recipe.method), AdapterMethod):
-        write_text(run.adapter_path / CARD, model_card(run, Base.of(run.recipe)))
+        write_text(run.adapter_path / CARD, model_card(run))
 
 
-def model_card(run: Run, base: Base, *, export: Mapping[str, Any] | None = None, address: str | None = None) -> str:
+def model_card(
+    run: Run, *, export: Mapping[str, Any] | None = None, address: str | None = None, licence: str | None = None
+) -> str:
     """Returns the card of a run, or of its export with the record ``export``, as Markdown with the hub's header.
 
-    ``address`` is the repository (org/name) to load it from (default: a placeholder).
+    ``address`` is the repository (org/name) to load it from (default: a placeholder). ``licence`` is that of the base
+    model (default: what is known without a network).
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     recipe, merged = run.recipe, export is not None and export.get("rank") is None
+    base = hub_id(recipe)
     place = type(getattr(build_method(recipe.method), "config", None)).__module__.split(".")  # badit.tuner, peft, …
     header = ModelCardData(
-        license=base.licence,
+        license=licence or _licence(recipe),
         library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",
-        base_model=base.hub_id,
-        base_model_relation=None if base.hub_id is None else "finetune" if merged else "adapter",
+        base_model=base,
+        base_model_relation=None if base is None else "finetune" if merged else "adapter",
         tags=["badit", "multi-task", *(["lora"] if export is not None and not merged else [])],
     )
     card = ModelCard.from_template(
@@ -93,7 +93,7 @@ def model_card(run: Run, base: Base, *, export: Mapping[str, Any] | None = None,
         recipe=recipe,
         registers=".".join(place[:2]) if export is None and place[0] == "badit" else "",
         built_in=BUILT_IN if recipe.model.name == BUILT_IN else "",
-        shown_base=_text(base.hub_id or Path(recipe.model.name).name),
+        shown_base=_text(base or Path(recipe.model.name).name),
         export=export,
         merged=merged,
         scores=read_scores(run.scores_path) if run.scores_path.is_file() else None,
@@ -169,15 +169,14 @@ def push_to_hub(source: Run, repository: str, *, private: bool) -> str:
     if not get_token():
         raise BaditError("hub: a token is required; run hf auth login or set HF_TOKEN")
 
-    base, api = Base.of(run.recipe), HfApi()
+    api = HfApi()
     with status(f"uploading to {repository}"), explained(repository, action="reached"):
-        if base.licence is None and base.hub_id is not None:
-            base = base._replace(licence=licence(api.model_info(base.hub_id).card_data))
+        licence = _licence(run.recipe, online=True)
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
         files: dict[str, str | bytes] = {name: str(folder / name) for name in names}
-        files[CARD] = model_card(run, base, export=record, address=repository).encode()
+        files[CARD] = model_card(run, export=record, address=repository, licence=licence).encode()
         if CONFIG_NAME in files:
-            config = {**read_json(folder / CONFIG_NAME), "base_model_name_or_path": base.hub_id}
+            config = {**read_json(folder / CONFIG_NAME), "base_model_name_or_path": hub_id(run.recipe)}
             files[CONFIG_NAME] = json.dumps(config, indent=2).encode()
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         commit = api.create_commit(repository, operations, commit_message=f"Upload {folder.name} with badit")

@@ -246,13 +246,13 @@ def _shown_tables(target: str, tables: Any, options: dict[str, Any]) -> str:
 
 def _shown_export(run: Run, exported: Any, options: dict[str, Any]) -> str:
     """Returns the export's facts, the commands that serve it, and the score difference of its gates, if measured."""
-    from badit.card import Base
+    from badit.card import hub_id
     from badit.export import SCORES
     from badit.models import resolve_model
     from badit.render import cost_table, exported_rank
 
     section, folder = run.recipe.model, shlex.quote(str(exported.folder))
-    base, hub_id = resolve_model(section.name), Base.of(run.recipe).hub_id
+    base, on_hub = resolve_model(section.name), hub_id(run.recipe)
     facts = {"mixture": exported.mixture or "none: the run has no gates that depend on the prompt"}
     if exported.merged:
         facts |= {"model": folder, "vLLM": f"vllm serve {folder}", "llama.cpp": f"convert_hf_to_gguf.py {folder}"}
@@ -262,7 +262,7 @@ def _shown_export(run: Run, exported: Any, options: dict[str, Any]) -> str:
         command += ["--enable-lora", "--max-lora-rank", str(exported.max_lora_rank), "--lora-modules"]
         command += [f"{each.folder.resolve().name}={each.folder}" for each in exported.tasks.values() or [exported]]
         facts |= {"rank": exported_rank(exported), "adapter": adapter, "vLLM": shlex.join(command)}
-        facts["llama.cpp"] = f"convert_lora_to_gguf.py {adapter}{'' if hub_id else f' --base {shlex.quote(base)}'}"
+        facts["llama.cpp"] = f"convert_lora_to_gguf.py {adapter}{'' if on_hub else f' --base {shlex.quote(base)}'}"
     shown = "\n".join(f"{name:10} {value}" for name, value in facts.items())
     path = exported.folder / SCORES
     return f"{shown}\n\n{cost_table(read_json(path))}\n\nScores: {path}" if path.is_file() else shown

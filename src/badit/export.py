@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from badit.analysis.gates import GATES_FILE, PROMPTS_PER_TASK, Gates, adapted_layers, read_gates, task_gates
-from badit.card import CARD, Base, model_card
+from badit.card import CARD, hub_id, model_card
 from badit.checkpoint import checksums
 from badit.data import Task
 from badit.data.prompts import end_of_turn_id
@@ -153,8 +153,8 @@ def export(
     elif mixes:
         mixtures = _mean_gates(run, model, tokenizer, tasks, list(tasks) if all_tasks else [task], progress)
 
-    about, weights = Base.of(recipe), checksums(run.adapter_path, "*.safetensors")
-    base = about.hub_id or str(Path(recipe.model.name).expanduser().resolve())
+    weights = checksums(run.adapter_path, "*.safetensors")
+    base = hub_id(recipe) or str(Path(recipe.model.name).expanduser().resolve())
     exported: dict[str, Export] = {}
     unfinished = output.with_name(f".{output.name}.badit.partial")  # no user's folder has this name
     with status("exporting"), explained(output, action="written"), exclusive(output):
@@ -183,7 +183,7 @@ def export(
                     write_json(place / GATES_FILE, fixed)
                 exported[below] = done = Export(output / below, mixture, of_task, **facts)
                 record = done.record(run, method.name, weights)
-                write_text(place / CARD, model_card(run, about, export=record))
+                write_text(place / CARD, model_card(run, export=record))
                 _write_record(place, record)
             done = max(exported.values(), key=lambda each: each.total_error)
             if all_tasks:
