@@ -164,20 +164,16 @@ def export(
                 below = str(of_task) if all_tasks else ""
                 place = unfinished / below
                 place.mkdir(parents=True)
-                factors: Factors = {}  # empty if PEFT merges or the base weights were trained
+                # Empty if PEFT merges or the base weights were trained.
+                factors = mixture_factors(model, fixed, of_task) if has_experts else {}
                 facts: dict[str, Any] = {}
-                if has_experts:
-                    factors = mixture_factors(model, fixed, of_task)
-                elif not merged:
-                    changed = getattr(config, "init_lora_weights", None) in _CHANGES_BASE
-                    factors = _lora_factors(model, *([method.apply(base_model(recipe)[0])] if changed else []))
                 if merged:
                     model = _merged(model, factors)
                     model.save_pretrained(place)
                     # Several templates would be files in a subfolder.
                     tokenizer.save_pretrained(place, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
                 else:
-                    factors, facts = _compressed(factors, rank)
+                    factors, facts = _compressed(factors or _lora_factors(model, recipe, method), rank)
                     write_adapter(place, factors, model.get_base_model(), base, recipe.model.revision)
                 if fixed is not None:
                     write_json(place / GATES_FILE, fixed)
@@ -341,10 +337,13 @@ def mixture_factors(model: PeftModel, gates: Gates | None, task: str | None = No
     return factors
 
 
-def _lora_factors(model: PeftModel, *untrained: PeftModel) -> Factors:
-    """Returns the factors of a PEFT LoRA adapter, minus those of the ``untrained`` adapter of PiSSA or OLoRA."""
+def _lora_factors(model: PeftModel, recipe: Recipe, method: Any) -> Factors:
+    """Returns the factors of a PEFT LoRA adapter, minus those of the untrained adapter of PiSSA or OLoRA."""
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for sign, adapted in zip((1, -1), (model, *untrained), strict=False):
+    adapters = {1: model}
+    if method.config.init_lora_weights in _CHANGES_BASE:
+        adapters[-1] = method.apply(base_model(recipe)[0])
+    for sign, adapted in adapters.items():
         for name, layer in adapted.get_base_model().named_modules():
             if isinstance(layer, LoraLayer):
                 if "default" not in layer.lora_A:
