@@ -165,9 +165,9 @@ class Session:
             if not gates_shown:  # the prompt's forward pass has set the gates before the first token
                 gates_MK = np.stack([used[one.layer.name].numpy() for one in self.experts]).astype(float)
                 known = (self.task_gates or {}).items()
-                apart = {task: float(np.abs(task_MK - gates_MK).mean()) for task, task_MK in known}
-                near = [{"task": task, "difference": apart[task]} for task in sorted(apart, key=apart.__getitem__)]
-                shown = {"gates": gates_MK.round(_DIGITS).tolist(), "nearest": near[:_SHOWN_TASKS]}
+                apart = sorted((float(np.abs(task_MK - gates_MK).mean()), task) for task, task_MK in known)
+                near = [{"task": task, "difference": difference} for difference, task in apart[:_SHOWN_TASKS]]
+                shown = {"gates": gates_MK.round(_DIGITS).tolist(), "nearest": near}
                 show("gates", {"side": side, **shown, "unmeasured": self.unmeasured})
                 gates_shown = True
             show("text", {"side": side, "text": text})
