@@ -113,9 +113,8 @@ def _training(run: Run, recipe: Recipe) -> dict[str, Any]:
         **{key: _last_part(value) if isinstance(value, str) else value for key, value in training.items()},
     }
     known = run.known_environment
-    for name in ("trainable_parameters", "steps", "tokens"):
-        if isinstance(amount := known.get("training", {}).get(name), int):
-            rows[name] = f"{amount:,}"
+    counts = {name: known.get("training", {}).get(name) for name in ("trainable_parameters", "steps", "tokens")}
+    rows |= {name: f"{count:,}" for name, count in counts.items() if isinstance(count, int)}
     if isinstance(packages := known.get("packages"), Mapping):
         rows["packages"] = ", ".join(f"{name} {version}" for name, version in packages.items())
     return rows
