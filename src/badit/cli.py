@@ -39,6 +39,7 @@ app.register_install_completion_command(help="Install completion for your shell,
 Output = Annotated[str, Parameter(name=["--output", "-o"])]
 Enabled = Annotated[bool, Parameter(negative_bool="no-")]  # a flag that is set unless --no-NAME is given
 Overrides = Annotated[str, Parameter(help="key=value, such as training.num_train_epochs=2 output=runs/mine.")]
+LocalPort = Annotated[Port, Parameter(help="the port to listen on; 0 selects a free one.")]
 RunFolder = Annotated[str, Parameter(help="a run's folder.")]
 Trust = Annotated[bool, Parameter(help="run the base model's own Python code, if the run's recipe allows this too.")]
 
@@ -158,14 +159,13 @@ def tasks(source: str, *overrides: str, show: NonNegativeInt = 0) -> str:
 
 
 @app.command
-def studio(run: str, *, port: Port = 8642, browser: Enabled = True, trust_remote_code: Trust = False) -> None:
+def studio(run: str, *, port: LocalPort = 8642, browser: Enabled = True, trust_remote_code: Trust = False) -> None:
     """Try a run's adapter in the browser: answers, gates, and mixtures with gates that you set.
 
     The server listens on 127.0.0.1, so only this machine can reach it. Ctrl-C stops it.
 
     Args:
         run: a run's folder, of any method that trains an adapter.
-        port: the port; 0 selects a free one.
         browser: open the page in the browser.
     """
     _load("badit.studio.server").serve(Run(run, trust_remote_code=trust_remote_code), port=port, browser=browser)
@@ -177,7 +177,7 @@ def serve(
     exports: str | None = None,
     *,
     url: str = "http://127.0.0.1:8000",
-    port: Port = 8001,
+    port: LocalPort = 8001,
     trust_remote_code: Trust = False,
 ) -> None:
     """Start an OpenAI-compatible proxy in front of vLLM that routes prompts with a run's gates.
@@ -189,7 +189,6 @@ def serve(
         exports: the folder written by 'badit export RUN --all-tasks', whose LoRAs vLLM serves; a prompt goes to the
             nearest one. By default each prompt gets a LoRA with its own gates, which vLLM must be allowed to load.
         url: the address of the vLLM server.
-        port: the proxy's port; 0 selects a free one.
     """
     _load("badit.studio.server")  # names the extra, which both need, if it is missing
     _load("badit.serve").serve(Run(run, trust_remote_code=trust_remote_code), exports, url=url, port=port)
