@@ -14,13 +14,14 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from pydantic import TypeAdapter
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from badit.card import write_run_card
-from badit.data import AnswerCollator, Instance, Task, batches_by_task, on_device
+from badit.data import AnswerCollator, Instance, Task, batches_by_task
 from badit.data.prompts import IGNORED_LABEL
 from badit.environment import is_main_process
 from badit.errors import BaditError, explained, refuse_unknown, say
@@ -237,7 +238,7 @@ def prompt_losses(model: Any, batches: Iterable[Mapping[str, Any]]) -> tuple[np.
     """Returns for each instance (P) the sum of its answer tokens' losses (NLL in nats), and their number."""
     sums, counts = [], []
     for batch in batches:
-        losses_L, row_L, _ = answer_losses(model, on_device(batch, model.device))
+        losses_L, row_L, _ = answer_losses(model, send_to_device(batch, model.device))
         row_L, rows = row_L.cpu(), len(batch["input_ids"])
         sums.append(row_L.bincount(losses_L.cpu().double(), minlength=rows))
         counts.append(row_L.bincount(minlength=rows))

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from tqdm import tqdm
 
 import badit.baselines  # noqa: F401 (registers the baselines with PEFT)
-from badit.data import AnswerCollator, on_device
+from badit.data import AnswerCollator
 from badit.data.prompts import uses_template
 from badit.errors import BaditError, explained
 from badit.evaluate import load_run
@@ -120,7 +121,7 @@ class BaditLM(_HFLM):
             ids = [*(context or [self.prefix_token_id]), *continuation][-(self.max_length + 1) :]
             examples.append({"input_ids": ids, "labels": [-100] * (len(ids) - size) + continuation, "task": self._task})
         collate = AnswerCollator(self.tokenizer.pad_token_id, with_tasks=self._task is not None)
-        batch = on_device(collate(examples), self.device)
+        batch: Any = send_to_device(collate(examples), self.device)
         # The last token is predicted but not an input: it is masked, and needs no position of its own.
         mask_BT = F.pad(batch["attention_mask"][:, 1:], (0, 1))
         batch |= {"attention_mask": mask_BT, "position_ids": mask_BT.cumsum(dim=1) - 1}

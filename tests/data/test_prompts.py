@@ -4,10 +4,11 @@ import logging
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from badit.data.encoded import AnswerCollator, batches_by_task, on_device
+from badit.data.encoded import AnswerCollator, batches_by_task
 from badit.data.prompts import answer_rows, build_prompt, encode_examples, end_of_turn_id, own_input, prompt_text
 from badit.data.tasks import Instance
 from data.examples import BRACKETS, CHAT, CHATML, UNMARKED, encode_prompt, make_task, make_tokenizer
@@ -137,5 +138,5 @@ def test_padding_sides_and_batches_by_task(side):
     batches = batches_by_task([*EXAMPLES, *EXAMPLES, EXAMPLES[0]], AnswerCollator(0, with_tasks=True), 2)
     found = {task: [batch["tasks"] for batch in group] for task, group in batches.items()}
     assert found == {"a": [["a", "a"], ["a"]], "b": [["b", "b"]]}
-    moved = on_device(next(iter(batches["b"])), torch.device("meta"))
+    moved = send_to_device(next(iter(batches["b"])), torch.device("meta"))
     assert (moved["input_ids"].device.type, moved["tasks"]) == ("meta", ["b", "b"])

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import nn
 
 from badit.analysis.tables import Table, layer_and_module
-from badit.data import AnswerCollator, Task, batches_by_task, on_device
+from badit.data import AnswerCollator, Task, batches_by_task
 from badit.errors import BaditError, nearest
 from badit.files import read_json, refuse_links, write_json
 from badit.method import prompt_mean
@@ -142,7 +143,7 @@ def _gates_of_prompts(model: Any, experts: Sequence[Experts], of_task: Iterable[
 
     with changed_gates(experts, keep):
         for batch in of_task:
-            inputs = on_device(batch, model.device)
+            inputs = send_to_device(batch, model.device)
             prompt_BT = inputs["attention_mask"].bool() & before_first_label(inputs["labels"])
             answer_losses(model, inputs)  # runs a forward pass with the prompt mask and the tasks
     return {name: torch.cat(of_layer) for name, of_layer in kept.items()}

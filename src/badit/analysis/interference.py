@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
@@ -37,7 +38,6 @@ from transformers.pytorch_utils import Conv1D
 from badit.analysis.gates import PromptGates, span
 from badit.analysis.tables import COUNT, INDEX, SHARED, Column, Table, layer_and_module
 from badit.baselines.neurons import top_neurons
-from badit.data import on_device
 from badit.errors import BaditError
 from badit.trainer import answer_losses
 from badit.tuner.model import TaskBatches
@@ -118,7 +118,7 @@ def measure_interference(
         for number, (task, of_task) in enumerate(batches.items()):
             for index, instance in enumerate(of_task):
                 gradients.row = 2 * number + index % 2
-                losses_L, _, _ = answer_losses(model, on_device(instance, parameter.device))
+                losses_L, _, _ = answer_losses(model, send_to_device(instance, parameter.device))
                 if not torch.isfinite(losses_L.mean()):
                     reason = "the dtype may overflow: use float32" if len(losses_L) else "no answer tokens: remove it"
                     raise BaditError(f"task {task}, instance {index}: the loss is not finite; {reason}")

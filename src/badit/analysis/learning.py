@@ -16,12 +16,12 @@ from typing import Any
 
 import pandas as pd
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from tqdm import tqdm
 
 from badit.analysis.gates import active_experts
 from badit.analysis.tables import COUNT, EXPERT, INDEX, TEXT, Column, Table, layer_and_module
-from badit.data import on_device
 from badit.errors import BaditError, explained
 from badit.method import ExpertAngles, cosine_gram
 from badit.method import expert_angles as angles_of
@@ -119,7 +119,7 @@ def held_out_angles(model: Any, batches: TaskBatches, *, progress: bool = False)
     model.requires_grad_(False)
     nn.ParameterList(parameters).requires_grad_(True)
     for batch in tqdm(everything, desc="Angles", unit="batch", disable=not progress, leave=False):
-        losses_L, _, _ = answer_losses(model, on_device(batch, model.device))
+        losses_L, _, _ = answer_losses(model, send_to_device(batch, model.device))
         for total, gradient in zip(sums, torch.autograd.grad(losses_L.sum(), parameters), strict=True):
             total += gradient
     angles = {}

@@ -125,8 +125,3 @@ def batches_by_task(examples: Any, collate: AnswerCollator, batch_size: int) -> 
         groups[task].append(index)
     options: dict[str, Any] = {"collate_fn": collate, "generator": torch.Generator()}  # keeps torch's random state
     return {task: DataLoader(Subset(examples, group), batch_size, **options) for task, group in groups.items()}
-
-
-def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Returns the batch with its tensors on a device; other values are unchanged."""
-    return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
