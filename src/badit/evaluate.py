@@ -164,11 +164,12 @@ def _generated(
     names, losses = [example["task"] for example in examples], [math.nan] * len(examples)
 
     @torch.no_grad()
-    def prefill(batch: list[int], prompts_BT: torch.Tensor, attended_BT: torch.Tensor) -> dict[str, Any]:
+    def prefill(batch: list[int], padded: dict[str, torch.Tensor]) -> dict[str, Any]:
+        prompts_BT = padded["input_ids"]
         references = [torch.tensor(examples[i]["input_ids"][len(prompts[i]) :]) for i in batch]
         answers_BA = pad_sequence(references, batch_first=True, padding_value=IGNORED_LABEL).to(model.device)
         is_answer_BA = answers_BA != IGNORED_LABEL
-        mask = torch.cat([attended_BT, is_answer_BA.long()], dim=1)
+        mask = torch.cat([padded["attention_mask"], is_answer_BA.long()], dim=1)
         inputs = {
             "input_ids": torch.cat([prompts_BT, answers_BA.clamp(min=0)], dim=1),
             "attention_mask": mask,

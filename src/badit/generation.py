@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from badit.data import AnswerCollator
 from badit.errors import BaditError
 from badit.tuner import hooks_of
 from badit.tuner.prompt import cache_of, select_rows
@@ -26,7 +26,7 @@ def generate_answers(
     batch_size: int = 16,
     progress: bool = True,
     tasks: Sequence[str] | None = None,
-    prefill: Callable[[list[int], torch.Tensor, torch.Tensor], dict[str, Any]] | None = None,
+    prefill: Callable[[list[int], dict[str, torch.Tensor]], dict[str, Any]] | None = None,
 ) -> list[str]:
     """Answers each prompt by greedy decoding, up to the first end token or `max_new_tokens`.
 
@@ -39,8 +39,8 @@ def generate_answers(
     ``model`` is a causal language model in evaluation mode, with or without PEFT adapters, on one device. The tokenizer
     decodes the answers and defines the padding token. ``prompts`` has the token ids of each prompt. ``tasks``, the task
     of each prompt, is used only by methods with parameters per task. ``prefill`` is called with the indices of a
-    batch's prompts, their padded token ids and their attention mask. It returns {name of the model's cache argument:
-    cache of each prompt except its last token}, or {}.
+    batch's prompts and their padded input_ids and attention_mask. It returns {name of the model's cache argument: cache
+    of each prompt except its last token}, or {}.
 
     Returns the answers in the order of the prompts, without special tokens and surrounding white space. BaditError if a
     prompt is empty or a size is not positive.
@@ -53,34 +53,34 @@ def generate_answers(
         tqdm(total=len(prompts), desc="Generating", unit="answer", disable=not progress) as bar,
     ):
         for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            padded = _pad_left([prompts[i] for i in batch], settings.pad_token_id, model.device)
-            cache = {} if prefill is None else prefill(batch, *padded)
-            names = None if tasks is None else [tasks[i] for i in batch]
-            for i, tokens in zip(batch, _continuations(model, *padded, settings, names, cache), strict=True):
+            indices = order[start : start + batch_size]
+            batch = _padded([prompts[i] for i in indices], settings, model)
+            if prefill is not None:
+                batch |= prefill(indices, batch)
+            names = None if tasks is None else [tasks[i] for i in indices]
+            for i, tokens in zip(indices, _continuations(model, batch, settings, names), strict=True):
                 answers[i] = _decode(tokenizer, tokens, settings.eos_token_id)
-            bar.update(len(batch))
+            bar.update(len(indices))
     return answers
 
 
 def _continuations(
     model: PreTrainedModel | PeftModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
+    batch: dict[str, Any],
     settings: GenerationConfig,
     tasks: list[str] | None,
-    cache: dict[str, Any],
     criteria: list[Any] | None = None,
 ) -> list[list[int]]:
     """Returns the new tokens of every row of a batch. A row's end token may be followed by further tokens.
 
-    When half of the rows have ended, decoding continues with the others only; ``criteria`` replace this rule.
+    ``batch`` has input_ids and attention_mask (B, T), and may have a cache of all but the last token. When half of the
+    rows have ended, decoding continues with the others only; ``criteria`` replace this rule.
     """
     generate = cast("Callable[..., Mapping[str, Any]]", model.generate)
-    ends_E = torch.tensor(settings.eos_token_id, dtype=torch.long, device=input_ids.device)
-    continuations: list[list[int]] = [[] for _ in input_ids]
-    rows = list(range(len(input_ids)))
-    prompts, settings_of_all = (input_ids, attention_mask), settings
+    ends_E = torch.tensor(settings.eos_token_id, dtype=torch.long, device=model.device)
+    continuations: list[list[int]] = [[] for _ in batch["input_ids"]]
+    rows = list(range(len(continuations)))
+    prompts, settings_of_all = {name: batch[name] for name in ("input_ids", "attention_mask")}, settings
     settings = copy.copy(settings)  # max_new_tokens is reduced below
 
     def half_ended(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -89,10 +89,9 @@ def _continuations(
 
     stopping = [half_ended] if criteria is None else criteria
     while True:
-        width = input_ids.shape[1]
+        width = batch["input_ids"].shape[1]
         with hooks_of(model).rows_of(None if tasks is None else [tasks[row] for row in rows]):
-            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **cache}
-            output = generate(**inputs, generation_config=settings, stopping_criteria=StoppingCriteriaList(stopping))
+            output = generate(**batch, generation_config=settings, stopping_criteria=StoppingCriteriaList(stopping))
         new = output["sequences"][:, width:]
         for row, tokens in zip(rows, new.tolist(), strict=True):
             continuations[row] += tokens
@@ -100,13 +99,13 @@ def _continuations(
         going_R = (~torch.isin(new, ends_E).any(dim=1)).nonzero()[:, 0]
         if not settings.max_new_tokens or not len(going_R):
             return continuations
-        rows = [rows[row] for row in going_R.tolist()]
-        input_ids = output["sequences"][going_R]
-        attention_mask = F.pad(attention_mask[going_R], (0, new.shape[1]), value=1)
         cache = cache_of(output)
         if not select_rows(cache, going_R):
             # Rows of this cache cannot be selected (a recurrent model's): decode the whole batch again.
-            return _continuations(model, *prompts, settings_of_all, tasks, {}, [])
+            return _continuations(model, prompts, settings_of_all, tasks, [])
+        rows = [rows[row] for row in going_R.tolist()]
+        attended = F.pad(batch["attention_mask"][going_R], (0, new.shape[1]), value=1)
+        batch = {"input_ids": output["sequences"][going_R], "attention_mask": attended, **cache}
 
 
 class StreamedAnswer(NamedTuple):
@@ -132,14 +131,14 @@ def stream_answer(
     """
     _check([prompt], max_new_tokens=max_new_tokens)
     with _greedy(model, tokenizer, max_new_tokens) as settings:
-        padded, ends = _pad_left([prompt], settings.pad_token_id, model.device), settings.eos_token_id
+        ends, names = settings.eos_token_id, None if task is None else [task]
 
         def show_all(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             text = _decode(tokenizer, input_ids[0, len(prompt) :].tolist(), ends)
             show(text.rstrip("\ufffd"))  # replacement character of an incomplete UTF-8 sequence
             return torch.zeros(1, dtype=torch.bool, device=input_ids.device)
 
-        (tokens,) = _continuations(model, *padded, settings, None if task is None else [task], {}, [show_all])
+        (tokens,) = _continuations(model, _padded([prompt], settings, model), settings, names, [show_all])
     ended = tokens[-1] in ends
     return StreamedAnswer(_decode(tokenizer, tokens, ends), len(tokens) - ended, ended)
 
@@ -171,12 +170,10 @@ def _greedy(
         owner.generation_config = original
 
 
-def _pad_left(prompts: list[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns token ids and attention mask, both (batch, longest prompt), int64."""
-    tokens = [torch.tensor(prompt) for prompt in prompts]
-    input_ids = pad_sequence(tokens, True, pad, padding_side="left")
-    attended = pad_sequence([torch.ones_like(prompt) for prompt in tokens], True, padding_side="left")
-    return input_ids.to(device), attended.to(device)
+def _padded(prompts: list[Sequence[int]], settings: GenerationConfig, model: Any) -> dict[str, Any]:
+    """Returns token ids and attention mask, both (batch, longest prompt), int64, on the model's device."""
+    batch = AnswerCollator(settings.pad_token_id, "left")([{"input_ids": prompt} for prompt in prompts])
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: list[int]) -> str:

@@ -17,7 +17,6 @@ from badit.data.prompts import IGNORED_LABEL, encode_examples, with_labels
 from badit.data.tasks import Task
 
 if TYPE_CHECKING:
-    import torch
     from torch.utils.data import DataLoader
     from transformers import PreTrainedTokenizerBase
 
@@ -96,19 +95,16 @@ class AnswerCollator:
     with_tasks: bool = False
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Returns int64 `input_ids`, `attention_mask` and `labels` of shape (batch, longest); drops all other keys."""
+        """Returns int64 `input_ids`, `attention_mask` and any `labels`, of shape (batch, longest); drops other keys."""
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
-        def padded(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
-            tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-            return torch.nn.utils.rnn.pad_sequence(tensors, True, fill, padding_side=self.side)
-
-        ids = [example["input_ids"] for example in examples]
-        batch: dict[str, Any] = {
-            "input_ids": padded(ids, self.pad_token_id or 0),
-            "attention_mask": padded([[1] * len(row) for row in ids], 0),
-            "labels": padded([example["labels"] for example in examples], IGNORED_LABEL),
-        }
+        rows = [{**example, "attention_mask": [1] * len(example["input_ids"])} for example in examples]
+        batch: dict[str, Any] = {}
+        for name, fill in (("input_ids", self.pad_token_id or 0), ("attention_mask", 0), ("labels", IGNORED_LABEL)):
+            if name in rows[0]:
+                tensors = [torch.tensor(row[name], dtype=torch.long) for row in rows]
+                batch[name] = pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=self.side)
         if self.with_tasks:
             batch["tasks"] = [example["task"] for example in examples]
         return batch
