@@ -13,7 +13,7 @@ from itertools import dropwhile
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from badit.data.cache import Item, Items
 from badit.errors import BaditError, nearest
@@ -47,14 +47,12 @@ Outputs = Annotated[Strings, Field(min_length=1)]
 Messages = tuple[tuple[str, str], ...]  # (role, content) of each
 
 
-class Instance(BaseModel):
+class Instance(BaseModel, frozen=True):
     """An input with one or more reference answers, which may be blank, as some of the published benchmark are.
 
     `instruction` replaces the task's definition if instances have different instructions. `history` has the earlier
     messages of a chat as (role, content); `input` is then the message to answer.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     id: str
     input: str
@@ -69,10 +67,8 @@ class Instance(BaseModel):
         return int.from_bytes(hashlib.blake2b(repr(fields).encode(), digest_size=8).digest())
 
 
-class Demonstration(BaseModel):
+class Demonstration(BaseModel, frozen=True):
     """A solved example for few-shot prompts, called "Positive Example" in the official files."""
-
-    model_config = ConfigDict(frozen=True)
 
     input: str
     output: FirstString
@@ -98,15 +94,13 @@ def _distinct_ids(instances: Sequence[Instance]) -> Sequence[Instance]:
 Instances = Annotated[Items | tuple[Instance, ...], Field(union_mode="left_to_right"), AfterValidator(_distinct_ids)]
 
 
-class Task(BaseModel):
+class Task(BaseModel, frozen=True, extra="forbid", arbitrary_types_allowed=True):
     """An instruction and its data.
 
     `name` is also used as a file name. `abilities` is empty except in the built-in suite. If `definition` is a list,
     its first item is used, as in the official evaluation; if it is None, an instance's input is the whole prompt.
     `weight` is a factor on the task's weight in a mixture.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     name: TaskName
     definition: FirstString | None
