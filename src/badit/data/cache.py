@@ -15,9 +15,9 @@ import pyarrow as pa
 from filelock import FileLock
 
 from badit.errors import explained
-from badit.files import cache_folder, read_json, sync, write_json
+from badit.files import cache_folder, sync
 
-_FORMAT = 5  # version of the cache files; increase it whenever their content changes
+_FORMAT = 6  # version of the cache files; increase it whenever their content changes
 ROWS_AT_A_TIME = 5_000
 
 Item = TypeVar("Item")
@@ -67,18 +67,15 @@ class Items(Sequence[Item]):
             yield self._batches[number].take(pa.array(self.rows[part] - self._starts[number]))
 
 
-def arrow_table(
-    schema: pa.Schema, make: Callable[[dict[str, Any]], Iterable[dict[str, Any]]], key: Any = None
-) -> tuple[pa.Table, dict[str, Any]]:
-    """Returns a table and its notes, from the cache if possible; BaditError if the cache cannot be read or written.
+def arrow_table(schema: pa.Schema, rows: Iterator[dict[str, Any]], key: Any = None) -> pa.Table:
+    """Returns a table, from the cache if possible; BaditError if the cache cannot be read or written.
 
-    ``make`` generates the rows and fills the dictionary of notes it receives; it is not run if the cache has the table.
-    ``key`` has the JSON values that determine the content; None keeps the table in memory.
+    ``rows`` generates the rows, and is not run if the cache has the table. ``key`` has the JSON values that determine
+    the content; None keeps the table in memory.
     """
-    notes: dict[str, Any] = {}
-    batches = (pa.RecordBatch.from_pylist(rows, schema=schema) for rows in chunks(make(notes), ROWS_AT_A_TIME))
+    batches = (pa.RecordBatch.from_pylist(chunk, schema=schema) for chunk in chunks(rows, ROWS_AT_A_TIME))
     if key is None:
-        return pa.Table.from_batches(batches, schema=schema), notes
+        return pa.Table.from_batches(batches, schema=schema)
     name = hashlib.sha256(json.dumps([_FORMAT, key]).encode()).hexdigest()[:32]
     path = cache_folder() / "data" / f"{name}.arrow"
     with explained(f"cache {path.parent}", fix="set BADIT_CACHE to a folder that can be written"):
@@ -91,12 +88,11 @@ def arrow_table(
                         for batch in batches:
                             writer.write_batch(batch)
                     sync(partial)
-                    write_json(path.with_suffix(".json"), notes)
                     partial.replace(path)
                 finally:
                     partial.unlink(missing_ok=True)
     with explained(path, action="read", fix="delete it", any_error=True):
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all(), read_json(path.with_suffix(".json"))
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -66,7 +66,7 @@ def encode_tasks(
         about = repr((backend.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map))
         key = ["examples", about, dict(options), [task.fingerprint for task in tasks]]
 
-    def make(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[dict[str, Any]]:
         from accelerate.utils import patch_environment
 
         bar = tqdm(total=count, desc="Encoding", unit="example", disable=not progress, leave=False)
@@ -76,8 +76,7 @@ def encode_tasks(
                 bar.update(len(chunk))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # so that a later fork causes no warning
 
-    table, _ = cache.arrow_table(_SCHEMA, make, key)
-    return Examples(table, order, with_labels)
+    return Examples(cache.arrow_table(_SCHEMA, rows(), key), order, with_labels)
 
 
 @dataclass

@@ -28,9 +28,9 @@ _LARGE = 4 * 2**20  # bytes; sources of at least this size are kept in the cache
 _JSON = (".jsonl", ".json")
 _SUFFIXES = (*_JSON, ".csv", ".tsv", ".parquet", ".arrow")
 _TEXT = pa.string()
-_SCHEMA = pa.schema({
-    "task": _TEXT, "split": _TEXT, "hash": pa.uint64(), "id": _TEXT, "input": _TEXT, "instruction": _TEXT,
-    "outputs": pa.list_(_TEXT), "history": pa.list_(pa.list_(_TEXT)),
+_SCHEMA = pa.schema({  # "about": JSON of the task's other fields, only in its first row
+    "task": _TEXT, "about": _TEXT, "split": _TEXT, "hash": pa.uint64(), "id": _TEXT, "input": _TEXT,
+    "instruction": _TEXT, "outputs": pa.list_(_TEXT), "history": pa.list_(pa.list_(_TEXT)),
 })  # fmt: skip
 
 
@@ -138,25 +138,26 @@ def _build_tasks(where: Source, files: Sequence[Path], records: Iterable[Record]
         key = [where.task, where.instruction, dict(where.columns), where.turns, about]
         key += [(os.path.abspath(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
-    def make(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        counts = Counter()
+    def rows() -> Iterator[dict[str, Any]]:
+        counts, definitions = Counter(), dict[str, str | None]()
         for task, about, split, fields in records:
-            known = notes.setdefault(task, {"name": task, **about})
             if fields["id"] is None:
                 fields["id"] = f"{task}-{counts[task]}"
-            if fields.get("instruction") == (known["definition"] or ""):
+            if fields.get("instruction") == (definitions.setdefault(task, about["definition"]) or ""):
                 fields["instruction"] = None
-            counts[task] += 1
             instance = Instance(**fields)
-            yield {"task": task, "split": split, "hash": instance.hash, **instance.model_dump()}
+            own = {"about": None if counts[task] else json.dumps(about), "split": split, "hash": instance.hash}
+            counts[task] += 1
+            yield {"task": task, **own, **instance.model_dump()}
 
-    table, notes = cache.arrow_table(_SCHEMA, make, key)
-    rows = table.select(["task", "split"]).to_pandas().groupby(["task", "split"]).indices
+    table = cache.arrow_table(_SCHEMA, rows(), key)
+    places = table.select(["task", "about", "split"]).to_pandas()
+    indices = places.groupby(["task", "split"]).indices
     whole, tasks = cache.Items(table, range(len(table)), Instance.model_validate), []
-    for name, about in notes.items():
-        parts = {split: whole.select(rows.get((name, split), [])) for split in SPLITS}
+    for name, about in places.dropna()[["task", "about"]].itertuples(index=False):
+        parts = {split: whole.select(indices.get((name, split), [])) for split in SPLITS}
         with explained(f"{where.path}: task '{name}'"):
-            tasks.append(Task.model_validate(about | parts))
+            tasks.append(Task.model_validate({"name": name, **json.loads(about), **parts}))
     return tasks
 
 
