@@ -117,12 +117,10 @@ def builtin_tasks() -> list[Task]:
     tasks = []
     for name, about in sorted(suite["tasks"].items()):
         first, second, *scored = suite["examples"][name].items()
-        demonstrations = tuple(Demonstration(input=text, output=answer) for text, answer in (first, second))
-        instances = tuple(
-            Instance(id=f"{name}-{i}", input=text, outputs=(answer,)) for i, (text, answer) in enumerate(scored)
-        )
-        train, test = instances[:160], instances[160:]
-        tasks.append(Task(name=name, demonstrations=demonstrations, train=train, test=test, **about))
+        shots = [{"input": text, "output": answer} for text, answer in (first, second)]
+        rows = [{"id": f"{name}-{i}", "input": text, "outputs": answer} for i, (text, answer) in enumerate(scored)]
+        parts = {"demonstrations": shots, "train": rows[:160], "test": rows[160:]}
+        tasks.append(Task.model_validate({"name": name, **about, **parts}))
     return tasks
 
 
