@@ -28,7 +28,7 @@ from badit.errors import BaditError, explained, refuse_unknown, say
 from badit.files import copy_folder, exclusive, inside, read_json, read_jsonl, write_json, write_text
 from badit.generation import generate_answers
 from badit.methods import build_method
-from badit.metrics import Prediction, group_by_task, instance_scores, mean_scores
+from badit.metrics import Prediction, instance_scores, mean_scores
 from badit.recipe import Recipe, RecipeLike, Split, make_recipe
 from badit.results import read_scores
 from badit.run import Run
@@ -151,7 +151,7 @@ def score_model(
             raise BaditError(f"task {task.name}, instance {instance.id}: the NLL is not finite; {fix}")
         shown = str(tokenizer.decode(prompt))
         predictions.append(Prediction(task.name, instance.id, text, instance.outputs, shown, nll))
-    return mean_scores(instance_scores(group_by_task(predictions))), predictions
+    return mean_scores(instance_scores(predictions)), predictions
 
 
 def _generated(
@@ -211,9 +211,11 @@ def write_predictions(folder: str | Path, predictions: Iterable[Prediction]) -> 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {folder / f"{task}.jsonl": group for task, group in group_by_task(predictions).items()}
-    for file, group in files.items():
-        lines = (json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in group)
+    files: dict[Path, list[str]] = {}
+    for prediction in predictions:
+        line = json.dumps(asdict(prediction), ensure_ascii=False)
+        files.setdefault(folder / f"{prediction.task}.jsonl", []).append(line + "\n")
+    for file, lines in files.items():
         write_text(inside(folder, file), "".join(lines))
     for other in set(folder.glob("*.jsonl")) - files.keys():
         other.unlink()

@@ -76,25 +76,18 @@ def normalize_answer(text: str) -> str:
     return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 
-def group_by_task(predictions: Iterable[Prediction]) -> dict[str, list[Prediction]]:
-    """Groups predictions by task. Tasks and predictions are in order of appearance."""
-    groups: dict[str, list[Prediction]] = {}
-    for prediction in predictions:
-        groups.setdefault(prediction.task, []).append(prediction)
-    return groups
-
-
-def instance_scores(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str, dict[str, list[float]]]:
+def instance_scores(predictions: Iterable[Prediction]) -> dict[str, dict[str, list[float]]]:
     """Returns the scores of each instance in each metric, in the given order: `{task: {"rouge_l": [...], …}}`.
 
     A metric is left out if any answer has no score in it.
     """
-    scores: dict[str, dict[str, list[Any]]] = {
-        name: {task: [metric.score(answer) for answer in answers] for task, answers in predictions.items()}
-        for name, metric in METRICS.items()
-    }
-    known = [name for name, by_task in scores.items() if not any(None in values for values in by_task.values())]
-    return {task: {name: scores[name][task] for name in known} for task in predictions}
+    scores: dict[str, dict[str, list[Any]]] = {}
+    for answer in predictions:
+        of_task = scores.setdefault(answer.task, {name: [] for name in METRICS})
+        for name, metric in METRICS.items():
+            of_task[name].append(metric.score(answer))
+    known = [name for name in METRICS if not any(None in of_task[name] for of_task in scores.values())]
+    return {task: {name: of_task[name] for name in known} for task, of_task in scores.items()}
 
 
 def mean_scores(instances: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:

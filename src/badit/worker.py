@@ -74,14 +74,14 @@ def run_cell(folder: Path, *, score: bool) -> int:
     """Runs a cell and returns the exit code of the process; an error is written to ``error.txt`` in the folder."""
     try:
         from badit.evaluate import read_predictions, train, validation_loss
-        from badit.metrics import group_by_task, instance_scores
+        from badit.metrics import instance_scores
         from badit.train import fit
 
         with explained(folder), exclusive(folder):
             run = Run(folder)
             if score:
                 train(run.recipe)
-                write_json(run.instances_path, instance_scores(group_by_task(read_predictions(run.predictions_path))))
+                write_json(run.instances_path, instance_scores(read_predictions(run.predictions_path)))
             else:
                 validation_loss(fit(run.recipe))
     except KeyboardInterrupt:
