@@ -14,10 +14,10 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from peft import PeftModel
 from pydantic import TypeAdapter
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from badit.card import write_run_card
@@ -165,24 +165,19 @@ def _generated(
 
     @torch.no_grad()
     def prefill(batch: list[int], padded: dict[str, torch.Tensor]) -> dict[str, Any]:
-        prompts_BT = padded["input_ids"]
-        references = [torch.tensor(examples[i]["input_ids"][len(prompts[i]) :]) for i in batch]
-        answers_BA = pad_sequence(references, batch_first=True, padding_value=IGNORED_LABEL).to(model.device)
-        is_answer_BA = answers_BA != IGNORED_LABEL
-        mask = torch.cat([padded["attention_mask"], is_answer_BA.long()], dim=1)
-        inputs = {
-            "input_ids": torch.cat([prompts_BT, answers_BA.clamp(min=0)], dim=1),
-            "attention_mask": mask,
-            "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
-            "labels": torch.cat([torch.full_like(prompts_BT, IGNORED_LABEL), answers_BA], dim=1),
-            "tasks": [names[i] for i in batch],
-        }
+        references = [examples[i]["input_ids"][len(prompts[i]) :] for i in batch]
+        collated = AnswerCollator(0)([{"input_ids": ids, "labels": ids} for ids in references])
+        answers = send_to_device(collated, model.device)
+        inputs: dict[str, Any] = {name: torch.cat([padded[name], answers[name]], dim=1) for name in padded}
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+        inputs["labels"] = F.pad(answers["labels"], (padded["input_ids"].shape[1], 0), value=IGNORED_LABEL)
+        inputs["tasks"] = [names[i] for i in batch]
         losses_L, row_L, outputs = answer_losses(model, inputs, use_cache=True)
         sums_B = losses_L.new_zeros(len(batch)).index_add(0, row_L, losses_L)
-        for i, loss in zip(batch, (sums_B / is_answer_BA.sum(dim=1)).tolist(), strict=True):
+        for i, loss in zip(batch, (sums_B / answers["attention_mask"].sum(dim=1)).tolist(), strict=True):
             losses[i] = loss
         cache = cache_of(outputs)
-        return cache if drop_last(cache, answers_BA.shape[1] + 1) else {}
+        return cache if drop_last(cache, answers["labels"].shape[1] + 1) else {}
 
     return generate_answers(model, tokenizer, prompts, **sizes, progress=progress, tasks=names, prefill=prefill), losses
 
