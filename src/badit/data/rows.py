@@ -8,9 +8,9 @@ from difflib import get_close_matches
 from functools import lru_cache
 from glob import has_magic
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import BaseModel, Field
 
 from badit.data.tasks import Messages, Outputs, Split, TaskName
 from badit.errors import BaditError, explained, nearest
@@ -57,17 +57,10 @@ class Source:
             raise BaditError(f"{path}: no such file or folder; give a path or 'builtin'")
 
 
-# Stricter than Instance: the published benchmark has blank answers, but in a user's data they are mistakes.
-def _not_blank(outputs: tuple[str, ...]) -> tuple[str, ...]:
-    if not any(output.strip() for output in outputs):
-        raise ValueError("must hold at least one answer that is not blank")
-    return outputs
-
-
 class _Row(BaseModel):
     task: TaskName
     input: str
-    outputs: Annotated[Outputs, AfterValidator(_not_blank)] = Field(validation_alias="output")
+    outputs: Outputs = Field(validation_alias="output")
     instruction: str | None = None
     history: Messages = ()
     id: str | None = None
@@ -86,6 +79,9 @@ def read_rows(
         try:
             with explained():
                 for one in _parsed(row, name, where, strict):
+                    # The published benchmark has blank answers, but in a user's data they are mistakes.
+                    if not any(output.strip() for output in one.outputs):
+                        raise BaditError("output: must hold at least one answer that is not blank")
                     # A blank instruction is none; None would be the task's definition, which may be another row's.
                     own = one.instruction or ""
                     if own != definitions.setdefault(one.task, own) and strict:
