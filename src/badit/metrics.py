@@ -8,7 +8,6 @@ Rouge-L is computed by `rouge-score`.
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from statistics import fmean
 from typing import Any
 
@@ -38,7 +37,9 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     Words are sequences of `a-z0-9` after lower-casing. Text without words, such as Chinese, scores 0 even if equal.
     BaditError if ``references`` is empty or a string.
     """
-    score = _rouge_scorer().score
+    from rouge_score.rouge_scorer import RougeScorer
+
+    score = RougeScorer(["rougeL"], use_stemmer=True).score
     return 100.0 * max(score(reference, prediction)["rougeL"].fmeasure for reference in _checked(references))
 
 
@@ -111,10 +112,3 @@ def _checked(references: Sequence[str]) -> Sequence[str]:
     if not references or isinstance(references, str):  # a string would be a sequence of letters
         raise BaditError("references: must be a sequence of at least one accepted answer")
     return references
-
-
-@cache
-def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=True)
