@@ -42,9 +42,8 @@ class Examples(cache.Items[dict[str, Any]]):
 
     @property
     def largest_id(self) -> int:
-        """The largest token id in the whole table; −1 if it has no tokens."""
-        largest = _pc.max(_pc.list_flatten(self.table["input_ids"])).as_py()
-        return -1 if largest is None else largest
+        """The largest token id in the whole table; 0 if it has no tokens."""
+        return _pc.max(_pc.list_flatten(self.table["input_ids"])).as_py() or 0
 
 
 def encode_tasks(
