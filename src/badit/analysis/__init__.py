@@ -68,20 +68,19 @@ def analyze(
     weights = checksums(Run.at(folder).adapter_path if is_run else folder, "*safetensors*")
     settings |= {"weights": weights, "tasks": task_fingerprints(tasks)}
     record = read_json(path) if path.is_file() else {"settings": settings, "environment": environment(), "parts": {}}
-    known, done = record.get("settings") or {}, record.get("parts")
-    # Earlier releases did not record the target.
-    if not (isinstance(known, dict) and isinstance(done, dict) and settings | known == settings):
-        others = f"it and {path.name}" if is_run else f"it, {path.name} and config.yaml"
-        fix = f"delete {others} to measure again, or choose another --output"
-        raise BaditError(f"{output / 'analysis'}: belongs to another run, model or data, or to other settings; {fix}")
-    with explained(path, fix="delete it to measure again", any_error=True):
+    others = f"it and {path.name}" if is_run else f"it, {path.name} and config.yaml"
+    fix = f"delete {others} to measure again, or choose another --output"
+    with explained(output / "analysis", action="resumed", fix=fix, any_error=True):
+        if settings | record["settings"] != settings:  # earlier releases did not record the target
+            problem = "belongs to another run, model or data, or to other settings"
+            raise BaditError(f"{output / 'analysis'}: {problem}; {fix}")
         kept = {name for name in TABLES if (output / "analysis" / f"{name}.json").is_file()}
-        lost = [part for part, about in done.items() if not kept.issuperset(about["tables"])]
-    if "learning" in done and not lost:  # the last part
+        done = {part: about for part, about in record["parts"].items() if kept.issuperset(about["tables"])}
+    if done.keys() >= {"interference", "experts", "learning"}:
         return output
     with exclusive(output):
         for part, measure in _parts(recipe, chosen, progress).items():
-            if part in done and part not in lost:
+            if part in done:
                 continue
             began = time.monotonic()
             frames = [frame for frame in measure() if len(frame)]
@@ -93,7 +92,7 @@ def analyze(
                 "seconds": round(time.monotonic() - began, 1),
                 "peak_memory_gib": round(peak_memory() / 2**30, 2),
             }
-            write_json(path, record)
+            write_json(path, {**record, "parts": done})
     return output
 
 
