@@ -53,9 +53,9 @@ def choice(name: str, options: Mapping[str, str] | Iterable[str]) -> alt.Paramet
     return alt.param(name=name, value=keys[0], bind=binding)
 
 
-def all_or_one(name: str, values: Iterable[Any], together: str = "") -> alt.Parameter:
+def all_or_one(frame: pd.DataFrame, name: str, together: str = "") -> alt.Parameter:
     """Returns a choice of all values of a column together, or of a single value."""
-    each = {str(value): f"layer {value}" if name == "layer" else value for value in sorted(set(values))}
+    each = {str(value): f"layer {value}" if name == "layer" else value for value in sorted(set(frame[name]))}
     return choice(name, {ALL: together or f"all {name}s"} | (each if len(each) > 1 else {}))
 
 

@@ -180,7 +180,7 @@ def gradient_cosines(frame: pd.DataFrame) -> Any:
     mean cosine is shown."""
     own = frame[frame["parameters"] == shown_parameters(frame)]
     together, single = own[own["layer"] == charts.ALL], own[own["layer"] != charts.ALL]
-    choices = [charts.all_or_one(name, single[name]) for name in ("layer", "module")]
+    choices = [charts.all_or_one(single, name) for name in ("layer", "module")]
     means = charts.with_all(single, "layer", "module")
     if len(together):
         means = pd.concat([together, means[(means["layer"] != charts.ALL) | (means["module"] != charts.ALL)]])
@@ -243,7 +243,7 @@ def shared_units(frame: pd.DataFrame) -> Any:
     names = ["measured", "by chance"]
     rows = rows.rename(columns={"kind": "units", "share": names[0], "chance": names[1]})
     long = rows.melt(["units", "layer", "tasks"], names, "series")
-    choices = [charts.choice("units", frame["kind"]), charts.all_or_one("layer", rows["layer"], "mean over layers")]
+    choices = [charts.choice("units", frame["kind"]), charts.all_or_one(rows, "layer", "mean over layers")]
     base = charts.chart_by_choice(long, ["tasks", "series"], choices)[0].encode(
         x=alt.X("tasks:O", title="number of tasks that share a unit", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("value:Q", title="share of all units", axis=alt.Axis(format="%", tickCount=5)),
@@ -307,7 +307,7 @@ def _by_step(frame: pd.DataFrame, unit: str, title: str, *, zero: bool) -> Any:
     long = rows.melt(["step", "measured", "layer"], groups, "group").dropna(subset=["value"])
     if long.empty:
         return None
-    choices = [charts.all_or_one("layer", rows.loc[rows["layer"] >= 0, "layer"])]
+    choices = [charts.all_or_one(rows[rows["layer"] >= 0], "layer")]
     base = charts.chart_by_choice(long, ["step", "measured", "group"], choices)[0].encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False, tickCount=5)),
         y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=zero)),
@@ -337,8 +337,8 @@ def component_flow(frame: pd.DataFrame) -> Any:
     rows = charts.with_all(frame[frame["step"].isin(steps)], "layer")
     counts = rows.groupby(["layer", "step", "from_expert", "to_expert"])["components"].sum().unstack(fill_value=0)
     shares = counts.div(counts.sum(axis="columns"), axis="rows").stack().rename("share").reset_index()
-    layers = charts.all_or_one("layer", frame.loc[frame["layer"] >= 0, "layer"])
-    choices = [layers, charts.choice("step", {str(step): f"step {step}" for step in steps})]
+    choices = [charts.all_or_one(frame[frame["layer"] >= 0], "layer")]
+    choices.append(charts.choice("step", {str(step): f"step {step}" for step in steps}))
     style = {"titles": ("from expert", "to expert"), "signed": False, "limit": 1.0, "form": ".0%", "written": True}
     label = "share of the expert's components"
     return charts.heat_map(shares, "from_expert", "to_expert", "share", label, choices=choices, **style)
@@ -347,8 +347,7 @@ def component_flow(frame: pd.DataFrame) -> Any:
 def gates(frame: pd.DataFrame) -> Any:
     """Mean gate over a task's prompts: 1 is neutral, blue is larger, orange is smaller. The mean over layers has its
     own colour scale."""
-    choices = [charts.all_or_one("layer", frame["layer"], "mean over layers")]
-    choices.append(charts.all_or_one("module", frame["module"]))
+    choices = [charts.all_or_one(frame, "layer", "mean over layers"), charts.all_or_one(frame, "module")]
     style = {"choices": choices, "titles": ("", "expert"), "middle": 1.0}
     return charts.heat_map(frame, "task", "expert", "mean", "mean gate", **style)
 
