@@ -80,7 +80,7 @@ def method_table(results: Results, metric: str = "rouge_l", released: bool = Fal
         means, stds = (summary[f"{name}_{part}"] for part in ("mean", "std"))
         unit = name if name in METRICS else "rouge_l"  # transfer is in points of Rouge-L
         lower_is_better = name == "forgetting" or METRICS[unit].lower_is_better
-        best |= {(i, len(columns)) for i in _highest(-means if lower_is_better else means)}
+        best |= {(i, len(columns)) for i in best_of(means, lower_is_better)}
         spread = ["" if pd.isna(std) else f" ± {score_text(std, unit)}" for std in stds]
         columns[title] = [score_text(mean, unit) + text for mean, text in zip(means, spread, strict=True)]
     columns[f"vs {results.reference} [95 %]"] = differences = []
@@ -101,8 +101,8 @@ def task_table(results: Results, metric: str) -> Table:
     means.loc["mean over tasks"] = [fmean(means[method]) for method in means]
     texts = means.map(lambda value: score_text(value, metric))
     texts.insert(0, "task", means.index, allow_duplicates=True)
-    sign = -1 if METRICS[metric].lower_is_better else 1
-    best = {(i, j + 1) for i, row in enumerate(sign * means.to_numpy()) for j in _highest(row)}
+    lower_is_better = METRICS[metric].lower_is_better
+    best = {(i, j + 1) for i, row in enumerate(means.to_numpy()) for j in best_of(row, lower_is_better)}
     notes = [f"{METRICS[metric].label}, mean over each method's runs"]
     numbers = means.add_suffix(f"_{metric}", axis="columns").reset_index()
     return _with_omitted_cells(results, Table(texts, best, notes, numbers))
@@ -124,10 +124,10 @@ def _with_omitted_cells(results: Results, table: Table) -> Table:
     return table._replace(notes=[*map(one_line, notes)], numbers=pd.concat([table.numbers.astype(object), omitted]))
 
 
-def _highest(values: Any) -> list[int]:
-    """Returns the indices of the highest value: several if values are equal up to rounding."""
-    known = {i: value for i, value in enumerate(values) if not pd.isna(value)}
-    return [i for i, value in known.items() if value >= max(known.values()) - 1e-9]
+def best_of(values: Any, lower_is_better: bool) -> list[int]:
+    """Returns the indices of the best value: several if values are equal up to rounding."""
+    merits = pd.Series(values, dtype=float).reset_index(drop=True) * (-1 if lower_is_better else 1)
+    return merits.index[merits >= merits.max() - 1e-9].tolist()
 
 
 def _difference_notes(results: Results, summary: pd.DataFrame, score: str, metric: str) -> list[str]:

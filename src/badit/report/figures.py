@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from badit.metrics import METRICS
-from badit.render import UNKNOWN, number, score_text
+from badit.render import UNKNOWN, best_of, number, score_text
 from badit.report import charts
 from badit.report.sources import shown_parameters
 
@@ -111,11 +111,10 @@ def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
     for metric, about in ((name, METRICS[name]) for name in METRICS if name in set(frame["metric"])):
         scores = frame[frame["metric"] == metric].pivot_table("score", "task", "run", sort=False).reindex(tasks)
         values = np.vstack([scores, scores.mean()])
-        ranks = pd.DataFrame(values).round(9).rank(axis="columns", method="min", ascending=about.lower_is_better)
-        for i, run in enumerate(scores):
-            heading = f"{run}: {about.label}" if several else about.label
-            shown[heading] = [score_text(score, metric) for score in values[:, i]]
-            strong += [(row, heading) for row in np.flatnonzero(ranks[i] == 1)] if several else []
+        headings = [f"{run}: {about.label}" if several else about.label for run in scores]
+        shown[headings] = [[score_text(score, metric) for score in row] for row in values]
+        if several:
+            strong += [(i, headings[j]) for i, row in enumerate(values) for j in best_of(row, about.lower_is_better)]
     shown.attrs |= {"footer": 1, "strong": strong}
     return shown
 
