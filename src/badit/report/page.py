@@ -143,10 +143,9 @@ def _notes(section: str, sources: Sequence[Source], blocks: Sequence[Block]) -> 
 def _overview(sources: Sequence[Source]) -> Iterator[Block]:
     facts = pd.DataFrame({source.label: _facts(source) for source in sources}, dtype=object).fillna(UNKNOWN)
     table = facts.reset_index(names="run", allow_duplicates=True)  # a source's label may be "run"
-    files = [RESULTS] if any(source.results for source in sources) else []
-    files += ["scores.json", "config.yaml", "environment.json"] if any(not source.results for source in sources) else []
+    files = {RESULTS if source.results else "scores.json, config.yaml, environment.json" for source in sources}
     if len(table):
-        yield Block("table", "Summary", table, "facts", file=", ".join(files))
+        yield Block("table", "Summary", table, "facts", file=", ".join(sorted(files)))
 
 
 def _facts(source: Source) -> dict[str, str]:
