@@ -175,7 +175,7 @@ class Grid:
             if self.section.vary_data:
                 values["data"]["seed"] += cell.seed
         if cell.task is not None:
-            values["data"] |= {"tasks": [cell.task], "order": None}
+            values["data"]["tasks"] = [cell.task]
         return build_recipe(values)
 
     def run_of(self, cell: Cell) -> Run:
@@ -361,12 +361,10 @@ class _Comparison:
             process = start_cell(run.path, score=score, threads=threads, device=gpu)
             self._running[process] = cell, gpu
         began = time.monotonic()
-        try:
-            with process:
-                code = process.wait()
-        finally:
-            with self._lock:
-                del self._running[process]
+        with process:
+            code = process.wait()
+        with self._lock:
+            del self._running[process]
         if self._stopping and code != 0:
             raise KeyboardInterrupt
         error = error_of(run.path, code)
