@@ -79,8 +79,7 @@ def test_loading_code_for_baselines_lora_and_exports(tmp_path):
 def test_base_model_licence_is_read_from_its_card(tmp_path):
     (tmp_path / "base").mkdir()
     run, recipe = make_run(tmp_path / "run", model={"name": str(tmp_path / "base")})
-    assert hub_id(recipe) is None
-    assert card_of(run, recipe).data.license is None
+    assert (hub_id(recipe), card_of(run, recipe).data.license) == (None, None)
     for header, licence in (("license: gemma\n---\n# A model", "gemma"), ("license: [\n---", None), ("- a\n---", None)):
         (tmp_path / "base" / "README.md").write_text(f"---\n{header}\n")
         assert card_of(run, recipe).data.license == licence, header
