@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from badit.arguments import RENAMED_ARGUMENTS, TrainingSection, argument_names
 from badit.cli import main
+from badit.compare import Grid
 from badit.errors import BaditError
 from badit.methods import build_method
 from badit.recipe import build_recipe, differing_keys, dump_recipe, expand_source, load_config, load_recipe, merged
@@ -40,8 +41,10 @@ def test_shipped_recipes_are_valid_listed_and_show_their_command():
     linked = re.findall(r"\]\((\S+\.yaml)\)", (ROOT / "recipes/README.md").read_text())
     assert sorted(linked) == sorted(str(path.relative_to("recipes")) for path in RECIPES)
     for path in RECIPES:
-        build_method(load_recipe(ROOT / path).method)
-        assert load_recipe(path.relative_to("recipes").with_suffix("")) == load_recipe(ROOT / path)
+        recipe = load_recipe(ROOT / path)
+        build_method(recipe.method)
+        assert recipe.compare is None or Grid(recipe).recipe is recipe
+        assert load_recipe(path.relative_to("recipes").with_suffix("")) == recipe
         assert f"badit train {path}" in "\n".join(header(path))
     comparison = load_recipe(ROOT / "recipes/superni-cpu.yaml")
     assert comparison.compare.methods["badit"].model_extra == comparison.method, "badit train must run a cell"

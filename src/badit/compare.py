@@ -127,7 +127,7 @@ class Grid:
                 fix = "add this value to compare.learning_rates"
                 raise BaditError(f"training.learning_rate: the search starts at {rate:g}; {fix}")
         self.orders: Sequence[Order] = section.orders or [None]
-        if recipe.data.order is not None:
+        if recipe.data.order is not None and not section.orders:
             raise BaditError("data.order: not used in a comparison; set compare.orders, a list of orders")
         for field in ("reference", "budget", "unmatched", "single_task"):
             value = getattr(section, field)
