@@ -50,11 +50,14 @@ class Method:
 
     trains = False
     trains_base_weights = False  # if True, the base weights are loaded in float32
-    needs_whole_weights = False  # if True, FSDP and DeepSpeed, which shard the weights, are refused
-    needs_tasks = False  # if True, the method needs the task of every row, in training and in generation
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, options: Any = None, regroup: dict[str, Any] | None = None) -> None:
+        self.name, self.options, self.regroup = name, options, regroup
+        self.config: Any = options if isinstance(options, PeftConfig) else None  # of methods that train an adapter
+        # If True, FSDP and DeepSpeed, which shard the weights, are refused.
+        self.needs_whole_weights = getattr(options, "needs_whole_weights", False)
+        # If True, the method needs the task of every row, in training and in generation.
+        self.needs_tasks = getattr(options, "needs_tasks", False)
 
     def refuse_recipe(self, recipe: Recipe) -> None:
         """Raises BaditError if another section of the recipe conflicts with the method."""
@@ -97,12 +100,6 @@ class AdapterMethod(Method):
     """A method that trains a PEFT adapter; the base weights are frozen."""
 
     trains = True
-
-    def __init__(self, name: str, config: PeftConfig, regroup: dict[str, Any] | None) -> None:
-        super().__init__(name)
-        self.config, self.regroup = config, regroup
-        self.needs_tasks = getattr(config, "needs_tasks", False)
-        self.needs_whole_weights = getattr(config, "needs_whole_weights", False)
 
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> PeftModel:
         """Adds the adapter. All methods have the same default target modules; some also need the tasks' names."""
@@ -243,12 +240,7 @@ def _saved_config(path: Path, wanted: Any, shapes: Mapping[str, tuple[int, ...]]
 class NeuronMethod(WeightsMethod):
     """Task neurons: trains only the weights of the FFN neurons with the highest scores on the stage's tasks."""
 
-    needs_whole_weights = True
-
-    def __init__(self, name: str, options: neurons.NeuronOptions) -> None:
-        super().__init__(name)
-        self.options = options
-        self._masks: dict[str, torch.Tensor] | None = None
+    _masks: dict[str, torch.Tensor] | None = None  # None until the neurons are selected
 
     def refuse_recipe(self, recipe: Recipe) -> None:
         super().refuse_recipe(recipe)
@@ -292,20 +284,17 @@ def build_method(section: Mapping[str, Any]) -> Method:
         if preset == "paper":
             options = {**BaditConfig.PAPER, **options}
             regroup = None if regroup is None else {**RegroupOptions.PAPER, **regroup}
-    config = _built(name, kind.config_cls, options, kind.fixed)
-    if str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter"):
+    built = _built(name, kind.config_cls, options, kind.fixed)
+    if str(getattr(built, "init_lora_weights", "")).startswith("pissa_niter"):
         raise BaditError("method.init_lora_weights: pissa_niter is random, and loading would repeat it; use pissa")
     if regroup is not None:
         _built("regroup", RegroupOptions, regroup, {}, "method.regroup")
-        if config.top_k is not None and config.top_k < config.num_experts:
+        if built.top_k is not None and built.top_k < built.num_experts:
             raise BaditError(f"method.regroup: {TOP_K_REFUSED} (regroup: null)")
-    if name == "task-neurons":
-        return NeuronMethod(name, config)
-    if name == "full":
-        return WeightsMethod(name)
-    return Method(name) if name == "base" else AdapterMethod(name, config, regroup)
+    return _WITHOUT_ADAPTER.get(name, AdapterMethod)(name, built, regroup)
 
 
+_WITHOUT_ADAPTER = {"task-neurons": NeuronMethod, "full": WeightsMethod, "base": Method}
 _NoOptions = dataclasses.make_dataclass("_NoOptions", ())  # of methods without options
 
 #: The configuration of every method, by the method's name in a recipe.

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,8 @@ _PROJECTIONS = ((("gate_proj", "up_proj"), "down_proj"), (("c_fc",), "c_proj"))
 @dataclass(frozen=True)
 class NeuronOptions:
     """Options of task neurons."""
+
+    needs_whole_weights: ClassVar[bool] = True  # does not work with sharded weights (FSDP, DeepSpeed)
 
     share: Share = option(0.1, "Share of all FFN neurons to train for each task.")
     score_batches: Count = option(4, "Number of batches per task on which the neurons are scored.")
