@@ -70,10 +70,12 @@ class Method:
 
     def proceed(self, model: PreTrainedModel, folder: Path) -> Any:
         """Loads what :meth:`save` wrote to ``folder``, and prepares the model for the next task of a sequence."""
-        return self.load(model, folder)
+        loaded = self.load(model, folder, trainable=True)
+        hooks_of(loaded).next_task()
+        return loaded
 
-    def load(self, model: PreTrainedModel, folder: Path) -> Any:
-        """Loads what :meth:`save` wrote to ``folder`` into the model, for inference; BaditError if it is damaged."""
+    def load(self, model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> Any:
+        """Loads what :meth:`save` wrote to ``folder``, by default for inference; BaditError if it is damaged."""
         return model
 
     def save(self, model: Any, folder: Path, base_model: str, weights: Tensors | None = None) -> None:
@@ -124,11 +126,6 @@ class AdapterMethod(Method):
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise BaditError(f"method: {first_line(error)}") from None
 
-    def proceed(self, model: PreTrainedModel, folder: Path) -> PeftModel:
-        adapted = self.load(model, folder, trainable=True)
-        hooks_of(adapted).next_task()
-        return adapted
-
     def load(self, model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
         """Loads an adapter saved by a run of this method into the base model, after checking it.
 
@@ -176,7 +173,7 @@ class WeightsMethod(Method):
         if recipe.training.optimizer == "orthogonal":
             raise BaditError(f"training.optimizer: orthogonal trains only adapters; use adamw for {self.name}")
 
-    def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    def load(self, model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PreTrainedModel:
         path = folder / WEIGHTS
         shapes = _tensor_shapes(path)
         known = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -187,7 +184,7 @@ class WeightsMethod(Method):
         with explained(path, action="loaded", any_error=True):
             model.load_state_dict(load_file(path), strict=False)
         model.tie_weights()
-        return model.eval()
+        return model if trainable else model.eval()
 
     def _saved_names(self, model: PreTrainedModel) -> set[str]:
         """Returns the names of the weights that a saved file must have."""
