@@ -181,9 +181,3 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(tensor) for _ in range(processes)]
     torch.distributed.all_gather(parts, tensor)
     return torch.stack(parts)
-
-
-def part_of_rank(parts: torch.Tensor) -> torch.Tensor:
-    """Returns this rank's row of :func:`gathered`'s result; an equal share of the sum if the world size has changed."""
-    rank, ranks = rank_and_size()
-    return parts[rank] if len(parts) == ranks else parts.sum(dim=0) / ranks

@@ -28,7 +28,7 @@ from badit.arguments import PositiveSteps
 from badit.checkpoint import checkpoint_being_written, resumed_checkpoint
 from badit.errors import BaditError, explained, say
 from badit.files import append_to_log, rewind_log
-from badit.gradients import before_step, component_grams, gathered, part_of_rank, rank_and_size, scale_columns
+from badit.gradients import before_step, component_grams, gathered, rank_and_size, scale_columns
 from badit.method import expert_angles, group_components, grouping_objective
 from badit.method.grouping import Solver
 from badit.run import AnyPath
@@ -135,10 +135,12 @@ class Windows(dict[str, Window]):
     def set_state(self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
         if notes.keys() != self.keys():
             raise BaditError("regrouping state: saved with another model or target_modules; resume with the same ones")
+        rank, ranks = rank_and_size()
         for name, note in notes.items():
-            gram_sum, gate_sums = (tensors.get(f"{kind}:{name}") for kind in ("gram_sum", "gate_sums"))
-            own_sums = None if gate_sums is None else part_of_rank(gate_sums)
-            self[name] = Window(gram_sum, note["steps"], own_sums, note["pending"])
+            gate_sums = tensors.get(f"gate_sums:{name}")  # of all ranks
+            if gate_sums is not None:  # an equal share of the sum if the number of ranks has changed
+                gate_sums = gate_sums[rank] if len(gate_sums) == ranks else gate_sums.sum(dim=0) / ranks
+            self[name] = Window(tensors.get(f"gram_sum:{name}"), note["steps"], gate_sums, note["pending"])
         self._pop_gates()  # drops earlier sums, which belong to no window
 
     def save(self, path: Path, *, write: bool = True) -> None:
