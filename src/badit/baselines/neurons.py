@@ -94,10 +94,8 @@ def train_only(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> Non
     """
     model.requires_grad_(False)
     for name, (_, parameters) in _mlps(model).items():
-        for parameter, axis in parameters.values():
-            frozen = ~masks[name]
-            if axis < parameter.ndim - 1:
-                frozen = frozen[:, None]
+        for parameter, has_rows in parameters.values():
+            frozen = ~masks[name][:, None] if has_rows else ~masks[name]
             parameter.requires_grad_(True)
             # The model may be moved to another device later.
             parameter.register_hook(lambda grad, frozen=frozen: grad.masked_fill(frozen.to(grad.device), 0))
@@ -112,8 +110,8 @@ def trained_parameters(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]
     }
 
 
-def _mlps(model: PreTrainedModel) -> dict[str, tuple[nn.Module, dict[str, tuple[nn.Parameter, int]]]]:
-    """Returns each MLP's last projection, and its neurons' parameters by name, each with the axis of the neurons."""
+def _mlps(model: PreTrainedModel) -> dict[str, tuple[nn.Module, dict[str, tuple[nn.Parameter, bool]]]]:
+    """Returns each MLP's last projection, and its neurons' parameters by name, and whether the neurons are its rows."""
     found = {}
     for name, module in model.named_modules():
         children: dict[str, Any] = dict(module.named_children())
@@ -121,10 +119,10 @@ def _mlps(model: PreTrainedModel) -> dict[str, tuple[nn.Module, dict[str, tuple[
             if not all(isinstance(children.get(child), (nn.Linear, Conv1D)) for child in (*first, last)):
                 continue
             # nn.Linear keeps its weight as (out, in), Conv1D as (in, out).
-            axes = {f"{child}.weight": int(isinstance(children[child], Conv1D)) for child in first}
-            axes |= {f"{child}.bias": 0 for child in first if children[child].bias is not None}
-            axes[f"{last}.weight"] = int(not isinstance(children[last], Conv1D))
-            parameters = {f"{name}.{key}": (module.get_parameter(key), axis) for key, axis in axes.items()}
+            are_rows = {f"{child}.weight": isinstance(children[child], nn.Linear) for child in first}
+            are_rows |= {f"{child}.bias": False for child in first if children[child].bias is not None}
+            are_rows[f"{last}.weight"] = isinstance(children[last], Conv1D)
+            parameters = {f"{name}.{key}": (module.get_parameter(key), rows) for key, rows in are_rows.items()}
             found[name] = (children[last], parameters)
     if len(found) != getattr(model.config.get_text_config(), "num_hidden_layers", None):
         fix = "every layer needs an MLP of gate_proj, up_proj and down_proj, or of c_fc and c_proj, without adapters"
