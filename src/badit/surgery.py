@@ -77,16 +77,15 @@ class SurgeryTrainer(AnswerTrainer):
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         earlier = [parameter.grad for parameter in parameters]
         losses, gradients, reached = [], [], set()
-        steps = self.current_gradient_accumulation_steps
         # ``compute_loss`` divides a method's own loss by this, and the cross-entropy by the number of labels.
-        self.current_gradient_accumulation_steps = steps * len(tasks)
+        self.current_gradient_accumulation_steps *= len(tasks)
         for task in tasks:
             model.zero_grad()
             losses.append(super().training_step(model, rows_of_task(inputs, task), num_items_in_batch))
             of_task = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
             gradients.append(torch.cat([gradient.flatten().float() for gradient in of_task]))
             reached.update(each for each in parameters if each.grad is not None)
-        self.current_gradient_accumulation_steps = steps
+        self.current_gradient_accumulation_steps //= len(tasks)
         gradients_TP = torch.stack(gradients)
         # The Trainer must see non-finite gradients, which a loss scaler's overflow or divergence causes.
         combined_P = self._combine(gradients_TP) if gradients_TP.isfinite().all() else gradients_TP.sum(dim=0)
