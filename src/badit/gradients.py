@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 import torch
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -132,7 +133,7 @@ def before_step(optimizer: Any, read: Callable[[], None]) -> bool:
 
     For other optimizers, changes nothing and returns False; call ``read`` in ``on_pre_optimizer_step`` instead.
     """
-    if not steps_in_backward(optimizer):
+    if not isinstance(optimizer, DeepSpeedOptimizerWrapper):  # accelerate's, whose own ``step`` does nothing
         return False
     engine = optimizer.optimizer
     step = engine.step
@@ -143,11 +144,6 @@ def before_step(optimizer: Any, read: Callable[[], None]) -> bool:
 
     engine.step = reading_step
     return True
-
-
-def steps_in_backward(optimizer: Any) -> bool:
-    """Returns whether it is accelerate's wrapper of DeepSpeed's optimizer, whose own ``step`` does nothing."""
-    return any(kind.__name__ == "DeepSpeedOptimizerWrapper" for kind in type(optimizer).__mro__)
 
 
 def _deepspeed() -> Any:

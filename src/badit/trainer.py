@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import patch_environment
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
@@ -30,7 +31,7 @@ from badit.checkpoint import step_of
 from badit.environment import is_main_process
 from badit.errors import BaditError, explained, say
 from badit.files import append_to_log, rewind_log
-from badit.gradients import any_of_all, steps_in_backward
+from badit.gradients import any_of_all
 from badit.optimizer import OrthogonalUpdates, lora_plus_groups
 from badit.regroup import RegroupCallback
 from badit.tuner.model import hooks_of
@@ -290,7 +291,7 @@ class _StepCallback(TrainerCallback):
         if any_of_all(not bool(finite)):
             trainer.skipped_steps += 1
             # DeepSpeed has already taken the step, so it cannot be skipped. A run may skip at most half of its steps.
-            in_backward = steps_in_backward(kwargs["optimizer"])
+            in_backward = isinstance(kwargs["optimizer"], DeepSpeedOptimizerWrapper)
             limit = 0 if in_backward else min(trainer.options.max_skipped_steps, state.max_steps // 2)
             if trainer.skipped_steps > limit:
                 raise BaditError(

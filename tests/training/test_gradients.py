@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -85,7 +86,8 @@ def test_gradients_and_weights_are_accessed_through_deepspeed(monkeypatch, mark)
 def test_before_step_reads_before_every_step_of_deepspeed_engine():
     order = []
     engine = SimpleNamespace(step=lambda: order.append("step"))
-    wrapper = type("DeepSpeedOptimizerWrapper", (), {"optimizer": engine})()
+    wrapper = DeepSpeedOptimizerWrapper.__new__(DeepSpeedOptimizerWrapper)
+    wrapper.optimizer = engine
     assert before_step(wrapper, lambda: order.append("read"))
     engine.step()
     engine.step()
