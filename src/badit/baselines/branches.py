@@ -160,7 +160,7 @@ class BranchModel(ExpertModel):
 
     badit_gate: Any  # a ModuleDict with the BranchGate of each adapter
 
-    def _pre_injection_hook(self, model: nn.Module, config: BranchConfig, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
         self.badit_gate = nn.ModuleDict()
         self._embedding_hook: Any = None
