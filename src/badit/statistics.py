@@ -45,11 +45,11 @@ def paired_bootstrap(differences_by_task: Mapping[str, np.ndarray]) -> Differenc
     replacement within each task (the same for every run) and runs with replacement (the same for every task). This is
     the pigeonhole bootstrap (Owen 2007, doi:10.1214/07-AOAS122), stratified by task.
 
-    The intervals cover new test instances of these tasks and new runs. They do not cover other tasks, training data,
-    learning rates or base models. The bootstrap estimates the variance between S runs at (S - 1) / S of its unbiased
-    value. The intervals are therefore too narrow for three runs that differ much, and for a single run they cover new
-    instances only. Runs are treated as exchangeable. In a sequential comparison this holds only approximately, because
-    some runs share a seed or a task order.
+    The intervals cover new test instances of these tasks and new runs, not other tasks, training data, learning rates
+    or base models. The variance between S runs is estimated at (S - 1) / S of its unbiased value, so intervals of three
+    runs that differ much are too narrow, and for a single run they cover new instances only. The noise of single scores
+    counts three times (Owen 2007), so intervals are too wide where it dominates, as in Rouge-L. Runs are treated as
+    exchangeable, which those of a sequential comparison that share a seed or a task order are only approximately.
 
     ``differences_by_task`` has (S, N) per task: score of the method minus score of the reference. N may differ between
     tasks. All tasks need the same runs in the same order. The order of the tasks has no effect.

@@ -1,0 +1,52 @@
+#!/usr/bin/env python3
+"""noise.py [RESULTS [METRIC]]: what the difference between each method and the reference depends on.
+
+Prints the mean paired difference and its standard errors: by the choice of seeds, by the choice of test instances, and
+by single scores (the part that neither a seed nor an instance explains), from an analysis of variance per task. `all`
+is the root of the sum of their squares. `bootstrap` is the standard error that the pigeonhole bootstrap of `badit
+table` expects. It counts single scores three times (Owen 2007, doi:10.1214/07-AOAS122), so its intervals are too wide.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import badit
+from badit.results import paired
+
+RESULTS = Path(__file__).parent / "results/evidence-cpu/results.json"
+
+
+def components(tasks_SN: list[np.ndarray]) -> dict[str, float]:
+    """Returns the mean of differences (S seeds, N instances) of each task over all tasks, and its standard errors."""
+    runs, weight = len(tasks_SN[0]), 1 / len(tasks_SN) ** 2
+    means_ST = np.stack([task_SN.mean(axis=1) for task_SN in tasks_SN], axis=1)
+    by_seed = means_ST.mean(axis=1).var(ddof=1) / runs
+    by_instance = single = 0.0
+    for task_SN in tasks_SN:
+        own_N, count = task_SN.mean(axis=0), task_SN.shape[1]
+        rest_SN = task_SN - own_N - task_SN.mean(axis=1, keepdims=True) + task_SN.mean()
+        by_instance += weight * own_N.var(ddof=1) / count
+        single += weight * (rest_SN**2).sum() / ((runs - 1) * (count - 1)) / (runs * count)
+    # The variances by seed and by instance contain that of single scores. Below it, they are taken as 0.
+    parts = {"seeds": max(0.0, by_seed - single), "instances": max(0.0, by_instance - single), "single scores": single}
+    parts |= {"all": sum(parts.values()), "bootstrap": sum(parts.values()) + 2 * single}
+    return {"difference": means_ST.mean(), **{name: np.sqrt(variance) for name, variance in parts.items()}}
+
+
+def main(path: str | Path = RESULTS, metric: str = "rouge_l") -> None:
+    results = badit.load_results(path)
+    scores, rows = results.instances.loc[results.instances["metric"] == metric], {}
+    for method in results.scored_methods:
+        pairs = paired(scores, method, results.reference)
+        pairs = pairs.assign(difference=pairs["score"] - pairs["score_other"])
+        tasks = [task.pivot(index="seed", columns="instance", values="difference") for _, task in pairs.groupby("task")]
+        if method != results.reference and len(tasks[0]) > 1:
+            rows[method] = {"runs": len(tasks[0]), **components([task.to_numpy() for task in tasks])}
+    print(pd.DataFrame(rows).T.round(3).to_markdown())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
