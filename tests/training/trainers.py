@@ -61,17 +61,6 @@ def on(event, function):
     return type("Callback", (TrainerCallback,), {event: call})()
 
 
-class StopAt(TrainerCallback):
-    """Stops training right after a step, without saving, as a kill would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **keywords):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 @contextmanager
 def with_callbacks(*added, kind=AdapterMethod, folder=""):
     """In this context, runs also have these callbacks; with ``folder``, only runs in a folder of that name."""
@@ -85,8 +74,13 @@ def with_callbacks(*added, kind=AdapterMethod, folder=""):
 
 
 def fit_until(stop, recipe, **options):
-    """Trains a run, stops it after the step ``stop`` or by the callback ``stop``, and returns it."""
-    callback = StopAt(stop) if isinstance(stop, int) else stop
+    """Trains a run, stops it by the callback ``stop`` or, as a kill would, after the step ``stop``, and returns it."""
+
+    def interrupt(state, keywords):
+        if state.global_step == stop:
+            raise KeyboardInterrupt
+
+    callback = on("on_step_end", interrupt) if isinstance(stop, int) else stop
     with with_callbacks(callback, **options), pytest.raises(KeyboardInterrupt):
         fit(recipe, progress=False)
     return Run.at(recipe.output)
