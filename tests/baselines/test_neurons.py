@@ -1,6 +1,7 @@
 """Task neurons: scores against autograd on single examples, selection, and which parameters are trained."""
 
 import math
+import re
 from functools import partial
 
 import pytest
@@ -19,16 +20,11 @@ from tuner.helpers import take_steps
 WIDTH = 48
 
 
-def last_projections(model):
-    """Returns the last projection of each MLP by the MLP's name, for GPT-2 and for models with Llama's names."""
-    if hasattr(model, "transformer"):
-        return {f"transformer.h.{i}.mlp": block.mlp.c_proj for i, block in enumerate(model.transformer.h)}
-    return {f"model.layers.{i}.mlp": layer.mlp.down_proj for i, layer in enumerate(model.model.layers)}
-
-
 def naive_scores(model, data):
     """Returns scores from single examples without padding, from gradients of zeros added to the neurons' outputs."""
-    lasts, added, outputs = last_projections(model), {}, {}
+    last = re.compile(r"(.*\.mlp)\.(c_proj|down_proj)")  # the name of an MLP, and of its last projection
+    lasts = {found[1]: module for name, module in model.named_modules() if (found := last.fullmatch(name))}
+    added, outputs = {}, {}
     totals = {name: torch.zeros(WIDTH) for name in lasts}
     positions = sum(len(example["input_ids"]) for example in data)
 
