@@ -44,30 +44,25 @@ def test_first_recipe_matches_the_data(material, tmp_path, monkeypatch, command,
     assert "exists" in command("init", data, "-o", path, code=2)
 
 
-@pytest.fixture
-def rows(tmp_path):
-    """A function that writes ``count`` training rows and, by default, one test row, and returns the file."""
-
-    def write(count, answer="b", test=True):
-        line = {"task": "a", "instruction": "Do.", "output": answer}
-        splits = ["train"] * count + ["test"] * test
-        lines = [{"input": f"{i}", **line, "split": split} for i, split in enumerate(splits)]
-        return str(write_rows(tmp_path / "a.jsonl", *lines))
-
-    return write
+def rows(folder, count, answer="b", test=True):
+    """Writes ``count`` training rows and, by default, one test row, and returns the file."""
+    line = {"task": "a", "instruction": "Do.", "output": answer}
+    splits = ["train"] * count + ["test"] * test
+    lines = [{"input": f"{i}", **line, "split": split} for i, split in enumerate(splits)]
+    return str(write_rows(folder / "a.jsonl", *lines))
 
 
 @pytest.mark.parametrize(("answer", "tokens"), [("дом " * 50, 250), ("word " * 50, 100), ("漢" * 100, 150)])
-def test_max_answer_tokens_of_a_first_recipe_depend_on_the_script(rows, answer, tokens):
-    assert yaml.safe_load(first_recipe(rows(8, answer), "a.yaml"))["prompt"]["max_answer_tokens"] == tokens
+def test_max_answer_tokens_of_a_first_recipe_depend_on_the_script(tmp_path, answer, tokens):
+    assert yaml.safe_load(first_recipe(rows(tmp_path, 8, answer), "a.yaml"))["prompt"]["max_answer_tokens"] == tokens
 
 
-def test_few_rows_give_no_validation_or_rate_search_and_any_file_name_works(rows):
-    values = yaml.safe_load(first_recipe(rows(3), "my recipe #2.yaml"))
+def test_few_rows_give_no_validation_or_rate_search_and_any_file_name_works(tmp_path):
+    values = yaml.safe_load(first_recipe(rows(tmp_path, 3), "my recipe #2.yaml"))
     assert (values["output"], "learning_rates" in values["compare"]) == ("runs/my recipe #2", False)
-    few, held_out = rows(3, test=False), ["data.validation_per_task=1"]
+    few, held_out = rows(tmp_path, 3, test=False), ["data.validation_per_task=1"]
     refuses(r"no validation instances; at least 4 training instances are needed", first_recipe, few, "a.yaml", held_out)
-    refuses("task a has no validation instances", first_recipe, rows(1, test=False), "a.yaml")
+    refuses("task a has no validation instances", first_recipe, rows(tmp_path, 1, test=False), "a.yaml")
 
 
 @pytest.mark.parametrize(

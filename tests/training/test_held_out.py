@@ -32,19 +32,15 @@ def recipe(recipe_values, tmp_path):
     return make
 
 
-@pytest.fixture
-def lowest_at(monkeypatch):
-    """A function that gives the held-out loss its minimum at a step."""
+def set_lowest(monkeypatch, step):
+    """Gives the held-out loss its minimum at a step."""
     measured = AnswerTrainer.prediction_step
 
-    def set_lowest(step):
-        def moved(trainer, *arguments, **options):
-            loss, *rest = measured(trainer, *arguments, **options)
-            return loss + abs(trainer.state.global_step - step), *rest
+    def moved(trainer, *arguments, **options):
+        loss, *rest = measured(trainer, *arguments, **options)
+        return loss + abs(trainer.state.global_step - step), *rest
 
-        monkeypatch.setattr(AnswerTrainer, "prediction_step", moved)
-
-    return set_lowest
+    monkeypatch.setattr(AnswerTrainer, "prediction_step", moved)
 
 
 def test_held_out_loss_is_mean_instance_nll_and_does_not_affect_training(recipe):
@@ -77,8 +73,8 @@ def assert_resumes(recipe, whole, stop):
     assert run.environment["training"]["steps"] == whole.environment["training"]["steps"]
 
 
-def test_best_model_is_kept_and_early_stopping_resumes_bit_identically(recipe, lowest_at):
-    lowest_at(12)
+def test_best_model_is_kept_and_early_stopping_resumes_bit_identically(recipe, monkeypatch):
+    set_lowest(monkeypatch, 12)
     whole = fit(recipe("whole", **BEST), progress=False)
     losses = whole.metrics.dropna(subset="eval_loss").set_index("step")["eval_loss"]
     best, last = int(losses.idxmin()), int(losses.index[-1])
@@ -93,8 +89,8 @@ def test_best_model_is_kept_and_early_stopping_resumes_bit_identically(recipe, l
     assert_resumes(recipe("ended", max_steps=3), whole, at_the_end)
 
 
-def test_best_model_of_epochs_is_kept_with_checkpoints_at_other_steps(recipe, lowest_at):
-    lowest_at(10)
+def test_best_model_of_epochs_is_kept_with_checkpoints_at_other_steps(recipe, monkeypatch):
+    set_lowest(monkeypatch, 10)
     epochs = recipe("epochs", **BEST | {"eval_strategy": "epoch"})
     run = Run(fit_until(on("on_train_end", Mock(side_effect=KeyboardInterrupt)), epochs).path)
     best = int(run.metrics.dropna(subset="eval_loss").set_index("step")["eval_loss"].idxmin())
@@ -103,8 +99,8 @@ def test_best_model_of_epochs_is_kept_with_checkpoints_at_other_steps(recipe, lo
     assert_resumes(recipe("stopped", **BEST | {"eval_strategy": "epoch"}), fit(epochs, progress=False), at_best)
 
 
-def test_run_that_saves_only_the_best_stops_at_an_evaluated_step_without_a_new_best(recipe, lowest_at):
-    lowest_at(2)
+def test_run_that_saves_only_the_best_stops_at_an_evaluated_step_without_a_new_best(recipe, monkeypatch):
+    set_lowest(monkeypatch, 2)
     only_best = recipe("stopped", **HELD_OUT, save_strategy="best", max_steps=6)
     interrupt = on("on_step_end", lambda state, _: state.global_step == 4 and signal.raise_signal(signal.SIGINT))
     assert set(map(step_of, Run(fit_until(interrupt, only_best).path).checkpoints_path.iterdir())) == {2, 4}
