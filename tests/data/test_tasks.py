@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 from importlib import resources
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,13 +11,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from badit.data import Source, Task, builtin_tasks, hold_out, limit, load_tasks, mixture, ordered
-from data.examples import make_task
+from data.examples import make_task, write_rows
+from docs.pages import Page
 from refusals import refuses
 
 SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=5)
-BENCHMARK = Path(__file__).parents[2] / "docs/benchmark.md"
 # Published results use these orders: they must not change with the Python version or the code.
-ROWS = re.findall(r"^\| (s\w+-\d) \| ([\d, ]+) \|$", BENCHMARK.read_text(), flags=re.MULTILINE)
+ROWS = re.findall(r"^\| (s\w+-\d) \| ([\d, ]+) \|$", Page("docs/benchmark.md").text, flags=re.MULTILINE)
 PUBLISHED = {name: [int(number) for number in row.split(",")] for name, row in ROWS}
 SUPERNI = [f"task{number:03}_of_superni" for number in PUBLISHED["sapt-1"]]
 # A new hash means that all results on the suite change: update it only on purpose, and note it in the changelog.
@@ -66,8 +65,7 @@ def test_held_out_draw_is_deterministic_and_depends_on_seed_and_name():
 def test_no_training_prompt_contains_an_answer_that_is_held_out(tmp_path, system):
     turn = [{"role": "user", "content": "q {1}"}, {"role": "assistant", "content": "a{} {}"}]
     chats = [[{**m, "content": m["content"].format(c, t)} for t in range(3) for m in turn] for c in range(8)]
-    path = tmp_path / "chats.jsonl"
-    path.write_text("\n".join(json.dumps({"messages": system + chat}) for chat in chats))
+    path = write_rows(tmp_path / "chats.jsonl", *({"messages": system + chat} for chat in chats))
     (task,) = hold_out(load_tasks(Source(path, turns="all")), 4, seed=0)
     assert (len(task.train), len(task.validation)) == (18, 6)
     chat_of = lambda one: one.outputs[0].split()[0]  # noqa: E731
