@@ -4,12 +4,7 @@ from unittest.mock import patch
 
 import pytest
 
-from training.launches import OF_PROCESSES, Launches
-
-
-@pytest.fixture
-def launches(recipe_values, tmp_path, processes):
-    return Launches(recipe_values, tmp_path, processes)
+from training.launches import OF_PROCESSES
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,15 @@ from importlib.util import find_spec
 
 import pytest
 
-from training.launches import ENGINES, assert_same_run, assert_stops_and_resumes
+from training.launches import ENGINES, Launches, assert_same_run, assert_stops_and_resumes
 from training.test_checkpoints import put_code
 
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed; `make stress` installs it and runs this", allow_module_level=True)
 
 
-def test_two_processes_match_one_process_and_resume_bit_identically(launches, capsys, tmp_path):
+def test_two_processes_match_one_process_and_resume_bit_identically(recipe_values, tmp_path, processes, capsys):
+    launches = Launches(recipe_values, tmp_path, processes)
     launches.train_alone("one", batch=4)
     for engine in (name for name in ENGINES if name.startswith("deepspeed")):
         launches.train(engine, 2, engine)

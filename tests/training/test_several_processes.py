@@ -9,7 +9,8 @@ from training.launches import Launches, assert_same_run, assert_stops_and_resume
 from training.trainers import learned
 
 
-def test_two_processes_match_one_process_and_resume_in_one_or_three(launches, capsys):
+def test_two_processes_match_one_process_and_resume_in_one_or_three(recipe_values, tmp_path, processes, capsys):
+    launches = Launches(recipe_values, tmp_path, processes)
     launches.train_alone("one", batch=4)
     for engine in ("ddp", "fsdp2"):
         printed = launches.train(engine, 2, engine, launcher=True)
