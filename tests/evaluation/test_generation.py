@@ -73,19 +73,16 @@ def test_model_decoding_options_are_ignored_and_all_state_is_restored(model, tok
     tokenizer.padding_side = "right"
     own = model.generation_config
     own.do_sample, own.temperature, own.top_p, own.repetition_penalty, own.no_repeat_ngram_size = True, 2.0, 0.5, 9.0, 1
-
-    def assert_unchanged():
-        assert model.generation_config is own
-        assert tokenizer.padding_side == "right"
-
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert generate(model, tokenizer, prompts) == expected
-    assert_unchanged()
+    assert model.generation_config is own
+    assert tokenizer.padding_side == "right"
     monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(model, tokenizer, prompts)
-    assert_unchanged()
+    assert model.generation_config is own
+    assert tokenizer.padding_side == "right"
 
 
 @pytest.fixture
