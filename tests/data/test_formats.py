@@ -134,7 +134,7 @@ def test_row_layouts_without_a_task_name(tmp_path):
     assert task_of(tmp_path / "rows.jsonl", columns={"instruction": "about"}).definition == "Be brief."
     for key in ("splits", "tasks"):
         write_rows(tmp_path / "rows.csv", {"question": "Why?", "answer": "So.", key: "test"})
-        assert f"found '{key}', did you mean '{key[:-1]}'?" in refusal(tmp_path / "rows.csv")
+        assert refusal(tmp_path / "rows.csv").endswith(f"row 1: found '{key}', did you mean '{key[:-1]}'?")
 
 
 def test_columns_instruction_and_class_labels_of_a_saved_dataset(tmp_path):
