@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import badit
-from materials import make_material
+from materials import make_material, make_recipe
 
 ROOT = Path(__file__).parent
 FILE = ROOT / "golden.json"
@@ -45,14 +45,10 @@ COMPARED = {"lora": {"name": "lora", "r": 8}, "badit": {**_BAD, "regroup": {}}}
 
 
 def recipe(material: Path, output: Path, method: dict[str, Any], **data: Any) -> dict[str, Any]:
-    return {
-        "model": {"name": str(material / "model"), "dtype": "float32"},
-        "data": {"source": str(material / "tasks.jsonl"), **data},
-        "method": method,
-        "training": {"max_steps": _STEPS, "per_device_train_batch_size": 4, "learning_rate": 0.01, "logging_steps": 1},
-        "evaluation": {"batch_size": 8, "max_new_tokens": 4},
-        "output": str(output),
-    }
+    values = make_recipe(material / "model", material / "tasks.jsonl", output) | {"method": method}
+    training = {"max_steps": _STEPS, "per_device_train_batch_size": 4, "learning_rate": 0.01, "logging_steps": 1}
+    values |= {"training": training, "evaluation": {"batch_size": 8, "max_new_tokens": 4}}
+    return {**values, "data": {**values["data"], **data}}
 
 
 def train_method(name: str, material: Path, output: Path) -> dict[str, Any]:
