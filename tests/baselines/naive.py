@@ -155,12 +155,10 @@ def weights(method, model, prompt):
 
 def branch_forward(layer, x, a):
     """Returns y = W x + b + s Σ_i a_i B_i A_i x for the positions x (T, I) of one row."""
-    options, x, y = layer.badit_config["default"], reference.float64(x), reference.float64(layer.get_base_layer()(x))
     A = np.concatenate([reference.float64(p["default"]) for p in (layer.badit_A_past, layer.badit_A)])
     B = np.concatenate([reference.float64(p["default"]) for p in (layer.badit_B_past, layer.badit_B)], axis=1)
-    for weight, (b_i, a_i) in zip(a, experts("o-lora", A, B, len(a)), strict=True):
-        y = y + options.lora_alpha / options.r * weight * (x @ a_i.T @ b_i.T)
-    return y
+    parts = [(weight, *pair) for weight, pair in zip(a, experts("o-lora", A, B, len(a)), strict=True)]
+    return forward_by_position(layer, x, lambda where: parts)
 
 
 def penalty(layer):
