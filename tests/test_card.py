@@ -16,16 +16,16 @@ PAPER = "https://arxiv.org/abs/2605.05676"
 
 def make_run(folder, task="capitals", **sections):
     """Creates the files of a finished run, without training."""
-    recipe, run = build_recipe({**sections, "output": str(folder)}), Run.at(folder)
+    run = Run.at(folder)
     run.adapter_path.mkdir(parents=True)
-    run.config_path.write_text(dump_recipe(recipe))
+    run.config_path.write_text(dump_recipe(build_recipe({**sections, "output": str(folder)})))
     scores, training = {"rouge_l": 51.25, "exact_match": 40.0}, {"trainable_parameters": 1_234_567, "steps": 80}
     write_json(run.scores_path, {**scores, "tasks": {task: {**scores, "instances": 4}}})
     write_json(run.environment_path, {"packages": {"torch": "2.13.0"}, "training": training})
-    return run, recipe
+    return run
 
 
-def card_of(run, recipe, **options):
+def card_of(run, **options):
     return ModelCard(model_card(run, **options))
 
 
@@ -35,7 +35,7 @@ def html_of(card):
 
 def test_card_has_scores_data_options_and_loading_code(tmp_path):
     data = {"source": ["$NOT_SET/my-tasks.jsonl", "/home/someone/others.csv"]}
-    card = card_of(*make_run(tmp_path / "mine", data=data, training={"deepspeed": "/home/someone/zero.json"}))
+    card = card_of(make_run(tmp_path / "mine", data=data, training={"deepspeed": "/home/someone/zero.json"}))
     expected = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "base_model_relation": "adapter"}
     expected |= {"library_name": "peft", "license": "apache-2.0", "pipeline_tag": "text-generation"}
     assert card.data.to_dict() == {**expected, "tags": ["badit", "multi-task"]}
@@ -55,40 +55,40 @@ def test_card_has_scores_data_options_and_loading_code(tmp_path):
 
 def test_loading_code_for_baselines_lora_and_exports(tmp_path):
     other = make_run(tmp_path / "other", method={"name": "loramoe"}, model={"name": "org/base"})
-    text = card_of(*other, address="org/tuned").text
+    text = card_of(other, address="org/tuned").text
     assert "import badit.baselines" in text
     assert 'AutoModelForCausalLM.from_pretrained("org/base")' in text
     assert 'PeftModel.from_pretrained(base, "org/tuned")' in text
-    assert "pip install" not in card_of(*make_run(tmp_path / "lora", method={"name": "lora"})).text
+    assert "pip install" not in card_of(make_run(tmp_path / "lora", method={"name": "lora"})).text
     run = make_run(tmp_path / "run", model={"name": "org/base"})
-    lora = card_of(*run, export={"rank": 64, "mixture": "the mean over 2 tasks"})
+    lora = card_of(run, export={"rank": 64, "mixture": "the mean over 2 tasks"})
     assert 'AutoPeftModelForCausalLM.from_pretrained("FOLDER")' in lora.text
     assert "badit." not in lora.text.partition("```python")[2].partition("```")[0]
     assert lora.data.tags == ["badit", "multi-task", "lora"]
     assert "the mean over 2 tasks" in lora.text
     compressed = {"rank": 8, "exact_rank": 64, "mixture": None, "relative_error": {"total": 0.403}}
-    assert "compressed from rank 64 to 8, with a relative error of 0.4," in card_of(*run, export=compressed).text
-    pinned = card_of(*make_run(tmp_path / "pinned", model={"name": "org/base", "revision": "v1"}))
+    assert "compressed from rank 64 to 8, with a relative error of 0.4," in card_of(run, export=compressed).text
+    pinned = card_of(make_run(tmp_path / "pinned", model={"name": "org/base", "revision": "v1"}))
     assert 'AutoModelForCausalLM.from_pretrained("org/base", revision="v1")' in pinned.text
     assert "<td>model.revision</td>\n<td>v1</td>" in html_of(pinned)
-    merged = card_of(*run, export={"rank": None, "mixture": None}, address="org/merged")
+    merged = card_of(run, export={"rank": None, "mixture": None}, address="org/merged")
     assert merged.data.library_name == "transformers"
     assert 'AutoModelForCausalLM.from_pretrained("org/merged")' in merged.text
 
 
 def test_base_model_licence_is_read_from_its_card(tmp_path):
     (tmp_path / "base").mkdir()
-    run, recipe = make_run(tmp_path / "run", model={"name": str(tmp_path / "base")})
-    assert (hub_id(recipe), card_of(run, recipe).data.license) == (None, None)
+    run = make_run(tmp_path / "run", model={"name": str(tmp_path / "base")})
+    assert (hub_id(run.recipe), card_of(run).data.license) == (None, None)
     for header, licence in (("license: gemma\n---\n# A model", "gemma"), ("license: [\n---", None), ("- a\n---", None)):
         (tmp_path / "base" / "README.md").write_text(f"---\n{header}\n")
-        assert card_of(run, recipe).data.license == licence, header
+        assert card_of(run).data.license == licence, header
 
 
 @pytest.mark.filterwarnings("error")
 def test_text_from_data_is_escaped(tmp_path):
     run = make_run(tmp_path / "a`<b>", HOSTILE, data={"source": f"/x/{HOSTILE.replace('/', '')}"})
-    card = card_of(*run, export={"rank": 4, "mixture": HOSTILE})
+    card = card_of(run, export={"rank": 4, "mixture": HOSTILE})
     assert card.data.license == "apache-2.0"
     page, text = html_of(card), str(card).replace(PAPER, "")
     assert [each for each in ("<script", "<!--", "<img") if each in page] == []

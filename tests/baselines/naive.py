@@ -35,8 +35,8 @@ def config(method, **options):
     return config_cls(**{"lora_dropout": 0.0, "task_type": "CAUSAL_LM", **SMALL[method], **options})
 
 
-def gate(model, adapter="default"):
-    return model.base_model.badit_gate[adapter]
+def gate(model):
+    return model.base_model.badit_gate["default"]
 
 
 def adapt(model, method, **options):
