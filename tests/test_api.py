@@ -28,7 +28,6 @@ def test_workflow_from_recipe_to_report(recipe_file, tmp_path, capfd):
     for metric in ("rouge_l", "exact_match"):
         assert scores[metric].to_dict() == {task: entry[metric] for task, entry in tasks.items()}
     assert run.metrics.dropna(subset="loss")["step"].tolist() == [1, 2, 3]
-    assert run.environment["training"]["steps"] == 3
     assert run.tables == {}
     assert "rivers" in run._repr_html_()
     pd.testing.assert_frame_equal(run.evaluate(progress=False), run.scores)
@@ -39,7 +38,6 @@ def test_workflow_from_recipe_to_report(recipe_file, tmp_path, capfd):
     assert "default" in run.load()[0].peft_config
 
     exported = run.export(tmp_path / "exported", score=True, progress=False).folder
-    assert (exported / "adapter_model.safetensors").is_file()  # tests/export checks its content
     assert read_json(exported / "scores.json")["tasks"]["rivers"]["routed"] == scores["rouge_l"]["rivers"]
 
     tables = run.analyze(instances=2, progress=False)
