@@ -60,8 +60,6 @@ def test_make_recipe_accepts_file_dict_or_recipe(recipe_file, recipe_values):
         made = make_recipe(given, {"training": {"num_train_epochs": 3}, "output": Path("elsewhere")})
         training = recipe.training.model_copy(update={"num_train_epochs": 3.0})
         assert (made.training, made.output) == (training, "elsewhere")
-        other = make_recipe(given, {"method": {"name": "lora", "r": 3}})
-        assert other.method == {"name": "lora", "r": 3}, "another method must not inherit the options"
     assert recipe_values["training"]["num_train_epochs"] == 2, "the given values must not change"
     recipe_file.write_text("")
     assert make_recipe(recipe_file, {}) == Recipe()
