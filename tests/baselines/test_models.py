@@ -116,8 +116,8 @@ def test_merge_mixed_adapters_and_unsupported_layers_are_refused(tiny_model, met
         refuses(r"no single weight to merge into; keep it as an adapter \(unload\(\)", merge)
     name = config(method).method
     refuses(f"adapter_names: {name} cannot mix adapters", model, input_ids=IDS, adapter_names=["default"] * 3)
-    base, norms = tiny_model("llama"), ["input_layernorm"]
-    refuses(f"RMSNorm; {name} adapts nn.Linear and Conv1D", adapt, base, method, target_modules=norms)
+    message = f"input_layernorm is a LlamaRMSNorm; {name} adapts nn.Linear and Conv1D: change target_modules"
+    refuses(message, adapt, tiny_model("llama"), method, target_modules=["input_layernorm"])
 
 
 @pytest.mark.parametrize("family", naive.FAMILIES)
