@@ -97,7 +97,6 @@ def test_check_reports_invalid_recipes_without_creating_a_run(recipe_values, tmp
     for values, message in (
         ({"method": {"name": "badit", "num_experts": 8, "r": 40}}, "320 singular triples do not fit"),
         ({"model": {"name": "no-such-folder"}}, "not an existing folder"),
-        ({"prompt": {"max_source_tokens": 1024, "encoding": "def+pos2"}, "data": {"max": 1}}, "data.max: unknown key"),
         ({"training": {"load_best_model_at_end": True}}, "load_best_model_at_end needs eval_strategy"),
         ({"training": {"early_stopping_patience": 2}}, "early_stopping_patience needs load_best_model_at_end: true$"),
         ({"data": {"validation_per_task": 2}, "training": unsaved}, "needs eval_strategy and save_strategy"),
