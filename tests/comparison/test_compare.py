@@ -90,7 +90,7 @@ def test_finished_comparison_is_reused_and_other_recipes_are_refused(searched, m
         damaged.write_text(was)
 
 
-def test_failed_cell_does_not_stop_others_and_is_retried(values, inline, monkeypatch, command):
+def test_failed_cell_does_not_stop_others_and_is_retried(values, inline, monkeypatch):
     values["compare"]["methods"] = {"neurons": {"name": "task-neurons"}, **LORA}
     run = {**values, "output": f"{values['output']}-of-a-run"}
     Run.prepare(build_recipe({key: value for key, value in run.items() if key != "compare"}))
@@ -102,7 +102,6 @@ def test_failed_cell_does_not_stop_others_and_is_retried(values, inline, monkeyp
         failed, done = results["cells"]
         assert (failed["status"], failed["error"], done["status"]) == ("failed", "no room for neurons", "done")
         assert any("neurons/lr-0.01/seed-0: FAILED (no room for neurons)" in line for line in lines)
-        assert "failed: neurons, seed 0, learning rate 0.01" in command("table", values["output"])
         inline.clear()
         assert compared(values) == results
         assert inline == ["neurons/lr-0.01/seed-0"], "only the failed cell is retried"
@@ -156,7 +155,7 @@ def test_search_with_other_settings_has_its_own_folder(values, inline):
     refuses(r"search/.*run of another recipe .it differs in .*training\.max_steps", compared, values)
 
 
-def test_sequential_comparison_with_two_orders_and_single_task_models(values, inline, command, monkeypatch):
+def test_sequential_comparison_with_two_orders_and_single_task_models(values, inline, monkeypatch):
     orders = [["rivers", "cities"], ["cities", "rivers"]]
     values["compare"] |= {"methods": {**LORA, "base": {"name": "base"}}, "orders": orders, "single_task": ["lora"]}
     own = worker.exclusive
@@ -197,7 +196,6 @@ def test_sequential_comparison_with_two_orders_and_single_task_models(values, in
     summary = summarise(load_results(values["output"]))
     assert summary["runs"].tolist() == [2, 1, 1]
     assert summary["forward_transfer_mean"].notna().tolist() == [True, False, False]
-    assert "FWT" in command("table", values["output"])
 
 
 @pytest.mark.parametrize(
