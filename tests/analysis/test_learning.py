@@ -19,6 +19,7 @@ from tuner import helpers
 
 FIELDS = ("intra_degrees", "inter_degrees", "intra_abs_cos", "inter_abs_cos")
 NAME = "model.layers.1.mlp.gate_proj.default"
+ALONE = "lora, one model per task"
 
 
 def regrouping(step, before=(0, 0, 1, 1), after=(1, 0, 0, 1), **angles):
@@ -92,8 +93,6 @@ def test_no_angles_with_shared_A_and_none_within_experts_of_rank_1(tiny_model):
 
 
 # --- tasks ---
-
-ALONE = "lora, one model per task"
 
 
 def comparison_folder(tmp_path, cells, protocol="mixed"):

@@ -10,6 +10,10 @@ from nltk.stem.porter import PorterStemmer
 from badit.metrics import exact_match, normalize_answer, rouge_l
 from refusals import refuses
 
+WORDS = ["the", "The", "cats", "cat", "running", "runs,", "relational", "on-off", "a", "12.", "?", "中文", "İ"]
+SENTENCES = st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)
+REFERENCES = st.lists(SENTENCES, min_size=1, max_size=3)
+
 
 def naive_tokens(text):
     return [PorterStemmer().stem(word) if len(word) > 3 else word for word in re.findall("[a-z0-9]+", text.lower())]
@@ -30,11 +34,6 @@ def naive_rouge_l(prediction, reference):
         return 0.0
     precision, recall = common / len(answer), common / len(target)
     return 100 * 2 * precision * recall / (precision + recall)
-
-
-WORDS = ["the", "The", "cats", "cat", "running", "runs,", "relational", "on-off", "a", "12.", "?", "中文", "İ"]
-SENTENCES = st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)
-REFERENCES = st.lists(SENTENCES, min_size=1, max_size=3)
 
 
 @given(SENTENCES, REFERENCES, SENTENCES)

@@ -18,6 +18,7 @@ PROPERTY = settings(deadline=None, max_examples=40)
 _SEED = st.integers(0, 2**32 - 1)
 _EXPERTS_AND_SIZE = st.tuples(st.integers(1, 5), st.integers(1, 4))
 _SOLVER = st.sampled_from(["swap", "paper"])
+_DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
 
 # Gradients (components, dimensions): random ones, and ones whose clustering is degenerate.
 _GRADIENTS = {
@@ -55,9 +56,6 @@ def planted_gradients(seed, num_experts=8, size=4, dimensions=200, noise=0.06):
 def gradient_pair(seed, components=6, in_features=9, out_features=5):
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(size, generator=generator) for size in ((components, in_features), (out_features, components)))
-
-
-_DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
 
 
 @PROPERTY

@@ -15,6 +15,9 @@ from badit.report.sources import read_sources
 from report.samples import SMALL, TASKS, tables, write_comparison, write_run, write_sequence
 
 FRAMES = tables()
+# The frame ``gradient_cosines`` of a source, without and with the overall cosines.
+PAIRS = FRAMES["gradient_pairs"].assign(parameters="adapter")
+COSINES = pd.concat([PAIRS, FRAMES["gradient_overall"].assign(layer="all", module="all")])
 
 
 def chart_values(chart):
@@ -29,11 +32,6 @@ def chart_values(chart):
 def cell_values(chart, key):
     """Returns the values that a heat map shows for a choice, by row and column."""
     return chart_values(chart).set_index(["row", "column"])[key].dropna().to_dict()
-
-
-# The frame ``gradient_cosines`` of a source, without and with the overall cosines.
-PAIRS = FRAMES["gradient_pairs"].assign(parameters="adapter")
-COSINES = pd.concat([PAIRS, FRAMES["gradient_overall"].assign(layer="all", module="all")])
 
 
 def test_gradient_cosines_are_means_for_the_chosen_layer_and_module(monkeypatch):

@@ -14,6 +14,11 @@ from tuner.helpers import CLUSTERS, KINDS, adapt, base_layer, config, layers, lo
 
 IN, OUT, GATES = 12, 10, ("mean_one", "softmax")
 MASK = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]]).bool()
+OPTIONS = [
+    *({"routing": r, "gates": g, "top_k": k} for r in ("prompt", "token") for g in GATES for k in (None, 1, 2)),
+    *({"init_weights": w, "router_input": r} for w in ("bad", "lora", "directions") for r in ("mean", "standardised")),
+    CLUSTERS,
+]
 
 
 def naive_gates(layer, x, mask):
@@ -58,13 +63,6 @@ def batch(dtype=torch.float64):
 def run(layer, x, mask):
     layer.routing._running = ForwardPass(lambda: (mask, None), begun_with_gradients=torch.is_grad_enabled())
     return layer(x)
-
-
-OPTIONS = [
-    *({"routing": r, "gates": g, "top_k": k} for r in ("prompt", "token") for g in GATES for k in (None, 1, 2)),
-    *({"init_weights": w, "router_input": r} for w in ("bad", "lora", "directions") for r in ("mean", "standardised")),
-    CLUSTERS,
-]
 
 
 @pytest.mark.parametrize("kind", KINDS)
