@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 import badit.analysis as module
-from badit import analyze
+from badit import analyze, train
 from badit.analysis.tables import load_frames
 from badit.cli import main
-from badit.recipe import build_recipe
 from refusals import refuses
 from report.samples import write_comparison
-from training.trainers import change_tensors, train_and_score
+from training.trainers import change_tensors
 
 PAIRS = {"gradient_pairs", "gradient_overall", "coactivation_pairs"}
 INTERFERENCE = PAIRS | {"gradient_summary", "gradient_tasks", "coactivation", "coactivation_tasks"}
@@ -21,14 +20,8 @@ EXPERTS = {"gates", "gate_similarity", "expert_losses", "nearest_prompts", "abil
 EXPERTS |= {"expert_angles", "component_flow"}
 
 
-def finished_run(recipe_values):
-    recipe = build_recipe(recipe_values)
-    train_and_score(recipe)
-    return Path(recipe.output)
-
-
 def test_run_with_experts_has_all_tables_and_skips_finished_parts(recipe_values, monkeypatch):
-    run = finished_run(recipe_values)
+    run = train(recipe_values, progress=False).path
     with monkeypatch.context() as patch:
         patch.setattr(module, "ability_atlas", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -76,11 +69,12 @@ def test_run_with_experts_has_all_tables_and_skips_finished_parts(recipe_values,
 )
 def test_tables_depend_on_tasks_order_and_method(recipe_values, data, method, tables):
     recipe_values["data"] |= data
-    assert analyze(finished_run(recipe_values | method), instances=4, progress=False).keys() == tables
+    run = train(recipe_values | method, progress=False)
+    assert analyze(run.path, instances=4, progress=False).keys() == tables
 
 
 def test_report_in_another_folder_shows_the_runs_scores(recipe_values, tmp_path):
-    run, apart = finished_run(recipe_values), tmp_path / "apart"
+    run, apart = train(recipe_values, progress=False).path, tmp_path / "apart"
     assert main(["analyze", str(run), "--instances", "2", "-o", str(apart)]) == 0
     assert not (run / "analysis").exists()
     page = (apart / "report.html").read_text()
