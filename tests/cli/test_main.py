@@ -32,7 +32,6 @@ def test_every_command_and_parameter_has_help(command):
     ("statement", "heavy"),
     [
         ("import badit", "numpy torch transformers peft pydantic"),
-        ("import badit.recipe as r; r.build_recipe({}, ['training.seed=2'])", "torch"),
         ("from badit.cli import main; main(['train', 'superni-cpu', 'data.source=nowhere.csv'])", "torch transformers"),
         *((f"from badit.cli import main; main({words!r})", "torch transformers peft pydantic")
           for words in (["--help"], ["train", "--help"], ["--version"])),
