@@ -1,7 +1,6 @@
 """Experts on quantised base weights: initialised from the dequantised weights, trained and saved; the base is kept."""
 
 from importlib.util import find_spec
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -12,7 +11,6 @@ from torch.testing import assert_close
 
 from badit.errors import BaditError
 from badit.evaluate import evaluate
-from badit.files import read_jsonl
 from badit.models import Quantisation, load_base_model
 from badit.recipe import build_recipe
 from badit.run import Run
@@ -110,7 +108,7 @@ def test_base_weights_repacked_for_the_cpu_are_refused(load):
 def test_recipe_with_a_quantised_model_trains_and_scores(recipe_values, kind):
     recipe = build_recipe(recipe_values, [f"model.quantisation={kind}"])
     scores = train_and_score(recipe)
-    losses = [line["loss"] for line in read_jsonl(Path(recipe.output) / "metrics.jsonl")]
+    losses = Run(recipe.output).metrics["loss"].tolist()
     assert losses[-1] < losses[0]
     assert evaluate(Run(recipe.output), progress=False) == scores
 
