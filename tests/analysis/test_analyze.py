@@ -2,14 +2,12 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 import badit.analysis as module
 from badit import analyze, train
 from badit.analysis.tables import load_frames
-from badit.cli import main
 from refusals import refuses
 from report.samples import write_comparison
 from training.trainers import change_tensors
@@ -20,7 +18,7 @@ EXPERTS = {"gates", "gate_similarity", "expert_losses", "nearest_prompts", "abil
 EXPERTS |= {"expert_angles", "component_flow"}
 
 
-def test_run_with_experts_has_all_tables_and_skips_finished_parts(recipe_values, monkeypatch):
+def test_run_with_experts_has_all_tables_and_skips_finished_parts(recipe_values, task_file, monkeypatch):
     run = train(recipe_values, progress=False).path
     with monkeypatch.context() as patch:
         patch.setattr(module, "ability_atlas", lambda *a, **k: 1 / 0)
@@ -46,8 +44,7 @@ def test_run_with_experts_has_all_tables_and_skips_finished_parts(recipe_values,
     assert list(record["parts"]) == ["interference", "experts", "learning"]
     message = r"analysis: belongs to .* or to other settings; delete it and analysis\."
     refuses(message, analyze, run, instances=3, progress=False)
-    source = Path(recipe_values["data"]["source"])
-    for file, word in ((run / "adapter" / "adapter_model.safetensors", b"layers"), (source, b"rivers")):
+    for file, word in ((run / "adapter" / "adapter_model.safetensors", b"layers"), (task_file, b"rivers")):
         content = file.read_bytes()
         file.write_bytes(content.replace(word, word.upper()))
         refuses("belongs to another run, model or data", analyze, run, instances=2, progress=False)
@@ -73,9 +70,9 @@ def test_tables_depend_on_tasks_order_and_method(recipe_values, data, method, ta
     assert analyze(run.path, instances=4, progress=False).keys() == tables
 
 
-def test_report_in_another_folder_shows_the_runs_scores(recipe_values, tmp_path):
+def test_report_in_another_folder_shows_the_runs_scores(recipe_values, tmp_path, command):
     run, apart = train(recipe_values, progress=False).path, tmp_path / "apart"
-    assert main(["analyze", str(run), "--instances", "2", "-o", str(apart)]) == 0
+    command("analyze", run, "--instances", 2, "-o", apart)
     assert not (run / "analysis").exists()
     page = (apart / "report.html").read_text()
     assert "scores.json</code>" in page

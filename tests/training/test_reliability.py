@@ -91,21 +91,20 @@ def test_moved_run_uses_its_current_folder(recipe_file, recipe_values, tmp_path)
     assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
 
 
-def test_run_with_changed_tasks_or_base_weights_is_refused(run, recipe_file, recipe_values, command):
-    source = Path(recipe_values["data"]["source"])
+def test_run_with_changed_tasks_or_base_weights_is_refused(run, recipe_file, task_file, model_folder, command):
     shutil.rmtree(run.adapter_path)
     run.scores_path.unlink()
-    lines = source.read_text().splitlines(keepends=True)
+    lines = task_file.read_text().splitlines(keepends=True)
     of_one = [line for line in lines if '"cities"' in line]
     added = [line.replace('"rivers"', '"lakes"') for line in lines if '"rivers"' in line]
     longer = [*lines, lines[-1].replace('"input": "', '"input": "more ')]
     for changed, name in ((lines + added, "lakes"), (of_one, "rivers"), (lines[:-1], "rivers"), (longer, "rivers")):
-        source.write_text("".join(changed))
+        task_file.write_text("".join(changed))
         assert f"{run.path}: task {name} changed since the run began" in command("train", recipe_file, code=2)
     assert main(["train", str(recipe_file), "--allow-changed-inputs"]) == 0
     assert len(run.environment["changed_inputs"]) == 1
-    weights = Path(recipe_values["model"]["name"], "model.safetensors")
-    change_tensors(lambda tensors: {name: tensor * 1.5 for name, tensor in tensors.items()})(weights)
+    larger = change_tensors(lambda tensors: {name: tensor * 1.5 for name, tensor in tensors.items()})
+    larger(model_folder / "model.safetensors")
     assert "changed since the run was trained; restore it" in command("evaluate", run.path, code=2)
     shutil.rmtree(run.adapter_path)
     run.scores_path.unlink()
@@ -167,8 +166,8 @@ def test_prompts_beyond_model_positions_are_refused_by_commands(tiny_model, reci
         ("{{ ''.__class__.__mro__ }}", r"chat_template: (cannot be rendered|the rendered prompt lacks)"),
     ],
 )
-def test_chat_template_that_raises_or_loses_text_is_refused(recipe_file, recipe_values, command, template, message):
-    (Path(recipe_values["model"]["name"]) / "chat_template.jinja").write_text(template)
+def test_chat_template_that_raises_or_loses_text_is_refused(recipe_file, model_folder, command, template, message):
+    (model_folder / "chat_template.jinja").write_text(template)
     assert re.search(message, command("train", recipe_file, code=2))
 
 
