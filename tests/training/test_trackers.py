@@ -4,7 +4,6 @@ import pandas as pd
 import pytest
 
 from badit import BaditError, Run, train
-from badit.files import read_jsonl
 from badit.recipe import build_recipe
 from badit.train import fit
 from training.trainers import fit_until
@@ -27,7 +26,7 @@ def test_tensorboard_has_losses_and_regroupings_of_a_resumed_run_once(recipe_val
     assert list(scalars("train/loss")) == [*range(1, 13)]
     assert scalars("train/loss") == pytest.approx(run.metrics.set_index("step")["loss"].to_dict())
     assert not any(key.startswith("regroup/") for key in run.metrics)
-    means = pd.DataFrame(read_jsonl(run.regroupings_path)).groupby("step").mean(numeric_only=True)
+    means = pd.DataFrame(run.log(run.regroupings_path)).groupby("step").mean(numeric_only=True)
     for field in ("objective_before", "objective_after", "components_moved"):
         assert scalars(f"train/regroup/{field}") == pytest.approx(means[field].to_dict(), rel=1e-5)
     assert scalars("train/regroup/intra_degrees").keys() == {6, 9}, "angles are measured on the following steps"
