@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -110,12 +109,11 @@ def test_demo_compares_and_writes_a_report(fails, recipe_values, monkeypatch, ca
     assert "lora" in (output / "report.html").read_text()
 
 
-def test_evaluate_prints_the_scores_of_the_chosen_split(recipe_file, recipe_values, command):
+def test_evaluate_prints_the_scores_of_the_chosen_split(recipe_file, tmp_path, command):
     command("train", recipe_file, "training.max_steps=1", "data.validation_per_task=2")
-    run = Path(recipe_values["output"])
-    (run / "scores.json").unlink()
-    shown = command("evaluate", run, "--split", "validation").split()
-    assert shown[-1] == f"{read_json(run / 'scores-validation.json')['nll']:.3f}"
+    (tmp_path / "run" / "scores.json").unlink()
+    shown = command("evaluate", tmp_path / "run", "--split", "validation").split()
+    assert shown[-1] == f"{read_json(tmp_path / 'run' / 'scores-validation.json')['nll']:.3f}"
 
 
 def test_init_train_and_analyze_turn_a_csv_into_scores_and_a_report(tiny_built_in, tmp_path, monkeypatch, capsys):
