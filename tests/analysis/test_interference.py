@@ -18,6 +18,7 @@ from tuner.helpers import adapted
 
 SIZES = {"rivers": 5, "cities": 4, "jokes": 1}  # a single instance cannot be split in halves
 SHARE = 0.2
+VECTORS = st.lists(st.lists(st.floats(-4, 4, width=16), min_size=3, max_size=3), min_size=5, max_size=5)
 
 
 def sketched(vectors_RN, size, seed):
@@ -64,11 +65,9 @@ def test_inner_products_are_unbiased_with_bounded_variance(kind):
 
 # --- agreement of tasks ---
 
-vectors = st.lists(st.lists(st.floats(-4, 4, width=16), min_size=3, max_size=3), min_size=5, max_size=5)
-
 
 @settings(deadline=None, max_examples=100)
-@given(vectors, vectors)
+@given(VECTORS, VECTORS)
 def test_agreement_matches_naive_formulas(of_a, of_b):
     instances = [torch.tensor(of).double() for of in (of_a, of_b[:4])]
     sums_R = torch.stack([of[half::2].sum(dim=0) for of in instances for half in (0, 1)])
