@@ -12,7 +12,6 @@ from badit.export import export
 from comparison.cells import InlineCell, compare_module
 from docs.pages import ROOT, Page, pages
 
-_BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 QUICKSTART = Page("docs/quickstart.md")  # tested separately, because its commands depend on the previous ones
 # tests/test_examples.py runs the README's code.
 WITH_CODE = [page for page in pages() if page.blocks("python") and page not in (QUICKSTART, Page("README.md"))]
@@ -57,7 +56,7 @@ def test_dry_runs_with_own_data_succeed(material, tmp_path):
 
 def test_quickstart_runs_and_writes_its_report(tmp_path):
     commands, names = iter(QUICKSTART.commands()), {}
-    for language, block in _BLOCK.findall(QUICKSTART.text):
+    for language, block in re.findall(r"^```(python|sh)\n(.*?)^```", QUICKSTART.text, flags=re.DOTALL | re.MULTILINE):
         if language == "python":
             exec(compile(block, QUICKSTART.path, "exec"), names)
             continue

@@ -26,7 +26,6 @@ from training.trainers import assert_same, learned
 TESTS = Path(__file__).parents[1]
 SCRIPT = TESTS / "training" / "ranks.py"
 FSDP2 = ["--config_file", str(TESTS.parent / "docs" / "fsdp2.yaml")]
-SHARDED_STATE = [*FSDP2, "--fsdp_state_dict_type", "SHARDED_STATE_DICT"]
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 SHARDED_ON_CPU = {**ON_CPU, "BADIT_SHARD_ON_CPU": "1"}
 # By default, stage 3 does not partition small parameters. This configuration partitions all of them.
@@ -38,7 +37,7 @@ OF_PROCESSES = {"PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore", "OMP_NUM_T
 ENGINES: dict[str, tuple[list[str] | None, dict[str, str]]] = {
     "ddp": (None, ON_CPU),
     "fsdp2": (FSDP2, SHARDED_ON_CPU),
-    "fsdp2, sharded state": (SHARDED_STATE, SHARDED_ON_CPU),
+    "fsdp2, sharded state": ([*FSDP2, "--fsdp_state_dict_type", "SHARDED_STATE_DICT"], SHARDED_ON_CPU),
     "deepspeed, stage 2": (["--use_deepspeed", "--zero_stage", "2"], {}),
     "deepspeed, stage 3": (["--use_deepspeed", "--zero_stage", "3"], {}),
     "deepspeed, all divided": (ALL_DIVIDED, {}),
