@@ -1,13 +1,15 @@
-"""The baselines of the speed benchmarks compute the same result, and the results page is up to date."""
+"""The benchmarks: speed baselines compute the same result, the results page is up to date, noise has its causes."""
 
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from badit import BaditConfig
+from badit.statistics import paired_bootstrap
 from badit.tuner import BaditModel
 from training.trainers import PAPER
 from tuner.helpers import gradients, randomise
@@ -15,13 +17,29 @@ from tuner.helpers import gradients, randomise
 
 def load_script(script):
     """Returns the globals of a benchmark script. Its folder on sys.path would shadow packages of the tests."""
-    return runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "speed" / f"{script}.py"))
+    return runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / f"{script}.py"))
 
 
 def test_results_page_is_up_to_date():
-    table = load_script("table")
+    table = load_script("speed/table")
     page = table["PAGE"].read_text(encoding="utf-8")
     assert table["render"](page) == page
+
+
+def test_noise_is_separated_into_seeds_instances_and_single_scores():
+    components, rng = load_script("noise")["components"], np.random.default_rng(0)
+    found = components([np.array([[0.0], [3.0], [6.0]]) + np.array([0.0, 2.0, 4.0, 6.0])])
+    assert found == pytest.approx({
+        "difference": 6, "seeds": np.sqrt(9 / 3), "instances": np.sqrt(20 / 3 / 4), "single scores": 0,
+        "all": np.sqrt(3 + 5 / 3), "bootstrap": np.sqrt(3 + 5 / 3),
+    })  # fmt: skip
+    seeds, size = rng.normal(size=(400, 1)), (400, 50)
+    tasks = {name: 0.2 * seeds + rng.normal(size=50) + 5 * rng.normal(size=size) for name in ("a", "b")}
+    found, known = components(list(tasks.values())), paired_bootstrap(tasks)
+    assert found["single scores"] == pytest.approx(5 / np.sqrt(400 * 50 * 2), rel=0.05)
+    assert found["instances"] == pytest.approx(1 / np.sqrt(50 * 2), rel=0.2)
+    assert found["seeds"] == pytest.approx(0.2 / np.sqrt(400), rel=0.5)
+    assert (known.high - known.low) / 3.92 == pytest.approx(found["bootstrap"], rel=0.05)
 
 
 @pytest.mark.parametrize("per_sequence", [False, True])
@@ -38,7 +56,7 @@ def test_loop_implementations_match_outputs_and_gradients(per_sequence):
         return output.detach(), gradients(model)
 
     output, wide = output_and_gradients()
-    load_script("loops")["use_loops"](model, per_sequence=per_sequence)
+    load_script("speed/loops")["use_loops"](model, per_sequence=per_sequence)
     found, usual = output_and_gradients()
     torch.testing.assert_close(found, output, rtol=1e-4, atol=1e-5)
     assert usual.keys() == wide.keys()
