@@ -169,14 +169,18 @@ def optimizer_of(model):
     return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01)
 
 
+class InOrder(Trainer):
+    def get_train_dataloader(self):
+        return self.accelerator.prepare(DataLoader(batches(), batch_size=None))
+
+
 def train_by_trainer(model, folder, accumulated):
     arguments = {"max_steps": BATCHES // accumulated, "gradient_accumulation_steps": accumulated, "max_grad_norm": 0}
     args = TrainingArguments(output_dir=str(folder), save_strategy="no", **QUIET, **arguments)
     optimizer = optimizer_of(model)
     data = {"train_dataset": batches(), "callbacks": [RegroupCallback(every=2, stop=1.0)]}
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    trainer = Trainer(model, args, optimizers=(optimizer, constant), **data)
-    trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(DataLoader(batches(), batch_size=None))
+    trainer = InOrder(model, args, optimizers=(optimizer, constant), **data)
     trainer.model_accepts_loss_kwargs = False  # use the mean over each batch, as the loop below does
     trainer.train()
 
