@@ -8,7 +8,7 @@ from statistics import median
 
 ROOT = Path(__file__).parents[1]
 SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 15_002, 71, 500
-TEST_LINES = 15_920
+TEST_LINES = 15_925
 
 
 def lines(folder: Path) -> dict[str, int]:
