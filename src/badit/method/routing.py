@@ -121,7 +121,8 @@ def random_codes(clusters: int, num_experts: int) -> torch.Tensor:
 
 def cluster_gates(x: torch.Tensor, centroids_CI: torch.Tensor, codes_CK: torch.Tensor) -> torch.Tensor:
     """Returns gates (…, K): for every x̂ (…, I) the code of the centroid with the largest cosine."""
-    with torch.autocast(x.device.type, enabled=False):  # in 16 bits, another centroid could be the nearest
+    device = "cpu" if x.is_meta else x.device.type  # autocast does not know the meta device
+    with torch.autocast(device, enabled=False):  # in 16 bits, another centroid could be the nearest
         return codes_CK.float()[F.linear(x.float(), centroids_CI.float()).argmax(dim=-1)]
 
 
