@@ -169,9 +169,9 @@ class Grid:
         if cell.is_search:
             values = merged(values, self.section.search or {})
         values["output"] = str(self.run_of(cell).path)
+        values["data"]["order"] = cell.order
         if cell.learning_rate is not None:
             values["training"] |= {"learning_rate": cell.learning_rate, "seed": cell.seed}
-            values["data"]["order"] = cell.order
             if self.section.vary_data:
                 values["data"]["seed"] += cell.seed
         if cell.task is not None:

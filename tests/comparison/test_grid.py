@@ -61,6 +61,7 @@ def test_cell_recipe_changes_only_the_fields_of_the_cell():
     assert (single.data.tasks, single.data.order) == (["rivers"], None)
     base = grid.recipe_of(Cell("base", None, None))
     assert (without_method(base), base.output) == (plain, "out/base")
+    assert grid_with(data={"order": "sapt-1"}, orders=["sapt-1"]).recipe_of(Cell("base", None, None)).data.order is None
     # A method may override training values and seeds.
     own = {**LORA["lora"], "training": {"optimizer": "orthogonal"}, "seeds": [4]}
     grid = grid_with(methods={**LORA, "own": own}, vary_data=True)
