@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 import badit
-from badit.results import paired
+from badit.results import paired_differences
 
 RESULTS = Path(__file__).parent / "results/evidence-cpu/results.json"
 
@@ -37,14 +37,11 @@ def components(tasks_SN: list[np.ndarray]) -> dict[str, float]:
 
 
 def main(path: str | Path = RESULTS, metric: str = "rouge_l") -> None:
-    results = badit.load_results(path)
-    scores, rows = results.instances.loc[results.instances["metric"] == metric], {}
+    results, rows = badit.load_results(path), {}
     for method in results.scored_methods:
-        pairs = paired(scores, method, results.reference)
-        pairs = pairs.assign(difference=pairs["score"] - pairs["score_other"])
-        tasks = [task.pivot(index="seed", columns="instance", values="difference") for _, task in pairs.groupby("task")]
-        if method != results.reference and len(tasks[0]) > 1:
-            rows[method] = {"runs": len(tasks[0]), **components([task.to_numpy() for task in tasks])}
+        tasks = list(paired_differences(results, method, metric).values())
+        if method != results.reference and tasks and len(tasks[0]) > 1:
+            rows[method] = {"runs": len(tasks[0]), **components(tasks)}
     print(pd.DataFrame(rows).T.round(3).to_markdown())
 
 

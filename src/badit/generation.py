@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
@@ -170,10 +171,10 @@ def _greedy(
         owner.generation_config = original
 
 
-def _padded(prompts: list[Sequence[int]], settings: GenerationConfig, model: Any) -> dict[str, Any]:
-    """Returns token ids and attention mask, both (batch, longest prompt), int64, on the model's device."""
+def _padded(prompts: list[Sequence[int]], settings: GenerationConfig, model: Any) -> Any:
+    """Returns a dict of input_ids and attention_mask, both (batch, longest prompt), int64, on the model's device."""
     batch = AnswerCollator(settings.pad_token_id, "left")([{"input_ids": prompt} for prompt in prompts])
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+    return send_to_device(batch, model.device)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: list[int]) -> str:

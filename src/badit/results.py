@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pandas as pd
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, create_model
 
@@ -259,18 +260,23 @@ def paired(frame: pd.DataFrame, method: str, other: str) -> pd.DataFrame:
     return pairs
 
 
-def _difference(results: Results, method: str, metric: str) -> dict[str, Any]:
-    """Returns ``level`` and the paired difference to the reference; None if this is it, or no runs can be paired."""
+def paired_differences(results: Results, method: str, metric: str) -> dict[str, np.ndarray]:
+    """Returns the paired differences (S runs, N instances) of a method to the reference, per task; {} without pairs."""
     pairs = paired(results.instances.loc[results.instances["metric"] == metric], method, results.reference)
-    if method == results.reference or pairs.empty:
-        return dict.fromkeys([*(f"difference_{name}" for name in Difference._fields), "level"])
     runs = pairs.groupby(["seed", "order", "seed_other", "order_other"], sort=False, dropna=False).ngroup()
     pairs = pairs.assign(run=runs, difference=pairs["score"] - pairs["score_other"])
-    tables = {
+    return {
         str(task): rows.pivot(index="run", columns="instance", values="difference").to_numpy()
         for task, rows in pairs.groupby("task")
     }
-    found = paired_bootstrap(tables)
+
+
+def _difference(results: Results, method: str, metric: str) -> dict[str, Any]:
+    """Returns ``level`` and the paired difference to the reference; None if this is it, or no runs can be paired."""
+    differences = paired_differences(results, method, metric)
+    if method == results.reference or not differences:
+        return dict.fromkeys([*(f"difference_{name}" for name in Difference._fields), "level"])
+    found = paired_bootstrap(differences)
     level = max(abs(found.inner_low), abs(found.inner_high)) < METRICS[metric].margin
     return {**{f"difference_{name}": value for name, value in found._asdict().items()}, "level": level}
 
