@@ -3,7 +3,7 @@
     python examples/sft_trl.py chats.jsonl    # one {"messages": [{"role": …, "content": …}, …]} per line
     python examples/sft_trl.py --small        # a few built-in questions, about a minute
 
-Needs: pip install badit trl
+Needs badit's extra trl: pip install '.[trl]' in badit's folder
 """
 
 import argparse

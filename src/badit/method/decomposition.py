@@ -46,7 +46,7 @@ def top_singular_triples(
         rank: the number of triples, N ≤ min(out, in).
         method: "exact" (a dense factorisation), "randomized" (block Krylov iteration) or "auto", which iterates only
             if both dimensions exceed 1024 and four times the rank.
-        tolerance: the randomised method iterates until ‖W v − σ u‖ / σ ≤ tolerance for *every* triple.
+        tolerance: the randomised method iterates until ‖W v − σ u‖ ≤ max(tolerance · σ, ε √n σ₁) for *every* triple.
         seed: seed of the randomised method's random start.
 
     Raises:
@@ -155,7 +155,7 @@ def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> S
         left_MM, s_M, right_MM = torch.linalg.svd(r_MM.T)
         u_ON, s_N, v_IN = u_OM @ left_MM[:, :rank], s_M[:rank], v_IM @ right_MM[:rank].T
         residual_N = torch.linalg.vector_norm(w_OI @ v_IN - u_ON * s_N, dim=0)
-        # For σ near 0, the bound is float32's rounding error of the largest σ instead.
+        # For small σ, the bound is float32's rounding error of the largest σ instead.
         noise = s_N[0] * torch.finfo(torch.float32).eps * max(w_OI.shape) ** 0.5
         if bool((residual_N <= (tolerance * s_N).clamp_min(noise)).all()):
             return SingularTriples(u_ON, s_N * unit, v_IN.T)

@@ -1,6 +1,6 @@
 """DOG: dynamically orthogonal grouping of rank-1 components by their gradients (paper, section on DOG).
 
-Component i is the pair (row i of lora_A, column i of lora_B); ĝ_i is its concatenated, normalised gradient. DOG
+Component i is the pair (row i of A, column i of B); ĝ_i is its concatenated, normalised gradient. DOG
 searches for the assignment Π ∈ {0,1}^{N×K} with exactly r components per expert that maximises
 
     Σ_k ‖Σ_i π_ik ĝ_i‖²  =  tr(Πᵀ G Π),     G = [⟨ĝ_i, ĝ_j⟩].
