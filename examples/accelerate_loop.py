@@ -7,6 +7,7 @@ accelerate launch examples/accelerate_loop.py                    # several proce
 
 import argparse
 
+import torch
 from accelerate import Accelerator
 from peft import get_peft_model
 from torch.utils.data import DataLoader
@@ -25,7 +26,7 @@ epochs, batch_size = (1, 2) if options.small else (3, 8)
 accelerator = Accelerator(gradient_accumulation_steps=1 if options.small else 2)
 model, tokenizer = badit.load_base_model(options.model, dtype="float32")
 model = get_peft_model(model, badit.BaditConfig(num_experts=8, r=4, task_type="CAUSAL_LM"))
-optimizer = badit.OrthogonalUpdates(model, lr=2e-3)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
 
 pairs = [(task, instance) for task in badit.load_tasks(options.data) for instance in task.train]
 rows = encode_examples(tokenizer, pairs[: 8 if options.small else None])

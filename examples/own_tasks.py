@@ -39,7 +39,6 @@ recipe = build_recipe(
             "num_train_epochs": 3,
             "max_steps": 4 if options.small else -1,
             "per_device_train_batch_size": 2 if options.small else 8,
-            "optimizer": "orthogonal",
             "learning_rate": 2e-3,
         },
         "evaluation": {"split": scored, "max_new_tokens": 8 if options.small else 50},

@@ -50,9 +50,9 @@ trainer = SFTTrainer(
         num_train_epochs=3,
         report_to=[],  # or ["tensorboard"], …
         bf16=False,
+        learning_rate=2e-3,
     ),
     train_dataset=Dataset.from_list(rows[:8] if options.small else rows),
-    optimizers=(badit.OrthogonalUpdates(model, lr=2e-3), None),
 )
 badit.hooks_of(model).start_task({"all": trainer.get_train_dataloader()})  # finds the clusters of prompts
 trainer.train()

@@ -1,10 +1,10 @@
 """badit: multi-task instruction tuning by basic-ability decomposition.
 
     from peft import get_peft_model
-    from badit import BaditConfig, OrthogonalUpdates, hooks_of
+    from badit import BaditConfig, hooks_of
 
     model = get_peft_model(model, BaditConfig(num_experts=8, r=4))
-    trainer = Trainer(model, ..., optimizers=(OrthogonalUpdates(model, lr=2e-3), None))
+    trainer = Trainer(model, TrainingArguments(learning_rate=2e-3), ...)
     hooks_of(model).start_task({"all": trainer.get_train_dataloader()})
 
 The commands are also available from Python: ``train``, ``compare``, ``analyze``, and the methods of :class:`badit.Run`.

@@ -162,7 +162,7 @@ class BaditConfig(ExpertConfig):
     """BADIT: ``num_experts`` orthogonal LoRA experts of rank ``r`` in every target module, weighted by gates.
 
     Pass it to ``get_peft_model`` like any PEFT configuration, call ``hooks_of(model).start_task`` with training
-    batches, and train with :class:`badit.OrthogonalUpdates`. The sizes are the paper's (arXiv 2605.05676: K 8, r 4,
+    batches, and train with a learning rate of 2e-3. The sizes are the paper's (arXiv 2605.05676: K 8, r 4,
     alpha 32, dropout 0.05, gate_proj); the initialisation and the gates are not (docs/paper-index.md). :meth:`paper`
     returns the paper's exact form, which is trained with :class:`badit.RegroupCallback` (DOG).
     """
