@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[1]
-SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 15_013, 71, 500
-TEST_LINES = 15_925
+SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 15_011, 71, 500
+TEST_LINES = 15_923
 
 
 def lines(folder: Path) -> dict[str, int]:

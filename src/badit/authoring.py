@@ -28,8 +28,6 @@ from badit.render import counted, text_table
 from badit.run import Run
 from badit.train import Plan, encoded, make_plan, model_dtype, training_arguments
 from badit.trainer import prompt_argument
-from badit.tuner.model import hooks_of
-from badit.tuner.prompt import RoutingContext
 
 _SAMPLED = 64  # approximate number of training instances from which the mean length is estimated
 # Lower bound of a step's time relative to its matrix products with weights; the rest is attention, norms, adapters and
@@ -181,7 +179,6 @@ def _activations(recipe: Recipe, model: Any, rows: int, tokens: int) -> float | 
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    RoutingContext.of(getattr(hooks_of(model), "model", model)).unclustered.clear()  # none can be found on this device
     try:
         with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             prompts = prompt_argument(model, torch.ones(rows, tokens, dtype=torch.bool))

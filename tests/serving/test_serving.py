@@ -31,15 +31,13 @@ SNAPSHOT = Path(f"models--{BUILT_IN_HUB_ID.replace('/', '--')}") / "snapshots" /
 SOURCE = str(HERE.parents[1] / "src")
 LLAMA, PYTHON = SERVING / "llama.cpp", SERVING / "bin" / "python"
 
-# llama.cpp permutes q_proj.
-METHOD = {"name": "badit", "target_modules": ["q_proj", "gate_proj"]}
-# 20 steps at the default's rate, after which the answers differ from the base model's and are still long.
-TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
 RECIPE = {
     "model": {"name": "smollm2-135m", "dtype": "float32"},
     "data": {"source": "builtin", "train_per_task": 5, "test_per_task": 4},
-    "method": {**METHOD, "regroup": {"every": 10}},
-    "training": {**TRAINING, "learning_rate": 2e-3},
+    # llama.cpp permutes q_proj.
+    "method": {"name": "badit", "target_modules": ["q_proj", "gate_proj"], "regroup": {"every": 10}},
+    # 20 steps at the default's rate, after which the answers differ from the base model's and are still long.
+    "training": {"per_device_train_batch_size": 4, "learning_rate": 2e-3},
     "evaluation": {"max_new_tokens": 16},
     "output": str(WORK / "run"),
 }

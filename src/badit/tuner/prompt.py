@@ -191,7 +191,8 @@ class RoutingContext:
     def without_clusters(self) -> list[tuple[Any, str]]:
         """Returns the running layers and adapters without clusters; looks at each once, as it waits for the device."""
         running = [one for one in dict.fromkeys(self.unclustered) if one[1] in one[0].running_adapters]
-        clustered = {(layer, name) for layer, name in running if layer.badit_batches[name]}
+        # On the meta device there are only shapes, so no clusters are missing.
+        clustered = {one for one in running if (count := one[0].badit_batches[one[1]]).is_meta or count}
         self.unclustered = [one for one in self.unclustered if one not in clustered]
         return [one for one in running if one not in clustered]
 
