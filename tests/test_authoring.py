@@ -126,7 +126,7 @@ def test_all_keys_are_listed_and_their_defaults_are_valid(command):
         assert {f"{name}.{key}" for key in getattr(section, "model_fields", ())} <= {*listed}
     assert {f"method.regroup.{name}" for name in RegroupOptions().__dict__} <= {*listed}
     shown = command("keys", "training.learning").split()
-    assert shown[:6] == ["training.learning_rate", "0.0005", "a", "number,", "above", "0;"]
+    assert shown[:6] == ["training.learning_rate", "0.002", "a", "number,", "above", "0;"]
     command("keys", "lerning", code=2)
     # A listed default is a valid value of its key.
     for key, default, _ in recipe_keys():

@@ -64,7 +64,7 @@ class TrainingSection(Section):
     )
     lora_plus_ratio: float = Field(16.0, gt=0, description="learning rate of B over that of A, with optimizer: lora+")
     router_lr_ratio: float = Field(1.0, gt=0, description="learning rate of other parameters, over that of the factors")
-    learning_rate: float = Field(5e-4, gt=0, description="of the factors; see router_lr_ratio and lora_plus_ratio")
+    learning_rate: float = Field(2e-3, gt=0, description="of the factors; see router_lr_ratio and lora_plus_ratio")
     lr_scheduler_type: str = Field("cosine", description="such as cosine, linear, constant or constant_with_warmup")
     warmup_steps: Steps = Field(0.03, description="below 1: a fraction of the run")
     weight_decay: float = Field(0.0, ge=0, description="decoupled, as in AdamW")

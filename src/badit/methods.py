@@ -86,8 +86,7 @@ class Method:
         return sum(parameter_count(p) for p in model.parameters() if p.requires_grad) if self.trains else 0
 
     def before_training(self, model: Any, batches: TaskBatches) -> None:
-        """Called before training, with the training batches of each task."""
-        hooks_of(model).start_task(batches)
+        """Called before training, also before that of a resumed run, with the training batches of each task."""
 
     def callbacks(self, run: Run) -> list[TrainerCallback]:
         return []

@@ -252,6 +252,4 @@ class BaditConfig(ExpertConfig):
             return None
         method, tolerance = self.svd_method, self.svd_tolerance
         triples = top_singular_triples(weight_OI, self.num_components, method=method, tolerance=tolerance)
-        if self.init_weights == "directions":
-            return expert_directions(triples)
-        return expert_factors(triples, self.scaling)
+        return expert_factors(triples, self.scaling) if self.init_weights == "bad" else expert_directions(triples)
