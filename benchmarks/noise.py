@@ -36,14 +36,16 @@ def components(tasks_SN: list[np.ndarray]) -> dict[str, float]:
     return {"difference": means_ST.mean(), **{name: np.sqrt(variance) for name, variance in parts.items()}}
 
 
-def main(path: str | Path = RESULTS, metric: str = "rouge_l") -> None:
+def table(path: str | Path = RESULTS, metric: str = "rouge_l") -> str:
+    """Returns a Markdown table with a row per method that has pairs of runs with the reference."""
     results, rows = badit.load_results(path), {}
     for method in results.scored_methods:
         tasks = list(paired_differences(results, method, metric).values())
         if method != results.reference and tasks and len(tasks[0]) > 1:
-            rows[method] = {"runs": len(tasks[0]), **components(tasks)}
-    print(pd.DataFrame(rows).T.round(3).to_markdown())
+            parts = {name: f"{value:.3f}" for name, value in components(tasks).items()}
+            rows[method] = {"pairs of runs": len(tasks[0]), **parts}
+    return pd.DataFrame(rows).T.rename_axis("method").to_markdown(disable_numparse=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    print(table(*sys.argv[1:]))
