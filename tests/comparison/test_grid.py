@@ -91,7 +91,7 @@ def test_invalid_options_are_refused_in_one_line():
         ({"reference": "lorra"}, r"compare\.reference: unknown 'lorra' \(did you mean 'lora'\?\)"),
         ({"methods": {"a/b": {"name": "lora"}}}, r"compare\.methods: 'a/b' is not a valid name; use letters"),
         ({"methods": {"lora": {"name": "lroa"}}}, r"compare\.methods\.lora: method\.name: unknown method 'lroa'"),
-        ({"learning_rates": [1e-4, 1e-3]}, r"training\.learning_rate: the search starts at 0\.0005; add this value"),
+        ({"learning_rates": [1e-4, 1e-3]}, r"training\.learning_rate: the search starts at 0\.002; add this value"),
         ({"learning_rates": [1e-3, 5e-4]}, r"compare\.learning_rates: must be positive and ascending"),
         ({"data": {"order": "sapt-1"}}, r"data\.order: not used in a comparison; set compare\.orders"),
         ({"search": {"data": {"train_per_tsk": 4}}}, r"compare\.search: data\.train_per_tsk: unknown key"),
