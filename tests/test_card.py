@@ -40,7 +40,7 @@ def test_card_has_scores_data_options_and_loading_code(tmp_path):
     expected |= {"library_name": "peft", "license": "apache-2.0", "pipeline_tag": "text-generation"}
     assert card.data.to_dict() == {**expected, "tags": ["badit", "multi-task"]}
     rows = [("capitals", f"{51.25:.1f}", "40.0", "4"), ("data", "my-tasks.jsonl, others.csv"), ("method.name", "badit")]
-    rows += [("deepspeed", "zero.json"), ("learning_rate", "0.0005")]
+    rows += [("deepspeed", "zero.json"), ("learning_rate", "0.002")]
     rows += [("trainable_parameters", "1,234,567"), ("packages", "torch 2.13.0")]
     page = html_of(card)
     for row in rows:
