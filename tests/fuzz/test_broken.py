@@ -52,7 +52,7 @@ def recipe_values(method):
     content = build_recipe({"method": METHODS[method]}).model_dump(mode="json")
     content["data"] |= {"source": "tasks.jsonl", "tasks": ["capital", "river"], "train_per_task": 2}
     methods = {"lora": {"name": "lora", "r": 4}, "badit": {"name": "badit"}}
-    search = {"seeds": [0, 1], "learning_rates": [0.0005, 0.001]}
+    search = {"seeds": [0, 1], "learning_rates": [0.001, 0.002]}
     return {**content, "compare": {"methods": methods, "reference": "lora", "single_task": ["lora"], **search}}
 
 
