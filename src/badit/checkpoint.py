@@ -207,8 +207,8 @@ def resumed_checkpoint(args: Any, state: Any) -> Path:
 
 def _folders(checkpoints: Path) -> list[Path]:
     """Returns the checkpoint folders, sorted by step."""
-    named = checkpoints.glob(f"{_PREFIX}*")
-    return sorted((one for one in named if one.name[len(_PREFIX) :].isdecimal()), key=step_of)
+    folders = [folder for folder in checkpoints.glob(f"{_PREFIX}*") if folder.name.removeprefix(_PREFIX).isdecimal()]
+    return sorted(folders, key=step_of)
 
 
 def step_of(folder: Path) -> int:

@@ -172,7 +172,7 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
     arguments = training_arguments(plan, folder.path, seed, checkpoint)  # starts the group of processes
     with status(f"preparing the data for {method.name}"):
         method.before_training(model, batches)
-        if checkpoint is None:  # it has what this sets, such as the clusters of prompts
+        if checkpoint is None:  # otherwise it has what this sets, such as the clusters of prompts
             hooks_of(model).start_task(batches)
     bar = ProgressBar()
     trainer = method.trainer(

@@ -11,7 +11,6 @@ from badit.checkpoint import SEAL, STAGING, Checkpoints, last_checkpoint, seal
 from badit.errors import BaditError
 from badit.recipe import build_recipe
 from badit.train import fit
-from badit.tuner import BaditModel
 from test_security import Mark
 from training.trainers import assert_same, fit_until, learned
 
@@ -38,6 +37,7 @@ def flip(path):
         (lambda folder: os.mkfifo(folder / "new.bin"), "new.bin does not match seal.json"),
         (lambda folder: (folder / "link").symlink_to(folder / "shards"), "[Errno 21] Is a directory"),
         (lambda folder: (folder / SEAL).unlink(), "seal.json: cannot be read (No such file"),
+        (lambda folder: (folder / SEAL).write_text("[]"), "seal.json: must hold one JSON object"),
     ],
 )
 def test_damaged_checkpoint_is_reported_and_previous_one_is_used(tmp_path, capsys, damage, message):
@@ -64,12 +64,11 @@ def stopped(recipe_values):
 
 
 def test_run_with_damaged_checkpoint_ends_bit_identical(recipe_values, tmp_path, stopped, capsys, monkeypatch):
-    flip(stopped.checkpoints_path / "checkpoint-10" / "optimizer.pt")
-    with monkeypatch.context() as patched:
-        patched.setattr(BaditModel, "start_task", None)  # not called: the checkpoint has the clusters
-        fit(build_recipe(recipe_values), progress=False)
-    assert "checkpoint-10 is damaged (optimizer.pt does not match seal.json)" in capsys.readouterr().err
     whole = fit(build_recipe({**recipe_values, "output": str(tmp_path / "whole")}), progress=False)
+    flip(stopped.checkpoints_path / "checkpoint-10" / "optimizer.pt")
+    monkeypatch.setattr("badit.tuner.BaditModel.start_task", None)  # not called: the checkpoint has the clusters
+    fit(build_recipe(recipe_values), progress=False)
+    assert "checkpoint-10 is damaged (optimizer.pt does not match seal.json)" in capsys.readouterr().err
     assert_same(learned(stopped), learned(whole))
     assert stopped.metrics_path.read_text() == whole.metrics_path.read_text()
 
@@ -90,6 +89,7 @@ def test_pickled_code_in_sealed_checkpoint_is_never_executed(recipe_values, tmp_
     sums.write_text(sums.read_text().replace('"seconds": ', '"seconds": 1000'))
     for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         put_code(checkpoint, file, marker, good)
+        assert last_checkpoint(stopped.checkpoints_path) == checkpoint
         if file == "training_args.bin":  # written by the Trainer, never read
             run = fit(build_recipe(recipe_values), progress=False)
             assert run.environment["training"]["seconds"] > 1000, "includes the time before the checkpoint"
