@@ -14,7 +14,7 @@ import transformers
 import badit.tuner
 from badit.checkpoint import last_checkpoint
 from badit.cli import app, main
-from badit.environment import status
+from badit.errors import status
 from badit.files import write_json
 from badit.harness import BaditLM
 from badit.models import load_base_model

@@ -61,7 +61,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'badit' has no attribute {name!r}")
-    from badit.environment import quiet_notices
+    from badit.errors import quiet_notices
 
     quiet_notices()
     return getattr(import_module(_HOMES[name]), name)

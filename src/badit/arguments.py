@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError, ValidationInfo
 from pydantic.functional_validators import AfterValidator, field_validator, model_validator
 
-from badit.environment import status
-from badit.errors import nearest, problems
+from badit.errors import nearest, problems, status
 
 # The largest integer that every library accepts. Seeds are at least 0, because numpy refuses negative ones.
 LARGEST = 2**31 - 1
@@ -46,14 +45,11 @@ class Section(BaseModel):
         return value
 
 
-class TrainingSection(Section):
-    """Training options: the fields of transformers' TrainingArguments, and badit's own.
+class TrainingSection(Section, extra="allow"):
+    """Declares badit's own fields and those of TrainingArguments with another default or stricter checks.
 
-    This class declares only badit's own fields and those with another default or stricter checks. All other fields of
-    TrainingArguments are accepted and passed on (:func:`build_recipe` checks them).
+    All other fields of TrainingArguments are accepted and passed on (:func:`build_recipe` checks them).
     """
-
-    model_config = ConfigDict(extra="allow")
 
     num_train_epochs: float = Field(1.0, gt=0, le=1e6, description="passes over the training data")
     max_steps: int = Field(-1, ge=-1, le=LARGEST, description="if positive, overrides num_train_epochs")
@@ -109,8 +105,49 @@ class TrainingSection(Section):
 
     def arguments(self) -> dict[str, Any]:
         """Returns the values for TrainingArguments, without badit's own fields, which AnswerTrainer reads."""
-        own = {"max_skipped_steps", "optimizer", "lora_plus_ratio", "router_lr_ratio", "early_stopping_patience"}
-        return self.model_dump(exclude=own)
+        return self.model_dump(include=argument_names())
+
+    @classmethod
+    def key_problems(cls, training: Mapping[Any, Any]) -> Iterator[str]:
+        """Yields the problems with the section's keys, each as ``training.KEY: …``."""
+        known = {*cls.model_fields, *argument_names()}
+        for key in training:
+            if key in RENAMED_ARGUMENTS:
+                yield f"training.{key}: is now called {RENAMED_ARGUMENTS[key]}, as in transformers"
+            elif reason := fixed_reason(key):
+                yield f"training.{key}: cannot be set in a recipe: {reason}"
+            elif key not in known and isinstance(key, str):  # the schema refuses other keys
+                close = get_close_matches(key, [*known, *RENAMED_ARGUMENTS], n=1)
+                hint = f" (did you mean '{RENAMED_ARGUMENTS.get(close[0], close[0])}'?)" if close else ""
+                yield f"training.{key:.120}: unknown key{hint}"
+
+    def value_problems(self) -> Iterator[str]:
+        """Yields the problems with values that only transformers can check; imports it if there are such values."""
+        given = dict(self.model_extra or {})
+        if self.optimizer == "orthogonal" and "optim" in given:
+            yield "training.optim: cannot be combined with optimizer: orthogonal; remove one of them"
+        if self.lr_scheduler_type not in ("cosine", "linear", "constant", "constant_with_warmup"):
+            given["lr_scheduler_type"] = self.lr_scheduler_type
+        if not given and not self.report_to:
+            return
+        with status("loading libraries"):
+            from transformers import TrainingArguments
+            from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        for name in self.report_to:
+            if name not in INTEGRATION_TO_CALLBACK and name != "all":
+                yield f"training.report_to: unknown tracker {name!r:.60}{nearest(name, INTEGRATION_TO_CALLBACK)}"
+        types = get_type_hints(TrainingArguments)
+        for key, value in given.items():
+            wanted: Any = types[key]
+            for part in get_args(wanted) or (wanted,):
+                if isinstance(part, type) and issubclass(part, Enum):  # only the enum's values
+                    wanted = Literal[tuple(member.value for member in part)]
+            wanted = Annotated[wanted, _RANGES.get(key, Field())]
+            try:
+                TypeAdapter(wanted).validate_python(value, strict=True)
+            except ValidationError as error:
+                yield f"training.{key}: {problems(error, value)[0][1]}"
 
 
 RENAMED_ARGUMENTS = {  # field names of earlier releases (and one of transformers'), with the current names
@@ -164,52 +201,9 @@ def package_folder(name: str) -> Path:
     return Path(find_spec(name).origin).parent  # pyright: ignore
 
 
-def key_problems(training: Mapping[Any, Any]) -> Iterator[str]:
-    """Yields the problems with the section's keys, each as ``training.KEY: …``."""
-    known = {*TrainingSection.model_fields, *argument_names()}
-    for key in training:
-        if key in RENAMED_ARGUMENTS:
-            yield f"training.{key}: is now called {RENAMED_ARGUMENTS[key]}, as in transformers"
-        elif reason := fixed_reason(key):
-            yield f"training.{key}: cannot be set in a recipe: {reason}"
-        elif key not in known and isinstance(key, str):  # the schema refuses other keys
-            close = get_close_matches(key, [*known, *RENAMED_ARGUMENTS], n=1)
-            hint = f" (did you mean '{RENAMED_ARGUMENTS.get(close[0], close[0])}'?)" if close else ""
-            yield f"training.{key:.120}: unknown key{hint}"
-
-
 def fixed_reason(key: object) -> str | None:
     """Returns why a recipe cannot set a field of TrainingArguments, or None if it can."""
     if key in TrainingSection.model_fields:
         return None
     known = ((name, reason) for names, reason in _FIXED_ARGUMENTS.items() for name in names.split())
     return next((reason for name, reason in known if fnmatchcase(str(key), name)), None)
-
-
-def value_problems(training: TrainingSection) -> Iterator[str]:
-    """Yields the problems with values that only transformers can check; imports it if there are such values."""
-    given = dict(training.model_extra or {})
-    if training.optimizer == "orthogonal" and "optim" in given:
-        yield "training.optim: cannot be combined with optimizer: orthogonal; remove one of them"
-    if training.lr_scheduler_type not in ("cosine", "linear", "constant", "constant_with_warmup"):
-        given["lr_scheduler_type"] = training.lr_scheduler_type
-    if not given and not training.report_to:
-        return
-    with status("loading libraries"):
-        from transformers import TrainingArguments
-        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    for name in training.report_to:
-        if name not in INTEGRATION_TO_CALLBACK and name != "all":
-            yield f"training.report_to: unknown tracker {name!r:.60}{nearest(name, INTEGRATION_TO_CALLBACK)}"
-    types = get_type_hints(TrainingArguments)
-    for key, value in given.items():
-        wanted: Any = types[key]
-        for part in get_args(wanted) or (wanted,):
-            if isinstance(part, type) and issubclass(part, Enum):  # only the enum's values
-                wanted = Literal[tuple(member.value for member in part)]
-        wanted = Annotated[wanted, _RANGES.get(key, Field())]
-        try:
-            TypeAdapter(wanted).validate_python(value, strict=True)
-        except ValidationError as error:
-            yield f"training.{key}: {problems(error, value)[0][1]}"

@@ -17,8 +17,7 @@ from badit.arguments import argument_names, fixed_reason
 from badit.compare import Grid
 from badit.compare import check as check_grid
 from badit.data import Instance, Task, hold_out, limit, load_sources
-from badit.environment import status
-from badit.errors import BaditError
+from badit.errors import BaditError, status
 from badit.files import read_text
 from badit.methods import NAMES, AdapterMethod, Method, build_method, on_skeleton, options_of
 from badit.models import device, load_tokenizer
@@ -27,7 +26,7 @@ from badit.regroup import RegroupOptions
 from badit.render import counted, text_table
 from badit.run import Run
 from badit.train import Plan, encoded, make_plan, model_dtype, training_arguments
-from badit.trainer import prompt_argument
+from badit.tuner import hooks_of
 
 _SAMPLED = 64  # approximate number of training instances from which the mean length is estimated
 # Lower bound of a step's time relative to its matrix products with weights; the rest is attention, norms, adapters and
@@ -76,8 +75,7 @@ def check(recipe: Recipe) -> list[str]:
     plan = tried(lambda: make_plan(recipe))
     tried(lambda: training_arguments(plan or Plan(recipe, [], build_method(recipe.method)), Path(recipe.output), 0))
     with status(f"checking {section.name}"):
-        access = section.model_dump(include={"trust_remote_code", "revision"})
-        tokenizer = tried(lambda: load_tokenizer(section.name, **access))
+        tokenizer = tried(lambda: load_tokenizer(**section.model_dump(exclude={"dtype", "quantisation"})))
     names = [task.name for task in plan.tasks] if plan else []
     tried(lambda: Run.at(recipe.output).belongs_to(recipe))
     applied = tried(lambda: on_skeleton(recipe, names, dtype=model_dtype(recipe)))
@@ -181,7 +179,7 @@ def _activations(recipe: Recipe, model: Any, rows: int, tokens: int) -> float | 
 
     try:
         with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            prompts = prompt_argument(model, torch.ones(rows, tokens, dtype=torch.bool))
+            prompts = {"prompt_mask": torch.ones(rows, tokens).bool()} if hooks_of(model).routes_prompts else {}
             masks = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)  # a smaller mask would have its values read
             ids = torch.zeros(rows, tokens, dtype=torch.long)
             model.train()(ids, attention_mask=masks, use_cache=False, logits_to_keep=1, **prompts)

@@ -15,8 +15,7 @@ from typing import Any
 import pandas as pd
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from badit.environment import status
-from badit.errors import BaditError, explained, one_line
+from badit.errors import BaditError, explained, one_line, status
 from badit.files import read_json, read_text, write_text
 from badit.methods import AdapterMethod, build_method
 from badit.models import BUILT_IN, BUILT_IN_HUB_ID, HUB_ID
@@ -103,7 +102,8 @@ def model_card(
 
 
 def _training(run: Run, recipe: Recipe) -> dict[str, Any]:
-    sources = [entry.path for entry in recipe.data.entries]
+    source = recipe.data.source
+    sources = [one if isinstance(one, str) else one.path for one in ([source] if isinstance(source, str) else source)]
     training = recipe.training.model_dump(exclude=_WITHOUT_EFFECT, exclude_none=True)
     rows = {
         "data": ", ".join("the built-in tasks" if path == "builtin" else _last_part(path) for path in sources),

@@ -18,14 +18,13 @@ from pathlib import Path
 from pickle import UnpicklingError
 from pkgutil import resolve_name
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from badit.environment import is_main_process
-from badit.errors import BaditError, say
+from badit.errors import BaditError, is_main_process, say
 from badit.files import read_json, replace_folder, write_json
 from badit.gradients import any_of_all
 
@@ -166,11 +165,10 @@ class Checkpoints(TrainerCallback):
         if self._stopping:
             raise KeyboardInterrupt
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> None:
         discard(self._checkpoints / STAGING)  # left by a killed process
         with suppress(ValueError):  # only the main thread may set handlers; in other threads the caller handles them
             self._former = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._former.items():

@@ -21,8 +21,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.types import NonNegativeInt, Port, PositiveInt
 
 from badit import __version__
-from badit.environment import is_main_process, quiet_notices, status
-from badit.errors import BaditError, explained, say, show
+from badit.errors import BaditError, explained, is_main_process, quiet_notices, say, show, status
 from badit.files import lines_of, read_json, write_text
 from badit.run import Run, analyze, table
 
@@ -248,19 +247,24 @@ def _shown_export(run: Run, exported: Any, options: dict[str, Any]) -> str:
     from badit.card import hub_id
     from badit.export import SCORES
     from badit.models import resolve_model
-    from badit.render import cost_table, exported_rank
+    from badit.render import cost_table
 
     section, folder = run.recipe.model, shlex.quote(str(exported.folder))
     base, on_hub = resolve_model(section.name), hub_id(run.recipe)
-    facts = {"mixture": exported.mixture or "none: the run has no gates that depend on the prompt"}
-    if exported.merged:
+    facts = {"mixture": exported.record["mixture"] or "none: the run has no gates that depend on the prompt"}
+    if exported.rank is None:
         facts |= {"model": folder, "vLLM": f"vllm serve {folder}", "llama.cpp": f"convert_hf_to_gguf.py {folder}"}
     else:
         adapter = f"{folder}/TASK" if exported.tasks else folder
         command = ["vllm", "serve", base, *(["--revision", section.revision] if section.revision else [])]
         command += ["--enable-lora", "--max-lora-rank", str(exported.max_lora_rank), "--lora-modules"]
         command += [f"{each.folder.resolve().name}={each.folder}" for each in exported.tasks.values() or [exported]]
-        facts |= {"rank": exported_rank(exported), "adapter": adapter, "vLLM": shlex.join(command)}
+        rank, error = f"{exported.rank}, equal to the fixed mixture", exported.record.get("relative_error")
+        if error is not None:
+            module, worst = max(error["modules"].items(), key=lambda of_module: of_module[1])
+            rank = f"{exported.rank} of {exported.record['exact_rank']}: relative error {error['total']:.2g} overall "
+            rank += f"(Frobenius norm), at most {worst:.2g} per module ({module})"
+        facts |= {"rank": rank, "adapter": adapter, "vLLM": shlex.join(command)}
         facts["llama.cpp"] = f"convert_lora_to_gguf.py {adapter}{'' if on_hub else f' --base {shlex.quote(base)}'}"
     shown = "\n".join(f"{name:10} {value}" for name, value in facts.items())
     path = exported.folder / SCORES

@@ -28,8 +28,7 @@ from typing import Any
 import torch
 
 from badit.data import ordered
-from badit.environment import status
-from badit.errors import BaditError, explained, refuse_unknown, say
+from badit.errors import BaditError, explained, refuse_unknown, say, status
 from badit.files import exclusive, inside, read_json, write_json
 from badit.methods import build_method, on_skeleton
 from badit.metrics import METRICS, mean_scores

@@ -3,9 +3,11 @@
 import difflib
 import errno
 import json
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -177,3 +179,47 @@ def show(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     escaped = _CONTROL.sub(lambda found: one_line(found[0]), text)
     print(escaped.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def is_main_process() -> bool:
+    """Returns whether this is rank 0 (accelerate, torchrun), or the only process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def quiet_notices() -> None:
+    """Hides log messages of torch, torchao and bitsandbytes at import, and FutureWarnings of transformers and PEFT.
+
+    Logging levels and warning filters set by the user take precedence.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.", append=True)
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+        if (logger := logging.getLogger(name)).level == logging.NOTSET:
+            logger.setLevel(logging.ERROR)
+
+
+_waiting = False
+
+
+@contextmanager
+def status(text: str) -> Iterator[Callable[[str], None]]:
+    """Shows a status line on a terminal within the context, unless nested; yields a function that changes its text."""
+    global _waiting
+    if _waiting or not sys.stderr.isatty() or not is_main_process():
+        yield lambda text: None
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    _waiting = True
+    try:
+        with Console(stderr=True).status("") as shown:
+
+            def change(text: str) -> None:
+                line = Text(one_line(f"badit: {text} …"))
+                line.truncate(shown.console.width - 2, overflow="ellipsis")
+                shown.update(line, spinner="dots")  # with a spinner, the line is shown immediately
+
+            change(text)
+            yield change
+    finally:
+        _waiting = False

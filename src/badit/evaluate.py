@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args
@@ -22,31 +23,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from badit.card import write_run_card
 from badit.data import AnswerCollator, Instance, Task, batches_by_task
-from badit.data.prompts import IGNORED_LABEL
-from badit.environment import is_main_process
-from badit.errors import BaditError, explained, refuse_unknown, say
-from badit.files import copy_folder, exclusive, inside, read_json, read_jsonl, write_json, write_text
+from badit.errors import BaditError, explained, is_main_process, refuse_unknown, say
+from badit.files import copy_folder, exclusive, inside, read_jsonl, write_json, write_text
 from badit.generation import generate_answers
-from badit.methods import build_method
 from badit.metrics import Prediction, instance_scores, mean_scores
 from badit.recipe import Recipe, RecipeLike, Split, make_recipe
 from badit.results import read_scores
 from badit.run import Run
 from badit.statistics import both_forms
-from badit.train import (
-    BASE_MODEL,
-    Plan,
-    base_model,
-    changed_inputs,
-    encoded,
-    fit,
-    make_plan,
-    model_fingerprint,
-    refuse_beyond_model,
-    task_fingerprints,
-)
+from badit.train import changed_inputs, encoded, fit, load_run, make_plan, refuse_beyond_model, task_fingerprints
 from badit.trainer import answer_losses
-from badit.tuner.prompt import cache_of, drop_last
+from badit.tuner.prompt import IGNORED_LABEL, cache_of, drop_last
 
 
 def train(
@@ -86,8 +73,7 @@ def evaluate(run: Run, *, split: Split | None = None, progress: bool = True, res
     The recipe's own split is written to ``scores.json`` and ``predictions/``, another split to ``scores-SPLIT.json``
     and ``predictions-SPLIT/``. On its own split, a sequence of tasks is scored after each task, and the scores include
     the matrix of these scores. On another split, only the final model is scored. With ``resume``, stages that
-    already have scores are not scored again. BaditError if the run or split does not exist, the adapter is missing or
-    damaged, or the split has no instances.
+    already have scores are not scored again. Errors as of :meth:`badit.Run.evaluate`.
     """
     if split is not None:
         refuse_unknown("split", split, get_args(Split))
@@ -100,22 +86,28 @@ def evaluate(run: Run, *, split: Split | None = None, progress: bool = True, res
             fix = "restore them, or train again with another output=FOLDER"
             raise BaditError(f"{run.path}: {', '.join(changed)} changed, so trained instances may be held out; {fix}")
         say(f"badit: {', '.join(changed)} changed since the run was trained")
+    in_sequence = is_own and recipe.data.order and plan.method.trains
+    folders = [folder for folder, _ in plan.stages] if in_sequence else [run]
+    suffix = "" if is_own else f"-{split}"
+    by_stage: list[dict[str, Any]] = []
     with exclusive(run.path):
-        if is_own and plan.sequential and plan.method.trains:
-            scores = _score_sequence(run, plan, progress, resume)
-        else:
-            scores = _score(run, recipe, plan.tasks, split, progress)
+        for number, folder in enumerate(folders, start=1):
+            tasks = plan.tasks[:number] if in_sequence and not recipe.evaluation.unseen_tasks else plan.tasks
+            path = folder.path / f"scores{suffix}.json"
+            if not resume or not path.is_file():
+                scores, predictions = score_model(*load_run(folder, recipe), recipe, tasks, split, progress=progress)
+                write_predictions(folder.path / f"predictions{suffix}", predictions)
+                write_json(path, scores)
+            by_stage.append(read_scores(path))
+        scores = by_stage[-1]
+        if in_sequence:
+            names = [task.name for task in plan.tasks]
+            matrix = [[each["tasks"].get(name, {}).get("rouge_l") for name in names] for each in by_stage]
+            scores |= {"order": names, "matrix": matrix, "continual": both_forms(matrix)}
+            copy_folder(folders[-1].predictions_path, run.predictions_path)
+            write_json(run.scores_path, scores)
         if is_own:
             write_run_card(run)
-    return scores
-
-
-def _score(run: Run, recipe: Recipe, tasks: list[Task], split: Split, progress: bool) -> dict[str, Any]:
-    """Scores a run or one stage of a run on a split, and writes scores and predictions."""
-    suffix = "" if split == recipe.evaluation.split else f"-{split}"
-    scores, predictions = score_model(*load_run(run, recipe), recipe, tasks, split, progress=progress)
-    write_predictions(run.path / f"predictions{suffix}", predictions)
-    write_json(run.path / f"scores{suffix}.json", scores)
     return scores
 
 
@@ -140,31 +132,12 @@ def score_model(
     pairs: list[tuple[Task, Instance]] = [(task, instance) for task in tasks for instance in getattr(task, split)]
     examples = encoded(tokenizer, recipe, pairs, model)
     prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
-    if answer is None:
-        answers, losses = _generated(model, tokenizer, recipe, examples, prompts, progress)
-    else:
-        answers, losses = answer(prompts), [None] * len(pairs)
-    predictions = []
-    for (task, instance), prompt, text, nll in zip(pairs, prompts, answers, losses, strict=True):
-        if nll is not None and not math.isfinite(nll):
-            fix = "the weights are damaged, or model.dtype has too small a range: use bfloat16 or float32"
-            raise BaditError(f"task {task.name}, instance {instance.id}: the NLL is not finite; {fix}")
-        shown = str(tokenizer.decode(prompt))
-        predictions.append(Prediction(task.name, instance.id, text, instance.outputs, shown, nll))
-    return mean_scores(instance_scores(predictions)), predictions
-
-
-def _generated(
-    model: Any, tokenizer: Any, recipe: Recipe, examples: list[dict[str, Any]], prompts: list[list[int]], progress: bool
-) -> tuple[list[str], list[float]]:
-    """Returns the answers to the prompts, and the mean NLL of each reference, from the same pass over its prompt."""
-    sizes = recipe.evaluation.model_dump(include={"max_new_tokens", "batch_size"})
-    without_answers = ({**example, "input_ids": ids} for example, ids in zip(examples, prompts, strict=True))
-    refuse_beyond_model(without_answers, model, more=sizes["max_new_tokens"])
-    names, losses = [example["task"] for example in examples], [math.nan] * len(examples)
+    names = [example["task"] for example in examples]
+    losses: list[float | None] = [None] * len(examples)
 
     @torch.no_grad()
     def prefill(batch: list[int], padded: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Computes the mean NLL of each reference in the pass over its prompt, and returns the prompts' cache."""
         references = [examples[i]["input_ids"][len(prompts[i]) :] for i in batch]
         collated = AnswerCollator(0)([{"input_ids": ids, "labels": ids} for ids in references])
         answers = send_to_device(collated, model.device)
@@ -179,32 +152,26 @@ def _generated(
         cache = cache_of(outputs)
         return cache if drop_last(cache, answers["labels"].shape[1] + 1) else {}
 
-    return generate_answers(model, tokenizer, prompts, **sizes, progress=progress, tasks=names, prefill=prefill), losses
+    if answer is None:
+        sizes = recipe.evaluation.model_dump(include={"max_new_tokens", "batch_size"})
+        without_answers = ({**example, "input_ids": ids} for example, ids in zip(examples, prompts, strict=True))
+        refuse_beyond_model(without_answers, model, more=sizes["max_new_tokens"])
+        answer = partial(generate_answers, model, tokenizer, **sizes, progress=progress, tasks=names, prefill=prefill)
+    predictions = []
+    for (task, instance), prompt, text, nll in zip(pairs, prompts, answer(prompts), losses, strict=True):
+        if nll is not None and not math.isfinite(nll):
+            fix = "the weights are damaged, or model.dtype has too small a range: use bfloat16 or float32"
+            raise BaditError(f"task {task.name}, instance {instance.id}: the NLL is not finite; {fix}")
+        shown = str(tokenizer.decode(prompt))
+        predictions.append(Prediction(task.name, instance.id, text, instance.outputs, shown, nll))
+    return mean_scores(instance_scores(predictions)), predictions
 
 
-def _score_sequence(run: Run, plan: Plan, progress: bool, resume: bool) -> dict[str, Any]:
-    """Scores each stage on the tasks trained so far, or on all tasks with ``evaluation.unseen_tasks``."""
-    names = [task.name for task in plan.tasks]
-    by_stage = []
-    folders = [folder for folder, _ in plan.stages]
-    for number, folder in enumerate(folders, start=1):
-        tasks = plan.tasks if plan.recipe.evaluation.unseen_tasks else plan.tasks[:number]
-        if not resume or not folder.scores_path.is_file():
-            _score(folder, plan.recipe, tasks, plan.recipe.evaluation.split, progress)
-        by_stage.append(read_scores(folder.scores_path))
-    matrix = [[scores["tasks"].get(name, {}).get("rouge_l") for name in names] for scores in by_stage]
-    scores = {**by_stage[-1], "order": names, "matrix": matrix, "continual": both_forms(matrix)}
-    copy_folder(folders[-1].predictions_path, run.predictions_path)
-    write_json(run.scores_path, scores)
-    return scores
-
-
-def write_predictions(folder: str | Path, predictions: Iterable[Prediction]) -> None:
+def write_predictions(folder: Path, predictions: Iterable[Prediction]) -> None:
     """Writes `<task>.jsonl` for each task, one prediction per line, and deletes the files of other tasks.
 
     BaditError if the path for a task's name is outside the folder.
     """
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[Path, list[str]] = {}
     for prediction in predictions:
@@ -243,14 +210,12 @@ def prompt_losses(model: Any, batches: Iterable[Mapping[str, Any]]) -> tuple[np.
     return torch.cat(sums).numpy(), torch.cat(counts).numpy()
 
 
-def validation_loss(run: Run) -> dict[str, Any]:
+def validation_loss(run: Run) -> None:
     """Measures the NLL of the answers per token on the validation split and writes it to ``validation.json``.
 
     Learning rates are chosen by this loss. It needs only forward passes and is far less noisy than generated answers.
-    Returns ``loss``, the mean over tasks, and ``tasks``, the loss of each task, in nats.
+    The file has ``loss``, the mean over tasks, and ``tasks``, the loss of each task, in nats.
     """
-    if run.validation_path.is_file():
-        return read_json(run.validation_path)
     recipe = run.trusted_recipe()
     plan = make_plan(recipe, split="validation")
     model, tokenizer = load_run(run, recipe)
@@ -260,26 +225,4 @@ def validation_loss(run: Run) -> dict[str, Any]:
     batches = batches_by_task(examples, collate, recipe.evaluation.batch_size)
     losses = {name: prompt_losses(model, of_task) for name, of_task in batches.items()}
     by_task = {name: float(sums_P.sum() / counts_P.sum()) for name, (sums_P, counts_P) in losses.items()}
-    result = {"loss": fmean(by_task.values()), "tasks": by_task}
-    write_json(run.validation_path, result)
-    return result
-
-
-def load_run(run: Run, recipe: Recipe | None = None) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Returns a run's model, with its trained weights if the method trains, for inference, and the tokenizer.
-
-    ``run`` may be a stage's folder if the run's ``recipe`` is given. BaditError if the adapter is missing or damaged.
-    """
-    recipe = recipe or run.trusted_recipe()
-    method = build_method(recipe.method)
-    if not method.trains:
-        return base_model(recipe)
-    whole = Run.at(recipe.output)
-    if not run.adapter_path.is_dir():
-        command = f"badit train {whole.config_path} output={whole.path}"
-        raise BaditError(f"{run.path}: has no adapter yet; finish its training with: {command}")
-    model, tokenizer = base_model(recipe)
-    if changed_inputs(whole, {BASE_MODEL: model_fingerprint(model)}):
-        fix = "restore it, or train again with another output=FOLDER"
-        raise BaditError(f"{run.path}: the base model {recipe.model.name} has changed since the run was trained; {fix}")
-    return method.load(model, run.adapter_path), tokenizer
+    write_json(run.validation_path, {"loss": fmean(by_task.values()), "tasks": by_task})

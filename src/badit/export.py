@@ -7,11 +7,11 @@ gates: for each module, one per expert) and ``scores.json`` (the Rouge-L of run 
 Shape suffixes: O/I = out/in features, P = rank, N = components, K = experts.
 """
 
-import dataclasses
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -32,12 +32,10 @@ from transformers.pytorch_utils import Conv1D
 from badit.analysis.gates import GATES_FILE, PROMPTS_PER_TASK, Gates, adapted_layers, read_gates, task_gates
 from badit.card import CARD, hub_id, model_card
 from badit.checkpoint import checksums
-from badit.data import Task
 from badit.data.prompts import end_of_turn_id
-from badit.data.tasks import resolve_names
-from badit.environment import status
-from badit.errors import BaditError, explained, refuse_unknown
-from badit.evaluate import evaluate, load_run, score_model
+from badit.data.tasks import Task, resolve_names
+from badit.errors import BaditError, explained, refuse_unknown, status
+from badit.evaluate import evaluate, score_model
 from badit.files import OWNER, exclusive, read_json, refuse_links, remove, replace_folder, write_json, write_text
 from badit.method.decomposition import compress
 from badit.methods import build_method
@@ -45,9 +43,8 @@ from badit.models import device, load_base_model, resolve_model
 from badit.recipe import Recipe
 from badit.results import read_scores
 from badit.run import RECORD, AnyPath, Run
-from badit.train import base_model, changed_inputs, make_plan, model_dtype, task_fingerprints
-from badit.tuner import hooks_of
-from badit.tuner.config import ExpertConfig
+from badit.train import base_model, changed_inputs, load_run, make_plan, model_dtype, task_fingerprints
+from badit.tuner import ExpertConfig, hooks_of
 from badit.tuner.targets import FusedExpert, base_layer, short_module_names
 
 #: The values of vLLM's ``--max-lora-rank``. An adapter needs the smallest one that is not below its rank.
@@ -64,40 +61,26 @@ _CHANGES_BASE = ("pissa", "olora")
 KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  # the change of other initialisations is not known
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Export:
     """A written export."""
 
     folder: Path
-    mixture: str | None  # a description of the fixed gates; None if the run has no gates that vary
-    task: str | None  # the task whose mean gates were used, or None
-    rank: int | None = None  # of the adapter; None for a merged model
-    exact_rank: int | None = None  # the rank at which the adapter is exact; None for a merged model
-    #: By module, ‖ΔW − ΔW'‖ / ‖ΔW‖ (Frobenius norm) of the adapter's update ΔW; empty if it is exact.
-    errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    total_error: float = 0.0  # the same over all modules together
-    #: For an export of all tasks, the export of each task. The errors are then those of the worst one.
-    tasks: Mapping[str, "Export"] = dataclasses.field(default_factory=dict)
+    #: The content of its ``export.json`` without the list of files. For a compressed LoRA, ``relative_error`` has
+    #: ‖ΔW − ΔW'‖ / ‖ΔW‖ (Frobenius norm) of the adapter's update ΔW by ``modules``, and of all together in ``total``.
+    record: Mapping[str, Any]
+    #: For an export of all tasks, the export of each task. The record then has the ranks and errors of the worst one.
+    tasks: Mapping[str, "Export"] = field(default_factory=dict)
 
     @property
-    def merged(self) -> bool:
-        return self.rank is None
+    def rank(self) -> int | None:
+        """The rank of the adapter; None for a merged model."""
+        return self.record.get("rank")
 
     @property
     def max_lora_rank(self) -> int | None:
         """The value for vLLM's ``--max-lora-rank``; None for a merged model."""
         return None if self.rank is None else next(known for known in VLLM_RANKS if known >= self.rank)
-
-    def record(self, run: Run, method: str, weights: Mapping[str, str]) -> dict[str, Any]:
-        """Returns the content of ``export.json`` without the list of files."""
-        # A relative path names none of the user's folders, and both folders can be moved together.
-        path = os.path.relpath(run.path.resolve(), self.folder.resolve())
-        kept: Any = {"run": path, "method": method, "weights": weights, "mixture": self.mixture, "task": self.task}
-        if not self.merged:
-            kept |= {"rank": self.rank, "exact_rank": self.exact_rank}
-        if self.errors:
-            kept["relative_error"] = {"total": self.total_error, "modules": self.errors}
-        return kept
 
 
 def export(
@@ -145,15 +128,14 @@ def export(
     if task is not None:
         (task,) = resolve_names([task], tasks, field="--task")
 
-    loaded, tokenizer = load_run(run, recipe)
-    model: Any = loaded  # a PeftModel, except for methods that train the base weights
+    model, tokenizer = load_run(run, recipe)  # a PeftModel, except for methods that train the base weights
     mixtures: Mapping[str | None, tuple[str | None, Gates | None]] = {task: (None, None)}
     if gates is not None:
         mixtures = {None: (f"gates of {Path(gates).name}", read_gates(Path(gates), model))}
     elif mixes:
         mixtures = _mean_gates(run, model, tokenizer, tasks, list(tasks) if all_tasks else [task], progress)
 
-    weights = checksums(run.adapter_path, "*.safetensors")
+    common = {"method": method.name, "weights": checksums(run.adapter_path, "*.safetensors")}
     base = hub_id(recipe) or str(Path(recipe.model.name).expanduser().resolve())
     exported: dict[str, Export] = {}
     unfinished = output.with_name(f".{output.name}.badit.partial")  # no user's folder has this name
@@ -177,15 +159,18 @@ def export(
                     write_adapter(place, factors, model.get_base_model(), base, recipe.model.revision)
                 if fixed is not None:
                     write_json(place / GATES_FILE, fixed)
-                exported[below] = done = Export(output / below, mixture, of_task, **facts)
-                record = done.record(run, method.name, weights)
-                write_text(place / CARD, model_card(run, export=record))
-                _write_record(place, record)
-            done = max(exported.values(), key=lambda each: each.total_error)
+                # A relative path names none of the user's folders, and both folders can be moved together.
+                origin = os.path.relpath(run.path.resolve(), (output / below).resolve())
+                record = {"run": origin, **common, "mixture": mixture, "task": of_task, **facts}
+                exported[below] = done = Export(output / below, record)
+                write_text(place / CARD, model_card(run, export=done.record))
+                _write_record(place, done.record)
+            done = max(exported.values(), key=lambda each: each.record.get("relative_error", {"total": 0})["total"])
             if all_tasks:
+                origin = os.path.relpath(run.path.resolve(), output.resolve())
                 mixture = f"mean gates of each of {len(exported)} tasks"
-                done = dataclasses.replace(done, folder=output, mixture=mixture, task=None, tasks=exported)
-                _write_record(unfinished, done.record(run, method.name, weights))
+                done = Export(output, {**done.record, "run": origin, "mixture": mixture, "task": None}, exported)
+                _write_record(unfinished, done.record)
             replace_folder(unfinished, output)
         finally:
             remove(unfinished)
@@ -199,11 +184,11 @@ def _compressed(factors: Factors, rank: int | None) -> tuple[Factors, dict[str, 
     if rank == exact_rank:
         return factors, {"rank": rank, "exact_rank": exact_rank}
     closest = {name: compress(*pair, rank) for name, pair in factors.items()}
-    errors = {name: each.lost / each.norm if each.norm else 0.0 for name, each in closest.items()}
-    norm = math.hypot(*(each.norm for each in closest.values()))
-    total = math.hypot(*(each.lost for each in closest.values())) / norm if norm else 0.0
-    smaller = {name: (each.a_PI, each.b_OP) for name, each in closest.items()}
-    return smaller, {"rank": rank, "exact_rank": exact_rank, "errors": errors, "total_error": total}
+    errors = {name: lost / norm if norm else 0.0 for name, (_, _, lost, norm) in closest.items()}
+    norm = math.hypot(*(norm for _, _, _, norm in closest.values()))
+    total = math.hypot(*(lost for _, _, lost, _ in closest.values())) / norm if norm else 0.0
+    smaller = {name: (a_PI, b_OP) for name, (a_PI, b_OP, _, _) in closest.items()}
+    return smaller, {"rank": rank, "exact_rank": exact_rank, "relative_error": {"total": total, "modules": errors}}
 
 
 def score_export(run: Run, done: Export, *, engine: str = "transformers", progress: bool = True) -> dict[str, Any]:
@@ -222,12 +207,12 @@ def score_export(run: Run, done: Export, *, engine: str = "transformers", progre
     vllm = _vllm(done, recipe) if engine == "vllm" else None
     by_task: dict[str, dict[str, float]] = {}
     for part in done.tasks.values() or [done]:
-        tasks = [task for task in known if part.task in (None, task.name)]
+        tasks = [task for task in known if part.record["task"] in (None, task.name)]
         model: Any = None  # frees the previous model
         answer = None
         if vllm is not None:
             tokenizer, answer = vllm[0], partial(vllm[1], part)
-        elif part.merged:
+        elif part.rank is None:
             options: Any = {"trust_remote_code": run.trust_remote_code, "device": device()}
             model, tokenizer = load_base_model(part.folder, dtype=model_dtype(recipe), **options)
         else:
@@ -239,9 +224,9 @@ def score_export(run: Run, done: Export, *, engine: str = "transformers", progre
             by_task[name] = {"routed": before, "frozen": after, "difference": after - before}
     result: dict[str, Any] = {}
     for part in (*done.tasks.values(), done):
-        of_part = {name: scores for name, scores in by_task.items() if part.task in (None, name)}
+        of_part = {name: scores for name, scores in by_task.items() if part.record["task"] in (None, name)}
         mean = {key: fmean(scores[key] for scores in of_part.values()) for key in ("routed", "frozen", "difference")}
-        result = {"metric": "rouge_l", "split": split, "engine": engine, "mixture": part.mixture}
+        result = {"metric": "rouge_l", "split": split, "engine": engine, "mixture": part.record["mixture"]}
         result |= {"tasks": of_part, "mean": mean}
         write_json(part.folder / SCORES, result)
     return result
@@ -252,7 +237,7 @@ def _vllm(exported: Export, recipe: Recipe) -> tuple[Any, Callable[[Export, list
     if recipe.model.quantisation is not None:
         raise BaditError("engine: vllm does not support model.quantisation; use transformers")
     base, revision, lora = str(exported.folder), None, {}
-    if not exported.merged:
+    if exported.rank is not None:
         base, revision = resolve_model(recipe.model.name), recipe.model.revision
         lora = {"enable_lora": True, "max_lora_rank": exported.max_lora_rank}
     with explained("engine: vllm", action="started", fix="install vLLM here, or use transformers", any_error=True):
@@ -267,7 +252,7 @@ def _vllm(exported: Export, recipe: Recipe) -> tuple[Any, Callable[[Export, list
 
     def answers(part: Export, prompts: list[list[int]]) -> list[str]:
         number = next(numbers)
-        request = None if part.merged else LoRARequest(str(number), number, str(part.folder.resolve()))
+        request = None if part.rank is None else LoRARequest(str(number), number, str(part.folder.resolve()))
         with explained("vLLM", action="used", any_error=True):
             found = vllm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, lora_request=request)
         return [each.outputs[0].text.strip() for each in found]

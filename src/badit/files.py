@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -226,3 +227,9 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("BADIT_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "badit"
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a value from a JSON file is a finite number."""
+    # Not with math.isfinite, which raises OverflowError for very large integers.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -1,9 +1,9 @@
 """Greedy decoding of prompts (token ids) to answers (text), in batches or streamed for a single prompt."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,28 +29,24 @@ def generate_answers(
     tasks: Sequence[str] | None = None,
     prefill: Callable[[list[int], dict[str, torch.Tensor]], dict[str, Any]] | None = None,
 ) -> list[str]:
-    """Answers each prompt by greedy decoding, up to the first end token or `max_new_tokens`.
+    """Answers each prompt (its token ids) by greedy decoding, up to the first end token or `max_new_tokens`.
 
     Batches hold prompts of similar length, longest first, with left padding and an attention mask. An answer does not
     depend on its batch (up to floating-point rounding). When half of a batch has ended, only the other rows continue.
-
     Options of the model's own generation config, such as a repetition penalty, are ignored, except for its end tokens:
     they end an answer, as the tokenizer's end token does.
 
-    ``model`` is a causal language model in evaluation mode, with or without PEFT adapters, on one device. The tokenizer
-    decodes the answers and defines the padding token. ``prompts`` has the token ids of each prompt. ``tasks``, the task
-    of each prompt, is used only by methods with parameters per task. ``prefill`` is called with the indices of a
-    batch's prompts and their padded input_ids and attention_mask. It returns {name of the model's cache argument: cache
-    of each prompt except its last token}, or {}.
+    The model is in evaluation mode, on one device. ``tasks``, the task of each prompt, is used only by methods with
+    parameters per task. ``prefill`` is called with the indices of a batch's prompts and their padded input_ids and
+    attention_mask. It returns {name of the model's cache argument: cache of each prompt except its last token}, or {}.
 
     Returns the answers in the order of the prompts, without special tokens and surrounding white space. BaditError if a
     prompt is empty or a size is not positive.
     """
-    _check(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     with (
-        _greedy(model, tokenizer, max_new_tokens) as settings,
+        _greedy(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size) as settings,
         tqdm(total=len(prompts), desc="Generating", unit="answer", disable=not progress) as bar,
     ):
         for start in range(0, len(order), batch_size):
@@ -66,18 +62,13 @@ def generate_answers(
 
 
 def _continuations(
-    model: PreTrainedModel | PeftModel,
-    batch: dict[str, Any],
-    settings: GenerationConfig,
-    tasks: list[str] | None,
-    criteria: list[Any] | None = None,
+    model: Any, batch: dict[str, Any], settings: Any, tasks: list[str] | None, criteria: list[Any] | None = None
 ) -> list[list[int]]:
     """Returns the new tokens of every row of a batch. A row's end token may be followed by further tokens.
 
     ``batch`` has input_ids and attention_mask (B, T), and may have a cache of all but the last token. When half of the
     rows have ended, decoding continues with the others only; ``criteria`` replace this rule.
     """
-    generate = cast("Callable[..., Mapping[str, Any]]", model.generate)
     ends_E = torch.tensor(settings.eos_token_id, dtype=torch.long, device=model.device)
     continuations: list[list[int]] = [[] for _ in batch["input_ids"]]
     rows = list(range(len(continuations)))
@@ -88,15 +79,15 @@ def _continuations(
         ended_B = torch.isin(input_ids[:, width:], ends_E).any(dim=1)  # in the current call
         return (2 * ended_B.sum() >= len(ended_B)).expand(len(ended_B))
 
-    stopping = [half_ended] if criteria is None else criteria
+    stopping = StoppingCriteriaList([half_ended] if criteria is None else criteria)
     while True:
         width = batch["input_ids"].shape[1]
         with hooks_of(model).rows_of(None if tasks is None else [tasks[row] for row in rows]):
-            output = generate(**batch, generation_config=settings, stopping_criteria=StoppingCriteriaList(stopping))
+            output = model.generate(**batch, generation_config=settings, stopping_criteria=stopping)
         new = output["sequences"][:, width:]
         for row, tokens in zip(rows, new.tolist(), strict=True):
             continuations[row] += tokens
-        settings.max_new_tokens -= new.shape[1]  # pyright: ignore[reportOptionalOperand] (set by _greedy)
+        settings.max_new_tokens -= new.shape[1]
         going_R = (~torch.isin(new, ends_E).any(dim=1)).nonzero()[:, 0]
         if not settings.max_new_tokens or not len(going_R):
             return continuations
@@ -130,8 +121,7 @@ def stream_answer(
 
     ``show`` is called after every token with the answer so far. Its exceptions end the generation and are propagated.
     """
-    _check([prompt], max_new_tokens=max_new_tokens)
-    with _greedy(model, tokenizer, max_new_tokens) as settings:
+    with _greedy(model, tokenizer, [prompt], max_new_tokens=max_new_tokens) as settings:
         ends, names = settings.eos_token_id, None if task is None else [task]
 
         def show_all(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -144,27 +134,22 @@ def stream_answer(
     return StreamedAnswer(_decode(tokenizer, tokens, ends), len(tokens) - ended, ended)
 
 
-def _check(prompts: Sequence[Sequence[int]], **sizes: int) -> None:
+@contextmanager
+def _greedy(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], **sizes: int) -> Iterator[Any]:
+    """Checks prompts and sizes, and replaces the generation config, the source of unset options, by greedy decoding."""
     for name, value in sizes.items():
         if value < 1:
             raise BaditError(f"{name}: must be at least 1, not {value}")
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise BaditError(f"prompts: prompt {i} has no tokens; give a non-empty prompt")
-
-
-@contextmanager
-def _greedy(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
-) -> Iterator[GenerationConfig]:
-    """Replaces the model's generation config, from which `generate` takes unset options, by greedy decoding."""
-    owner = cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
+    owner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     original = owner.generation_config
     own = original.eos_token_id
     ends: list[Any] = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     options = {"do_sample": False, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}
     tokens = {"pad_token_id": tokenizer.pad_token_id or 0, "eos_token_id": sorted({*ends} - {None})}
-    owner.generation_config = settings = GenerationConfig(max_new_tokens=max_new_tokens, **options, **tokens)
+    owner.generation_config = settings = GenerationConfig(max_new_tokens=sizes["max_new_tokens"], **options, **tokens)
     try:
         yield settings
     finally:

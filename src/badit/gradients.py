@@ -15,8 +15,7 @@ from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from badit.method import cosine_gram
-from badit.method.grouping import OverShards
+from badit.method.grouping import OverShards, cosine_gram
 
 _NUMBERS_AT_A_TIME = 2**24  # at most this number of elements is stacked for one batched product: 64 MB in float32
 

@@ -22,11 +22,11 @@ import badit.baselines  # noqa: F401 (registers the baselines with PEFT)
 from badit.data import AnswerCollator
 from badit.data.prompts import uses_template
 from badit.errors import BaditError, explained
-from badit.evaluate import load_run
 from badit.methods import build_method
 from badit.models import device as accelerator
 from badit.models import resolve_model
 from badit.run import Run
+from badit.train import load_run
 from badit.trainer import answer_losses
 from badit.tuner import hooks_of
 

@@ -31,8 +31,7 @@ from badit.regroup import TOP_K_REFUSED, AngleLog, RegroupCallback, RegroupOptio
 from badit.run import Run
 from badit.surgery import Surgery, SurgeryTrainer
 from badit.trainer import AnswerTrainer
-from badit.tuner import BaditConfig
-from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS, described
+from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS, BaditConfig, described
 from badit.tuner.model import TaskBatches, hooks_of
 from badit.tuner.targets import chosen_targets
 
@@ -48,15 +47,13 @@ Tensors = Mapping[str, torch.Tensor]
 class Method:
     """The interface of all methods. The class itself is the method ``base``, the unchanged base model as a baseline."""
 
-    trains = False
     trains_base_weights = False  # if True, the base weights are loaded in float32
 
     def __init__(self, name: str, options: Any = None, regroup: dict[str, Any] | None = None) -> None:
         self.name, self.options, self.regroup = name, options, regroup
+        self.trains = name != "base"
         self.config: Any = options if isinstance(options, PeftConfig) else None  # of methods that train an adapter
-        # If True, FSDP and DeepSpeed, which shard the weights, are refused.
-        self.needs_whole_weights = getattr(options, "needs_whole_weights", False)
-        # If True, the method needs the task of every row, in training and in generation.
+        self.needs_whole_weights = getattr(options, "needs_whole_weights", False)  # see ExpertConfig
         self.needs_tasks = getattr(options, "needs_tasks", False)
 
     def refuse_recipe(self, recipe: Recipe) -> None:
@@ -99,8 +96,6 @@ class Method:
 
 class AdapterMethod(Method):
     """A method that trains a PEFT adapter; the base weights are frozen."""
-
-    trains = True
 
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> PeftModel:
         """Adds the adapter. All methods have the same default target modules; some also need the tasks' names."""
@@ -161,7 +156,6 @@ class AdapterMethod(Method):
 class WeightsMethod(Method):
     """Full fine-tuning: all weights of the base model are trained in float32 and saved."""
 
-    trains = True
     trains_base_weights = True
 
     def refuse_recipe(self, recipe: Recipe) -> None:
@@ -182,7 +176,6 @@ class WeightsMethod(Method):
             raise BaditError(f"{path}: has no weight {missing[0]}; remove the folder to train it again")
         with explained(path, action="loaded", any_error=True):
             model.load_state_dict(load_file(path), strict=False)
-        model.tie_weights()
         return model if trainable else model.eval()
 
     def _saved_names(self, model: PreTrainedModel) -> set[str]:

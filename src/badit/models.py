@@ -20,8 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from badit.environment import status
-from badit.errors import BaditError, explained, nearest, refuse_unknown, say
+from badit.errors import BaditError, explained, nearest, refuse_unknown, say, status
 from badit.files import cache_folder, remove, replace_folder
 
 if TYPE_CHECKING:

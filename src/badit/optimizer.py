@@ -29,7 +29,7 @@ Pair = tuple[nn.Parameter, nn.Parameter]
 
 _FACTOR = re.compile(r"\b(?:badit|lora|lora_embedding)_([AB])\b")
 _FACTOR_A = re.compile(r"\b(badit|lora)_A\b")
-_MOMENTS = ("basis", "first", "features", "second", "weights")  # a factor's state: the fields of badit.method.Moments
+_OF_FEATURES = ("basis", "first", "features")  # the moments with the factor's feature dimension, sharded as it is
 
 # The feature dimension of A and of B, which can be sharded.
 _FEATURES = (1, 0)
@@ -179,9 +179,8 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             states = [self.state[factor] for factor in sides[side]]
             if not states[0]:
                 return no_moments(rows(sides[side], side))
-            values = [rows([state[name] for state in states], side) for name in _MOMENTS[:3]]
-            values += [torch.stack([state[name] for state in states]) for name in _MOMENTS[3:]]
-            return Moments(*values)
+            values = {name: [state[name] for state in states] for name in states[0]}
+            return {name: rows(of, side) if name in _OF_FEATURES else torch.stack(of) for name, of in values.items()}
 
         updates, moments = orthogonal_updates(
             (rows(sides[0], 0), rows(sides[1], 1)),
@@ -193,10 +192,12 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             over_shards=over_shards(sides[0][0]),
         )
         for side, factors in enumerate(sides):
-            kept = [_shard(as_rows(moment, side), factors, _FEATURES[side]) for moment in moments[side][:3]]
-            kept += [moment.unbind() for moment in moments[side][3:]]
-            for factor, *values in zip(factors, *kept, strict=True):
-                self.state[factor] = dict(zip(_MOMENTS, values, strict=True))
+            kept = {}
+            for name, moment in moments[side].items():
+                of_features = name in _OF_FEATURES
+                kept[name] = _shard(as_rows(moment, side), factors, _FEATURES[side]) if of_features else moment.unbind()
+            for index, factor in enumerate(factors):
+                self.state[factor] = {name: parts[index] for name, parts in kept.items()}
             _subtract(factors, lr * as_rows(updates[side], side), _FEATURES[side], 1 - lr * group["weight_decay"])
 
 

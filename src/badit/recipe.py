@@ -12,19 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
-from badit.arguments import (
-    LARGEST,
-    RENAMED_ARGUMENTS,
-    Count,
-    CountOrZero,
-    Section,
-    TrainingSection,
-    key_problems,
-    package_folder,
-    value_problems,
-)
+from badit.arguments import LARGEST, RENAMED_ARGUMENTS, Count, CountOrZero, Section, TrainingSection, package_folder
 from badit.data.prompts import ChatTemplate, PromptEncoding
 from badit.data.rows import Format, Source, Turns
 from badit.data.tasks import Task, hold_out, limit, quotas
@@ -103,17 +93,12 @@ class DataSection(Section):
     )
     seed: CountOrZero = Field(0, description="for choosing instances; not training.seed, so runs can share data")
 
-    @property
-    def entries(self) -> list[SourceSection]:
-        """The sources, each as a SourceSection."""
-        listed = [self.source] if isinstance(self.source, str) else self.source
-        return [SourceSection.model_validate({"path": one}) if isinstance(one, str) else one for one in listed]
-
     def sources(self) -> list[Source]:
         """Returns the sources, with the defaults of this section and expanded paths."""
         shared = self.model_dump(include={"format", "task", "instruction", "columns", "turns"})
-        own = [one.model_dump(exclude_none=True) | {"path": expand_source(one.path)} for one in self.entries]
-        return [Source(**{**shared, **values}) for values in own]
+        listed = [self.source] if isinstance(self.source, str) else self.source
+        own = [{"path": one} if isinstance(one, str) else one.model_dump(exclude_none=True) for one in listed]
+        return [Source(**{**shared, **values, "path": expand_source(values["path"])}) for values in own]
 
     def load(self) -> list[Task]:
         """Returns the tasks with their training, validation and test instances; BaditError if they are invalid."""
@@ -146,10 +131,8 @@ class EvaluationSection(Section):
     unseen_tasks: bool = Field(True, description="in a sequence, also score tasks that are not trained yet")
 
 
-class ComparedMethod(Section):
+class ComparedMethod(Section, extra="allow"):
     """A method section, with optional seeds and training values for this method."""
-
-    model_config = ConfigDict(extra="allow")
 
     training: dict[str, Any] = Field({}, description="override the training section, such as {optimizer: orthogonal}")
     seeds: list[CountOrZero] | None = Field(None, min_length=1, description="override compare.seeds")
@@ -336,7 +319,7 @@ def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, w
     found = list(_unknown_keys(values))
     try:
         recipe = Recipe.model_validate(values)
-        found = found or list(value_problems(recipe.training))
+        found = found or list(recipe.training.value_problems())
         if not found:
             return recipe
     except ValidationError as error:
@@ -359,7 +342,7 @@ def _value(text: str, override: str) -> Any:
 def _unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
     """Yields problems with the keys of the training and method sections, without importing transformers or methods."""
     if isinstance(training := values.get("training"), Mapping):
-        yield from key_problems(training)
+        yield from TrainingSection.key_problems(training)
     if "badit.methods" in sys.modules:  # then build_method reports them without delay
         return
     sections: list[tuple[str, Any]] = [("method", values.get("method"))]

@@ -13,7 +13,7 @@ The angles between experts (paper, Fig. 4) are logged with the regroupings, or b
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,8 +29,7 @@ from badit.checkpoint import checkpoint_being_written, resumed_checkpoint
 from badit.errors import BaditError, explained, say
 from badit.files import append_to_log, rewind_log
 from badit.gradients import before_step, component_grams, gathered, rank_and_size, scale_columns
-from badit.method import expert_angles, group_components, grouping_objective
-from badit.method.grouping import Solver
+from badit.method.grouping import Solver, expert_angles, group_components, grouping_objective
 from badit.run import AnyPath
 from badit.tuner.config import Count, CountOrZero, Fraction, check, check_options, option
 from badit.tuner.layer import BaditLinear, ExpertLinear
@@ -73,25 +72,17 @@ def trainable_adapters(model: nn.Module, kind: type[ExpertLinear] = BaditLinear)
                 yield f"{layer.name}.{adapter}", (layer, adapter)
 
 
-@dataclass
-class Window:
-    """One layer's sums since the last regrouping, and the log line of that regrouping until its angles are known."""
-
-    gram_sum: torch.Tensor | None = None
-    steps: int = 0
-    gate_sums: torch.Tensor | None = None  # (K + 1), the sums of the gates and their count, on this rank
-    pending: dict[str, Any] = field(default_factory=dict)
-
-
-class Windows(dict[str, Window]):
-    """The windows of all layers by name, updated before each optimizer step and saved in checkpoints.
+class Windows:
+    """The layers' sums since the last regrouping, updated before each optimizer step and saved in checkpoints.
 
     Pass the Trainer's ``optimizer`` if it can take its steps inside the backward pass (DeepSpeed).
     """
 
     def __init__(self, layers: Mapping[str, Place], optimizer: Any = None) -> None:
-        super().__init__({name: Window() for name in layers})
-        self.layers = layers
+        self.layers, self.steps = layers, dict.fromkeys(layers, 0)
+        # "gram_sum:LAYER" (N, N), and "gate_sums:LAYER" (K + 1): the sums of the gates and their count, on this rank.
+        self.sums: dict[str, torch.Tensor] = {}
+        self.pending: dict[str, dict[str, Any]] = {}  # by layer, the log line of a regrouping until it has its angles
         self._pop_gates()
         self._reads_in_engine = before_step(optimizer, self._read_gradients)
 
@@ -102,15 +93,16 @@ class Windows(dict[str, Window]):
 
     def _read_gradients(self) -> None:
         factors = [(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in self.layers.values()]
-        for window, gram_NN, gates in zip(self.values(), component_grams(factors), self._pop_gates(), strict=True):
+        for name, gram_NN, gates in zip(self.layers, component_grams(factors), self._pop_gates(), strict=True):
             if gram_NN is not None:
-                window.gram_sum = _plus(window.gram_sum, gram_NN)
-                window.steps += 1
-                window.gate_sums = window.gate_sums if gates is None else _plus(window.gate_sums, gates)
+                self.steps[name] += 1
+                for key, term in ((f"gram_sum:{name}", gram_NN), (f"gate_sums:{name}", gates)):
+                    if term is not None:  # a sum from a checkpoint is on the CPU
+                        self.sums[key] = self.sums[key].to(term.device) + term if key in self.sums else term
 
     def restart(self) -> None:
         """Resets the sums; keeps the pending log lines."""
-        self.update({name: Window(pending=window.pending) for name, window in self.items()})
+        self.sums, self.steps = {}, dict.fromkeys(self.layers, 0)
 
     def _pop_gates(self) -> list[torch.Tensor | None]:
         """Returns each layer's sums of gates since the last call."""
@@ -119,28 +111,25 @@ class Windows(dict[str, Window]):
 
     def mean_grams(self) -> dict[str, np.ndarray]:
         """Returns the mean Gram matrices on the CPU, without those of windows without steps."""
-        means = {name: window.gram_sum / window.steps for name, window in self.items() if window.gram_sum is not None}
+        means = {name: self.sums[f"gram_sum:{name}"] / steps for name, steps in self.steps.items() if steps}
         return {name: mean_NN.cpu().double().numpy() for name, mean_NN in means.items()}
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Returns tensors and plain values. All ranks must call it, because each rank has its own sums of gates."""
-        tensors = {}
-        for name, window in self.items():
-            if window.gram_sum is not None:
-                tensors[f"gram_sum:{name}"] = window.gram_sum.contiguous()
-            if window.gate_sums is not None:
-                tensors[f"gate_sums:{name}"] = gathered(window.gate_sums)
-        return tensors, {name: {"steps": window.steps, "pending": window.pending} for name, window in self.items()}
+        tensors = {key: self.sums[key].contiguous() for key in sorted(self.sums)}  # in the same order on all ranks
+        tensors |= {key: gathered(sums) for key, sums in tensors.items() if key.startswith("gate_sums:")}
+        return tensors, {name: {"steps": n, "pending": self.pending.get(name, {})} for name, n in self.steps.items()}
 
     def set_state(self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
-        if notes.keys() != self.keys():
+        if notes.keys() != self.layers.keys():
             raise BaditError("regrouping state: saved with another model or target_modules; resume with the same ones")
         rank, ranks = rank_and_size()
-        for name, note in notes.items():
-            gate_sums = tensors.get(f"gate_sums:{name}")  # of all ranks
-            if gate_sums is not None:  # an equal share of the sum if the number of ranks has changed
-                gate_sums = gate_sums[rank] if len(gate_sums) == ranks else gate_sums.sum(dim=0) / ranks
-            self[name] = Window(tensors.get(f"gram_sum:{name}"), note["steps"], gate_sums, note["pending"])
+        self.steps = {name: notes[name]["steps"] for name in self.layers}
+        self.pending = {name: notes[name]["pending"] for name in self.layers if notes[name]["pending"]}
+        self.sums = dict(tensors)
+        for key, of_ranks in tensors.items():
+            if key.startswith("gate_sums:"):  # an equal share of the sum if the number of ranks has changed
+                self.sums[key] = of_ranks[rank] if len(of_ranks) == ranks else of_ranks.sum(dim=0) / ranks
         self._pop_gates()  # drops earlier sums, which belong to no window
 
     def save(self, path: Path, *, write: bool = True) -> None:
@@ -156,10 +145,6 @@ class Windows(dict[str, Window]):
                 notes = json.loads((file.metadata() or {})["windows"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             self.set_state(tensors, notes)
-
-
-def _plus(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
-    return term if total is None else total.to(term.device) + term  # a total from a checkpoint is on the CPU
 
 
 class Regrouper:
@@ -256,7 +241,7 @@ class Regrouper:
         self._log_is_open = True
         if self._log is not None:
             # The lines of the last regrouping and of later ones are written again.
-            pending = [window.pending["step"] for window in self.windows.values() if window.pending]
+            pending = [line["step"] for line in self.windows.pending.values()]
             rewind_log(self._log, pending[0] - 1 if pending else self.steps)
 
     def _regroup(self) -> None:
@@ -264,17 +249,17 @@ class Regrouper:
         self._write_pending(grams)
         solver, restarts = self.options.solver, self.options.restarts
         for index, (name, gram_NN) in enumerate(grams.items()):
-            (layer, adapter), window = self.windows.layers[name], self.windows[name]
+            (layer, adapter), gate_sums = self.windows.layers[name], self.windows.sums.get(f"gate_sums:{name}")
             # A copy, because on a CPU the array would share memory with the buffer.
             old_N = layer.expert_of(adapter).cpu().numpy().copy()
             new_N = group_components(gram_NN, old_N, solver=solver, restarts=restarts, seed=[0, self.steps, index])
             # All ranks use rank 0's labels, because rounding may differ between ranks.
             new_N = gathered(torch.from_numpy(new_N))[0].cpu().numpy()
-            if self.options.rescale and window.gate_sums is not None:
-                gate_sums = gathered(window.gate_sums).sum(dim=0)
-                scale_columns(layer.badit_B[adapter], _scale_of_moved(gate_sums, old_N, new_N))
+            if self.options.rescale and gate_sums is not None:
+                of_all_ranks = gathered(gate_sums).sum(dim=0)
+                scale_columns(layer.badit_B[adapter], _scale_of_moved(of_all_ranks, old_N, new_N))
             layer.expert_of(adapter).copy_(torch.from_numpy(new_N))
-            window.pending = {
+            self.windows.pending[name] = {
                 "step": self.steps,
                 "module": name,
                 "objective_before": grouping_objective(gram_NN, old_N),
@@ -284,19 +269,18 @@ class Regrouper:
                 "labels": new_N.tolist(),
             }
         self.windows.restart()
-        self.metrics |= _means([window.pending for window in self.windows.values()])
+        self.metrics |= _means([*self.windows.pending.values()])
 
     def _write_pending(self, grams: Mapping[str, np.ndarray]) -> None:
         """Writes the log lines of the last regrouping, with the angles of the window that followed it."""
         lines = []
-        for name, window in self.windows.items():
-            if window.pending:
-                line = {**window.pending, "logged_at": self.steps, "window_steps": window.steps}
-                for prefix in ("previous_", "") if name in grams else ():
-                    angles = expert_angles(grams[name], np.asarray(line[f"{prefix}labels"])).defined()
-                    line |= {f"{prefix}{field}": value for field, value in angles.items()}
-                lines.append(line)
-                window.pending = {}
+        for name, pending in self.windows.pending.items():
+            line = {**pending, "logged_at": self.steps, "window_steps": self.windows.steps[name]}
+            for prefix in ("previous_", "") if name in grams else ():
+                angles = expert_angles(grams[name], np.asarray(line[f"{prefix}labels"])).defined()
+                line |= {f"{prefix}{field}": value for field, value in angles.items()}
+            lines.append(line)
+        self.windows.pending = {}
         if self._log is not None:
             append_to_log(self._log, *lines)
         self.metrics |= _means(lines)  # the objectives are the last regrouping's; a new one replaces them
@@ -385,12 +369,12 @@ class AngleLog(TrainerCallback):
         for name, gram_NN in self.windows.mean_grams().items() if state.is_world_process_zero else ():
             layer, adapter = self.windows.layers[name]
             angles = expert_angles(gram_NN, layer.expert_of(adapter).cpu().numpy()).defined()
-            line = {"step": state.global_step, "module": name, "window_steps": self.windows[name].steps}
+            line = {"step": state.global_step, "module": name, "window_steps": self.windows.steps[name]}
             append_to_log(self._log, {**line, **angles})
         self.windows.restart()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.windows:
+        if self.windows.layers:
             self.windows.save(checkpoint_being_written(args, state) / _ANGLES_FILE, write=args.should_save)
 
 

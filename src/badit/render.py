@@ -192,17 +192,6 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: S
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
-def exported_rank(exported: Any) -> str:
-    """Describes the rank and the approximation error of a :class:`badit.export.Export`."""
-    if not exported.errors:
-        return f"{exported.rank}, equal to the fixed mixture"
-    worst = max(exported.errors, key=exported.errors.__getitem__)
-    return (
-        f"{exported.rank} of {exported.exact_rank}: relative error {exported.total_error:.2g} overall (Frobenius norm)"
-        f", at most {exported.errors[worst]:.2g} per module ({worst})"
-    )
-
-
 def cost_table(scores: dict[str, Any]) -> str:
     """Returns a table of Rouge-L per task, of a run with routing and of its export with fixed gates."""
     entries = scores["tasks"] | ({"mean over tasks": scores["mean"]} if len(scores["tasks"]) > 1 else {})

@@ -150,14 +150,33 @@ def load_results(path: str | os.PathLike[str]) -> Results:
     refuse_other_format(content, path, FORMAT)
     with explained(path):
         file = _File.model_validate(content)
+    refuse_unknown(f"{path}: reference", file.reference, file.methods)
     scores, instances, continual = [], [], []
-    for cell in _scored_cells(file, path):
-        run = (cell.method, cell.seed, cell.order)
-        for task, entry in cell.scores.tasks.items() if cell.scores else ():
-            scores += [(*run, task, metric, score, entry.instances) for metric, score in _known_metrics(entry)]
-        for task, entry in (cell.instances or {}).items():
-            for metric, values in _known_metrics(entry):
-                instances += [(*run, task, metric, number, score) for number, score in enumerate(values)]
+    runs, sizes = set[tuple[str, int | None, str | None]](), dict[str, int]()
+    for number, cell in enumerate(file.cells):
+        place, run = f"{path}: cells.{number}", (cell.method, cell.seed, cell.order)
+        refuse_unknown(f"{place}.method", cell.method, file.methods)
+        if cell.status != "done" or not cell.selected:
+            continue
+        if run in runs:
+            raise BaditError(f"{place}: has the method, seed and order of another cell; select only one of them")
+        runs.add(run)
+        tasks = cell.scores.tasks if cell.scores else {}
+        own = {task: entry.instances for task, entry in tasks.items()}
+        sizes = sizes or own
+        if not own or own != sizes:
+            raise BaditError(f"{place}.scores.tasks: must have the tasks and numbers of instances of the other cells")
+        for task, entry in tasks.items():
+            known = entry.model_dump(exclude={"instances"}, exclude_none=True)
+            scores += [(*run, task, metric, score, own[task]) for metric, score in known.items()]
+        by_task = {task: entry.model_dump(exclude_none=True) for task, entry in (cell.instances or {}).items()}
+        for metric in METRICS:
+            kept = {task: len(lists[metric]) for task, lists in by_task.items() if metric in lists}
+            if kept and kept != own:
+                raise BaditError(f"{place}.instances: needs one {metric} score for each instance of scores.tasks")
+        for task, lists in by_task.items():
+            for metric, values in lists.items():
+                instances += [(*run, task, metric, index, score) for index, score in enumerate(values)]
         continual += [(*run, form, *dict(transfer).values()) for form, transfer in (cell.continual or {}).items()]
     return Results(
         protocol=file.protocol,
@@ -226,7 +245,10 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
             known = scores.dropna().tolist()
             row[f"{name}_mean"] = fmean(known) if known else None
             row[f"{name}_std"] = stdev(known) if len(known) > 1 else None
-        row |= _difference(results, method, metric)
+        pairs = {} if method == results.reference else paired_differences(results, method, metric)
+        mine: dict[str, Any] = paired_bootstrap(pairs)._asdict() if pairs else dict.fromkeys(Difference._fields)
+        row |= {f"difference_{name}": value for name, value in mine.items()}
+        row["level"] = max(abs(mine["inner_low"]), abs(mine["inner_high"])) < METRICS[metric].margin if pairs else None
         row |= {"rank": rank.get(method), "task_rank": task_rank.get(method)}
         row |= {"seconds": cells["seconds"].median(), "peak_memory_gib": cells["peak_memory_gib"].max()}
         rows.append(row)
@@ -238,11 +260,10 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
 def task_means(results: Results, metric: str = "rouge_l") -> pd.DataFrame:
     """Returns the mean scores over runs, with one row per task and one column per method that has scores."""
     scores = results.scores.loc[results.scores["metric"] == metric]
-    methods, tasks = results.scored_methods, scores["task"].unique()
-    if methods and not len(tasks):
+    if results.scored_methods and scores.empty:
         raise BaditError(f"metric: the results have no scores in {metric}; choose another metric")
-    means = scores.groupby(["task", "method"])["score"].agg(fmean).unstack("method")
-    return means.reindex(index=pd.Index(tasks, name="task"), columns=pd.Index(methods, name="method"))
+    means = scores.pivot_table("score", "task", "method", fmean, sort=False)
+    return means.reindex(columns=results.scored_methods)
 
 
 def paired(frame: pd.DataFrame, method: str, other: str) -> pd.DataFrame:
@@ -271,45 +292,7 @@ def paired_differences(results: Results, method: str, metric: str) -> dict[str, 
     }
 
 
-def _difference(results: Results, method: str, metric: str) -> dict[str, Any]:
-    """Returns ``level`` and the paired difference to the reference; None if this is it, or no runs can be paired."""
-    differences = paired_differences(results, method, metric)
-    if method == results.reference or not differences:
-        return dict.fromkeys([*(f"difference_{name}" for name in Difference._fields), "level"])
-    found = paired_bootstrap(differences)
-    level = max(abs(found.inner_low), abs(found.inner_high)) < METRICS[metric].margin
-    return {**{f"difference_{name}": value for name, value in found._asdict().items()}, "level": level}
-
-
 def _frame(rows: Iterable[Any], columns: list[str]) -> pd.DataFrame:
     numbers = dict.fromkeys({"score", "learning_rate", "seconds", "peak_memory_gib", *_Transfer.model_fields}, float)
     types = {"method": object, "seed": "Int64", "order": object, **numbers}
     return pd.DataFrame(rows, columns=columns).astype({name: types[name] for name in columns if name in types})
-
-
-def _known_metrics(entry: _Model) -> list[tuple[str, Any]]:
-    return [(name, value) for name in METRICS if (value := getattr(entry, name)) is not None]
-
-
-def _scored_cells(file: _File, path: Path) -> list[_Cell]:
-    """Returns the cells that are done and selected; BaditError if cells are inconsistent."""
-    refuse_unknown(f"{path}: reference", file.reference, file.methods)
-    counted: dict[object, _Cell] = {}
-    sizes: dict[str, int] = {}
-    for number, cell in enumerate(file.cells):
-        place = f"{path}: cells.{number}"
-        refuse_unknown(f"{place}.method", cell.method, file.methods)
-        if cell.status != "done" or not cell.selected:
-            continue
-        if counted.setdefault((cell.method, cell.seed, cell.order), cell) is not cell:
-            raise BaditError(f"{place}: has the method, seed and order of another cell; select only one of them")
-        own = {task: entry.instances for task, entry in cell.scores.tasks.items()} if cell.scores else {}
-        sizes = sizes or own
-        if not own or own != sizes:
-            raise BaditError(f"{place}.scores.tasks: must have the tasks and numbers of instances of the other cells")
-        for metric in METRICS:
-            lists = {task: getattr(scores, metric) for task, scores in (cell.instances or {}).items()}
-            kept = {task: len(values) for task, values in lists.items() if values is not None}
-            if kept and kept != own:
-                raise BaditError(f"{place}.instances: needs one {metric} score for each instance of scores.tasks")
-    return list(counted.values())

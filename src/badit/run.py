@@ -179,7 +179,7 @@ class Run:
 
     def load(self) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Loads the base model with the run's trained weights, for inference, and the tokenizer."""
-        from badit.evaluate import load_run
+        from badit.train import load_run
 
         return load_run(self)
 

@@ -30,12 +30,12 @@ from torch.nn.functional import one_hot
 from badit.analysis.gates import GATES_FILE, Experts, adapted_layers, mean_gates, read_gates
 from badit.checkpoint import checksums
 from badit.errors import BaditError, explained, show
-from badit.evaluate import load_run
 from badit.export import NOT_A_LORA, beyond_lora, mixture_factors, write_adapter
 from badit.files import read_json, refuse_links
 from badit.methods import build_method
 from badit.run import RECORD, Run
 from badit.studio.server import HOST, LOCAL_HOSTS, ending_with, json_body, listen, run_until_ended
+from badit.train import load_run
 
 AUTO = "auto"
 MAX_BODY = 1024 * 1024

@@ -58,19 +58,17 @@ def paired_bootstrap(differences_by_task: Mapping[str, np.ndarray]) -> Differenc
     rng = np.random.default_rng(0)
     runs = len(tasks_SN[0])
     drawn_RS = rng.integers(runs, size=(_RESAMPLES, runs))
-    means_RS = [_resampled_means(task_SN, rng) for task_SN in tasks_SN]
-    estimates_R = np.mean([np.take_along_axis(means, drawn_RS, axis=1).mean(axis=1) for means in means_RS], axis=0)
+    estimates = []
+    for task_SN in tasks_SN:
+        instances = task_SN.shape[1]
+        drawn = (rng.integers(instances, size=(_CHUNK, instances)) for _ in range(_RESAMPLES // _CHUNK))
+        means_RS = np.concatenate([task_SN[:, drawn_RN].mean(axis=2) for drawn_RN in drawn], axis=1).T
+        estimates.append(np.take_along_axis(means_RS, drawn_RS, axis=1).mean(axis=1))
+    estimates_R = np.mean(estimates, axis=0)
     low, inner_low, inner_high, high = map(float, np.quantile(estimates_R, [0.025, 0.05, 0.95, 0.975]))
     mean = float(np.mean([task_SN.mean() for task_SN in tasks_SN]))
     share_not_positive = float((np.round(estimates_R, DECIMALS) <= 0).mean())
     return Difference(mean, low, high, share_not_positive, inner_low, inner_high, runs)
-
-
-def _resampled_means(task_SN: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns the mean of each run over each resample of the instances, (R, S)."""
-    instances = task_SN.shape[1]
-    drawn = (rng.integers(instances, size=(_CHUNK, instances)) for _ in range(_RESAMPLES // _CHUNK))
-    return np.concatenate([task_SN[:, drawn_RN].mean(axis=2) for drawn_RN in drawn], axis=1).T
 
 
 class ContinualScores(NamedTuple):

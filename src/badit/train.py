@@ -22,8 +22,8 @@ from badit.checkpoint import STAGING, Checkpoints, discard, last_checkpoint, saf
 from badit.data.encoded import AnswerCollator, Examples, batches_by_task, encode_tasks
 from badit.data.prompts import build_prompt, encode_examples, encode_prompts, end_of_turn_id
 from badit.data.tasks import Instance, Task, mixture, ordered
-from badit.environment import environment, is_main_process, peak_memory, status
-from badit.errors import BaditError, first_line, say
+from badit.environment import environment, peak_memory
+from badit.errors import BaditError, explained, is_main_process, say, status
 from badit.files import copy_folder, replace_folder, write_json
 from badit.gradients import parameter_count, whole_weights
 from badit.methods import Method, build_method
@@ -50,14 +50,10 @@ class Plan:
         return f"Plan({len(self.tasks)} tasks, {counts})"
 
     @property
-    def sequential(self) -> bool:
-        return self.recipe.data.order is not None
-
-    @property
     def stages(self) -> list[tuple[Run, list[Task]]]:
         """The parts with their own results, and their tasks: all tasks of a mixed run, or one task of a sequence."""
         run = Run.at(self.recipe.output)
-        if not self.sequential:
+        if not self.recipe.data.order:
             return [(run, self.tasks)]
         folder, width = run.path / "stages", max(2, len(str(len(self.tasks))))  # sorted names are in training order
         return [(Run.at(folder / f"{i:0{width}}-{task.name}"), [task]) for i, task in enumerate(self.tasks, start=1)]
@@ -66,7 +62,7 @@ class Plan:
     def mixture(self) -> dict[str, int]:
         """The number of training instances per task in an epoch (in a sequence, an epoch of the task's stage)."""
         sizes = {task.name: len(task.train) for task in self.tasks}
-        return sizes if self.sequential else self.recipe.data.quotas(self.tasks) or sizes
+        return sizes if self.recipe.data.order else self.recipe.data.quotas(self.tasks) or sizes
 
     @property
     def training_instances(self) -> int:
@@ -113,10 +109,7 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
     """Trains a recipe without scoring it. A sequence of tasks is trained one after another, each with its own result.
 
     The caller locks the run's folder. Under accelerate or torchrun all processes train, and only rank 0 writes it.
-
-    Raises:
-        BaditError: if the input is invalid, the output folder contains a run of another recipe, or the data or base
-            weights have changed since the run began (unless ``allow_changed_inputs``).
+    BaditError as in :func:`badit.train`; also if data or base weights changed, unless ``allow_changed_inputs``.
     """
     plan = make_plan(recipe)
     trackers_of(recipe.training)
@@ -136,7 +129,7 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
         if not folder.adapter_path.is_dir():
             _train_stage(plan, number, progress, allow_changed_inputs)
         discard(folder.checkpoints_path)  # no longer needed for resuming
-    if plan.sequential and is_main_process():
+    if recipe.data.order and is_main_process():
         summaries = [folder.environment["training"] for folder in folders]
         write_json(run.environment_path, {**run.environment, "training": joint_training(summaries)})
         copy_folder(folders[-1].adapter_path, run.adapter_path)
@@ -313,10 +306,8 @@ def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | N
     best = given.pop("load_best_model_at_end")
     if best or given.get("save_strategy") == "best":
         given["metric_for_best_model"] = "loss"
-    try:
+    with explained("training", action="used", any_error=True):  # incompatible values, or DeepSpeed is not installed
         arguments = TrainingArguments(**{**defaults, **given, **fixed})
-    except (ValueError, TypeError, ImportError) as error:  # incompatible values, or DeepSpeed is not installed
-        raise BaditError(f"training: {first_line(error)}") from None
     # Set afterwards: transformers refuses other intervals of checkpoints, but AnswerTrainer saves at every evaluation.
     arguments.load_best_model_at_end = best
     return arguments
@@ -372,3 +363,23 @@ def base_model(recipe: Recipe, *, dtype: Dtype | None = None) -> tuple[PreTraine
 def model_dtype(recipe: Recipe) -> Dtype:
     """Returns the dtype of a recipe's base model on this process's device."""
     return fast_dtype(device()) if recipe.model.dtype == "fast" else recipe.model.dtype
+
+
+def load_run(run: Run, recipe: Recipe | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Returns a run's model, with its trained weights if the method trains, for inference, and the tokenizer.
+
+    ``run`` may be a stage's folder if the run's ``recipe`` is given. BaditError if the adapter is missing or damaged.
+    """
+    recipe = recipe or run.trusted_recipe()
+    method = build_method(recipe.method)
+    if not method.trains:
+        return base_model(recipe)
+    whole = Run.at(recipe.output)
+    if not run.adapter_path.is_dir():
+        command = f"badit train {whole.config_path} output={whole.path}"
+        raise BaditError(f"{run.path}: has no adapter yet; finish its training with: {command}")
+    model, tokenizer = base_model(recipe)
+    if changed_inputs(whole, {BASE_MODEL: model_fingerprint(model)}):
+        fix = "restore it, or train again with another output=FOLDER"
+        raise BaditError(f"{run.path}: the base model {recipe.model.name} has changed since the run was trained; {fix}")
+    return method.load(model, run.adapter_path), tokenizer

@@ -21,15 +21,14 @@ from accelerate.utils import patch_environment
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback, get_available_reporting_integrations
 
 from badit.arguments import TrainingSection
 from badit.checkpoint import step_of
-from badit.environment import is_main_process
-from badit.errors import BaditError, explained, say
+from badit.errors import BaditError, explained, is_main_process, say
 from badit.files import append_to_log, rewind_log
 from badit.gradients import any_of_all
 from badit.optimizer import OrthogonalUpdates, lora_plus_groups
@@ -99,13 +98,12 @@ class AnswerTrainer(Trainer):
     get_train_dataloader = _names_section(Trainer.get_train_dataloader)
     set_initial_training_values = _names_section(Trainer.set_initial_training_values)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        lengths = getattr(dataset, "lengths", None) or [len(example["input_ids"]) for example in dataset]
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        lengths = getattr(train_dataset, "lengths", None) or [len(example["input_ids"]) for example in train_dataset]
         # The ranks split a global batch, which equals the batch of a single process with this total size.
         per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        tasks = () if self._quotas is None else dataset.tasks
+        tasks = () if self._quotas is None else train_dataset.tasks
         # ``state.epoch`` is whole at the start of an epoch, and fractional if a run resumes within an epoch.
         return EpochSampler(lengths, per_step, seed, lambda: int(self.state.epoch or 0), tasks, self._quotas)
 
@@ -190,7 +188,8 @@ def answer_losses(
     # The number of labels determines shapes, so this synchronises with the GPU, once: all later code uses the indices.
     row_L, position_L = (targets_BT != -100).nonzero(as_tuple=True)
     batch = {key: value for key, value in inputs.items() if key not in ("labels", "tasks")} | {"use_cache": use_cache}
-    batch |= prompt_argument(model, inputs["attention_mask"].bool() & before_first_label(labels_BT))
+    if hooks_of(model).routes_prompts:
+        batch["prompt_mask"] = inputs["attention_mask"].bool() & before_first_label(labels_BT)
     unwrapped: Any = getattr(model, "module", model)  # inside a data-parallel wrapper
     output_layer = unwrapped.get_output_embeddings()
 
@@ -205,11 +204,6 @@ def answer_losses(
         outputs.logits[0].float(), targets_BT[row_L, position_L], reduction="none", label_smoothing=label_smoothing
     )
     return losses_L, row_L, outputs
-
-
-def prompt_argument(model: nn.Module, prompt_mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns the ``prompt_mask`` argument for a model that routes by prompt, and no arguments for other models."""
-    return {"prompt_mask": prompt_mask_BT} if hooks_of(model).routes_prompts else {}
 
 
 @dataclass(eq=False)
@@ -389,9 +383,8 @@ def tracking(trainer: AnswerTrainer, folder: Path, checkpoint: Path | None) -> I
 
         purge_step = None if checkpoint is None else step_of(checkpoint) + 1
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)))
-    wandb: Any = import_module("wandb") if "wandb" in names else None
     run: Any = nullcontext()
-    if wandb and wandb.run is None:  # it reads WANDB_DIR once per process
+    if "wandb" in names and (wandb := import_module("wandb")).run is None:  # it reads WANDB_DIR once per process
         project, where = os.environ.get("WANDB_PROJECT", "badit"), os.environ.get("WANDB_DIR", str(folder))
         run = wandb.init(project=project, dir=where, name=folder.resolve().name)
     with run, patch_environment(SWANLAB_LOG_DIR=os.environ.get("SWANLAB_LOG_DIR", folder)):

@@ -34,7 +34,8 @@ def test_similarity_matches_naive_and_ignores_a_shift_shared_by_all_tasks(seed, 
     gates = random_gates(seed)
     shift = np.random.default_rng(seed).normal(size=(2, 3))
     shift -= shift.mean(axis=1, keepdims=True)  # so that the gates keep their sum
-    other = wrapped({gates.tasks[t]: gates.by_task[gates.tasks[t]] + shift for t in order})
+    tasks = list(gates.by_task)
+    other = wrapped({tasks[t]: gates.by_task[tasks[t]] + shift for t in order})
     expected = naive.similarity(gates.by_task)
     np.testing.assert_allclose(atlas.similarity(gates), expected, atol=1e-4)
     np.testing.assert_allclose(atlas.similarity(other), expected[np.ix_(order, order)], atol=1e-4)
@@ -74,7 +75,7 @@ def test_prompt_scores_match_naive_and_ignore_a_modules_scale(seed):
     np.testing.assert_allclose(atlas.prompt_scores(gates), scores, atol=1e-5)
     scaled = wrapped({task: values * [[[3.0], [0.5]]] - 1 for task, values in gates.by_task.items()})
     np.testing.assert_allclose(atlas.prompt_scores(scaled), scores, atol=1e-4)
-    prompts = [(task, task.test) for task in (make_task(name, test=3) for name in gates.tasks)]
+    prompts = [(task, task.test) for task in (make_task(name, test=3) for name in gates.by_task)]
     names = [(task.name, one.id, one.input) for task, instances in prompts for one in instances]
     found = atlas.nearest_prompts(gates, prompts).itertuples(index=False, name=None)
     best = [(k, p) for k in range(3) for p in np.argsort(-scores[:, k])[:5]]

@@ -5,11 +5,10 @@ import torch
 from peft import LoraConfig
 
 from badit.baselines import BASELINES
-from badit.evaluate import load_run
 from badit.methods import AdapterMethod, build_method
 from badit.recipe import build_recipe
 from badit.run import Run
-from badit.train import fit
+from badit.train import fit, load_run
 from baselines.naive import SMALL, logits
 from refusals import refuses
 from training.trainers import assert_same, fit_until, learned, train_and_score

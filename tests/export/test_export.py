@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 import reference
 from badit.analysis.gates import adapted_layers, changed_gates, mean_gates
 from badit.data import AnswerCollator, batches_by_task
-from badit.evaluate import evaluate, load_run
+from badit.evaluate import evaluate
 from badit.export import Export, beyond_lora, export, merge, mixture_factors, score_export, write_adapter
 from badit.files import OWNER, read_json
-from badit.train import encoded, make_plan
+from badit.train import encoded, load_run, make_plan
 from badit.tuner import BaditConfig, hooks_of
 from badit.tuner.targets import short_module_names
 from baselines import naive as baselines
@@ -73,8 +73,8 @@ def test_stock_peft_loads_all_exports_and_computes_the_frozen_mixture(trained, t
     for name, (method, rank) in METHODS.items():
         run = runs[name] = trained(method)
         done = export(run, tmp_path / f"{name}-lora", task=TASK_OF.get(name))
-        assert (done.rank, done.exact_rank, done.errors) == (rank, rank, {}), name
-        assert (done.mixture is not None) == (done.folder / "gates.json").is_file() == (name in VARY), name
+        assert (done.rank, done.record["exact_rank"], "relative_error" in done.record) == (rank, rank, False), name
+        assert (done.record["mixture"] is not None) == (done.folder / "gates.json").is_file() == (name in VARY), name
         check_adapter(done.folder, load_run(run)[0].unload())
         folders[name] = str(done.folder)
     for name, method in WEIGHTS.items():
@@ -109,7 +109,7 @@ def test_task_gates_are_the_mean_over_its_training_prompts(trained, tmp_path):
     for name in (None, "cities", "rivers"):
         done = export(run, tmp_path / "out", task=name)
         kept[name] = read_json(done.folder / "gates.json")
-    assert done.mixture == "mean gates of task rivers on 12 training prompts"
+    assert done.record["mixture"] == "mean gates of task rivers on 12 training prompts"
     for one in adapted_layers(model):
         of_name = {name: torch.tensor(gates[one.layer.name]) for name, gates in kept.items()}
         for name in ("cities", "rivers"):
@@ -176,23 +176,23 @@ def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(traine
     done = export(run, tmp_path / "small", rank=5)
     small = load_file(done.folder / "adapter_model.safetensors")
     lost, norm = 0.0, 0.0
-    for name, relative in done.errors.items():
+    total, errors = done.record["relative_error"].values()
+    for name, relative in errors.items():
         a, b = (f"base_model.model.{name}.lora_{part}.weight" for part in "AB")
         product, found = whole[b] @ whole[a], small[b] @ small[a]
         closest = torch.from_numpy(reference.closest_of_rank(product, 5))
         torch.testing.assert_close(found.double(), closest, atol=1e-4, rtol=1e-4)
         assert relative == pytest.approx(float((product - found).norm() / product.norm()), rel=1e-3)
         lost, norm = lost + float((product - found).norm() ** 2), norm + float(product.norm() ** 2)
-    assert done.total_error == pytest.approx((lost / norm) ** 0.5, rel=1e-3)
-    assert 0 < done.total_error <= max(done.errors.values()) < 1
-    recorded = read_json(done.folder / "export.json")["relative_error"]
-    assert recorded == {"total": done.total_error, "modules": done.errors}
+    assert total == pytest.approx((lost / norm) ** 0.5, rel=1e-3)
+    assert 0 < total <= max(errors.values()) < 1
+    assert read_json(done.folder / "export.json")["relative_error"] == {"total": total, "modules": errors}
 
-    assert [Export(Path("x"), None, None, rank, rank).max_lora_rank for rank in (1, 8, 12, 257)] == [1, 8, 16, 320]
+    assert [Export(Path("x"), {"rank": rank}).max_lora_rank for rank in (1, 8, 12, 257)] == [1, 8, 16, 320]
     monkeypatch.setattr(sys.modules["badit.export"], "VLLM_RANKS", (1, 8))  # as if rank 12 could not be served
     forced = export(run, tmp_path / "forced")
-    assert (forced.rank, forced.exact_rank, forced.max_lora_rank) == (8, 12, 8)
-    assert forced.errors
+    assert (forced.rank, forced.record["exact_rank"], forced.max_lora_rank) == (8, 12, 8)
+    assert forced.record["relative_error"]["modules"]
 
 
 @pytest.mark.parametrize(

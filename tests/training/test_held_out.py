@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 
 from badit.checkpoint import step_of
 from badit.data import AnswerCollator
-from badit.evaluate import load_run, prompt_losses
+from badit.evaluate import prompt_losses
 from badit.recipe import build_recipe
 from badit.run import Run
-from badit.train import encoded, fit, make_plan
+from badit.train import encoded, fit, load_run, make_plan
 from badit.trainer import AnswerTrainer
 from training.trainers import assert_same, fit_until, learned, on
 

@@ -8,12 +8,12 @@ import torch
 from badit import BaditError, Run
 from badit.baselines import BASELINES
 from badit.checkpoint import last_checkpoint
-from badit.evaluate import evaluate, load_run
+from badit.evaluate import evaluate
 from badit.files import read_json, write_json
 from badit.methods import AdapterMethod, Method
 from badit.recipe import build_recipe
 from badit.statistics import FORMS, continual_scores
-from badit.train import Plan, fit, make_plan
+from badit.train import Plan, fit, load_run, make_plan
 from baselines.naive import logits
 from materials import make_recipe
 from training.trainers import assert_same, fit_until, learned, on, train_and_score, train_module, with_callbacks

@@ -9,10 +9,9 @@ from safetensors import safe_open
 from badit import Run
 from badit.baselines.neurons import neuron_scores, top_neurons
 from badit.data import AnswerCollator
-from badit.evaluate import load_run
 from badit.methods import WEIGHTS, AdapterMethod, Method, WeightsMethod
 from badit.recipe import build_recipe
-from badit.train import base_model, encoded, fit, make_plan
+from badit.train import base_model, encoded, fit, load_run, make_plan
 from baselines.naive import logits
 from refusals import refuses
 from training.trainers import change_tensors, fit_until, learned, on, with_callbacks

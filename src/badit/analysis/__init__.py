@@ -22,13 +22,12 @@ from badit.checkpoint import checksums
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_sources
 from badit.environment import environment, peak_memory
 from badit.errors import BaditError, explained
-from badit.evaluate import load_run
 from badit.files import exclusive, inside, read_json, refuse_links, write_json
 from badit.methods import build_method
 from badit.recipe import DataSection, Recipe, build_recipe
 from badit.results import RESULTS
 from badit.run import AnyPath, Run
-from badit.train import encoded, make_plan, task_fingerprints
+from badit.train import encoded, load_run, make_plan, task_fingerprints
 
 
 def analyze(

@@ -86,7 +86,7 @@ def ability_atlas(
     losses_frame = EXPERT_LOSSES.frame(
         [
             (task, expert, loss, without, without - loss)
-            for task, (loss, *others) in zip(gates.tasks, losses_TS, strict=True)
+            for task, (loss, *others) in zip(gates.by_task, losses_TS, strict=True)
             for expert, without in enumerate(others)
         ],
         "Loss of each task with one expert's gates set to 0 in every layer and the other gates unchanged. If the "
@@ -102,18 +102,19 @@ def ability_atlas(
 
 def similarity(gates: PromptGates) -> np.ndarray:
     """Returns the correlations (T, T) of the tasks' gates; NaN for a task whose gates equal the mean over tasks."""
-    profiles = gates.means.reshape(len(gates.tasks), -1).astype(np.float64)
+    profiles = gates.means.reshape(len(gates.by_task), -1).astype(np.float64)
     unit = _standardised(profiles - profiles.mean(axis=0), _CONSTANT)
     return np.clip(unit @ unit.T, -1.0, 1.0)
 
 
 def gate_similarity(gates: PromptGates) -> pd.DataFrame:
     """Returns the similarity of the gates of every two tasks."""
-    similarity_TT, tasks = pd.DataFrame(similarity(gates), gates.tasks, gates.tasks), len(gates.tasks)
+    tasks = list(gates.by_task)
+    similarity_TT = pd.DataFrame(similarity(gates), tasks, tasks)
     return GATE_SIMILARITY.frame(
-        [(a, b, similarity_TT.at[a, b]) for a, b in combinations(sorted(gates.tasks), 2)],
+        [(a, b, similarity_TT.at[a, b]) for a, b in combinations(sorted(tasks), 2)],
         f"Pearson correlation of two tasks' mean gates over all modules and experts, after subtracting each gate's "
-        f"mean over the {tasks} tasks. Unrelated tasks are at {-1 / max(1, tasks - 1):.2f} on average.",
+        f"mean over the {len(tasks)} tasks. Unrelated tasks are at {-1 / max(1, len(tasks) - 1):.2f} on average.",
     )
 
 
@@ -141,7 +142,6 @@ def prompt_scores(gates: PromptGates) -> np.ndarray:
     return np.where(std_MK > _CONSTANT, deviation_PMK / np.fmax(std_MK, _CONSTANT), 0.0).mean(axis=1)
 
 
-@torch.no_grad()
 def expert_losses(model: Any, batches: TaskBatches, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean losses of answer tokens with all experts and without each (T, S), and the changes' errors (T, K)."""
     experts = active_experts(model)
@@ -172,7 +172,7 @@ def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.nda
         drawn = _standing_out(gate_T, gate_error_T) if np.ptp(gate_T) >= _LEAST_SPREAD else []
         mean, most = change_T.mean(), change_T.max()
         hurt = _standing_out(change_T, error_T) if most >= _NO_CHANGE and most - mean > _LEAST_LEAD * mean else []
-        names = (", ".join(gates.tasks[t] for t in named) for named in (drawn, hurt))
+        names = (", ".join(list(gates.by_task)[t] for t in named) for named in (drawn, hurt))
         rows.append((expert, *names, gate_T.mean(), np.ptp(gate_T), mean))
     about = "Summary of each expert over all modules. Mean gate and change of the loss are means over all tasks."
     return ABILITIES.frame(rows, about)

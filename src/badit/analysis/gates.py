@@ -24,13 +24,12 @@ from torch import nn
 from badit.analysis.tables import Table, layer_and_module
 from badit.data import AnswerCollator, Task, batches_by_task
 from badit.errors import BaditError, nearest
-from badit.files import read_json, refuse_links, write_json
+from badit.files import is_number, read_json, refuse_links, write_json
 from badit.method import prompt_mean
 from badit.recipe import Recipe
 from badit.run import RECORD, Run
 from badit.train import encoded, model_dtype, model_fingerprint, task_fingerprints
 from badit.trainer import answer_losses
-from badit.tuner.config import is_number
 from badit.tuner.layer import ExpertLinear
 from badit.tuner.model import TaskBatches
 from badit.tuner.prompt import before_first_label
@@ -57,11 +56,6 @@ class Experts(NamedTuple):
     adapter: str
 
     @property
-    def place(self) -> tuple[int, str]:
-        """The index of the transformer layer and the module's name within it."""
-        return layer_and_module(self.layer.name)
-
-    @property
     def number(self) -> int:
         return self.layer.badit_config[self.adapter].num_experts
 
@@ -71,10 +65,6 @@ class PromptGates(NamedTuple):
 
     modules: Sequence[tuple[int, str]]
     by_task: Mapping[str, np.ndarray]
-
-    @property
-    def tasks(self) -> list[str]:
-        return list(self.by_task)
 
     @property
     def means(self) -> np.ndarray:
@@ -108,7 +98,6 @@ def changed_gates(experts: Sequence[Experts], change: Callable[..., torch.Tensor
             vars(one.layer).pop("gates", None)
 
 
-@torch.no_grad()
 def prompt_gates(model: Any, batches: TaskBatches) -> PromptGates:
     """Returns the gates of every prompt, from one forward pass of a model with experts in evaluation mode."""
     experts = active_experts(model)
@@ -116,16 +105,16 @@ def prompt_gates(model: Any, batches: TaskBatches) -> PromptGates:
     for task, of_task in batches.items():
         gates_PMK = torch.stack([*_gates_of_prompts(model, experts, of_task).values()], dim=1)
         by_task[task] = (gates_PMK / gates_PMK.mean(dim=-1, keepdim=True)).numpy()
-    return PromptGates([one.place for one in experts], by_task)
+    return PromptGates([layer_and_module(one.layer.name) for one in experts], by_task)
 
 
-@torch.no_grad()
 def mean_gates(model: Any, of_task: Iterable[Any]) -> Gates:
     """Returns the gates of every adapted module: undivided means over the prompts of a task's batches."""
     found = _gates_of_prompts(model, adapted_layers(model), of_task)
     return {name: gates_PK.mean(dim=0).tolist() for name, gates_PK in found.items()}
 
 
+@torch.no_grad()
 def _gates_of_prompts(model: Any, experts: Sequence[Experts], of_task: Iterable[Any]) -> dict[str, torch.Tensor]:
     """Returns the gates (P, K) of each layer by its name: means over each prompt's positions, on the CPU."""
     kept: dict[str, list[torch.Tensor]] = {one.layer.name: [] for one in experts}
@@ -159,7 +148,7 @@ def gates_frame(gates: PromptGates) -> pd.DataFrame:
     each = span([len(gates_PMK) for gates_PMK in gates.by_task.values()])
     # A single prompt has no standard deviation.
     stds = [g.std(axis=0, ddof=1) if len(g) > 1 else np.full_like(g[0], np.nan) for g in gates.by_task.values()]
-    places = product(gates.tasks, gates.modules, range(gates.means.shape[-1]))
+    places = product(gates.by_task, gates.modules, range(gates.means.shape[-1]))
     numbers = zip(places, gates.means.ravel(), np.ravel(stds), strict=True)
     return GATES.frame(
         [(task, *module, expert, mean, std) for (task, module, expert), mean, std in numbers],

@@ -37,7 +37,6 @@ from transformers.pytorch_utils import Conv1D
 
 from badit.analysis.gates import PromptGates, span
 from badit.analysis.tables import COUNT, INDEX, SHARED, Column, Table, layer_and_module
-from badit.baselines.neurons import top_neurons
 from badit.errors import BaditError
 from badit.trainer import answer_losses
 from badit.tuner.model import TaskBatches
@@ -163,10 +162,8 @@ def _first_projections(model: nn.Module) -> list[nn.Module]:
 
 
 def _strongest(scores: Mapping[int, torch.Tensor]) -> Marks:
-    def marks(scores_TU: torch.Tensor) -> np.ndarray:
-        return torch.stack([top_neurons({"units": scores_U}, SHARE)["units"] for scores_U in scores_TU]).numpy()
-
-    return {layer: marks(scores_TU) for layer, scores_TU in scores.items()}
+    ranks = {layer: x_TU.argsort(dim=1, descending=True, stable=True).argsort(dim=1) for layer, x_TU in scores.items()}
+    return {layer: (rank_TU < max(1, round(SHARE * rank_TU.shape[1]))).numpy() for layer, rank_TU in ranks.items()}
 
 
 def marked_experts(gates: PromptGates) -> Marks:
@@ -278,8 +275,8 @@ class SketchedSums:
 
     def __init__(self, length: int, sums: int, size: int, generator: torch.Generator, device: Any = None) -> None:
         self.sums_RM = torch.zeros(sums, min(length, size), device=device)
-        self._exact = length <= size
-        if not self._exact:
+        self._shifts, self._run_signs, self._signs_M = [0], [1], torch.ones_like(self.sums_RM[0])  # exact
+        if length > size:
             runs = -(-length // size)
             # The shifts repeat after M runs, which are 268 million coordinates for M = 16384.
             self._shifts = torch.randperm(size, generator=generator).repeat(-(-runs // size))[:runs].tolist()
@@ -288,9 +285,6 @@ class SketchedSums:
 
     def add(self, index: int, vector_N: torch.Tensor) -> None:
         """Adds a float32 vector to the sum with this index."""
-        if self._exact:
-            self.sums_RM[index] += vector_N
-            return
         # 2 M buckets, so that a shifted run is contiguous. Then the second half is added to the first.
         size = len(self._signs_M)
         buckets = self._signs_M.new_zeros(2 * size)

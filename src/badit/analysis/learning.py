@@ -125,7 +125,8 @@ def held_out_angles(model: Any, batches: TaskBatches, *, progress: bool = False)
     angles = {}
     for one, grad_A_NI, grad_B_ON in zip(experts, sums[::2], sums[1::2], strict=True):
         gram_NN = cosine_gram(grad_A_NI, grad_B_ON).cpu().numpy()
-        angles[one.place] = list(angles_of(gram_NN, one.layer.expert_of(one.adapter).cpu().numpy()).defined().values())
+        found = angles_of(gram_NN, one.layer.expert_of(one.adapter).cpu().numpy())
+        angles[layer_and_module(one.layer.name)] = list(found.defined().values())
     return angles
 
 

@@ -183,6 +183,7 @@ class BranchModel(ExpertModel):
             self.badit_gate[adapter_name] = copy.deepcopy(own)
             if self._embedding_hook is None:
                 self._embedding_hook = embeddings.register_forward_hook(self._compute_gates)
+                RoutingContext.of(self.model).hooks.append(self._embedding_hook)  # unload() removes it
         super()._create_and_replace(peft_config, adapter_name, *args, **kwargs)
 
     def _compute_gates(self, embeddings: nn.Module, args: tuple, output: torch.Tensor) -> None:
@@ -234,11 +235,6 @@ class BranchModel(ExpertModel):
         trained = {name for layer in self.expert_layers() for name, a_RI in layer.badit_A.items() if a_RI.requires_grad}
         for name, gate in self.badit_gate.items():
             gate.requires_grad_(name in trained)
-
-    def unload(self) -> nn.Module:
-        if self._embedding_hook is not None:
-            self._embedding_hook.remove()
-        return super().unload()
 
 
 def mean_embedding(embeddings_BTD: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ their previous norm, since it changes the gate on earlier prompts. A_t and B_t a
 """
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -50,7 +51,6 @@ class GainLoraGate(BranchGate):
         for name, size in (("down", width), ("up", config.gate_hidden_size), ("key", width)):
             self.register_buffer(f"seen_by_{name}", torch.zeros(size, size, device=device))
         self.of_covariance = config.energy == "covariance"
-        self._before_update: dict[str, torch.Tensor] = {}
         self.start_key()
 
     def forward(self, prompt_BD: torch.Tensor) -> torch.Tensor:
@@ -93,17 +93,11 @@ class GainLoraGate(BranchGate):
         hidden_NH = F.silu(prompt_ND @ self.down.T)
         return {"down": prompt_ND, "up": hidden_NH, "key": F.silu(hidden_NH @ self.up.T)}
 
-    def before_update(self) -> None:
-        """Copies the trained tensors, from which :meth:`after_update` computes the update."""
-        self._before_update = {name: tensor.detach().clone() for name, tensor in self.named_parameters()}
-
     @torch.no_grad()
-    def after_update(self) -> None:
-        """Subtracts from each tensor the part of its update that acts on the earlier tasks' inputs."""
-        for name, before in self._before_update.items():
-            tensor = self.get_parameter(name)
-            tensor.sub_((tensor - before) @ self.get_buffer(f"seen_by_{name}"))
-        self._before_update = {}
+    def project_update(self, before: Mapping[str, torch.Tensor]) -> None:
+        """Subtracts from each tensor the part of its update since ``before`` that acts on the earlier tasks' inputs."""
+        for name, tensor in self.named_parameters():
+            tensor.sub_((tensor - before[name]) @ self.get_buffer(f"seen_by_{name}"))
 
 
 def grown_projector(projector_DD: torch.Tensor, inputs_ND: torch.Tensor, share: float) -> torch.Tensor:
@@ -138,12 +132,11 @@ class GainLoraModel(BranchModel):
             gate.end_task(self._prompts_of(batches).to(gate.key))
 
     def before_update(self) -> None:
-        for gate in self._active_gates():
-            gate.before_update()
+        self._before = [{name: p.detach().clone() for name, p in g.named_parameters()} for g in self._active_gates()]
 
     def after_update(self) -> None:
-        for gate in self._active_gates():
-            gate.after_update()
+        for gate, before in zip(self._active_gates(), self._before, strict=True):
+            gate.project_update(before)
 
 
 @baseline("gainlora", GainLoraModel)

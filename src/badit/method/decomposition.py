@@ -92,18 +92,10 @@ def expert_directions(triples: SingularTriples) -> tuple[torch.Tensor, torch.Ten
     return triples.vh_NI / math.sqrt(3), torch.zeros_like(triples.u_ON)
 
 
-class CompressedFactors(NamedTuple):
-    """A LoRA of smaller rank in float32, and the Frobenius norms of the truncation error and the original product."""
-
-    a_PI: torch.Tensor
-    b_OP: torch.Tensor
-    lost: float
-    norm: float
-
-
-def compress(a_RI: torch.Tensor, b_OR: torch.Tensor, rank: int) -> CompressedFactors:
+def compress(a_RI: torch.Tensor, b_OR: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """Returns the rank-P factors whose product is closest to B A (Eckart & Young 1936); splits singular values evenly.
 
+    They are A (P, I) and B (O, P) in float32, followed by the Frobenius norms of the truncation error and of B A.
     Components beyond the largest possible rank of B A are zero.
     """
     # In float64: the SVD of the small core matrix between two QR factorisations.
@@ -114,7 +106,7 @@ def compress(a_RI: torch.Tensor, b_OR: torch.Tensor, rank: int) -> CompressedFac
     missing = rank - len(root_P)
     a_PI = F.pad(root_P[:, None] * (vh[:rank] @ q_IC.T), (0, 0, 0, missing))
     b_OP = F.pad((q_OC @ u[:, :rank]) * root_P, (0, missing))
-    return CompressedFactors(a_PI.float(), b_OP.float(), float(s[rank:].norm()), float(s.norm()))
+    return a_PI.float(), b_OP.float(), float(s[rank:].norm()), float(s.norm())
 
 
 def _exact_svd(w_OI: torch.Tensor, rank: int) -> SingularTriples:

@@ -160,13 +160,6 @@ def _centroid_similarity(onehot_NK: np.ndarray, sums_NK: np.ndarray) -> np.ndarr
     return np.where(squared_K > 1e-12, sums_NK / np.sqrt(np.maximum(squared_K, 1e-12)), 0.0)
 
 
-def _assign_balanced(similarity_NK: np.ndarray) -> np.ndarray:
-    """Returns the assignment with the largest total similarity and equally many components per expert (exact)."""
-    size = len(similarity_NK) // similarity_NK.shape[1]
-    _, slot_N = linear_sum_assignment(np.repeat(similarity_NK, size, axis=1), maximize=True)
-    return slot_N // size
-
-
 def _until_stable(
     gram_NN: np.ndarray,
     labels_N: np.ndarray,
@@ -175,10 +168,13 @@ def _until_stable(
     balanced: bool = True,
 ) -> np.ndarray:
     """Reassigns components to the most similar experts until the labels are stable, and returns the labels."""
+    size = len(labels_N) // num_experts
     for _ in range(_MAX_ROUNDS):
         onehot_NK = np.eye(num_experts)[labels_N]
         similarity_NK = similarity(onehot_NK, gram_NN @ onehot_NK)
-        new_N = _assign_balanced(similarity_NK) if balanced else similarity_NK.argmax(axis=1)
+        new_N = similarity_NK.argmax(axis=1)
+        if balanced:  # the largest total similarity with equally many components per expert (exact)
+            new_N = linear_sum_assignment(np.repeat(similarity_NK, size, axis=1), maximize=True)[1] // size
         if np.array_equal(new_N, labels_N):
             break
         labels_N = new_N

@@ -38,35 +38,27 @@ Shape suffixes: N = components, I/O = in/out features, D = I for A and O for B; 
 
 import math
 from functools import lru_cache, partial
-from typing import NamedTuple
 
 import torch
 
 from badit.method.grouping import OverShards
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # a tensor of A and the corresponding one of B
+# A factor's optimizer state: its own frame Q "basis" and M "first" (…, N, D), c "features" (…, 1, D), V "second"
+# (…, N, N), and w₁ and w₂ "weights" (…, 2).
+Moments = dict[str, torch.Tensor]
 
 _TINY = 1e-60  # matrices up to this norm count as zero; above it, inverse roots are finite in float32
 _CONVERGED = 1e-3
 _LARGEST_CHANGE = 0.1  # relative change of ΔW in a step of A
 
 
-class Moments(NamedTuple):
-    """A factor's optimizer state: its own frame Q, M, c, V, and w₁ and w₂ (…, 2)."""
-
-    basis_ND: torch.Tensor
-    first_ND: torch.Tensor
-    features_1D: torch.Tensor
-    second_NN: torch.Tensor
-    weights_2: torch.Tensor
-
-
 def no_moments(x_ND: torch.Tensor) -> Moments:
     """Returns the moments before the first step, for a factor given as rows."""
     zero_ND, leading, (components, length) = torch.zeros_like(x_ND), x_ND.shape[:-2], x_ND.shape[-2:]
     exact = partial(x_ND.new_zeros, dtype=_accumulation_dtype(x_ND))
-    sizes = (1, length), (components, components), (2,)
-    return Moments(zero_ND, zero_ND, *(exact((*leading, *size)) for size in sizes))
+    sizes = {"features": (1, length), "second": (components, components), "weights": (2,)}
+    return {"basis": zero_ND, "first": zero_ND, **{name: exact((*leading, *sizes[name])) for name in sizes}}
 
 
 def orthogonal_updates(
@@ -93,7 +85,7 @@ def orthogonal_updates(
         over_shards: reduces tensors of 4 N² and 2 N² numbers per layer over the processes that hold the other shards.
     """
     beta_1, beta_2 = betas
-    products = [p for x, own in zip(factors, moments, strict=True) for p in (x @ x.mT, x @ own.basis_ND.mT)]
+    products = [p for x, own in zip(factors, moments, strict=True) for p in (x @ x.mT, x @ own["basis"].mT)]
     products_NN = over_shards(torch.stack(products), "sum").to(_accumulation_dtype(products[0]))
     # From here on, N × N matrices of A and B are stacked: (2, …, N, N).
     root_NN = inverse_root(products_NN[0::2], floor)
@@ -102,7 +94,7 @@ def orthogonal_updates(
     framed = [_times(frame, gradient) for frame, gradient in zip(frame_NN, gradients, strict=True)]
 
     has_frame = (_trace(frame_NN) > 0).to(root_NN)
-    last_weights_2 = torch.stack([own.weights_2 for own in moments])
+    last_weights_2 = torch.stack([own["weights"] for own in moments])
     first_weight = has_frame * (beta_1 * last_weights_2[..., 0] + (1 - beta_1))
     second_weight = has_frame * (beta_2 * last_weights_2[..., 1] + (1 - beta_2))
     weights_2 = torch.stack([first_weight, second_weight], dim=-1)
@@ -111,14 +103,14 @@ def orthogonal_updates(
     for index, (g_ND, own) in enumerate(zip(framed, moments, strict=True)):
         keep, weight = has_frame[index, ..., None, None], second_weight[index, ..., None, None]
         square_1D = g_ND.to(keep.dtype).square().mean(-2, keepdim=True)
-        c_1D = keep * (beta_2 * own.features_1D + (1 - beta_2) * square_1D)
+        c_1D = keep * (beta_2 * own["features"] + (1 - beta_2) * square_1D)
         features.append(c_1D)
         scaled.append(g_ND * torch.where(c_1D > 0, (weight / c_1D).sqrt(), 0.0).to(g_ND.dtype))
 
     lengths = lengths or (factors[0].shape[-1], factors[1].shape[-1])
     squares = [h_ND @ h_ND.mT / length for h_ND, length in zip(scaled, lengths, strict=True)]
     square_NN = over_shards(torch.stack(squares), "sum").to(root_NN)
-    last_NN = torch.stack([own.second_NN for own in moments])
+    last_NN = torch.stack([own["second"] for own in moments])
     moved_NN = transport_NN @ last_NN @ transport_NN.mT
     escaped = (_trace(last_NN) - _trace(moved_NN)).clamp_min(0) / last_NN.shape[-1]
     moved_NN.diagonal(dim1=-2, dim2=-1).add_(escaped.unsqueeze(-1))
@@ -131,10 +123,10 @@ def orthogonal_updates(
 
     updates, after = [], []
     for index, (x_ND, h_ND, own) in enumerate(zip(factors, scaled, moments, strict=True)):
-        first_ND = _times(beta_1 * transport_NN[index], own.first_ND) + _times(whiten_NN[index], h_ND)
+        first_ND = _times(beta_1 * transport_NN[index], own["first"]) + _times(whiten_NN[index], h_ND)
         updates.append(_times(unframe_NN[index], first_ND))
-        basis_ND = _times(root_NN[index], x_ND)
-        after.append(Moments(basis_ND, first_ND, features[index], second_NN[index], weights_2[index]))
+        of_D = {"basis": _times(root_NN[index], x_ND), "first": first_ND, "features": features[index]}
+        after.append({**of_D, "second": second_NN[index], "weights": weights_2[index]})
     return (updates[0], updates[1]), (after[0], after[1])
 
 

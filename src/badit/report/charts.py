@@ -124,7 +124,8 @@ def heat_map(
     base, values = chart_by_choice(frame.astype({"row": str, "column": str}), ["row", "column"], choices)
     # The mean over all layers often varies less than single layers, so it has its own limit.
     of_all = np.array([key.split("|")[0] == ALL for key in values], dtype=bool)
-    limits = [limit or limit_of(values.loc[:, part].to_numpy(), middle) for part in (of_all, ~of_all)]
+    apart = [pd.Series(np.ravel(values.loc[:, part] - middle), dtype=float).abs() for part in (of_all, ~of_all)]
+    limits = [limit or float(f"{max(0.01, each.quantile(0.98)):.2g}") for each in apart]
     bound = f"limits[{choices[0].name} === '{ALL}' ? 0 : 1]" if of_all.any() else "limits[1]"
     upright = max(map(len, column_names.values()), default=0) > 3
     below = name_axis(column_names, labelAngle=-90 if upright else 0, labelLimit=130)
@@ -161,12 +162,6 @@ def share_limits(drawn: Iterable[Any]) -> None:
     limits = [param for params in of_charts for param in params if param.name == "limits"]
     for param in limits:
         param.value = [max(each) for each in zip(*(other.value for other in limits), strict=True)]
-
-
-def limit_of(values: np.ndarray, middle: float) -> float:
-    """Returns the distance from the middle that covers 98 % of the values, to two digits."""
-    distances = np.abs(values[np.isfinite(values)] - middle)
-    return float(f"{max(0.01, np.quantile(distances, 0.98) if len(distances) else 0):.2g}")
 
 
 def legend(names: Iterable[str], **options: Any) -> alt.Legend | None:

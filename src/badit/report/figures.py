@@ -66,12 +66,13 @@ def _curves(frame: pd.DataFrame, title: str, smoothed: int) -> Any:
     window: dict[str, Any] = {"frame": [-smoothed, smoothed], "sort": [alt.SortField("step")]}
     base = base.transform_window(mean="mean(loss)", groupby=["series", "run"], **window)
     loss = alt.Y("loss:Q", title=title, scale=alt.Scale(zero=False))
-    raw = base.mark_line(strokeWidth=1, tooltip=None).encode(y=loss, opacity=_picked(pick, 0.4, 0.05))
+    raw = base.mark_line(strokeWidth=1, tooltip=None)
+    raw = raw.encode(y=loss, opacity=alt.condition(pick, alt.value(0.4), alt.value(0.05)))
     # When the seven colours repeat, lines are dashed, then dotted.
     dashes = alt.Scale(domain=series, range=[[1, 0]] * 7 + [[6, 3]] * 7 + [[2, 2]] * 7)
     dash = alt.StrokeDash("series:N", scale=dashes, legend=charts.legend(present, values=present, symbolType="stroke"))
     smooth = base.mark_line(strokeWidth=2.2, tooltip=None)
-    smooth = smooth.encode(y="mean:Q", opacity=_picked(pick, 1, 0.1), strokeDash=dash)
+    smooth = smooth.encode(y="mean:Q", opacity=alt.condition(pick, alt.value(1), alt.value(0.1)), strokeDash=dash)
     tooltip = ["run:N", "step:Q", "loss:Q", alt.Tooltip("mean:Q", title="running mean", format=".3f")]
     spots = base.mark_point(size=60, filled=True, opacity=0).encode(y="mean:Q", tooltip=tooltip).add_params(pick)
     return alt.layer(raw, smooth, spots).properties(height=280)
@@ -95,7 +96,7 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
         y=alt.Y("task:N", title=None, sort=order, axis=charts.name_axis(charts.short_task_names(order), grid=True)),
         color=_colour("run", series, present),
         shape=alt.Shape("run:N", scale=shapes, legend=charts.legend(present, values=present)),
-        opacity=_picked(pick, 0.9, 0.08),
+        opacity=alt.condition(pick, alt.value(0.9), alt.value(0.08)),
         tooltip=tooltip,
     )
     return chart.properties(height=charts.ROW * len(order))
@@ -161,10 +162,6 @@ def transfer(frame: pd.DataFrame) -> Any:
     titles = ("after training on", "Rouge-L on")
     style = {"signed": False, "limit": float(np.nanmax([*rows["rouge_l"], 1.0])), "form": ".0f", "written": True}
     return charts.heat_map(rows, "trained_task", "task", "rouge_l", "Rouge-L", titles=titles, **style)
-
-
-def _picked(pick: alt.Parameter, strong: float, weak: float) -> Any:
-    return alt.condition(pick, alt.value(strong), alt.value(weak))
 
 
 def _colour(field: str, names: Sequence[str], present: Sequence[str] = (), **options: Any) -> alt.Color:

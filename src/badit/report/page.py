@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from badit import __version__
 from badit.data import own_input
-from badit.files import read_json, read_text, remove
+from badit.files import is_number, read_json, read_text, remove
 from badit.metrics import METRICS, Prediction, exact_match, rouge_l
 from badit.recipe import to_yaml
 from badit.render import UNKNOWN, number, score_text
@@ -30,7 +30,6 @@ from badit.report import chart_config, charts
 from badit.report.figures import FIGURES, Figure
 from badit.report.sources import Source, together
 from badit.results import RESULTS
-from badit.tuner.config import is_number
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _VEGA_LITE = alt.SCHEMA_VERSION.rpartition(".")[0]  # such as v6.4

@@ -21,14 +21,13 @@ import pandas as pd
 from badit.analysis.learning import component_flow, expert_angles, task_gap, transfer
 from badit.errors import BaditError
 from badit.evaluate import read_predictions
-from badit.files import inside, refuse_links
+from badit.files import inside, is_number, refuse_links
 from badit.metrics import Prediction, rouge_l
 from badit.recipe import read_values
 from badit.render import method_table
 from badit.results import RESULTS, Results, load_results
 from badit.run import Run
 from badit.statistics import paired_bootstrap
-from badit.tuner.config import is_number
 
 # Tables with pairs of tasks and their column of similarities, and the tables that are shown as matrices in this order.
 _ORDERED = {
@@ -112,18 +111,22 @@ def together(sources: Sequence[Source]) -> Source:
         for source in sources
         for method, run in source.members
     ]
-    logs = [(series, run.label, line) for series, run in runs for line in Run.at(run.folder).log(Path("metrics.jsonl"))]
+    logs = []
+    for series, run in runs:
+        logs += [{**line, "series": series, "run": run.label} for line in Run.at(run.folder).log(Path("metrics.jsonl"))]
     for name, key in (("losses", "loss"), ("held_out_losses", "eval_loss")):
-        losses = [
-            {"step": line["step"], "loss": line[key], "series": series, "run": label}
-            for series, label, line in logs
-            if is_number(line["step"]) and is_number(line.get(key))
-        ]
-        shared.add(name, pd.DataFrame(losses), "metrics.jsonl")
+        losses = [{**line, "loss": line[key]} for line in logs if is_number(line["step"]) and is_number(line.get(key))]
+        shared.add(name, pd.DataFrame(losses, columns=["step", "loss", "series", "run"]), "metrics.jsonl")
     if scored := [source for source in sources if source.scores is not None]:
         frames = [cast(pd.DataFrame, source.scores).assign(run=source.label) for source in scored]
         shared.add("scores", pd.concat(frames, ignore_index=True), "scores.json")
-        shared.add("differences", _differences(scored), "predictions/")
+        first, rows = _rouge_l(scored[0]), []
+        for run in scored[1:]:  # paired differences to the first run, over the instances that both answered
+            pairs = (_rouge_l(run).reindex(first.index) - first).dropna()
+            if len(pairs) and run.config.get("method") != {"name": "base"}:
+                found = paired_bootstrap({str(task): each.to_numpy()[None] for task, each in pairs.groupby(level=0)})
+                rows.append([run.label, found.mean, found.low, found.high, scored[0].label])
+        shared.add("differences", pd.DataFrame(rows, columns=_DIFFERENCES), "predictions/")
     for frame in shared.frames.values():  # so that a series has the same colour in all figures
         frame.attrs["order"] = list(dict.fromkeys(series for series, _ in runs))
     return shared
@@ -172,18 +175,6 @@ def _read(folder: Path, label: str) -> Source:
         files = ", ".join(each.attrs["file"] for each in cosines[::-1])
         source.add("gradient_cosines", pd.concat([each[columns] for each in cosines]).copy(), files)
     return source
-
-
-def _differences(runs: Sequence[Source]) -> pd.DataFrame:
-    """Returns each run's paired Rouge-L difference to the first run, over the instances that both answered."""
-    rows = []
-    scores = _rouge_l(runs[0])
-    for run in runs[1:]:
-        pairs = (_rouge_l(run).reindex(scores.index) - scores).dropna()
-        if len(pairs) and run.config.get("method") != {"name": "base"}:
-            found = paired_bootstrap({str(task): each.to_numpy()[None] for task, each in pairs.groupby(level=0)})
-            rows.append([run.label, found.mean, found.low, found.high, runs[0].label])
-    return pd.DataFrame(rows, columns=_DIFFERENCES)
 
 
 def _rouge_l(run: Source) -> pd.Series:

@@ -15,19 +15,18 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from badit.analysis.atlas import ABILITIES
 from badit.analysis.gates import Experts, active_experts, changed_gates, task_gates
-from badit.analysis.tables import load_frame
+from badit.analysis.tables import layer_and_module, load_frame
 from badit.data import Task
 from badit.errors import BaditError, refuse_unknown, say
-from badit.evaluate import load_run
 from badit.export import KEEPS_BASE
 from badit.generation import stream_answer
 from badit.methods import AdapterMethod, build_method
 from badit.run import Run
-from badit.train import base_model, encoded_texts, make_plan
+from badit.train import base_model, encoded_texts, load_run, make_plan
 
 MAX_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 512
@@ -38,10 +37,8 @@ Side = Literal["router", "hand", "base"]
 Show = Callable[[str, Mapping[str, Any]], None]  # sends an event (name, data) of the running answer to the page
 
 
-class Question(BaseModel):
+class Question(BaseModel, extra="forbid", frozen=True):
     """A request of the page: a prompt or a task's input, the sides that answer, and the gates of the side "hand"."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     text: Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)]
     task: str | None = None
@@ -66,11 +63,10 @@ class Session:
             if self.method.needs_tasks:
                 raise
             self.remark = f"The run's tasks cannot be loaded: {error}"
-        model, self.tokenizer = load_run(self.run, self.recipe)
-        self.model: Any = model
+        self.model, self.tokenizer = load_run(self.run, self.recipe)
         # Initialisations such as PiSSA's change the base weights, also for a disabled adapter.
         kept = getattr(self.method.config, "init_lora_weights", True) in KEEPS_BASE
-        self.base: Any = model if kept else base_model(self.recipe)[0]
+        self.base: Any = self.model if kept else base_model(self.recipe)[0]
         self.experts = active_experts(self.model)
         self.number_of_experts = self.experts[0].number if self.experts else 0
         self._free = threading.Lock()
@@ -112,7 +108,7 @@ class Session:
             "needs_task": self.method.needs_tasks,
             "experts": self.number_of_experts,
             "abilities": load_frame(path)["tasks"].tolist() if path.is_file() else [],
-            "modules": [one.place for one in self.experts],
+            "modules": [layer_and_module(one.layer.name) for one in self.experts],
             "max_characters": MAX_CHARACTERS,
             "max_new_tokens": MAX_NEW_TOKENS,
             "new_tokens": min(self.recipe.evaluation.max_new_tokens, MAX_NEW_TOKENS),

@@ -1,7 +1,6 @@
 """The configurations of adapters: BaditConfig, and ExpertConfig, the base class that it shares with the baselines."""
 
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_type_hints
@@ -12,8 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from pydantic import Field, Strict, TypeAdapter, ValidationError
 
 from badit.errors import BaditError, problems
-from badit.method import expert_directions, expert_factors, top_singular_triples
-from badit.method.decomposition import SvdMethod
+from badit.method.decomposition import SvdMethod, expert_directions, expert_factors, top_singular_triples
 from badit.method.routing import GateKind, RouterInput
 
 # The version of an adapter's files. Increase it with a change that older releases would read wrongly.
@@ -21,11 +19,6 @@ from badit.method.routing import GateKind, RouterInput
 FORMAT = 2
 FORMAT_FIELD = "format_version"
 RETIRED_FIELDS = {"base_weight"}  # saved by earlier releases; ignored
-
-
-def is_number(value: Any) -> bool:
-    # Not with math.isfinite, which raises OverflowError for very large integers.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 Count = Annotated[int, Strict(), Field(ge=1)]

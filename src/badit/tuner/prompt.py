@@ -91,7 +91,7 @@ class RoutingContext:
         # Each returns whether its layer needs the prompt mask, which must be computed before a compiled layer runs.
         self.mask_readers: list[Callable[[], bool]] = []
         self.unclustered: list[tuple[Any, str]] = []  # layers and adapters that may have no clusters of prompts
-        self._hooks: list[Any] = []
+        self.hooks: list[Any] = []
         self._generate: Callable[..., Any] | None = None  # the model's own attribute, if it had one
         self.row_tasks: Mapping[str, torch.Tensor] = {}  # of the next forward passes
         self.prompt_means: dict[str, list[torch.Tensor]] | None = None  # while they are collected: by layer, x̄ (B, I)
@@ -102,13 +102,13 @@ class RoutingContext:
         context = model.__dict__.get("_badit_routing")
         if context is None:
             context = model.__dict__["_badit_routing"] = cls()
-            context._hooks = [
+            context.hooks = [
                 model.register_forward_pre_hook(context._enter, with_kwargs=True),
                 model.register_forward_hook(context._leave, with_kwargs=True, always_call=True),
             ]
             decoder = getattr(model, "get_decoder", lambda: None)()
             if decoder is not None and decoder is not model:
-                context._hooks.append(decoder.register_forward_pre_hook(context._refuse_alone))
+                context.hooks.append(decoder.register_forward_pre_hook(context._refuse_alone))
             if hasattr(model, "generate"):
                 context._generate = model.__dict__.get("generate")
                 # Not a closure: a deep or pickled copy of the model binds it to the copy.
@@ -121,7 +121,7 @@ class RoutingContext:
 
     def detach(self, model: nn.Module) -> None:
         """Removes the hooks from a model whose adapters are unloaded."""
-        for hook in self._hooks:
+        for hook in self.hooks:
             hook.remove()
         model.__dict__.pop("_badit_routing", None)
         model.__dict__.pop("generate", None)
