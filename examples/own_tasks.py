@@ -51,4 +51,4 @@ scores = json.loads((Path(recipe.output) / "scores.json").read_text(encoding="ut
 for name, score in scores["tasks"].items():
     print(f"{name}: Rouge-L {score['rouge_l']:.1f}, exact match {score['exact_match']:.1f}")
 exported = badit.Run(recipe.output).export(f"{options.output}-lora")  # with fixed gates, for use without badit
-print(f"{exported.folder}: a LoRA of rank {exported.rank}, of {exported.mixture}")
+print(f"{exported.folder}: a LoRA of rank {exported.rank}, of {exported.record['mixture']}")
