@@ -165,6 +165,8 @@ class WeightsMethod(Method):
             raise BaditError(f"model.quantisation: {self.name} cannot train quantised base weights; remove this key")
         if recipe.training.optimizer == "orthogonal":
             raise BaditError(f"training.optimizer: orthogonal trains only adapters; use adamw for {self.name}")
+        if "learning_rate" not in recipe.training.model_fields_set:
+            raise BaditError(f"training.learning_rate: the default is for adapters; set it for {self.name}, as 2.0e-5")
 
     def load(self, model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PreTrainedModel:
         path = folder / WEIGHTS

@@ -162,6 +162,8 @@ def test_invalid_methods_and_optimizers_are_refused(recipe_values, monkeypatch):
         optimizer = "adamw" if "neurons" in method else "orthogonal"
         options = [f"method={method}", f"training.optimizer={optimizer}", "training.weight_decay=0.01"]
         refuses(message, make_plan, build_recipe(recipe_values, options))
+    without_rate = build_recipe({**recipe_values, "method": {"name": "full"}, "training": {}})
+    refuses(r"training\.learning_rate: the default is for adapters; set it for full", make_plan, without_rate)
 
 
 def test_run_applies_scheduler_and_chat_template_options(recipe_values):
