@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import badit.baselines  # noqa: F401 (registers the baselines with PEFT)
 from badit.data import AnswerCollator
-from badit.data.prompts import uses_template
+from badit.data.prompts import IGNORED_LABEL, uses_template, with_labels
 from badit.errors import BaditError, explained
 from badit.methods import build_method
 from badit.models import device as accelerator
@@ -119,7 +119,7 @@ class BaditLM(_HFLM):
             if not 1 <= (size := len(continuation)) <= self.max_length:
                 raise BaditError(f"a continuation has {size} tokens; must have 1 to {self.max_length} (max_length)")
             ids = [*(context or [self.prefix_token_id]), *continuation][-(self.max_length + 1) :]
-            examples.append({"input_ids": ids, "labels": [-100] * (len(ids) - size) + continuation, "task": self._task})
+            examples.append(with_labels({"input_ids": ids, "prompt_length": len(ids) - size, "task": self._task}))
         collate = AnswerCollator(self.tokenizer.pad_token_id, with_tasks=self._task is not None)
         batch: Any = send_to_device(collate(examples), self.device)
         # The last token is predicted but not an input: it is masked, and needs no position of its own.
@@ -128,7 +128,7 @@ class BaditLM(_HFLM):
         precision = self.mixed_precision_dtype
         with torch.autocast(self.device.type, dtype=precision, enabled=precision is not None):
             losses_L, row_L, outputs = answer_losses(self.model, batch)
-        greedy_L = outputs.logits[0].argmax(dim=-1) == batch["labels"][batch["labels"] != -100]
+        greedy_L = outputs.logits[0].argmax(dim=-1) == batch["labels"][batch["labels"] != IGNORED_LABEL]
         lengths = row_L.bincount().tolist()
         parts = zip(losses_L.split(lengths), greedy_L.split(lengths), strict=True)
         return [(-float(losses.sum()), bool(greedy.all())) for losses, greedy in parts]

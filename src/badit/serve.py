@@ -29,6 +29,7 @@ from torch.nn.functional import one_hot
 
 from badit.analysis.gates import GATES_FILE, Experts, adapted_layers, mean_gates, read_gates
 from badit.checkpoint import checksums
+from badit.data.prompts import IGNORED_LABEL
 from badit.errors import BaditError, explained, show
 from badit.export import NOT_A_LORA, beyond_lora, mixture_factors, write_adapter
 from badit.files import read_json, refuse_links
@@ -84,7 +85,7 @@ class Router:
         if not 0 < len(ids) <= limit:
             raise BaditError(f"prompt: must have 1 to {limit} tokens, not {len(ids)}")
         input_ids = torch.tensor([ids])
-        no_answer = {"attention_mask": torch.ones_like(input_ids), "labels": torch.full_like(input_ids, -100)}
+        no_answer = {"attention_mask": torch.ones_like(input_ids), "labels": torch.full_like(input_ids, IGNORED_LABEL)}
         return torch.tensor([*mean_gates(self.model, [{"input_ids": input_ids, **no_answer}]).values()])
 
     def nearest(self, gates_MK: torch.Tensor) -> str:

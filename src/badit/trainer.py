@@ -34,7 +34,7 @@ from badit.gradients import any_of_all
 from badit.optimizer import OrthogonalUpdates, lora_plus_groups
 from badit.regroup import RegroupCallback
 from badit.tuner.model import hooks_of
-from badit.tuner.prompt import before_first_label
+from badit.tuner.prompt import IGNORED_LABEL, before_first_label
 
 _DEFAULTS = TrainingSection.model_validate({})
 _names_section = explained("training", action="used", any_error=True)  # decorator: values that transformers refuses
@@ -184,9 +184,9 @@ def answer_losses(
     vocabulary) and, with ``use_cache``, the key-value cache.
     """
     labels_BT = inputs["labels"]
-    targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
+    targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL)
     # The number of labels determines shapes, so this synchronises with the GPU, once: all later code uses the indices.
-    row_L, position_L = (targets_BT != -100).nonzero(as_tuple=True)
+    row_L, position_L = (targets_BT != IGNORED_LABEL).nonzero(as_tuple=True)
     batch = {key: value for key, value in inputs.items() if key not in ("labels", "tasks")} | {"use_cache": use_cache}
     if hooks_of(model).routes_prompts:
         batch["prompt_mask"] = inputs["attention_mask"].bool() & before_first_label(labels_BT)
