@@ -102,8 +102,7 @@ def model_card(
 
 
 def _training(run: Run, recipe: Recipe) -> dict[str, Any]:
-    source = recipe.data.source
-    sources = [one if isinstance(one, str) else one.path for one in ([source] if isinstance(source, str) else source)]
+    sources = [entry["path"] for entry in recipe.data.entries]
     training = recipe.training.model_dump(exclude=_WITHOUT_EFFECT, exclude_none=True)
     rows = {
         "data": ", ".join("the built-in tasks" if path == "builtin" else _last_part(path) for path in sources),

@@ -128,10 +128,7 @@ def parameter_count(parameter: nn.Parameter) -> int:
 
 
 def before_step(optimizer: Any, read: Callable[[], None]) -> bool:
-    """Makes an optimizer that steps inside the backward pass call ``read`` before every step, and returns True.
-
-    For other optimizers, changes nothing and returns False; call ``read`` in ``on_pre_optimizer_step`` instead.
-    """
+    """Makes an optimizer that steps in the backward pass call ``read`` before every step; returns whether it does."""
     if not isinstance(optimizer, DeepSpeedOptimizerWrapper):  # accelerate's, whose own ``step`` does nothing
         return False
     engine = optimizer.optimizer

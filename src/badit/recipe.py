@@ -93,12 +93,16 @@ class DataSection(Section):
     )
     seed: CountOrZero = Field(0, description="for choosing instances; not training.seed, so runs can share data")
 
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """The values of each source as they are in the recipe; ``path`` is among them."""
+        listed = [self.source] if isinstance(self.source, str) else self.source
+        return [{"path": one} if isinstance(one, str) else one.model_dump(exclude_none=True) for one in listed]
+
     def sources(self) -> list[Source]:
         """Returns the sources, with the defaults of this section and expanded paths."""
         shared = self.model_dump(include={"format", "task", "instruction", "columns", "turns"})
-        listed = [self.source] if isinstance(self.source, str) else self.source
-        own = [{"path": one} if isinstance(one, str) else one.model_dump(exclude_none=True) for one in listed]
-        return [Source(**{**shared, **values, "path": expand_source(values["path"])}) for values in own]
+        return [Source(**{**shared, **own, "path": expand_source(own["path"])}) for own in self.entries]
 
     def load(self) -> list[Task]:
         """Returns the tasks with their training, validation and test instances; BaditError if they are invalid."""

@@ -52,10 +52,9 @@ class Router:
     def __init__(self, run: Run, exports: str | Path | None) -> None:
         self.run, recipe = run, run.trusted_recipe()
         method = build_method(recipe.method)
-        config = getattr(method, "config", None)
-        if method.needs_tasks or getattr(config, "has_fixed_gates", True):
+        if method.needs_tasks or getattr(method.config, "has_fixed_gates", True):
             raise BaditError(f"{run.path}: the gates of {method.name} do not depend on the prompt; serve its export")
-        if extra := beyond_lora(config):
+        if extra := beyond_lora(method.config):
             raise BaditError(f"{run.path}: method.{extra[0]}: {NOT_A_LORA}, which vLLM cannot load")
         self.model: Any = load_run(self.run, recipe)[0]
         self.base = recipe.model.name

@@ -21,7 +21,7 @@ from accelerate.utils import patch_environment
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback, get_available_reporting_integrations
@@ -98,12 +98,13 @@ class AnswerTrainer(Trainer):
     get_train_dataloader = _names_section(Trainer.get_train_dataloader)
     set_initial_training_values = _names_section(Trainer.set_initial_training_values)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        lengths = getattr(train_dataset, "lengths", None) or [len(example["input_ids"]) for example in train_dataset]
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        lengths = getattr(dataset, "lengths", None) or [len(example["input_ids"]) for example in dataset]
         # The ranks split a global batch, which equals the batch of a single process with this total size.
         per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        tasks = () if self._quotas is None else train_dataset.tasks
+        tasks = () if self._quotas is None else dataset.tasks
         # ``state.epoch`` is whole at the start of an epoch, and fractional if a run resumes within an epoch.
         return EpochSampler(lengths, per_step, seed, lambda: int(self.state.epoch or 0), tasks, self._quotas)
 

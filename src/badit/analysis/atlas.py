@@ -164,7 +164,7 @@ def expert_losses(model: Any, batches: TaskBatches, *, progress: bool = False) -
 
 def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.ndarray) -> pd.DataFrame:
     """Returns a summary of each expert from the gates, the changes of the loss without it and their standard errors."""
-    rows = []
+    rows, tasks = [], list(gates.by_task)
     for expert in range(change_TK.shape[1]):
         gate_T, change_T, error_T = gates.means.mean(axis=1)[:, expert], change_TK[:, expert], error_TK[:, expert]
         of_prompts = [gates_PMK.mean(axis=1)[:, expert] for gates_PMK in gates.by_task.values()]
@@ -172,7 +172,7 @@ def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.nda
         drawn = _standing_out(gate_T, gate_error_T) if np.ptp(gate_T) >= _LEAST_SPREAD else []
         mean, most = change_T.mean(), change_T.max()
         hurt = _standing_out(change_T, error_T) if most >= _NO_CHANGE and most - mean > _LEAST_LEAD * mean else []
-        names = (", ".join(list(gates.by_task)[t] for t in named) for named in (drawn, hurt))
+        names = (", ".join(tasks[t] for t in named) for named in (drawn, hurt))
         rows.append((expert, *names, gate_T.mean(), np.ptp(gate_T), mean))
     about = "Summary of each expert over all modules. Mean gate and change of the loss are means over all tasks."
     return ABILITIES.frame(rows, about)

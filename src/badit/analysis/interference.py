@@ -37,6 +37,7 @@ from transformers.pytorch_utils import Conv1D
 
 from badit.analysis.gates import PromptGates, span
 from badit.analysis.tables import COUNT, INDEX, SHARED, Column, Table, layer_and_module
+from badit.baselines.neurons import top_neurons
 from badit.errors import BaditError
 from badit.trainer import answer_losses
 from badit.tuner.model import TaskBatches
@@ -162,8 +163,10 @@ def _first_projections(model: nn.Module) -> list[nn.Module]:
 
 
 def _strongest(scores: Mapping[int, torch.Tensor]) -> Marks:
-    ranks = {layer: x_TU.argsort(dim=1, descending=True, stable=True).argsort(dim=1) for layer, x_TU in scores.items()}
-    return {layer: (rank_TU < max(1, round(SHARE * rank_TU.shape[1]))).numpy() for layer, rank_TU in ranks.items()}
+    def marks(scores_TU: torch.Tensor) -> np.ndarray:
+        return torch.stack([top_neurons({"units": scores_U}, SHARE)["units"] for scores_U in scores_TU]).numpy()
+
+    return {layer: marks(scores_TU) for layer, scores_TU in scores.items()}
 
 
 def marked_experts(gates: PromptGates) -> Marks:

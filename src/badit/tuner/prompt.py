@@ -317,12 +317,9 @@ def inside_backward() -> bool:
 
 
 def before_first_label(labels_BT: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
-    """Returns True before the first predicted label of each row, or of each segment of packed rows.
-
-    The label at the first position is ignored, because no position predicts it.
-    """
+    """Returns True before the first predicted label of each row, or of each segment of packed rows."""
     labelled_BT = labels_BT != IGNORED_LABEL
-    labelled_BT[:, 0] = False
+    labelled_BT[:, 0] = False  # no position predicts the first label
     if segments is None:
         return labelled_BT.cumsum(dim=1) == 0
     of_P, labelled_P = segments.of_BT.flatten(), labelled_BT.flatten()
