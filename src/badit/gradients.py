@@ -168,8 +168,8 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
     _, processes = rank_and_size()
     if processes == 1:
         return tensor[None]
-    nccl = torch.distributed.get_backend() == "nccl"  # NCCL communicates GPU tensors only
-    tensor = tensor.to(torch.cuda.current_device() if nccl else "cpu").contiguous()
+    on_cpu = any(name in torch.distributed.get_backend() for name in ("gloo", "mpi"))  # others need device tensors
+    tensor = tensor.to("cpu" if on_cpu else torch.accelerator.current_accelerator() or "cpu").contiguous()
     parts = [torch.empty_like(tensor) for _ in range(processes)]
     torch.distributed.all_gather(parts, tensor)
     return torch.stack(parts)

@@ -38,10 +38,7 @@ _FEATURES = (1, 0)
 # temporarily needs about ten times that memory.
 _NUMBERS_AT_A_TIME = 2**23
 
-_FLATTENED = (
-    "orthogonal updates need factors as matrices, but DeepSpeed and FSDP1 flatten them; "
-    "use FSDP2 or DDP, or the optimizer adamw or lora+"
-)
+_FLATTENED = "orthogonal updates need matrices, but DeepSpeed and FSDP1 flatten them; use FSDP2 or DDP, adamw or lora+"
 
 
 def lora_plus_groups(
@@ -114,10 +111,8 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             raise BaditError(_FLATTENED)
         pairs = factor_pairs(model)
         if not pairs:
-            raise BaditError(
-                "the model has no pair of trainable factors (badit_A and badit_B, or lora_A and lora_B); "
-                "add an adapter to it, or use another optimizer"
-            )
+            names = "badit_A and badit_B, or lora_A and lora_B"
+            raise BaditError(f"the model has no pair of trainable factors ({names}); add an adapter to it")
         if not all(0 <= beta < 1 for beta in betas):
             raise BaditError(f"betas must be at least 0 and below 1, got {betas!r}")
         other_lr = lr if other_lr is None else other_lr

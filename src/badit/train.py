@@ -181,6 +181,9 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
     trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which are in metrics.jsonl
     if method.needs_whole_weights and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         raise BaditError(f"method: {method.name} needs unsharded weights; launch it without FSDP and DeepSpeed")
+    fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if fsdp and (fsdp.fsdp_version == 1 or fsdp.cpu_ram_efficient_loading):
+        raise BaditError("FSDP: set fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false, as in docs/fsdp2.yaml")
 
     trainer.add_callback(saving := Checkpoints(trainer, folder.checkpoints_path))
     tracked = tracking(trainer, folder.path, checkpoint)

@@ -126,7 +126,8 @@ def pytest_pycollect_makeitem(collector, name, obj):
 
 
 def pytest_collection_modifyitems(config, items):
-    ours = [item for item in items if _is_ours(item)]
+    values = {item: getattr(getattr(item, "callspec", None), "params", {}).values() for item in items}
+    ours = [item for item in items if any(isinstance(v, type) and issubclass(v, BaditConfig) for v in values[item])]
     config.hook.pytest_deselected(items=[item for item in items if item not in ours])
     items[:] = ours
     for item in ours:
@@ -135,11 +136,6 @@ def pytest_collection_modifyitems(config, items):
         if key is not None:
             _matched.add(key)
             item.add_marker(pytest.mark.xfail(reason=_LISTED[key], strict=True))
-
-
-def _is_ours(item):
-    parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
-    return any(isinstance(value, type) and issubclass(value, BaditConfig) for value in parameters)
 
 
 def pytest_sessionfinish(session):

@@ -38,6 +38,7 @@ ENGINES: dict[str, tuple[list[str] | None, dict[str, str]]] = {
     "ddp": (None, ON_CPU),
     "fsdp2": (FSDP2, SHARDED_ON_CPU),
     "fsdp2, sharded state": ([*FSDP2, "--fsdp_state_dict_type", "SHARDED_STATE_DICT"], SHARDED_ON_CPU),
+    "fsdp2, one reader": ([*FSDP2, "--fsdp_cpu_ram_efficient_loading", "true"], SHARDED_ON_CPU),
     "deepspeed, stage 2": (["--use_deepspeed", "--zero_stage", "2"], {}),
     "deepspeed, stage 3": (["--use_deepspeed", "--zero_stage", "3"], {}),
     "deepspeed, all divided": (ALL_DIVIDED, {}),

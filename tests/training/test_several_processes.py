@@ -17,6 +17,7 @@ def test_two_processes_match_one_process_and_resume_in_one_or_three(recipe_value
         assert printed.count("0/12 [00:00<?") == 1, "one progress bar"
         assert_same_run(launches.run(engine), launches.run("one"))
         assert_stops_and_resumes(launches, engine)
+    assert "fsdp_cpu_ram_efficient_loading: false" in launches.train("refused", 2, "fsdp2, one reader", code=2)
     # Stopped runs resume in one process (DDP only), with half as many instances per step, and in three.
     shutil.copytree(launches.run("ddp-copied").path, launches.folder / "alone")
     assert launches.train_alone("alone") == 0

@@ -183,6 +183,8 @@ def test_prompts_are_clustered_as_training_reads_them(tiny_model):
         torch.testing.assert_close(centroids(one), expected, atol=1e-4, rtol=1e-4)
     refuses(r"no batch reaches model\.layers\.0\.mlp\.gate_proj", centroids)
     refuses("batches must be dicts of input_ids and labels", centroids, [{"prompt": "text"}])
+    (divided := adapt(tiny_model("llama"), **CLUSTERS)).get_input_embeddings().weight.ds_id = 0
+    refuses("DeepSpeed has divided the weights", hooks_of(divided).start_task, {})
 
 
 def test_2d_input_is_routed_by_row_and_a_shape_mismatch_is_refused():

@@ -174,6 +174,8 @@ class BaditModel(ExpertModel):
         routing = RoutingContext.of(self.model)
         if not (new := routing.without_clusters()):
             return
+        if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+            raise BaditError("start_task: DeepSpeed has divided the weights; load the model before you set up ZeRO-3")
         of_each = 32 * max(layer.badit_config[name].num_clusters for layer, name in new) // max(1, len(batches))
         means = routing.prompt_means = defaultdict(list)
         modes = {module: module.training for module in self.modules()}

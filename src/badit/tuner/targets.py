@@ -181,8 +181,8 @@ def refuse_unsuitable_layer(layer: nn.Module, name: str, method: str) -> None:
     kind = type(layer).__name__
     if hasattr(layer, "qweight"):
         fix = "use the unquantised model, or quantise it with bitsandbytes or torchao"
-        raise BaditError(f"{name} is a {kind}, quantised by GPTQ or AWQ: {method} could start from no weight; {fix}")
+        raise BaditError(f"{name} is a {kind}, quantised by GPTQ or AWQ: {method} cannot read its weight; {fix}")
     if not isinstance(layer, (nn.Linear, Conv1D, FusedExpert)):
         raise BaditError(f"{name} is a {kind}; {method} adapts nn.Linear and Conv1D: change target_modules")
     if not is_quantised(layer) and (layer.weight.itemsize == 1 or not layer.weight.is_floating_point()):
-        raise BaditError(f"{name}: a weight of type {layer.weight.dtype} cannot be decomposed; change target_modules")
+        raise BaditError(f"{name}: weights of type {layer.weight.dtype} are not supported; change target_modules")
