@@ -190,15 +190,15 @@ def test_run_recipe_without_format_uses_the_former_defaults(tmp_path):
         ("{init_weights: true, regroup: null}", {**former, "init_weights": True, "regroup": None}),
         ("{name: badit, preset: paper}", {"name": "badit", "preset": "paper"}),
         ("{name: lora}", {"name": "lora"}),
-        ("{r: 2}\nformat: 2", {"gates": "mean_one", "r": 2}),
-        ("{top_k: 2}\nformat: 2", {"top_k": 2}),
+        ("{r: 2}\nformat: 2", {"init_weights": "directions", "gates": "mean_one", "r": 2}),
+        ("{top_k: 2, init_weights: lora}\nformat: 2", {"top_k": 2, "init_weights": "lora"}),
+        ("{r: 2}\nformat: 3", {"init_weights": "directions", "r": 2}),
     ):
         path.write_text(f"method: {method}")
-        assert load_config(path).method == meant
         path.write_text(dump_recipe(load_config(path)))
         assert load_config(path).method == load_recipe(path).method == meant
-    path.write_text("format: 4")
-    refuses(r"config.yaml: format: is 4, this badit version reads 3: pip install", load_config, path)
+    path.write_text("format: 5")
+    refuses(r"config.yaml: format: is 5, this badit version reads 4: pip install", load_config, path)
 
 
 def test_invalid_files_are_one_line_errors(tmp_path):

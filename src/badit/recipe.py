@@ -22,8 +22,8 @@ from badit.errors import BaditError, first_line, nearest, problems
 from badit.files import inside, read_text, refuse_other_format
 from badit.models import Quantisation
 
-# The version of a run's config.yaml. Version 1 has no ``format`` key and the paper's defaults, version 2 a router.
-FORMAT = 3
+# The version of a run's config.yaml. Version 1 has no ``format`` key; _of_run has the earlier versions' defaults.
+FORMAT = 4
 # A recipe has a few hundred values. With nested aliases, a few lines of YAML can expand to billions of values.
 MAX_VALUES = 100_000
 MAX_CHARACTERS = 1_000_000
@@ -243,13 +243,13 @@ def load_config(path: Path) -> Recipe:
 def _of_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Returns the values of a run's config.yaml, with the current names and the defaults of its release."""
     version, method = content.pop("format", None), content.get("method")
-    if version not in (None, 2):
+    if version not in (None, 2, 3):
         refuse_other_format({"format": version}, path, FORMAT)
     elif isinstance(method, dict) and method.get("name", "badit") == "badit" and method.get("preset") != "paper":
-        first = {} if version else {"init_weights": "bad", "router_input": "mean", "regroup": {}}
-        content["method"] = method = {**first, **method}
-        kept = {"router_input": "mean", "init_weights": "bad", "routing": "token", "num_experts": 1}
-        if not (any(map(method.get, ("top_k", "target_parameters"))) or any(method.get(k) == kept[k] for k in kept)):
+        first = {"init_weights": "bad", "router_input": "mean", "regroup": {}}
+        content["method"] = method = {**({"init_weights": "directions"} if version else first), **method}
+        kept = {"router_input": "mean", "init_weights": "bad", "routing": "token", "num_experts": 1}.items()
+        if version != 3 and not (kept & method.items() or method.get("top_k") or method.get("target_parameters")):
             method.setdefault("gates", "mean_one")
     if isinstance(training := content.get("training"), dict):
         content["training"] = {RENAMED_ARGUMENTS.get(key, key): value for key, value in training.items()}

@@ -47,7 +47,7 @@ def test_default_gates_are_clusters_where_possible():
     routed = {"routing": "token", "router_input": "mean", "top_k": 2, "init_weights": "bad", "num_experts": 1}
     routed["target_parameters"] = ["experts.down_proj"]
     assert {BaditConfig(**{name: value}).gates for name, value in routed.items()} == {"mean_one"}
-    assert {BaditConfig(init_weights=each).gates for each in ("directions", "lora")} == {"clusters"}
+    assert {BaditConfig(**each).gates for each in ({}, {"init_weights": "directions"})} == {"clusters"}
     assert [BaditConfig(routing=each).router_input for each in ("prompt", "token")] == ["standardised", "mean"]
 
 

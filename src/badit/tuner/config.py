@@ -152,7 +152,7 @@ class ExpertConfig(PeftConfig):
 
 @dataclass
 class BaditConfig(ExpertConfig):
-    """BADIT: ``num_experts`` orthogonal LoRA experts of rank ``r`` in every target module, weighted by gates.
+    """BADIT: ``num_experts`` LoRA experts of rank ``r`` in every target module, weighted by gates.
 
     Pass it to ``get_peft_model`` like any PEFT configuration, call ``hooks_of(model).start_task`` with training
     batches, and train with a learning rate of 2e-3. The sizes are the paper's (arXiv 2605.05676: K 8, r 4,
@@ -191,10 +191,10 @@ class BaditConfig(ExpertConfig):
         "Use only the k largest gates (default: all). With k = 1 the gate is constant, so the router does not learn. "
         "With init_weights='bad', the unused experts' part of the base weight is missing at step 0.",
     )
-    init_weights: Literal["directions", "bad", "lora"] = option(
-        "directions",
-        "'directions': A has the weight's top right singular vectors, scaled like LoRA's A; B is zero. 'bad': the "
-        "paper's BAD, the top singular triples with their magnitudes in A and B. 'lora': random A and zero B.",
+    init_weights: Literal["lora", "directions", "bad"] = option(
+        "lora",
+        "'lora': random A and zero B. 'directions': A has the weight's top right singular vectors, scaled like LoRA's "
+        "A; B is zero. 'bad': the paper's BAD, the top singular triples with their magnitudes in A and B.",
     )
     svd_method: SvdMethod = option("auto", "'exact', 'randomized', or 'auto' (randomized for large weights).")
     svd_tolerance: Positive = option(1e-3, "Largest relative residual ‖Wv − σu‖/σ of a triple of the randomized SVD.")
