@@ -96,7 +96,7 @@ def test_check_reports_invalid_recipes_without_creating_a_run(recipe_values, tmp
     unsaved = {"eval_strategy": "steps", "save_strategy": "no", "load_best_model_at_end": True}
     (tmp_path / "notes.txt").touch()
     for values, message in (
-        ({"method": {"name": "badit", "num_experts": 8, "r": 40}}, "320 singular triples do not fit"),
+        ({"method": {"name": "badit", "r": 40, "init_weights": "bad"}}, "320 singular triples do not fit"),
         ({"model": {"name": "no-such-folder"}}, "not an existing folder"),
         ({"training": {"load_best_model_at_end": True}}, "load_best_model_at_end needs eval_strategy"),
         ({"training": {"early_stopping_patience": 2}}, "early_stopping_patience needs load_best_model_at_end: true$"),
