@@ -191,7 +191,7 @@ def naive_loss(recipe, *, routed_by=None):
             ids, prompt = torch.tensor([example["input_ids"]]), example["prompt_length"]
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             if routed_by is not None:
-                length = prompt if routed_by == "prompt" else ids.shape[1]
+                length = prompt if routed_by == "prompt" else 1
                 inputs["prompt_mask"] = (torch.arange(ids.shape[1]) < length)[None]
             with torch.no_grad(), hooks_of(model).rows_of([task.name]):
                 logs_TV = model(**inputs).logits[0].double().log_softmax(dim=-1)
@@ -213,4 +213,4 @@ def test_validation_loss_is_the_mean_of_per_task_token_means(finished, recipe_va
     assert found["loss"] == pytest.approx((expected["cities"] + expected["rivers"]) / 2, rel=1e-5)
     assert expected["cities"] != pytest.approx(expected["rivers"], rel=1e-4)
     if method is None:
-        assert naive_loss(recipe, routed_by="all") != pytest.approx(expected, rel=1e-4), "only the prompt routes"
+        assert naive_loss(recipe, routed_by="first token") != pytest.approx(expected, rel=1e-4), "the prompt routes"

@@ -117,7 +117,7 @@ def test_unsupported_quantisation_is_refused(recipe_values, model_folder, monkey
     class WQLinear(nn.Module):
         qweight = torch.zeros(2, 2, dtype=torch.int32)
 
-    with pytest.raises(BaditError, match=r"mlp\.up is a WQLinear, quantised by GPTQ or AWQ: BADIT could start from"):
+    with pytest.raises(BaditError, match=r"mlp\.up is a WQLinear, quantised by GPTQ or AWQ: BADIT cannot read"):
         refuse_unsuitable_layer(WQLinear(), "mlp.up", "BADIT")
     with pytest.raises(BaditError, match=r"model\.quantisation: full cannot train quantised base weights"):
         make_plan(build_recipe({**recipe_values, "method": {"name": "full"}}, ["model.quantisation=bnb-8bit"]))
