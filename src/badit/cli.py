@@ -363,6 +363,7 @@ def _complain(text: str) -> None:
 def quiet_libraries() -> None:
     """Hides notices of transformers, tokenizers, torch and torchao. Existing environment variables take precedence."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # its errors are also raised
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore", FutureWarning)
     quiet_notices()

@@ -161,7 +161,8 @@ class Grid:
         return cells
 
     def recipe_of(self, cell: Cell) -> Recipe:
-        values: dict[str, Any] = self.recipe.model_dump(exclude={"compare"})
+        values: dict[str, Any] = {"training": {}, "data": {}}
+        values |= self.recipe.model_dump(exclude={"compare"}, exclude_unset=True)
         entry = self.section.methods[cell.method]
         values["method"] = dict(entry.model_extra or {})
         values["training"] |= entry.training
@@ -172,7 +173,7 @@ class Grid:
         if cell.learning_rate is not None:
             values["training"] |= {"learning_rate": cell.learning_rate, "seed": cell.seed}
             if self.section.vary_data:
-                values["data"]["seed"] += cell.seed
+                values["data"]["seed"] = values["data"].get("seed", self.recipe.data.seed) + cell.seed
         if cell.task is not None:
             values["data"]["tasks"] = [cell.task]
         return build_recipe(values)

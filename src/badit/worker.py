@@ -22,7 +22,8 @@ def start_cell(folder: Path, *, score: bool, threads: int | None, device: int | 
 
     After SIGTERM the cell saves its state and ends; after SIGKILL it resumes from its last checkpoint.
     """
-    (folder / ERROR).unlink(missing_ok=True)
+    with exclusive(folder):  # a cell of a killed comparison may still be saving
+        (folder / ERROR).unlink(missing_ok=True)
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "TQDM_MININTERVAL": "5"}
     env = {**quiet, **os.environ}
     if threads is not None:
@@ -30,7 +31,7 @@ def start_cell(folder: Path, *, score: bool, threads: int | None, device: int | 
     if device is not None:
         visible = env.get("CUDA_VISIBLE_DEVICES")
         env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
-    command = [sys.executable, "-m", "badit.worker", str(folder), "score" if score else "search"]
+    command = [sys.executable, "-P", "-m", "badit.worker", str(folder), "score" if score else "search"]
     with (folder / LOG).open("w", encoding="utf-8") as log:
         # A new session: Ctrl-C reaches only this process, which then sends the cell a single signal to stop.
         # The cell reads its standard input to detect the end of this process.

@@ -132,6 +132,12 @@ def test_row_layouts_without_a_task_name(tmp_path):
     assert task_of(tmp_path / "rows.jsonl").train[0].input == "Square it.\n\n0"
     write_rows(tmp_path / "rows.jsonl", {"messages": CHAT, "about": "Be brief."})
     assert task_of(tmp_path / "rows.jsonl", columns={"instruction": "about"}).definition == "Be brief."
+    write_rows(tmp_path / "rows.jsonl", {"prompt": "Why?", "completion": "So.", "about": "Be brief."})
+    assert task_of(tmp_path / "rows.jsonl", columns={"instruction": "about"}).definition == "Be brief."
+    write_rows(tmp_path / "rows.jsonl", {"messages": CHAT, "prompt": "a", "completion": "b", "ask": "c", "say": "d"})
+    assert task_of(tmp_path / "rows.jsonl", columns={"input": "ask", "output": "say"}).train[0].input == "c"
+    write_rows(tmp_path / "rows.jsonl", {"input": "a", "output": None})
+    assert "line 1: output: has no answer; remove the row" in refusal(tmp_path / "rows.jsonl")
     for key in ("splits", "tasks"):
         write_rows(tmp_path / "rows.csv", {"question": "Why?", "answer": "So.", key: "test"})
         assert refusal(tmp_path / "rows.csv").endswith(f"row 1: found '{key}', did you mean '{key[:-1]}'?")
@@ -150,6 +156,13 @@ def test_columns_instruction_and_class_labels_of_a_saved_dataset(tmp_path):
     unknown.save_to_disk(tmp_path / "unknown")
     columns = {"input": "text", "output": "label"}
     assert "row 1: label: has no answer" in refusal(Source(tmp_path / "unknown", columns=columns))
+    image = {"i": [{"bytes": b"no image", "path": None}]}
+    both = datasets.Dataset.from_dict({"input": ["a"], "output": ["b"], **image}).cast_column("i", datasets.Image())
+    both.to_parquet(tmp_path / "images.parquet")
+    assert task_of(tmp_path / "images.parquet").train[0].input == "a", "the image is not opened"
+    state = tmp_path / "unknown" / "state.json"
+    state.write_text(state.read_text().replace('"data-', '"../reviews/train/data-'))
+    assert "leads out of" in refusal(tmp_path / "unknown")
     wrong = Source(tmp_path / "reviews", columns={"input": "txt"})
     assert "train: row 1: data.columns: there is no column 'txt'; found: text, label" in refusal(wrong)
 

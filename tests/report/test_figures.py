@@ -51,6 +51,7 @@ def test_gradient_cosines_are_means_for_the_chosen_layer_and_module(monkeypatch)
     monkeypatch.setattr(charts, "MOST_VALUES", 50)
     keys = [key for key in chart_values(figures.gradient_cosines(COSINES)) if "|" in key]
     assert {"all" in key.split("|") for key in keys} == {True}
+    assert cell_values(figures.unit_overlaps(FRAMES["coactivation_pairs"]), "neurons"), "no option for all"
 
 
 def test_shared_units_and_expert_angles_are_means_over_layers_and_modules():

@@ -128,11 +128,16 @@ def test_side_by_side_heat_maps_share_one_colour_scale(tmp_path):
 def test_comparison_page_has_its_table_failed_runs_and_loss_curves(tmp_path):
     page = page_of([write_comparison(tmp_path / "compared") / "results.json"], tmp_path)
     assert "failed: goat, seed 0, learning rate 0.0005 (out of memory)" in page.source
-    for words in ("vs lora [95 %]", "lora, one model per task", "task-gap", "differences"):
+    for words in ("vs lora [95 %]", "lora, one model per task", "task-gap", "differences", "seed: 0"):
         assert words in page.source
     assert re.search(r'>badit</th>.*?<td class=" strong">[\d.]+ ± [\d.]+</td>', page.source, re.DOTALL)
     assert "name a run's folder as well" in page.text
     assert page.source.count('"series":"badit"') >= 3 * 37, "the page has the curves of all seeds"
+    content = json.loads((tmp_path / "compared" / "results.json").read_text())
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "results.json").write_text(json.dumps(content | {"cells": content["cells"][-1:]}))
+    page = page_of([tmp_path / "compared", tmp_path / "empty"], tmp_path)
+    assert all(words in page.text for words in ("compared: badit", "empty: no run has finished"))
 
 
 def test_untrusted_text_never_becomes_markup_or_a_link(tmp_path):

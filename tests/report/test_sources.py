@@ -91,7 +91,8 @@ def test_matrices_of_several_runs_have_the_same_task_order(tmp_path):
 def test_cosines_of_weights_and_of_the_adapter_are_kept_apart(tmp_path):
     adapter = tables()["gradient_pairs"]
     weights = adapter.assign(module=adapter["module"].str.removesuffix(".adapter"), cosine=0.5)
-    save_frame(pd.concat([adapter, weights]), tmp_path / "analysis")
+    gate = adapter[:1].assign(layer=-1, module="adapter", cosine=adapter["cosine"].mean())  # as GainLoRA's
+    save_frame(pd.concat([adapter, weights, gate]), tmp_path / "analysis")
     found = read_sources([tmp_path])[0].frames["gradient_cosines"].groupby("parameters")["cosine"]
     assert found.mean().to_dict() == pytest.approx({"adapter": adapter["cosine"].mean(), "weights": 0.5}, abs=1e-5)
 

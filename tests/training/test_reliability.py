@@ -15,7 +15,9 @@ from badit import BaditError, Run, load_tasks
 from badit.cli import main
 from badit.files import OWNER, exclusive
 from badit.train import refuse_beyond_model
+from badit.worker import start_cell
 from fuzz.command import STRESS
+from refusals import refuses
 from training import killed
 from training.trainers import assert_same, change_tensors, learned, train_module
 
@@ -42,6 +44,7 @@ def test_run_in_use_is_refused_until_its_process_is_killed(run, recipe_file, com
         trains = [["train", str(recipe_file)], ["train", str(recipe_file), "method.name=base"]]
         for words in (*trains, ["compare", recipe_file, comparison], ["evaluate", output], ["analyze", output]):
             assert f"{output}: is in use by process {other.pid} on " in command(*words, code=2)
+        refuses("is in use by process", start_cell, run.path, score=True, threads=None, device=None)
         other.kill()
     assert main(["train", str(recipe_file)]) == 0
     assert not Path(output, OWNER).exists()

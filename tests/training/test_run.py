@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from badit import BaditError, Run, models
-from badit.evaluate import evaluate, validation_loss
+from badit.compare import Grid
+from badit.evaluate import evaluate, train, validation_loss
 from badit.files import read_json, read_jsonl, write_json
 from badit.methods import AdapterMethod, build_method
 from badit.recipe import build_recipe
@@ -163,7 +164,9 @@ def test_invalid_methods_and_optimizers_are_refused(recipe_values, monkeypatch):
         options = [f"method={method}", f"training.optimizer={optimizer}", "training.weight_decay=0.01"]
         refuses(message, make_plan, build_recipe(recipe_values, options))
     without_rate = build_recipe({**recipe_values, "method": {"name": "full"}, "training": {}})
-    refuses(r"training\.learning_rate: the default is for adapters; set it for full", make_plan, without_rate)
+    refuses(r"training\.learning_rate: the default is for adapters; set it for full", train, without_rate)
+    compared = {**recipe_values, "training": {}, "compare": {"methods": {"all": {"name": "full"}}, "reference": "all"}}
+    refuses(r"compare\.methods\.all: training\.learning_rate: the default is", Grid, build_recipe(compared))
 
 
 def test_run_applies_scheduler_and_chat_template_options(recipe_values):

@@ -41,7 +41,7 @@ SHARED = {
     "task_a": Column("a task's name", TEXT),
     "task_b": Column("the name of another task, later in alphabetical order", TEXT),
     "layer": Column("index of the transformer layer, from 0; −1 for an adapter's parameters outside the layers", INDEX),
-    "module": Column('name within the layer, such as mlp.gate_proj; ends with ".adapter" for its adapter', TEXT),
+    "module": Column('name within the layer, such as mlp.gate_proj; the last part is "adapter" for an adapter', TEXT),
     "expert": Column("the expert, counted from 0", EXPERT),
     "kind": Column('"neurons", "parameters" (rows of weight matrices) or "experts"', TEXT),
     "parameters": Column('"weights" (of the linear layers) or "adapter"; all modules together if none is named', TEXT),

@@ -8,7 +8,7 @@ import csv
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from glob import escape, glob, has_magic
 from pathlib import Path
@@ -21,11 +21,11 @@ from badit.data import cache
 from badit.data.rows import SPLIT_NAMES, Format, Record, Source, read_rows
 from badit.data.tasks import SPLITS, Demonstration, FirstString, Instance, Outputs, Split, Strings, Task, resolve_names
 from badit.errors import BaditError, explained, refuse_unknown
-from badit.files import lines_of, parse_json, read_text
+from badit.files import inside, lines_of, parse_json, read_json, read_text
 
 OFFICIAL_TEST_INSTANCES = 100  # the official evaluation scores the first 100 instances of a test task
 _LARGE = 4 * 2**20  # bytes; sources of at least this size are kept in the cache
-_JSON = (".jsonl", ".json")
+_JSON = (".json", ".jsonl")
 _SUFFIXES = (*_JSON, ".csv", ".tsv", ".parquet", ".arrow")
 _TEXT = pa.string()
 _SCHEMA = pa.schema({  # "about": JSON of the task's other fields, only in its first row
@@ -168,7 +168,7 @@ def _official(where: Source, path: Path, wanted: Sequence[str] | None) -> list[T
     }
     if where.format == "superni" or (where.format == "auto" and not found):
         files = _row_files(path / "tasks" if (path / "tasks").is_dir() else path, (".json",))
-        is_rows = not files or _row_files(path, (".jsonl",)) or _holds_rows(files[0]) or _split_in(files[0])
+        is_rows = not files or _row_files(path, _SUFFIXES[1:]) or _holds_rows(files[0]) or _split_in(files[0])
         if is_rows and where.format != "superni":
             return None
         splits = _split_lists(path, files)
@@ -258,7 +258,7 @@ def _split_in(file: Path) -> Split | None:
 
 def _holds_rows(file: Path) -> bool:
     """Whether a file starts with a JSON list."""
-    with file.open("rb") as stream:
+    with explained(file, action="read"), file.open("rb") as stream:
         return stream.read(1024).lstrip()[:1] == b"["
 
 
@@ -286,6 +286,8 @@ def _rows_in(file: Path) -> Iterator[tuple[str, Any]]:
                         fix = "quote values that contain the separator"
                         raise BaditError(f"{file}: row {number} has more values than the first line has names; {fix}")
                     yield f"{file}: row {number}", row
+            except UnicodeDecodeError:
+                deque(lines_of(file), 0)  # raises it again, with its place in the file instead of in a chunk
             except csv.Error as error:
                 raise BaditError(f"{file}: after line {reader.line_num}: {error}; close every quote") from None
     elif _holds_rows(file):
@@ -299,8 +301,12 @@ def _rows_in(file: Path) -> Iterator[tuple[str, Any]]:
 
 def _rows_of(rows: Any, place: str) -> Iterator[tuple[str, Any]]:
     """Yields the place and the value of each row of a dataset: class labels by name; None for NaN and no label (−1)."""
+    from datasets.features.features import require_decoding
+
     features = getattr(rows, "features", None) or {}
     labels = {name: column.names for name, column in features.items() if hasattr(column, "int2str")}
+    if media := {name for name, column in features.items() if require_decoding(column)}:
+        rows = rows.select_columns([name for name in features if name not in media])
     with explained(place, action="read", any_error=True):
         for number, row in enumerate(rows, start=1):
             for name, value in row.items():
@@ -318,6 +324,11 @@ def _of_data_sets(where: Source, path: Path) -> list[Task]:
     utils.logging.disable_progress_bar()
     if path.is_dir():
         with explained(path, action="read", any_error=True):
+            for file in (*path.rglob("dataset_dict.json"), *path.rglob("state.json")):
+                about = read_json(file)
+                for name in (*about.get("splits", ()), *(each["filename"] for each in about.get("_data_files", ()))):
+                    if not ((place := inside(path, file.parent / name)).is_dir() or place.is_file()):
+                        raise BaditError(f"{place}: is missing, or not a regular file; save the dataset again")
             found = load_from_disk(str(path)).with_format(None)
     else:
         name, _, configuration = str(where.path).partition(":")

@@ -27,7 +27,7 @@ SPLIT_NAMES: dict[str, Any] = {"train": "train", "test": "test"} | dict.fromkeys
 # The keys of a prompt and its completion in common datasets.
 _PAIRS = [
     ("prompt", "completion"), ("prompt", "response"), ("inputs_pretokenized", "targets_pretokenized"),
-    ("inputs", "targets"), ("input", "target"), ("input", "output"), ("question", "answer"),
+    ("inputs", "targets"), ("input", "output"), ("input", "target"), ("question", "answer"),
 ]  # fmt: skip
 # The keys of a task's instance. Others are refused, since a misspelt "input" would be read as an empty input.
 _KEYS = ("task", "instruction", "input", "output", "outputs", "id", "split")
@@ -109,16 +109,17 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     row = {key: str(value) if isinstance(value, int | float) else value for key, value in present.items()}
     if "outputs" in row:
         row = {"output": row["outputs"], **row}
-    own_task, instruction = row.get("task", row.get("task_name")), where.instruction
+    own_task, is_mapped = row.get("task", row.get("task_name")), bool(where.columns.keys() & {"input", "output"})
+    pairs = [pair for pair in _PAIRS if pair[0] == "input" or not is_mapped]
+    instruction = (row.get("instruction") if "instruction" in where.columns else None) or where.instruction
     lost = ["context", "history", "tools", "functions"]  # keys that no form of row uses
     keys, unused = tuple(map(str, row)), ["system", "prompt", *lost]
     expected = ["split"] + ["instruction"] * ("task" in row) + ["task"] * (not where.task)
     for key in () if where.columns else expected:
         _refuse_near(key, keys)
-    if (chat := _chat_of(row)) is not None:
+    if not is_mapped and (chat := _chat_of(row)) is not None:
         # Next to messages, a prompt repeats the first one in some public datasets.
         found, pair, unused = list(_answers(chat, where.turns)), ("messages",), ["instruction", *lost]
-        instruction = renamed.get("instruction") or instruction
     elif "instruction" in row and "output" in row:
         others = [key for key in row if key not in _KEYS]
         if strict and "task" in row and others:
@@ -130,14 +131,17 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         else:  # Alpaca: each row has its own instruction, which becomes part of its input
             content = f"{text}\n\n{content}" if text and content != "" else text or content
         found, pair = [((), content, row["output"])], ("instruction", "input")
-    elif pair := next((pair for pair in _PAIRS if row.keys() >= {*pair}), ()):
-        if row.get("instruction") and pair[0] in ("input", "question"):  # other inputs are whole prompts
+    elif pair := next((pair for pair in pairs if row.keys() >= {*pair}), ()):
+        if row.get("instruction", instruction) != instruction and pair[0] in ("input", "question"):  # others are whole
             fix = f"name the columns with data.columns.input={pair[0]} data.columns.output={pair[1]}"
             raise BaditError(f"instruction: not used in a row with {pair[0]} and {pair[1]}; {fix}")
         found = [((), row[pair[0]], row[pair[1]])]
     else:
         for key in row.keys() & {"messages", "conversations"}:
             raise BaditError(f"{key}: must be a list of messages, not {row[key]!r:.60}")
+        for key in kept.keys() & {"outputs", *(answer for _, answer in _PAIRS)}:
+            if kept[key] is None:
+                raise BaditError(f"{key}: has no answer; remove the row")
         _refuse_near("output", keys)
         fix = "name the columns with data.columns.input=COLUMN data.columns.output=COLUMN"
         raise BaditError(f"unknown form of row: found {', '.join(map(str, row)):.200}; {fix}")

@@ -144,10 +144,10 @@ def hold_out(tasks: Iterable[Task], per_task: int, seed: int) -> list[Task]:
 
 def _same_chat(instances: Sequence[Instance]) -> dict[int, list[int]]:
     """Returns by index the indices of the instances with the same first question and answer; empty without chats."""
-    histories, texts, outputs = (_column(instances, name) for name in ("history", "input", "outputs"))
     chats = defaultdict[Any, list[int]](list)
-    if not any(histories):
+    if not any(histories := _column(instances, "history")):
         return {}
+    texts, outputs = (_column(instances, name) for name in ("input", "outputs"))
     for index, (history, text, answers) in enumerate(zip(histories, texts, outputs, strict=True)):
         turns = [content for _, content in dropwhile(lambda message: message[0] != "user", history)]
         chats[(*turns, text, answers[0])[:2]].append(index)

@@ -86,8 +86,9 @@ def chart_by_choice(
     for option in choices:
         keys = keys + "|" + frame[option.name].astype(str)
     values = frame.assign(key=keys.str[1:]).pivot_table("value", list(places), "key", sort=False, observed=True)
-    if values.size > MOST_VALUES:
-        values = values.loc[:, [ALL in key.split("|") for key in values]]
+    of_all = [ALL in key.split("|") for key in values]
+    if values.size > MOST_VALUES and any(of_all):
+        values = values.loc[:, of_all]
     # One text per place instead of a column per key: column lookup by name needs eval, which the page's policy forbids.
     texts = [",".join("" if pd.isna(x) else f"{x:.4g}" for x in row) for row in values.to_numpy()]
     key = f"indexof({json.dumps([*map(str, values)])},join([{','.join(str(option.name) for option in choices)}],'|'))"

@@ -39,7 +39,8 @@ class Figure(NamedTuple):
 
 
 def loss_curves(frame: pd.DataFrame) -> Any:
-    """The pale line is the logged loss, the strong line its running mean over five points."""
+    """The pale line is the logged loss with a method's own term, such as a balance loss; in long logs, means of several
+    lines. The strong line is its running mean over five points."""
     return _curves(frame, "training loss (nats per token)", smoothed=2)
 
 
@@ -79,7 +80,8 @@ def _curves(frame: pd.DataFrame, title: str, smoothed: int) -> Any:
 
 
 def scores_by_task(frame: pd.DataFrame) -> Any:
-    """One mark per run and task; tasks are sorted by their mean score. Click the legend to highlight a run."""
+    """One mark per task and run, of a comparison per method (means over runs). Tasks are sorted by their mean. Click
+    the legend to highlight a run."""
     rows = frame.pivot_table("score", ["task", "run"], "metric", sort=False).round(3).reset_index()
     labels = {name: metric.label for name, metric in METRICS.items() if name in rows}
     present = list(frame["run"].unique())
@@ -279,8 +281,8 @@ def unit_overlaps(frame: pd.DataFrame) -> Any:
 
 
 def expert_angles(frame: pd.DataFrame) -> Any:
-    """Means over modules. Solid lines: the grouping made at that step. Dashed lines: the previous grouping, on the same
-    steps. Diamonds: the trained adapter on held-out data. Dotted line: 90°."""
+    """Means over modules. Solid lines: the grouping made at that step, or the fixed one. Dashed lines: the previous
+    grouping, on the same steps. Diamonds: the trained adapter on held-out data. Dotted line: 90°."""
     chart = _by_step(frame, "degrees", "angle (degrees)", zero=False)
     # A line at 90°, and invisible lines at 85° and 95°: a shorter scale would exaggerate small differences.
     lines = pd.DataFrame({"degrees": [85, 90, 95], "seen": [0, 1, 0]})

@@ -25,7 +25,7 @@ from badit.data import own_input
 from badit.files import is_number, read_json, read_text, remove
 from badit.metrics import METRICS, Prediction, exact_match, rouge_l
 from badit.recipe import to_yaml
-from badit.render import UNKNOWN, number, score_text
+from badit.render import UNKNOWN, method_table, number, score_text
 from badit.report import chart_config, charts
 from badit.report.figures import FIGURES, Figure
 from badit.report.sources import Source, together
@@ -126,9 +126,11 @@ def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
 
 
 def _notes(section: str, sources: Sequence[Source], blocks: Sequence[Block]) -> Iterator[Block]:
-    """Yields, for each run without data for the section, a note with the command that measures it."""
+    """Yields, for each run without data for the section, a note with the command that measures it or the reason."""
     command = _COMMANDS.get(section, "")
     for run in sources:
+        if section == "scores" and run.results and "methods" not in run.frames:
+            yield Block("note", "; ".join([f"{run.prefix}no run has finished", *method_table(run.results).notes]), "")
         analysed = any(frame.attrs["file"].startswith("analysis/") for frame in run.frames.values())
         measured = analysed or any(block.source in ("", run.label) for block in blocks)
         scored = run.scores is not None if section == "scores" else bool(blocks)
@@ -176,14 +178,13 @@ def _facts(source: Source) -> dict[str, str]:
 
 def _samples(sources: Sequence[Source]) -> Iterator[Block]:
     """Yields a few instances of each task that all models answered; a model is the first run of each method."""
-    models: dict[tuple[str, str], Source] = {}
-    for source in sources:
-        for method, run in source.members:
-            if (source.label, method) not in models and run.predictions:
-                models[source.label, method] = run
+    models: dict[str, Source] = {}
+    for name, run in (member for source in sources for member in source.members):
+        if name not in models and run.predictions:
+            models[name] = run
     content = {}
     for task in dict.fromkeys(task for run in models.values() for task in run.predictions):
-        answers = [(name, run.predictions[task]) for (_, name), run in models.items() if task in run.predictions]
+        answers = [(name, run.predictions[task]) for name, run in models.items() if task in run.predictions]
         shared = [instance for instance in answers[0][1] if all(instance in own for _, own in answers)]
         count = min(6 if len(answers) <= 3 else 3, len(shared))
         chosen = [shared[i * len(shared) // count] for i in range(count)]
@@ -221,7 +222,7 @@ def _settings(sources: Sequence[Source]) -> Iterator[Block]:
                 cells.setdefault(cell["method"], cell)
         for method, cell in cells.items():
             keys = ("learning_rate", "seed", "order", "config", "environment")
-            text = to_yaml({key: cell[key] for key in keys if cell.get(key)}, sort_keys=False, width=100)
+            text = to_yaml({key: cell[key] for key in keys if cell.get(key) is not None}, sort_keys=False, width=100)
             yield Block("details", label + method, text, file=RESULTS)
 
 

@@ -48,6 +48,7 @@ class Source:
 
     label: str
     folder: Path
+    prefix: str = ""  # of the names of a comparison's methods, if there are several sources
     frames: dict[str, pd.DataFrame] = field(default_factory=dict)
     scores: pd.DataFrame | None = None
     results: Results | None = None
@@ -71,7 +72,7 @@ class Source:
         rows = done.astype(object).where(done.notna(), None).to_numpy().tolist()
         runs = [(row[0], str(Cell(*row))) for row in sorted(rows, key=lambda row: methods.index(row[0]))]
         folders = [(method, Source(at, inside(self.folder, self.folder / at))) for method, at in runs]
-        return [(method, source) for method, source in folders if source.folder.is_dir()]
+        return [(self.prefix + method, source) for method, source in folders if source.folder.is_dir()]
 
     @cached_property
     def predictions(self) -> Mapping[str, Mapping[str, Prediction]]:
@@ -98,7 +99,7 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
     parts = [folder.resolve().parts for folder in folders]
     ends = (["/".join(each[-length:]) for each in parts] for length in range(1, max(map(len, parts)) + 1))
     labels = next((labels for labels in ends if len(set(labels)) == len(labels)), [*map(str, folders)])
-    sources = [_read(folder, label) for folder, label in zip(folders, labels, strict=True)]
+    sources = [_read(folder, label, len(labels) > 1) for folder, label in zip(folders, labels, strict=True)]
     _order_tasks(sources)
     return sources
 
@@ -106,11 +107,7 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
 def together(sources: Sequence[Source]) -> Source:
     """Returns the frames for figures of all sources: losses, scores, and differences to the first run's scores."""
     shared = Source("", Path())
-    runs = [
-        (f"{source.label}: {method}" if len(sources) > 1 and source.results else method, run)
-        for source in sources
-        for method, run in source.members
-    ]
+    runs = [member for source in sources for member in source.members]
     logs = []
     for series, run in runs:
         logs += [{**line, "series": series, "run": run.label} for line in Run.at(run.folder).log(Path("metrics.jsonl"))]
@@ -137,8 +134,8 @@ def shown_parameters(frame: pd.DataFrame) -> str:
     return min(frame["parameters"])
 
 
-def _read(folder: Path, label: str) -> Source:
-    source, run = Source(label, folder), Run.at(folder)
+def _read(folder: Path, label: str, several: bool) -> Source:
+    source, run = Source(label, folder, f"{label}: " if several else ""), Run.at(folder)
     for name, frame in run.tables.items():
         source.add(name, frame, f"analysis/{name}.json")
     if run.config_path.is_file():
@@ -168,7 +165,7 @@ def _read(folder: Path, label: str) -> Source:
     pairs, overall = (source.frames.get(name) for name in ("gradient_pairs", "gradient_overall"))
     cosines = [] if overall is None else [overall.assign(layer="all", module="all")]
     if pairs is not None:
-        of_adapter = pairs["module"].str.endswith(".adapter")
+        of_adapter = ("." + pairs["module"]).str.endswith(".adapter")
         cosines.append(pairs.assign(parameters=np.where(of_adapter, "adapter", "weights")))
     if cosines:
         columns = [*_PAIR, "parameters", "layer", "module", "cosine"]

@@ -118,7 +118,8 @@ class Session:
         """Returns a task's instruction and a few of its instances, preferably held-out ones."""
         refuse_unknown("task", name, self.tasks)
         task = self.tasks[name]
-        fitting = (one for one in task.test or task.validation or task.train if len(one.input) <= MAX_CHARACTERS)
+        known = task.test or task.validation or task.train  # a question has no own instruction and no history
+        fitting = (each for each in known if not (each.instruction or each.history or len(each.input) > MAX_CHARACTERS))
         examples = [{"input": one.input, "references": list(one.outputs)} for one in islice(fitting, _EXAMPLES)]
         return {"name": task.name, "instruction": task.definition, "examples": examples}
 
