@@ -63,7 +63,7 @@ def test_few_rows_give_no_validation_or_rate_search_and_any_file_name_works(tmp_
     assert (values["output"], "learning_rates" in values["compare"]) == ("runs/my recipe #2", False)
     few, held_out = rows(tmp_path, 3, test=False), ["data.validation_per_task=1"]
     refuses(r"no validation instances; at least 4 training instances are needed", first_recipe, few, "a.yaml", held_out)
-    refuses(r"'data.source=b': only keys of the data", first_recipe, few, "a.yaml", ["data.source=b"])
+    refuses(r"'data.source=b': only other data keys", first_recipe, few, "a.yaml", ["data.source=b"])
     refuses("task a has no validation instances", first_recipe, rows(tmp_path, 1, test=False), "a.yaml")
 
 

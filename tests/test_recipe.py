@@ -183,7 +183,7 @@ def test_run_recipe_keeps_strings_that_look_like_numbers_and_options_that_are_tu
     assert Run.prepare(recipe).path == run.path
 
 
-def test_run_recipe_without_format_uses_the_former_defaults(tmp_path):
+def test_run_recipes_of_earlier_formats_keep_their_defaults(tmp_path):
     path, former = tmp_path / "config.yaml", {"init_weights": "bad", "router_input": "mean", "regroup": {}}
     for method, meant in (
         ("{name: badit, r: 2}", {**former, "name": "badit", "r": 2}),

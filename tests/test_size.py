@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[1]
-SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 14_800, 71, 500
-TEST_LINES = 15_949
+SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 14_801, 71, 500
+TEST_LINES = 15_953
 
 
 def lines(folder: Path) -> dict[str, int]:

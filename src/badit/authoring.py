@@ -41,7 +41,7 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     such as ``data.columns.input=text``.
     """
     if others := [one for one in overrides if not one.startswith("data.") or one.startswith("data.source")]:
-        raise BaditError(f"{others[0]!r:.60}: only keys of the data can be set here, such as data.columns.input=text")
+        raise BaditError(f"{others[0]!r:.60}: only other data keys can be set here, such as data.columns.input=text")
     data = build_recipe({"data": {"source": source}}, overrides).data
     given = data.model_dump(mode="json", exclude_defaults=True, exclude={"source", "validation_per_task"})
     with status("reading the tasks"):

@@ -361,7 +361,7 @@ def _complain(text: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Hides notices of transformers, tokenizers, torch and torchao. Existing environment variables take precedence."""
+    """Hides notices of transformers, datasets, tokenizers, torch and torchao, unless environment variables are set."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # its errors are also raised
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

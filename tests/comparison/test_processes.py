@@ -75,14 +75,17 @@ def test_errors_of_killed_cells_are_explained(values):
 
 
 def test_process_gets_threads_and_gpu_from_its_environment(tmp_path, monkeypatch):
-    script = "import os, sys; print(os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES']); sys.exit(7)"
+    script = (
+        "import os, sys; print(os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES'], sys.flags.safe_path)"
+    )
+    script += "; sys.exit(7)"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     start = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **k: start([sys.executable, "-c", script], **k))
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **k: start([*command[:2], "-c", script], **k))
     (log := tmp_path / "log.txt").write_text("of an earlier attempt")
     with start_cell(tmp_path, score=True, threads=3, device=1) as process:
         assert error_of(tmp_path, process.wait()) == f"ended with exit code 7; see {log}"
-    assert log.read_text() == "3 1\n"
+    assert log.read_text() == "3 1 True\n", "the current folder is not on sys.path"
 
 
 def test_progress_is_the_last_bar_in_the_log(tmp_path):

@@ -136,6 +136,8 @@ def test_row_layouts_without_a_task_name(tmp_path):
     assert task_of(tmp_path / "rows.jsonl", columns={"instruction": "about"}).definition == "Be brief."
     write_rows(tmp_path / "rows.jsonl", {"messages": CHAT, "prompt": "a", "completion": "b", "ask": "c", "say": "d"})
     assert task_of(tmp_path / "rows.jsonl", columns={"input": "ask", "output": "say"}).train[0].input == "c"
+    write_rows(tmp_path / "rows.jsonl", {"instruction": "", "question": "Why?", "answer": "So."})
+    assert task_of(tmp_path / "rows.jsonl").train[0].input == "Why?"
     write_rows(tmp_path / "rows.jsonl", {"input": "a", "output": None})
     assert "line 1: output: has no answer; remove the row" in refusal(tmp_path / "rows.jsonl")
     for key in ("splits", "tasks"):

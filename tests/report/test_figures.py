@@ -48,7 +48,7 @@ def test_gradient_cosines_are_means_for_the_chosen_layer_and_module(monkeypatch)
         both = means | {(b, a): mean for (a, b), mean in means.items()}
         assert cell_values(chart_, key) == pytest.approx(both, abs=1e-4)
     # Above MOST_VALUES, a layer or a module can be chosen, but not both.
-    monkeypatch.setattr(charts, "MOST_VALUES", 50)
+    monkeypatch.setattr(charts, "MOST_VALUES", 30)
     keys = [key for key in chart_values(figures.gradient_cosines(COSINES)) if "|" in key]
     assert {"all" in key.split("|") for key in keys} == {True}
     assert cell_values(figures.unit_overlaps(FRAMES["coactivation_pairs"]), "neurons"), "no option for all"

@@ -194,7 +194,7 @@ def naive_loss(recipe, *, routed_by=None):
             ids, prompt = torch.tensor([example["input_ids"]]), example["prompt_length"]
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             if routed_by is not None:
-                length = prompt if routed_by == "prompt" else 1
+                length = prompt if routed_by == "prompt" else ids.shape[1]
                 inputs["prompt_mask"] = (torch.arange(ids.shape[1]) < length)[None]
             with torch.no_grad(), hooks_of(model).rows_of([task.name]):
                 logs_TV = model(**inputs).logits[0].double().log_softmax(dim=-1)
@@ -203,17 +203,15 @@ def naive_loss(recipe, *, routed_by=None):
     return by_task
 
 
-@pytest.mark.parametrize("method", [None, {"name": "mtl-lora", "r": 2}, {"name": "full"}])
-def test_validation_loss_is_the_mean_of_per_task_token_means(finished, recipe_values, method):
-    recipe = finished[0]  # BADIT
-    if method is not None:
-        recipe = build_recipe({**recipe_values, "method": method}, ["data.validation_per_task=3"])
-        fit(recipe, progress=False)
+@pytest.mark.parametrize("method", [{"gates": "mean_one", "r": 2}, {"name": "mtl-lora", "r": 2}, {"name": "full"}])
+def test_validation_loss_is_the_mean_of_per_task_token_means(recipe_values, method):
+    options = ["data.validation_per_task=3", "training.learning_rate=0.05", "training.max_steps=20"]
+    fit(recipe := build_recipe({**recipe_values, "method": method}, options), progress=False)
     validation_loss(run := Run(recipe.output))
     found = read_json(run.validation_path)
-    expected = naive_loss(recipe, routed_by="prompt" if method is None else None)
+    expected = naive_loss(recipe, routed_by="prompt" if "gates" in method else None)
     assert found["tasks"] == pytest.approx(expected, rel=1e-5)
     assert found["loss"] == pytest.approx((expected["cities"] + expected["rivers"]) / 2, rel=1e-5)
     assert expected["cities"] != pytest.approx(expected["rivers"], rel=1e-4)
-    if method is None:
-        assert naive_loss(recipe, routed_by="first token") != pytest.approx(expected, rel=1e-4), "the prompt routes"
+    if "gates" in method:
+        assert naive_loss(recipe, routed_by="all") != pytest.approx(expected, rel=1e-4), "only the prompt routes"

@@ -17,7 +17,7 @@ from filelock import FileLock
 from badit.errors import explained
 from badit.files import cache_folder, sync
 
-_FORMAT = 6  # version of the cache files; increase it whenever their content changes
+_FORMAT = 7  # version of the cache files; increase it whenever their content changes
 ROWS_AT_A_TIME = 5_000
 
 Item = TypeVar("Item")

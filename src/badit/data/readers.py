@@ -8,7 +8,7 @@ import csv
 import json
 import os
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from glob import escape, glob, has_magic
 from pathlib import Path
@@ -167,8 +167,9 @@ def _official(where: Source, path: Path, wanted: Sequence[str] | None) -> list[T
         for file in path.glob("*/train.json")
     }
     if where.format == "superni" or (where.format == "auto" and not found):
-        files = _row_files(path / "tasks" if (path / "tasks").is_dir() else path, (".json",))
-        is_rows = not files or _row_files(path, _SUFFIXES[1:]) or _holds_rows(files[0]) or _split_in(files[0])
+        folder = path / "tasks" if (path / "tasks").is_dir() else path
+        files = _row_files(folder, (".json",))
+        is_rows = not files or _row_files(folder, _SUFFIXES[1:]) or _holds_rows(files[0]) or _split_in(files[0])
         if is_rows and where.format != "superni":
             return None
         splits = _split_lists(path, files)
@@ -286,8 +287,6 @@ def _rows_in(file: Path) -> Iterator[tuple[str, Any]]:
                         fix = "quote values that contain the separator"
                         raise BaditError(f"{file}: row {number} has more values than the first line has names; {fix}")
                     yield f"{file}: row {number}", row
-            except UnicodeDecodeError:
-                deque(lines_of(file), 0)  # raises it again, with its place in the file instead of in a chunk
             except csv.Error as error:
                 raise BaditError(f"{file}: after line {reader.line_num}: {error}; close every quote") from None
     elif _holds_rows(file):
@@ -305,7 +304,7 @@ def _rows_of(rows: Any, place: str) -> Iterator[tuple[str, Any]]:
 
     features = getattr(rows, "features", None) or {}
     labels = {name: column.names for name, column in features.items() if hasattr(column, "int2str")}
-    if media := {name for name, column in features.items() if require_decoding(column)}:
+    if media := {name for name, kind in features.items() if require_decoding(kind) and "Json(" not in str(kind)}:
         rows = rows.select_columns([name for name in features if name not in media])
     with explained(place, action="read", any_error=True):
         for number, row in enumerate(rows, start=1):

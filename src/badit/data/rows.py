@@ -132,16 +132,16 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
             content = f"{text}\n\n{content}" if text and content != "" else text or content
         found, pair = [((), content, row["output"])], ("instruction", "input")
     elif pair := next((pair for pair in pairs if row.keys() >= {*pair}), ()):
-        if row.get("instruction", instruction) != instruction and pair[0] in ("input", "question"):  # others are whole
+        own = row.get("instruction") or instruction
+        if own != instruction and pair[0] in ("input", "question"):  # other inputs are whole prompts
             fix = f"name the columns with data.columns.input={pair[0]} data.columns.output={pair[1]}"
             raise BaditError(f"instruction: not used in a row with {pair[0]} and {pair[1]}; {fix}")
         found = [((), row[pair[0]], row[pair[1]])]
     else:
-        for key in row.keys() & {"messages", "conversations"}:
+        for key in () if is_mapped else row.keys() & {"messages", "conversations"}:
             raise BaditError(f"{key}: must be a list of messages, not {row[key]!r:.60}")
-        for key in kept.keys() & {"outputs", *(answer for _, answer in _PAIRS)}:
-            if kept[key] is None:
-                raise BaditError(f"{key}: has no answer; remove the row")
+        if empty := [key for key in kept if kept[key] is None and key in ("outputs", *(pair[1] for pair in _PAIRS))]:
+            raise BaditError(f"{empty[0]}: has no answer; remove the row")
         _refuse_near("output", keys)
         fix = "name the columns with data.columns.input=COLUMN data.columns.output=COLUMN"
         raise BaditError(f"unknown form of row: found {', '.join(map(str, row)):.200}; {fix}")

@@ -13,7 +13,7 @@ from badit.render import number
 
 ALL = "all"
 ROW = 23  # height in pixels of a row for a task or a method
-MOST_VALUES = 150_000  # maximum for a figure; above it, a layer or a module can be chosen, but not both
+MOST_VALUES = 150_000  # of a figure; above it, a layer or a module can be chosen (if all can be), but not both
 
 
 def as_text(frame: pd.DataFrame, forms: Mapping[str, str]) -> pd.DataFrame:

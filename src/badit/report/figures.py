@@ -80,8 +80,8 @@ def _curves(frame: pd.DataFrame, title: str, smoothed: int) -> Any:
 
 
 def scores_by_task(frame: pd.DataFrame) -> Any:
-    """One mark per task and run, of a comparison per method (means over runs). Tasks are sorted by their mean. Click
-    the legend to highlight a run."""
+    """One mark per task and run; in a comparison, per task and method (the mean over runs). Tasks are sorted by mean.
+    Click the legend to highlight a run."""
     rows = frame.pivot_table("score", ["task", "run"], "metric", sort=False).round(3).reset_index()
     labels = {name: metric.label for name, metric in METRICS.items() if name in rows}
     present = list(frame["run"].unique())

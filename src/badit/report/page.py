@@ -130,7 +130,8 @@ def _notes(section: str, sources: Sequence[Source], blocks: Sequence[Block]) -> 
     command = _COMMANDS.get(section, "")
     for run in sources:
         if section == "scores" and run.results and "methods" not in run.frames:
-            yield Block("note", "; ".join([f"{run.prefix}no run has finished", *method_table(run.results).notes]), "")
+            reasons = [note for note in method_table(run.results).notes if note.startswith(("missing", "failed"))]
+            yield Block("note", "; ".join([f"{run.prefix}no run has finished", *reasons]), "")
         analysed = any(frame.attrs["file"].startswith("analysis/") for frame in run.frames.values())
         measured = analysed or any(block.source in ("", run.label) for block in blocks)
         scored = run.scores is not None if section == "scores" else bool(blocks)
@@ -222,7 +223,8 @@ def _settings(sources: Sequence[Source]) -> Iterator[Block]:
                 cells.setdefault(cell["method"], cell)
         for method, cell in cells.items():
             keys = ("learning_rate", "seed", "order", "config", "environment")
-            text = to_yaml({key: cell[key] for key in keys if cell.get(key) is not None}, sort_keys=False, width=100)
+            shown = {key: value for key in keys if (value := cell.get(key)) not in (None, {})}
+            text = to_yaml(shown, sort_keys=False, width=100)
             yield Block("details", label + method, text, file=RESULTS)
 
 
