@@ -195,6 +195,7 @@ def test_run_recipes_of_earlier_formats_keep_their_defaults(tmp_path):
         ("{r: 2}\nformat: 3", {"init_weights": "directions", "r": 2}),
     ):
         path.write_text(f"method: {method}")
+        assert load_config(path).method == meant
         path.write_text(dump_recipe(load_config(path)))
         assert load_config(path).method == load_recipe(path).method == meant
     path.write_text("format: 5")

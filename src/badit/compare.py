@@ -161,8 +161,7 @@ class Grid:
         return cells
 
     def recipe_of(self, cell: Cell) -> Recipe:
-        values: dict[str, Any] = {"training": {}, "data": {}}
-        values |= self.recipe.model_dump(exclude={"compare"}, exclude_unset=True)
+        values = merged({"training": {}, "data": {}}, self.recipe.model_dump(exclude={"compare"}, exclude_unset=True))
         entry = self.section.methods[cell.method]
         values["method"] = dict(entry.model_extra or {})
         values["training"] |= entry.training

@@ -112,7 +112,7 @@ def scale_columns(b_ON: nn.Parameter, scale_N: torch.Tensor) -> None:
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """Returns a sharded model's trained parameters and buffers on the CPU, else None; all processes must call it."""
-    if not any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if not (is_divided_by_zero3(model) or any(isinstance(parameter, DTensor) for parameter in model.parameters())):
         return None
     named = dict(model.named_buffers())
     for name, parameter in model.named_parameters():
@@ -144,6 +144,10 @@ def before_step(optimizer: Any, read: Callable[[], None]) -> bool:
 
 def _deepspeed() -> Any:
     return import_module("deepspeed.utils")
+
+
+def is_divided_by_zero3(model: nn.Module) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _kept_by_deepspeed(parameter: nn.Parameter) -> bool:

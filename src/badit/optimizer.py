@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from badit.errors import BaditError
-from badit.gradients import by_shape, dtensor, over_shards, placements_along, stacked
+from badit.gradients import by_shape, dtensor, is_divided_by_zero3, over_shards, placements_along, stacked
 from badit.method import Moments, no_moments, orthogonal_updates
 from badit.tuner.config import NotNegative, Positive, check
 
@@ -106,8 +106,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.98),
         weight_decay: float = 0.0,
     ) -> None:
-        is_divided = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-        if is_divided or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        if is_divided_by_zero3(model) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             raise BaditError(_FLATTENED)
         pairs = factor_pairs(model)
         if not pairs:

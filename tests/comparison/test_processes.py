@@ -75,10 +75,8 @@ def test_errors_of_killed_cells_are_explained(values):
 
 
 def test_process_gets_threads_and_gpu_from_its_environment(tmp_path, monkeypatch):
-    script = (
-        "import os, sys; print(os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES'], sys.flags.safe_path)"
-    )
-    script += "; sys.exit(7)"
+    shown = "os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES'], sys.flags.safe_path"
+    script = f"import os, sys; print({shown}); sys.exit(7)"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **k: start([*command[:2], "-c", script], **k))

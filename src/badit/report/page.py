@@ -210,13 +210,12 @@ def _sample(answers: Sequence[tuple[str, Prediction]]) -> dict[str, Any]:
 def _settings(sources: Sequence[Source]) -> Iterator[Block]:
     """Yields the recipe and environment of each run, and of the first run of each method of a comparison."""
     for source in sources:
-        label = f"{source.label}: " if len(sources) > 1 else ""
         if source.config:
             text = to_yaml(source.config, sort_keys=False, width=100)
-            yield Block("details", f"{label}Recipe", text, file="config.yaml")
+            yield Block("details", f"{source.prefix}Recipe", text, file="config.yaml")
         if source.environment:
             text = json.dumps(source.environment, indent=2, ensure_ascii=False)
-            yield Block("details", f"{label}Environment", text, file="environment.json")
+            yield Block("details", f"{source.prefix}Environment", text, file="environment.json")
         cells: dict[str, Any] = {}
         for cell in read_json(source.folder / RESULTS)["cells"] if source.results else []:
             if cell["status"] == "done" and cell.get("selected", True):
@@ -225,7 +224,7 @@ def _settings(sources: Sequence[Source]) -> Iterator[Block]:
             keys = ("learning_rate", "seed", "order", "config", "environment")
             shown = {key: value for key in keys if (value := cell.get(key)) not in (None, {})}
             text = to_yaml(shown, sort_keys=False, width=100)
-            yield Block("details", label + method, text, file=RESULTS)
+            yield Block("details", source.prefix + method, text, file=RESULTS)
 
 
 @cache

@@ -48,7 +48,7 @@ class Source:
 
     label: str
     folder: Path
-    prefix: str = ""  # of the names of a comparison's methods, if there are several sources
+    prefix: str = ""  # of names on the page, if there are several sources
     frames: dict[str, pd.DataFrame] = field(default_factory=dict)
     scores: pd.DataFrame | None = None
     results: Results | None = None

@@ -13,6 +13,7 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from badit.errors import BaditError
+from badit.gradients import is_divided_by_zero3
 from badit.tuner.config import BaditConfig, ExpertConfig, peft_type
 from badit.tuner.layer import BaditLinear, ExpertLinear
 from badit.tuner.prompt import IGNORED_LABEL, RoutingContext
@@ -174,7 +175,7 @@ class BaditModel(ExpertModel):
         routing = RoutingContext.of(self.model)
         if not (new := routing.without_clusters()):
             return
-        if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+        if is_divided_by_zero3(self.model):
             raise BaditError("start_task: DeepSpeed has divided the weights; load the model before you set up ZeRO-3")
         of_each = 32 * max(layer.badit_config[name].num_clusters for layer, name in new) // max(1, len(batches))
         means = routing.prompt_means = defaultdict(list)
