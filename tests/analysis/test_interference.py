@@ -158,6 +158,9 @@ def test_hooks_and_gradients_are_removed_and_nonfinite_losses_are_refused(tiny_m
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert not any(p._post_accumulate_grad_hooks or p.grad is not None for p in model.parameters())
+    model.model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: gradient * math.inf)
+    message = "model.dtype: the gradients are not finite; use bfloat16 or float32"
+    refuses(message, interference_tables, model, naive.make_examples({"a": 2}))
     model.get_base_model().model.norm.weight.data.fill_(math.nan)
     message = "task a, instance 0: the loss is not finite; the dtype may overflow"
     refuses(message, interference_tables, model, naive.make_examples({"a": 2}))

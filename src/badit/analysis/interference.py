@@ -265,7 +265,10 @@ class TaskGradients:
         places = sorted((place for place in grams if grams[place].any()), key=lambda p: (p[0] != "weights", p[1]))
         if not places:
             raise BaditError("model: no weights with a gradient; load it without quantisation or with an adapter")
-        return places, torch.stack([grams[place] for place in places])
+        gram_PRR = torch.stack([grams[place] for place in places])
+        if not gram_PRR.isfinite().all():
+            raise BaditError("model.dtype: the gradients are not finite; use bfloat16 or float32")
+        return places, gram_PRR
 
     def row_scores(self) -> dict[int, torch.Tensor]:
         """Returns, by layer, the mean squared gradient of each row of its weights over each task's instances (T, U)."""
