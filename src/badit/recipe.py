@@ -32,6 +32,7 @@ MAX_DIGITS = 100
 Column = Literal["task", "instruction", "input", "output", "id", "split", "messages"]
 Dtype = Literal["fast", "auto", "float32", "bfloat16", "float16"]
 Split = Literal["test", "validation"]
+Splits = dict[str, Literal["train", "validation", "test"]]
 
 
 def _path_text(path: Any) -> Any:
@@ -66,6 +67,7 @@ class SourceSection(Section):
     task: TaskName | None = None
     instruction: str | None = None
     columns: dict[Column, str] | None = None
+    splits: Splits | None = None
     turns: Turns | None = None
     weight: float = Field(1.0, gt=0, le=1e6, description="weight of the tasks of this source in the mixture")
 
@@ -80,6 +82,7 @@ class DataSection(Section):
     task: TaskName | None = Field(None, description="task of all rows (default: the row's own, or the file's name)")
     instruction: str | None = Field(None, description="instruction of rows without one (default: none)")
     columns: dict[Column, str] = Field({}, description="column of each field, such as {input: text, output: label}")
+    splits: Splits = Field({}, description="splits to read, such as {train_sft: train, test_sft: test}")
     turns: Turns = Field("last", description="answers of a chat to train on")
     tasks: list[TaskName] | None = Field(None, description="names or numbers of the tasks to use (default: all)")
     train_per_task: Count | None = Field(None, description="largest number of training instances per task")
@@ -101,7 +104,7 @@ class DataSection(Section):
 
     def sources(self) -> list[Source]:
         """Returns the sources, with the defaults of this section and expanded paths."""
-        shared = self.model_dump(include={"format", "task", "instruction", "columns", "turns"})
+        shared = self.model_dump(include={"format", "task", "instruction", "columns", "splits", "turns"})
         return [Source(**{**shared, **own, "path": expand_source(own["path"])}) for own in self.entries]
 
     def load(self) -> list[Task]:
@@ -200,9 +203,8 @@ def make_recipe(recipe: RecipeLike | None, values: Mapping[str, Any]) -> Recipe:
     if isinstance(recipe, str | os.PathLike):
         path = _or_shipped(Path(recipe))
         return build_recipe(merged(_content(path), values), where=path)
-    return build_recipe(
-        merged(recipe.model_dump(exclude_unset=True) if isinstance(recipe, Recipe) else recipe or {}, values)
-    )
+    given = recipe.model_dump(exclude_unset=True) if isinstance(recipe, Recipe) else recipe or {}
+    return build_recipe(merged(given, values))
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:

@@ -169,6 +169,26 @@ def test_columns_instruction_and_class_labels_of_a_saved_dataset(tmp_path):
     assert "train: row 1: data.columns: there is no column 'txt'; found: text, label" in refusal(wrong)
 
 
+def test_named_splits_of_datasets_files_and_rows(tmp_path):
+    sizes = {"train_sft": 3, "train_gen": 1, "test_sft": 2, "Test": 1}
+    parts = {name: datasets.Dataset.from_list([HELLO] * size) for name, size in sizes.items()}
+    splits = {"train_sft": "train", "train_gen": "train", "test_sft": "test"}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    (tmp_path / "files").mkdir()
+    for name, size in sizes.items():
+        write_rows(tmp_path / f"files/{name}-00000-of-00001.jsonl", *[HELLO] * size)
+    unlabelled = {"prompt": "Say hello", "completion": "", "split": "Test"}
+    rows = [{**HELLO, "split": name} for name, size in sizes.items() if name != "Test" for _ in range(size)]
+    write_rows(tmp_path / "rows.csv", *rows, unlabelled)
+    for place in ("saved", "files", "rows.csv"):
+        task = task_of(tmp_path / place, splits=splits)
+        assert (task.name, len(task.train), len(task.test)) == (Path(place).stem, 4, 2)
+    fix = "; choose the splits to read, such as data.splits.train_sft=train"
+    assert refusal(tmp_path / "saved").endswith(f"unknown split 'train_sft'; found: {', '.join(sizes)}{fix}")
+    missing = "data.splits: .*/saved has no split 'train'; found: train_sft, "
+    refuses(missing, load_tasks, Source(tmp_path / "saved", splits={"train": "train"}))
+
+
 def test_all_turns_become_instances_with_their_own_prompts(tmp_path):
     task = task_of(write_rows(tmp_path / "chat.jsonl", {"messages": CHAT, "id": "x"}), turns="all")
     expected = [("x", "Capital of France?", ("Paris",), 1), ("x-1", "And of Peru?", ("Lima",), 3)]

@@ -18,7 +18,7 @@ import pyarrow as pa
 from pydantic import BaseModel, Field
 
 from badit.data import cache
-from badit.data.rows import SPLIT_NAMES, Format, Record, Source, read_rows
+from badit.data.rows import Format, Record, Source, read_rows
 from badit.data.tasks import SPLITS, Demonstration, FirstString, Instance, Outputs, Split, Strings, Task, resolve_names
 from badit.errors import BaditError, explained, refuse_unknown
 from badit.files import inside, lines_of, parse_json, read_json, read_text
@@ -26,7 +26,7 @@ from badit.files import inside, lines_of, parse_json, read_json, read_text
 OFFICIAL_TEST_INSTANCES = 100  # the official evaluation scores the first 100 instances of a test task
 _LARGE = 4 * 2**20  # bytes; sources of at least this size are kept in the cache
 _JSON = (".json", ".jsonl")
-_SUFFIXES = (*_JSON, ".csv", ".tsv", ".parquet", ".arrow")
+_SUFFIXES = (*_JSON, ".csv", ".tsv", ".parquet", ".arrow")  # all but the first always hold rows
 _TEXT = pa.string()
 _SCHEMA = pa.schema({  # "about": JSON of the task's other fields, only in its first row
     "task": _TEXT, "about": _TEXT, "split": _TEXT, "hash": pa.uint64(), "id": _TEXT, "input": _TEXT,
@@ -70,7 +70,7 @@ def load_sources(
     found: dict[str, Task] = {}
     for source in sources:
         path = Path(source.path)
-        if len(sources) > 1 and not source.task and _split_in(path) and path.is_file():
+        if len(sources) > 1 and not source.task and _split_in(path, source) and path.is_file():
             fix = f"give the folder or a pattern such as {path.parent}/*"
             raise BaditError(f"data.source: {source.path} is named after a split, not a task; {fix}, or set its task")
         for task in _read(source, wanted if len(sources) == 1 and not weights else None):
@@ -133,7 +133,7 @@ def _build_tasks(where: Source, files: Sequence[Path], records: Iterable[Record]
     stats = [(file, file.stat()) for file in files]
     key = None
     if sum(stat.st_size for _, stat in stats) >= _LARGE:
-        key = [where.task, where.instruction, dict(where.columns), where.turns, about]
+        key = [where.task, where.instruction, dict(where.columns), dict(where.splits), where.turns, about]
         key += [(os.path.abspath(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -168,8 +168,8 @@ def _official(where: Source, path: Path, wanted: Sequence[str] | None) -> list[T
     }
     if where.format == "superni" or (where.format == "auto" and not found):
         folder = path / "tasks" if (path / "tasks").is_dir() else path
-        files = _row_files(folder, (".json",))
-        is_rows = not files or _row_files(folder, _SUFFIXES[1:]) or _holds_rows(files[0]) or _split_in(files[0])
+        files, others = (_row_files(folder, suffixes, where) for suffixes in ((".json",), _SUFFIXES[1:]))
+        is_rows = not files or others or _holds_rows(files[0]) or _split_in(files[0], where)
         if is_rows and where.format != "superni":
             return None
         splits = _split_lists(path, files)
@@ -225,7 +225,7 @@ class _OfficialTask(BaseModel):
 def _of_rows(where: Source, path: Path) -> list[Task]:
     """Reads the tasks of a file of rows, or of all such files of a folder or pattern."""
     if path.is_dir():
-        files = _row_files(path, _SUFFIXES if where.format == "auto" else (".jsonl",))
+        files = _row_files(path, _SUFFIXES if where.format == "auto" else (".jsonl",), where)
     elif path.exists():
         files = [path] if path.is_file() and path.suffix in _SUFFIXES else []
     else:
@@ -234,7 +234,9 @@ def _of_rows(where: Source, path: Path) -> list[Task]:
     def records() -> Iterator[Record]:
         origins: dict[str, Path] = {}
         for file in files:
-            split = _split_in(file) if len(files) > 1 else None
+            split = _split_in(file, where) if len(files) > 1 else None
+            if where.splits and len(files) > 1 and split is None:
+                continue
             folder = os.path.dirname(os.path.abspath(file))  # of a link, not of its target
             task = where.task or (os.path.basename(folder) if split else file.stem)
             origin, strict = file.parent if split else file, file.suffix in _JSON and not where.columns
@@ -246,15 +248,15 @@ def _of_rows(where: Source, path: Path) -> list[Task]:
     return _build_tasks(where, files, records())
 
 
-def _row_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
+def _row_files(folder: Path, suffixes: Iterable[str], where: Source) -> list[Path]:
     """Returns the files with these suffixes, sorted by split (train, validation, test, none) and name."""
     files = [file for file in folder.iterdir() if file.suffix in suffixes and file.is_file()]
-    return sorted(files, key=lambda file: ([*SPLITS, None].index(_split_in(file)), file.name))
+    return sorted(files, key=lambda file: ([*SPLITS, None].index(_split_in(file, where)), file.name))
 
 
-def _split_in(file: Path) -> Split | None:
+def _split_in(file: Path, where: Source) -> Split | None:
     """Returns the split that a file's name stands for, such as train for train-00000-of-00002.parquet."""
-    return SPLIT_NAMES.get(re.sub(r"-\d+-of-\d+(-[0-9a-f]+)?$", "", file.stem).lower())
+    return where.split_of(re.sub(r"-\d+-of-\d+(-[0-9a-f]+)?$", "", file.stem))
 
 
 def _holds_rows(file: Path) -> bool:
@@ -304,8 +306,8 @@ def _rows_of(rows: Any, place: str) -> Iterator[tuple[str, Any]]:
 
     features = getattr(rows, "features", None) or {}
     labels = {name: column.names for name, column in features.items() if hasattr(column, "int2str")}
-    if media := {name for name, kind in features.items() if require_decoding(kind) and "Json(" not in str(kind)}:
-        rows = rows.select_columns([name for name in features if name not in media])
+    kept = [name for name, kind in features.items() if not require_decoding(kind) or "Json(" in str(kind)]
+    rows = rows.select_columns(kept) if len(kept) < len(features) else rows  # without images, audio and video
     with explained(place, action="read", any_error=True):
         for number, row in enumerate(rows, start=1):
             for name, value in row.items():
@@ -336,14 +338,17 @@ def _of_data_sets(where: Source, path: Path) -> list[Task]:
             found = load_dataset(name, configuration or None)
     parts: dict[str, Any] = {"train": found} if isinstance(found, Dataset) else {str(k): v for k, v in found.items()}
     name = where.task or os.path.basename(os.path.abspath(path)).partition(":")[0]
-    known = {split: SPLIT_NAMES.get(split.partition("-")[0]) for split in parts}
-    if unknown := [split for split in parts if known[split] is None and len(parts) > 1]:
-        raise BaditError(f"{where.path}: unknown split {unknown[0]!r:.60}; known: {', '.join(SPLIT_NAMES)}; rename it")
+    if missing := sorted(where.splits.keys() - parts.keys()):
+        raise BaditError(f"data.splits: {where.path} has no split {missing[0]!r:.60}; found: {', '.join(parts)}")
+    splits = {split: where.split_of(split) for split in parts if not where.splits or split in where.splits}
+    if len(parts) > 1 and (unknown := [split for split, known in splits.items() if not known]):
+        fix = f"choose the splits to read, such as data.splits.{unknown[0]}=train"
+        raise BaditError(f"{where.path}: unknown split {unknown[0]!r:.60}; found: {', '.join(parts)}; {fix}")
 
     def records() -> Iterator[Record]:
-        for split, rows in parts.items():
-            place = f"{where.path}: {split}"
-            yield from read_rows(_rows_of(rows, place), known[split], name, where, strict=False)  # pyright: ignore
+        for split, known in splits.items():
+            rows = _rows_of(parts[split], f"{where.path}: {split}")
+            yield from read_rows(rows, known, name, where, strict=False)
 
-    files = [Path(file["filename"]) for rows in parts.values() for file in rows.cache_files]
+    files = [Path(file["filename"]) for split in splits for file in parts[split].cache_files]
     return _build_tasks(where, files, records())

@@ -39,7 +39,8 @@ class Source:
     """The location of tasks and the options for reading their rows.
 
     ``columns`` maps ``task``, ``instruction``, ``input``, ``output``, ``id``, ``split`` and ``messages`` to the names
-    of their columns, where these differ.
+    of their columns, where these differ. ``splits`` maps names of splits (in rows, file names or datasets) to train,
+    validation or test; rows of other splits are then not read.
     """
 
     path: str | Path  # "builtin", a file, a folder, a pattern with *, or a hub dataset: org/name or org/name:CONFIG
@@ -47,8 +48,13 @@ class Source:
     task: str | None = None  # of all rows (default: the task that a row names, or the name of the file or dataset)
     instruction: str | None = None  # of rows without one (default: none; a row's input is then the whole prompt)
     columns: Mapping[str, str] = field(default_factory=dict)
+    splits: Mapping[str, Any] = field(default_factory=dict)  # default: SPLIT_NAMES
     turns: Turns = "last"  # the answers of a chat to train: "all" makes one instance with its own prompt for each
     weight: float = 1.0  # of its tasks in a mixture
+
+    def split_of(self, name: str) -> Any:
+        """Returns the split that a name stands for."""
+        return self.splits.get(name) if self.splits else SPLIT_NAMES.get(name.lower())
 
     def refuse_missing(self) -> None:
         """Raises BaditError if the path does not exist and is not 'builtin', a pattern or the name of a hub dataset."""
@@ -101,6 +107,9 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         raise BaditError(f"must be an object with keys, not {row!r:.60}")
     if missing := [column for column in where.columns.values() if column not in row]:
         raise BaditError(f"data.columns: there is no column {missing[0]!r:.60}; found: {', '.join(map(str, row))}")
+    split = str(row.get(where.columns.get("split", "split")) or "")
+    if split and where.splits and split not in where.splits:
+        return
     if (answer := where.columns.get("output", "")) in row and row[answer] is None:
         raise BaditError(f"{answer}: has no answer (in a dataset with class labels: -1); remove the row")
     renamed = {key: row[column] for key, column in where.columns.items()}
@@ -110,7 +119,6 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     if "outputs" in row:
         row = {"output": row["outputs"], **row}
     own_task, is_mapped = row.get("task", row.get("task_name")), bool(where.columns.keys() & {"input", "output"})
-    pairs = [pair for pair in _PAIRS if pair[0] == "input" or not is_mapped]
     instruction = (row.get("instruction") if "instruction" in where.columns else None) or where.instruction
     lost = ["context", "history", "tools", "functions"]  # keys that no form of row uses
     keys, unused = tuple(map(str, row)), ["system", "prompt", *lost]
@@ -131,7 +139,7 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         else:  # Alpaca: each row has its own instruction, which becomes part of its input
             content = f"{text}\n\n{content}" if text and content != "" else text or content
         found, pair = [((), content, row["output"])], ("instruction", "input")
-    elif pair := next((pair for pair in pairs if row.keys() >= {*pair}), ()):
+    elif pair := next((one for one in _PAIRS if row.keys() >= {*one} and (one[0] == "input" or not is_mapped)), ()):
         own = row.get("instruction") or instruction
         if own != instruction and pair[0] in ("input", "question"):  # other inputs are whole prompts
             fix = f"name the columns with data.columns.input={pair[0]} data.columns.output={pair[1]}"
@@ -148,9 +156,9 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     for key in () if where.columns else unused:
         if row.get(key) and key not in pair:
             raise BaditError(f"{key}: not used in a row with {' and '.join(pair)}; remove it, or set data.columns")
-    split, identity = row.get("split") or None, str(row.get("id", "")) or None
+    identity = str(row.get("id", "")) or None
     task = where.task or (name if own_task is None else own_task)
-    about: dict[str, Any] = {"task": task, "split": SPLIT_NAMES.get(str(split), split), "instruction": instruction}
+    about: dict[str, Any] = {"task": task, "split": where.split_of(split) or split or None, "instruction": instruction}
     for number, (history, content, outputs) in enumerate(found):
         own_id = f"{identity}-{number}" if identity and number else identity
         yield _Row.model_validate(about | {"id": own_id, "history": history, "input": content, "output": outputs})
