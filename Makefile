@@ -1,5 +1,7 @@
 # Every target creates its own virtual environment. Requirements: Python 3.11 or newer, pip and make.
 
+unexport PYTHONDONTWRITEBYTECODE  # with it, every process would compile all modules of the libraries again
+
 PYTHON ?= python3
 VENV := .venv
 MATRIX := .venv-matrix
