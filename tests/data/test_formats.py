@@ -179,13 +179,13 @@ def test_named_splits_of_datasets_files_and_rows(tmp_path):
         write_rows(tmp_path / f"files/{name}-00000-of-00001.jsonl", *[HELLO] * size)
     unlabelled = {"prompt": "Say hello", "completion": "", "split": "Test"}
     rows = [{**HELLO, "split": name} for name, size in sizes.items() if name != "Test" for _ in range(size)]
-    write_rows(tmp_path / "rows.csv", *rows, unlabelled)
+    write_rows(tmp_path / "rows.csv", unlabelled, *rows)
     for place in ("saved", "files", "rows.csv"):
         task = task_of(tmp_path / place, splits=splits)
         assert (task.name, len(task.train), len(task.test)) == (Path(place).stem, 4, 2)
     fix = "; choose the splits to read, such as data.splits.train_sft=train"
     assert refusal(tmp_path / "saved").endswith(f"unknown split 'train_sft'; found: {', '.join(sizes)}{fix}")
-    missing = "data.splits: .*/saved has no split 'train'; found: train_sft, "
+    missing = r"/saved: data.splits: unknown 'train' \(did you mean 'train_.*'\?\); known: train_sft, "
     refuses(missing, load_tasks, Source(tmp_path / "saved", splits={"train": "train"}))
 
 

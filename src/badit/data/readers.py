@@ -338,8 +338,8 @@ def _of_data_sets(where: Source, path: Path) -> list[Task]:
             found = load_dataset(name, configuration or None)
     parts: dict[str, Any] = {"train": found} if isinstance(found, Dataset) else {str(k): v for k, v in found.items()}
     name = where.task or os.path.basename(os.path.abspath(path)).partition(":")[0]
-    if missing := sorted(where.splits.keys() - parts.keys()):
-        raise BaditError(f"data.splits: {where.path} has no split {missing[0]!r:.60}; found: {', '.join(parts)}")
+    for split in where.splits:
+        refuse_unknown(f"{where.path}: data.splits", split, parts)
     splits = {split: where.split_of(split) for split in parts if not where.splits or split in where.splits}
     if len(parts) > 1 and (unknown := [split for split, known in splits.items() if not known]):
         fix = f"choose the splits to read, such as data.splits.{unknown[0]}=train"

@@ -107,15 +107,16 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         raise BaditError(f"must be an object with keys, not {row!r:.60}")
     if missing := [column for column in where.columns.values() if column not in row]:
         raise BaditError(f"data.columns: there is no column {missing[0]!r:.60}; found: {', '.join(map(str, row))}")
-    split = str(row.get(where.columns.get("split", "split")) or "")
-    if split and where.splits and split not in where.splits:
-        return
-    if (answer := where.columns.get("output", "")) in row and row[answer] is None:
-        raise BaditError(f"{answer}: has no answer (in a dataset with class labels: -1); remove the row")
     renamed = {key: row[column] for key, column in where.columns.items()}
     kept = {key: value for key, value in row.items() if key not in where.columns.values()}
     present = {key: value for key, value in {**kept, **renamed}.items() if value is not None}
     row = {key: str(value) if isinstance(value, int | float) else value for key, value in present.items()}
+    split = str(row.get("split") or "")
+    if split and where.splits and split not in where.splits:
+        return
+    if "output" in renamed and renamed["output"] is None:
+        fix = "remove the row, or choose other splits with data.splits"
+        raise BaditError(f"{where.columns['output']}: has no answer (in a dataset with class labels: -1); {fix}")
     if "outputs" in row:
         row = {"output": row["outputs"], **row}
     own_task, is_mapped = row.get("task", row.get("task_name")), bool(where.columns.keys() & {"input", "output"})
