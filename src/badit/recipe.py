@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from badit.arguments import LARGEST, RENAMED_ARGUMENTS, Count, CountOrZero, Section, TrainingSection, package_folder
 from badit.data.prompts import ChatTemplate, PromptEncoding
 from badit.data.rows import Format, Source, Turns
+from badit.data.tasks import Split as DataSplit
 from badit.data.tasks import Task, hold_out, limit, quotas
 from badit.errors import BaditError, first_line, nearest, problems
 from badit.files import inside, read_text, refuse_other_format
@@ -32,7 +33,6 @@ MAX_DIGITS = 100
 Column = Literal["task", "instruction", "input", "output", "id", "split", "messages"]
 Dtype = Literal["fast", "auto", "float32", "bfloat16", "float16"]
 Split = Literal["test", "validation"]
-Splits = dict[str, Literal["train", "validation", "test"]]
 
 
 def _path_text(path: Any) -> Any:
@@ -67,7 +67,7 @@ class SourceSection(Section):
     task: TaskName | None = None
     instruction: str | None = None
     columns: dict[Column, str] | None = None
-    splits: Splits | None = None
+    splits: dict[str, DataSplit] | None = None
     turns: Turns | None = None
     weight: float = Field(1.0, gt=0, le=1e6, description="weight of the tasks of this source in the mixture")
 
@@ -82,7 +82,7 @@ class DataSection(Section):
     task: TaskName | None = Field(None, description="task of all rows (default: the row's own, or the file's name)")
     instruction: str | None = Field(None, description="instruction of rows without one (default: none)")
     columns: dict[Column, str] = Field({}, description="column of each field, such as {input: text, output: label}")
-    splits: Splits = Field({}, description="splits to read, such as {train_sft: train, test_sft: test}")
+    splits: dict[str, DataSplit] = Field({}, description="splits to read, such as {train_sft: train, test_sft: test}")
     turns: Turns = Field("last", description="answers of a chat to train on")
     tasks: list[TaskName] | None = Field(None, description="names or numbers of the tasks to use (default: all)")
     train_per_task: Count | None = Field(None, description="largest number of training instances per task")

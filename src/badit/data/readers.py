@@ -340,15 +340,15 @@ def _of_data_sets(where: Source, path: Path) -> list[Task]:
     name = where.task or os.path.basename(os.path.abspath(path)).partition(":")[0]
     for split in where.splits:
         refuse_unknown(f"{where.path}: data.splits", split, parts)
-    splits = {split: where.split_of(split) for split in parts if not where.splits or split in where.splits}
-    if len(parts) > 1 and (unknown := [split for split, known in splits.items() if not known]):
+    splits = [split for split in parts if not where.splits or split in where.splits]
+    if len(parts) > 1 and (unknown := [split for split in splits if not where.split_of(split)]):
         fix = f"choose the splits to read, such as data.splits.{unknown[0]}=train"
         raise BaditError(f"{where.path}: unknown split {unknown[0]!r:.60}; found: {', '.join(parts)}; {fix}")
 
     def records() -> Iterator[Record]:
-        for split, known in splits.items():
+        for split in splits:
             rows = _rows_of(parts[split], f"{where.path}: {split}")
-            yield from read_rows(rows, known, name, where, strict=False)
+            yield from read_rows(rows, where.split_of(split), name, where, strict=False)
 
     files = [Path(file["filename"]) for split in splits for file in parts[split].cache_files]
     return _build_tasks(where, files, records())

@@ -48,12 +48,12 @@ class Source:
     task: str | None = None  # of all rows (default: the task that a row names, or the name of the file or dataset)
     instruction: str | None = None  # of rows without one (default: none; a row's input is then the whole prompt)
     columns: Mapping[str, str] = field(default_factory=dict)
-    splits: Mapping[str, Any] = field(default_factory=dict)  # default: SPLIT_NAMES
+    splits: Mapping[str, Split] = field(default_factory=dict)  # default: SPLIT_NAMES
     turns: Turns = "last"  # the answers of a chat to train: "all" makes one instance with its own prompt for each
     weight: float = 1.0  # of its tasks in a mixture
 
-    def split_of(self, name: str) -> Any:
-        """Returns the split that a name stands for."""
+    def split_of(self, name: str) -> Split | None:
+        """Returns the split that a name stands for; None if it is unknown or not to be read."""
         return self.splits.get(name) if self.splits else SPLIT_NAMES.get(name.lower())
 
     def refuse_missing(self) -> None:
