@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[1]
-SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 14_822, 71, 500
-TEST_LINES = 15_975
+SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 14_833, 71, 500
+TEST_LINES = 15_997
 
 
 def lines(folder: Path) -> dict[str, int]:

@@ -204,7 +204,9 @@ def exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            known = read_text(owner).strip() if owner.is_file() else "another process"
+            known = "another process"
+            with suppress(BaditError):  # the file is not there yet, or no longer
+                known = read_text(owner).strip()
             raise BaditError(f"{folder}: is in use by {known}; wait until it ends, or stop it") from None
         except OSError:
             pass
@@ -217,9 +219,9 @@ def exclusive(folder: Path) -> Iterator[None]:
             _held.remove(place)
             with suppress(OSError):  # the file system is read-only, or has become so
                 owner.unlink()
+            if is_new and not any(folder.iterdir()):
+                folder.rmdir()
         os.close(descriptor)
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def cache_folder() -> Path:

@@ -99,6 +99,13 @@ def test_superni_split_lists_and_the_default_of_100_test_instances(tmp_path):
     assert "'task1_a' is in both" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("option", [{"task": "one"}, {"columns": {"input": "text"}}, {"splits": {"dev": "test"}}])
+def test_options_of_rows_are_refused_for_other_layouts(tmp_path, option):
+    write_task(tmp_path / "task1_a.json", 130)
+    for source in ("builtin", tmp_path):
+        assert f"data.{next(iter(option))}: does not apply to {source}, " in refusal(Source(source, **option))
+
+
 def test_missing_sources_and_corrupt_tables_are_refused(tmp_path):
     assert "no tasks found" in refusal(tmp_path)
     assert "no tasks found; expected rows in files" in refusal(tmp_path, format="sapt")

@@ -1,6 +1,8 @@
 """Locks, kills in the first write, moved runs, changed inputs, and prompts beyond the model's limits."""
 
+import fcntl
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -50,6 +52,19 @@ def test_run_in_use_is_refused_until_its_process_is_killed(run, recipe_file, com
     assert not Path(output, OWNER).exists()
     with exclusive(Path(output)), exclusive(Path(output)):  # the lock is reentrant within a process
         assert main(["evaluate", output]) == 0
+
+
+def test_refused_process_does_not_remove_a_new_folder_of_another_process(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def made_and_locked_by_another(path, **_):
+        os.mkdir(path)
+        fcntl.flock(os.open(path, os.O_RDONLY), fcntl.LOCK_EX)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", made_and_locked_by_another)
+        refuses(f"{folder}: is in use by another process", exclusive(folder).__enter__)
+    assert folder.is_dir()
 
 
 @pytest.mark.parametrize("attempt", range(STRESS))

@@ -88,6 +88,7 @@ def _read(where: Source, wanted: Sequence[str] | None) -> list[Task]:
     """Reads the tasks of a source; of an official collection only the wanted ones."""
     refuse_unknown("format", where.format, get_args(Format))
     if where.path == "builtin" and where.format in ("auto", "builtin"):
+        where.refuse_row_options()
         return builtin_tasks()
     if where.format == "builtin":
         raise BaditError(f"source: must be 'builtin' with format 'builtin', not {str(where.path)!r:.60}")
@@ -174,6 +175,7 @@ def _official(where: Source, path: Path, wanted: Sequence[str] | None) -> list[T
             return None
         splits = _split_lists(path, files)
         found = {file.stem: [(file, *splits[file.stem])] for file in files if file.stem in splits}
+    where.refuse_row_options()
     names = sorted(found) if wanted is None else resolve_names(wanted, found)
     parts = [(name, *part) for name in names for part in found[name]]
 

@@ -62,6 +62,13 @@ class Source:
         if path != "builtin" and not has_magic(path) and not re.fullmatch(hub_name, path) and not Path(path).exists():
             raise BaditError(f"{path}: no such file or folder; give a path or 'builtin'")
 
+    def refuse_row_options(self) -> None:
+        """Raises BaditError if an option is set that only rows can have; for sources with other layouts."""
+        for name in ("task", "columns", "splits"):
+            if getattr(self, name):
+                fix = "remove it, or set it in the entries of other sources"
+                raise BaditError(f"data.{name}: does not apply to {self.path}, whose tasks are not rows; {fix}")
+
 
 class _Row(BaseModel):
     task: TaskName
