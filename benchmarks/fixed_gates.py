@@ -1,0 +1,89 @@
+"""Measures how much fixing the gates of runs changes the loss on test instances.
+
+    python benchmarks/fixed_gates.py runs/evidence-cpu/badit/lr-0.002/seed-{0,1,2}
+
+For each run: the NLL per answer token of every instance with the run's own gates, with the mean gates over all tasks
+(one LoRA) and with the mean gates of its task (a LoRA per task), as `badit export` writes them and PEFT loads them.
+Writes results/fixed-gates.json after each run and continues from there. Question: docs/experiments/fixed-gates.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from peft import PeftModel
+
+import badit
+from badit.data import AnswerCollator, batches_by_task
+from badit.environment import environment
+from badit.evaluate import prompt_losses
+from badit.files import write_json
+from badit.statistics import paired_bootstrap
+from badit.train import base_model, encoded
+
+RESULTS = Path(__file__).parent / "results" / "fixed-gates.json"
+WAYS = ("run", "mean", "task")  # the run's own gates, the mean gates over all tasks, the mean gates of the task
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="folders of runs of the same recipe with different seeds")
+    parser.add_argument("--instances", type=int, default=20, help="test instances of each task (default: 20)")
+    options = parser.parse_args()
+    content = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": {}}
+    for folder in options.runs:
+        run = badit.Run(folder)
+        seed = str(run.recipe.training.seed)
+        if seed not in content["runs"]:
+            content["runs"][seed] = losses_of(run, options.instances)
+            content["costs"] = {way: costs(content["runs"], way) for way in WAYS[1:]}
+            config = run.recipe.model_dump(mode="json", exclude={"compare", "output"})
+            write_json(
+                RESULTS, {"config": config, "environment": environment(), "instances": options.instances, **content}
+            )
+        print(f"seed {seed}: {content['costs']}", flush=True)
+
+
+def losses_of(run: badit.Run, instances: int) -> dict[str, dict[str, list[float]]]:
+    """Returns the NLL of the first instances of each task, by way and task."""
+    recipe = run.recipe
+    tasks = badit.plan(recipe).tasks
+    losses: dict[str, dict[str, list[float]]] = {}
+    with TemporaryDirectory() as folder:
+        mean = run.export(f"{folder}/mean", progress=False)
+        of_task = run.export(f"{folder}/tasks", all_tasks=True, progress=False).tasks
+        model, tokenizer = run.load()
+        examples = encoded(tokenizer, recipe, [(task, one) for task in tasks for one in task.test[:instances]], model)
+        collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
+        batches = {name: list(batch) for name, batch in batches_by_task(examples, collate, 10).items()}
+
+        def measured(model: Any, task: str) -> list[float]:
+            sums_P, counts_P = prompt_losses(model, batches[task])
+            return (sums_P / counts_P).tolist()
+
+        losses["run"] = {task: measured(model, task) for task in batches}
+        base, _ = base_model(recipe)
+        plain = PeftModel.from_pretrained(base, str(mean.folder), adapter_name="mean").eval()
+        losses["mean"] = {task: measured(plain, task) for task in batches}
+        for task in batches:
+            plain.load_adapter(str(of_task[task].folder), adapter_name="task")
+            plain.set_adapter("task")
+            losses.setdefault("task", {})[task] = measured(plain.eval(), task)
+            plain.delete_adapter("task")
+    return losses
+
+
+def costs(runs: dict[str, Any], way: str) -> dict[str, float]:
+    """Returns the mean difference of a way to the runs' own gates, over tasks, with its interval."""
+    tasks = next(iter(runs.values()))["run"]
+    differences = {t: np.array([np.subtract(of[way][t], of["run"][t]) for of in runs.values()]) for t in tasks}
+    return paired_bootstrap(differences)._asdict()
+
+
+if __name__ == "__main__":
+    main()
