@@ -283,7 +283,8 @@ class RoutingContext:
 
 def cache_of(output: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the cache in the output of a model or of ``generate``, as a keyword argument of the next call."""
-    return dict([(name, output[name]) for name in _CACHE_NAMES if output.get(name) is not None][:1])
+    known = output.keys()  # transformers' outputs warn if an earlier name is looked up
+    return dict([(name, output[name]) for name in _CACHE_NAMES if name in known and output[name] is not None][:1])
 
 
 def select_rows(cache: Mapping[str, Any], rows_R: torch.Tensor) -> bool:
