@@ -10,7 +10,7 @@ Writes results/fixed-gates.json after each run and continues from there. Questio
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,10 +19,12 @@ import numpy as np
 from peft import PeftModel
 
 import badit
+from badit.analysis.gates import GATES_FILE
 from badit.data import AnswerCollator, batches_by_task
 from badit.environment import environment
 from badit.evaluate import prompt_losses
-from badit.files import write_json
+from badit.export import Export
+from badit.files import read_json, write_json
 from badit.statistics import paired_bootstrap
 from badit.train import base_model, encoded
 
@@ -35,7 +37,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="folders of runs of the same recipe with different seeds")
     parser.add_argument("--instances", type=int, default=20, help="test instances of each task (default: 20)")
     options = parser.parse_args()
-    content = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": {}}
+    content = read_json(RESULTS) if RESULTS.is_file() else {"runs": {}}
     for folder in options.runs:
         run = badit.Run(folder)
         seed = str(run.recipe.training.seed)
@@ -55,10 +57,11 @@ def losses_of(run: badit.Run, instances: int) -> dict[str, dict[str, list[float]
     tasks = badit.plan(recipe).tasks
     losses: dict[str, dict[str, list[float]]] = {}
     with TemporaryDirectory() as folder:
-        mean = run.export(f"{folder}/mean", progress=False)
         of_task = run.export(f"{folder}/tasks", all_tasks=True, progress=False).tasks
+        mean = mean_export(run, of_task, Path(folder))
         model, tokenizer = run.load()
         examples = encoded(tokenizer, recipe, [(task, one) for task in tasks for one in task.test[:instances]], model)
+        examples.sort(key=lambda example: len(example["input_ids"]))  # batches of similar length have little padding
         collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
         batches = {name: list(batch) for name, batch in batches_by_task(examples, collate, 10).items()}
 
@@ -76,6 +79,13 @@ def losses_of(run: badit.Run, instances: int) -> dict[str, dict[str, list[float]
             losses.setdefault("task", {})[task] = measured(plain.eval(), task)
             plain.delete_adapter("task")
     return losses
+
+
+def mean_export(run: badit.Run, of_task: Mapping[str, Export], folder: Path) -> Export:
+    """Exports a run with the mean of the gates of its exports per task; `badit export` refuses this for clusters."""
+    gates = [read_json(each.folder / GATES_FILE) for each in of_task.values()]
+    write_json(folder / "mean.json", {name: np.mean([of[name] for of in gates], axis=0).tolist() for name in gates[0]})
+    return run.export(folder / "mean", gates=folder / "mean.json", progress=False)
 
 
 def costs(runs: dict[str, Any], way: str) -> dict[str, float]:

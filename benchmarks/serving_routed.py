@@ -28,6 +28,7 @@ from typing import Any
 
 import httpx2
 import torch
+from fixed_gates import mean_export
 from peft import PeftModel
 
 import badit
@@ -54,7 +55,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         exported = run.export(f"{folder}/tasks", all_tasks=True, progress=False)
         loras = {name: part.folder for name, part in exported.tasks.items()}
-        loras["mean"] = run.export(f"{folder}/mean", progress=False).folder
+        loras["mean"] = mean_export(run, exported.tasks, Path(folder)).folder
         router = Router(run, exported.folder)
         pairs = [(task, instance) for task in badit.plan(run.recipe).tasks for instance in task.test]
         base, tokenizer = base_model(run.recipe)

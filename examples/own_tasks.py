@@ -50,5 +50,5 @@ badit.Run(recipe.output).evaluate()  # scores it again
 scores = json.loads((Path(recipe.output) / "scores.json").read_text(encoding="utf-8"))
 for name, score in scores["tasks"].items():
     print(f"{name}: Rouge-L {score['rouge_l']:.1f}, exact match {score['exact_match']:.1f}")
-exported = badit.Run(recipe.output).export(f"{options.output}-lora")  # with fixed gates, for use without badit
-print(f"{exported.folder}: a LoRA of rank {exported.rank}, of {exported.record['mixture']}")
+exported = badit.Run(recipe.output).export(f"{options.output}-lora", all_tasks=True)  # for use without badit
+print(f"{exported.folder}: LoRAs of rank {exported.rank}, with {exported.record['mixture']}")

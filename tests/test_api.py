@@ -37,7 +37,7 @@ def test_workflow_from_recipe_to_report(recipe_file, tmp_path, capfd):
     assert [badit.Run(str(run.path)).generate(prompt, max_new_tokens=3) for prompt in prompts] == answers
     assert "default" in run.load()[0].peft_config
 
-    exported = run.export(tmp_path / "exported", score=True, progress=False).folder
+    exported = run.export(tmp_path / "exported", all_tasks=True, score=True, progress=False).folder
     assert read_json(exported / "scores.json")["tasks"]["rivers"]["routed"] == scores["rouge_l"]["rivers"]
 
     tables = run.analyze(instances=2, progress=False)

@@ -48,7 +48,7 @@ def test_own_tasks(run, material, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "cities: 12 training and 4 test instances" in printed
     assert "rivers: Rouge-L" in printed
-    assert read_json(tmp_path / "out-lora" / "adapter_config.json")["peft_type"] == "LORA"
+    assert read_json(tmp_path / "out-lora" / "rivers" / "adapter_config.json")["peft_type"] == "LORA"
 
 
 def test_readme_links_and_paths_in_the_architecture_tree_exist():

@@ -127,6 +127,9 @@ def export(
     tasks = {known.name: known for known in make_plan(recipe).tasks} if mixes else {}
     if task is not None:
         (task,) = resolve_names([task], tasks, field="--task")
+    if getattr(config, "gates", None) == "clusters" and not chosen and len(tasks) > 1:
+        fix = "use --all-tasks, for a LoRA per task, or --task"
+        raise BaditError(f"{run.path}: with clusters of prompts, the mean gates of several tasks fit no prompt; {fix}")
 
     model, tokenizer = load_run(run, recipe)  # a PeftModel, except for methods that train the base weights
     mixtures: Mapping[str | None, tuple[str | None, Gates | None]] = {task: (None, None)}

@@ -272,7 +272,7 @@ class Run:
 
         Args:
             output: the folder to write.
-            task: fix the gates to this task's mean (default: the mean over the run's tasks).
+            task: fix the gates to this task's mean (default: the mean over the tasks, refused for clusters of prompts).
             all_tasks: write one adapter per task, in subfolders named after the tasks.
             gates: fix the gates to those of a file, such as an export's gates.json.
             rank: compress to this rank (default: the exact rank, at most 512).

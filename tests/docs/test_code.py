@@ -30,7 +30,7 @@ def finished(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     run = trained({"name": "badit", "num_experts": 4, "r": 2, "regroup": {"every": 2}})
     shutil.copytree(run.path, folder / "runs" / "mine")
-    export(Run(folder / "runs" / "mine"), folder / "exports" / "mine")
+    export(Run(folder / "runs" / "mine"), folder / "exports" / "mine", task="cities")
     analyze(folder / "runs" / "mine", instances=2)
     return folder
 

@@ -49,7 +49,7 @@ METHODS = {
 }
 WEIGHTS = {"dora": {"name": "dora", **LORA}, "full": {"name": "full"}, "task-neurons": {"name": "task-neurons"}}
 VARY = ("badit", "softmax", "token", "directions", "loramoe", "hydralora", "goat", "mtl-lora", "gainlora", "sapt")
-TASK_OF = {"mtl-lora": "cities"}  # it learns each task separately
+TASK_OF = {"mtl-lora": "cities", "directions": "rivers"}  # parameters of the task; clusters of prompts
 
 
 @torch.no_grad()
@@ -207,6 +207,7 @@ def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(traine
         ({"name": "lora", **LORA}, {"task": "cities"}, "--gates: lora has no gates that vary"),
         ({"name": "o-lora", "r": 2}, {"gates": "x.json"}, "--gates: o-lora has no gates that vary"),
         ({"name": "mtl-lora", "r": 2}, {}, "mtl-lora learns each task separately: choose one with --task"),
+        ({"name": "badit"}, {}, "the mean gates of several tasks fit no prompt; use --all-tasks"),
         ({"name": "lora", **LORA, "bias": "all"}, {}, "method.bias: makes the adapter more than a plain LoRA"),
     ],
 )

@@ -89,7 +89,7 @@ def exports():
     for file in Path(resolve_model("smollm2-135m")).iterdir():
         if not (snapshot / file.name).exists():
             (snapshot / file.name).symlink_to(file)
-    return {name: run.export(WORK / name, progress=False, **options).folder for name, options in FORMS.items()}
+    return {name: run.export(WORK / name, task="got_more", **options).folder for name, options in FORMS.items()}
 
 
 @pytest.fixture(scope="module")
