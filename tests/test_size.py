@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[1]
-SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 14_834, 71, 500
-TEST_LINES = 15_999
+SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 14_837, 71, 500
+TEST_LINES = 16_000
 
 
 def lines(folder: Path) -> dict[str, int]:
