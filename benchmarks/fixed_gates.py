@@ -29,7 +29,6 @@ from badit.statistics import paired_bootstrap
 from badit.train import base_model, encoded
 
 RESULTS = Path(__file__).parent / "results" / "fixed-gates.json"
-WAYS = ("run", "mean", "task")  # the run's own gates, the mean gates over all tasks, the mean gates of the task
 
 
 def main() -> None:
@@ -43,19 +42,17 @@ def main() -> None:
         seed = str(run.recipe.training.seed)
         if seed not in content["runs"]:
             content["runs"][seed] = losses_of(run, options.instances)
-            content["costs"] = {way: costs(content["runs"], way) for way in WAYS[1:]}
+            content["costs"] = {way: costs(content["runs"], way) for way in ("mean", "task")}
             config = run.recipe.model_dump(mode="json", exclude={"compare", "output"})
-            write_json(
-                RESULTS, {"config": config, "environment": environment(), "instances": options.instances, **content}
-            )
+            about = {"config": config, "environment": environment(), "instances": options.instances}
+            write_json(RESULTS, {**about, **content})
         print(f"seed {seed}: {content['costs']}", flush=True)
 
 
 def losses_of(run: badit.Run, instances: int) -> dict[str, dict[str, list[float]]]:
-    """Returns the NLL of the first instances of each task, by way and task."""
+    """Returns the NLL of the first instances of each task with the gates of the "run", the "mean" and the "task"."""
     recipe = run.recipe
     tasks = badit.plan(recipe).tasks
-    losses: dict[str, dict[str, list[float]]] = {}
     with TemporaryDirectory() as folder:
         of_task = run.export(f"{folder}/tasks", all_tasks=True, progress=False).tasks
         mean = mean_export(run, of_task, Path(folder))
@@ -69,14 +66,14 @@ def losses_of(run: badit.Run, instances: int) -> dict[str, dict[str, list[float]
             sums_P, counts_P = prompt_losses(model, batches[task])
             return (sums_P / counts_P).tolist()
 
-        losses["run"] = {task: measured(model, task) for task in batches}
+        losses = {"run": {task: measured(model, task) for task in batches}, "task": {}}
         base, _ = base_model(recipe)
         plain = PeftModel.from_pretrained(base, str(mean.folder), adapter_name="mean").eval()
         losses["mean"] = {task: measured(plain, task) for task in batches}
         for task in batches:
             plain.load_adapter(str(of_task[task].folder), adapter_name="task")
             plain.set_adapter("task")
-            losses.setdefault("task", {})[task] = measured(plain.eval(), task)
+            losses["task"][task] = measured(plain.eval(), task)
             plain.delete_adapter("task")
     return losses
 
