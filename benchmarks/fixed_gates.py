@@ -36,17 +36,17 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="folders of runs of the same recipe with different seeds")
     parser.add_argument("--instances", type=int, default=20, help="test instances of each task (default: 20)")
     options = parser.parse_args()
-    content = read_json(RESULTS) if RESULTS.is_file() else {"runs": {}}
+    runs: dict[str, Any] = read_json(RESULTS)["runs"] if RESULTS.is_file() else {}
     for folder in options.runs:
         run = badit.Run(folder)
         seed = str(run.recipe.training.seed)
-        if seed not in content["runs"]:
-            content["runs"][seed] = losses_of(run, options.instances)
-            content["costs"] = {way: costs(content["runs"], way) for way in ("mean", "task")}
+        if seed not in runs:
+            runs[seed] = losses_of(run, options.instances)
             config = run.recipe.model_dump(mode="json", exclude={"compare", "output"})
             about = {"config": config, "environment": environment(), "instances": options.instances}
-            write_json(RESULTS, {**about, **content})
-        print(f"seed {seed}: {content['costs']}", flush=True)
+            found = {way: costs(runs, way) for way in ("mean", "task")}
+            write_json(RESULTS, {**about, "runs": runs, "costs": found})
+            print(f"seed {seed}: {found}", flush=True)
 
 
 def losses_of(run: badit.Run, instances: int) -> dict[str, dict[str, list[float]]]:
