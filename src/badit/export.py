@@ -127,7 +127,7 @@ def export(
     tasks = {known.name: known for known in make_plan(recipe).tasks} if mixes else {}
     if task is not None:
         (task,) = resolve_names([task], tasks, field="--task")
-    if getattr(config, "gates", None) == "clusters" and not chosen and len(tasks) > 1:
+    if getattr(config, "gates", None) == "clusters" and not chosen and sum(bool(t.train) for t in tasks.values()) > 1:
         fix = "use --all-tasks, for a LoRA per task, or --task"
         raise BaditError(f"{run.path}: with clusters of prompts, the mean gates of several tasks fit no prompt; {fix}")
 

@@ -236,8 +236,8 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Always raises BaditError."""
         raise BaditError(
-            "an adapter whose gates depend on its input has no single weight to merge into; keep it as an adapter "
-            "(unload() returns the base model), or fix the gates: badit export RUN, or get_delta_weight(adapter, gates)"
+            "an adapter whose gates depend on its input has no single weight to merge into; unload() returns the base "
+            "model; or fix the gates: badit export RUN --task TASK, or get_delta_weight(adapter, gates)"
         )
 
     def unmerge(self) -> None:
