@@ -59,8 +59,11 @@ def test_max_answer_tokens_of_a_first_recipe_depend_on_the_script(tmp_path, answ
 
 
 def test_few_rows_give_no_validation_or_rate_search_and_any_file_name_works(tmp_path):
-    values = yaml.safe_load(first_recipe(rows(tmp_path, 3), "my recipe #2.yaml"))
+    text = first_recipe(rows(tmp_path, 3), "my recipe #2.yaml", ["data.order=[a]"])
+    assert "badit compare 'my recipe #2.yaml' 'output=runs/my recipe #2-compared' " in text
+    values = yaml.safe_load(text)
     assert (values["output"], "learning_rates" in values["compare"]) == ("runs/my recipe #2", False)
+    assert values["compare"]["orders"] == [["a"]]
     few, held_out = rows(tmp_path, 3, test=False), ["data.validation_per_task=1"]
     refuses(r"no validation instances; at least 4 training instances are needed", first_recipe, few, "a.yaml", held_out)
     refuses(r"'data.source=b': only other data keys", first_recipe, few, "a.yaml", ["data.source=b"])
@@ -101,6 +104,8 @@ def test_check_reports_invalid_recipes_without_creating_a_run(recipe_values, tmp
         ({"model": {"name": "no-such-folder"}}, "not an existing folder"),
         ({"training": {"load_best_model_at_end": True}}, "load_best_model_at_end needs eval_strategy"),
         ({"training": {"early_stopping_patience": 2}}, "early_stopping_patience needs load_best_model_at_end: true$"),
+        ({"training": {"eval_steps": 2}}, "eval_steps needs eval_strategy: steps"),
+        ({"data": {"order": "seeded-0", "sampling": "balanced"}}, "data.order: a sequence is not a mixture; remove"),
         ({"data": {"validation_per_task": 2}, "training": unsaved}, "needs eval_strategy and save_strategy"),
         ({"method": {"name": "badit", "exclude_modules": "("}}, "method.exclude_modules: is not a regular expression"),
         ({"output": str(tmp_path)}, "exists and is not a run's folder"),

@@ -4,6 +4,7 @@ import heapq
 import json
 import math
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     values = {"tasks": tasks, "train": train, "test": test, "split": split, "tokens": tokens, "held_out": held_out}
     values |= {"path": path, "stem": Path(path).stem, "source": source, "given": given}
     templates = Environment(keep_trailing_newline=True, trim_blocks=True, undefined=StrictUndefined)
-    templates.filters |= {"yaml": as_yaml, "counted": counted}
+    templates.filters |= {"yaml": as_yaml, "counted": counted, "shell": shlex.quote}
     text = templates.from_string(read_text(Path(__file__).with_name("recipe.yaml.j2"))).render(values)
     make_plan(build_recipe(parse_yaml(text, where=path), where=path))
     return text

@@ -281,7 +281,7 @@ _derive(Run.push, lambda run, address, options: address)
 @app.command
 def generate(
     run: RunFolder,
-    prompt: str | None = None,
+    prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     *,
     file: str | None = None,
     task: str | None = None,
@@ -320,6 +320,8 @@ def _inputs(file: Path) -> list[str]:
             if not isinstance(text, str):
                 raise BaditError(f"{file}: line {number}: input: must be a string")
             texts.append(text)
+    if not texts:
+        raise BaditError(f"{file}: has no prompts; write one per line")
     return texts
 
 

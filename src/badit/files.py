@@ -63,7 +63,8 @@ def parse_json(text: str, *, file: Path, first_line: int = 1, constants: bool = 
         line = first_line + error.lineno - 1
         raise BaditError(f"{file}: invalid JSON at line {line} column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # also for too deep nesting, and for numbers with thousands of digits
-        raise BaditError(f"{file}: {error} (from line {first_line})") from None
+        problem = "has half a surrogate pair" if isinstance(error, UnicodeError) else str(error).split("; use sys.")[0]
+        raise BaditError(f"{file}: {problem} (from line {first_line})") from None
     return value
 
 

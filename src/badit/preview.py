@@ -27,7 +27,8 @@ def preview(recipe: Recipe, count: int) -> str:
     for task in tasks:
         sizes = [f"{len(split):,}" for split in (task.train, task.validation, task.test)]
         share = f"{shares.get(task.name, 0) / total:.1%}"
-        rows.append([task.name, *sizes, share, " ".join((task.definition or "–").split())[:60]])
+        definition = "several" if task.has_several_instructions else task.definition or "–"
+        rows.append([task.name, *sizes, share, " ".join(definition.split())[:60]])
     listed = text_table(["task", "train", "validation", "test", "mixture", "definition"], rows, right={1, 2, 3, 4})
     listed += f"\n\n{counted(len(tasks), 'task')}, all valid"
     if not count:

@@ -113,6 +113,8 @@ class DataSection(Section):
 
         tasks = load_sources(self.sources(), self.tasks, self.weights)
         tasks = hold_out(tasks, self.validation_per_task, self.seed)
+        if self.order is not None and self.quotas(tasks):
+            raise BaditError("data.order: a sequence is not a mixture; remove sampling, temperature and weights")
         return limit(tasks, self.train_per_task, self.test_per_task, self.seed)
 
     def quotas(self, tasks: Sequence[Task]) -> dict[str, int] | None:
@@ -300,10 +302,12 @@ def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_values(path: Path) -> dict[str, Any]:
     """Returns a recipe file's values without validation."""
+    fix = "for a data file, write a recipe with badit init"
+    if path.suffix in (".jsonl", ".csv", ".tsv", ".parquet", ".arrow"):
+        raise BaditError(f"{path}: is not a recipe (.yaml); {fix}")
     content = parse_yaml(read_text(path), where=path)
     content = {} if content is None else content
     if not isinstance(content, dict):
-        fix = "for a data file, write a recipe with badit init"
         raise BaditError(f"{path}: must contain 'key: value' lines, not a {type(content).__name__}; {fix}")
     return content
 

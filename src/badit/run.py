@@ -238,6 +238,8 @@ class Run:
         if task is None and build_method(recipe.method).needs_tasks:
             raise BaditError(f"{self.path}: {recipe.method['name']} needs the name of a task; add --task TASK")
         found = None if task is None else load_sources(recipe.data.sources(), [task])[0]
+        if found is not None and found.has_several_instructions and not raw:
+            raise BaditError(f"--task: {found.name} has several instructions; give whole prompts, with --raw")
         model, tokenizer = self.load()
         ids = encoded_texts(tokenizer, recipe, texts, None if raw else found, model, max_new_tokens)
         tasks = None if found is None else [found.name] * len(texts)
@@ -286,6 +288,8 @@ class Run:
         """
         from badit.export import export, score_export
 
+        if engine != "transformers" and not score:
+            raise BaditError("--engine: generates the answers to score; add --score, or remove it")
         choices: dict[str, Any] = {"task": task, "all_tasks": all_tasks, "gates": gates, "rank": rank, "merged": merged}
         exported = export(self, output, **choices, progress=progress)
         if score:

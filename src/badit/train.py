@@ -88,7 +88,7 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
     if len(untrained) == len(tasks):
         raise BaditError("data: no task has training instances; add some")
     set_it = "set data.validation_per_task to hold out some of its training instances"
-    too_few = "at least 4 training instances are needed to hold one out; add some, or remove it from data.tasks"
+    too_few = "at least 4 training instances are needed to hold one out; add some, or leave the task out of data.tasks"
     score_those = "to score held-out training instances: evaluation.split=validation data.validation_per_task=10"
     for task in tasks:
         hold_out = too_few if data.validation_per_task or 0 < len(task.train) < 4 else set_it
@@ -227,6 +227,10 @@ def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False)
             f"{run.path}: {', '.join(changed)} changed since the run began; restore the original input, choose another "
             "output=FOLDER, or, in badit train, continue with --allow-changed-inputs"
         )
+    if changed and run.adapter_path.is_dir():  # the record stays that of the training
+        if is_main_process():
+            say(f"badit: {', '.join(changed)} changed since the run was trained; badit evaluate scores it again")
+        return
     kept = {name: value for name, value in content.get("inputs", {}).items() if name not in changed}
     updated = {**content, "inputs": {**kept, **found}}
     if changed:

@@ -190,7 +190,7 @@ def answer_losses(
     row_L, position_L = (targets_BT != IGNORED_LABEL).nonzero(as_tuple=True)
     batch = {key: value for key, value in inputs.items() if key not in ("labels", "tasks")} | {"use_cache": use_cache}
     if hooks_of(model).routes_prompts:
-        batch["prompt_mask"] = inputs["attention_mask"].bool() & before_first_label(labels_BT)
+        batch["prompt_mask"] = before_first_label(labels_BT, inputs["attention_mask"])
     unwrapped: Any = getattr(model, "module", model)  # inside a data-parallel wrapper
     output_layer = unwrapped.get_output_embeddings()
 

@@ -159,28 +159,9 @@ def test_lowest_rate_within_the_margin_is_selected_and_ties_keep_the_start():
     assert find_rate(LADDER, LADDER[2], losses.__getitem__, 0.01) == LADDER[1]
     assert find_rate(LADDER, LADDER[2], losses.__getitem__, 0.004) == LADDER[2]
     assert walk([1, 1, 1], 1) == (1, [1, 0, 2])
+    assert walk([1, 2, 3, 4], 1) == (0, [1, 0]), "no higher rate is tried if the next lower one is better"
     assert walk([math.inf, math.nan, math.inf], 1) == (0, [1, 0]), "nothing is known to work"
     assert walk([2, 1, math.inf, math.nan], 3) == (1, [3, 2, 1, 0]), "a search leaves rates that diverge"
-
-
-@st.composite
-def valleys(draw):
-    """Draws losses with a single minimum, the index of the minimum, and a start index."""
-    size = draw(st.integers(1, len(LADDER)))
-    best = draw(st.integers(0, size - 1))
-    steps = draw(st.lists(st.floats(1e-3, 10), min_size=size, max_size=size))
-    losses = [sum(steps[min(rung, best) : max(rung, best)]) for rung in range(size)]
-    return losses, best, draw(st.integers(0, size - 1))
-
-
-@given(valleys())
-def test_search_finds_a_single_minimum_without_unnecessary_trials(valley):
-    losses, best, start = valley
-    found, tried = walk(losses, start)
-    assert found == best
-    above = start if best < start else best + 1  # if the next lower rate is better, no higher one is tried
-    on_the_way = range(max(min(start, best) - 1, 0), min(above + 1, len(losses)))
-    assert sorted(tried) == list(on_the_way), "each rate once: from start to best, and the neighbours"
 
 
 @given(LOSSES, st.data())

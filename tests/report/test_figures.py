@@ -123,8 +123,3 @@ def test_every_figure_has_a_caption_a_valid_schema_and_svg_and_pdf_exports(tmp_p
         # An empty chart has only axes, and these have fewer paths.
         assert path.suffix == ".pdf" or content.count(b"<path") > 8, path.name
         assert path.suffix == ".pdf" or not re.search(b"NaN|undefined", content), path.name
-
-
-def test_units_of_tasks_returns_none_for_a_single_task():
-    units = FRAMES["coactivation_tasks"]
-    assert figures.units_of_tasks(units[units["task"] == units["task"].iloc[0]]) is None

@@ -1,6 +1,7 @@
 """Locks, kills in the first write, moved runs, changed inputs, and prompts beyond the model's limits."""
 
 import fcntl
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 from badit import BaditError, Run, load_tasks
 from badit.cli import main
+from badit.data import Task
 from badit.files import OWNER, exclusive
 from badit.train import refuse_beyond_model
 from badit.worker import start_cell
@@ -121,6 +123,11 @@ def test_run_with_changed_tasks_or_base_weights_is_refused(run, recipe_file, tas
         assert f"{run.path}: task {name} changed since the run began" in command("train", recipe_file, code=2)
     assert main(["train", str(recipe_file), "--allow-changed-inputs"]) == 0
     assert len(run.environment["changed_inputs"]) == 1
+    inputs = run.environment["inputs"]
+    task_file.write_text("".join(lines))
+    assert main(["train", str(recipe_file), "--allow-changed-inputs"]) == 0
+    assert run.environment["inputs"] == inputs  # those of the training
+    task_file.write_text("".join(longer))
     larger = change_tensors(lambda tensors: {name: tensor * 1.5 for name, tensor in tensors.items()})
     larger(model_folder / "model.safetensors")
     assert "changed since the run was trained; restore it" in command("evaluate", run.path, code=2)
@@ -139,8 +146,14 @@ def test_generate_for_a_task_uses_the_prompt_format_of_training(run, recipe_valu
     assert " ".join("".join(seen[0][:3]).split()) in " ".join(trained_with.split())
     run.generate(["as it is"], task="cities", raw=True, max_new_tokens=2)
     assert seen[1] == "as it is"
-    with pytest.raises(BaditError, match="citys"):
+    with pytest.raises(BaditError, match=r"'citys' \(did you mean 'cities'\?\); known: cities, rivers$"):
         run.generate("Lima", task="citys")
+    monkeypatch.setattr(Task, "has_several_instructions", True)
+    with pytest.raises(BaditError, match="--task: cities has several instructions"):
+        run.generate("Lima", task="cities")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from stdin"))
+    assert main(["generate", str(run.path), "-", "--max-new-tokens", "2"]) == 0
+    assert seen[2] == "from stdin"
 
 
 def test_instances_beyond_model_positions_or_embeddings_are_refused(tiny_model):

@@ -149,6 +149,10 @@ def test_clusters_are_found_once_and_saved(tiny_model, tmp_path):
     assert model(**batches[0]).loss.requires_grad  # training changes none of them
     hooks_of(model).start_task({"first": batches[:1]})  # another task of a sequence keeps the clusters
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    replaced = adapt(tiny_model("llama"), **CLUSTERS)
+    replaced.delete_adapter("default")
+    replaced.add_adapter("default", config())
+    assert replaced.train()(**batches[0]).loss.isfinite()
     randomise(model.eval())
     assert len(logits(model)[:, -1].unique(dim=0)) > 1
     model.save_pretrained(str(tmp_path))
@@ -168,7 +172,9 @@ def test_clusters_have_the_moments_of_their_prompts_also_without_or_with_equal_p
     assert len(layer.badit_codes["default"].unique(dim=0)) == 2
 
 
-def test_prompts_are_clustered_as_training_reads_them(tiny_model):
+def test_prompts_are_clustered_as_training_reads_them(tiny_model, monkeypatch):
+    prompts = set()
+
     def centroids(*batches):
         hooks_of(model := adapt(tiny_model("llama"), **CLUSTERS)).start_task({"all": batches})
         return layers(model)[1].badit_centroids["default"]
@@ -182,7 +188,12 @@ def test_prompts_are_clustered_as_training_reads_them(tiny_model):
     for one in (preference, packed):
         torch.testing.assert_close(centroids(one), expected, atol=1e-4, rtol=1e-4)
     refuses(r"no batch reaches model\.layers\.0\.mlp\.gate_proj", centroids)
-    refuses("batches must be dicts of input_ids and labels", centroids, [{"prompt": "text"}])
+    for batch in ([{"prompt": "text"}], {"input_ids": ids.tolist()}):
+        refuses("a batch must be a dict of tensors", centroids, batch)
+    refuses("needs the batches of each task, such as", hooks_of(adapt(tiny_model("llama"), **CLUSTERS)).start_task, [])
+    monkeypatch.setattr(BaditLinear, "cluster", lambda layer, name, means_SI: prompts.add(len(means_SI)))
+    centroids({**packed, "position_ids": None, "cu_seq_lens_q": torch.arange(0, 55, 9)})
+    assert prompts == {6}
     (divided := adapt(tiny_model("llama"), **CLUSTERS)).get_input_embeddings().weight.ds_id = 0
     refuses("DeepSpeed has divided the weights", hooks_of(divided).start_task, {})
 

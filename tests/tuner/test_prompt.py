@@ -72,6 +72,9 @@ def test_mask_may_be_omitted_and_inputs_positional_or_embedded(tiny_model):
     torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
     torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, expected, **CLOSE)
     torch.testing.assert_close(model.get_base_model()(ids, mask).logits, expected, **CLOSE)
+    cache = {helpers.cache_name(model): StaticCache(config=model.get_base_model().config, max_cache_len=24)}
+    found = model(input_ids=ids, attention_mask=F.pad(mask, (0, 24 - mask.shape[1])), **cache).logits
+    torch.testing.assert_close(found, expected, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +90,15 @@ def test_ambiguous_labels_warn_once_and_prompt_mask_overrides_labels(tiny_model,
     with pytest.warns(UserWarning, match=message):
         found = logits_of(model, ids, mask, labels=labels)
     logits_of(model, ids, mask, labels=labels)  # a second warning would be an error
-    if prompt_length == 1:  # also in packed rows, where TRL removes the first label of each segment
-        batch = {"input_ids": ids, "labels": F.pad(labels[:, 1:], (1, 0), value=-100)}
-        batch["position_ids"] = torch.arange(9).repeat(2)
-        with pytest.warns(UserWarning, match=message):
-            adapted(tiny_model("llama"))(**{key: rows.reshape(1, 18) for key, rows in batch.items()})
+    # Also in packed rows, where TRL removes the first label of each segment.
+    batch = {"input_ids": ids, "labels": F.pad(labels[:, 1:], (1, 0), value=-100)}
+    batch["position_ids"] = torch.arange(9).repeat(2)
+    with pytest.warns(UserWarning, match=message):
+        adapted(tiny_model("llama"))(**{key: rows.reshape(1, 18) for key, rows in batch.items()})
+    left = [F.pad(rows, (2, 0), value=fill) for rows, fill in ((ids, 0), (mask, 0), (labels, -100))]
+    with pytest.warns(UserWarning, match=message):
+        shifted = logits_of(adapted(tiny_model("llama")), *left[:2], labels=left[2])
+    torch.testing.assert_close(shifted[:, 2:], found, **CLOSE)
     logits_of(adapted(tiny_model("llama"), routing="token"), ids, mask, labels=labels)
     prompt = torch.zeros_like(mask)
     prompt[:, :prompt_length] = 1
@@ -143,7 +150,7 @@ def test_packed_segments_have_their_own_prompts_from_labels_or_mask(tiny_model):
     model, context = adapted(tiny_model("llama")), RoutingContext.of(tiny_model("llama").model)
     ids, expected = torch.tensor(random_rows(9)), torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0, 0]]).bool()
     labels, positions_ = ids.masked_fill(expected, -100), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    by_ends = {"labels": labels, "cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32)}  # for flash attention
+    by_ends = {"labels": labels, "cu_seq_lens_q": torch.tensor([0, 4, 9, 9], dtype=torch.int32)}  # for flash attention
     by_positions = {"labels": labels.repeat(2, 1), "position_ids": positions_.repeat(2, 1)}
     by_mask = {"position_ids": positions_, "prompt_mask": expected}
     for rows, batch in ((1, by_ends), (2, by_positions), (1, by_mask)):

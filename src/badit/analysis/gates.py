@@ -133,7 +133,7 @@ def _gates_of_prompts(model: Any, experts: Sequence[Experts], of_task: Iterable[
     with changed_gates(experts, keep):
         for batch in of_task:
             inputs = send_to_device(batch, model.device)
-            prompt_BT = inputs["attention_mask"].bool() & before_first_label(inputs["labels"])
+            prompt_BT = before_first_label(inputs["labels"], inputs["attention_mask"])
             answer_losses(model, inputs)  # runs a forward pass with the prompt mask and the tasks
     return {name: torch.cat(of_layer) for name, of_layer in kept.items()}
 

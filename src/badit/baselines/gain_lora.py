@@ -119,7 +119,7 @@ class GainLoraModel(BranchModel):
     def _prompts_of(self, batches: TaskBatches) -> torch.Tensor:
         embeddings, rows = self.model.get_input_embeddings(), []
         for batch in itertools.chain(*batches.values()):
-            prompt_mask_BT = batch["attention_mask"].bool() & before_first_label(batch["labels"])
+            prompt_mask_BT = before_first_label(batch["labels"], batch["attention_mask"])
             rows.append(mean_embedding(embeddings(batch["input_ids"].to(self.device)), prompt_mask_BT))
         return torch.cat(rows)
 

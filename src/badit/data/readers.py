@@ -104,7 +104,8 @@ def _read(where: Source, wanted: Sequence[str] | None) -> list[Task]:
             found = _of_rows(where, path)
     if not found:
         known = f"rows in files with the suffix {', '.join(_SUFFIXES)}, or <task>/train.json or tasks/*.json"
-        raise BaditError(f"{where.path}: no tasks found; expected {known}")
+        is_empty = path.is_file() and path.suffix in _SUFFIXES
+        raise BaditError(f"{where.path}: {'has no rows' if is_empty else f'no tasks found; expected {known}'}")
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from badit.data.tasks import Messages, Outputs, Split, TaskName
+from badit.data.tasks import Messages, Split, Strings, TaskName
 from badit.errors import BaditError, explained, nearest
 
 Format = Literal["auto", "sapt", "superni", "jsonl", "builtin"]
@@ -60,7 +60,7 @@ class Source:
         """Raises BaditError if the path does not exist and is not 'builtin', a pattern or the name of a hub dataset."""
         path, hub_name = str(self.path), r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?"
         if path != "builtin" and not has_magic(path) and not re.fullmatch(hub_name, path) and not Path(path).exists():
-            raise BaditError(f"{path}: no such file or folder; give a path or 'builtin'")
+            raise BaditError(f"data.source: {path}: no such file or folder; give a path or 'builtin'")
 
     def refuse_row_options(self) -> None:
         """Raises BaditError if an option is set that only rows can have; for sources with other layouts."""
@@ -73,7 +73,7 @@ class Source:
 class _Row(BaseModel):
     task: TaskName
     input: str
-    outputs: Outputs = Field(validation_alias="output")
+    outputs: Strings = Field(validation_alias="output")
     instruction: str | None = None
     history: Messages = ()
     id: str | None = None
@@ -125,6 +125,8 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         fix = "remove the row, or choose other splits with data.splits"
         raise BaditError(f"{where.columns['output']}: has no answer (in a dataset with class labels: -1); {fix}")
     if "outputs" in row:
+        if "output" in row and not where.columns:
+            raise BaditError("output, outputs: a row has one of them; remove the other, or set data.columns")
         row = {"output": row["outputs"], **row}
     own_task, is_mapped = row.get("task", row.get("task_name")), bool(where.columns.keys() & {"input", "output"})
     instruction = (row.get("instruction") if "instruction" in where.columns else None) or where.instruction

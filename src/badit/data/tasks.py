@@ -38,8 +38,16 @@ def file_safe(name: str) -> str:
 
 
 TaskName = Annotated[str, AfterValidator(file_safe)]
+
+
 # The official files use a string or a list of strings for the same field.
-Strings = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+def _as_texts(value: Any) -> Any:
+    if not isinstance(value, str | list | tuple):
+        raise ValueError("must be a text or a list of texts")
+    return (value,) if isinstance(value, str) else value
+
+
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_texts)]
 FirstString = Annotated[
     str, BeforeValidator(lambda value: next(iter(value), "") if isinstance(value, list | tuple) else value)
 ]
@@ -112,6 +120,11 @@ class Task(BaseModel, frozen=True, extra="forbid", arbitrary_types_allowed=True)
     train: Instances = ()
     validation: Instances = ()
     test: Instances = ()
+
+    @property
+    def has_several_instructions(self) -> bool:
+        """Whether training instances have instructions other than the definition."""
+        return any(text is not None for text in _column(self.train, "instruction"))
 
     @property
     def fingerprint(self) -> str:
@@ -225,7 +238,8 @@ def resolve_names(wanted: Sequence[str], names: Iterable[str], *, field: str = "
         numbered = [each for each in known if digits and _number(each) == digits[1].lstrip("0")]
         matches = [name] if name in known else numbered
         if not matches:
-            raise BaditError(f"{field}: unknown task {name!r:.60}{nearest(name, known)}")
+            among = f"{nearest(name, known)}; known: {', '.join(known):.300}"
+            raise BaditError(f"{field}: unknown task {name!r:.60}{among}")
         if len(matches) > 1:
             fix = f"give a full name, such as {matches[0]!r:.130}"
             raise BaditError(f"{field}: {name!r:.60} matches {len(matches)} tasks; {fix}")

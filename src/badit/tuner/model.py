@@ -21,6 +21,7 @@ from badit.tuner.targets import chosen_targets, join_experts, keep_in_place, ref
 
 # Batches by task.
 TaskBatches = Mapping[str, Any]
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # keyword arguments of packed rows
 
 
 class Hooks:
@@ -81,7 +82,7 @@ class ExpertModel(Hooks, BaseTuner):
             self._refuse_unsuitable(config)
         except ValueError:
             # PEFT has already stored the configuration; remove it if it is refused.
-            del self.peft_config[next(name for name, known in self.peft_config.items() if known is config)]
+            del self.peft_config[next(name for name, known in reversed(self.peft_config.items()) if known is config)]
             raise
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
@@ -172,6 +173,8 @@ class BaditModel(ExpertModel):
         It reads 32 prompts per cluster, the same number of every task (at least one). All processes call it, before the
         model is wrapped or sharded; the clusters are those of rank 0. BaditError if a layer gets no prompts.
         """
+        if not isinstance(batches, Mapping):
+            raise BaditError("start_task: needs the batches of each task, such as {'all': dataloader}")
         routing = RoutingContext.of(self.model)
         if not (new := routing.without_clusters()):
             return
@@ -200,16 +203,17 @@ class BaditModel(ExpertModel):
 
     def _read_prompts(self, batch: Any, rows: int) -> int:
         """Runs the base model on the first rows of a batch as in training, and returns the number of their prompts."""
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            raise BaditError("start_task: batches must be dicts of input_ids and labels; or use gates='mean_one'")
-        tensors = {name: each.to(self.model.device) for name, each in batch.items() if isinstance(each, torch.Tensor)}
+        parts = batch.items() if isinstance(batch, Mapping) else ()
+        tensors = {name: each.to(self.model.device) for name, each in parts if isinstance(each, torch.Tensor)}
+        if "input_ids" not in tensors:
+            raise BaditError("start_task: a batch must be a dict of tensors, as in training; or use gates='mean_one'")
         if all(len(each) == len(batch["input_ids"]) for each in tensors.values() if each.ndim > 1):
             tensors = {name: each[:rows] if each.ndim > 1 else each for name, each in tensors.items()}
         if "labels" not in tensors and "completion_mask" in tensors:  # as in TRL's preference data
             tensors["labels"] = tensors["input_ids"].where(tensors["completion_mask"].bool(), IGNORED_LABEL)
         mask_BT, segments = RoutingContext.of(self.model).describe(self.model, tensors).prompt
-        options = {**tensors, "labels": None, "use_cache": False, "logits_to_keep": 1}  # less memory than a step
-        known = inspect.signature(self.model.forward).parameters
+        options = {**batch, **tensors, "labels": None, "use_cache": False, "logits_to_keep": 1}
+        known = {*inspect.signature(self.model.forward).parameters, *_PACKING}
         self.model(**{name: options[name] for name in options if name in known}, prompt_mask=mask_BT)
         return len(tensors["input_ids"]) if segments is None else segments.number
 

@@ -191,6 +191,7 @@ class RoutingContext:
     def without_clusters(self) -> list[tuple[Any, str]]:
         """Returns the running layers and adapters without clusters; looks at each once, as it waits for the device."""
         running = [one for one in dict.fromkeys(self.unclustered) if one[1] in one[0].running_adapters]
+        running = [one for one in running if one[1] in one[0].badit_codes]  # not those that replaced deleted adapters
         # On the meta device there are only shapes, so no clusters are missing.
         clustered = {one for one in running if (count := one[0].badit_batches[one[1]]).is_meta or count}
         self.unclustered = [one for one in self.unclustered if one not in clustered]
@@ -255,10 +256,11 @@ class RoutingContext:
             self.warn_once("a language model is trained without labels, so the gates depend on all tokens", fix)
         mask_BT = _attended(batch["attention_mask"], shape, device)
         if isinstance(labels_BT, torch.Tensor) and labels_BT.shape == mask_BT.shape:
+            prompt_BT = before_first_label(labels_BT, mask_BT, segments)
             if not self._looked_at_labels:  # once, because it waits for the device
                 self._looked_at_labels = True
-                self._warn_of_labels(labels_BT, packed=segments is not None)
-            return mask_BT & before_first_label(labels_BT, segments), segments
+                self._warn_of_labels(labels_BT, prompt_BT, segments)
+            return prompt_BT, segments
         if prompt_length is None:
             return mask_BT, segments
         if mask_BT.shape[1] < prompt_length:
@@ -269,14 +271,18 @@ class RoutingContext:
             )
         return mask_BT & (torch.arange(mask_BT.shape[1], device=device) < prompt_length), None
 
-    def _warn_of_labels(self, labels_BT: torch.Tensor, packed: bool) -> None:
+    def _warn_of_labels(self, labels_BT: torch.Tensor, prompt_BT: torch.Tensor, segments: Segments | None) -> None:
         """Warns if the labels do not separate the prompt from the answer."""
-        labelled_BT = labels_BT != IGNORED_LABEL
-        answers_B = (labelled_BT[:, 1:] & ~labelled_BT[:, :-1]).sum(dim=1) + labelled_BT[:, 0]
-        if bool(labelled_BT[:, int(packed) : 2].all()):  # TRL removes the first label of a segment
+        rows_BT = torch.arange(len(labels_BT), device=labels_BT.device)[:, None].expand(labels_BT.shape)
+        of_P = (rows_BT if segments is None else segments.of_BT).flatten()
+        labelled_P = (labels_BT != IGNORED_LABEL).flatten()
+        starts_P = labelled_P.clone()
+        starts_P[1:] &= ~labelled_P[:-1] | (of_P[1:] != of_P[:-1])
+        prompts_S, answers_S = (of_P[each_P].bincount(minlength=1) for each_P in (prompt_BT.flatten(), starts_P))
+        if int(prompts_S.max()) <= 1:
             fix = "set labels to -100 on the prompt (TRL: completion_only_loss or assistant_only_loss)"
             self.warn_once("every position has a label, so the gates depend on the first token only", fix)
-        elif not packed and bool((answers_B > 1).any()):
+        elif int(answers_S.max()) > 1:
             problem = "a row has several answers, and all of them have the gates of the text before the first"
             self.warn_once(problem, "give each answer its own row (badit.data.answer_rows)")
 
@@ -317,19 +323,21 @@ def inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def before_first_label(labels_BT: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
-    """Returns True before the first predicted label of each row, or of each segment of packed rows."""
-    labelled_BT = labels_BT != IGNORED_LABEL
-    labelled_BT[:, 0] = False  # no position predicts the first label
+def before_first_label(
+    labels_BT: torch.Tensor, attended_BT: torch.Tensor, segments: Segments | None = None
+) -> torch.Tensor:
+    """Returns the prompt: attended positions before the first predicted label of each row, or of each segment."""
+    # No position predicts the label of the first token.
+    labelled_BT = (labels_BT != IGNORED_LABEL) & (attended_BT.cumsum(dim=1) > 1)
     if segments is None:
-        return labelled_BT.cumsum(dim=1) == 0
+        return attended_BT.bool() & (labelled_BT.cumsum(dim=1) == 0)
     of_P, labelled_P = segments.of_BT.flatten(), labelled_BT.flatten()
     labelled_P[1:] &= of_P[1:] == of_P[:-1]
     labels_S = labelled_P.new_zeros(segments.number, dtype=torch.long).index_add(0, of_P, labelled_P.long())
     before_S = labels_S.cumsum(dim=0) - labels_S
     # A segment without labels is padding, unless none has any.
     is_prompt_S = (labels_S > 0) | ~labelled_P.any()
-    return ((labelled_P.cumsum(dim=0) == before_S[of_P]) & is_prompt_S[of_P]).view_as(labels_BT)
+    return attended_BT.bool() & ((labelled_P.cumsum(dim=0) == before_S[of_P]) & is_prompt_S[of_P]).view_as(labels_BT)
 
 
 def _cache(batch: Mapping[str, Any]) -> Any:
@@ -354,7 +362,7 @@ def _attended(attention_mask: Any, shape: torch.Size, device: torch.device) -> t
     if attention_mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        return attention_mask[:, -length:].bool()
+        return attention_mask[:, :length].bool()  # a mask for a whole static cache is longer
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
         # Position t attends to itself unless it is padding. A float mask adds 0 where attending is allowed.
         own_BT = attention_mask[:, 0].diagonal(dim1=1, dim2=2)[:, :length]
@@ -369,7 +377,7 @@ def _segments(batch: Mapping[str, Any], shape: torch.Size, device: torch.device)
     position_ids, ends = batch["position_ids"], batch["cu_seq_lens_q"]
     starts_BT = torch.zeros(shape, dtype=torch.bool, device=device)
     if isinstance(ends, torch.Tensor):
-        starts_BT.view(-1)[ends[:-1].to(device)] = True
+        starts_BT.view(-1)[ends[ends < starts_BT.numel()].to(device)] = True
     elif batch["attention_mask"] is None and isinstance(position_ids, torch.Tensor) and position_ids.ndim == 2:
         starts_BT |= (position_ids == 0).to(device)
     else:

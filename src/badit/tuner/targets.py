@@ -113,10 +113,9 @@ def base_layer(model: nn.Module, name: str) -> Any:
 def join_experts(model: nn.Module) -> None:
     """Undoes :func:`split_experts` in all modules of a model."""
     for module in model.modules():
-        if "routing" in vars(module) and "forward" in vars(module):
-            lists = [name for name in module._modules if name.startswith(_SPLIT)]
-            for name in ("forward", "routing", "tokens_P", *lists):
-                delattr(module, name)
+        lists = [name for name in module._modules if name.startswith(_SPLIT)]
+        for name in ("forward", "routing", "tokens_P", *lists) if lists else ():
+            delattr(module, name)
 
 
 def _forward(
