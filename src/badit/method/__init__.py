@@ -1,4 +1,4 @@
-"""The paper as pure functions on tensors: decomposition (BAD), grouping (DOG), routing and orthogonal updates.
+"""Decomposition (BAD), grouping (DOG), routing and orthogonal updates as pure functions on tensors.
 
 BADIT: "Decomposing the Basic Abilities of Large Language Models: Mitigating Cross-Task Interference in Multi-Task
 Instruct-Tuning" (ICML 2026, arXiv 2605.05676).

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 GateKind = Literal["clusters", "mean_one", "softmax"]
 RouterInput = Literal["mean", "standardised"]
 
-_NORM = 8.0  # x̂'s mean norm; sets how fast gates diverge. Tried on SmolLM2: 2.4 to 24, of which 7 was best.
+_NORM = 8.0  # x̂'s mean norm, which sets how fast a router's gates diverge. On SmolLM2, 7 was best of 2.4 to 24.
 _LEAST_WEIGHT = 0.02  # a batch's minimum weight in the moments; batches fade within hundreds of steps
 _CODE_TEMPERATURE = 0.1
 _STARTS, _ITERATIONS = 5, 30  # of k-means
