@@ -99,7 +99,7 @@ class TrainingSection(Section, extra="allow"):
     def _keeps_the_best(self) -> Self:
         if self.early_stopping_patience and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end: true")
-        if self.eval_steps and self.eval_strategy != "steps":
+        if self.eval_steps and self.eval_strategy == "no":
             raise ValueError("eval_steps needs eval_strategy: steps")
         if self.load_best_model_at_end and "no" in (self.eval_strategy, (self.model_extra or {}).get("save_strategy")):
             raise ValueError("load_best_model_at_end needs eval_strategy and save_strategy: steps or epoch")
