@@ -190,11 +190,11 @@ class RoutingContext:
 
     def without_clusters(self) -> list[tuple[Any, str]]:
         """Returns the running layers and adapters without clusters; looks at each once, as it waits for the device."""
-        running = [one for one in dict.fromkeys(self.unclustered) if one[1] in one[0].running_adapters]
-        running = [one for one in running if one[1] in one[0].badit_codes]  # not those that replaced deleted adapters
+        present = [one for one in dict.fromkeys(self.unclustered) if one[1] in one[0].badit_codes]  # else deleted
+        running = [one for one in present if one[1] in one[0].running_adapters]
         # On the meta device there are only shapes, so no clusters are missing.
         clustered = {one for one in running if (count := one[0].badit_batches[one[1]]).is_meta or count}
-        self.unclustered = [one for one in self.unclustered if one not in clustered]
+        self.unclustered = [one for one in present if one not in clustered]
         return [one for one in running if one not in clustered]
 
     def _leave(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
