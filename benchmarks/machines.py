@@ -19,7 +19,9 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     first, again = (load_results(RESULTS / name) for name in ("evidence-cpu", "evidence-processor"))
-    own = first.instances.loc[first.instances["method"] == "lora"].assign(method="lora, first machine")
+    seeds = again.instances.loc[again.instances["method"] == "lora", "seed"].unique()
+    own = first.instances.loc[(first.instances["method"] == "lora") & first.instances["seed"].isin(seeds)]
+    own = own.assign(method="lora, first machine")
     both = replace(again, instances=pd.concat([again.instances, own]))
     for method, reference in (("lora", "lora, first machine"), ("badit", "lora"), ("badit", "lora, first machine")):
         for metric in METRICS:
