@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 
 from badit.arguments import LARGEST, RENAMED_ARGUMENTS, Count, CountOrZero, Section, TrainingSection, package_folder
 from badit.data.prompts import ChatTemplate, PromptEncoding
-from badit.data.rows import Format, Source, Turns
+from badit.data.rows import SUFFIXES, Format, Source, Turns
 from badit.data.tasks import Split as DataSplit
 from badit.data.tasks import Task, hold_out, limit, quotas
 from badit.errors import BaditError, first_line, nearest, problems
@@ -303,7 +303,7 @@ def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 def read_values(path: Path) -> dict[str, Any]:
     """Returns a recipe file's values without validation."""
     fix = "for a data file, write a recipe with badit init"
-    if path.suffix in (".jsonl", ".csv", ".tsv", ".parquet", ".arrow"):
+    if path.suffix in SUFFIXES[1:]:  # JSON is valid YAML
         raise BaditError(f"{path}: is not a recipe (.yaml); {fix}")
     content = parse_yaml(read_text(path), where=path)
     content = {} if content is None else content

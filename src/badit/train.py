@@ -62,7 +62,7 @@ class Plan:
     def mixture(self) -> dict[str, int]:
         """The number of training instances per task in an epoch (in a sequence, an epoch of the task's stage)."""
         sizes = {task.name: len(task.train) for task in self.tasks}
-        return sizes if self.recipe.data.order else self.recipe.data.quotas(self.tasks) or sizes
+        return self.recipe.data.quotas(self.tasks) or sizes
 
     @property
     def training_instances(self) -> int:

@@ -18,15 +18,13 @@ import pyarrow as pa
 from pydantic import BaseModel, Field
 
 from badit.data import cache
-from badit.data.rows import Format, Record, Source, read_rows
+from badit.data.rows import SUFFIXES, Format, Record, Source, read_rows
 from badit.data.tasks import SPLITS, Demonstration, FirstString, Instance, Outputs, Split, Strings, Task, resolve_names
 from badit.errors import BaditError, explained, refuse_unknown
 from badit.files import inside, lines_of, parse_json, read_json, read_text
 
 OFFICIAL_TEST_INSTANCES = 100  # the official evaluation scores the first 100 instances of a test task
 _LARGE = 4 * 2**20  # bytes; sources of at least this size are kept in the cache
-_JSON = (".json", ".jsonl")
-_SUFFIXES = (*_JSON, ".csv", ".tsv", ".parquet", ".arrow")  # all but the first always hold rows
 _TEXT = pa.string()
 _SCHEMA = pa.schema({  # "about": JSON of the task's other fields, only in its first row
     "task": _TEXT, "about": _TEXT, "split": _TEXT, "hash": pa.uint64(), "id": _TEXT, "input": _TEXT,
@@ -103,9 +101,10 @@ def _read(where: Source, wanted: Sequence[str] | None) -> list[Task]:
         if found is None:
             found = _of_rows(where, path)
     if not found:
-        known = f"rows in files with the suffix {', '.join(_SUFFIXES)}, or <task>/train.json or tasks/*.json"
-        is_empty = path.is_file() and path.suffix in _SUFFIXES
-        raise BaditError(f"{where.path}: {'has no rows' if is_empty else f'no tasks found; expected {known}'}")
+        if path.is_file() and path.suffix in SUFFIXES:
+            raise BaditError(f"{where.path}: has no rows")
+        known = f"rows in files with the suffix {', '.join(SUFFIXES)}, or <task>/train.json or tasks/*.json"
+        raise BaditError(f"{where.path}: no tasks found; expected {known}")
     return found
 
 
@@ -170,7 +169,7 @@ def _official(where: Source, path: Path, wanted: Sequence[str] | None) -> list[T
     }
     if where.format == "superni" or (where.format == "auto" and not found):
         folder = path / "tasks" if (path / "tasks").is_dir() else path
-        files, others = (_row_files(folder, suffixes, where) for suffixes in ((".json",), _SUFFIXES[1:]))
+        files, others = (_row_files(folder, suffixes, where) for suffixes in ((".json",), SUFFIXES[1:]))
         is_rows = not files or others or _holds_rows(files[0]) or _split_in(files[0], where)
         if is_rows and where.format != "superni":
             return None
@@ -228,9 +227,9 @@ class _OfficialTask(BaseModel):
 def _of_rows(where: Source, path: Path) -> list[Task]:
     """Reads the tasks of a file of rows, or of all such files of a folder or pattern."""
     if path.is_dir():
-        files = _row_files(path, _SUFFIXES if where.format == "auto" else (".jsonl",), where)
+        files = _row_files(path, SUFFIXES if where.format == "auto" else (".jsonl",), where)
     elif path.exists():
-        files = [path] if path.is_file() and path.suffix in _SUFFIXES else []
+        files = [path] if path.is_file() and path.suffix in SUFFIXES else []
     else:
         files = sorted(Path(name) for name in glob(str(where.path), recursive=True) if Path(name).is_file())
 
@@ -242,7 +241,7 @@ def _of_rows(where: Source, path: Path) -> list[Task]:
                 continue
             folder = os.path.dirname(os.path.abspath(file))  # of a link, not of its target
             task = where.task or (os.path.basename(folder) if split else file.stem)
-            origin, strict = file.parent if split else file, file.suffix in _JSON and not where.columns
+            origin, strict = file.parent if split else file, file.suffix in (".json", ".jsonl") and not where.columns
             for record in read_rows(_rows_in(file), split, task, where, strict=strict):
                 if record[0] == task != where.task and (other := origins.setdefault(task, origin)) != origin:
                     raise BaditError(f"{origin}: task '{task}' is also in {other}; rename one, or set data.task")

@@ -20,6 +20,7 @@ Turns = Literal["last", "all"]
 
 #: A parsed instance: the task's name, the task's fields, the split, and the instance's fields.
 Record = tuple[str, Mapping[str, Any], Split, dict[str, Any]]
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")  # of files; all but the first always hold rows
 #: Names of splits in datasets, and the split that each stands for.
 SPLIT_NAMES: dict[str, Any] = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval"), "validation"
