@@ -19,8 +19,6 @@ TRAINING = {"trainable_parameters": 2_165_760, "seconds": 2285.3, "peak_memory_g
 DEFAULTS = (TASKS, 3, ("mlp.gate_proj", "self_attn.q_proj"), 4, (20, 40, 60), 0)
 Shape = namedtuple("Shape", "tasks layers modules experts steps seed", defaults=DEFAULTS)
 SMALL, OTHER = Shape(), Shape(seed=5)
-MANY = tuple(f"task{number}_word{number}_with_a_long_name" for number in range(100, 115))
-LARGE = Shape(MANY, 30, tuple(f"block.of_module_{number}" for number in range(7)), 8, tuple(range(20, 340, 20)))
 
 
 def tables(shape=SMALL):
