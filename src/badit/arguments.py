@@ -96,7 +96,7 @@ class TrainingSection(Section, extra="allow"):
         return ([] if names == "none" else [names]) if isinstance(names, str) else names
 
     @model_validator(mode="after")
-    def _keeps_the_best(self) -> Self:
+    def _options_agree(self) -> Self:
         if self.early_stopping_patience and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end: true")
         if self.eval_steps and self.eval_strategy == "no":

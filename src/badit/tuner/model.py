@@ -212,7 +212,7 @@ class BaditModel(ExpertModel):
         if "labels" not in tensors and "completion_mask" in tensors:  # as in TRL's preference data
             tensors["labels"] = tensors["input_ids"].where(tensors["completion_mask"].bool(), IGNORED_LABEL)
         mask_BT, segments = RoutingContext.of(self.model).describe(self.model, tensors).prompt
-        options = {**batch, **tensors, "labels": None, "use_cache": False, "logits_to_keep": 1}
+        options = {**batch, **tensors, "labels": None, "use_cache": False, "logits_to_keep": 1}  # saves memory
         known = {*inspect.signature(self.model.forward).parameters, *_PACKING}
         self.model(**{name: options[name] for name in options if name in known}, prompt_mask=mask_BT)
         return len(tensors["input_ids"]) if segments is None else segments.number
