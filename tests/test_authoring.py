@@ -104,7 +104,7 @@ def test_check_reports_invalid_recipes_without_creating_a_run(recipe_values, tmp
         ({"model": {"name": "no-such-folder"}}, "not an existing folder"),
         ({"training": {"load_best_model_at_end": True}}, "load_best_model_at_end needs eval_strategy"),
         ({"training": {"early_stopping_patience": 2}}, "early_stopping_patience needs load_best_model_at_end: true$"),
-        ({"training": {"eval_steps": 2}}, "eval_steps needs eval_strategy: steps"),
+        ({"training": {"eval_steps": 2, "eval_strategy": "epoch"}}, "eval_steps needs eval_strategy: steps"),
         ({"data": {"order": "seeded-0", "sampling": "balanced"}}, "data.order: a sequence is not a mixture; remove"),
         ({"data": {"validation_per_task": 2}, "training": unsaved}, "needs eval_strategy and save_strategy"),
         ({"method": {"name": "badit", "exclude_modules": "("}}, "method.exclude_modules: is not a regular expression"),

@@ -55,13 +55,15 @@ def test_options_and_escaping_of_control_characters(monkeypatch):
     message = r"^place: cannot be loaded \(shapes differ\); fetch"
     with pytest.raises(BaditError, match=message), explained("place", action="loaded", fix="fetch", any_error=True):
         raise RuntimeError("shapes differ.\nand more")
+    with pytest.raises(BaditError, match=r"^the device is out of memory \(tried\); lower training"), explained():
+        raise torch.OutOfMemoryError("tried")
     with pytest.raises(BaditError, match=r"^elsewhere: cannot be read or written \(No such"), explained():
         Path("elsewhere").read_bytes()
     assert str(BaditError("a\x1b[2J\nb\u202e\ud800é")) == one_line("a\x1b[2J\nb\u202e\ud800é")
     assert one_line("a\x1b[2J\nb\u202e\ud800é") == r"a\x1b[2J\nb\u202e\ud800é"
     monkeypatch.setattr("sys.stdout", stdout := io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
     show("é ─\x1b")
-    assert stdout.buffer.getvalue() == b"\xe9 \\u2500\\x1b\n"
+    assert stdout.buffer.getvalue() == b"\xe9 \\u2500\\u001b\n"
 
 
 def test_long_lines_are_shortened_in_the_middle():

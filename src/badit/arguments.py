@@ -99,15 +99,11 @@ class TrainingSection(Section, extra="allow"):
     def _options_agree(self) -> Self:
         if self.early_stopping_patience and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end: true")
-        if self.eval_steps and self.eval_strategy == "no":
+        if self.eval_steps and self.eval_strategy != "steps":
             raise ValueError("eval_steps needs eval_strategy: steps")
         if self.load_best_model_at_end and "no" in (self.eval_strategy, (self.model_extra or {}).get("save_strategy")):
             raise ValueError("load_best_model_at_end needs eval_strategy and save_strategy: steps or epoch")
         return self
-
-    def arguments(self) -> dict[str, Any]:
-        """Returns the values for TrainingArguments, without badit's own fields, which AnswerTrainer reads."""
-        return self.model_dump(include=argument_names())
 
     @classmethod
     def key_problems(cls, training: Mapping[Any, Any]) -> Iterator[str]:

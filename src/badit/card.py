@@ -8,6 +8,7 @@ import html
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pandas as pd
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from badit.checkpoint import checksums
 from badit.errors import BaditError, explained, one_line, status
 from badit.files import read_json, read_text, write_text
 from badit.methods import AdapterMethod, build_method
@@ -131,6 +133,13 @@ def _text(value: Any) -> str:
     return html.escape(_MARKUP.sub(r"\\\1", shown), quote=False)
 
 
+def refuse_other_weights(export: Path, record: Mapping[str, Any], run: Run) -> None:
+    """Raises BaditError if an export, whose ``export.json`` has the ``record``, is not of the run's present weights."""
+    own = checksums(run.adapter_path, "*.safetensors")
+    if record.get("weights", own) != own:  # earlier releases did not record them
+        raise BaditError(f"{export}: was not exported from the present weights of {run.path}; export it again")
+
+
 def push_to_hub(source: Run, repository: str, *, private: bool) -> str:
     """Uploads a run's adapter, or an export whose run still exists, with its card; see :meth:`badit.Run.push`.
 
@@ -143,6 +152,7 @@ def push_to_hub(source: Run, repository: str, *, private: bool) -> str:
     if (folder / RECORD).is_file():
         record = read_json(folder / RECORD)
         run = Run(folder.resolve() / str(record.get("run")))
+        refuse_other_weights(folder, record, run)
         names: Any = record.get("files")
         if not isinstance(names, list) or not all(isinstance(name, str) and _VISIBLE.fullmatch(name) for name in names):
             raise BaditError(f"{folder / RECORD}: files: must be the names of the export's own files; export again")
@@ -152,14 +162,15 @@ def push_to_hub(source: Run, repository: str, *, private: bool) -> str:
         if not method.trains:
             raise BaditError(f"{run.path}: is a run of the unchanged base model; there is nothing to push")
         if not isinstance(method, AdapterMethod):
-            fix = f"run badit export {run.path} --merged -o FOLDER and push FOLDER"
+            fix = f"run badit export {shlex.quote(str(run.path))} --merged -o FOLDER and push FOLDER"
             raise BaditError(f"{run.path}: {method.name} trains the base weights; {fix}")
         if not run.adapter_path.is_dir():
             raise BaditError(f"{run.path}: has no adapter yet; resume its training with the same command")
         folder, names = run.adapter_path, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
     for path in (folder / name for name in names):
         if (path / RECORD).is_file():
-            raise BaditError(f"{folder}: has a LoRA for each task; push one of them: badit push {path} {repository}")
+            command = shlex.join(["badit", "push", str(path), repository])
+            raise BaditError(f"{folder}: has a LoRA for each task; push one of them: {command}")
         if path.is_symlink() or not path.is_file():
             raise BaditError(f"{path}: must be a file and not a link; write the folder again")
     if not HUB_ID.fullmatch(repository):

@@ -129,7 +129,7 @@ def keys(prefix: str = "", *, schema: bool = False) -> str:
 
     Args:
         prefix: print only the keys that start with this, such as training or method.r.
-        schema: print a JSON schema for editors instead.
+        schema: print a JSON schema of all keys, for editors, instead.
     """
     authoring = _load("badit.authoring")
     if schema:
@@ -259,7 +259,7 @@ def _shown_export(run: Run, exported: Any, options: dict[str, Any]) -> str:
         command = ["vllm", "serve", base, *(["--revision", section.revision] if section.revision else [])]
         command += ["--enable-lora", "--max-lora-rank", str(exported.max_lora_rank), "--lora-modules"]
         command += [f"{each.folder.resolve().name}={each.folder}" for each in exported.tasks.values() or [exported]]
-        rank, error = f"{exported.rank}, equal to the fixed mixture", exported.record.get("relative_error")
+        rank, error = f"{exported.rank}, exact", exported.record.get("relative_error")
         if error is not None:
             module, worst = max(error["modules"].items(), key=lambda of_module: of_module[1])
             rank = f"{exported.rank} of {exported.record['exact_rank']}: relative error {error['total']:.2g} overall "
@@ -296,13 +296,13 @@ def generate(
         file: a file with one text per line, or a .jsonl with the key "input" in each line; prints JSON lines.
         task: name or number of a task of the run's data; the text is then an input, and is formatted as in the
             task's training prompts.
-        raw: with --task, use the text as the complete prompt, for methods that need the task of every row.
+        raw: use the text unchanged as the prompt; also with --task, for methods that need the task of every row.
         max_new_tokens: maximum number of tokens of an answer.
     """
     if (prompt is None) == (file is None):
         raise BaditError("generate: give either a prompt, or --file FILE with one prompt per line")
     found = Run(run, trust_remote_code=trust_remote_code)
-    texts = sys.stdin.read() if prompt == "-" else _inputs(Path(file)) if file else prompt or ""
+    texts = sys.stdin.read().removesuffix("\n") if prompt == "-" else _inputs(Path(file)) if file else prompt or ""
     _load("badit.evaluate")
     answers = found.generate(texts, task=task, raw=raw, max_new_tokens=max_new_tokens, progress=file is not None)
     if isinstance(texts, str):
@@ -317,9 +317,9 @@ def _inputs(file: Path) -> list[str]:
     for number, line in lines_of(file):
         if line.strip():
             text = read_json(file, line, number).get("input") if file.suffix == ".jsonl" else line.rstrip("\r\n")
-            if not isinstance(text, str):
-                raise BaditError(f"{file}: line {number}: input: must be a string")
-            texts.append(text)
+            if not isinstance(text, str | int | float):
+                raise BaditError(f"{file}: line {number}: input: must be a text or a number")
+            texts.append(str(text))
     if not texts:
         raise BaditError(f"{file}: has no prompts; write one per line")
     return texts
@@ -353,7 +353,8 @@ def _report_if_possible(runs: Sequence[str | Path], output: Path) -> str:
     """Writes the report and returns a line with its path, or with the command that installs its extra."""
     report = _load("badit.report")
     if not report.has_extra():
-        return "For a report with figures: pip install 'badit[report]', then badit report " + " ".join(map(str, runs))
+        command = shlex.join(["badit", "report", *map(str, runs)])
+        return f"For a report with figures: pip install 'badit[report]', then {command}"
     return f"Report: {report.write_report(runs, output)}"
 
 

@@ -122,9 +122,9 @@ class Grid:
                 method.refuse_recipe(own)
             rate = own.training.learning_rate
             self.start_rates[name] = rate if method.trains else None
-            if section.learning_rates is not None and rate not in section.learning_rates:
-                fix = "add this value to compare.learning_rates"
-                raise BaditError(f"training.learning_rate: the search starts at {rate:g}; {fix}")
+            if method.trains and section.learning_rates is not None and rate not in section.learning_rates:
+                problem = f"the search starts at the training.learning_rate {rate:g}"
+                raise BaditError(f"compare.methods.{name}: {problem}; add it to compare.learning_rates")
         self.orders: Sequence[Order] = section.orders or [None]
         if recipe.data.order is not None and not section.orders:
             raise BaditError("data.order: not used in a comparison; set compare.orders, a list of orders")
@@ -132,6 +132,8 @@ class Grid:
             value = getattr(section, field)
             for name in [value] if isinstance(value, str) else value or ():
                 refuse_unknown(f"compare.{field}", name, section.methods)
+        if fixed := [name for name in section.single_task if self.start_rates[name] is None]:
+            raise BaditError(f"compare.single_task: {fixed[0]} trains nothing; remove it from the list")
         listed: dict[str, list[Any]] = {"seeds": section.seeds, "orders": [order_name(o) for o in section.orders or ()]}
         listed |= {f"methods.{name}.seeds": entry.seeds or [] for name, entry in section.methods.items()}
         for field, values in listed.items():
@@ -205,6 +207,10 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     if any(sequences.count(each) > 1 for each in sequences):
         raise BaditError("compare.orders: two of them order these tasks in the same way; remove one")
     tasks = [task.name for task in plan.tasks]
+    for task in plan.tasks if section.single_task else ():
+        if not task.train or not getattr(task, plan.recipe.evaluation.split):
+            fix = "remove it from data.tasks, or leave out compare.single_task"
+            raise BaditError(f"compare.single_task: task {task.name} cannot be both trained and scored; {fix}")
     for name in section.methods:
         with _named(f"methods.{name}"):
             method, model = on_skeleton(grid.recipe_of(Cell(name)), tasks)

@@ -70,6 +70,9 @@ def _explanation(error: Exception, action: str, named: str, any_error: bool) -> 
         return f"invalid JSON at line {error.lineno} column {error.colno}: {error.msg}"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 at byte {error.start}; save the file as UTF-8"
+    if _is(error, "torch", "OutOfMemoryError"):
+        fix = "lower training.per_device_train_batch_size or evaluation.batch_size; more in docs/troubleshooting.md"
+        return f"the device is out of memory ({first_line(error):.80}); {fix}"
     if _is(error, "huggingface_hub.errors", "HfHubHTTPError"):
         status = getattr(getattr(error, "response", None), "status_code", 0)
         return f"the hub refuses: {first_line(error)}{_HUB_FIXES.get(status, '')}"
@@ -135,7 +138,7 @@ def problems(
 
 def _message(problem: Any) -> str:
     """Returns the message of one problem of a ValidationError, without pydantic's prefix."""
-    message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
+    message = re.sub(r" or instance of \w+", "", problem["msg"]).removeprefix("Value error, ").replace("\n", " ")
     if problem["type"] == "missing" and isinstance(problem["input"], dict):
         wanted = str(problem["loc"][-1])
         # A high cutoff: task_b is not a misspelt task_a.
@@ -177,7 +180,7 @@ def say(line: str, *, red: bool = False) -> None:
 def show(text: str) -> None:
     """Prints a result to stdout; escapes what its encoding lacks, and control characters except line feeds and tabs."""
     encoding = sys.stdout.encoding or "utf-8"
-    escaped = _CONTROL.sub(lambda found: one_line(found[0]), text)
+    escaped = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # valid in JSON too
     print(escaped.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 

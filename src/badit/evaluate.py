@@ -67,7 +67,9 @@ def train(
     return Run(made.output, trust_remote_code=made.model.trust_remote_code)
 
 
-def evaluate(run: Run, *, split: Split | None = None, progress: bool = True, resume: bool = False) -> dict[str, Any]:
+def evaluate(
+    run: Run, *, split: Split | None = None, batch_size: int | None = None, progress: bool = True, resume: bool = False
+) -> dict[str, Any]:
     """Scores a run on its tasks and writes the scores and predictions to its folder.
 
     The recipe's own split is written to ``scores.json`` and ``predictions/``, another split to ``scores-SPLIT.json``
@@ -78,6 +80,8 @@ def evaluate(run: Run, *, split: Split | None = None, progress: bool = True, res
     if split is not None:
         refuse_unknown("split", split, get_args(Split))
     recipe = run.trusted_recipe()
+    if batch_size is not None:
+        recipe = make_recipe(recipe, {"evaluation": {"batch_size": batch_size}})
     split = split or recipe.evaluation.split
     plan = make_plan(recipe, split=split)
     is_own = split == recipe.evaluation.split
@@ -130,6 +134,8 @@ def score_model(
     tasks; BaditError if a prompt is empty.
     """
     pairs: list[tuple[Task, Instance]] = [(task, instance) for task in tasks for instance in getattr(task, split)]
+    if not pairs:
+        raise BaditError(f"{', '.join(task.name for task in tasks)}: no {split} instances to score")
     examples = encoded(tokenizer, recipe, pairs, model)
     prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
     names = [example["task"] for example in examples]

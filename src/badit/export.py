@@ -41,6 +41,7 @@ from badit.method.decomposition import compress
 from badit.methods import build_method
 from badit.models import device, load_base_model, resolve_model
 from badit.recipe import Recipe
+from badit.render import counted
 from badit.results import read_scores
 from badit.run import RECORD, AnyPath, Run
 from badit.train import base_model, changed_inputs, load_run, make_plan, model_dtype, task_fingerprints
@@ -124,7 +125,7 @@ def export(
     problems |= {f"method.{name}: {NOT_A_LORA}; export with --merged": not merged for name in beyond_lora(config)}
     if found := [problem for problem, holds in problems.items() if holds]:
         raise BaditError(found[0])
-    tasks = {known.name: known for known in make_plan(recipe).tasks} if mixes else {}
+    tasks = {known.name: known for known in make_plan(recipe).tasks} if mixes and gates is None else {}
     if task is not None:
         (task,) = resolve_names([task], tasks, field="--task")
     if getattr(config, "gates", None) == "clusters" and not chosen and sum(bool(t.train) for t in tasks.values()) > 1:
@@ -136,7 +137,8 @@ def export(
     if gates is not None:
         mixtures = {None: (f"gates of {Path(gates).name}", read_gates(Path(gates), model))}
     elif mixes:
-        mixtures = _mean_gates(run, model, tokenizer, tasks, list(tasks) if all_tasks else [task], progress)
+        chosen_tasks = [name for name in tasks if tasks[name].train] if all_tasks else [task]
+        mixtures = _mean_gates(run, model, tokenizer, tasks, chosen_tasks, progress)
 
     common = {"method": method.name, "weights": checksums(run.adapter_path, "*.safetensors")}
     base = hub_id(recipe) or str(Path(recipe.model.name).expanduser().resolve())
@@ -299,7 +301,7 @@ def _mean_gates(
     found: dict[str | None, tuple[str, Gates]] = {}
     for task, group in groups.items():
         number = sum(len(tasks[name].train[:PROMPTS_PER_TASK]) for name in group)
-        of_what = f"of {len(group)} tasks, averaged over tasks," if task is None else f"of task {task}"
+        of_what = f"of {counted(len(group), 'task')}, averaged over tasks," if task is None else f"of task {task}"
         each = [by_task[name] for name in group]
         mean = {module: torch.tensor([gates[module] for gates in each]).mean(dim=0).tolist() for module in each[0]}
         found[task] = (f"mean gates {of_what} on {number} training prompts", mean)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema, field_validator
 
 from badit.arguments import LARGEST, RENAMED_ARGUMENTS, Count, CountOrZero, Section, TrainingSection, package_folder
 from badit.data.prompts import ChatTemplate, PromptEncoding
@@ -44,7 +44,9 @@ def _path_text(path: Any) -> Any:
 
 PathText = Annotated[str, BeforeValidator(_path_text)]
 # YAML reads a task's number, such as 363, as an integer.
-TaskName = Annotated[str, Field(coerce_numbers_to_str=True)]
+TaskName = Annotated[
+    str, Field(coerce_numbers_to_str=True), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "integer"}]})
+]
 
 
 class ModelSection(Section):
@@ -127,7 +129,7 @@ class PromptSection(Section):
 
     encoding: PromptEncoding = Field("def", description="'def', or 'def+posN' with N demonstrations")
     max_source_tokens: int = Field(1024, ge=8, le=LARGEST, description="longer prompts are truncated")
-    max_answer_tokens: Count = Field(50, description="longer answers are truncated in training")
+    max_answer_tokens: Count = Field(50, description="longer answers are truncated, in training and for the NLL")
     chat_template: ChatTemplate = Field("auto", description="use the model's chat template; auto: if it has one")
 
 
@@ -315,7 +317,7 @@ def read_values(path: Path) -> dict[str, Any]:
 def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str | Path = "recipe") -> Recipe:
     """Builds a recipe from plain values and overrides; every line of an error message starts with ``where``."""
     values = merged({}, content)
-    for override in overrides:
+    for override in sorted(overrides, key=lambda one: not one.startswith("method.name=")):
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise BaditError(f"{override!r:.80}: an override has the form key=value, such as data.train_per_task=20")
@@ -327,6 +329,8 @@ def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, w
             section = section[part]
             if not isinstance(section, dict):
                 raise BaditError(f"{override!r:.80}: {part} is a single value and has no keys")
+        if key == "method.name" and section.get("name", "badit") != value:
+            section.clear()  # the options of one method do not apply to another
         section[last] = _value(value, override)
     found = list(_unknown_keys(values))
     try:

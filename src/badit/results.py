@@ -18,7 +18,7 @@ from pydantic import AliasPath, BaseModel, ConfigDict, Field, create_model
 from badit.errors import BaditError, explained, refuse_unknown
 from badit.files import read_json, refuse_links, refuse_other_format
 from badit.metrics import METRICS
-from badit.statistics import DECIMALS, Difference, Form, paired_bootstrap
+from badit.statistics import DECIMALS, FORMS, Difference, Form, paired_bootstrap
 
 FORMAT = 1  # version of the file format, increased by every change that older releases would read incorrectly
 RESULTS = "results.json"  # in the folder of a comparison
@@ -225,6 +225,7 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
         equivalent to the reference within the metric's margin; ``rank`` by mean score; ``task_rank``, the mean of the
         ranks on the single tasks; ``seconds``, the median; ``peak_memory_gib``, the maximum.
     """
+    refuse_unknown("form", form, FORMS)
     by_task = task_means(results, metric)
     ascending = METRICS[metric].lower_is_better
     rank = by_task.apply(fmean).astype(float).round(DECIMALS).rank(ascending=ascending)

@@ -6,6 +6,7 @@ The methods import the modules that implement them when they are called.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from html import escape
@@ -108,7 +109,7 @@ class Run:
         recipe = self.recipe
         if recipe.model.trust_remote_code and not self.trust_remote_code:
             problem = f"is true, so Python code of the model {recipe.model.name!r:.60} would run"
-            fix = "allow it with --trust-remote-code if you trust run and model"
+            fix = "allow it with --trust-remote-code (badit harness: --trust_remote_code) if you trust run and model"
             raise BaditError(f"{self.config_path}: model.trust_remote_code: {problem}; {fix}")
         return recipe
 
@@ -125,7 +126,8 @@ class Run:
         from badit.results import read_scores, scores_frame
 
         if not self.scores_path.is_file():
-            raise BaditError(f"{self.path}: has no scores yet; compute them with: badit evaluate {self.path}")
+            command = shlex.join(["badit", "evaluate", str(self.path)])
+            raise BaditError(f"{self.path}: has no scores yet; compute them with: {command}")
         return scores_frame(read_scores(self.scores_path))
 
     @property
@@ -183,13 +185,20 @@ class Run:
 
         return load_run(self)
 
-    def evaluate(self, *, split: Literal["test", "validation"] | None = None, progress: bool = True) -> pd.DataFrame:
+    def evaluate(
+        self,
+        *,
+        split: Literal["test", "validation"] | None = None,
+        batch_size: int | None = None,
+        progress: bool = True,
+    ) -> pd.DataFrame:
         """Score a run again, on the test or the validation split.
 
         Scores and predictions are written to the run's folder.
 
         Args:
             split: the split to score (default: the recipe's).
+            batch_size: number of prompts decoded at a time (default: the recipe's); a smaller one needs less memory.
             progress: show a progress bar on stderr.
 
         Returns:
@@ -201,7 +210,7 @@ class Run:
         from badit.evaluate import evaluate
         from badit.results import scores_frame
 
-        return scores_frame(evaluate(self, split=split, progress=progress))
+        return scores_frame(evaluate(self, split=split, batch_size=batch_size, progress=progress))
 
     def generate(
         self,
@@ -221,7 +230,8 @@ class Run:
             prompts: one text, for which one answer is returned, or a list of texts, for a list of answers.
             task: name or number of a task of the run's data; the texts are then inputs, and are formatted as in the
                 task's training prompts.
-            raw: with ``task``, use the texts as complete prompts, for methods that need the task of every row.
+            raw: use the texts unchanged as prompts, without the line break that ends whole prompts in training without
+                a chat template; also with ``task``, for methods that need the task of every row.
             max_new_tokens: maximum number of tokens of an answer.
             batch_size: number of prompts decoded at a time.
             progress: show a progress bar on stderr.
@@ -241,7 +251,7 @@ class Run:
         if found is not None and found.has_several_instructions and not raw:
             raise BaditError(f"--task: {found.name} has several instructions; give whole prompts, with --raw")
         model, tokenizer = self.load()
-        ids = encoded_texts(tokenizer, recipe, texts, None if raw else found, model, max_new_tokens)
+        ids = encoded_texts(tokenizer, recipe, texts, found, model, max_new_tokens, raw=raw)
         tasks = None if found is None else [found.name] * len(texts)
         answers = generate_answers(
             model, tokenizer, ids, tasks=tasks, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
@@ -341,7 +351,7 @@ def analyze(
     Args:
         target: a run's folder, a comparison's folder, or a base model (with --data) such as smollm2-135m.
         data: tasks to measure on: a folder, a .jsonl file, or 'builtin' (default: the run's own).
-        instances: number of instances per task, at least 2.
+        instances: number of instances per task, at least 2 (not used with a comparison).
         output: the folder to write to (default: the target; for a base model, runs/analysis).
         progress: show progress bars on stderr.
         trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
@@ -396,6 +406,8 @@ def table(
     sequence = found.protocol == "sequential" and not by_task
     if released and not sequence:
         raise BaditError("--released: valid only for a sequential comparison and without --by-task; omit it")
+    if reference and by_task:
+        raise BaditError("--reference: a table by task has no differences; omit it")
     if metric != "rouge_l" and sequence:
         raise BaditError("--metric: forgetting and transfer are measured in Rouge-L; omit it, or add --by-task")
     return FORMATS[format](task_table(found, metric) if by_task else method_table(found, metric, released))

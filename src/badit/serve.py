@@ -7,6 +7,7 @@ The LoRA is the nearest export or is written for the request. The distance betwe
 Shape suffixes: T = exports, M = adapted modules, K = experts, N = components.
 """
 
+import shlex
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from starlette.types import Receive, Scope, Send
 from torch.nn.functional import one_hot
 
 from badit.analysis.gates import GATES_FILE, Experts, adapted_layers, mean_gates, read_gates
-from badit.checkpoint import checksums
+from badit.card import refuse_other_weights
 from badit.data.prompts import IGNORED_LABEL
 from badit.errors import BaditError, explained, show
 from badit.export import NOT_A_LORA, beyond_lora, mixture_factors, write_adapter
@@ -62,14 +63,11 @@ class Router:
         self.exports: list[str] = []
         if exports is not None:
             refuse_links(Path(exports))
-            command = f"badit export {run.path} --all-tasks -o {exports}"
             if not (files := sorted(Path(exports).glob(f"*/{GATES_FILE}"))):
+                command = shlex.join(["badit", "export", str(run.path), "--all-tasks", "-o", str(exports)])
                 raise BaditError(f"{exports}: has no task LoRAs; run {command}")
-            own = checksums(run.adapter_path, "*.safetensors")
             for file in files:
-                if read_json(file.with_name(RECORD)).get("weights", own) != own:  # earlier releases did not record it
-                    other = f"was not exported from the present weights of {run.path}"
-                    raise BaditError(f"{file.parent}: {other}; export again: {command}")
+                refuse_other_weights(file.parent, read_json(file.with_name(RECORD)), run)
             self.exports = [file.parent.name for file in files]
             gates = [read_gates(file, self.model) for file in files]
             self.gates_TMK = torch.tensor([[of_task[one.layer.name] for one in self.layers] for of_task in gates])

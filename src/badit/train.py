@@ -5,6 +5,7 @@ With ``data.order`` the tasks are trained one after another, each in its own fol
 
 import hashlib
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,7 +286,7 @@ def refuse_beyond_model(examples: Iterable[Mapping[str, Any]], model: Any, more:
 
 def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | None = None) -> TrainingArguments:
     """Returns the recipe's training arguments with those that badit sets; BaditError if they are incompatible."""
-    given = plan.recipe.training.arguments()
+    given = plan.recipe.training.model_dump(include=argument_names())  # without badit's own fields
     # Trained base weights are stored in float32 and used in the recipe's dtype.
     bf16 = plan.method.trains_base_weights and model_dtype(plan.recipe) == "bfloat16"
     defaults = {
@@ -338,12 +339,13 @@ def encoded(
 
 
 def encoded_texts(
-    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, texts: Sequence[str], task: Task | None, model: Any, more: int
+    tokenizer: Any, recipe: Recipe, texts: Sequence[str], task: Task | None, model: Any, more: int, *, raw: bool = False
 ) -> list[list[int]]:
-    """Returns token ids of texts, used unchanged or as inputs of a task; the model will generate ``more`` tokens."""
+    """Returns token ids of a task's inputs or of whole prompts, unchanged if ``raw``; ``more`` tokens will follow."""
     prompts: list[Any] = list(texts)
-    if task is not None:
+    if not raw:
         inputs = [Instance(id="", input=text, outputs=("",)) for text in texts]
+        task = task or Task(name="prompt", definition=None)
         prompts = [build_prompt(task, instance, recipe.prompt.encoding) for instance in inputs]
     options = recipe.prompt.model_dump(include={"max_source_tokens", "chat_template"})
     found = encode_prompts(tokenizer, prompts, **options)
@@ -383,7 +385,7 @@ def load_run(run: Run, recipe: Recipe | None = None) -> tuple[Any, PreTrainedTok
         return base_model(recipe)
     whole = Run.at(recipe.output)
     if not run.adapter_path.is_dir():
-        command = f"badit train {whole.config_path} output={whole.path}"
+        command = shlex.join(["badit", "train", str(whole.config_path), f"output={whole.path}"])
         raise BaditError(f"{run.path}: has no adapter yet; finish its training with: {command}")
     model, tokenizer = base_model(recipe)
     if changed_inputs(whole, {BASE_MODEL: model_fingerprint(model)}):

@@ -112,7 +112,7 @@ def test_demo_compares_and_writes_a_report(fails, recipe_values, monkeypatch, ca
 def test_evaluate_prints_the_scores_of_the_chosen_split(recipe_file, tmp_path, command):
     command("train", recipe_file, "training.max_steps=1", "data.validation_per_task=2")
     (tmp_path / "run" / "scores.json").unlink()
-    shown = command("evaluate", tmp_path / "run", "--split", "validation").split()
+    shown = command("evaluate", tmp_path / "run", "--split", "validation", "--batch-size", 1).split()
     assert shown[-1] == f"{read_json(tmp_path / 'run' / 'scores-validation.json')['nll']:.3f}"
 
 

@@ -130,6 +130,7 @@ def test_invalid_input_gives_one_line_and_exit_code_2(shown):
     for content, arguments, message in (
         (mixed(), ["--released"], "--released: valid only for a sequential comparison and without --by-task"),
         (sequential(), ["--released", "--by-task"], "--released: valid only for a sequential"),
+        (mixed(), ["--reference", "lora", "--by-task"], "--reference: a table by task has no differences; omit it"),
         (sequential(), ["--metric", "exact_match"], "--metric: forgetting and transfer are measured in Rouge-L"),
         (mixed(), ["--reference", "badit"], "--reference: unknown 'badit' (did you mean 'badit_x'?)"),
         (mixed(), ["--metric", "nll"], "metric: the results have no scores in nll; choose another metric"),

@@ -1,8 +1,6 @@
 """Cells as processes: their environment, how they end, and the state after an interruption."""
 
-import io
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tqdm import tqdm
 
 from badit import Run, load_results
 from badit.checkpoint import last_checkpoint
 from badit.files import read_json
 from badit.recipe import build_recipe
-from badit.worker import error_of, progress, start_cell
+from badit.worker import error_of, start_cell
 from comparison.cells import LORA, FakeProcess, by_status, compare_module, compared
 
 
@@ -84,16 +81,6 @@ def test_process_gets_threads_and_gpu_from_its_environment(tmp_path, monkeypatch
     with start_cell(tmp_path, score=True, threads=3, device=1) as process:
         assert error_of(tmp_path, process.wait()) == f"ended with exit code 7; see {log}"
     assert log.read_text() == "3 1 True\n", "the current folder is not on sys.path"
-
-
-def test_progress_is_the_last_bar_in_the_log(tmp_path):
-    bars = io.StringIO()
-    assert progress(tmp_path) == "starting"
-    for name in ("Encoding", "Training"):
-        with tqdm(total=4, desc=name, unit="step", file=bars) as bar:
-            bar.update(3)
-    (tmp_path / "log.txt").write_text(f"warning: 1\n{bars.getvalue()}\nlast: line\n")
-    assert re.fullmatch(r"Training 75% 3/4 \[.*step/s\]", progress(tmp_path))
 
 
 def test_cell_stops_when_its_standard_input_is_closed():

@@ -49,7 +49,12 @@ def test_csv_values_stay_text_and_malformed_files_are_refused(tmp_path):
     file.write_text("input,output,input\na,b,c\n")
     assert "codes.csv: column 'input' occurs 2 times; rename or remove the others" in refusal(file)
     file.write_text('input,output\n"Great food,positive\nBad,negative\n')
-    assert "codes.csv: after line 1: unexpected end of data; close every quote" in refusal(file)
+    assert 'codes.csv: after line 1: unexpected end of data; write " within a value as' in refusal(file)
+    file = tmp_path / "reviews.tsv"
+    file.write_text('input\toutput\n"Bad\tneg\nthe screen is 5"\tpos\n')
+    assert "reviews.tsv: row 1 has a tab within quotes; write" in refusal(file)
+    file.write_text("Task\tinstruction\tinput\toutput\na\tDo it\tb\tc\n")
+    assert "row 1: found 'Task', did you mean 'task'?" in refusal(file)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
@@ -180,7 +185,13 @@ def test_named_splits_of_datasets_files_and_rows(tmp_path):
     unlabelled = {"prompt": "Say hello", "completion": "", "split": "Test"}
     rows = [{**HELLO, "split": name} for name, size in sizes.items() if name != "Test" for _ in range(size)]
     write_rows(tmp_path / "rows.csv", unlabelled, *rows)
-    for place in ("saved", "files", "rows.csv"):
+    datasets.Dataset.from_list([unlabelled, *rows]).save_to_disk(tmp_path / "one")
+    (tmp_path / "tasks").mkdir()
+    for name in "ab":
+        write_rows(tmp_path / f"tasks/{name}.csv", unlabelled, *rows)
+    several = load_tasks(Source(tmp_path / "tasks", splits=splits))
+    assert [(task.name, len(task.train), len(task.test)) for task in several] == [("a", 4, 2), ("b", 4, 2)]
+    for place in ("saved", "files", "rows.csv", "one"):
         task = task_of(tmp_path / place, splits=splits)
         assert (task.name, len(task.train), len(task.test)) == (Path(place).stem, 4, 2)
     fix = "; choose the splits to read, such as data.splits.train_sft=train"

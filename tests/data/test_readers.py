@@ -52,7 +52,7 @@ def sapt(tmp_path: Path) -> Path:
 def test_builtin_suite_and_selected_tasks():
     assert load_tasks("builtin") == builtin_tasks()
     assert [task.name for task in load_tasks("builtin", tasks=["which_day", "got_more"])] == ["which_day", "got_more"]
-    refuses("must be 'builtin'", load_tasks, "elsewhere", format="builtin")
+    refuses("must be 'builtin'", load_tasks, Source("elsewhere", "builtin"))
 
 
 def test_sapt_has_no_validation_set_and_reads_only_selected_tasks(sapt):
@@ -110,9 +110,9 @@ def test_missing_sources_and_corrupt_tables_are_refused(tmp_path):
     assert "no tasks found" in refusal(tmp_path)
     assert refusal(write_rows(tmp_path / "empty.jsonl")).endswith("empty.jsonl: has no rows")
     (tmp_path / "empty.jsonl").unlink()
-    assert "no tasks found; expected rows in files" in refusal(tmp_path, format="sapt")
+    assert "no tasks found; expected rows in files" in refusal(Source(tmp_path, "sapt"))
     assert "no such file or folder" in refusal(tmp_path / "nowhere")
-    assert "did you mean 'superni'" in refusal(tmp_path, format="supernu")
+    assert "did you mean 'superni'" in refusal(Source(tmp_path, "supernu"))
     assert "\0" not in refusal(Path("a\0b"))
     table = tmp_path / "rows.parquet"
     table.write_bytes(b'input,output\n"a,b\x00\xff' * 3)
@@ -160,7 +160,7 @@ def test_jsonl_file_with_two_tasks(tmp_path):
     assert advice.validation[0] == Instance(id="advice-0", input="", outputs=("Rest.", ""))
     assert [i.id for i in (*capitals.train, *capitals.test)] == ["capitals-0", "x"]
     assert capitals.test[0].input == "Peru\u2028!"
-    assert load_tasks(file, tasks=["capitals"], format="jsonl") == [capitals]
+    assert load_tasks(Source(file, "jsonl"), tasks=["capitals"]) == [capitals]
 
 
 def test_invalid_rows_are_refused_with_their_line_number(tmp_path):

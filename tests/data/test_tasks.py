@@ -72,6 +72,12 @@ def test_no_training_prompt_contains_an_answer_that_is_held_out(tmp_path, system
     assert not {*map(chat_of, task.train)} & {*map(chat_of, task.validation)}
     (one,) = hold_out([make_task(train=4, test=0).model_copy(update={"train": task.train[:3]})], 1, seed=0)
     assert (len(one.train), len(one.validation)) == (3, 0), "the only chat is trained"
+    greeting = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    greeted = [[*system, *greeting, *chat] for chat in chats]
+    path = write_rows(tmp_path / "chats.jsonl", *({"messages": chat} for chat in greeted * 2))
+    (task,) = hold_out(load_tasks(Source(path, turns="all")), 4, seed=0)
+    assert (len(task.train), len(task.validation)) == (58, 6), "a chat and its copy, without the greeting of all chats"
+    assert not {*map(chat_of, task.train)} & {*map(chat_of, task.validation)}
 
 
 @given(st.integers(0, 12), st.integers(0, 6), st.integers(0, 3))

@@ -30,16 +30,6 @@ def test_site_loads_nothing_from_the_network(site):
         assert not re.search(r"@import|url\([\"']?(?:https?:)?//", file.read_text()), file
 
 
-def test_code_blocks_fit_a_phone_screen(site, browser):
-    wider = "return [...document.querySelectorAll('pre, pre > code')].filter(e => e.scrollWidth > e.clientWidth).length"
-    from browsers import emulate  # skips the test without Chromium
-
-    emulate(browser, width=400)
-    for page in ("index", "quickstart", "own-tasks", "integrations", "api"):
-        browser.get(f"file://{site}/{page}.html")
-        assert browser.execute_script(wider) == 0, page
-
-
 def test_formulas_are_mathml(site):
     for page in ("method", "benchmark", "serving"):
         formulas = re.findall(r"<math .*?</math>", (site / f"{page}.html").read_text(), flags=re.DOTALL)

@@ -294,6 +294,19 @@ def test_score_export_scores_the_folder_of_the_export(trained, tmp_path):
     assert base == evaluate(trained({"name": "base"}), progress=False)["tasks"]["cities"]["rouge_l"]
 
 
+def test_tasks_without_training_or_test_data(trained, tmp_path):
+    rows = [json.loads(line) for line in Path(trained(BADIT).recipe.data.source).read_text().splitlines()]
+    kept = [row for row in rows if row["split"] == ("train" if row["task"] == "cities" else "test")]
+    (tmp_path / "split.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    run = trained(BADIT, tmp_path / "split.jsonl")
+    done = export(run, tmp_path / "out", all_tasks=True, progress=False)
+    assert list(done.tasks) == ["cities"]
+    options = {"task": "cities", "score": True, "progress": False}
+    refuses("cities: no test instances to score", run.export, tmp_path / "b", **options)
+    (tmp_path / "split.jsonl").unlink()
+    export(run, tmp_path / "one", gates=done.folder / "cities" / "gates.json", progress=False)
+
+
 def test_export_command(trained, tmp_path, command):
     run = trained(BADIT)
     out = tmp_path / "exports" / "mine"

@@ -123,6 +123,8 @@ def test_only_files_written_by_badit_are_uploaded(run, hub, tmp_path):
         (export / "export.json").write_text(json.dumps({**record, "files": [*record["files"], name]}))
         refuses(message, badit.Run(export).push, "org/tuned")
     assert hub.files == {}
+    (export / "export.json").write_text(json.dumps({**record, "weights": {}}))
+    refuses("was not exported from the present weights of .*; export it again", badit.Run(export).push, "org/tuned")
 
 
 def test_export_of_all_tasks_is_pushed_one_task_at_a_time(run, hub, tmp_path):

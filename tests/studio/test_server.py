@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import webbrowser
 from contextlib import closing
 
 import httpx2
@@ -209,14 +208,3 @@ def test_errors_are_one_line_and_reported_before_a_model_is_loaded(monkeypatch, 
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     message = "module uvicorn is not installed; run pip install 'badit[studio]'"
     assert message in command("studio", "no-run", code=2)
-
-
-def test_browser_opens_only_with_a_display(monkeypatch):
-    seen = []
-    monkeypatch.setattr(webbrowser, "open", seen.append)
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    for display in ("", ":0"):
-        monkeypatch.setenv("DISPLAY", display)
-        server.open_browser(f"http://{display}")
-    assert seen == ["http://:0"]

@@ -18,6 +18,7 @@ from training.trainers import assert_same, fit_until, learned, on
 HELD_OUT = {"eval_strategy": "steps", "eval_steps": 2}
 BEST = {**HELD_OUT, "num_train_epochs": 6, "save_steps": 3}
 BEST |= {"load_best_model_at_end": True, "early_stopping_patience": 2}
+BEST_EPOCH = BEST | {"eval_strategy": "epoch", "eval_steps": None}
 
 
 @pytest.fixture
@@ -91,12 +92,12 @@ def test_best_model_is_kept_and_early_stopping_resumes_bit_identically(recipe, m
 
 def test_best_model_of_epochs_is_kept_with_checkpoints_at_other_steps(recipe, monkeypatch):
     set_lowest(monkeypatch, 10)
-    epochs = recipe("epochs", **BEST | {"eval_strategy": "epoch"})
+    epochs = recipe("epochs", **BEST_EPOCH)
     run = Run(fit_until(on("on_train_end", Mock(side_effect=KeyboardInterrupt)), epochs).path)
     best = int(run.metrics.dropna(subset="eval_loss").set_index("step")["eval_loss"].idxmin())
     assert {best, best + 10} < set(map(step_of, run.checkpoints_path.iterdir()))
     at_best = on("on_step_end", lambda state, _: state.global_step == best and signal.raise_signal(signal.SIGINT))
-    assert_resumes(recipe("stopped", **BEST | {"eval_strategy": "epoch"}), fit(epochs, progress=False), at_best)
+    assert_resumes(recipe("stopped", **BEST_EPOCH), fit(epochs, progress=False), at_best)
 
 
 def test_run_that_saves_only_the_best_stops_at_an_evaluated_step_without_a_new_best(recipe, monkeypatch):

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from badit import BaditError, Run, load_tasks
 from badit.cli import main
 from badit.data import Task
+from badit.data.prompts import Prompt
 from badit.files import OWNER, exclusive
 from badit.train import refuse_beyond_model
 from badit.worker import start_cell
@@ -151,9 +152,9 @@ def test_generate_for_a_task_uses_the_prompt_format_of_training(run, recipe_valu
     monkeypatch.setattr(Task, "has_several_instructions", True)
     with pytest.raises(BaditError, match="--task: cities has several instructions"):
         run.generate("Lima", task="cities")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("from stdin"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from stdin\n"))
     assert main(["generate", str(run.path), "-", "--max-new-tokens", "2"]) == 0
-    assert seen[2] == "from stdin"
+    assert seen[2] == Prompt("", "from stdin", "", is_message=True)
 
 
 def test_instances_beyond_model_positions_or_embeddings_are_refused(tiny_model):
@@ -212,6 +213,9 @@ def test_generate_from_a_file_prints_json_lines(trained, tmp_path, command):
         shown = command("generate", folder, f"--file={file}", "--task=cities", "--max-new-tokens=3")
         printed = [json.loads(line) for line in shown.splitlines()]
         assert [(line["input"], line["answer"]) for line in printed] == [*zip(["Lima", "Rome"], answers, strict=True)]
+    rows.write_text('{"input": 3}\n{"input": "It\\u0092s"}\n')
+    shown = command("generate", folder, f"--file={rows}", "--max-new-tokens=1")
+    assert [json.loads(line)["input"] for line in shown.splitlines()] == ["3", "It\x92s"]
     rows.write_text('{"input": "Lima"}\n{"text": "Rome"}\n')
-    assert "line 2: input: must be a string" in command("generate", folder, f"--file={rows}", code=2)
+    assert "line 2: input: must be a text or a number" in command("generate", folder, f"--file={rows}", code=2)
     assert "give either a prompt, or --file FILE" in command("generate", folder, code=2)

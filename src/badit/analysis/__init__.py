@@ -48,7 +48,9 @@ def analyze(
     if is_comparison:
         if data is not None:
             raise BaditError(f"--data: not used with a comparison such as {target}; remove it")
-        save_frame(task_gap(folder), output / "analysis")
+        if not len(frame := task_gap(folder)):
+            raise BaditError(f"{target}: no method was trained on single tasks; list one in compare.single_task")
+        save_frame(frame, output / "analysis")
         return output
     if is_run:
         recipe = Run(folder, trust_remote_code=trust_remote_code).trusted_recipe()
@@ -118,12 +120,11 @@ def _parts(recipe: Recipe, chosen: Prompts, progress: bool) -> dict[str, Callabl
         held_out = held_out_angles(model, batches, progress=progress) if unseen else None
         return [expert_angles(run, held_out), component_flow(run), *atlas]
 
-    has_matrix = recipe.data.order is not None and run.scores_path.is_file()
-    return {
-        "interference": lambda: measure_interference(model, one_by_one, gates, progress=progress),
-        "experts": experts,
-        "learning": lambda: [transfer(run)] if has_matrix else [],
-    }
+    parts = {"interference": lambda: measure_interference(model, one_by_one, gates, progress=progress)}
+    parts["experts"] = experts
+    if recipe.data.order is None or run.scores_path.is_file():  # otherwise measured once the run is scored
+        parts["learning"] = lambda: [] if recipe.data.order is None else [transfer(run)]
+    return parts
 
 
 def _chosen(task: Task, count: int, *, trained: bool) -> Sequence[Instance]:

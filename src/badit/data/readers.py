@@ -32,9 +32,7 @@ _SCHEMA = pa.schema({  # "about": JSON of the task's other fields, only in its f
 })  # fmt: skip
 
 
-def load_tasks(
-    source: str | Path | Source, *, tasks: Sequence[str] | None = None, format: Format = "auto"
-) -> list[Task]:
+def load_tasks(source: str | Path | Source, *, tasks: Sequence[str] | None = None) -> list[Task]:
     """Reads the tasks at `source`, sorted by name, or those listed in `tasks`, in that order.
 
     Args:
@@ -49,12 +47,11 @@ def load_tasks(
                 folder or pattern of such files, a folder written by `save_to_disk`, or a dataset on the hub. With the
                 format "jsonl", only the .jsonl files of a folder are read.
         tasks: full names, or number prefixes such as "task363" or "363" that match exactly one task.
-        format: the layout, if `source` is a path; "auto" detects it.
 
     Raises:
         BaditError: an invalid file, an unknown layout, or an unknown task.
     """
-    return load_sources([source if isinstance(source, Source) else Source(source, format)], tasks)
+    return load_sources([source if isinstance(source, Source) else Source(source)], tasks)
 
 
 def load_sources(
@@ -235,9 +232,10 @@ def _of_rows(where: Source, path: Path) -> list[Task]:
 
     def records() -> Iterator[Record]:
         origins: dict[str, Path] = {}
+        by_name = len(files) > 1 and bool(where.splits) and any(_split_in(file, where) for file in files)
         for file in files:
             split = _split_in(file, where) if len(files) > 1 else None
-            if where.splits and len(files) > 1 and split is None:
+            if by_name and split is None:
                 continue
             folder = os.path.dirname(os.path.abspath(file))  # of a link, not of its target
             task = where.task or (os.path.basename(folder) if split else file.stem)
@@ -285,14 +283,17 @@ def _rows_in(file: Path) -> Iterator[tuple[str, Any]]:
             for name, count in Counter(reader.fieldnames or ()).items():
                 if count > 1 and name:
                     raise BaditError(f"{file}: column {name!r:.60} occurs {count} times; rename or remove the others")
+            quotes = 'write " within a value as "", and the value in quotes'
             try:
                 for number, row in enumerate(reader, start=1):
                     if None in row:
                         fix = "quote values that contain the separator"
                         raise BaditError(f"{file}: row {number} has more values than the first line has names; {fix}")
+                    if separator == "\t" and any("\t" in value for value in row.values() if value):
+                        raise BaditError(f"{file}: row {number} has a tab within quotes; {quotes}")
                     yield f"{file}: row {number}", row
             except csv.Error as error:
-                raise BaditError(f"{file}: after line {reader.line_num}: {error}; close every quote") from None
+                raise BaditError(f"{file}: after line {reader.line_num}: {error}; {quotes}") from None
     elif _holds_rows(file):
         for number, row in enumerate(parse_json(read_text(file), file=file), start=1):
             yield f"{file}: item {number}", row
@@ -338,18 +339,19 @@ def _of_data_sets(where: Source, path: Path) -> list[Task]:
         fix = "give the path of a file or folder, 'builtin', or the name of a dataset on the hub"
         with explained(f"{where.path}: no such file or folder", action="loaded from the hub", fix=fix, any_error=True):
             found = load_dataset(name, configuration or None)
-    parts: dict[str, Any] = {"train": found} if isinstance(found, Dataset) else {str(k): v for k, v in found.items()}
+    # A single dataset has no named splits, but its rows can have a column ``split``.
+    parts: dict[str, Any] = {"": found} if isinstance(found, Dataset) else {str(k): v for k, v in found.items()}
     name = where.task or os.path.basename(os.path.abspath(path)).partition(":")[0]
-    for split in where.splits:
+    for split in where.splits if "" not in parts else ():
         refuse_unknown(f"{where.path}: data.splits", split, parts)
-    splits = [split for split in parts if not where.splits or split in where.splits]
+    splits = [split for split in parts if not (split and where.splits) or split in where.splits]
     if len(parts) > 1 and (unknown := [split for split in splits if not where.split_of(split)]):
         fix = f"choose the splits to read, such as data.splits.{unknown[0]}=train"
         raise BaditError(f"{where.path}: unknown split {unknown[0]!r:.60}; found: {', '.join(parts)}; {fix}")
 
     def records() -> Iterator[Record]:
         for split in splits:
-            rows = _rows_of(parts[split], f"{where.path}: {split}")
+            rows = _rows_of(parts[split], f"{where.path}: {split}" if split else str(where.path))
             yield from read_rows(rows, where.split_of(split), name, where, strict=False)
 
     files = [Path(file["filename"]) for split in splits for file in parts[split].cache_files]

@@ -65,7 +65,7 @@ class Source:
 
     def refuse_row_options(self) -> None:
         """Raises BaditError if an option is set that only rows can have; for sources with other layouts."""
-        for name in ("task", "columns", "splits"):
+        for name in ("task", "instruction", "columns", "splits", *["turns"] * (self.turns != "last")):
             if getattr(self, name):
                 fix = "remove it, or set it in the entries of other sources"
                 raise BaditError(f"data.{name}: does not apply to {self.path}, whose tasks are not rows; {fix}")
@@ -178,8 +178,9 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
 @lru_cache  # most rows have the same keys
 def _refuse_near(key: str, keys: tuple[str, ...]) -> None:
     """Raises BaditError if a row lacks a key but has a similar one, which is probably misspelt."""
-    if key not in keys and (near := get_close_matches(key, keys, n=1, cutoff=0.8)):
-        raise BaditError(f"found {near[0]!r:.60}, did you mean {key!r}?")
+    named = {one.lower(): one for one in keys}
+    if key not in keys and (near := get_close_matches(key, named, n=1, cutoff=0.8)):
+        raise BaditError(f"found {named[near[0]]!r:.60}, did you mean {key!r}?")
 
 
 def _chat_of(row: Mapping[str, Any]) -> list[Any] | None:

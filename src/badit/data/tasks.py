@@ -139,7 +139,8 @@ def hold_out(tasks: Iterable[Task], per_task: int, seed: int) -> list[Task]:
     """Returns the tasks with `per_task` training instances, at most a quarter, moved to `validation`.
 
     A task that already has a validation set is unchanged. Both parts keep their order. Answers of the same chat are
-    moved together, so that no prompt in training contains a held-out answer; the last chat may exceed `per_task`.
+    moved together, so that no prompt in training contains a held-out answer, except answers with which several chats
+    begin; the last chat may exceed `per_task`.
     """
     after = []
     for task in tasks:
@@ -156,14 +157,23 @@ def hold_out(tasks: Iterable[Task], per_task: int, seed: int) -> list[Task]:
 
 
 def _same_chat(instances: Sequence[Instance]) -> dict[int, list[int]]:
-    """Returns by index the indices of the instances with the same first question and answer; empty without chats."""
+    """Returns by index the indices of the instances of the same chat; empty without chats.
+
+    The first instance of a chat is the shortest beginning of its turns that is an instance. A beginning that several
+    chats share, such as a greeting, does not join them.
+    """
     chats = defaultdict[Any, list[int]](list)
     if not any(histories := _column(instances, "history")):
         return {}
+    chat_turns = []
     texts, outputs = (_column(instances, name) for name in ("input", "outputs"))
-    for index, (history, text, answers) in enumerate(zip(histories, texts, outputs, strict=True)):
+    for history, text, answers in zip(histories, texts, outputs, strict=True):
         turns = [content for _, content in dropwhile(lambda message: message[0] != "user", history)]
-        chats[(*turns, text, answers[0])[:2]].append(index)
+        chat_turns.append((*turns, text, answers[0]))
+    counts = Counter(chat_turns)
+    for index, turns in enumerate(chat_turns):
+        starts = (turns[:count] for count in range(2, len(turns)))
+        chats[next((start for start in starts if 0 < counts[start] <= counts[turns]), turns)].append(index)
     return {index: chat for chat in chats.values() for index in chat}
 
 

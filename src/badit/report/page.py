@@ -132,7 +132,9 @@ def _notes(section: str, sources: Sequence[Source], blocks: Sequence[Block]) -> 
         if section == "scores" and run.results and "methods" not in run.frames:
             reasons = [note for note in method_table(run.results).notes if note.startswith(("missing", "failed"))]
             yield Block("note", "; ".join([f"{run.prefix}no run has finished", *reasons]), "")
-        analysed = any(frame.attrs["file"].startswith("analysis/") for frame in run.frames.values())
+        # Sources without a recipe are folders of `badit analyze --output`.
+        own = [run, *(one for one in sources if not one.config and not one.results)]
+        analysed = any(frame.attrs["file"].startswith("analysis/") for one in own for frame in one.frames.values())
         measured = analysed or any(block.source in ("", run.label) for block in blocks)
         scored = run.scores is not None if section == "scores" else bool(blocks)
         lacking = {"badit analyze": not measured, "badit evaluate": bool(run.config) and not scored}
