@@ -122,8 +122,9 @@ class TrainingSection(Section, extra="allow"):
     def value_problems(self) -> Iterator[str]:
         """Yields the problems with values that only transformers can check; imports it if there are such values."""
         given = dict(self.model_extra or {})
-        if self.optimizer == "orthogonal" and "optim" in given:
-            yield "training.optim: cannot be combined with optimizer: orthogonal; remove one of them"
+        for key in ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"):
+            if self.optimizer == "orthogonal" and key in given:
+                yield f"training.{key}: cannot be combined with optimizer: orthogonal; remove one of them"
         if self.lr_scheduler_type not in ("cosine", "linear", "constant", "constant_with_warmup"):
             given["lr_scheduler_type"] = self.lr_scheduler_type
         if not given and not self.report_to:

@@ -117,7 +117,7 @@ class Grid:
             if not re.fullmatch(r"[\w][\w.+-]*", name):
                 raise BaditError(f"compare.methods: {name!r:.60} is not a valid name; use letters, digits, - and _")
             with _named(f"methods.{name}"):
-                own = self.recipe_of(Cell(name))
+                own = self.recipe_of(Cell(name, order=(section.orders or [None])[0]))
                 method = build_method(own.method)
                 method.refuse_recipe(own)
             rate = own.training.learning_rate

@@ -59,7 +59,7 @@ _MORE_THAN_LORA = """use_dora lora_bias modules_to_save trainable_token_indices 
     alora_invocation_tokens arrow_config kasa_config layer_replication bias"""
 # These change the base weight to W − s·B0 A0. PEFT repeats this change whenever such an adapter is loaded.
 _CHANGES_BASE = ("pissa", "olora")
-KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  # the change of other initialisations is not known
+KEEPS_BASE = (True, False, "gaussian", "orthogonal")  # the change of other initialisations is not known
 
 
 @dataclass(frozen=True)

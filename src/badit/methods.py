@@ -60,6 +60,12 @@ class Method:
         """Raises BaditError if another section of the recipe conflicts with the method."""
         if recipe.training.optimizer == "orthogonal" and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             raise BaditError("training.optimizer: orthogonal cannot run with DeepSpeed; use FSDP2, DDP, adamw or lora+")
+        if self.name in get_args(Surgery):  # with one task per micro-batch, the run would be plain LoRA
+            if recipe.data.order is not None:
+                raise BaditError(f"method: {self.name} needs several tasks at a time; train without an order of tasks")
+            if recipe.training.per_device_train_batch_size == 1:
+                fix = "raise it, and lower training.gradient_accumulation_steps"
+                raise BaditError(f"training.per_device_train_batch_size: 1 has one task for {self.name}; {fix}")
 
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> Any:
         """Prepares the base model for its first training; ``tasks`` are the names of all tasks."""
@@ -116,9 +122,9 @@ class AdapterMethod(Method):
         except re.error as error:
             field = "exclude_modules" if error.pattern == config.exclude_modules else "target_modules"
             raise BaditError(f"method.{field}: is not a regular expression ({error})") from None
-        # Modules that do not exist, a rank that does not fit in memory, or a rank that is not a number.
-        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-            raise BaditError(f"method: {first_line(error)}") from None
+        # Modules that do not exist, a rank that does not fit in memory, or an option of PEFT with an invalid value.
+        except Exception as error:
+            raise BaditError(f"method: {first_line(error)}") from error
 
     def load(self, model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
         """Loads an adapter saved by a run of this method into the base model, after checking it.
@@ -163,8 +169,11 @@ class WeightsMethod(Method):
             raise BaditError(f"model.dtype: base weights cannot be trained in float16; use bfloat16 with {self.name}")
         if recipe.model.quantisation:
             raise BaditError(f"model.quantisation: {self.name} cannot train quantised base weights; remove this key")
-        if recipe.training.optimizer == "orthogonal":
-            raise BaditError(f"training.optimizer: orthogonal trains only adapters; use adamw for {self.name}")
+        if recipe.training.optimizer != "adamw":
+            other = recipe.training.optimizer
+            raise BaditError(f"training.optimizer: {other} trains only adapters; use adamw for {self.name}")
+        if recipe.training.router_lr_ratio != 1:
+            raise BaditError(f"training.router_lr_ratio: {self.name} has no router; leave it out for this method")
         if "learning_rate" not in recipe.training.model_fields_set:
             raise BaditError(f"training.learning_rate: the default is for adapters; set it for {self.name}, as 2.0e-5")
 
@@ -275,9 +284,14 @@ def build_method(section: Mapping[str, Any]) -> Method:
         if preset == "paper":
             options = {**BaditConfig.PAPER, **options}
             regroup = None if regroup is None else {**RegroupOptions.PAPER, **regroup}
-    built = _built(name, kind.config_cls, options, kind.fixed)
-    if str(getattr(built, "init_lora_weights", "")).startswith("pissa_niter"):
+    initial = str(options.get("init_lora_weights"))
+    if initial.startswith("pissa_niter"):
         raise BaditError("method.init_lora_weights: pissa_niter is random, and loading would repeat it; use pissa")
+    if initial in ("eva", "lora_ga"):
+        raise BaditError(f"method.init_lora_weights: {initial} needs a pass over data; use another value, such as true")
+    if isinstance(kept := options.get("modules_to_save"), str):  # PEFT would match each of its letters
+        raise BaditError(f"method.modules_to_save: must be a list, such as [{kept:.60}]")
+    built = _built(name, kind.config_cls, options, kind.fixed)
     if regroup is not None:
         _built("regroup", RegroupOptions, regroup, {}, "method.regroup")
         if built.top_k is not None and built.top_k < built.num_experts:

@@ -31,9 +31,6 @@ _FACTOR = re.compile(r"\b(?:badit|lora|lora_embedding)_([AB])\b")
 _FACTOR_A = re.compile(r"\b(badit|lora)_A\b")
 _OF_FEATURES = ("basis", "first", "features")  # the moments with the factor's feature dimension, sharded as it is
 
-# The feature dimension of A and of B, which can be sharded.
-_FEATURES = (1, 0)
-
 # The largest number of elements that are stacked for one batched step: 32 MB in float32. A step
 # temporarily needs about ten times that memory.
 _NUMBERS_AT_A_TIME = 2**23
@@ -166,7 +163,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             return x.unflatten(-1, (share, x.shape[-1] // share)).permute(0, 3, 2, 1).flatten(-2) if side else x
 
         def rows(tensors: Sequence[Any], side: int) -> torch.Tensor:
-            x = stacked(tensors, _FEATURES[side])
+            x = stacked(tensors, 1 - side)  # the feature dimension, which can be sharded: 1 of A, 0 of B
             return as_rows(x.to(torch.promote_types(x.dtype, torch.float32)), side)
 
         def last_moments(side: int) -> Moments:
@@ -189,10 +186,10 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             kept = {}
             for name, moment in moments[side].items():
                 of_features = name in _OF_FEATURES
-                kept[name] = _shard(as_rows(moment, side), factors, _FEATURES[side]) if of_features else moment.unbind()
+                kept[name] = _shard(as_rows(moment, side), factors, 1 - side) if of_features else moment.unbind()
             for index, factor in enumerate(factors):
                 self.state[factor] = {name: parts[index] for name, parts in kept.items()}
-            _subtract(factors, lr * as_rows(updates[side], side), _FEATURES[side], 1 - lr * group["weight_decay"])
+            _subtract(factors, lr * as_rows(updates[side], side), 1 - side, 1 - lr * group["weight_decay"])
 
 
 # FSDP2 shards A and B by rows. A is redistributed into column shards, so that a product over features is the sum of the

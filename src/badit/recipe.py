@@ -317,7 +317,7 @@ def read_values(path: Path) -> dict[str, Any]:
 def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str | Path = "recipe") -> Recipe:
     """Builds a recipe from plain values and overrides; every line of an error message starts with ``where``."""
     values = merged({}, content)
-    for override in sorted(overrides, key=lambda one: not one.startswith("method.name=")):
+    for override in sorted(overrides, key=lambda one: not one.startswith(("method=", "method.name="))):
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise BaditError(f"{override!r:.80}: an override has the form key=value, such as data.train_per_task=20")

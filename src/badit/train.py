@@ -16,6 +16,7 @@ import transformers
 from accelerate.utils import release_memory
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils.import_utils import is_liger_kernel_available
 
 from badit.arguments import argument_names
 from badit.attention import fast_on_short_sequences
@@ -311,6 +312,8 @@ def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | N
         "prediction_loss_only": True,
         "per_device_eval_batch_size": plan.recipe.evaluation.batch_size,
     }
+    if given.get("use_liger_kernel") and not is_liger_kernel_available():
+        raise BaditError("training.use_liger_kernel: liger-kernel is not installed; install it, or remove this key")
     best = given.pop("load_best_model_at_end")
     if best or given.get("save_strategy") == "best":
         given["metric_for_best_model"] = "loss"

@@ -48,6 +48,8 @@ def test_resumed_pissa_run_matches_uninterrupted_run(recipe_values, tmp_path):
         ({"name": ["goat"]}, r"unknown method \['goat'\]"),
         ({"name": "pissa", "init_lora_weights": 1}, r"init_lora_weights: is set by the method name pissa \(to pissa\)"),
         ({"name": "lora", "init_lora_weights": "pissa_niter_4"}, "init_lora_weights: pissa_niter is random"),
+        ({"name": "lora", "init_lora_weights": "eva"}, "init_lora_weights: eva needs a pass over data"),
+        ({"name": "lora", "modules_to_save": "lm_head"}, r"modules_to_save: must be a list, such as \[lm_head\]"),
         ({"name": "loramoe", "num_expert": 4}, r"num_expert: loramoe has no such option .* 'num_experts'\?\)"),
         ({"name": "loramoe", "balance_weight": -1}, rf"method.balance_weight: {NOT_BELOW} 0, got -1"),
         ({"name": "mtl-lora", "temperature": 0}, r"method.temperature: input should be greater than 0, got 0"),

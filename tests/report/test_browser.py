@@ -101,22 +101,6 @@ def test_layer_and_module_choices_change_the_chart_and_survive_a_theme_switch(br
     assert browser.get_log("browser") == []
 
 
-def test_theme_follows_the_system_until_the_button_is_clicked(browser, page):
-    background = "return getComputedStyle(document.body).backgroundColor"
-    open_page(browser, page, theme="light")
-    light, light_fills = browser.execute_script(background), fills(browser, "gates-1-badit")
-    open_page(browser, page, theme="dark")
-    dark, dark_fills = browser.execute_script(background), fills(browser, "gates-1-badit")
-    assert sum(map(int, light[4:-1].split(","))) > 700 > 200 > sum(map(int, dark[4:-1].split(",")))
-    assert light_fills != dark_fills
-    button = browser.find_element(By.ID, "theme")
-    assert (button.text, button.get_attribute("aria-pressed")) == ("Light", "true")
-    button.click()
-    wait_until_drawn(browser, "light")
-    assert browser.execute_script(background) == light
-    assert fills(browser, "gates-1-badit") == light_fills
-
-
 def test_phone_layout_scrolls_tables_but_not_the_page(browser, page):
     open_page(browser, page, width=390)
     assert browser.execute_script("return document.documentElement.scrollWidth") == 390

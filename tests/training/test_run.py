@@ -163,6 +163,14 @@ def test_invalid_methods_and_optimizers_are_refused(recipe_values, monkeypatch):
         optimizer = "adamw" if "neurons" in method else "orthogonal"
         options = [f"method={method}", f"training.optimizer={optimizer}", "training.weight_decay=0.01"]
         refuses(message, make_plan, build_recipe(recipe_values, options))
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    for options, message in (
+        (["method={name: full}", "training.optimizer=lora+"], r"lora\+ trains only adapters; use adamw for full"),
+        (["method={name: full}", "training.router_lr_ratio=0.3"], "router_lr_ratio: full has no router"),
+        (["method={name: pcgrad}", "training.per_device_train_batch_size=1"], "1 has one task for pcgrad; raise it"),
+        (["method={name: cagrad}", "data.order=seeded-0"], "cagrad needs several tasks at a time"),
+    ):
+        refuses(message, make_plan, build_recipe(recipe_values, options))
     without_rate = build_recipe({**recipe_values, "method": {"name": "full"}, "training": {}})
     refuses(r"training\.learning_rate: the default is for adapters; set it for full", train, without_rate)
     compared = {**recipe_values, "training": {}, "compare": {"methods": {"all": {"name": "full"}}, "reference": "all"}}

@@ -24,7 +24,7 @@ LORA = {"name": "lora", "r": 4, "lora_dropout": 0.1}
 SMALL = {"num_experts": 2, "r": 2}
 OPTIONS = {"loramoe": SMALL, "hydralora": SMALL, "goat": {**SMALL, "r": 4}, "full": {}, "task-neurons": {"share": 0.2}}
 OPTIONS["badit"] = {"num_experts": 4, "r": 2, "regroup": {"every": 1}}
-METHODS = [*BASELINES, "badit", "pcgrad", "cagrad", "full", "task-neurons"]
+METHODS = [*BASELINES, "badit", "full", "task-neurons"]
 
 
 def sequence(values, method, *overrides):
