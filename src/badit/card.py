@@ -133,11 +133,12 @@ def _text(value: Any) -> str:
     return html.escape(_MARKUP.sub(r"\\\1", shown), quote=False)
 
 
-def refuse_other_weights(export: Path, record: Mapping[str, Any], run: Run) -> None:
-    """Raises BaditError if an export, whose ``export.json`` has the ``record``, is not of the run's present weights."""
+def refuse_other_weights(run: Run, records: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Raises BaditError if an export, given with its ``export.json``, is not of the run's present weights."""
     own = checksums(run.adapter_path, "*.safetensors")
-    if record.get("weights", own) != own:  # earlier releases did not record them
-        raise BaditError(f"{export}: was not exported from the present weights of {run.path}; export it again")
+    for export, record in records.items():
+        if record.get("weights", own) != own:  # earlier releases did not record them
+            raise BaditError(f"{export}: was not exported from the present weights of {run.path}; export it again")
 
 
 def push_to_hub(source: Run, repository: str, *, private: bool) -> str:
@@ -152,7 +153,7 @@ def push_to_hub(source: Run, repository: str, *, private: bool) -> str:
     if (folder / RECORD).is_file():
         record = read_json(folder / RECORD)
         run = Run(folder.resolve() / str(record.get("run")))
-        refuse_other_weights(folder, record, run)
+        refuse_other_weights(run, {folder: record})
         names: Any = record.get("files")
         if not isinstance(names, list) or not all(isinstance(name, str) and _VISIBLE.fullmatch(name) for name in names):
             raise BaditError(f"{folder / RECORD}: files: must be the names of the export's own files; export again")

@@ -112,12 +112,13 @@ class Grid:
             raise BaditError("compare: the recipe has no compare section; add one, as in recipes/superni-cpu.yaml")
         self.recipe = recipe
         self.section = section = recipe.compare
+        self.orders: Sequence[Order] = section.orders or [None]
         self.start_rates: dict[str, float | None] = {}  # of each method; None if it does not train
         for name in section.methods:
             if not re.fullmatch(r"[\w][\w.+-]*", name):
                 raise BaditError(f"compare.methods: {name!r:.60} is not a valid name; use letters, digits, - and _")
             with _named(f"methods.{name}"):
-                own = self.recipe_of(Cell(name, order=(section.orders or [None])[0]))
+                own = self.recipe_of(Cell(name, order=self.orders[0]))
                 method = build_method(own.method)
                 method.refuse_recipe(own)
             rate = own.training.learning_rate
@@ -125,7 +126,6 @@ class Grid:
             if method.trains and section.learning_rates is not None and rate not in section.learning_rates:
                 problem = f"the search starts at the training.learning_rate {rate:g}"
                 raise BaditError(f"compare.methods.{name}: {problem}; add it to compare.learning_rates")
-        self.orders: Sequence[Order] = section.orders or [None]
         if recipe.data.order is not None and not section.orders:
             raise BaditError("data.order: not used in a comparison; set compare.orders, a list of orders")
         for field in ("reference", "budget", "unmatched", "single_task"):

@@ -10,7 +10,7 @@ Shape suffixes: O/I = out/in features, P = rank, N = components, K = experts.
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, count
@@ -126,9 +126,12 @@ def export(
     if found := [problem for problem, holds in problems.items() if holds]:
         raise BaditError(found[0])
     tasks = {known.name: known for known in make_plan(recipe).tasks} if mixes and gates is None else {}
+    trained = [name for name in tasks if tasks[name].train]
     if task is not None:
         (task,) = resolve_names([task], tasks, field="--task")
-    if getattr(config, "gates", None) == "clusters" and not chosen and sum(bool(t.train) for t in tasks.values()) > 1:
+        if task not in trained:
+            raise BaditError(f"task {task}: has no training prompts for mean gates; use --gates FILE")
+    if getattr(config, "gates", None) == "clusters" and not chosen and len(trained) > 1:
         fix = "use --all-tasks, for a LoRA per task, or --task"
         raise BaditError(f"{run.path}: with clusters of prompts, the mean gates of several tasks fit no prompt; {fix}")
 
@@ -137,8 +140,8 @@ def export(
     if gates is not None:
         mixtures = {None: (f"gates of {Path(gates).name}", read_gates(Path(gates), model))}
     elif mixes:
-        chosen_tasks = [name for name in tasks if tasks[name].train] if all_tasks else [task]
-        mixtures = _mean_gates(run, model, tokenizer, tasks, chosen_tasks, progress)
+        groups = {name: [name] for name in trained} if all_tasks else {task: [task] if task else trained}
+        mixtures = _mean_gates(run, model, tokenizer, tasks, groups, progress)
 
     common = {"method": method.name, "weights": checksums(run.adapter_path, "*.safetensors")}
     base = hub_id(recipe) or str(Path(recipe.model.name).expanduser().resolve())
@@ -288,13 +291,9 @@ def _refuse_other_files(folder: Path) -> None:
 
 
 def _mean_gates(
-    run: Run, model: Any, tokenizer: Any, tasks: Mapping[str, Task], chosen: Sequence[str | None], progress: bool
+    run: Run, model: Any, tokenizer: Any, tasks: Mapping[str, Task], groups: Mapping[Any, list[str]], progress: bool
 ) -> dict[str | None, tuple[str, Gates]]:
-    """Returns a description and the mean gates of training prompts by chosen task (None: all, equally weighted)."""
-    trained = [name for name in tasks if tasks[name].train]
-    groups = {task: [name for name in trained if task in (None, name)] for task in chosen}
-    if without := [task for task, group in groups.items() if not group]:
-        raise BaditError(f"task {without[0]}: has no training prompts for mean gates; use --gates FILE")
+    """Returns a description and the mean gates of training prompts by task (None: of all, equally weighted)."""
     names = list(chain(*groups.values()))
     measured = task_gates(run, model, tokenizer, run.recipe, tasks, names)
     by_task = dict(tqdm(measured, desc="Gates", unit="task", total=len(names), disable=not progress))

@@ -60,12 +60,6 @@ class Method:
         """Raises BaditError if another section of the recipe conflicts with the method."""
         if recipe.training.optimizer == "orthogonal" and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             raise BaditError("training.optimizer: orthogonal cannot run with DeepSpeed; use FSDP2, DDP, adamw or lora+")
-        if self.name in get_args(Surgery):  # with one task per micro-batch, the run would be plain LoRA
-            if recipe.data.order is not None:
-                raise BaditError(f"method: {self.name} needs several tasks at a time; train without an order of tasks")
-            if recipe.training.per_device_train_batch_size == 1:
-                fix = "raise it, and lower training.gradient_accumulation_steps"
-                raise BaditError(f"training.per_device_train_batch_size: 1 has one task for {self.name}; {fix}")
 
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> Any:
         """Prepares the base model for its first training; ``tasks`` are the names of all tasks."""
@@ -95,8 +89,6 @@ class Method:
         return []
 
     def trainer(self, **arguments: Any) -> AnswerTrainer:
-        if self.name in get_args(Surgery):
-            return SurgeryTrainer(surgery=cast("Surgery", self.name), **arguments)
         return AnswerTrainer(**arguments)
 
 
@@ -157,6 +149,22 @@ class AdapterMethod(Method):
         if self.regroup is None:
             return [AngleLog(run.angles_path)]
         return [RegroupCallback(**self.regroup, log_path=run.regroupings_path)]
+
+
+class SurgeryMethod(AdapterMethod):
+    """PEFT's LoRA with gradient surgery between the tasks of a micro-batch: pcgrad and cagrad."""
+
+    def refuse_recipe(self, recipe: Recipe) -> None:
+        super().refuse_recipe(recipe)
+        # With one task per micro-batch, the run would be plain LoRA.
+        if recipe.data.order is not None:
+            raise BaditError(f"method: {self.name} needs several tasks at a time; train without an order of tasks")
+        if recipe.training.per_device_train_batch_size == 1:
+            fix = "raise it, and lower training.gradient_accumulation_steps"
+            raise BaditError(f"training.per_device_train_batch_size: 1 has one task for {self.name}; {fix}")
+
+    def trainer(self, **arguments: Any) -> AnswerTrainer:
+        return SurgeryTrainer(surgery=cast("Surgery", self.name), **arguments)
 
 
 class WeightsMethod(Method):
@@ -296,10 +304,11 @@ def build_method(section: Mapping[str, Any]) -> Method:
         _built("regroup", RegroupOptions, regroup, {}, "method.regroup")
         if built.top_k is not None and built.top_k < built.num_experts:
             raise BaditError(f"method.regroup: {TOP_K_REFUSED} (regroup: null)")
-    return _WITHOUT_ADAPTER.get(name, AdapterMethod)(name, built, regroup)
+    return _CLASSES.get(name, AdapterMethod)(name, built, regroup)
 
 
-_WITHOUT_ADAPTER = {"task-neurons": NeuronMethod, "full": WeightsMethod, "base": Method}
+_CLASSES = {"task-neurons": NeuronMethod, "full": WeightsMethod, "base": Method}
+_CLASSES |= dict.fromkeys(get_args(Surgery), SurgeryMethod)
 _NoOptions = dataclasses.make_dataclass("_NoOptions", ())  # of methods without options
 
 #: The configuration of every method, by the method's name in a recipe.

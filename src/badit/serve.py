@@ -66,8 +66,7 @@ class Router:
             if not (files := sorted(Path(exports).glob(f"*/{GATES_FILE}"))):
                 command = shlex.join(["badit", "export", str(run.path), "--all-tasks", "-o", str(exports)])
                 raise BaditError(f"{exports}: has no task LoRAs; run {command}")
-            for file in files:
-                refuse_other_weights(file.parent, read_json(file.with_name(RECORD)), run)
+            refuse_other_weights(run, {file.parent: read_json(file.with_name(RECORD)) for file in files})
             self.exports = [file.parent.name for file in files]
             gates = [read_gates(file, self.model) for file in files]
             self.gates_TMK = torch.tensor([[of_task[one.layer.name] for one in self.layers] for of_task in gates])

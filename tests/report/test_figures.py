@@ -12,7 +12,7 @@ from badit.report import charts, figures
 from badit.report.figures import FIGURES
 from badit.report.page import export_figures, sections_of
 from badit.report.sources import read_sources
-from report.samples import TASKS, tables, write_comparison, write_run, write_sequence
+from report.samples import SMALL, TASKS, tables, write_comparison, write_run, write_sequence
 
 FRAMES = tables()
 # The frame ``gradient_cosines`` of a source, without and with the overall cosines.
@@ -68,6 +68,16 @@ def test_shared_units_and_expert_angles_are_means_over_layers_and_modules():
     expected = [rows["within_degrees"].mean(), rows.query("layer == 1")["within_degrees"].mean()]
     values = found.loc[(40, "after regrouping", "within experts"), ["all", "1"]]
     assert values.tolist() == pytest.approx(expected, rel=1e-3)
+
+
+def test_component_flow_is_normalised_per_row():
+    frame = FRAMES["component_flow"]
+    cells = cell_values(figures.component_flow(frame), "all|40")
+    for expert, rows in frame.query("step == 40").groupby("from_expert"):
+        moved = rows.groupby("to_expert")["components"].sum().reindex(range(SMALL.experts), fill_value=0)
+        found = [cells.pop((str(expert), str(to))) for to in moved.index]
+        assert found == pytest.approx((moved / moved.sum()).tolist(), abs=1e-3)
+    assert not cells
 
 
 def test_gradient_pairs_are_limited_and_long_loss_curves_are_averaged():

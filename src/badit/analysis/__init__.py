@@ -120,8 +120,10 @@ def _parts(recipe: Recipe, chosen: Prompts, progress: bool) -> dict[str, Callabl
         held_out = held_out_angles(model, batches, progress=progress) if unseen else None
         return [expert_angles(run, held_out), component_flow(run), *atlas]
 
-    parts = {"interference": lambda: measure_interference(model, one_by_one, gates, progress=progress)}
-    parts["experts"] = experts
+    parts = {
+        "interference": lambda: measure_interference(model, one_by_one, gates, progress=progress),
+        "experts": experts,
+    }
     if recipe.data.order is None or run.scores_path.is_file():  # otherwise measured once the run is scored
         parts["learning"] = lambda: [] if recipe.data.order is None else [transfer(run)]
     return parts

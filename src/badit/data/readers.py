@@ -339,20 +339,22 @@ def _of_data_sets(where: Source, path: Path) -> list[Task]:
         fix = "give the path of a file or folder, 'builtin', or the name of a dataset on the hub"
         with explained(f"{where.path}: no such file or folder", action="loaded from the hub", fix=fix, any_error=True):
             found = load_dataset(name, configuration or None)
-    # A single dataset has no named splits, but its rows can have a column ``split``.
-    parts: dict[str, Any] = {"": found} if isinstance(found, Dataset) else {str(k): v for k, v in found.items()}
+    if isinstance(found, Dataset):  # without named splits, but its rows can have a column ``split``
+        parts: list[tuple[Any, Split | None, str]] = [(found, None, str(where.path))]
+    else:
+        by_name: dict[str, Any] = {str(split): rows for split, rows in found.items()}
+        for split in where.splits:
+            refuse_unknown(f"{where.path}: data.splits", split, by_name)
+        splits = [split for split in by_name if not where.splits or split in where.splits]
+        if len(by_name) > 1 and (unknown := [split for split in splits if not where.split_of(split)]):
+            fix = f"choose the splits to read, such as data.splits.{unknown[0]}=train"
+            raise BaditError(f"{where.path}: unknown split {unknown[0]!r:.60}; found: {', '.join(by_name)}; {fix}")
+        parts = [(by_name[split], where.split_of(split), f"{where.path}: {split}") for split in splits]
     name = where.task or os.path.basename(os.path.abspath(path)).partition(":")[0]
-    for split in where.splits if "" not in parts else ():
-        refuse_unknown(f"{where.path}: data.splits", split, parts)
-    splits = [split for split in parts if not (split and where.splits) or split in where.splits]
-    if len(parts) > 1 and (unknown := [split for split in splits if not where.split_of(split)]):
-        fix = f"choose the splits to read, such as data.splits.{unknown[0]}=train"
-        raise BaditError(f"{where.path}: unknown split {unknown[0]!r:.60}; found: {', '.join(parts)}; {fix}")
 
     def records() -> Iterator[Record]:
-        for split in splits:
-            rows = _rows_of(parts[split], f"{where.path}: {split}" if split else str(where.path))
-            yield from read_rows(rows, where.split_of(split), name, where, strict=False)
+        for rows, split, place in parts:
+            yield from read_rows(_rows_of(rows, place), split, name, where, strict=False)
 
-    files = [Path(file["filename"]) for split in splits for file in parts[split].cache_files]
+    files = [Path(file["filename"]) for rows, _, _ in parts for file in rows.cache_files]
     return _build_tasks(where, files, records())

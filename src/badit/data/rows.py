@@ -65,8 +65,9 @@ class Source:
 
     def refuse_row_options(self) -> None:
         """Raises BaditError if an option is set that only rows can have; for sources with other layouts."""
-        for name in ("task", "instruction", "columns", "splits", *["turns"] * (self.turns != "last")):
-            if getattr(self, name):
+        given = {"task": self.task, "instruction": self.instruction, "columns": self.columns, "splits": self.splits}
+        for name, is_set in (given | {"turns": self.turns != "last"}).items():
+            if is_set:
                 fix = "remove it, or set it in the entries of other sources"
                 raise BaditError(f"data.{name}: does not apply to {self.path}, whose tasks are not rows; {fix}")
 
