@@ -40,11 +40,8 @@ def explained(
 ) -> Iterator[None]:
     """Converts known exceptions of files, schemas and the hub into :class:`BaditError`; others (bugs) propagate.
 
-    Args:
-        where: the file or field at the start of the message (default: the file that the exception names).
-        action: the operation, as a participle: the message says "cannot be ``action`` (reason)".
-        fix: the fix at the end of the message.
-        any_error: convert every exception, for libraries that can raise any exception on a damaged file.
+    The message is "``where``: cannot be ``action`` (reason); ``fix``"; ``where`` is by default the exception's file.
+    ``any_error`` converts every exception, for libraries that can raise any exception on a damaged file.
     """
     try:
         yield
@@ -190,10 +187,7 @@ def is_main_process() -> bool:
 
 
 def quiet_notices() -> None:
-    """Hides log messages of torch, torchao and bitsandbytes at import, and FutureWarnings of transformers and PEFT.
-
-    Logging levels and warning filters set by the user take precedence.
-    """
+    """Hides notices of torch, torchao, bitsandbytes, transformers and PEFT; levels and filters of the user stay."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.", append=True)
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         if (logger := logging.getLogger(name)).level == logging.NOTSET:

@@ -78,10 +78,7 @@ def normalize_answer(text: str) -> str:
 
 
 def instance_scores(predictions: Iterable[Prediction]) -> dict[str, dict[str, list[float]]]:
-    """Returns the scores of each instance in each metric, in the given order: `{task: {"rouge_l": [...], …}}`.
-
-    A metric is left out if any answer has no score in it.
-    """
+    """Returns the scores of each instance, `{task: {"rouge_l": [...], …}}`, without metrics that an answer lacks."""
     scores: dict[str, dict[str, list[Any]]] = {}
     for answer in predictions:
         of_task = scores.setdefault(answer.task, {name: [] for name in METRICS})

@@ -134,10 +134,11 @@ def _difference_notes(results: Results, summary: pd.DataFrame, score: str, metri
     reference = results.reference
     if reference not in results.scored_methods:
         return [f"vs {reference}: no differences, because {reference} has no scores"]
-    notes = [f"vs {reference}: paired difference in {score} and its 95 % bootstrap interval over runs and instances"]
+    about = f"paired difference in {score} over the runs that both have, and its 95 % bootstrap interval over runs and"
+    notes = [f"vs {reference}: {about} instances"]
     if any(level is True for level in summary["level"].tolist()):
         notes.append(f"≈: equivalent, the 90 % interval lies within ±{METRICS[metric].margin:g}")
-    paired = summary[["method", "runs", "difference_runs"]].dropna()
+    paired = summary.loc[summary["method"] != reference, ["method", "runs", "difference_runs"]].fillna(0)
     for method, runs, both in paired.itertuples(index=False):
         if both < runs:
             notes.append(f"{method} vs {reference}: over the {both} of its {runs} runs that both have")

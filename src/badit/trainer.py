@@ -109,10 +109,7 @@ class AnswerTrainer(Trainer):
         return EpochSampler(lengths, per_step, seed, lambda: int(self.state.epoch or 0), tasks, self._quotas)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Also logs the metrics of a new regrouping and, if steps were skipped, their number.
-
-        The loss is NaN instead of 0 if all steps since the last line were skipped.
-        """
+        """Also logs a new regrouping's metrics and the skipped steps; NaN as loss if all since the last line were."""
         logs = dict(logs)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, RegroupCallback):

@@ -187,11 +187,7 @@ def _standing_out(value_T: np.ndarray, error_T: np.ndarray) -> list[int]:
 
 
 def ability_recovery(similarity_TT: np.ndarray, abilities: Sequence[Collection[str]]) -> pd.DataFrame:
-    """Returns how well the similarity of the tasks' gates agrees with the tasks' known abilities.
-
-    The p-value of the correlation is that of Mantel's test (1967, Cancer Research 27), since pairs that share a task
-    are not independent.
-    """
+    """Returns how well gates agree with known abilities; p-values are Mantel's (1967), as pairs are not independent."""
     tasks, sets = np.arange(len(abilities)), [set(each) for each in abilities]
     overlap_TT = np.array([[len(a & b) / len(a | b) for b in sets] for a in sets])
     order_RT = np.random.default_rng(_SEED).permuted(np.tile(tasks, (_PERMUTATIONS, 1)), axis=1)

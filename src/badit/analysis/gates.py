@@ -160,10 +160,7 @@ def gates_frame(gates: PromptGates) -> pd.DataFrame:
 def task_gates(
     run: Run, model: Any, tokenizer: Any, recipe: Recipe, tasks: Mapping[str, Task], names: Sequence[str]
 ) -> Iterator[tuple[str, Gates]]:
-    """Yields each named task with its mean gates over the task's first training prompts.
-
-    The gates are cached in the run's ``gates.json``, with fingerprints of the model, data and settings used.
-    """
+    """Yields each named task with its mean gates over its first training prompts, cached in ``gates.json``."""
     depends = {"model": model_fingerprint(model), "dtype": model_dtype(recipe), "prompt": recipe.prompt.model_dump()}
     depends |= {"prompts_per_task": PROMPTS_PER_TASK, **task_fingerprints(list(tasks.values()))}
     by_task: dict[str, Gates] = {}

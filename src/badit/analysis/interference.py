@@ -178,10 +178,7 @@ def marked_experts(gates: PromptGates) -> Marks:
 
 
 def coactivation(tasks: Sequence[str], marked: Mapping[str, Marks], about: str) -> list[pd.DataFrame]:
-    """Returns the tables coactivation, coactivation_tasks and coactivation_pairs.
-
-    ``marked`` has the marks by kind of unit, ``about`` says how they were measured. A kind without layers is left out.
-    """
+    """Returns the tables coactivation, coactivation_tasks and coactivation_pairs, from the marks by kind of unit."""
     counts, by_task, pairs = [], [], []
     order = sorted(range(len(tasks)), key=tasks.__getitem__)
     for kind, layers in marked.items():

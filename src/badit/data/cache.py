@@ -25,10 +25,7 @@ Indices = Sequence[int] | np.ndarray
 
 
 class Items(Sequence[Item]):
-    """A sequence of items stored in rows of an Arrow table; ``make`` creates an item from its row when it is read.
-
-    The table is in memory or memory-mapped. Reading a row of a mapped file loads only that part of the file.
-    """
+    """A sequence of items in rows of an Arrow table, in memory or mapped; ``make`` creates an item when it is read."""
 
     def __init__(self, table: pa.Table, rows: Indices, make: Callable[[dict[str, Any]], Item]) -> None:
         self.table, self.rows, self._make = table, np.asarray(rows, dtype=np.int64), make

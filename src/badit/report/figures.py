@@ -117,7 +117,8 @@ def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
         headings = [f"{run}: {about.label}" if several else about.label for run in scores]
         shown[headings] = [[score_text(score, metric) for score in row] for row in values]
         if several:
-            strong += [(i, headings[j]) for i, row in enumerate(values) for j in best_of(row, about.lower_is_better)]
+            compared = values if scores.notna().all(axis=None) else values[:-1]  # not means of different tasks
+            strong += [(i, headings[j]) for i, row in enumerate(compared) for j in best_of(row, about.lower_is_better)]
     shown.attrs |= {"footer": 1, "strong": strong}
     return shown
 

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from badit.analysis.learning import component_flow, expert_angles, task_gap, transfer
+from badit.data import own_input
 from badit.errors import BaditError
 from badit.evaluate import read_predictions
 from badit.files import inside, is_number, refuse_links
@@ -75,12 +76,13 @@ class Source:
         return [(self.prefix + method, source) for method, source in folders if source.folder.is_dir()]
 
     @cached_property
-    def predictions(self) -> Mapping[str, Mapping[str, Prediction]]:
-        """The answers by task and instance; empty if none are saved."""
-        found: dict[str, dict[str, Prediction]] = {}
+    def predictions(self) -> Mapping[str, Mapping[tuple[str, ...], Prediction]]:
+        """The answers by task and instance; empty if none are saved. An id alone may be another data's row number."""
+        found: dict[str, dict[tuple[str, ...], Prediction]] = {}
         folder = Run.at(self.folder).predictions_path
         for answer in read_predictions(folder) if any(folder.glob("[!.]*.jsonl")) else ():
-            found.setdefault(answer.task, {})[answer.instance_id] = answer
+            instance = (answer.instance_id, own_input(answer.prompt)[:80], *answer.references)  # the end may be cut
+            found.setdefault(answer.task, {})[instance] = answer
         return found
 
 
@@ -175,7 +177,7 @@ def _read(folder: Path, label: str, several: bool) -> Source:
 
 
 def _rouge_l(run: Source) -> pd.Series:
-    answers = {(task, instance): each for task, own in run.predictions.items() for instance, each in own.items()}
+    answers = {(task, str(instance)): each for task, own in run.predictions.items() for instance, each in own.items()}
     scores = {place: rouge_l(answer.prediction, answer.references) for place, answer in answers.items()}
     return pd.Series(scores, dtype=float)
 
