@@ -167,6 +167,7 @@ def test_invalid_models_options_and_deepspeed_are_refused(tiny_model, monkeypatc
     model = tuned(tiny_model("llama"), "badit")
     for words, call in [
         ("no pair of trainable factors", lambda: OrthogonalUpdates(whole, 0.1)),
+        ("rank fits its weights", lambda: OrthogonalUpdates(get_peft_model(whole, LoraConfig(r=256)), 0.1)),
         ("no trainable parameters", lambda: lora_plus_groups(frozen, 0.1)),
         ("^lr: input should be greater than 0", lambda: OrthogonalUpdates(model, 0.0)),
         ("other_lr: input should be greater than 0", lambda: OrthogonalUpdates(model, 0.1, other_lr=-1)),

@@ -68,7 +68,7 @@ def factor_pairs(model: nn.Module) -> list[Pair]:
     pairs, trained = [], {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2}
     for name, a in trained.items():
         b = trained.get(_FACTOR_A.sub(r"\1_B", name))
-        if b is None or b is a or b.shape[1] % a.shape[0]:
+        if b is None or b is a or b.shape[1] % a.shape[0] or len(a) > min(a.shape[1], len(b)):
             continue
         layer = model.get_submodule(_FACTOR_A.split(name)[0].rstrip("."))
         if getattr(layer, "num_experts", 1) == 1:  # PEFT's LoRA on a fused weight orders A and B differently
@@ -80,8 +80,9 @@ class OrthogonalUpdates(torch.optim.Optimizer):
     """Applies orthogonal updates (:mod:`badit.method.orthogonal`) to adapter factors and AdamW to other parameters.
 
     If experts share one A (HydraLoRA, MTL-LoRA), their B's are treated as one B with K·O out features. Otherwise all
-    experts of a layer are one pair of factors. AdamW updates an A or B whose partner is not trainable, and PEFT's LoRA
-    on fused weights of several experts. A layer in which a factor has no gradient is skipped in that step.
+    experts of a layer are one pair of factors. AdamW updates an A or B whose partner is not trainable, pairs with more
+    components than the weight has inputs or outputs, and PEFT's LoRA on fused weights of several experts. A layer in
+    which a factor has no gradient is skipped in that step.
 
     Args:
         model: a model with adapters, optionally wrapped by DDP or sharded by FSDP2.
@@ -108,7 +109,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         pairs = factor_pairs(model)
         if not pairs:
             names = "badit_A and badit_B, or lora_A and lora_B"
-            raise BaditError(f"the model has no pair of trainable factors ({names}); add an adapter to it")
+            raise BaditError(f"the model has no pair of trainable factors ({names}) whose rank fits its weights")
         if not all(0 <= beta < 1 for beta in betas):
             raise BaditError(f"betas must be at least 0 and below 1, got {betas!r}")
         other_lr = lr if other_lr is None else other_lr

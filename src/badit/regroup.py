@@ -304,9 +304,9 @@ class RegroupCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
-        wrapped = getattr(args, "packing", False) and getattr(args, "packing_strategy", "") == "wrapped"
-        if wrapped and any(one.badit_config[name].routing == "prompt" for _, (one, name) in trainable_adapters(model)):
-            problem = "wrapped rows are cut anywhere, so an answer may be separated from its prompt"
+        cut = getattr(args, "packing", False) and getattr(args, "packing_strategy", "") in ("wrapped", "bfd_split")
+        if cut and any(one.badit_config[name].routing == "prompt" for _, (one, name) in trainable_adapters(model)):
+            problem = f"{args.packing_strategy} cuts examples, so an answer may be separated from its prompt"
             raise BaditError(f"packing_strategy: {problem}; use bfd, or routing='token'")
         log_path, optimizer = self._log_path or Path(args.output_dir) / "regroupings.jsonl", kwargs.get("optimizer")
         self.regrouper = Regrouper(model, state.max_steps, log_path=log_path, optimizer=optimizer, **self._options)

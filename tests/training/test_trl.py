@@ -113,9 +113,10 @@ def test_padding_free_training_equals_padded_training(model_folder, tmp_path):
     assert (tmp_path / "regroupings.jsonl").read_text()
 
 
-def test_wrapped_packing_is_refused(model_folder, tmp_path):
-    options = {"packing": True, "packing_strategy": "wrapped", "max_length": 64}
-    with pytest.raises(BaditError, match="wrapped rows are cut anywhere"):
+@pytest.mark.parametrize("strategy", ["wrapped", "bfd_split"])
+def test_packing_that_cuts_examples_is_refused(model_folder, tmp_path, strategy):
+    options = {"packing": True, "packing_strategy": strategy, "max_length": 64}
+    with pytest.raises(BaditError, match=f"{strategy} cuts examples"):
         make_trainer(SFTTrainer, model_folder, tmp_path, ROWS[:16], **options).train()
 
 

@@ -79,7 +79,7 @@ def test_mask_may_be_omitted_and_inputs_positional_or_embedded(tiny_model):
 
 @pytest.mark.parametrize(
     ("labelled", "prompt_length", "message"),
-    [([range(9), range(9)], 1, "every position has a label"), ([[3, 4, 7, 8], range(3, 9)], 3, "several answers")],
+    [([range(9), range(9)], 1, "labels begin at the first token"), ([[3, 4, 7, 8], range(3, 9)], 3, "several answers")],
 )
 def test_ambiguous_labels_warn_once_and_prompt_mask_overrides_labels(tiny_model, labelled, prompt_length, message):
     model = adapted(tiny_model("llama"))

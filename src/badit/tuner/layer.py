@@ -231,7 +231,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Returns whether PEFT's ``convert_to_lora`` may use :meth:`get_delta_weight`."""
-        return self.badit_config[adapter_name].has_fixed_gates
+        return self.badit_config[adapter_name].has_fixed_gates and not isinstance(self.get_base_layer(), FusedExpert)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Always raises BaditError."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import nn
 
@@ -128,7 +128,12 @@ class ExpertModel(Hooks, BaseTuner):
             for index, matrix in enumerate(matrices):
                 self._create_and_replace(peft_config, adapter_name, matrix, str(index), matrices, f"{name}.{index}")
             return
+        if isinstance(target, BaseTunerLayer) and type(target) is not self.tuner_layer_cls:
+            raise BaditError(f"{current_key}: has another method's adapter; call unload() on the model with it first")
         if isinstance(target, ExpertLinear):
+            for name in (*target.adapter_layer_names, *target.other_param_names):
+                if adapter_name in (replaced := getattr(target, name)):
+                    del replaced[adapter_name]
             target.update_layer(adapter_name, peft_config)
             return
         refuse_unsuitable_layer(target, current_key, peft_config.method)
@@ -205,7 +210,7 @@ class BaditModel(ExpertModel):
         """Runs the base model on the first rows of a batch as in training, and returns the number of their prompts."""
         parts = batch.items() if isinstance(batch, Mapping) else ()
         tensors = {name: each.to(self.model.device) for name, each in parts if isinstance(each, torch.Tensor)}
-        if "input_ids" not in tensors:
+        if getattr(tensors.get("input_ids"), "ndim", 0) != 2:
             raise BaditError("start_task: a batch must be a dict of tensors, as in training; or use gates='mean_one'")
         if all(len(each) == len(batch["input_ids"]) for each in tensors.values() if each.ndim > 1):
             tensors = {name: each[:rows] if each.ndim > 1 else each for name, each in tensors.items()}

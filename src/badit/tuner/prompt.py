@@ -213,6 +213,8 @@ class RoutingContext:
         cache = _cache(kwargs)
         if cache is None and isinstance(output, Mapping):  # use_cache=True without a cache: the model created one
             cache = _cache(output)
+        elif cache is None and isinstance(output, tuple):  # return_dict=False
+            cache = next((part for part in output if hasattr(part, "get_seq_length")), None)
         if running.fresh and cache is not None and not isinstance(cache, tuple):
             setattr(cache, _HELD, running.fresh)
         elif running.held is None and hasattr(cache, _HELD):  # filled again, without the adapter
@@ -279,9 +281,9 @@ class RoutingContext:
         starts_P = labelled_P.clone()
         starts_P[1:] &= ~labelled_P[:-1] | (of_P[1:] != of_P[:-1])
         prompts_S, answers_S = (of_P[each_P].bincount(minlength=1) for each_P in (prompt_BT.flatten(), starts_P))
-        if int(prompts_S.max()) <= 1:
+        if int(prompts_S.masked_fill(answers_S == 0, 2).min()) <= 1:
             fix = "set labels to -100 on the prompt (TRL: completion_only_loss or assistant_only_loss)"
-            self.warn_once("every position has a label, so the gates depend on the first token only", fix)
+            self.warn_once("labels begin at the first token, so the gates depend on that token only", fix)
         elif int(answers_S.max()) > 1:
             problem = "a row has several answers, and all of them have the gates of the text before the first"
             self.warn_once(problem, "give each answer its own row (badit.data.answer_rows)")
