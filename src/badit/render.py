@@ -134,8 +134,8 @@ def _difference_notes(results: Results, summary: pd.DataFrame, score: str, metri
     reference = results.reference
     if reference not in results.scored_methods:
         return [f"vs {reference}: no differences, because {reference} has no scores"]
-    about = f"paired difference in {score} over the runs that both have, and its 95 % bootstrap interval over runs and"
-    notes = [f"vs {reference}: {about} instances"]
+    interval = "its 95 % bootstrap interval over runs and instances"
+    notes = [f"vs {reference}: paired difference in {score} over the runs that both have, and {interval}"]
     if any(level is True for level in summary["level"].tolist()):
         notes.append(f"≈: equivalent, the 90 % interval lies within ±{METRICS[metric].margin:g}")
     paired = summary.loc[summary["method"] != reference, ["method", "runs", "difference_runs"]].fillna(0)

@@ -76,12 +76,12 @@ class Source:
         return [(self.prefix + method, source) for method, source in folders if source.folder.is_dir()]
 
     @cached_property
-    def predictions(self) -> Mapping[str, Mapping[tuple[str, ...], Prediction]]:
+    def predictions(self) -> Mapping[str, Mapping[str, Prediction]]:
         """The answers by task and instance; empty if none are saved. An id alone may be another data's row number."""
-        found: dict[str, dict[tuple[str, ...], Prediction]] = {}
+        found: dict[str, dict[str, Prediction]] = {}
         folder = Run.at(self.folder).predictions_path
         for answer in read_predictions(folder) if any(folder.glob("[!.]*.jsonl")) else ():
-            instance = (answer.instance_id, own_input(answer.prompt)[:80], *answer.references)  # the end may be cut
+            instance = str((answer.instance_id, own_input(answer.prompt)[:80], answer.references))  # the end may be cut
             found.setdefault(answer.task, {})[instance] = answer
         return found
 
@@ -177,7 +177,7 @@ def _read(folder: Path, label: str, several: bool) -> Source:
 
 
 def _rouge_l(run: Source) -> pd.Series:
-    answers = {(task, str(instance)): each for task, own in run.predictions.items() for instance, each in own.items()}
+    answers = {(task, instance): each for task, own in run.predictions.items() for instance, each in own.items()}
     scores = {place: rouge_l(answer.prediction, answer.references) for place, answer in answers.items()}
     return pd.Series(scores, dtype=float)
 
