@@ -144,6 +144,7 @@ def test_schema_accepts_shipped_recipes_and_rejects_unknown_names(command):
     validator = jsonschema.Draft202012Validator(json.loads(command("keys", "--schema")))
     for path in shipped_recipes().values():
         assert not list(validator.iter_errors(yaml.safe_load(path.read_text()))), path
+    assert not list(validator.iter_errors({"format": 2, "training": {"report_to": "wandb"}}))
     for wrong in ({"method": {"name": "lroa"}}, {"method": {"rank": 4}}, {"training": {"epochs": 1}}, {"dat": {}}):
         assert list(validator.iter_errors(wrong)), wrong
     assert schema()["properties"]["method"]["properties"]["name"] == {"enum": NAMES}

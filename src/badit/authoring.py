@@ -228,6 +228,8 @@ def schema() -> dict[str, Any]:
         section["properties"] = {**more, **section.get("properties", {})}
         section["additionalProperties"] = False
     made["properties"]["extends"] = {"type": "string", "description": "the recipe that this recipe extends"}
+    made["properties"]["format"] = {"type": "integer", "description": "the version of a run's config.yaml"}
+    inner["TrainingSection"]["properties"]["report_to"]["type"] = ["array", "string"]
     return made
 
 

@@ -292,7 +292,7 @@ def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | N
     bf16 = plan.method.trains_base_weights and model_dtype(plan.recipe) == "bfloat16"
     defaults = {
         "bf16": bf16,
-        "use_cpu": (bf16 or given.get("bf16", False)) and not torch.accelerator.is_available(),  # transformers needs it
+        "use_cpu": not torch.accelerator.is_available(),  # transformers needs it for bf16 and for several processes
         "dataloader_pin_memory": False,
         "project": "badit",
         "run_name": folder.resolve().name,

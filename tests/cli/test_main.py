@@ -49,7 +49,7 @@ def test_invalid_input_gives_one_line_and_exit_code_2(command, tmp_path, monkeyp
         (["train", "x", "a=1", "--dry-run", "b=2", "--nope"], "--nope"),
         (["train", "missing.yaml"], "missing.yaml: cannot be read"),
         (["evaluate", "missing-run"], "missing-run: has no config.yaml"),
-        (["train", "superni-cpu", "data.source=nowhere.csv"], "nowhere.csv: no such file or folder"),
+        (["train", "superni-cpu", "data.source=nowhere/rows.csv"], "nowhere/rows.csv: no such file or folder"),
     ):
         assert message in command(*arguments, code=2)
     assert not list(tmp_path.iterdir()), "nothing was written"

@@ -8,7 +8,6 @@ import sys
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,8 +25,7 @@ from training.trainers import assert_same, learned
 TESTS = Path(__file__).parents[1]
 SCRIPT = TESTS / "training" / "ranks.py"
 FSDP2 = ["--config_file", str(TESTS.parent / "docs" / "fsdp2.yaml")]
-ON_CPU = {"ACCELERATE_USE_CPU": "true"}
-SHARDED_ON_CPU = {**ON_CPU, "BADIT_SHARD_ON_CPU": "1"}
+SHARDED_ON_CPU = {"ACCELERATE_USE_CPU": "true", "BADIT_SHARD_ON_CPU": "1"}
 # By default, stage 3 does not partition small parameters. This configuration partitions all of them.
 ALL_DIVIDED = ["--use_deepspeed", "--deepspeed_config_file", str(SCRIPT.with_name("all_divided.json"))]
 PYTHONPATH = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
@@ -35,7 +33,7 @@ OF_PROCESSES = {"PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore", "OMP_NUM_T
 
 # The arguments of `accelerate launch` and additional environment variables. None: torchrun, which uses DDP.
 ENGINES: dict[str, tuple[list[str] | None, dict[str, str]]] = {
-    "ddp": (None, ON_CPU),
+    "ddp": (None, {}),
     "fsdp2": (FSDP2, SHARDED_ON_CPU),
     "fsdp2, sharded state": ([*FSDP2, "--fsdp_state_dict_type", "SHARDED_STATE_DICT"], SHARDED_ON_CPU),
     "fsdp2, one reader": ([*FSDP2, "--fsdp_cpu_ram_efficient_loading", "true"], SHARDED_ON_CPU),
@@ -67,8 +65,7 @@ class Launches:
 
     def train_alone(self, name: str, *, batch: int = 2) -> int:
         """Trains in this process and returns the exit code."""
-        with patch.dict(os.environ, ON_CPU):
-            return main(["train", *self.settings(name, batch)])
+        return main(["train", *self.settings(name, batch)])
 
     def train(
         self, name: str, processes: int, engine: str, *, code: int = 0, stop_at: int = 0, launcher: bool = False

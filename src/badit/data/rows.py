@@ -59,8 +59,9 @@ class Source:
 
     def refuse_missing(self) -> None:
         """Raises BaditError if the path does not exist and is not 'builtin', a pattern or the name of a hub dataset."""
-        path, hub_name = str(self.path), r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?"
-        if path != "builtin" and not has_magic(path) and not re.fullmatch(hub_name, path) and not Path(path).exists():
+        path = str(self.path)
+        on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", path) and Path(path).suffix not in SUFFIXES
+        if path != "builtin" and not has_magic(path) and not on_hub and not Path(path).exists():
             raise BaditError(f"data.source: {path}: no such file or folder; give a path or 'builtin'")
 
     def refuse_row_options(self) -> None:
