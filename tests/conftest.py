@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from hypothesis import settings
 
 from badit.cli import main
 from badit.recipe import build_recipe
@@ -22,6 +23,9 @@ from badit.train import fit
 from data.examples import CHATML, make_tokenizer
 from fuzz.command import COUNTED
 from materials import make_material, make_recipe, write_tasks
+
+settings.register_profile("badit", deadline=None, max_examples=50)
+settings.load_profile("badit")
 
 # Larger initial weights than usual, so that a wrong gate or mask changes the logits by far more than rounding does.
 _COMMON = {"vocab_size": 100, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}

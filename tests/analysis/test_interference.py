@@ -5,7 +5,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -29,7 +29,6 @@ def sketched(vectors_RN, size, seed):
     return sketch
 
 
-@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 60), st.integers(1, 24), st.integers(0, 1000))
 def test_sketch_is_linear_with_one_signed_bucket_per_coordinate(length, size, seed):
     matrix_NM = sketched(torch.eye(length), size, seed).sums_RM
@@ -66,7 +65,6 @@ def test_inner_products_are_unbiased_with_bounded_variance(kind):
 # --- agreement of tasks ---
 
 
-@settings(deadline=None, max_examples=100)
 @given(VECTORS, VECTORS)
 def test_agreement_matches_naive_formulas(of_a, of_b):
     instances = [torch.tensor(of).double() for of in (of_a, of_b[:4])]
@@ -181,7 +179,6 @@ def test_at_most_one_gradient_is_stored_and_sketches_have_a_bounded_size(tiny_mo
 # --- shared units ---
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_coactivation_matches_naive_counts(data):
     widths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))

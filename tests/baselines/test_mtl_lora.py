@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import nn
@@ -19,7 +19,6 @@ from refusals import refuses
 from tuner.helpers import IDS, KINDS, MASK, base_layer, enable_checkpointing, forward, gradients, layers, randomise
 
 
-@settings(max_examples=15, deadline=None)
 @given(st.sampled_from(KINDS), st.lists(st.sampled_from(TASKS), min_size=1, max_size=4), st.booleans())
 def test_forward_matches_formula(kind, rows, with_positions):
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.baselines.neurons import neuron_scores, top_neurons, train_only
@@ -68,7 +68,6 @@ def test_scoring_sets_no_gradients_and_works_on_a_frozen_model(tiny_model):
     assert not any(p.requires_grad for p in model.parameters())
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.floats(0.01, 1), st.integers(0, 1000))
 def test_top_share_is_taken_over_all_layers_together(widths, share, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.data.encoded import AnswerCollator, batches_by_task
@@ -63,7 +63,6 @@ def test_prompt_has_at_most_one_bos_and_no_eos(adds, template):
 
 
 @ALL
-@settings(max_examples=40, deadline=None)
 @given(text=st.text(max_size=300), limit=st.integers(40, 120))
 def test_truncation_keeps_definition_and_end(tokenizer, text, limit):
     ids = encode_prompt(tokenizer, build_prompt(TASK, Instance(id="x", input=text, outputs=("Paris",))), limit)
@@ -104,7 +103,6 @@ def test_end_of_turn_token_comes_from_the_chat_template(template):
 
 
 @ALL
-@settings(max_examples=30, deadline=None)
 @given(text=st.text(max_size=200), answer=st.text(max_size=60))
 def test_example_is_evaluation_prompt_truncated_answer_and_end_token(tokenizer, text, answer):
     before = (tokenizer.special_tokens_map, tokenizer.chat_template, len(tokenizer), tokenizer.pad_token)

@@ -3,15 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
 from badit.method import decomposition, expert_factors, top_singular_triples
 from badit.method.decomposition import compress
 from refusals import refuses
-
-PROPERTY = settings(deadline=None, max_examples=40)
 
 _SEED = st.integers(0, 2**32 - 1)
 _EPS = torch.finfo(torch.float32).eps
@@ -53,7 +51,6 @@ def assert_orthonormal(triples):
     np.testing.assert_allclose(triples.vh_NI @ triples.vh_NI.T, identity, atol=1e-5)
 
 
-@PROPERTY
 @given(st.integers(1, 20), st.integers(1, 20), st.data())
 def test_exact_triples_equal_numpys_svd(rows, columns, data):
     rank, seed = data.draw(st.integers(1, min(rows, columns))), data.draw(_SEED)
@@ -169,7 +166,6 @@ def test_invalid_weights_ranks_and_methods_are_refused(weight, options, message)
     refuses(message, top_singular_triples, weight, **{"rank": 2, **options})
 
 
-@PROPERTY
 @given(st.integers(1, 4), st.integers(1, 3), st.floats(1e-3, 1e3), _SEED)
 def test_factors_split_the_singular_values_as_in_the_paper(num_experts, r, scaling, seed):
     weight, rank = gaussian((14, 17), seed), num_experts * r
@@ -180,7 +176,6 @@ def test_factors_split_the_singular_values_as_in_the_paper(num_experts, r, scali
     np.testing.assert_allclose(factor_B.norm(dim=0), np.sqrt(s / scaling), rtol=1e-4)
 
 
-@PROPERTY
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 6), st.integers(1, 9), _SEED)
 def test_compress_returns_the_closest_product_and_the_error_norm(rows, columns, rank, smaller, seed):
     a, b = gaussian((rank, columns), seed).double(), gaussian((rows, rank), seed + 1).double() * (seed % 9 > 0)

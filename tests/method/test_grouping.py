@@ -6,14 +6,12 @@ import threading
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
 from badit.method import cosine_gram, expert_angles, group_components, grouping, grouping_objective
 from refusals import refuses
-
-PROPERTY = settings(deadline=None, max_examples=40)
 
 _SEED = st.integers(0, 2**32 - 1)
 _EXPERTS_AND_SIZE = st.tuples(st.integers(1, 5), st.integers(1, 4))
@@ -58,7 +56,6 @@ def gradient_pair(seed, components=6, in_features=9, out_features=5):
     return (torch.randn(size, generator=generator) for size in ((components, in_features), (out_features, components)))
 
 
-@PROPERTY
 @given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 6), _DTYPES, st.sampled_from([0, 30]), _SEED)
 def test_cosine_gram_equals_pairwise_cosines(components, in_features, out_features, dtype, exponent, seed):
     """For gradients of any norm."""
@@ -83,7 +80,6 @@ def test_zero_or_non_finite_gradients_have_zero_rows_in_the_gram(poison, side):
     np.testing.assert_allclose(gram.diagonal(), [1, 1, 0, 1, 1, 1], atol=2e-6)
 
 
-@PROPERTY
 @given(_EXPERTS_AND_SIZE, _KIND, _SEED)
 def test_objective_and_angles_from_the_gram_equal_those_from_gradients(shape, kind, seed):
     num_experts, size = shape
@@ -96,7 +92,6 @@ def test_objective_and_angles_from_the_gram_equal_those_from_gradients(shape, ki
     np.testing.assert_allclose(found[2:], expected[2:], atol=1e-9)
 
 
-@PROPERTY
 @given(_EXPERTS_AND_SIZE, _KIND, _SOLVER, _SEED)
 def test_grouping_is_balanced_never_worse_and_deterministic(shape, kind, solver, seed):
     num_experts, size = shape
@@ -150,7 +145,6 @@ def test_swap_solver_finds_the_optimum_in_nearly_all_small_cases(components, num
     assert found >= 29
 
 
-@PROPERTY
 @given(st.sampled_from([(2, 4), (3, 3), (4, 2), (4, 3)]), _KIND, st.integers(0, 3), _SEED)
 def test_no_single_swap_improves_the_result_of_the_swap_solver(shape, kind, restarts, seed):
     num_experts, size = shape
@@ -193,7 +187,6 @@ def test_papers_loop_on_the_gram_equals_the_loop_on_gradients(seed):
     assert np.array_equal(found, reference.polar_grouping(gradients, start, 4, 5))
 
 
-@PROPERTY
 @given(st.tuples(st.integers(1, 4), st.integers(1, 4)), _SEED)
 def test_matching_keeps_the_groups_and_maximises_the_overlap(shape, seed):
     num_experts, size = shape

@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
 from badit.method import inverse_root, no_moments, orthogonal_updates
 from method.shards import in_processes
 
-PROPERTY = settings(deadline=None, max_examples=25)
 BETAS, LR = (0.9, 0.98), 0.02
 
 _SEED = st.integers(0, 2**32 - 1)
@@ -59,7 +58,6 @@ def train(A, B, gradients, **options):
     return found
 
 
-@PROPERTY
 @given(_SHAPE, _SEED, _START, _KIND)
 def test_steps_equal_the_reference(shape, seed, start, kind):
     A, B, gradients = problem(shape, seed, start=start, kind=kind)
@@ -73,7 +71,6 @@ def test_steps_equal_the_reference(shape, seed, start, kind):
         np.testing.assert_allclose(found_B, b, rtol=1e-5, atol=1e-6 * max(1.0, np.abs(b).max()))
 
 
-@PROPERTY
 @given(st.tuples(*[st.integers(1, 6)] * 3), _SEED, st.sampled_from([torch.float32, torch.float64]), _START, _KIND)
 def test_factors_of_extreme_problems_stay_finite(shape, seed, dtype, start, kind):
     """More components than features, factors near zero, gradients of rank one."""
@@ -93,7 +90,6 @@ def test_stacked_float32_layers_equal_separate_float64_layers():
             torch.testing.assert_close((a[layer].double(), b[layer].double()), expected, rtol=0, atol=2e-5)
 
 
-@PROPERTY
 @given(_SHAPE, _SEED, st.booleans(), st.floats(0, 1))
 def test_products_do_not_depend_on_the_factorisation(shape, seed, starts_at_zero, spread):
     components = shape[0]
@@ -110,7 +106,6 @@ def test_products_do_not_depend_on_the_factorisation(shape, seed, starts_at_zero
         torch.testing.assert_close(other, product, rtol=0, atol=1e-5 * (float(product.abs().max()) + 1))
 
 
-@PROPERTY
 @given(st.integers(1, 5), _SEED, st.floats(0, 1))
 def test_components_move_in_orthogonal_directions_of_limited_length(components, seed, lr):
     A, B, (gradient, *_) = problem((components, 12, 15), seed)
@@ -143,7 +138,6 @@ def test_zero_b_delays_a_by_one_step_and_zero_a_stays_zero():
     torch.testing.assert_close(train(dead, B, gradients)[-1], (dead, B), rtol=0, atol=0)
 
 
-@PROPERTY
 @given(st.integers(1, 8), st.integers(0, 8), _SEED, st.integers(-25, 25), st.sampled_from([1e-9, 1e-6, 1e-3]))
 def test_inverse_root_equals_the_eigendecomposition(size, rank, seed, exponent, floor):
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ import itertools
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.analysis.tables import save_frame
@@ -67,7 +67,6 @@ def test_differences_use_the_instances_that_both_runs_answered(tmp_path):
     assert "differences" not in together(read_sources(runs)).frames, "an id that is a row's number in other data"
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=8), st.randoms(use_true_random=False))
 def test_two_groups_of_similar_tasks_are_ordered_as_two_blocks(groups, random):
     tasks = {f"t{i}": group for i, group in enumerate(groups)}

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -28,7 +28,6 @@ def output_and_gradients(function, module, inputs, scaling):
     return output.detach().float(), *(g.float() for g in torch.autograd.grad((output * weight).sum(), tensors))
 
 
-@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.sampled_from([None, 0.2]))
 def test_matches_float32_attention_up_to_rounding(rows, shared, groups, length, scaling):
     module = SimpleNamespace(is_causal=True, training=True, num_key_value_groups=groups)

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.data import AnswerCollator
@@ -43,7 +43,6 @@ def order_of(lengths, per_step, seed=0, epoch=0, tasks=(), quotas=None):
     return list(EpochSampler(lengths, per_step, seed, lambda: epoch, tasks, quotas))
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=300), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5))
 def test_epoch_has_each_example_once_in_steps_sorted_longest_first(lengths, per_step, seed, epoch):
     order = order_of(lengths, per_step, seed, epoch)
@@ -55,7 +54,6 @@ def test_epoch_has_each_example_once_in_steps_sorted_longest_first(lengths, per_
         assert steps[0][0] == max(lengths)
 
 
-@settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 4), st.integers(0, 5))
 def test_balanced_epochs_have_equal_task_shares_and_cover_all_examples(sizes, per_step, seed):
     tasks = [f"task-{i}" for i, size in enumerate(sizes) for _ in range(size)]
