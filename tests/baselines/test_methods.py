@@ -41,9 +41,8 @@ def test_resumed_pissa_run_matches_uninterrupted_run(recipe_values, tmp_path):
     assert_same(learned(Run(tmp_path / "whole")), learned(stopped))
 
 
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
+def test_config_errors_are_one_line():
+    for method, message in (
         ({"name": "hidralora"}, r"unknown method 'hidralora' \(did you mean 'hydralora'\?\); known: badit, lora, "),
         ({"name": ["goat"]}, r"unknown method \['goat'\]"),
         ({"name": "pissa", "init_lora_weights": 1}, r"init_lora_weights: is set by the method name pissa \(to pissa\)"),
@@ -59,10 +58,8 @@ def test_resumed_pissa_run_matches_uninterrupted_run(recipe_values, tmp_path):
         ({"name": "goat", "rho": 0}, r"method.rho: input should be greater than 0, got 0"),
         ({"name": "goat", "top_k": None}, r"method.top_k: input should be a valid integer, got None"),
         ({"name": "goat", "r": 12}, r"method.r = 12, GOAT's total rank, must be a multiple of num_experts = 8"),
-    ],
-)
-def test_config_errors_are_one_line(method, message):
-    refuses(message, build_method, method)
+    ):
+        refuses(message, build_method, method)
 
 
 @pytest.mark.parametrize("name", FROM_PEFT)

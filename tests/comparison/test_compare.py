@@ -198,17 +198,13 @@ def test_sequential_comparison_with_two_orders_and_single_task_models(values, in
     assert summary["forward_transfer_mean"].notna().tolist() == [True, False, False]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_invalid_comparisons_are_refused_before_any_cell_starts(values, monkeypatch):
+    monkeypatch.setattr(compare_module, "start_cell", None)  # no cell is started
+    for changes, message in (
         ({"orders": [["cities", "rivers"], ["cities", "../rivers"]]}, r"data\.order: unknown task '\.\./rivers'"),
         ({"methods": {"lora": {"name": "lora", "target_modules": ["x"]}}}, r"compare\.methods\.lora: method: Target"),
-    ],
-)
-def test_invalid_comparisons_are_refused_before_any_cell_starts(values, monkeypatch, changes, message):
-    monkeypatch.setattr(compare_module, "start_cell", None)  # no cell is started
-    values["compare"] |= changes
-    refuses(message, compared, values)
+    ):
+        refuses(message, compared, {**values, "compare": values["compare"] | changes})
     assert not Path(values["output"]).exists()
 
 

@@ -195,9 +195,11 @@ def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(traine
     assert forced.record["relative_error"]["modules"]
 
 
-@pytest.mark.parametrize(
-    ("method", "options", "message"),
-    [
+def test_invalid_options_are_refused_and_nothing_is_written(trained, tmp_path):
+    assert beyond_lora(BaditConfig(modules_to_save=["lm_head"], bias="all")) == ["modules_to_save", "bias"]
+    assert beyond_lora(LoraConfig(layer_replication=[(0, 1)])) == ["layer_replication"]
+    assert beyond_lora(LoraConfig(init_lora_weights="pissa_niter_4")) == ["init_lora_weights"]
+    for method, options, message in (
         (BADIT, {"task": "citys"}, r"--task: unknown task 'citys' \(did you mean 'cities'\?\)"),
         (BADIT, {"task": "cities", "gates": "x.json"}, "only one of --task, --all-tasks and --gates"),
         (BADIT, {"all_tasks": True, "merged": True}, "--merged: writes a model without a rank; remove --all-tasks"),
@@ -209,13 +211,8 @@ def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(traine
         ({"name": "mtl-lora", "r": 2}, {}, "mtl-lora learns each task separately: choose one with --task"),
         ({"name": "badit"}, {}, "the mean gates of several tasks fit no prompt; use --all-tasks"),
         ({"name": "lora", **LORA, "bias": "all"}, {}, "method.bias: makes the adapter more than a plain LoRA"),
-    ],
-)
-def test_invalid_options_are_refused_and_nothing_is_written(trained, tmp_path, method, options, message):
-    assert beyond_lora(BaditConfig(modules_to_save=["lm_head"], bias="all")) == ["modules_to_save", "bias"]
-    assert beyond_lora(LoraConfig(layer_replication=[(0, 1)])) == ["layer_replication"]
-    assert beyond_lora(LoraConfig(init_lora_weights="pissa_niter_4")) == ["init_lora_weights"]
-    refuses(message, export, trained(method), tmp_path / "out", **options)
+    ):
+        refuses(message, export, trained(method), tmp_path / "out", **options)
     assert not list(tmp_path.glob("out*"))
 
 

@@ -151,19 +151,16 @@ def test_largest_entry_of_every_u_is_positive(method):
     torch.testing.assert_close(mirrored.vh_NI, -triples.vh_NI, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("weight", "options", "message"),
-    [
+def test_invalid_weights_ranks_and_methods_are_refused():
+    for weight, options, message in (
         (torch.ones(4), {}, r"only a 2-D weight can be decomposed, got one of shape \(4,\)"),
         (torch.ones(4, 9), {"rank": 5}, r"num_experts × r = 5 .* \(4, 9\): at most 4 exist; lower num_experts or r"),
         (torch.ones(4, 9), {"rank": 0}, "num_experts × r = 0"),
         (torch.ones(40, 90).masked_fill(torch.arange(90) == 50, float("nan")), {}, "NaN or infinite"),
         (torch.diag(torch.tensor([1.0, float("inf")])), {"rank": 1}, "NaN or infinite"),
         (torch.ones(4, 9), {"method": "lanczos"}, "svd_method: unknown 'lanczos'; known: auto, exact, randomized"),
-    ],
-)
-def test_invalid_weights_ranks_and_methods_are_refused(weight, options, message):
-    refuses(message, top_singular_triples, weight, **{"rank": 2, **options})
+    ):
+        refuses(message, top_singular_triples, weight, **{"rank": 2, **options})
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.floats(1e-3, 1e3), _SEED)

@@ -117,19 +117,16 @@ def test_labels_are_kept_if_all_groupings_are_equally_good(kind, noise, solver):
     assert np.array_equal(group_components(gram, current, solver=solver), current)
 
 
-@pytest.mark.parametrize(
-    ("gram", "labels", "message"),
-    [
+def test_invalid_gram_labels_and_solver_are_refused():
+    for gram, labels, message in (
         (np.eye(4), [0, 0, 1, 1, 1, 0], r"shape \(4, 4\), but there are 6 labels"),
         (np.ones((4, 3)), [0, 0, 1, 1], r"shape \(4, 3\)"),
         (np.diag([1.0, np.inf, 1.0, 1.0]), [0, 0, 1, 1], "NaN or infinite"),
         (np.eye(4), [0, 0, 0, 1], r"same number of components, got sizes \[3, 1\]"),
         (np.eye(4), [-1, -1, 0, 0], "same number of components"),
         (np.zeros((0, 0)), [], "same number of components"),
-    ],
-)
-def test_invalid_gram_labels_and_solver_are_refused(gram, labels, message):
-    refuses(message, group_components, gram, np.array(labels, dtype=np.int64))
+    ):
+        refuses(message, group_components, gram, np.array(labels, dtype=np.int64))
     refuses(r"solver: unknown 'greedy'.*swap, paper", group_components, np.eye(4), contiguous(2, 2), solver="greedy")
 
 

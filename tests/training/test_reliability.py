@@ -190,17 +190,14 @@ def test_prompts_beyond_model_positions_are_refused_by_commands(tiny_model, reci
         assert "96 positions; lower prompt.max_source_tokens" in command(*words, code=2), words
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
+def test_chat_template_that_raises_or_loses_text_is_refused(recipe_file, model_folder, command):
+    for template, message in (
         ("{{ raise_exception('no roles') }}", r"chat_template: cannot be rendered \(no roles\); use prompt.chat"),
         ("{% for message in messages %}<s>{% endfor %}", "chat_template: the rendered prompt lacks the message text"),
         ("{{ ''.__class__.__mro__ }}", r"chat_template: (cannot be rendered|the rendered prompt lacks)"),
-    ],
-)
-def test_chat_template_that_raises_or_loses_text_is_refused(recipe_file, model_folder, command, template, message):
-    (model_folder / "chat_template.jinja").write_text(template)
-    assert re.search(message, command("train", recipe_file, code=2))
+    ):
+        (model_folder / "chat_template.jinja").write_text(template)
+        assert re.search(message, command("train", recipe_file, code=2))
 
 
 def test_generate_from_a_file_prints_json_lines(trained, tmp_path, command):

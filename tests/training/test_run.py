@@ -62,9 +62,8 @@ def change_config(**changes):
     return lambda path: write_json(path.with_name(name), read_json(path.with_name(name)) | changes)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
+def test_damaged_adapter_is_refused_with_the_reason(finished, tmp_path):
+    for damage, message in (
         (change_tensors(lambda t: {**t, "layers.7.badit_A": torch.zeros(2)}), r"belongs to another base .*layers\.7"),
         (change_tensors(lambda t: {n: v for n, v in t.items() if "codes" not in n}), "Found missing adapter keys"),
         (change_tensors(lambda t: {n: v * torch.nan if "_A" in n else v for n, v in t.items()}), "NaN or infinite"),
@@ -74,12 +73,10 @@ def change_config(**changes):
         (change_config(target_modules="(.*)*$"), r"config\.json: target_modules: must be a list of names"),
         (change_config(past_branches=10**12), r"'past_branches': is unknown|past_branches: the weights cannot have"),
         (change_config(format_version=9), r"config\.json: format_version: the adapter has format 9, this badit reads"),
-    ],
-)
-def test_damaged_adapter_is_refused_with_the_reason(finished, tmp_path, damage, message):
-    run = Run(shutil.copytree(finished[0].output, tmp_path / "copied"))
-    damage(run.adapter_path / "adapter_model.safetensors")
-    refuses(message, evaluate, run, progress=False)
+    ):
+        run = Run(shutil.copytree(finished[0].output, tmp_path / "copied", dirs_exist_ok=True))
+        damage(run.adapter_path / "adapter_model.safetensors")
+        refuses(message, evaluate, run, progress=False)
 
 
 def test_evaluation_reports_changed_data_and_does_not_score_trained_instances(finished, tmp_path, capsys):

@@ -101,23 +101,20 @@ def test_resumed_run_saves_bit_identical_weights(recipe_values, tmp_path, method
     assert files[0] == files[1], "including the metadata"
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
+def test_damaged_weights_give_a_one_line_error(recipe_values):
+    recipe = recipe_with(recipe_values, FULL)
+    run = Run.prepare(recipe)
+    for damage, message in (
         (lambda path: path.unlink(), r"adapter: has no weights\.safetensors; pickled weights are not read"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1000]), r"weights\.safetensors: cannot be loaded"),
         (change_tensors(lambda t: {**t, "lm_head.weight": torch.zeros(3)}), "belongs to another base model"),
         (change_tensors(lambda t: dict(list(t.items())[1:])), r"weights\.safetensors: has no weight "),
         (change_tensors(lambda t: {"lm_head.bias": torch.zeros(3)}), r"the one with the weight 'lm_head\.bias'"),
-    ],
-)
-def test_damaged_weights_give_a_one_line_error(recipe_values, damage, message):
-    recipe = recipe_with(recipe_values, FULL)
-    run = Run.prepare(recipe)
-    WeightsMethod("full").save(base_model(recipe)[0], run.adapter_path, recipe.model.name)
-    load_run(run)
-    damage(run.adapter_path / WEIGHTS)
-    refuses(message, load_run, run)
+    ):
+        WeightsMethod("full").save(base_model(recipe)[0], run.adapter_path, recipe.model.name)
+        load_run(run)
+        damage(run.adapter_path / WEIGHTS)
+        refuses(message, load_run, run)
 
 
 def test_lora_pcgrad_and_cagrad_train_different_adapters(recipe_values, tmp_path):

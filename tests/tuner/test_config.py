@@ -25,9 +25,8 @@ BAD_VALUES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_invalid_values_and_conflicting_options_are_refused():
+    for options, message in (
         *(({field: value}, f"^{field}: input should be") for field, values in BAD_VALUES.items() for value in values),
         ({"router_input": "standardised", "routing": "token"}, "needs routing='prompt'"),
         *(
@@ -37,10 +36,8 @@ BAD_VALUES = {
         ({"target_modules": r".*gate_proj", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"target_modules": "all-linear", "layers_to_transform": [0]}, "layers_to_transform: needs a list of names"),
         ({"layers_pattern": "layers"}, "layers_pattern"),
-    ],
-)
-def test_invalid_values_and_conflicting_options_are_refused(options, message):
-    refuses(message, BaditConfig, **options)
+    ):
+        refuses(message, BaditConfig, **options)
 
 
 def test_default_gates_are_clusters_where_possible():
@@ -57,21 +54,17 @@ def test_lora_dropout_is_active_in_training_only(tiny_model):
     assert not torch.equal(logits(model.train()), logits(model))
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
+def test_module_options_select_the_adapted_layers(tiny_model):
+    for options, expected in (
         ({"target_modules": ("q_proj", "down_proj")}, ["0.self_attn.q", "0.mlp.down", "1.self_attn.q", "1.mlp.down"]),
         ({"target_modules": r".*1\.mlp\.(gate|up)_proj"}, ["1.mlp.gate", "1.mlp.up"]),
         ({"exclude_modules": ["model.layers.1.mlp.gate_proj"]}, ["0.mlp.gate"]),
         ({"exclude_modules": r".*layers\.1\..*"}, ["0.mlp.gate"]),
         ({"target_modules": ["up_proj"], "layers_to_transform": 1}, ["1.mlp.up"]),
         ({"target_modules": ["up_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}, ["0.mlp.up"]),
-    ],
-    ids=str,
-)
-def test_module_options_select_the_adapted_layers(tiny_model, options, expected):
-    model = adapt(tiny_model("llama"), **options)
-    assert [layer.name for layer in layers(model)] == [f"model.layers.{name}_proj" for name in expected]
+    ):
+        model = adapt(tiny_model("llama"), **options)
+        assert [layer.name for layer in layers(model)] == [f"model.layers.{name}_proj" for name in expected], options
 
 
 def test_svd_method_and_tolerance_are_passed_to_the_decomposition(tiny_model, monkeypatch):

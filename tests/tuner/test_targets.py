@@ -94,9 +94,8 @@ def test_smollm2_equals_base_at_step_0_and_generates_as_teacher_forced():
         assert torch.equal(logits(model, ids, mask), expected)
 
 
-@pytest.mark.parametrize(
-    ("family", "options", "message"),
-    [
+def test_modules_and_fused_weights_that_cannot_be_adapted_are_refused(tiny_model):
+    for family, options, message in (
         ("mixtral", {"target_modules": ["q_proj", "gate_up_proj"]}, "gate_up_proj is a fused weight: name it in t"),
         ("qwen3_moe", {"target_parameters": ["experts.gate_proj"]}, "no fused weight 'experts.gate_proj'"),
         ("gpt_oss", {"target_parameters": FUSED, "routing": "token"}, "needs routing='prompt'"),
@@ -105,13 +104,11 @@ def test_smollm2_equals_base_at_step_0_and_generates_as_teacher_forced():
         ("llama", {"target_parameters": ["extra.conv"]}, "extra.conv: is not a fused weight of MoE experts"),
         ("llama", {"target_modules": ["codes"]}, "codes: weights of type torch.float8_e4m3fn are not supported"),
         ("llama", {"r": 11}, r"layers\.0\.mlp\.gate_proj.*num_experts × r = 33.*lower num_experts or r"),
-    ],
-)
-def test_modules_and_fused_weights_that_cannot_be_adapted_are_refused(tiny_model, family, options, message):
-    model = tiny_model(family)
-    model.extra = nn.ParameterDict({"conv": torch.zeros(2, 3, 4)})
-    model.codes = nn.Linear(8, 8).to(torch.float8_e4m3fn)
-    refuses(message, adapt, model, **options)
+    ):
+        model = tiny_model(family)
+        model.extra = nn.ParameterDict({"conv": torch.zeros(2, 3, 4)})
+        model.codes = nn.Linear(8, 8).to(torch.float8_e4m3fn)
+        refuses(message, adapt, model, **options)
 
 
 @pytest.mark.parametrize("family", MOE)
