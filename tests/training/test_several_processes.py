@@ -44,3 +44,18 @@ def test_sequence_in_two_processes_writes_one_complete_run(recipe_values, tmp_pa
     assert learned(run)
     assert not list(run.path.rglob("*.partial"))
     assert run.environment["training"]["steps"] == 2 * 12
+
+
+def test_orthogonal_in_two_processes_matches_one_process_and_resumes(recipe_values, tmp_path, processes):
+    recipe_values["method"] |= {"gates": "mean_one", "num_experts": 3, "r": 3}  # nine rows of A on two ranks
+    recipe_values["training"] |= {"optimizer": "orthogonal"}
+    launches = Launches(recipe_values, tmp_path, processes)
+    assert launches.train_alone("alone", batch=4) == 0
+    for engine in ("ddp", "fsdp2"):
+        launches.train(engine, 2, engine)
+        assert_same_run(launches.run(engine), launches.run("alone"))
+    for engine in ("fsdp2", "fsdp2, sharded state"):
+        assert_stops_and_resumes(launches, engine, whole="fsdp2")
+        checkpoint = tmp_path / f"{engine}-copied" / "checkpoints" / "checkpoint-7"
+        assert (checkpoint / "optimizer.bin").is_file()
+        assert not [*checkpoint.rglob("*.metadata")], "torch would read it with an unrestricted unpickler"
