@@ -148,7 +148,6 @@ def test_long_contexts_lose_their_start_and_bad_continuations_are_refused(routed
 def task_folder(tmp_path):
     """Two custom lm_eval tasks, each with its own YAML file, on the same .jsonl file."""
     folder = tmp_path / "harness-tasks"
-    folder.mkdir()
     choices = ["Rome, of course", "Paris", "Lima"]
     docs = [{"question": "Name the capital." * (1 + i % 3), "choices": choices, "answer": i % 3} for i in range(6)]
     file = str(write_rows(folder / "docs.jsonl", *docs))

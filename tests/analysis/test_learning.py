@@ -1,7 +1,5 @@
 """Angles from logs and from the trained adapter's gradients, component flow, score matrices and task gaps."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -10,11 +8,12 @@ import reference
 from analysis import naive_experts as naive
 from analysis.naive_interference import rows
 from badit.analysis.learning import component_flow, expert_angles, held_out_angles, task_gap, transfer
+from badit.files import write_json
 from badit.metrics import mean_scores
 from badit.run import Run
+from data.examples import write_rows
 from materials import comparison, results_cell, write_results
 from refusals import refuses
-from report.samples import write_lines
 from tuner import helpers
 
 FIELDS = ("intra_degrees", "inter_degrees", "intra_abs_cos", "inter_abs_cos")
@@ -33,9 +32,9 @@ def test_angles_and_component_flow_are_read_from_logs(tmp_path):
     before = {f"previous_{field}": value for field, value in zip(FIELDS, (85.0, 88.0, 0.2, 0.2), strict=True)}
     stays = regrouping(20, before=(1, 0, 0, 1), after=(1, 0, 0, 1))
     place = [1, "mlp.gate_proj"]
-    write_lines(tmp_path / "angles.jsonl", [{"step": 5, "module": NAME, **after, "intra_degrees": None}])
+    write_rows(tmp_path / "angles.jsonl", {"step": 5, "module": NAME, **after, "intra_degrees": None})
     assert rows(expert_angles(Run.at(tmp_path))) == [[5, *place, "training", None, 90.0, 0.4, 0.1]]
-    write_lines(tmp_path / "regroupings.jsonl", [regrouping(10, **before, **after), stays])
+    write_rows(tmp_path / "regroupings.jsonl", regrouping(10, **before, **after), stays)
     angles = [[10, *place, "before", 85.0, 88.0, 0.2, 0.2], [10, *place, "after", 70.0, 90.0, 0.4, 0.1]]
     assert rows(expert_angles(Run.at(tmp_path))) == angles, "no step followed the regrouping at 20"
     assert rows(component_flow(Run.at(tmp_path))) == [
@@ -48,13 +47,12 @@ def test_logs_of_a_sequence_are_joined(tmp_path):
     run = Run.at(tmp_path)
     for number, (task, steps) in enumerate([("b", 20), ("a", 10)], start=1):
         folder = run.path / "stages" / f"{number:02d}-{task}"
-        folder.mkdir(parents=True)
-        write_lines(folder / "metrics.jsonl", [{"step": step, "loss": 1.0} for step in (steps // 2, steps)])
-        write_lines(folder / "angles.jsonl", [{"step": 5, "module": NAME, **dict.fromkeys(FIELDS, 1.0)}])
+        write_rows(folder / "metrics.jsonl", *({"step": step, "loss": 1.0} for step in (steps // 2, steps)))
+        write_rows(folder / "angles.jsonl", {"step": 5, "module": NAME, **dict.fromkeys(FIELDS, 1.0)})
     assert run.metrics["step"].tolist() == [10, 20, 25, 30]
     assert expert_angles(run)["step"].tolist() == [5, 25]
     for folder in run.path.glob("stages/*"):
-        write_lines(folder / "regroupings.jsonl", [regrouping(5, **dict.fromkeys(FIELDS, 1.0))])
+        write_rows(folder / "regroupings.jsonl", regrouping(5, **dict.fromkeys(FIELDS, 1.0)))
     assert expert_angles(run)["step"].tolist() == [5, 25]
     assert set(component_flow(run)["step"]) == {5, 25}
 
@@ -68,7 +66,7 @@ def test_damaged_log_is_refused(tmp_path):
         (component_flow, regrouping(10, after=(0, 1)), "cannot be read"),
         (component_flow, regrouping(10, after=(0, 1, 0, 10**9)), r"to_expert\.\d: input should be less than 1024"),
     ):
-        write_lines(path, [regrouping(5), line])
+        write_rows(path, regrouping(5), line)
         refuses(rf"{path}: .*{message}.*; delete the file to skip it", read, Run.at(tmp_path))
 
 
@@ -90,9 +88,6 @@ def test_no_angles_with_shared_A_and_none_within_experts_of_rank_1(tiny_model):
         assert held_out_angles(naive.adapted(tiny_model("llama"), method), naive.BATCHES) == {}
     angles = held_out_angles(helpers.adapted(tiny_model("llama"), r=1), naive.BATCHES)[0, "mlp.gate_proj"]
     assert [angle is None for angle in angles] == [True, False, True, False]
-
-
-# --- tasks ---
 
 
 def comparison_folder(tmp_path, cells, protocol="mixed"):
@@ -121,7 +116,7 @@ def test_task_gap_averages_seeds_with_both_runs_and_all_orders(tmp_path):
 
 def scored_run(tmp_path, order, matrix):
     content = {**mean_scores({"a": {"rouge_l": [55], "exact_match": [0]}}), "order": order, "matrix": matrix}
-    (tmp_path / "scores.json").write_text(json.dumps(content))
+    write_json(tmp_path / "scores.json", content)
     return Run.at(tmp_path)
 
 

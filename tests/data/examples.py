@@ -66,6 +66,7 @@ def encode_prompt(tokenizer, prompt, max_source_tokens=100, **options):
 
 def write_rows(file, *rows):
     """Writes rows in the format of the file's suffix; any other suffix writes a saved dataset."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".jsonl":
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif file.suffix == ".json":

@@ -74,17 +74,16 @@ def test_task_may_have_several_instructions_and_empty_inputs(tmp_path, suffix):
 def test_values_that_other_formats_have_as_text_and_system_prompts_are_kept(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", {"task": "a", "input": "x", "outputs": ["y", "z"], "id": 0})
     assert task_of(file).train[0] == Instance(id="0", input="x", outputs=("y", "z"))
-    assert task_of(write_rows(tmp_path / "rows.jsonl", {"input": "x", "output": 0.5})).train[0].outputs == ("0.5",)
-    assert task_of(write_rows(tmp_path / "rows.jsonl", {"input": 7, "output": "x"})).train[0].input == "7"
-    file = write_rows(tmp_path / "rows.jsonl", {"text": "x", "output": "y", "context": "z"})
+    assert task_of(write_rows(file, {"input": "x", "output": 0.5})).train[0].outputs == ("0.5",)
+    assert task_of(write_rows(file, {"input": 7, "output": "x"})).train[0].input == "7"
+    write_rows(file, {"text": "x", "output": "y", "context": "z"})
     assert task_of(file, columns={"input": "text"}).train[0].input == "x"
-    file = write_rows(tmp_path / "rows.jsonl", {"system": "Be brief.", "conversations": CHAT[1:]})
-    assert task_of(file) == task_of(write_rows(tmp_path / "rows.jsonl", {"messages": CHAT}))
+    of_conversation = task_of(write_rows(file, {"system": "Be brief.", "conversations": CHAT[1:]}))
+    assert of_conversation == task_of(write_rows(file, {"messages": CHAT}))
 
 
 def test_files_of_one_name_are_refused_and_links_have_their_own(tmp_path):
     for folder in ("de", "fr", "train"):
-        (tmp_path / folder).mkdir()
         write_rows(tmp_path / folder / "items.csv", HELLO)
     assert "task 'items' is also in" in refusal(f"{tmp_path}/*/items.csv")
     assert len(task_of(f"{tmp_path}/*/items.csv", task="items").train) == 3
@@ -112,7 +111,10 @@ def test_file_names_in_a_folder_or_glob_set_splits_and_tasks(tmp_path):
 
 
 def test_row_layouts_without_a_task_name(tmp_path):
+    file = tmp_path / "rows.jsonl"
     for row, prompt, answer in (
+        ({"instruction": "Square it.", "input": 0, "output": "0"}, "Square it.\n\n0", "0"),
+        ({"instruction": "", "question": "Why?", "answer": "So."}, "Why?", "So."),
         ({"instruction": "Name it.", "input": "France", "output": "Paris", "text": ""}, "Name it.\n\nFrance", "Paris"),
         ({"instruction": "Say hello.", "output": "hello"}, "Say hello.", "hello"),
         ({"instruction": "", "input": "France?", "output": "Paris"}, "France?", "Paris"),
@@ -126,25 +128,17 @@ def test_row_layouts_without_a_task_name(tmp_path):
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, CHAT[2]]}, "Hi", "Paris"),
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, "Hi", "Ho"),
     ):
-        task = task_of(write_rows(tmp_path / "rows.jsonl", row))
+        task = task_of(write_rows(file, row))
         assert (task.name, task.definition) == ("rows", None)
         assert (task.train[0].input, task.train[0].outputs) == (prompt, (answer,))
-    assert task_of(tmp_path / "rows.jsonl", task="mine").name == "mine"
-    write_rows(tmp_path / "rows.jsonl", {"instruction": "Answer.", "question": "Why?", "answer": "So."})
+    assert task_of(file, task="mine").name == "mine"
+    for row in ({"messages": CHAT, "about": "Do."}, {"prompt": "Why?", "completion": "So.", "about": "Do."}):
+        assert task_of(write_rows(file, row), columns={"instruction": "about"}).definition == "Do."
+    write_rows(file, {"messages": CHAT, "prompt": "a", "completion": "b", "ask": "c", "say": "d"})
+    assert task_of(file, columns={"input": "ask", "output": "say"}).train[0].input == "c"
     message = "instruction: not used in a row with question and answer; name the columns with data.columns.input="
-    assert message in refusal(tmp_path / "rows.jsonl")
-    write_rows(tmp_path / "rows.jsonl", {"instruction": "Square it.", "input": 0, "output": "0"})
-    assert task_of(tmp_path / "rows.jsonl").train[0].input == "Square it.\n\n0"
-    write_rows(tmp_path / "rows.jsonl", {"messages": CHAT, "about": "Be brief."})
-    assert task_of(tmp_path / "rows.jsonl", columns={"instruction": "about"}).definition == "Be brief."
-    write_rows(tmp_path / "rows.jsonl", {"prompt": "Why?", "completion": "So.", "about": "Be brief."})
-    assert task_of(tmp_path / "rows.jsonl", columns={"instruction": "about"}).definition == "Be brief."
-    write_rows(tmp_path / "rows.jsonl", {"messages": CHAT, "prompt": "a", "completion": "b", "ask": "c", "say": "d"})
-    assert task_of(tmp_path / "rows.jsonl", columns={"input": "ask", "output": "say"}).train[0].input == "c"
-    write_rows(tmp_path / "rows.jsonl", {"instruction": "", "question": "Why?", "answer": "So."})
-    assert task_of(tmp_path / "rows.jsonl").train[0].input == "Why?"
-    write_rows(tmp_path / "rows.jsonl", {"input": "a", "output": None})
-    assert "line 1: output: has no answer; remove the row" in refusal(tmp_path / "rows.jsonl")
+    assert message in refusal(write_rows(file, {"instruction": "Answer.", "question": "Why?", "answer": "So."}))
+    assert "line 1: output: has no answer; remove the row" in refusal(write_rows(file, {"input": "a", "output": None}))
     for key in ("splits", "tasks"):
         write_rows(tmp_path / "rows.csv", {"question": "Why?", "answer": "So.", key: "test"})
         assert refusal(tmp_path / "rows.csv").endswith(f"row 1: found '{key}', did you mean '{key[:-1]}'?")
@@ -179,14 +173,12 @@ def test_named_splits_of_datasets_files_and_rows(tmp_path):
     parts = {name: datasets.Dataset.from_list([HELLO] * size) for name, size in sizes.items()}
     splits = {"train_sft": "train", "train_gen": "train", "test_sft": "test"}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
-    (tmp_path / "files").mkdir()
     for name, size in sizes.items():
         write_rows(tmp_path / f"files/{name}-00000-of-00001.jsonl", *[HELLO] * size)
     unlabelled = {"prompt": "Say hello", "completion": "", "split": "Test"}
     rows = [{**HELLO, "split": name} for name, size in sizes.items() if name != "Test" for _ in range(size)]
     write_rows(tmp_path / "rows.csv", unlabelled, *rows)
     datasets.Dataset.from_list([unlabelled, *rows]).save_to_disk(tmp_path / "one")
-    (tmp_path / "tasks").mkdir()
     for name in "ab":
         write_rows(tmp_path / f"tasks/{name}.csv", unlabelled, *rows)
     several = load_tasks(Source(tmp_path / "tasks", splits=splits))

@@ -10,6 +10,7 @@ import yaml
 
 from badit.analysis.tables import TABLES, save_frame
 from badit.metrics import METRICS, mean_scores
+from data.examples import write_rows
 from materials import comparison, results_cell, write_results
 
 NAMES = ("002_quoref", "073_commonsenseqa", "1290_xsum", "1590_diplomacy", "363_sst2")
@@ -102,7 +103,7 @@ def write_run(folder, shape=SMALL, *, method="badit", analysed=True):
     (folder / "environment.json").write_text(json.dumps({"python": "3.11.7", "training": TRAINING}))
     lines = [{"step": step, "loss": 1.7 + math.exp(-step / 60) + 0.1 * rng.normal()} for step in range(10, 380, 10)]
     lines += [{"step": step, "eval_loss": 1.9 + math.exp(-step / 90)} for step in range(94, 380, 94)]
-    write_lines(folder / "metrics.jsonl", [*lines, {"step": 376}])
+    write_rows(folder / "metrics.jsonl", *lines, {"step": 376})
     instances = {task: {metric: rng.uniform(0, 99, 8).tolist() for metric in METRICS} for task in shape.tasks}
     (folder / "scores.json").write_text(json.dumps(mean_scores(instances)))
     texts = ["a small red house", "a small red boat", "something else entirely"]
@@ -110,15 +111,10 @@ def write_run(folder, shape=SMALL, *, method="badit", analysed=True):
         answers = [{"task": task, "instance_id": f"{task}-{i}", "prompt": PROMPT.format(i)} for i in range(8)]
         for i, answer in enumerate(answers):
             answer |= {"prediction": texts[int(rng.integers(3))], "references": [texts[0], "the house"][: 1 + i % 2]}
-        write_lines(folder / "predictions" / f"{task}.jsonl", answers)
+        write_rows(folder / "predictions" / f"{task}.jsonl", *answers)
     if analysed:
         save_tables(folder, shape)
     return folder
-
-
-def write_lines(path, lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_sequence(folder, shape=SMALL):
@@ -127,7 +123,7 @@ def write_sequence(folder, shape=SMALL):
     (folder / "metrics.jsonl").unlink()
     for number, task in enumerate(shape.tasks, start=1):
         lines = [{"step": step, "loss": 2.0 + number - step / 20} for step in (10, 20)]
-        write_lines(folder / "stages" / f"{number:02d}-{task}" / "metrics.jsonl", lines)
+        write_rows(folder / "stages" / f"{number:02d}-{task}" / "metrics.jsonl", *lines)
     scores, count = json.loads((folder / "scores.json").read_text()), len(shape.tasks)
     matrix = [[60.0 - 5 * (i - j) if j <= i else None for j in range(count)] for i in range(count)]
     (folder / "scores.json").write_text(json.dumps({**scores, "order": list(shape.tasks), "matrix": matrix}))

@@ -11,8 +11,9 @@ from badit.analysis.tables import save_frame
 from badit.files import read_jsonl
 from badit.report.charts import as_text, number, short_task_names
 from badit.report.sources import by_similarity, read_sources, together
+from data.examples import write_rows
 from refusals import refuses
-from report.samples import OTHER, SMALL, TASKS, tables, write_comparison, write_lines, write_run, write_sequence
+from report.samples import OTHER, SMALL, TASKS, tables, write_comparison, write_run, write_sequence
 
 
 def test_comparison_is_read_from_its_folder_or_its_results_file(tmp_path):
@@ -38,7 +39,7 @@ def test_sequence_has_a_transfer_matrix_and_the_losses_of_all_stages(tmp_path):
     assert sources[0].frames["transfer"].attrs["file"] == "scores.json"
     assert together(sources).frames["losses"]["step"].tolist() == [10 * i for i in range(1, 2 * len(TASKS) + 1)]
     for file in (tmp_path / "run" / "stages").glob("*/metrics.jsonl"):
-        write_lines(file, [{"step": 8, "eval_loss": 1.0}, *read_jsonl(file)])
+        write_rows(file, {"step": 8, "eval_loss": 1.0}, *read_jsonl(file))
     measured = together(sources).frames["held_out_losses"]["step"].tolist()
     assert measured == [8 + 20 * i for i in range(len(TASKS))], "stages have 20 steps each"
 
@@ -46,24 +47,24 @@ def test_sequence_has_a_transfer_matrix_and_the_losses_of_all_stages(tmp_path):
 def test_regroupings_are_read_without_an_analysis(tmp_path):
     run = write_run(tmp_path / "run", analysed=False)
     line = {"step": 20, "module": "model.layers.1.mlp.gate_proj.default", "previous_labels": [0, 1], "labels": [1, 0]}
-    write_lines(run / "regroupings.jsonl", [{**line, "intra_degrees": 78.0, "inter_degrees": 91.0}])
+    write_rows(run / "regroupings.jsonl", {**line, "intra_degrees": 78.0, "inter_degrees": 91.0})
     (source,) = read_sources([run])
     assert set(source.frames["component_flow"]["components"]) == {1}
     assert source.frames["expert_angles"]["within_degrees"].tolist() == [78.0]
-    write_lines(run / "regroupings.jsonl", [{"step": 20, "modules": 30, "objective_before": 1.0}])
+    write_rows(run / "regroupings.jsonl", {"step": 20, "modules": 30, "objective_before": 1.0})
     assert not read_sources([run])[0].frames, "a committed result has only means over modules"
 
 
 def test_differences_use_the_instances_that_both_runs_answered(tmp_path):
     runs = [write_run(tmp_path / name, analysed=False) for name in ("a", "b")]
     answers, *others = [runs[1] / "predictions" / f"{task}.jsonl" for task in TASKS]
-    write_lines(answers, [{**line, "prediction": ""} for line in [*read_jsonl(answers)][:4]])
+    write_rows(answers, *({**line, "prediction": ""} for line in [*read_jsonl(answers)][:4]))
     for other in others:
         other.unlink()
     (row,) = together(read_sources(runs)).frames["differences"].to_dict("records")
     assert (row["method"], row["reference"]) == ("b", "a")
     assert row["low"] <= row["mean"] <= row["high"] <= 0 > row["mean"]
-    write_lines(answers, [{**line, "prompt": "Input: another question"} for line in [*read_jsonl(answers)]])
+    write_rows(answers, *({**line, "prompt": "Input: another question"} for line in read_jsonl(answers)))
     assert "differences" not in together(read_sources(runs)).frames, "an id that is a row's number in other data"
 
 
