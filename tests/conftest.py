@@ -20,6 +20,7 @@ from badit.cli import main
 from badit.recipe import build_recipe
 from badit.run import Run
 from badit.train import fit
+from comparison.cells import InlineCell, compare_module
 from data.examples import CHATML, make_tokenizer
 from fuzz.command import COUNTED
 from materials import make_material, make_recipe, write_tasks
@@ -122,6 +123,14 @@ def trained(tmp_path_factory):
 def tiny_built_in(material, monkeypatch):
     """Replaces the built-in base model by the tiny one, which makes dry runs ten times faster."""
     monkeypatch.setattr("badit.models._built_in_folder", lambda: material / "model")
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    """Runs the cells of comparisons in this process; a list of the folders of the started cells."""
+    monkeypatch.setattr(compare_module, "start_cell", InlineCell)
+    InlineCell.started.clear()
+    return InlineCell.started
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The command line: help, exit codes, one-line errors, and the demo with a tiny model."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,14 +12,11 @@ from badit import BaditError
 from badit.cli import app, main
 from badit.files import read_json
 from badit.recipe import load_recipe
-from comparison.cells import InlineCell, compare_module
-
-COMMANDS = [name for name in app if not name.startswith("-")]
 
 
 def test_every_command_and_parameter_has_help(command):
     shown = command("--help")
-    for name in COMMANDS:
+    for name in (name for name in app if not name.startswith("-")):
         assert name in shown
         assert f"Usage: badit {name}" in command(name, "--help")
         arguments = app[name].assemble_argument_collection(parse_docstring=True)
@@ -95,13 +91,11 @@ def test_terminal_shows_progress_and_red_errors_unless_no_color(tmp_path, variab
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_demo_compares_and_writes_a_report(fails, recipe_values, monkeypatch, capsys, tmp_path):
+def test_demo_compares_and_writes_a_report(fails, inline, recipe_values, monkeypatch, capsys, tmp_path):
     recipe, output = tmp_path / "demo.yaml", tmp_path / "demo"
-    rate = 1e38 if fails else 1e-3
-    methods = {"lora": {"name": "lora", "r": 4, "training": {"learning_rate": rate}}}
-    recipe.write_text(json.dumps(recipe_values | {"compare": {"methods": methods, "seeds": [0]}}))
+    methods = {"lora": {"name": "lora", "r": 4, "training": {"learning_rate": 1e38 if fails else 1e-3}}}
+    recipe.write_text(yaml.safe_dump(recipe_values | {"compare": {"methods": methods, "seeds": [0]}}))
     monkeypatch.setattr("badit.recipe.shipped_recipes", lambda: {"demo": recipe})
-    monkeypatch.setattr(compare_module, "start_cell", InlineCell)
     assert main(["demo", f"output={output}", "training.max_steps=2"]) == int(fails)
     shown = capsys.readouterr().out
     assert ("no finished run: lora" in shown) == fails
@@ -125,6 +119,6 @@ def test_init_train_and_analyze_turn_a_csv_into_scores_and_a_report(tiny_built_i
     assert main(["init", "data.csv", "data.columns={input: question, output: answer}", "-o", "own.yaml"]) == 0
     assert load_recipe("own.yaml").data.columns == {"input": "question", "output": "answer"}
     assert main(["init", "data.csv", "training.seed=1", "-o", "other.yaml"]) == 2
-    assert json.loads((tmp_path / "runs/recipe/scores.json").read_text())["tasks"].keys() == {"capital", "river"}
+    assert read_json(tmp_path / "runs/recipe/scores.json")["tasks"].keys() == {"capital", "river"}
     assert "capital" in (tmp_path / "runs/recipe/report.html").read_text()
     assert f"Report: runs{os.sep}recipe{os.sep}report.html" in capsys.readouterr().out

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 from badit import Run, analyze
 from badit.cli import main
 from badit.export import export
-from comparison.cells import InlineCell, compare_module
 from docs.pages import ROOT, Page, pages
 
 QUICKSTART = Page("docs/quickstart.md")  # tested separately, because its commands depend on the previous ones
@@ -18,9 +17,8 @@ WITH_CODE = [page for page in pages() if page.blocks("python") and page not in (
 
 
 @pytest.fixture(autouse=True)
-def _folder(tiny_built_in, tmp_path, monkeypatch):
+def _folder(tiny_built_in, inline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare_module, "start_cell", InlineCell)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
 
 
