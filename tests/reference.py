@@ -26,6 +26,12 @@ def singular_triples(weight, rank):
     return u[:, :rank], s[:rank], vh[:rank]
 
 
+def closest_of_rank(weight, rank):
+    """Returns the sum of the largest singular triples (Eckart and Young)."""
+    u, s, vh = singular_triples(weight, rank)
+    return (u * s) @ vh
+
+
 # --- grouping (DOG) ---
 def unit_gradients(grad_A, grad_B):
     """Returns rows ĝ_i (N, in + out); zeros for a gradient that is zero or not finite."""
@@ -144,22 +150,6 @@ def cluster_gates(x, centroids, codes):
     """Returns the gates of each row of x: the code of the centroid with the largest cosine."""
     centroids = float64(centroids)
     return np.array([codes[max(range(len(centroids)), key=lambda c: centroids[c] @ row)] for row in float64(x)])
-
-
-# --- freezing ---
-def frozen_weight(A, B, A0, B0, gates, scaling, share):
-    """Returns s (Σ_i gate_i B_i A_i − share B0 A0), (out, in), summed by component; i uses row i mod R of A."""
-    A, B, gates = float64(A), float64(B), float64(gates)
-    weight = np.zeros((len(B), A.shape[1]))
-    for i in range(B.shape[1]):
-        weight += scaling * gates[i] * np.outer(B[:, i], A[i % len(A)])
-    return weight if A0 is None else weight - scaling * share * float64(B0) @ float64(A0)
-
-
-def closest_of_rank(weight, rank):
-    """Returns the sum of the largest singular triples (Eckart and Young)."""
-    u, s, vh = singular_triples(weight, rank)
-    return (u * s) @ vh
 
 
 # --- orthogonal updates ---

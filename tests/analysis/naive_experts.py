@@ -1,14 +1,12 @@
 """Naive reference of the ability atlas (loops over layers, prompts and experts, float64), with models and data."""
 
 import itertools
-import math
 from contextlib import ExitStack
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.special import log_softmax
-from scipy.stats import zscore
 
 import reference
 from analysis.naive_interference import batched, make_examples
@@ -76,7 +74,7 @@ def change_error(pairs):
     tokens = sum(len(before) for before, _ in pairs)
     change = sum(sum(after) - sum(before) for before, after in pairs) / tokens
     residuals = [sum(after) - sum(before) - change * len(before) for before, after in pairs]
-    return math.sqrt(sum(r**2 for r in residuals) / (len(pairs) - 1) * len(pairs)) / tokens
+    return np.sqrt(sum(r**2 for r in residuals) / (len(pairs) - 1) * len(pairs)) / tokens
 
 
 @torch.no_grad()
@@ -92,17 +90,6 @@ def expert_of(layer):
     if isinstance(layer, BaditLinear):
         return layer.expert_of("default").tolist()
     return [k for k in range(config.num_experts) for _ in range(config.num_components // config.num_experts)]
-
-
-def similarity(by_task):
-    """Returns the Pearson correlations of the tasks' mean gates, each gate centred over tasks."""
-    profiles = np.array([[np.mean(gate) for gate in g.reshape(len(g), -1).T] for g in by_task.values()])
-    return np.corrcoef([profile - np.mean(profiles, axis=0) for profile in profiles])
-
-
-def prompt_scores(by_task):
-    """Returns (prompts, experts): the mean over modules of each gate's z-score over all prompts."""
-    return zscore(np.concatenate(list(by_task.values())).astype(float), axis=0).mean(axis=1)
 
 
 def recovery(similarity_, abilities):

@@ -66,8 +66,7 @@ def test_run_with_experts_has_all_tables_and_skips_finished_parts(recipe_values,
 )
 def test_tables_depend_on_tasks_order_and_method(recipe_values, data, method, tables):
     recipe_values["data"] |= data
-    run = train(recipe_values | method, progress=False)
-    assert analyze(run.path, instances=4, progress=False).keys() == tables
+    assert analyze(train(recipe_values | method, progress=False).path, instances=4, progress=False).keys() == tables
 
 
 def test_report_in_another_folder_shows_the_runs_scores(recipe_values, tmp_path, command):

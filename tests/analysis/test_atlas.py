@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import zscore
 
 from analysis import naive_experts as naive
 from analysis.naive_experts import BATCHES, METHODS, ROWS, TASKS
@@ -36,7 +37,8 @@ def test_similarity_matches_naive_and_ignores_a_shift_shared_by_all_tasks(seed, 
     shift -= shift.mean(axis=1, keepdims=True)  # so that the gates keep their sum
     tasks = list(gates.by_task)
     other = wrapped({tasks[t]: gates.by_task[tasks[t]] + shift for t in order})
-    expected = naive.similarity(gates.by_task)
+    profiles = np.array([of_task.mean(axis=0).flatten() for of_task in gates.by_task.values()])
+    expected = np.corrcoef(profiles - profiles.mean(axis=0))
     np.testing.assert_allclose(atlas.similarity(gates), expected, atol=1e-4)
     np.testing.assert_allclose(atlas.similarity(other), expected[np.ix_(order, order)], atol=1e-4)
 
@@ -71,15 +73,14 @@ def test_disabled_expert_matches_deleted_expert(tiny_model, method):
 @pytest.mark.parametrize("seed", range(5))
 def test_prompt_scores_match_naive_and_ignore_a_modules_scale(seed):
     gates = random_gates(seed)
-    scores = naive.prompt_scores(gates.by_task)
+    scores = zscore(np.concatenate([*gates.by_task.values()]).astype(float), axis=0).mean(axis=1)
     np.testing.assert_allclose(atlas.prompt_scores(gates), scores, atol=1e-5)
     scaled = wrapped({task: values * [[[3.0], [0.5]]] - 1 for task, values in gates.by_task.items()})
     np.testing.assert_allclose(atlas.prompt_scores(scaled), scores, atol=1e-4)
     prompts = [(task, task.test) for task in (make_task(name, test=3) for name in gates.by_task)]
     names = [(task.name, one.id, one.input) for task, instances in prompts for one in instances]
-    found = atlas.nearest_prompts(gates, prompts).itertuples(index=False, name=None)
     best = [(k, p) for k in range(3) for p in np.argsort(-scores[:, k])[:5]]
-    assert list(found) == [
+    assert list(atlas.nearest_prompts(gates, prompts).itertuples(index=False, name=None)) == [
         (k, 1 + i % 5, *names[p][:2], pytest.approx(scores[p, k], abs=1e-5), names[p][2])
         for i, (k, p) in enumerate(best)
     ]

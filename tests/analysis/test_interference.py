@@ -62,9 +62,6 @@ def test_inner_products_are_unbiased_with_bounded_variance(kind):
     assert 0 < float(estimates.var()) < 1.3 * bound
 
 
-# --- agreement of tasks ---
-
-
 @given(VECTORS, VECTORS)
 def test_agreement_matches_naive_formulas(of_a, of_b):
     instances = [torch.tensor(of).double() for of in (of_a, of_b[:4])]
@@ -174,9 +171,6 @@ def test_at_most_one_gradient_is_stored_and_sketches_have_a_bounded_size(tiny_mo
     sketches = interference.TaskGradients(model, [1] * 50, 8, ExitStack()).sketches.values()
     sizes = [sketch.sums_RM.numel() for of_place in sketches for sketch in of_place]
     assert sum(sizes) <= len(parameters) * 2 * 50 * 8
-
-
-# --- shared units ---
 
 
 @given(st.data())

@@ -143,8 +143,7 @@ def test_export_of_all_tasks_measures_each_tasks_gates_once(trained, tmp_path, m
     save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path)
     export(run, tmp_path / "mean")  # a changed adapter: its gates are measured again
     assert measured == ["rivers", "cities", "rivers"]
-    config = run.config_path.read_text()
-    run.config_path.write_text(config.replace("max_source_tokens: 1024", "max_source_tokens: 32"))
+    run.config_path.write_text(run.config_path.read_text().replace("max_source_tokens: 1024", "max_source_tokens: 32"))
     export(run, tmp_path / "mean", task="rivers")  # so are those of other prompts
     assert measured == ["rivers", "cities", "rivers", "rivers"]
     (out / "cities" / "notes.txt").write_text("mine")
@@ -245,18 +244,6 @@ def test_folder_is_replaced_atomically_and_only_if_badit_wrote_it(trained, tmp_p
         refuses(message, export, run, folder)
 
 
-@pytest.mark.parametrize("method", [BADIT, {"name": "lora", **LORA}], ids=["badit", "lora"])
-def test_run_with_nan_weights_is_not_exported(trained, tmp_path, method):
-    run = trained(method)
-    path = run.adapter_path / "adapter_model.safetensors"
-    tensors = load_file(path)
-    next(tensor for name, tensor in tensors.items() if name.endswith((".badit_B", ".lora_B.weight")))[0, 0] = torch.nan
-    save_file(tensors, path)
-    for merged in (False, True):
-        refuses("NaN", export, run, tmp_path / "out", merged=merged)
-    assert not list(tmp_path.glob("out*"))
-
-
 def test_export_of_a_run_without_varying_gates_has_the_same_scores(trained, tmp_path):
     run = trained({"name": "lora", **LORA})
     scores = {name: each["rouge_l"] for name, each in evaluate(run, progress=False)["tasks"].items()}
@@ -325,10 +312,9 @@ def test_every_family_has_equal_logits_adapted_merged_and_loaded(tiny_model, tmp
     expected = logits(model)
     factors = mixture_factors(model, {layer.name: gates_K.tolist() for layer in layers(model)})
     for layer in layers(model):
-        a, b = (parameters["default"] for parameters in (layer.badit_A, layer.badit_B))
-        gates = gates_K[layer.expert_of("default")]
-        naive = reference.frozen_weight(a, b, *layer.kept_factors("default"), gates, 2.0, 1.0)
-        a_PI, b_OP = factors[layer.name]
+        (a0, b0), (a_PI, b_OP) = layer.kept_factors("default"), factors[layer.name]
+        gated_B = layer.badit_B["default"] * gates_K[layer.expert_of("default")]
+        naive = 2.0 * reference.float64(gated_B @ layer.badit_A["default"] - b0 @ a0)
         np.testing.assert_allclose(reference.float64(b_OP) @ reference.float64(a_PI), naive, atol=1e-5)
     write_adapter(tmp_path, factors, model.unload(), "base")
     assert check_adapter(tmp_path, tiny_model(family))["fan_in_fan_out"] == (family == "gpt2")
