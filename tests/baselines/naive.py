@@ -72,9 +72,8 @@ def logits(model, ids=IDS, mask=MASK, rows=ROWS):
 
 def loss(model, rows=ROWS, **options):
     """Returns the loss; the answers are the last three tokens."""
-    labels = IDS.masked_fill(torch.arange(11) < 8, -100)
     with hooks_of(model).rows_of(rows):
-        return forward(model, IDS, MASK, labels=labels, **options).loss
+        return forward(model, IDS, MASK, labels=IDS.masked_fill(torch.arange(11) < 8, -100), **options).loss
 
 
 def experts(method, A, B, num_experts):
@@ -159,13 +158,6 @@ def branch_forward(layer, x, a):
     B = np.concatenate([reference.float64(p["default"]) for p in (layer.badit_B_past, layer.badit_B)], axis=1)
     parts = [(weight, *pair) for weight, pair in zip(a, experts("o-lora", A, B, len(a)), strict=True)]
     return forward_by_position(layer, x, lambda where: parts)
-
-
-def penalty(layer):
-    """Returns Σ_{i<t} Σ |A_i A_tᵀ| of one layer."""
-    current = reference.float64(layer.badit_A["default"])
-    past = reference.float64(layer.badit_A_past["default"])
-    return sum(abs(float(row @ other)) for row in past for other in current)
 
 
 def projector(old, inputs, share):

@@ -1,7 +1,5 @@
 """Baselines with one branch per task in whole models: forward, next task, gates, O-LoRA's penalty, SAPT's keys."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 import reference
 from badit.analysis.gates import read_gates
 from badit.baselines.branches import mean_embedding
-from badit.files import write_json
+from badit.files import read_json, write_json
 from baselines import naive
 from baselines.naive import BRANCHES, FAMILIES, GATED, adapt, adapted, config, gate, logits, loss, randomise, trainable
 from refusals import refuses
@@ -69,7 +67,7 @@ def test_loaded_adapter_continues_with_next_task_like_the_original(tiny_model, t
     model = adapted(tiny_model("llama"), method)
     expected = logits(model)
     model.save_pretrained(tmp_path)
-    assert "num_experts" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "num_experts" not in read_json(tmp_path / "adapter_config.json")
     renamed = PeftModel.from_pretrained(tiny_model("llama"), tmp_path, adapter_name="other", is_trainable=True).eval()
     trained = trainable(model)
     assert trainable(renamed) == {name.replace("default", "other") for name in trained}
@@ -134,7 +132,8 @@ def test_o_lora_works_without_token_embeddings():
 @pytest.mark.parametrize("tasks", [2, 4])
 def test_orthogonality_penalty_matches_naive_sum(tiny_model, tasks):
     model = adapted(tiny_model("llama"), "o-lora", tasks, orthogonality_weight=0.3, target_modules="all-linear")
-    expected = 0.3 * sum(naive.penalty(layer) for layer in layers(model))
+    factors = [[reference.float64(of["default"]) for of in (one.badit_A_past, one.badit_A)] for one in layers(model)]
+    expected = 0.3 * sum(abs(row @ other) for past, current in factors for row in past for other in current)
     found = model.base_model.extra_loss(MASK)
     assert found.item() == pytest.approx(expected, rel=1e-5)
     found.backward()

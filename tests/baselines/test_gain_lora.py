@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.baselines.gain_lora import GainLoraGate, grown_projector
-from baselines import naive
-from baselines.naive import FIRST, SECOND, adapt, batches, config, logits
+from baselines.naive import FIRST, SECOND, adapt, batches, config, logits, projector
 from refusals import refuses
 from tuner.helpers import take_steps
 
@@ -48,7 +47,7 @@ def test_projector_grows_by_the_fewest_directions_that_hold_the_share(first, sec
     for count in (first, second):
         inputs = torch.randn(count, 8, generator=generator, dtype=torch.float64)
         old, P = P, grown_projector(P, inputs, share)
-        np.testing.assert_allclose(P, naive.projector(old.numpy(), inputs.numpy(), share), atol=1e-6)
+        np.testing.assert_allclose(P, projector(old.numpy(), inputs.numpy(), share), atol=1e-6)
         torch.testing.assert_close(P @ P, P)
     torch.testing.assert_close(grown_projector(P, inputs, share), P)
 

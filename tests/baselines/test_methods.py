@@ -7,11 +7,10 @@ from peft import LoraConfig
 from badit.baselines import BASELINES
 from badit.methods import AdapterMethod, build_method
 from badit.recipe import build_recipe
-from badit.run import Run
 from badit.train import fit, load_run
 from baselines.naive import SMALL, logits
 from refusals import refuses
-from training.trainers import assert_same, fit_until, learned, train_and_score
+from training.trainers import learned
 from tuner.helpers import IDS
 
 OPTIONS = {name: {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1} for name in BASELINES}
@@ -31,14 +30,6 @@ def test_loaded_run_matches_trained_model(recipe_values, monkeypatch, name):
     assert all("gate_proj" in key or "badit_gate" in key for key in learned(run))
     loaded, _ = load_run(run)
     assert torch.equal(logits(loaded, IDS % 60), logits(trained[0].eval(), IDS % 60))
-
-
-def test_resumed_pissa_run_matches_uninterrupted_run(recipe_values, tmp_path):
-    values = {**recipe_values, "method": {"name": "pissa", **OPTIONS["pissa"]}}
-    expected = train_and_score(build_recipe({**values, "output": str(tmp_path / "whole")}))
-    stopped = fit_until(8, build_recipe(values))
-    assert train_and_score(build_recipe(values)) == expected
-    assert_same(learned(Run(tmp_path / "whole")), learned(stopped))
 
 
 def test_config_errors_are_one_line():

@@ -183,6 +183,7 @@ def test_bf16_base_model_round_trip_deepcopy_and_repeated_registration(tiny_mode
     assert torch.equal(logits(copied), expected)
     assert not torch.equal(logits(randomise(copied, seed=5)), expected)
     assert torch.equal(logits(model), expected)
-    options = config(method)
+    options, members = config(method), list(PeftType)
     register(type(options), type(model.base_model))  # a second registration changes nothing
-    assert options.peft_type is PeftType[options.method]
+    assert list(PeftType) == members
+    assert options.peft_type is PeftType[options.method] is PeftType(options.method)

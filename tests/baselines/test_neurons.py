@@ -1,6 +1,5 @@
 """Task neurons: scores against autograd on single examples, selection, and which parameters are trained."""
 
-import math
 import re
 from functools import partial
 
@@ -77,7 +76,7 @@ def test_top_share_is_taken_over_all_layers_together(widths, share, seed):
     chosen = [float(s) for name in scores for s in scores[name][masks[name]]]
     others = [float(s) for name in scores for s in scores[name][~masks[name]]]
     assert len(chosen) == max(1, round(share * sum(widths)))
-    assert min(chosen) >= max(others, default=-math.inf)
+    assert min(chosen) >= max(others, default=-torch.inf)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "llama with biases"])

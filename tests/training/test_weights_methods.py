@@ -26,10 +26,6 @@ def recipe_with(values, method, *overrides):
     return build_recipe({**values, "method": method}, settings)
 
 
-def base_weights(recipe):
-    return dict(base_model(recipe, dtype="float32")[0].named_parameters())
-
-
 @pytest.fixture
 def trained(monkeypatch):
     """The models of the runs at the end of training."""
@@ -41,7 +37,7 @@ def trained(monkeypatch):
 def test_full_fine_tuning_changes_every_weight_and_round_trips(recipe_values, trained):
     recipe = recipe_with(recipe_values, FULL)
     run = fit(recipe, progress=False)
-    base, weights = base_weights(recipe), learned(run)
+    base, weights = dict(base_model(recipe, dtype="float32")[0].named_parameters()), learned(run)
     assert weights.keys() == base.keys()
     assert not any(torch.equal(weights[name], base[name]) for name in base)
     assert run.environment["training"]["trainable_parameters"] == sum(tensor.numel() for tensor in base.values())
@@ -68,8 +64,8 @@ def test_task_neurons_changes_only_the_top_neurons_of_each_task(recipe_values, t
     method = make_plan(recipe).method
     assert method.trained_parameters(base_model(recipe)[0]) == round(SHARE * count * per_neuron), "for one task"
     run = fit(recipe, progress=False)
-    base, weights, of_tasks = base_weights(recipe), learned(run), []
-    model, tokenizer = base_model(recipe)
+    (model, tokenizer), weights, of_tasks = base_model(recipe), learned(run), []
+    base = dict(model.named_parameters())
     for task in make_plan(recipe).tasks:  # each task is one batch
         batch = encoded(tokenizer, recipe, [(task, instance) for instance in task.train], None)
         of_tasks.append(top_neurons(neuron_scores(model, [AnswerCollator(tokenizer.pad_token_id)(batch)]), SHARE))
@@ -77,19 +73,18 @@ def test_task_neurons_changes_only_the_top_neurons_of_each_task(recipe_values, t
     assert {name.split(".")[-2] for name in weights} == {"gate_proj", "up_proj", "down_proj"}
     for name, tensor in weights.items():
         mlp, _, projection = name.removesuffix(".weight").rpartition(".")
-        changed = (tensor != base[name]).any(dim=0 if projection == "down_proj" else 1)
-        assert torch.equal(changed, masks[mlp]), name
+        assert torch.equal((tensor != base[name]).any(dim=0 if projection == "down_proj" else 1), masks[mlp]), name
     neurons = sum(int(mask_F.sum()) for mask_F in masks.values())
     assert SHARE * count <= neurons < count
     assert run.environment["training"]["trainable_parameters"] == neurons * per_neuron
     assert torch.equal(logits(load_run(run)[0]), logits(trained[0].eval()))
 
 
-@pytest.mark.parametrize("method", [FULL, NEURONS, {"name": "pcgrad", "r": 4}], ids=str)
+@pytest.mark.parametrize("method", [FULL, NEURONS, {"name": "pcgrad", "r": 4}, {"name": "pissa", "r": 4}], ids=str)
 def test_resumed_run_saves_bit_identical_weights(recipe_values, tmp_path, method):
     whole = fit(recipe_with(recipe_values, method, f"output={tmp_path / 'whole'}"), progress=False)
     recipe = recipe_with(recipe_values, method)
-    kind = AdapterMethod if method["name"] == "pcgrad" else Method
+    kind = Method if method in (FULL, NEURONS) else AdapterMethod
     run = fit_until(6, recipe, kind=kind)
     begun = []
     with with_callbacks(on("on_step_begin", lambda state, _: begun.append(state.global_step)), kind=kind):
