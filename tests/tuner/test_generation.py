@@ -9,7 +9,6 @@ import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, MambaConfig, MambaForCausalLM
 from transformers.utils import generic
 
-from badit.errors import BaditError
 from badit.tuner.prompt import cache_of
 from refusals import refuses
 from tuner.helpers import FAMILIES, NEW, adapted, forward, generate, greedy_by_hand, layers, opt, padded, random_rows
@@ -89,7 +88,7 @@ def next_tokens(model, ids, prompt_length):
 
 @pytest.mark.parametrize("family", ["llama", "opt"])  # OPT's MLP flattens positions into rows
 def test_generate_continues_from_a_copied_prompt_cache(tiny_model, family):
-    """The cache of a shared prefix keeps its gates, whatever text is appended."""
+    """The cache of a shared prefix keeps its gates, whatever text is appended, until it is reset."""
     model = adapted(opt() if family == "opt" else tiny_model(family))
     cache, _ = prefill(model, *padded(random_rows(6, 6)))
     ids = torch.cat([padded(random_rows(6, 6))[0], torch.tensor([[7, 8], [9, 10]])], dim=1)
@@ -97,6 +96,12 @@ def test_generate_continues_from_a_copied_prompt_cache(tiny_model, family):
         found = generate_from_copy(model, cache, ids)
     assert torch.equal(generate_from_copy(model, cache, ids), found)  # a second warning is an error
     assert torch.equal(found[:, 8:], next_tokens(model, found, 6)[:, 7:-1])
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        kept, fresh = forward(model, ids[:, 6:], mask, copy.deepcopy(cache)).logits, forward(model, ids, mask).logits
+        assert (kept - fresh[:, 6:]).abs().max() > 0.01
+        cache.reset()
+        torch.testing.assert_close(forward(model, ids, mask, cache).logits, fresh, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("routing", ["prompt", "token"])
@@ -161,13 +166,11 @@ def test_component_gates_are_computed_twice_per_generation(tiny_model, monkeypat
 
 def test_chunked_prefill_guidance_and_generate_batch_need_token_routing(tiny_model):
     by_prompt, by_token = (adapted(tiny_model("llama"), routing=routing) for routing in ("prompt", "token"))
-    with pytest.raises(BaditError, match="without prefill_chunk_size, or use routing='token'"):
-        generate(by_prompt, *padded(ROWS), prefill_chunk_size=4)
+    refuses("without prefill_chunk_size, or use routing='t", generate, by_prompt, *padded(ROWS), prefill_chunk_size=4)
     assert torch.equal(generate(by_token, *padded(ROWS), prefill_chunk_size=4), generate(by_token, *padded(ROWS)))
     ids, mask = padded([ROWS[1]])
     for options in ({"guidance_scale": 2.0}, {"generation_config": GenerationConfig(guidance_scale=2.0)}):
-        with pytest.raises(BaditError, match="guidance_scale: generates from an unconditional prompt too"):
-            by_prompt.generate(input_ids=ids, **options)
+        refuses("guidance_scale: generates from an unconditional prompt", by_prompt.generate, input_ids=ids, **options)
     assert generate(by_token, ids, mask, guidance_scale=2.0).shape == (1, len(ROWS[1]) + NEW)
     # Without these limits, it would allocate most of the machine's memory.
     room = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
@@ -177,17 +180,3 @@ def test_chunked_prefill_guidance_and_generate_batch_need_token_routing(tiny_mod
     assert "generate_batch: does not store a prompt's gates" in refused.error
     for row, answer in zip(ROWS, by_token.generate_batch(inputs=ROWS, **options).values(), strict=True):
         assert answer.generated_tokens == generate(by_token, *padded([row]))[0, -NEW:].tolist()
-
-
-def test_text_added_to_a_cache_warns_and_reset_recomputes_the_gates(tiny_model):
-    model = adapted(tiny_model("llama"))
-    ids, mask = padded(random_rows(9, 9))
-    cache, _ = prefill(model, ids[:, :6], mask[:, :6])
-    last = {"use_cache": True, "logits_to_keep": 1}
-    with torch.no_grad():
-        with pytest.warns(UserWarning, match="keeps the gates of its first prompt"):
-            kept = forward(model, ids[:, 6:], mask, cache, **last).logits
-        fresh = forward(model, ids, mask, **last).logits
-        assert (kept - fresh).abs().max() > 0.05
-        cache.reset()
-        torch.testing.assert_close(forward(model, ids, mask, cache, **last).logits, fresh)

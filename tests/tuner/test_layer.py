@@ -163,8 +163,7 @@ def test_clusters_have_the_moments_of_their_prompts_also_without_or_with_equal_p
     layer, (x, mask) = make(**CLUSTERS), batch()
     assert not layer.badit_router
     layer.cluster("default", means := torch.randn(40, IN, dtype=torch.float64))
-    expected = reference.prompt_moments([means])
-    np.testing.assert_allclose(layer.badit_moments["default"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layer.badit_moments["default"], reference.prompt_moments([means]), rtol=1e-5, atol=1e-6)
     layer.cluster("default", torch.zeros(5, IN))  # such as an MoE's expert that gets no tokens
     assert layer.badit_moments["default"].isfinite().all()
     assert run(layer, x, mask).isfinite().all()

@@ -1,35 +1,26 @@
 """PEFT's features for any method: registration, several adapters, copies, ways of loading; supported or refused."""
 
 import copy
-import importlib
 
 import peft
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PeftType, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-import badit.tuner
-from badit.errors import BaditError
+from badit.tuner import BaditConfig, BaditModel
 from badit.tuner.model import register
+from refusals import refuses
 from tuner.helpers import FAMILIES, IDS, MASK, adapt, adapted, config, generate, layers, logits, randomise
 
 # With PEFT 0.19, transformers 5.24 cannot load any adapter into GPT-2, not even LoRA.
 LOADED_BY_TRANSFORMERS = [each for each in FAMILIES if not (peft.__version__.startswith("0.19.") and each == "gpt2")]
 
 
-def test_peft_type_member_is_created_once_and_round_trips():
-    members, member = list(PeftType), config().peft_type
-    importlib.reload(badit.tuner)
-    assert list(PeftType) == members
-    assert member is PeftType["BADIT"] is PeftType("BADIT")
-
-
 def test_name_registered_by_another_package_is_refused(monkeypatch):
     foreign = type("ForeignConfig", (), {"__module__": "elsewhere.config"})
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, config().peft_type, foreign)
-    with pytest.raises(BaditError, match=r"'badit' is already registered by elsewhere\.config; uninstall"):
-        register(badit.tuner.BaditConfig, badit.tuner.BaditModel)
+    refuses(r"'badit' is already registered by elsewhere\.config; uninstall", register, BaditConfig, BaditModel)
 
 
 @pytest.mark.parametrize(("family", "more"), [("llama", "q_proj"), ("gpt2", "c_attn")])
@@ -68,8 +59,8 @@ def test_refused_adapter_leaves_no_configuration(tiny_model):
 def test_second_call_on_a_base_replaces_an_adapter_of_the_method_only(tiny_model):
     adapt(base := tiny_model("llama"), gates="mean_one")
     assert adapt(base).state_dict().keys() == adapt(tiny_model("llama")).state_dict().keys()
-    with pytest.raises(BaditError, match="another method's adapter"):
-        adapt(get_peft_model(tiny_model("llama"), LoraConfig()).base_model.model, target_modules=["q_proj"])
+    of_lora = get_peft_model(tiny_model("llama"), LoraConfig()).base_model.model
+    refuses("another method's adapter", adapt, of_lora, target_modules=["q_proj"])
 
 
 def test_deep_copy_is_independent(tiny_model):

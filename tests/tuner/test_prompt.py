@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertForTokenClassification, DynamicCache, StaticCache
 
 from badit.analysis.gates import adapted_layers
-from badit.errors import BaditError
 from badit.tuner.prompt import RoutingContext
 from refusals import refuses
 from tuner import helpers
@@ -39,8 +38,7 @@ def test_teacher_forcing_equals_cached_decoding(tiny_model, family, options):
     for cache in (DynamicCache(config=inner), StaticCache(config=inner, max_cache_len=24)):
         torch.testing.assert_close(cached_steps(model, ids, mask, LENGTH, cache), forced, **CLOSE)
     # Without labels, prompt routing also reads the answer, which changes the logits.
-    unforced = logits_of(model, ids, mask)[:, LENGTH - 1 :]
-    assert ((unforced - forced).abs().max() > 0.1) == ("routing" not in options)
+    assert ((logits_of(model, ids, mask)[:, LENGTH - 1 :] - forced).abs().max() > 0.1) == ("routing" not in options)
 
 
 def test_cached_decoding_with_two_active_adapters_equals_teacher_forcing(tiny_model):
@@ -110,8 +108,8 @@ def test_decoder_calls_block_masks_and_data_parallel_are_refused(tiny_model):
 
     ids, mask = padded(PROMPTS)
     model, by_token = (adapted(tiny_model("llama"), routing=routing) for routing in ("prompt", "token"))
-    with pytest.raises(BaditError, match=r"the model's decoder was called by itself.*routing='token'"):
-        model.get_base_model().get_decoder()(input_ids=ids, attention_mask=mask)
+    decoder = model.get_base_model().get_decoder()
+    refuses("the model's decoder was called by itself.*routing='token'", decoder, input_ids=ids, attention_mask=mask)
     by_token.get_base_model().get_decoder()(input_ids=ids, attention_mask=mask)
     blocks = create_block_mask(lambda b, h, q, k: q >= k, B=3, H=None, Q_LEN=LENGTH, KV_LEN=LENGTH, device="cpu")
     refuses(r"attention mask of type BlockMask.*prompt_mask=", model, input_ids=ids, attention_mask=blocks)
@@ -152,8 +150,7 @@ def test_packed_segments_have_their_own_prompts_from_labels_or_mask(tiny_model):
     labels, positions_ = ids.masked_fill(expected, -100), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     by_ends = {"labels": labels, "cu_seq_lens_q": torch.tensor([0, 4, 9, 9], dtype=torch.int32)}  # for flash attention
     by_positions = {"labels": labels.repeat(2, 1), "position_ids": positions_.repeat(2, 1)}
-    by_mask = {"position_ids": positions_, "prompt_mask": expected}
-    for rows, batch in ((1, by_ends), (2, by_positions), (1, by_mask)):
+    for rows, batch in ((1, by_ends), (2, by_positions), (1, {"position_ids": positions_, "prompt_mask": expected})):
         found = context.describe(model, {"input_ids": ids.repeat(rows, 1), **batch})
         assert torch.equal(found.prompt[0], expected.repeat(rows, 1))
         assert found.prompt[1].of_BT.tolist() == [[0] * 4 + [1] * 5, [2] * 4 + [3] * 5][:rows]
@@ -161,8 +158,7 @@ def test_packed_segments_have_their_own_prompts_from_labels_or_mask(tiny_model):
         padding["position_ids"] = torch.cat([positions_, torch.zeros(1, 2, dtype=torch.long)], dim=1).repeat(rows, 1)
         padded_ids = torch.cat([ids, ids[:, :2]], dim=1).repeat(rows, 1)
         assert not context.describe(model, {"input_ids": padded_ids, **padding}).prompt[0][:, 9:].any()
-        with pytest.raises(BaditError, match="set packing=False and padding_free=False"):
-            _ = found.prompt_mask_BT  # read by methods with one set of gates per row
+        refuses("packing=False and padding_free=False", getattr, found, "prompt_mask_BT")  # one set of gates per row
 
 
 @pytest.mark.parametrize(
@@ -178,9 +174,9 @@ def test_cache_of_another_adapter_or_batch_size_is_refused(tiny_model, filled_by
         logits_of(model, ids[:, :LENGTH], mask[:, :LENGTH], cache=cache, use_cache=True)
     model.set_adapter(decoded_by)
     cache.batch_select_indices(torch.arange(rows))
-    other_rows = "filled with a batch of 3 rows, but the batch now has 2"
-    with pytest.raises(BaditError, match=other_rows if rows == 2 else "this cache was filled without the adapter"):
-        logits_of(model, ids[:rows, LENGTH : LENGTH + 1], mask[:rows, : LENGTH + 1], cache=cache, use_cache=True)
+    message = "filled with a batch of 3 rows, but the batch now has 2" if rows == 2 else "filled without the adapter"
+    newest = ids[:rows, LENGTH : LENGTH + 1], mask[:rows, : LENGTH + 1]
+    refuses(message, logits_of, model, *newest, cache=cache, use_cache=True)
 
 
 def test_failed_forward_pass_leaves_no_state(tiny_model):

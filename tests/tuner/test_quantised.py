@@ -9,7 +9,6 @@ from peft import PeftModel
 from torch import nn
 from torch.testing import assert_close
 
-from badit.errors import BaditError
 from badit.evaluate import evaluate
 from badit.models import Quantisation, load_base_model
 from badit.recipe import build_recipe
@@ -97,10 +96,9 @@ def test_training_lowers_the_loss_keeps_the_base_and_round_trips(load, tmp_path,
 
 def test_base_weights_repacked_for_the_cpu_are_refused(load):
     base = load("bnb-4bit").eval()
-    layer = base.model.layers[1].mlp.gate_proj
     with torch.no_grad():
         base(input_ids=IDS)  # repacks the weight on a CPU with AVX-512 BF16; elsewhere the flag below simulates it
-    layer.weight.quant_state.packing_format_for_cpu = True
+    base.model.layers[1].mlp.gate_proj.weight.quant_state.packing_format_for_cpu = True
     refuses(r"has been evaluated on a CPU.*load the model again", adapt, base, num_experts=4)
 
 
@@ -117,12 +115,10 @@ def test_unsupported_quantisation_is_refused(recipe_values, model_folder, monkey
     class WQLinear(nn.Module):
         qweight = torch.zeros(2, 2, dtype=torch.int32)
 
-    with pytest.raises(BaditError, match=r"mlp\.up is a WQLinear, quantised by GPTQ or AWQ: BADIT cannot read"):
-        refuse_unsuitable_layer(WQLinear(), "mlp.up", "BADIT")
-    with pytest.raises(BaditError, match=r"model\.quantisation: full cannot train quantised base weights"):
-        make_plan(build_recipe({**recipe_values, "method": {"name": "full"}}, ["model.quantisation=bnb-8bit"]))
-    with pytest.raises(BaditError, match=r"quantisation: unknown 'bnb-8' \(did you mean 'bnb-8bit'\?\)"):
-        load_base_model(model_folder, quantisation="bnb-8")
+    message = r"mlp\.up is a WQLinear, quantised by GPTQ or AWQ: BADIT cannot read"
+    refuses(message, refuse_unsuitable_layer, WQLinear(), "mlp.up", "BADIT")
+    full = build_recipe({**recipe_values, "method": {"name": "full"}}, ["model.quantisation=bnb-8bit"])
+    refuses(r"model\.quantisation: full cannot train quantised base weights", make_plan, full)
+    refuses("unknown 'bnb-8' .did you mean 'bnb-8bit'", load_base_model, model_folder, quantisation="bnb-8")
     monkeypatch.setattr("badit.models.find_spec", lambda name: None)
-    with pytest.raises(BaditError, match=r"bnb-4bit needs bitsandbytes: pip install 'badit\[quantised\]'"):
-        load_base_model(model_folder, quantisation="bnb-4bit")
+    refuses(r"needs bitsandbytes: pip install 'badit\[q", load_base_model, model_folder, quantisation="bnb-4bit")

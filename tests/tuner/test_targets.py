@@ -84,11 +84,7 @@ def test_smollm2_equals_base_at_step_0_and_generates_as_teacher_forced():
     model = get_peft_model(base, BaditConfig(**options)).eval()
     assert len(layers(model)) == 30
     assert (logits(model, ids, mask) - expected).abs().max() <= 1e-4
-    with torch.no_grad():
-        for layer in layers(model):
-            for parameter in (layer.badit_A["default"], layer.badit_B["default"]):
-                parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter))
-            torch.nn.init.normal_(layer.badit_router["default"])
+    helpers.randomise(model)
     assert torch.equal(helpers.generate(model, ids, mask, 5), greedy_by_hand(model, ids, mask, 5))
     with model.disable_adapter():
         assert torch.equal(logits(model, ids, mask), expected)
@@ -126,8 +122,7 @@ def test_fused_experts_forward_generate_save_and_unload(tiny_model, tmp_path, fa
     torch.testing.assert_close(torch.cat(alone), expected, atol=2e-5, rtol=0)
     if family != "gpt_oss":  # its attention does not separate packed rows in transformers 5.24
         packed = {"input_ids": IDS[MASK.bool()][None], "position_ids": (MASK.cumsum(dim=1) - 1)[MASK.bool()][None]}
-        found = model(**packed, use_cache=False).logits[0].detach()
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+        torch.testing.assert_close(model(**packed, use_cache=False).logits[0].detach(), expected, atol=2e-5, rtol=0)
     assert torch.equal(helpers.generate(model, ids, mask), greedy_by_hand(model, ids, mask, 6))
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(family), tmp_path)), expected)
