@@ -66,10 +66,6 @@ def end(process: Any) -> tuple[int, str]:
     return process.exitcode, Path(f"{process.name}.txt").read_text()
 
 
-def strike(*order: Any) -> tuple[int, str]:
-    return end(start(*order))
-
-
 def run(order: dict[str, Any]) -> None:
     for stream, path in ((1, os.devnull), (2, f"{order['output']}.txt")):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)

@@ -101,9 +101,8 @@ class Launches:
             checked, *_ = _validate_launch_command(parsed)
             variables = {**prepare_multi_gpu_env(checked), **variables}
         printed = str(self.folder / f"{name}-{port}.txt")
-        words = self.settings(name, 2)
         places = [{**variables, "RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(processes))]
-        ranks = [self._forks.Process(target=forked, args=(words, place, printed)) for place in places]
+        ranks = [self._forks.Process(target=forked, args=(self.settings(name, 2), place, printed)) for place in places]
         for rank in ranks:
             rank.start()
         while alive := [rank.sentinel for rank in ranks if rank.is_alive()]:

@@ -105,7 +105,7 @@ def test_command_killed_in_a_file_operation_gives_same_files_when_repeated(comma
     for number in range(1, 10 * STRESS + 1) if STRESS > 1 else [1, 3]:
         place = tmp_path / str(number)
         arguments = command_line(command, whole["train"], place)
-        code, said = killed.strike(processes, arguments, place, "file", number, signal.SIGKILL)
+        code, said = killed.end(killed.start(processes, arguments, place, "file", number, signal.SIGKILL))
         if code == 0:
             assert number > 1, "the command has no file operation"
             return

@@ -55,8 +55,7 @@ def test_held_out_loss_is_mean_instance_nll_and_does_not_affect_training(recipe)
     assert last.metrics["step"].tolist() == [7, 10], "the last step is not logged"
     model, tokenizer = load_run(other, measured)
     pairs = [(task, instance) for task in make_plan(measured).tasks for instance in task.validation]
-    examples = encoded(tokenizer, measured, pairs, model)
-    sums, counts = prompt_losses(model, [AnswerCollator(0)(examples)])
+    sums, counts = prompt_losses(model, [AnswerCollator(0)(encoded(tokenizer, measured, pairs, model))])
     assert losses["eval_loss"].iloc[-1] == pytest.approx((sums / counts).mean(), rel=1e-4)
 
 

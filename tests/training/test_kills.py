@@ -36,7 +36,7 @@ def train(request, processes, material, tmp_path_factory):
 
     def run(name, *when):
         command = ["train", str(folder / "recipe.yaml"), f"output={folder / name}", "data.test_per_task=1"]
-        return killed.strike(processes, [*command, *KINDS[request.param]], folder / name, *when)
+        return killed.end(killed.start(processes, [*command, *KINDS[request.param]], folder / name, *when))
 
     run.folder = folder
     assert run("whole")[0] == 0

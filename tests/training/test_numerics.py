@@ -1,8 +1,6 @@
 """Losses and gradients stay finite on edge-case batches and weights; non-finite steps are skipped and counted."""
 
 import itertools
-import math
-import re
 
 import pytest
 import torch
@@ -71,7 +69,7 @@ def break_loss(monkeypatch, steps):
 
     def broken(self, model, inputs, **options):
         loss = compute(self, model, inputs, **options)
-        return loss * math.inf if self.state.global_step + 1 in steps else loss
+        return loss * torch.inf if self.state.global_step + 1 in steps else loss
 
     monkeypatch.setattr(AnswerTrainer, "compute_loss", broken)
 
@@ -92,7 +90,7 @@ def test_non_finite_steps_are_skipped_and_counted_across_resume(recipe_values, m
     assert [line.get("skipped_steps", 0) for line in lines] == [0, 0, 0, 1, 2, *[3] * 7]
     assert [line["loss"] is None for line in lines] == [step in (4, 5, 6) for step in range(1, 13)]
     assert [line["window_steps"] for line in read_jsonl(run.regroupings_path)][::2] == [2, 4]
-    assert not re.search("NaN|Infinity", run.metrics_path.read_text())
+    assert not [word for word in ("NaN", "Infinity") if word in run.metrics_path.read_text()]
     resumed = build_recipe(recipe_values, [*options, f"output={tmp_path / 'resumed'}"])
     fit_until(6, resumed)
     assert fit(resumed, progress=False).metrics_path.read_text() == run.metrics_path.read_text()
@@ -106,10 +104,9 @@ def test_too_many_non_finite_steps_stop_the_run_and_name_the_batch(recipe_values
         with monkeypatch.context() as patch:
             break_loss(patch, steps)
             said = refuses(f"^{message}", fit, recipe, progress=False)
-    ids = {f"{task.name}/{each.id}" for task in make_plan(recipe).tasks for each in task.train}
     named = said.partition("the batch has instances ")[2].partition(";")[0].split(", ")
     assert len(named) == 4
-    assert set(named) <= ids
+    assert set(named) <= {f"{task.name}/{each.id}" for task in make_plan(recipe).tasks for each in task.train}
     fit(recipe, progress=False)
     short = build_recipe(recipe_values, ["training.max_steps=6", f"output={recipe.output}-short"])
     break_loss(monkeypatch, range(1, 7))

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from badit import BaditError, Run, load_tasks
+from badit import Run, load_tasks
 from badit.cli import main
 from badit.data import Task
 from badit.data.prompts import Prompt
@@ -147,11 +147,9 @@ def test_generate_for_a_task_uses_the_prompt_format_of_training(run, recipe_valu
     assert " ".join("".join(seen[0][:3]).split()) in " ".join(trained_with.split())
     run.generate(["as it is"], task="cities", raw=True, max_new_tokens=2)
     assert seen[1] == "as it is"
-    with pytest.raises(BaditError, match=r"'citys' \(did you mean 'cities'\?\); known: cities, rivers$"):
-        run.generate("Lima", task="citys")
+    refuses(r"'citys' \(did you mean 'cities'\?\); known: cities, rivers$", run.generate, "Lima", task="citys")
     monkeypatch.setattr(Task, "has_several_instructions", True)
-    with pytest.raises(BaditError, match="--task: cities has several instructions"):
-        run.generate("Lima", task="cities")
+    refuses("--task: cities has several instructions", run.generate, "Lima", task="cities")
     monkeypatch.setattr(sys, "stdin", io.StringIO("from stdin\n"))
     assert main(["generate", str(run.path), "-", "--max-new-tokens", "2"]) == 0
     assert seen[2] == Prompt("", "from stdin", "", is_message=True)
@@ -162,10 +160,9 @@ def test_instances_beyond_model_positions_or_embeddings_are_refused(tiny_model):
     model, rotary = tiny_model("gpt2", n_positions=64), tiny_model("llama", max_position_embeddings=20)
     refuse_beyond_model([example], model, more=4)
     refuse_beyond_model([example], rotary)
-    with pytest.raises(BaditError, match=r"cities/7: has 60 tokens plus 5 new, but the model has 64 positions; lower"):
-        refuse_beyond_model([example], model, more=5)
-    with pytest.raises(BaditError, match="instance cities/7: token id 100 is beyond the model's 100 embeddings"):
-        refuse_beyond_model([{**example, "input_ids": [100]}], rotary)
+    refuses("has 60 tokens plus 5 new, but the model has 64 positions", refuse_beyond_model, [example], model, more=5)
+    example["input_ids"] = [100]
+    refuses("cities/7: token id 100 is beyond the model's 100 embeddings", refuse_beyond_model, [example], rotary)
 
 
 def test_prompts_beyond_model_positions_are_refused_by_commands(tiny_model, recipe_values, tmp_path, command):

@@ -1,7 +1,5 @@
 """Sequential training: stage folders, scores, resuming, and every method in a sequence."""
 
-import math
-
 import pytest
 import torch
 
@@ -60,8 +58,6 @@ def test_each_stage_writes_its_files_and_the_run_has_those_of_the_last(finished)
     kept = [file for file in last.adapter_path.iterdir() if file.name != "README.md"]  # the card is of the whole run
     for file in [*kept, *last.predictions_path.iterdir()]:
         assert (run.path / file.relative_to(last.path)).read_bytes() == file.read_bytes()
-    assert not list(run.path.rglob("*.partial"))
-    assert read_json(run.scores_path) == scores
     assert scores["tasks"] == read_json(last.scores_path)["tasks"]
     assert scores["order"] == ORDER
     assert run.environment["mixture"] == {"rivers": 10, "cities": 10}, "each task is counted in its own stage"
@@ -103,7 +99,7 @@ def test_score_matrix_and_continual_scores(recipe_values, unseen):
         write_json(folder.scores_path, content)
     scores = evaluate(Run(recipe.output), progress=False, resume=True)
     assert scores["matrix"] == made_up
-    matrix = [[math.nan if score is None else score for score in row] for row in made_up]
+    matrix = [[torch.nan if score is None else score for score in row] for row in made_up]
     assert scores["continual"] == {form: continual_scores(matrix, form=form)._asdict() for form in FORMS}
     assert (scores["continual"]["standard"]["forgetting"], scores["tasks"]["cities"]["rouge_l"]) == (20.0, 80.0)
 
@@ -145,7 +141,6 @@ def test_every_method_starts_the_second_stage_from_the_first(recipe_values, name
 
 
 def test_stages_use_different_seeds_and_initial_weights(recipe_values):
-    recipe = sequence(recipe_values, {"name": "o-lora", "r": 2, "lora_dropout": 0.1})
     begun = []
 
     def begin(state, keywords):
@@ -153,7 +148,7 @@ def test_stages_use_different_seeds_and_initial_weights(recipe_values):
         begun.append((new_branch, keywords["args"].seed, torch.initial_seed()))
 
     with with_callbacks(on("on_train_begin", begin)):
-        fit(recipe, progress=False)
+        fit(sequence(recipe_values, {"name": "o-lora", "r": 2, "lora_dropout": 0.1}), progress=False)
     branches, orders, dropouts = zip(*begun, strict=True)
     assert not any(map(torch.equal, *branches))
     assert len({*orders}) == len({*dropouts}) == 2

@@ -40,8 +40,7 @@ def test_trackio_stores_losses_and_regroupings(recipe_values, tmp_path, monkeypa
     logged = SQLiteStorage.get_logs("badit", run.path.name)
     found = {entry["train/global_step"]: entry["train/loss"] for entry in logged if "train/loss" in entry}
     assert found == pytest.approx(run.metrics.set_index("step")["loss"].to_dict())
-    moved = {entry["train/global_step"] for entry in logged if "train/regroup/components_moved" in entry}
-    assert moved == {3, 6, 9}
+    assert {entry["train/global_step"] for entry in logged if "train/regroup/components_moved" in entry} == {3, 6, 9}
 
 
 def test_unknown_or_missing_tracker_is_refused(recipe_values, monkeypatch):
