@@ -48,8 +48,7 @@ def test_first_recipe_matches_the_data(material, tmp_path, monkeypatch, command,
 def rows(folder, count, answer="b", test=True):
     """Writes ``count`` training rows and, by default, one test row, and returns the file."""
     line = {"task": "a", "instruction": "Do.", "output": answer}
-    splits = ["train"] * count + ["test"] * test
-    lines = [{"input": f"{i}", **line, "split": split} for i, split in enumerate(splits)]
+    lines = [{"input": f"{i}", **line, "split": split} for i, split in enumerate(["train"] * count + ["test"] * test)]
     return str(write_rows(folder / "a.jsonl", *lines))
 
 

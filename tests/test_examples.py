@@ -63,10 +63,9 @@ def test_readme_links_and_paths_in_the_architecture_tree_exist():
 def test_readme_snippet_runs_and_its_adapter_loads(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = TrainingArguments(output_dir="out", max_steps=3, remove_unused_columns=False, **QUIET)
-    names = {"model": tiny_model("llama"), "args": args, "dataset": examples(), "collator": AnswerCollator(0)}
     (tune,) = README.blocks("python")
     load = Page("docs/integrations.md").blocks("python")[0].replace("runs/mine/adapter", "adapter")
-    exec(tune, names)
+    exec(tune, {"model": tiny_model("llama"), "args": args, "dataset": examples(), "collator": AnswerCollator(0)})
     tiny_model("llama").save_pretrained("base")
     # In a new process, in which only the snippet registers the method with PEFT.
     base = "from transformers import AutoModelForCausalLM\nbase = AutoModelForCausalLM.from_pretrained('base')\n"

@@ -136,8 +136,7 @@ def test_run_folder_cannot_enable_trust_remote_code(verb, model_with_code, tmp_p
     assert "allow it with --trust-remote-code" in command(verb, run, *more, code=2)
     assert not (tmp_path / "ran").exists()
     if verb == "export":
-        message = "is a run of the unchanged base model"
-        assert message in command(verb, run, *more, "--trust-remote-code", code=2)
+        assert "is a run of the unchanged base model" in command(verb, run, *more, "--trust-remote-code", code=2)
     refuses("allow it with --trust-remote-code", BaditLM, run=run)
 
 

@@ -133,14 +133,13 @@ def test_prompt_is_routed_to_the_export_with_the_nearest_weights(client, router,
 
 
 def test_texts_and_chats_are_tokenised_by_vllm_and_other_models_forwarded(client, router, vllm):
-    headers = {"authorization": "Bearer key"}
     _, tokenizer = base_model(router.run.recipe)
     chat = tokenizer.apply_chat_template(CHAT["messages"], add_generation_prompt=True)["input_ids"]
     plain = tokenizer("land 3")["input_ids"]
     asked = [("chat/completions", content, chat) for content in (CHAT, {**CHAT, "model": "run"})]  # the run's name
     asked += [("completions", {"prompt": prompt}, plain) for prompt in ("land 3", ["land 3"])]
     for path, content, ids in asked:
-        answer = client.post(f"/{path}", json=content, headers=headers)
+        answer = client.post(f"/{path}", json=content, headers={"authorization": "Bearer key"})
         adapter = router.nearest(router.gates(ids))
         assert answer.headers["x-badit-adapter"] == adapter
         assert vllm.asked[-1] == (f"/v1/{path}", {**content, "model": adapter}, "Bearer key", [])
@@ -242,8 +241,7 @@ def test_unreachable_vllm_or_missing_lora_loading_is_reported(router, vllm):
 def test_unsuitable_runs_exports_and_urls_are_refused(run, trained, tmp_path, command):
     for method in ({"name": "lora", "r": 2}, {"name": "mtl-lora", "r": 2}):
         refuses("do not depend on the prompt; serve its export", Router, trained(method), None)
-    other = trained(BADIT | {"lora_alpha": 1.0})
-    export(other, tmp_path / "tasks", all_tasks=True, progress=False)
+    export(trained(BADIT | {"lora_alpha": 1.0}), tmp_path / "tasks", all_tasks=True, progress=False)
     refuses("was not exported from the present weights of", Router, run, tmp_path / "tasks")
     wrong = {str(tmp_path): "has no task LoRAs; run badit export"}
     wrong |= {"--url=localhost:8000": "--url: must be an address such as http://127.0.0.1:8000"}

@@ -53,7 +53,6 @@ def test_each_method_uses_its_best_rate_and_results_match_the_runs(searched):
     assert len(by_status(results, status="done")) == len(results["cells"]) == 2 * (3 + 1)
     assert [line[0] + line[-1] for line in lines if "training and scoring" in line] == ["l0", "b1", "l2", "b3"]
     assert sum(line.endswith(": training") for line in lines) == 6
-    assert read_json(output / "results.json") == results
     assert (results["protocol"], results["reference"], results["methods"]) == ("mixed", "lora", ["lora", "badit"])
     for cell in results["cells"]:
         run = Run(output / cell["method"] / f"lr-{cell['learning_rate']:g}" / f"seed-{cell['seed']}")

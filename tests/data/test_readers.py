@@ -183,8 +183,7 @@ def test_invalid_rows_are_refused_with_their_line_number(tmp_path):
         ([{"task": "a", "instrution": "b", "input": "c", "output": "d"}], "line 1: found 'instrution', did you mean"),
         ([{"context": "b", "question": "c", "answer": "d"}], "line 1: context: not used in a row with question and an"),
         ([{"instruction": "b", "system": "c", "output": "d"}], "line 1: system: not used in a row with instruction"),
-        ([{"messages": CHAT, "context": "b"}], "line 1: context: not used in a row with messages; remove it"),
-        ([{"messages": CHAT, "instruction": "b"}], "line 1: instruction: not used in a row with messages"),
+        ([{"messages": CHAT, "instruction": "b"}], "line 1: instruction: not used in a row with messages; remove it"),
         ([{"messages": CHAT, "tools": ["f"]}], "line 1: tools: not used in a row with messages"),
         ([{"messages": [{**CHAT[0], "tool_calls": ["f"]}]}], "line 1: messages.0: must have a role and text as"),
     ):

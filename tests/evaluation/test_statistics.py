@@ -1,7 +1,5 @@
 """The paired bootstrap and the continual-learning scores, compared with naive implementations."""
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,7 +13,7 @@ TASKS = {"b": RNG.normal(1, 5, (3, 8)), "a": RNG.normal(0, 9, (3, 5)), "c": RNG.
 MATRICES = st.integers(2, 5).flatmap(
     lambda T: st.lists(st.lists(st.floats(0, 100), min_size=T, max_size=T), min_size=T, max_size=T)
 )
-NAN = math.nan
+NAN = np.nan
 
 
 def naive_bootstrap(tasks, resamples, rng):

@@ -39,8 +39,7 @@ def mlflow_run(client, run):
 
 
 client = MlflowClient(sys.argv[1])
-experiments = [one.experiment_id for one in client.search_experiments()]
-of_mlflow = client.search_runs(experiments, order_by=["start_time"])
+of_mlflow = client.search_runs([one.experiment_id for one in client.search_experiments()], order_by=["start_time"])
 of_wandb = [next(Path(folder).rglob("*.wandb")) for folder in sys.argv[2:]]
 pairs = zip(of_wandb, of_mlflow, strict=True)
 print(json.dumps([{"wandb": wandb_run(path), "mlflow": mlflow_run(client, run)} for path, run in pairs]))

@@ -36,11 +36,6 @@ AXOLOTL = {
 }
 
 
-def write(path, text):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-
-
 def call(tool, *arguments, folder, **variables):
     """The output of a Python process in a tool's environment, stderr included."""
     command = [str(ENVIRONMENTS / tool / "bin" / "python"), *map(str, arguments)]
@@ -54,7 +49,7 @@ def call(tool, *arguments, folder, **variables):
 def test_wandb_and_mlflow_store_losses_and_regroupings_of_every_stage(recipe_values, tmp_path):
     recipe_values["training"]["report_to"] = ["wandb", "mlflow"]
     recipe_values["data"]["order"] = ["cities", "rivers"]
-    write(tmp_path / "recipe.yaml", yaml.safe_dump(recipe_values))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_values))
     call("trackers", "-m", "badit", "train", "recipe.yaml", folder=tmp_path, WANDB_MODE="offline")
     stages = sorted((tmp_path / "run" / "stages").iterdir())
     reader = Path(__file__).with_name("logged.py")
@@ -96,7 +91,7 @@ def test_axolotl_trains_an_adapter(model_folder, tmp_path, kind):
     write_rows(tmp_path / "chats.jsonl", *rows)
 
     def axolotl(verb, values):
-        write(tmp_path / "axolotl.yaml", yaml.safe_dump(values))
+        (tmp_path / "axolotl.yaml").write_text(yaml.safe_dump(values))
         return call("axolotl", "-m", f"axolotl.cli.{verb}", "axolotl.yaml", folder=tmp_path, AXOLOTL_DO_NOT_TRACK="1")
 
     assert (ROUTING_WARNING in axolotl("train", values | options)) == warns
@@ -119,15 +114,16 @@ def test_llama_factory_trains_an_existing_adapter(model_folder, tmp_path):
     assert str(OPTIONS) in script
     values = yaml.safe_load(text) | {"model_name_or_path": str(model_folder), "output_dir": "out", "report_to": "none"}
     values |= {"gradient_accumulation_steps": 1, "max_steps": 10, "learning_rate": 0.01, "use_cpu": True}
-    write(tmp_path / "train.py", script)
-    write(tmp_path / "train.yaml", yaml.safe_dump(values))
-    write(tmp_path / "torchaudio.py", "")  # PyPI's torchaudio needs CUDA libraries; text needs no audio
+    (tmp_path / "train.py").write_text(script)
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "torchaudio.py").write_text("")  # PyPI's torchaudio needs CUDA libraries; text needs no audio
     contents = [[message["content"] for message in chat] for chat in CHATS]
+    (tmp_path / "data").mkdir()
     earlier = {"input": "", "history": [["Name a river.", "river 1"]]}
     pairs = [{"instruction": question, "output": answer, **earlier} for question, answer in contents]
-    write(tmp_path / "data" / "chats.json", json.dumps(pairs))
+    (tmp_path / "data" / "chats.json").write_text(json.dumps(pairs))
     columns = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
     information = {"chats": {"file_name": "chats.json", "columns": columns}}
-    write(tmp_path / "data" / "dataset_info.json", json.dumps(information))
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(information))
     assert ROUTING_WARNING not in call("llamafactory", "train.py", "train.yaml", folder=tmp_path)
     assert_trained(tmp_path / "out", model_folder)

@@ -131,9 +131,8 @@ def test_comparison_page_has_its_table_failed_runs_and_loss_curves(tmp_path):
 def test_untrusted_text_never_becomes_markup_or_a_link(tmp_path):
     """Names, answers, prompts, modules, settings and folders contain markup or event handlers."""
     names = (NASTY.replace("/", "∕"), NASTY_TASK, "third", *HANDLERS, "javascript:alert(1)")
-    shape = Shape(names, modules=(NASTY, "</script><script>alert(1)</script>", "<!--<script>"))
     run = write_run(tmp_path / f"<b>{HANDLERS[0]}", Shape(names[2:4]), analysed=False)
-    save_tables(run, shape)
+    save_tables(run, Shape(names, modules=(NASTY, "</script><script>alert(1)</script>", "<!--<script>")))
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("smollm2-135m", NASTY) + f'note: "{NASTY_TASK!r:.20}</pre>"\n')
     answer = {"task": "third", "instance_id": "1", "prompt": f"Input: {NASTY}\nOutput:", "references": [NASTY, "</dd>"]}

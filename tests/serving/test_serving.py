@@ -167,8 +167,7 @@ def test_vllm_and_transformers_give_an_export_the_same_scores(exports):
 @contextmanager
 def started(*words, output=subprocess.PIPE):
     """A server process that is terminated at the end of the context."""
-    command = list(map(str, words))
-    with subprocess.Popen(command, env=process_environment(SOURCE), stdout=output, text=True) as process:
+    with subprocess.Popen(list(map(str, words)), env=process_environment(SOURCE), stdout=output, text=True) as process:
         try:
             yield process
         finally:

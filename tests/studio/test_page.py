@@ -197,8 +197,7 @@ def test_page_reports_a_method_without_gates_and_a_stopped_server(browser, plain
 def test_markup_in_names_data_and_tables_is_shown_as_text(browser, trained, tmp_path):
     line = dict.fromkeys(["task", "instruction", "output"], MARKUP)
     lines = [{**line, "input": f"{MARKUP} {i}", "split": split} for i, split in enumerate(["train"] * 8 + ["test"] * 2)]
-    source = write_rows(tmp_path / "tasks.jsonl", *lines)
-    run = trained(BADIT, source, MARKUP)
+    run = trained(BADIT, write_rows(tmp_path / "tasks.jsonl", *lines), MARKUP)
     save_frame(ABILITIES.frame([[expert, MARKUP, "", 1.0, 0.0, 0.0] for expert in range(4)], ""), run.analysis_path)
     session = Session(run)
     with served(application(session)) as port:

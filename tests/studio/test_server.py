@@ -206,5 +206,4 @@ def test_errors_are_one_line_and_reported_before_a_model_is_loaded(monkeypatch, 
             assert command("studio", *arguments, code=2).startswith(f"badit: {expected}")
     monkeypatch.delitem(sys.modules, "badit.studio.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    message = "module uvicorn is not installed; run pip install 'badit[studio]'"
-    assert message in command("studio", "no-run", code=2)
+    assert "module uvicorn is not installed; run pip install 'badit[studio]'" in command("studio", "no-run", code=2)
