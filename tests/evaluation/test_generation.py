@@ -235,11 +235,14 @@ def test_task_names_cannot_lead_out_of_the_folder(tmp_path):
 
 
 def test_invalid_predictions_and_unknown_splits_are_refused(tmp_path):
-    for line in ("{", '{"references": [], "surplus": 1}'):
+    for line, message in (
+        ("{", r"a\.jsonl: invalid JSON at line 2"),
+        ('{"references": [], "surplus": 1}', r"a\.jsonl: line 2: .*evaluate the run again"),
+    ):
         write_predictions(tmp_path, AWKWARD[:1])
         with (tmp_path / "a.jsonl").open("a") as file:
             file.write(line + "\n")
-        refuses(r"a\.jsonl: (line 2: .*evaluate the run again|invalid JSON at line 2)", read_predictions, tmp_path)
+        refuses(message, read_predictions, tmp_path)
     refuses(r"no \.jsonl files", read_predictions, tmp_path / "empty")
     message = r"split: unknown 'tests' \(did you mean 'test'\?\); known: test, validation"
     refuses(message, evaluate, Run.at(tmp_path), split="tests")

@@ -191,7 +191,7 @@ def test_chat_template_that_raises_or_loses_text_is_refused(recipe_file, model_f
     for template, message in (
         ("{{ raise_exception('no roles') }}", r"chat_template: cannot be rendered \(no roles\); use prompt.chat"),
         ("{% for message in messages %}<s>{% endfor %}", "chat_template: the rendered prompt lacks the message text"),
-        ("{{ ''.__class__.__mro__ }}", r"chat_template: (cannot be rendered|the rendered prompt lacks)"),
+        ("{{ ''.__class__.__mro__ }}", "chat_template: cannot be rendered"),
     ):
         (model_folder / "chat_template.jinja").write_text(template)
         assert re.search(message, command("train", recipe_file, code=2))
