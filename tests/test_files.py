@@ -96,9 +96,11 @@ def test_folder_with_link_out_of_it_is_refused_and_not_copied(outside, tmp_path,
     (run / "wandb").mkdir()
     (run / "wandb" / "debug-core.log").symlink_to(outside)  # wandb creates such links
     (tmp_path / "named").symlink_to(run)  # the folder itself may be a link
-    refuses(r"debug-core\.log: leads out of", files.refuse_links, tmp_path / "named")
-    (run / "config.yaml").touch()  # marks the folder as a run
     files.refuse_links(tmp_path / "named")
+    for name in ("wandb/metrics.jsonl", "wandb/stage.log", "debug.log"):
+        (run / name).symlink_to(outside.parent if name.endswith("stage.log") else outside)
+        refuses(f"{name}: leads out of", files.refuse_links, run)
+        (run / name).unlink()
     (run / "predictions" / "loop").symlink_to(os.path.relpath(target, "predictions") if ".." in target else target)
     refuses("predictions/loop: leads out of", files.refuse_links, tmp_path / "named")
     refuses("leads out of", files.copy_folder, run, tmp_path / "copy")

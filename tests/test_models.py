@@ -140,7 +140,7 @@ def test_invalid_model_names_are_refused(monkeypatch, tmp_path):
     for name, message in (
         ("smollm2-135", "did you mean 'smollm2-135m'"),
         *((name, "not an existing folder") for name in ("./no/such", "~none/x", Path("org/name"), "x" * 300)),
-        (".", "has no config.json; name the base model"),
+        (".", "the folder has an adapter; name the base model"),
         ("empty", "no config.json; save it"),
     ):
         refuses(message, load_base_model, name)
@@ -203,6 +203,7 @@ def test_local_folder_is_loaded_in_the_requested_dtype(model_folder, tiny_model)
         ("model.safetensors", b"garbage " * 9, "weights: cannot be loaded"),
         ("tokenizer.json", None, "tokenizer: cannot be loaded"),
         ("config.json", b"{", "not a valid JSON file"),
+        ("model.safetensors.index.json", b'{"weight_map": {"x": "../x.safetensors"}}', "must be a .safetensors file"),
     ],
 )
 def test_damaged_model_folder_is_a_one_line_error(model_folder, file, content, message):

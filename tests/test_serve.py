@@ -199,6 +199,7 @@ def test_invalid_requests_are_refused_in_openai_format(client, vllm):
         (b"[]", 400, "request: must hold one JSON object, not a list"),
         *(({"prompt": prompt}, 400, NOT_ONE_PROMPT) for prompt in (["a", "b"], [1, True], [10**6])),
         (b'{"model": "base", "temperature": 1e999}', 400, "Out of range float values"),
+        (b'{"model": "base", "x": ' + b"[" * 970 + b"]" * 970 + b"}", 400, ""),  # read, but too deep to be written
         ({"prompt": []}, 400, "prompt: must have 1 to 128 tokens, not 0"),
         ({"prompt": [1] * 129}, 400, "prompt: must have 1 to 128 tokens, not 129"),
         ({"prompt": "refused"}, 422, "/tokenize: {"),

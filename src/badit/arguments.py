@@ -175,7 +175,7 @@ _FIXED_ARGUMENTS = {  # fields of TrainingArguments that a recipe cannot set (* 
     "activation_checkpointing": "set gradient_checkpointing instead",
     "*_checkpointing_kwargs": "badit needs use_reentrant=False and sets it",
     "greater_is_better": "the best model has the lowest eval_loss",
-    "auto_find_batch_size": "exact resuming needs a fixed batch size",
+    "auto_find_batch_size accelerator_config": "exact resuming needs a fixed batch size and order",
     "save_total_limit save_only_model": "the last two checkpoints and the best are kept, with all that resuming needs",
     "enable_jit_checkpoint": "badit already saves a checkpoint on SIGTERM",
     "fp16*": "steps that its loss scaling skips would count as skipped_steps; set model.dtype, or bf16",

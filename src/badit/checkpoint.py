@@ -115,7 +115,7 @@ class Checkpoints(TrainerCallback):
     line would be a mean over fewer steps), the number of skipped steps, the time, and the name of the best checkpoint.
 
     In its context, Ctrl-C or SIGTERM to any process finishes the step, saves a checkpoint, then stops all processes. A
-    second signal stops at once. Incomplete checkpoints are deleted.
+    second Ctrl-C stops at once. Incomplete checkpoints are deleted.
     """
 
     def __init__(self, trainer: Any, checkpoints: Path) -> None:
@@ -175,15 +175,15 @@ class Checkpoints(TrainerCallback):
             signal.signal(number, handler)
         if error[0] is not None:
             discard(self._checkpoints / STAGING)
-        elif self._asked:  # the signal came after the last step, which saved a checkpoint
+        elif any_of_all(self._asked):  # the signal came after the last step, which saved a checkpoint
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self._asked and number == signal.SIGINT:  # SIGTERM may come twice: from a batch system and from torchrun
             raise KeyboardInterrupt
-        self._asked = True
-        if is_main_process():  # print is not safe in a signal handler
+        if is_main_process() and not self._asked:  # print is not safe in a signal handler
             os.write(2, b"\nbadit: finishing the step and saving; press Ctrl-C again to stop now\n")
+        self._asked = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._stopping = any_of_all(self._asked)

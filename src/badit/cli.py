@@ -58,9 +58,7 @@ def train(recipe: str, *overrides: Overrides, dry_run: bool = False, allow_chang
     if dry_run:
         return "\n".join([_load("badit.recipe").dump_recipe(made), *_load("badit.authoring").check(made)])
     run = _load("badit.evaluate").train(made, allow_changed_inputs=allow_changed_inputs)
-    if not is_main_process():
-        return None
-    return f"{_load('badit.render').score_table(run.scores)}\n\nRun: {run.path}"
+    return f"{_load('badit.render').score_table(run.scores)}\n\nRun: {run.path}" if is_main_process() else None
 
 
 @app.command
@@ -380,8 +378,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quiet_libraries()
     try:
         with explained():
+            if os.environ.get("WORLD_SIZE", "1") != "1" and "train" not in words[debug : debug + 1]:
+                raise BaditError("only badit train runs in several processes; start this command without the launcher")
             found = app(words[debug:], exit_on_error=False, print_error=False)
-        if isinstance(found, str):
+        if isinstance(found, str) and is_main_process():
             show(found)
     except CycloptsError as error:
         _complain(f"{error} See: {' '.join(['badit', *(error.command_chain or [])])} --help")

@@ -193,10 +193,7 @@ def _named(key: str) -> Iterator[None]:
 
 
 def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
-    """Returns the names of the tasks and the number of trainable parameters of each method.
-
-    BaditError if the comparison cannot run, the budgets differ, or the folder holds runs of another recipe or data.
-    """
+    """Returns the tasks' names and each method's trainable parameters; BaditError if the comparison cannot run."""
     section, counts, output = grid.section, dict[str, int](), grid.recipe.output
     if Run.at(output).config_path.is_file():
         raise BaditError(f"{output}: contains a run; choose another output=FOLDER for the comparison")

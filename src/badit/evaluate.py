@@ -56,7 +56,7 @@ def train(
     made = make_recipe(recipe, values)
     lock = exclusive(Path(made.output)) if is_main_process() else nullcontext()  # rank 0 locks it for all processes
     with explained(made.output), lock:
-        run = fit(made, progress=progress, allow_changed_inputs=allow_changed_inputs)
+        run = fit(made, progress=progress and is_main_process(), allow_changed_inputs=allow_changed_inputs)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if is_main_process():
@@ -64,7 +64,7 @@ def train(
                 write_run_card(run)  # an interrupted run may have scores but no card
             else:
                 evaluate(run, progress=progress, resume=True)
-    return Run(made.output, trust_remote_code=made.model.trust_remote_code)
+    return Run(made.output, check=is_main_process(), trust_remote_code=made.model.trust_remote_code)
 
 
 def evaluate(
@@ -174,10 +174,7 @@ def score_model(
 
 
 def write_predictions(folder: Path, predictions: Iterable[Prediction]) -> None:
-    """Writes `<task>.jsonl` for each task, one prediction per line, and deletes the files of other tasks.
-
-    BaditError if the path for a task's name is outside the folder.
-    """
+    """Writes `<task>.jsonl` for each task, one prediction per line, and deletes the files of other tasks."""
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[Path, list[str]] = {}
     for prediction in predictions:

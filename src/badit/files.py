@@ -166,11 +166,10 @@ def refuse_links(folder: Path) -> None:
     top = folder.resolve()
     for place, folders, files in os.walk(top):  # does not follow links to folders
         for path in (Path(place, name) for name in (*folders, *files)):
-            if path.is_symlink():
+            # wandb/ has links to logs in the user's cache, which badit does not read.
+            is_log = path.suffix == ".log" and "wandb" in path.parts and not path.is_dir()
+            if path.is_symlink() and not is_log:
                 inside(folder, folder / path.relative_to(top))
-        if "config.yaml" in files or Path(place).parent.name == "stages":  # a run, or a stage of one
-            # wandb/ has links to logs in the user's cache. badit does not read this folder.
-            folders[:] = [name for name in folders if name != "wandb"]
 
 
 def inside(folder: Path, path: Path) -> Path:

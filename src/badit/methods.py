@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from badit.baselines import BASELINES, Baseline, neurons
 from badit.errors import BaditError, explained, first_line, nearest
 from badit.files import read_json
-from badit.gradients import parameter_count
+from badit.gradients import parameter_count, rank_and_size
 from badit.models import load_skeleton
 from badit.recipe import Recipe
 from badit.regroup import TOP_K_REFUSED, AngleLog, RegroupCallback, RegroupOptions
@@ -239,9 +239,12 @@ def _saved_config(path: Path, wanted: Any, shapes: Mapping[str, tuple[int, ...]]
     is_list = isinstance(names, set) and all(isinstance(name, str) for name in names)
     if not is_list and names not in (None, wanted.target_modules):
         raise BaditError(f"{path}: target_modules: must be a list of names, not {names!r:.60}")
-    past = getattr(config, "past_branches", 0)
-    if past > max(chain([0], *shapes.values())):
-        raise BaditError(f"{path}: past_branches: the weights cannot have {past!r:.60} branches")
+    # The sizes of the tensors that are created before those of the file are read.
+    sizes = [getattr(config, name, 0) for name in ("past_branches", "num_components", "r")]
+    sizes += [config.num_clusters] if getattr(config, "gates", None) == "clusters" else []
+    sizes += [rank for rank in (getattr(config, "rank_pattern", None) or {}).values() if isinstance(rank, int)]
+    if (size := max(sizes)) > max(chain([0], *shapes.values())):
+        raise BaditError(f"{path}: has the size {size!r:.60}, but no tensor of {SAFETENSORS_WEIGHTS_NAME} has it")
     return config
 
 
@@ -264,7 +267,7 @@ class NeuronMethod(WeightsMethod):
         return super()._saved_names(model) & neurons.trained_parameters(model).keys()  # tied weights have one name
 
     def before_training(self, model: PreTrainedModel, batches: TaskBatches) -> None:
-        used = [islice(of_task, self.options.score_batches) for of_task in batches.values()]
+        used = [islice(of_task, self.options.score_batches * rank_and_size()[1]) for of_task in batches.values()]
         scores = [neurons.neuron_scores(model, of_task) for of_task in used]
         masks = [neurons.top_neurons(of_task, self.options.share) for of_task in scores]
         self._masks = {name: torch.stack([mask[name] for mask in masks]).any(dim=0) for name in masks[0]}

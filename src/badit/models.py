@@ -14,14 +14,14 @@ import subprocess
 import sys
 import timeit
 import zipfile
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from badit.errors import BaditError, explained, nearest, refuse_unknown, say, status
-from badit.files import cache_folder, remove, replace_folder
+from badit.files import cache_folder, read_json, remove, replace_folder
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,8 @@ def load_base_model(
         raise BaditError(f"revision: {name} is a local model and has no revisions; remove revision")
 
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
+    from transformers.utils.hub import cached_file
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
@@ -80,6 +81,11 @@ def load_base_model(
         options["quantization_config"] = _quantisation_config(quantisation, dtype)
         options["device_map"] = {"": device or "cpu"}  # quantised weights are created on their final device
     with _loading(source, "weights"), status(f"loading {name}"), ExitStack() as afterwards:
+        with suppress(OSError):  # it has no index
+            index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, revision=options["revision"])
+            for one in read_json(Path(str(index)))["weight_map"].values():
+                if not re.fullmatch(r"[^/\\]+\.safetensors", one):
+                    raise BaditError(f"{SAFE_WEIGHTS_INDEX_NAME}: {one!r:.120}: must be a .safetensors file there")
         if logging.is_progress_bar_enabled():
             logging.disable_progress_bar()
             afterwards.callback(logging.enable_progress_bar)
@@ -141,10 +147,11 @@ def resolve_model(name: str | Path) -> str:
         return str(_built_in_folder())
     folder = Path(os.path.expanduser(name))  # unlike Path.expanduser, keeps the name of an unknown user
     if os.path.isdir(folder):  # False if the name is too long
+        if (folder / "adapter_config.json").exists():  # transformers would add the adapter to the model in the folder
+            raise BaditError(f"model {name}: the folder has an adapter; name the base model, without an adapter")
         if (folder / "config.json").is_file():
             return str(folder)
-        fix = "name the base model" if (folder / "adapter_config.json").is_file() else "save it with save_pretrained"
-        raise BaditError(f"model {name}: the folder has no config.json; {fix}")
+        raise BaditError(f"model {name}: the folder has no config.json; save it with save_pretrained")
     if isinstance(name, str) and HUB_ID.fullmatch(name) and not name.startswith("."):
         return name
     hint = nearest(str(name), [BUILT_IN])

@@ -9,7 +9,7 @@ Shape suffixes: T = exports, M = adapted modules, K = experts, N = components.
 
 import shlex
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -155,7 +155,8 @@ def application(router: Router, url: str) -> Starlette:
                 options: Any = {"json": {**content, "model": name}, "headers": key(request)}
                 async with client.stream("POST", request.url.path, **options) as answer:
                     headers = {"content-type": answer.headers.get("content-type", ""), "x-badit-adapter": quote(name)}
-                    await StreamingResponse(answer.aiter_raw(), answer.status_code, headers)(scope, receive, send)
+                    with suppress(httpx2.HTTPError):  # after the start, an error can only end the connection
+                        await StreamingResponse(answer.aiter_raw(), answer.status_code, headers)(scope, receive, send)
 
         return forward
 
@@ -180,7 +181,7 @@ def application(router: Router, url: str) -> Starlette:
             try:
                 yield about["lora_name"]
             finally:
-                with anyio.CancelScope(shield=True):
+                with anyio.CancelScope(shield=True), suppress(HTTPException, httpx2.HTTPError):
                     await ask(request, "POST", "/v1/unload_lora_adapter", about)
 
     async def gates_of(request: Request, content: dict[str, Any]) -> torch.Tensor:
@@ -201,7 +202,8 @@ def application(router: Router, url: str) -> Starlette:
         return JSONResponse({"error": {**about, "param": None, "code": status}}, status_code=status)
 
     routes = [Route(f"/v1/{path}", completion, methods=["POST"]) for path in ("chat/completions", "completions")]
-    handled = [ValueError, HTTPException, ClientDisconnect, httpx2.HTTPError]  # ValueError: also of infinite numbers
+    # ValueError: also of infinite numbers; RecursionError: of deeply nested JSON
+    handled = [ValueError, RecursionError, HTTPException, ClientDisconnect, httpx2.HTTPError]
     return Starlette(
         routes=[*routes, Route("/v1/models", models)],
         middleware=[LOCAL_HOSTS],

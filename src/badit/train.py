@@ -196,7 +196,7 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
             bar.close()
             torch.use_deterministic_algorithms(deterministic)  # full_determinism applies to training only
     seconds, state = saving.seconds, trainer.state
-    if progress and state.best_metric is not None and trainer.args.load_best_model_at_end and is_main_process():
+    if progress and state.best_metric is not None and trainer.args.load_best_model_at_end:
         best = f"step {state.best_global_step} (eval_loss {state.best_metric:.4f})"
         say(f"badit: trained {state.global_step} steps; kept the model of {best}")
 
@@ -294,6 +294,7 @@ def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | N
         "bf16": bf16,
         "use_cpu": not torch.accelerator.is_available(),  # transformers needs it for bf16 and for several processes
         "dataloader_pin_memory": False,
+        "log_level_replica": "passive",  # the level of rank 0, else the other ranks print warnings that it hides
         "project": "badit",
         "run_name": folder.resolve().name,
     }
@@ -314,8 +315,7 @@ def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | N
     }
     if given.get("use_liger_kernel") and not is_liger_kernel_available():
         raise BaditError("training.use_liger_kernel: liger-kernel is not installed; install it, or remove this key")
-    best = given.pop("load_best_model_at_end")
-    if best or given.get("save_strategy") == "best":
+    if (best := given.pop("load_best_model_at_end")) or given.get("save_strategy") == "best":
         given["metric_for_best_model"] = "loss"
     with explained("training", action="used", any_error=True):  # incompatible values, or DeepSpeed is not installed
         arguments = TrainingArguments(**{**defaults, **given, **fixed})

@@ -48,6 +48,8 @@ def test_invalid_input_gives_one_line_and_exit_code_2(command, tmp_path, monkeyp
         (["train", "superni-cpu", "data.source=nowhere/rows.csv"], "nowhere/rows.csv: no such file or folder"),
     ):
         assert message in command(*arguments, code=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "start this command without the launcher" in command("evaluate", "missing-run", code=2)
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 

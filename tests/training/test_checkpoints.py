@@ -98,18 +98,18 @@ def test_pickled_code_in_sealed_checkpoint_is_never_executed(recipe_values, tmp_
         assert not marker.exists()
 
 
-def test_first_signal_is_deferred_and_second_one_interrupts_at_once(tmp_path, capfd):
+def test_signals_are_deferred_but_a_second_ctrl_c_interrupts_at_once(tmp_path, capfd):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     reached = []
 
-    def signal_thrice():
-        for number in range(3):
-            os.kill(os.getpid(), signal.SIGINT)
+    def signal_again_and_again():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            os.kill(os.getpid(), number)
             reached.append(number)
 
     with pytest.raises(KeyboardInterrupt), Checkpoints(None, tmp_path):
-        signal_thrice()
-    assert reached == [0]
+        signal_again_and_again()
+    assert reached == [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]
     assert capfd.readouterr().err == "\nbadit: finishing the step and saving; press Ctrl-C again to stop now\n"
     with pytest.raises(KeyboardInterrupt), Checkpoints(None, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)  # as after the last step: raised on exit

@@ -58,15 +58,16 @@ def test_bfloat16_recipe_saves_float32_and_loads_bfloat16(recipe_values):
         assert torch.equal(parameter, weights[name].bfloat16())
 
 
-def test_task_neurons_changes_only_the_top_neurons_of_each_task(recipe_values, trained):
-    recipe = recipe_with(recipe_values, NEURONS, "training.per_device_train_batch_size=12")
+def test_task_neurons_changes_only_the_top_neurons_of_each_task(recipe_values, trained, monkeypatch):
+    monkeypatch.setattr("badit.methods.rank_and_size", lambda: (0, 2))  # neurons are scored on the batches of both
+    recipe = recipe_with(recipe_values, NEURONS, "training.per_device_train_batch_size=6")
     count, per_neuron = 2 * 48, 3 * 32
     method = make_plan(recipe).method
     assert method.trained_parameters(base_model(recipe)[0]) == round(SHARE * count * per_neuron), "for one task"
     run = fit(recipe, progress=False)
     (model, tokenizer), weights, of_tasks = base_model(recipe), learned(run), []
     base = dict(model.named_parameters())
-    for task in make_plan(recipe).tasks:  # each task is one batch
+    for task in make_plan(recipe).tasks:  # a score is a sum over instances
         batch = encoded(tokenizer, recipe, [(task, instance) for instance in task.train], None)
         of_tasks.append(top_neurons(neuron_scores(model, [AnswerCollator(tokenizer.pad_token_id)(batch)]), SHARE))
     masks = {name: sum(mask[name] for mask in of_tasks).bool() for name in of_tasks[0]}

@@ -189,10 +189,7 @@ def _official(where: Source, path: Path, wanted: Sequence[str] | None) -> list[T
 
 
 def _split_lists(root: Path, files: Sequence[Path]) -> dict[str, Any]:
-    """Returns for each task the split of its first 100 instances and the split of the others (None: not used).
-
-    The tasks are those in train_tasks.txt and test_tasks.txt, or all tasks if there are no split lists.
-    """
+    """Returns, by task, the split of its first 100 instances and that of the others (None: not used)."""
     parent = next((base / "splits" for base in (root, root.absolute().parent) if (base / "splits").is_dir()), None)
     if parent is None:
         return {file.stem: ("test", "train") for file in files}
@@ -309,8 +306,10 @@ def _rows_of(rows: Any, place: str) -> Iterator[tuple[str, Any]]:
 
     features = getattr(rows, "features", None) or {}
     labels = {name: column.names for name, column in features.items() if hasattr(column, "int2str")}
-    kept = [name for name, kind in features.items() if not require_decoding(kind) or "Json(" in str(kind)]
-    rows = rows.select_columns(kept) if len(kept) < len(features) else rows  # without images, audio and video
+    # Without images, audio and video, also inside other columns: their values may name any file or URL.
+    other = re.compile(r"\b(?!(Value|ClassLabel|List|LargeList|Json)\()\w+\(")
+    kept = [name for name, kind in features.items() if not (require_decoding(kind) and other.search(str(kind)))]
+    rows = rows.select_columns(kept) if len(kept) < len(features) else rows
     with explained(place, action="read", any_error=True):
         for number, row in enumerate(rows, start=1):
             for name, value in row.items():
