@@ -161,7 +161,7 @@ def test_columns_instruction_and_class_labels_of_a_saved_dataset(tmp_path):
     both = datasets.Dataset.from_dict({"input": ["a"], "output": ["b"], **image}).cast_column("i", datasets.Image())
     both.to_parquet(tmp_path / "images.parquet")
     assert task_of(tmp_path / "images.parquet").train[0].input == "a", "the image is not opened"
-    hidden = {"i": [{"Json(": "", "image": {"bytes": None, "path": "/nowhere.png"}}]}
+    hidden = {"i": [{"Json(": "", "image": {"bytes": b"no image", "path": None}}]}
     kinds = {"input": datasets.Value("string"), "output": datasets.Value("string")}
     kinds["i"] = {"Json(": datasets.Value("string"), "image": datasets.Image()}
     both = datasets.Dataset.from_dict({"input": ["a"], "output": ["b"], **hidden}, features=datasets.Features(kinds))
