@@ -57,6 +57,14 @@ def test_max_answer_tokens_of_a_first_recipe_depend_on_the_script(tmp_path, answ
     assert yaml.safe_load(first_recipe(rows(tmp_path, 8, answer), "a.yaml"))["prompt"]["max_answer_tokens"] == tokens
 
 
+def test_tasks_with_few_rows_do_not_keep_the_others_from_being_held_out(tmp_path):
+    for name, count in (("a", 2), ("b", 12)):
+        rows_ = [{"task": name, "input": f"{i}", "output": "b", "split": "train"} for i in range(count)]
+        write_rows(tmp_path / "data" / f"{name}.jsonl", *rows_, {**rows_[0], "input": "x", "split": "test"})
+    recipe = yaml.safe_load(first_recipe(str(tmp_path / "data"), "a.yaml"))
+    assert recipe["data"]["validation_per_task"] == 3
+
+
 def test_few_rows_give_no_validation_or_rate_search_and_any_file_name_works(tmp_path):
     text = first_recipe(rows(tmp_path, 3), "my recipe #2.yaml", ["data.order=[a]"])
     assert "badit compare 'my recipe #2.yaml' 'output=runs/my recipe #2-compared' " in text

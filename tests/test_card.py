@@ -65,6 +65,8 @@ def test_loading_code_for_baselines_lora_and_exports(tmp_path):
     assert "badit." not in lora.text.partition("```python")[2].partition("```")[0]
     assert lora.data.tags == ["badit", "multi-task", "lora"]
     assert "the mean over 2 tasks" in lora.text
+    of_one = card_of(run, export={"rank": 8, "mixture": "of a", "task": next(iter(run.scores["task"]))}).text
+    assert (of_one.count("| 1 |"), "mean over tasks" in of_one, "mean over tasks" in lora.text) == (1, False, True)
     compressed = {"rank": 8, "exact_rank": 64, "mixture": None, "relative_error": {"total": 0.403}}
     assert "compressed from rank 64 to 8, with a relative error of 0.4," in card_of(run, export=compressed).text
     pinned = card_of(make_run(tmp_path / "pinned", model={"name": "org/base", "revision": "v1"}))

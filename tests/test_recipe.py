@@ -99,6 +99,7 @@ def test_invalid_values_are_one_line_errors():
         ({"training": {1: 2}}, [], r"training\.1: keys should be strings, got 1"),
         ({}, ["training.max_steps=3000000000"], r"training\.max_steps: input should be less than or equal to"),
         ({"output": "a\0b"}, [], r"output: must be a name or a path"),
+        ({"output": "a\udcffb"}, [], r"output: must be a name or a path, not blank, in UTF-8"),
         ({"k" * 500: 1}, [], r"^recipe: k{120}: unknown key$"),
         ({}, ["data.source=[{path: a.csv, tsk: b}, c.csv]"], r"^recipe: data\.source\.0\.tsk: .* 'task'\?\)$"),
         ({}, ["data.source=[{task: b}]"], r"^recipe: data\.source\.0\.path: field required$"),

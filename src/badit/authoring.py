@@ -47,7 +47,8 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     given = data.model_dump(mode="json", exclude_defaults=True, exclude={"source", "validation_per_task"})
     with status("reading the tasks"):
         tasks = load_sources(data.sources(), data.tasks, data.weights)
-    held_out = data.validation_per_task or min([10, *(len(task.train) // 4 for task in tasks if task.train)])
+    quarters = [len(task.train) // 4 for task in tasks if len(task.train) >= 4]
+    held_out = data.validation_per_task or min(10, min(quarters, default=0))
     # If some tasks have no training data, the others need no test data, as in make_plan.
     split = "test" if all(task.test for task in tasks) or not all(task.train for task in tasks) else "validation"
     used = limit(hold_out(tasks, held_out, data.seed), data.train_per_task, data.test_per_task, data.seed)

@@ -197,6 +197,10 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     section, counts, output = grid.section, dict[str, int](), grid.recipe.output
     if Run.at(output).config_path.is_file():
         raise BaditError(f"{output}: contains a run; choose another output=FOLDER for the comparison")
+    if (file := Path(output) / RESULTS).is_file():
+        done = load_results(output).cells.query("status == 'done'")["method"].str.removesuffix(SINGLE_TASK)
+        if len(done) and not any((Path(output) / name).is_dir() for name in done):  # it would be replaced
+            raise BaditError(f"{file}: has results without their runs; choose another output=FOLDER, or move the file")
     plan = make_plan(grid.recipe_of(grid.chosen(section.reference, grid.start_rates[section.reference])[0]))
     if section.learning_rates is not None:
         make_plan(plan.recipe, split="validation")

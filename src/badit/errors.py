@@ -86,7 +86,7 @@ def _explanation(error: Exception, action: str, named: str, any_error: bool) -> 
         return "cannot be written, the file system is read-only; choose a folder that can be written"
     if isinstance(error, OSError):
         return f"cannot be {action} ({error.strerror or first_line(error)}{named})"
-    if isinstance(error, ValueError) and "embedded null" in text:
+    if isinstance(error, UnicodeEncodeError) or (isinstance(error, ValueError) and "embedded null" in text):
         return f"cannot be {action} (not a valid path)"
     if isinstance(error, ValueError) and "trust_remote_code" in text:
         return f"cannot be {action} without the model's Python code; allow it with trust_remote_code if you trust it"

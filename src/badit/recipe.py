@@ -37,8 +37,8 @@ Split = Literal["test", "validation"]
 
 def _path_text(path: Any) -> Any:
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
-    if isinstance(text, str) and (not text.strip() or "\0" in text):
-        raise ValueError("must be a name or a path, not blank and without NUL characters")
+    if isinstance(text, str) and (not text.strip() or re.search("[\0\ud800-\udfff]", text)):
+        raise ValueError("must be a name or a path, not blank, in UTF-8 and without NUL characters")
     return text
 
 

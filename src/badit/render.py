@@ -14,7 +14,7 @@ from badit.metrics import METRICS
 from badit.results import Results, summarise, task_means
 
 UNKNOWN = "–"
-_escape_markdown = partial(re.compile(r"([\\`*_|<>\[\]])").sub, r"\\\1")
+_escape_markdown = partial(re.compile(r"([\\`*_|<>\[\]~$&])").sub, r"\\\1")
 _LATEX_NAMES = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
 _LATEX = {character: f"\\{character}" for character in "&%$#_{}"}
 _LATEX |= {character: rf"\text{name}{{}}" for character, name in _LATEX_NAMES.items()}
@@ -167,7 +167,8 @@ def _markdown(table: Table) -> str:
 
 def _latex(table: Table) -> str:
     lines = _lines(table, lambda value: value.translate(str.maketrans(_LATEX)), lambda value: rf"\textbf{{{value}}}")
-    header, *rows = [" & ".join(line) + r" \\" for line in lines]
+    # After \\ of the row above, LaTeX would read [ as an optional argument, and * as a part of the command.
+    header, *rows = [re.sub(r"^[\[*]", r"{\g<0>}", " & ".join(line)) + r" \\" for line in lines]
     begin, end = rf"\begin{{tabular}}{{l{'r' * (len(lines[0]) - 1)}}}", r"\end{tabular}"
     notes = [f"% {note}" for note in table.notes]
     return "\n".join([begin, r"\toprule", header, r"\midrule", *rows, r"\bottomrule", end, *notes])

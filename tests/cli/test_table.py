@@ -68,13 +68,13 @@ def test_markdown_bolds_the_best_and_escapes_names(shown):
 
 
 def test_latex_is_a_booktabs_tabular_with_escaped_names(shown):
-    lines = shown(renamed(mixed(), r"50%_a&b#{c}\d"), "--format", "latex").splitlines()
+    lines = shown(renamed(mixed(), r"[50%_a&b#{c}\d"), "--format", "latex").splitlines()
     assert lines[0] == r"\begin{tabular}{lrrrrrrrrrr}"
     assert [lines[1], lines[3], lines[7], lines[8]] == [r"\toprule", r"\midrule", r"\bottomrule", r"\end{tabular}"]
     for line in (lines[2], *lines[4:7]):
         assert len(re.findall(r"(?<!\\)&", line)) == 10
         assert line.endswith(r" \\")
-    assert lines[6].startswith(r"50\%\_a\&b\#\{c\}\textbackslash{}d & ")
+    assert lines[6].startswith(r"{[}50\%\_a\&b\#\{c\}\textbackslash{}d & ")
     assert r"\textbf{52.2 $\pm$ 3.8}" in lines[6]
     assert "$-$21.2 [$-$22.4" in lines[4]
     assert "".join(lines[:9]).isascii()

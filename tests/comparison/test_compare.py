@@ -16,6 +16,7 @@ from badit.metrics import METRICS
 from badit.recipe import build_recipe
 from badit.statistics import FORMS, continual_scores
 from comparison.cells import LORA, InlineCell, by_status, compare_module, compared, comparison_values
+from materials import comparison, results_cell, write_results
 from refusals import refuses
 
 LADDER = [0.001, 0.01, 0.1]
@@ -205,6 +206,10 @@ def test_invalid_comparisons_are_refused_before_any_cell_starts(values, monkeypa
     ):
         refuses(message, compared, {**values, "compare": values["compare"] | changes})
     assert not Path(values["output"]).exists()
+    Path(values["output"]).mkdir()
+    scores = {"cities": {"rouge_l": [50.0], "exact_match": [0.0]}}
+    write_results(Path(values["output"]), comparison(results_cell("lora", 0, scores), methods=["lora"]))
+    refuses("results.json: has results without their runs; choose another output=FOLDER", compared, values)
 
 
 @pytest.mark.usefixtures("inline")

@@ -12,6 +12,8 @@ from badit.report import charts, figures
 from badit.report.figures import FIGURES
 from badit.report.page import export_figures, sections_of
 from badit.report.sources import read_sources
+from materials import comparison, results_cell, write_results
+from refusals import refuses
 from report.samples import SMALL, TASKS, tables, write_comparison, write_run, write_sequence
 
 FRAMES = tables()
@@ -123,3 +125,16 @@ def test_every_figure_has_a_caption_a_valid_schema_and_svg_and_pdf_exports(tmp_p
         # An empty chart has only axes, and these have fewer paths.
         assert path.suffix == ".pdf" or content.count(b"<path") > 8, path.name
         assert path.suffix == ".pdf" or not re.search(b"NaN|undefined", content), path.name
+
+
+def test_figures_of_names_that_svg_or_vega_cannot_hold(tmp_path):
+    for name in ("a\u0001b\\b\ufffe", "constructor"):
+        scores = {task: {"rouge_l": [50.0], "exact_match": [0.0]} for task in (name, "other")}
+        write_results(tmp_path, comparison(results_cell("lora", 0, scores), methods=["lora"]))
+        found = [block for blocks in sections_of(read_sources([tmp_path])).values() for block in blocks]
+        blocks = {"all": [block for block in found if block.kind == "figure"]}
+        if name == "constructor":
+            refuses(r"figures/.*: cannot be drawn", export_figures, blocks, tmp_path / "figures")
+        else:
+            export_figures(blocks, tmp_path / "figures")
+            assert all("a\ufffdb\\b" in path.read_text() for path in tmp_path.glob("figures/*.svg"))

@@ -32,7 +32,7 @@ def file_safe(name: str) -> str:
     """Returns the task's name; ValueError unless it is a valid file name without a path."""
     too_long = len(name) > 120 or len(name.encode()) > 240  # file systems allow 255 bytes, suffix included
     if too_long or not re.match(r"[^.\s]", name) or not name.isprintable() or {*"/\\"} & {*name}:
-        fix = "use at most 120 characters (240 bytes), no leading dot or space, no slash, no control character"
+        fix = "use at most 120 characters (240 bytes), no leading dot or space, __ for a slash, no control character"
         raise ValueError(f"{name!r:.60} cannot be a file name; {fix}")
     return name
 

@@ -42,7 +42,8 @@ def names_in(frame: pd.DataFrame, column: str) -> dict[str, str]:
 
 def name_axis(names: Mapping[str, str], **options: Any) -> alt.Axis:
     """Returns an axis that shows short names for the full names in the data."""
-    return alt.Axis(labelExpr=f"({json.dumps(names)})[datum.label]", labelOverlap=False, **options)
+    overlap = "greedy" if len(names) > 60 else False  # greedy: leaves out names that would overlap
+    return alt.Axis(labelExpr=f"({json.dumps(names)})[datum.label]", labelOverlap=overlap, **options)
 
 
 def choice(name: str, options: Mapping[str, str] | Iterable[str]) -> alt.Parameter:
@@ -154,7 +155,7 @@ def heat_map(
     row = 13 if len(row_names) > 40 else min(38, max(ROW, 320 // max(1, len(row_names))))
     view = alt.ViewBackground(style="matrix")
     chart = chart.add_params(*choices, alt.param(name="limits", value=limits))
-    return chart.properties(height=len(row_names) * row, view=view)
+    return chart.properties(height=min(len(row_names) * row, max(1300, len(row_names) * 4)), view=view)
 
 
 def share_limits(drawn: Iterable[Any]) -> None:

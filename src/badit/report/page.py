@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from badit import __version__
 from badit.data import own_input
+from badit.errors import explained
 from badit.files import is_number, read_json, read_text, remove
 from badit.metrics import METRICS, Prediction, exact_match, rouge_l
 from badit.recipe import to_yaml
@@ -33,6 +34,8 @@ from badit.results import RESULTS
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _VEGA_LITE = alt.SCHEMA_VERSION.rpartition(".")[0]  # such as v6.4
+# Characters that XML, and so SVG, cannot hold, as JSON escapes them. vl-convert would abort the process.
+_NOT_IN_XML = re.compile(r"\\+(?:u00[01].|ufff[ef])|(?<!\\)\\[bf]")
 
 
 class Block(NamedTuple):
@@ -54,7 +57,7 @@ class Block(NamedTuple):
     @property
     def specification(self) -> dict[str, Any]:
         """The chart's Vega-Lite specification without colours, which the page sets. Screen readers read its title."""
-        content = self.content.to_dict(validate=False)
+        content = json.loads(_NOT_IN_XML.sub("\ufffd", json.dumps(self.content.to_dict(validate=False))))
         content |= {"autosize": {"type": "fit-x", "contains": "padding"}, "width": "container"}
         content["description"] = f"{self.title}. {self.caption}".strip()
         return {key: value for key, value in content.items() if key not in ("config", "$schema")}
@@ -100,11 +103,13 @@ def export_figures(sections: Mapping[str, Sequence[Block]], folder: Path) -> Non
     widths = {"full": 520, "half": 340, "square": 400}  # in pixels of 1/72 inch
     for block in (block for blocks in sections.values() for block in blocks if block.kind == "figure"):
         content = {**block.specification, "width": widths[block.width]}
-        svg = vl_convert.vegalite_to_svg(content, vl_version=_VEGA_LITE, config=config, allowed_base_urls=[])
+        with explained(folder / block.name, action="drawn", any_error=True):  # names such as "constructor"
+            svg = vl_convert.vegalite_to_svg(content, vl_version=_VEGA_LITE, config=config, allowed_base_urls=[])
         for suffix, data in ((".svg", svg.encode()), (".pdf", vl_convert.svg_to_pdf(svg))):
-            path = folder / (block.name + suffix)
-            remove(path)  # so that a symbolic link is not followed
-            path.write_bytes(data)
+            partial = folder / (block.name + suffix + ".partial")
+            remove(partial)  # so that a symbolic link is not followed
+            partial.write_bytes(data)
+            partial.replace(folder / (block.name + suffix))
 
 
 def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:

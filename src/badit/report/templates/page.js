@@ -21,8 +21,8 @@
       const result = await vegaEmbed(figure.querySelector(".chart"), kept, {
         mode: "vega-lite", renderer: "svg", actions: false, ast: true, config: themes[theme], bind: choices,
         tooltip: { theme: theme === "dark" ? "dark" : undefined },
-      });
-      views.set(figure.id, result.view);
+      }).catch((error) => { figure.querySelector(".chart").textContent = error.message; });
+      if (result) views.set(figure.id, result.view); // Vega cannot draw some names, such as "constructor"
     }
     document.documentElement.dataset.drawn = theme;
   }
