@@ -47,7 +47,7 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     given = data.model_dump(mode="json", exclude_defaults=True, exclude={"source", "validation_per_task"})
     with status("reading the tasks"):
         tasks = load_sources(data.sources(), data.tasks, data.weights)
-    quarters = [len(task.train) // 4 for task in tasks if len(task.train) >= 4]
+    quarters = [quarter for task in tasks if (quarter := len(task.train) // 4)]
     held_out = data.validation_per_task or min(10, min(quarters, default=0))
     # If some tasks have no training data, the others need no test data, as in make_plan.
     split = "test" if all(task.test for task in tasks) or not all(task.train for task in tasks) else "validation"

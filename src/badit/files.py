@@ -91,17 +91,22 @@ def refuse_other_format(content: Mapping[str, Any], path: Path, known: int) -> N
         raise BaditError(f"{path}: format: is {found!r:.60}, this badit version reads {known}: {fix}")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file atomically: it is complete or unchanged, even if the process or the machine stops."""
     if path.is_dir():
         raise BaditError(f"{path}: is a folder; name a file")
     partial = path.with_name(path.name + ".partial")
     with explained(path, action="written"):
         partial.unlink(missing_ok=True)
-        with partial.open("x", encoding="utf-8", newline="\n") as file:  # "x" does not follow links
-            file.write(text)
+        with partial.open("xb") as file:  # "x" does not follow links
+            file.write(data)
         sync(partial)
         partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file atomically, see :func:`write_bytes`."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

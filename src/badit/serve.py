@@ -202,8 +202,7 @@ def application(router: Router, url: str) -> Starlette:
         return JSONResponse({"error": {**about, "param": None, "code": status}}, status_code=status)
 
     routes = [Route(f"/v1/{path}", completion, methods=["POST"]) for path in ("chat/completions", "completions")]
-    # ValueError: also of infinite numbers; RecursionError: of deeply nested JSON
-    handled = [ValueError, RecursionError, HTTPException, ClientDisconnect, httpx2.HTTPError]
+    handled = [ValueError, RecursionError, HTTPException, ClientDisconnect, httpx2.HTTPError]  # the first two: of JSON
     return Starlette(
         routes=[*routes, Route("/v1/models", models)],
         middleware=[LOCAL_HOSTS],

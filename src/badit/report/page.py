@@ -23,7 +23,7 @@ from markupsafe import Markup
 from badit import __version__
 from badit.data import own_input
 from badit.errors import explained
-from badit.files import is_number, read_json, read_text, remove
+from badit.files import is_number, read_json, read_text, write_bytes
 from badit.metrics import METRICS, Prediction, exact_match, rouge_l
 from badit.recipe import to_yaml
 from badit.render import UNKNOWN, method_table, number, score_text
@@ -34,8 +34,7 @@ from badit.results import RESULTS
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _VEGA_LITE = alt.SCHEMA_VERSION.rpartition(".")[0]  # such as v6.4
-# Characters that XML, and so SVG, cannot hold, as JSON escapes them. vl-convert would abort the process.
-_NOT_IN_XML = re.compile(r"\\+(?:u00[01].|ufff[ef])|(?<!\\)\\[bf]")
+_NOT_IN_XML = re.compile(r"\\+(?:u00[01].|ufff[ef])|(?<!\\)\\[bf]")  # in JSON; vl-convert would abort the process
 
 
 class Block(NamedTuple):
@@ -106,10 +105,7 @@ def export_figures(sections: Mapping[str, Sequence[Block]], folder: Path) -> Non
         with explained(folder / block.name, action="drawn", any_error=True):  # names such as "constructor"
             svg = vl_convert.vegalite_to_svg(content, vl_version=_VEGA_LITE, config=config, allowed_base_urls=[])
         for suffix, data in ((".svg", svg.encode()), (".pdf", vl_convert.svg_to_pdf(svg))):
-            partial = folder / (block.name + suffix + ".partial")
-            remove(partial)  # so that a symbolic link is not followed
-            partial.write_bytes(data)
-            partial.replace(folder / (block.name + suffix))
+            write_bytes(folder / (block.name + suffix), data)
 
 
 def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
