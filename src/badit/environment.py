@@ -20,8 +20,7 @@ def environment() -> dict[str, Any]:
     for name in ("badit", "torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "numpy", "trl"):
         with suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
-    root = Path(__file__).parents[2]
-    if (root / ".git").exists():  # badit is imported from a checkout
+    if ((root := Path(__file__).parents[2]) / ".git").exists():  # badit is imported from a checkout
         command = ["git", "-C", str(root), "rev-parse", "HEAD"]
         with suppress(OSError, subprocess.SubprocessError):
             commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -33,6 +32,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": processor,
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # virtual machines of one name differ in them
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
