@@ -130,6 +130,10 @@ def test_large_sketches_match_naive_tables(tiny_model, kind, monkeypatch):
         assert_same_rows(tables[name], rows)
     assert "strongest 0.2 of the units" in tables["coactivation"].attrs["about"]
     assert tables["gradient_summary"]["conflict_rate"].nunique() > 1, "the rates must differ"
+    monkeypatch.setattr("badit.analysis.interference.MOST_PAIRS", len(tables["gradient_pairs"]) - 1)
+    without = interference_tables(model, examples, sketch_size=10**4)
+    assert without.keys() == tables.keys() - {"gradient_pairs"}
+    assert f"{len(tables['gradient_pairs'])} rows" in without["gradient_summary"].attrs["about"]
 
 
 def test_errors_of_small_sketches_agree_with_the_stated_standard_error(tiny_model):

@@ -169,13 +169,16 @@ def task_gates(
         if kept["depends_on"] == depends:
             by_task = {name: _checked_gates(gates, run.gates_path, model) for name, gates in kept["tasks"].items()}
     collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
+    written, last = len(by_task), next((name for name in reversed(names) if name not in by_task), None)
     for name in names:
         if name not in by_task:
             pairs = [(tasks[name], instance) for instance in tasks[name].train[:PROMPTS_PER_TASK]]
             batches = batches_by_task(encoded(tokenizer, recipe, pairs, model), collate, _BATCH_SIZE)
             by_task[name] = mean_gates(model, batches[name])
-            with suppress(BaditError):  # the run's folder may be read-only
-                write_json(run.gates_path, {"depends_on": depends, "tasks": by_task})
+            if name == last or len(by_task) > 1.2 * written:  # ever fewer times, since the file grows with the tasks
+                written = len(by_task)
+                with suppress(BaditError):  # the run's folder may be read-only
+                    write_json(run.gates_path, {"depends_on": depends, "tasks": by_task})
         yield name, by_task[name]
 
 

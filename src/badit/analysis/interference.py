@@ -45,6 +45,7 @@ from badit.tuner.targets import PROJECTIONS, default_targets, is_quantised
 
 SKETCH_SIZE = 16384  # of each parameter's gradient; a cosine has a standard error of at most 1 / √SKETCH_SIZE
 SHARE = 0.1  # of a layer's units: a task marks the strongest
+MOST_PAIRS = 1_000_000  # rows of the table gradient_pairs, about 60 MB
 
 Marks = Mapping[int, np.ndarray]  # by layer, which tasks mark its units, (T, U)
 Place = tuple[str, int, str]  # "weights" or "adapter", the layer, the module's name within the layer
@@ -332,7 +333,7 @@ def agreement(
 
 
 def gradient_frames(tasks: Sequence[str], gradients: TaskGradients, about: str) -> list[pd.DataFrame]:
-    """Returns the tables gradient_pairs, gradient_overall, gradient_summary and gradient_tasks."""
+    """Returns gradient_overall, gradient_summary, gradient_tasks, and gradient_pairs up to ``MOST_PAIRS`` rows."""
     order = sorted(range(len(tasks)), key=tasks.__getitem__)
     pairs_2E = torch.tensor(order)[torch.triu_indices(len(order), len(order), offset=1)]
     pairs = pd.DataFrame(np.array(tasks)[pairs_2E.T.numpy()], columns=["task_a", "task_b"])
@@ -357,9 +358,12 @@ def gradient_frames(tasks: Sequence[str], gradients: TaskGradients, about: str) 
         "reliability": tasks_by_place["reliability"],
     }
     frames = {
-        GRADIENT_PAIRS: crossed(places, pairs, pairs_by_place),
         GRADIENT_OVERALL: crossed(kinds, pairs, pairs_by_kind),
         GRADIENT_SUMMARY: places.assign(**{name: each.nanmean(dim=1).numpy() for name, each in means.items()}),
         GRADIENT_TASKS: crossed(kinds, single, tasks_by_kind),
     }
+    if (rows := len(places) * len(pairs)) <= MOST_PAIRS:
+        frames[GRADIENT_PAIRS] = crossed(places, pairs, pairs_by_place)
+    else:
+        about += f" The table of every pair of tasks in every module is left out, because it has {rows:,} rows."
     return [table.frame(frame, about) for table, frame in frames.items()]
