@@ -41,7 +41,7 @@ $(VENV)/deepspeed: pyproject.toml | $(VENV)/.dev
 # SuperNI's prompts if available, otherwise those of the built-in tasks.
 BENCH_DATA := $(if $(BADIT_SUPERNI),--data $(BADIT_SUPERNI))
 bench: $(VENV)/.dev  ## speed and memory, about an hour on two idle cores: results/speed and docs/performance.md
-	for script in imports attention regrouping decomposition training_step step_profile decoding scaling; do \
+	for script in imports attention regrouping decomposition training_step optimizer step_profile decoding scaling; do \
 	  $(BIN)/python benchmarks/speed/$$script.py || exit 1; \
 	done
 	for script in end_to_end evaluation; do $(BIN)/python benchmarks/speed/$$script.py $(BENCH_DATA) || exit 1; done

@@ -88,6 +88,9 @@ def targets() -> list[Row]:
         ]
         for peer in ("experts in a loop", "experts per sequence"):
             rows.append(Row(f"speed of a step, {dtype}", peer, badit[peer]["median"], 1.5, True, _times))
+    for dtype, one in _by_dtype(_read("optimizer")):
+        share = one["share of a training step"]["median"]
+        rows.append(Row(f"orthogonal updates, {dtype}", "AdamW, share of a step", share, 0.03, False, _percent))
     layer = regrouping["one layer"]
     one_layer = next(value for key, value in layer.items() if key.startswith("one layer"))
     end, scored, imported = _read("end_to_end"), _read("evaluation"), _read("imports")

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from badit import BaditConfig, RegroupCallback
 from badit.baselines import BASELINES
 from badit.baselines.neurons import NeuronOptions
-from badit.recipe import Recipe, load_recipe
+from badit.recipe import CompareSection, Recipe, load_recipe
 from badit.regroup import RegroupOptions
 from badit.tuner.config import FORMAT_FIELD, ExpertConfig
 from docs.pages import ROOT, Page
@@ -35,6 +35,8 @@ def default_of(option):
     module, _, owner = place.rpartition(".")
     if place == "RegroupCallback" and name not in fields(RegroupOptions):
         return inspect.signature(RegroupCallback).parameters[name].default
+    if place == "compare":
+        return CompareSection.model_fields[name].default
     if place in SECTIONS:
         return getattr(getattr(Recipe(), place), name)
     if owner in CONFIGS:
@@ -61,6 +63,7 @@ def test_every_default_is_documented():
     peft = {*fields(PeftConfig), FORMAT_FIELD, "past_branches", "tasks"}
     names = {"BaditConfig": fields(BaditConfig).keys() - peft, "NeuronOptions": fields(NeuronOptions)}
     names |= {section: type(getattr(Recipe(), section)).model_fields for section in SECTIONS}
+    names["compare"] = CompareSection.model_fields.keys() - {"methods"}  # which has no default
     names["RegroupCallback"] = {*inspect.signature(RegroupCallback).parameters, *fields(RegroupOptions)} - {"options"}
     for config in (baseline.config_cls for baseline in BASELINES.values()):
         if issubclass(config, ExpertConfig):

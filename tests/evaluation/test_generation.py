@@ -178,7 +178,7 @@ def test_scores_and_predictions_match_their_instances(model, tokenizer):
     for task, score, count in (("right", 100.0, 3), ("wrong", 0.0, 1)):
         nll = [prediction.nll for prediction in predictions if prediction.task == task]
         expected = {"rouge_l": score, "exact_match": score, "nll": pytest.approx(fmean(nll)), "instances": count}
-        assert scores["tasks"][task] == expected
+        assert scores["tasks"][task].items() >= expected.items()
     for metric in ("rouge_l", "exact_match"):
         assert (scores[metric], scores[f"{metric}_instances"]) == (50.0, 75.0)
     ids = [(p.task, p.instance_id) for p in predictions]

@@ -105,6 +105,15 @@ def test_grouping_is_balanced_never_worse_and_deterministic(num_experts, size, k
     assert np.array_equal(group_components(gram.copy(), current, solver=solver, restarts=3, seed=seed), labels)
 
 
+def test_restarts_of_the_paper_solver_find_better_groupings():
+    gradients = unit_gradients("random", 12, 1)
+    gram, objectives = gradients @ gradients.T, []
+    for restarts in (1, 10):
+        labels = group_components(gram, contiguous(3, 4), solver="paper", restarts=restarts, seed=1)
+        objectives.append(reference.objective(gradients, labels))
+    assert objectives[1] > objectives[0] + 1e-3
+
+
 @pytest.mark.parametrize("solver", ["swap", "paper"])
 @pytest.mark.parametrize(("kind", "noise"), [("zero", 0), ("all equal", 0), ("orthogonal", 0), ("all equal", 1e-9)])
 def test_labels_are_kept_if_all_groupings_are_equally_good(kind, noise, solver):

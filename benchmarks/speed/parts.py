@@ -1,0 +1,77 @@
+"""The cost of the default's parts on SmolLM2-135M: a training step by kind of gates, and the time before training.
+
+    python benchmarks/speed/parts.py [--data FOLDER]
+
+Without gates there is one expert of rank 32. Before training, BADIT finds its clusters of prompts on 512 of them
+(``start_task``), and ``init_weights="directions"`` decomposes every adapted weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from measure import in_turns, keep, options, ratio
+from peft import get_peft_model
+from torch import nn
+from workload import MODEL, TARGETS, base, batch, data_options, fast_dtypes, instances, training_step
+
+from badit import BaditConfig, hooks_of, load_base_model
+from badit.cli import quiet_libraries
+from badit.data import AnswerCollator
+
+ROWS, TOKENS = 4, 320
+WITHOUT = "without gates"
+GATES: dict[str, dict[str, Any]] = {
+    WITHOUT: {"num_experts": 1, "r": 32, "lora_alpha": 256, "gates": "mean_one"},
+    "clusters": {"num_experts": 8, "r": 4, "lora_alpha": 32},
+    "a trained router": {"num_experts": 8, "r": 4, "lora_alpha": 32, "gates": "mean_one"},
+}
+
+
+def adapted(dtype: str, **values: Any) -> nn.Module:
+    return get_peft_model(base(dtype), BaditConfig(target_modules=TARGETS, task_type="CAUSAL_LM", **values)).train()
+
+
+def prompts(source: str) -> list[Any]:
+    """Returns batches of the first training prompts of all tasks, as a training sees them."""
+    tokenizer = load_base_model(MODEL, dtype="float32")[1]
+    rows = instances(tokenizer, source, 64)
+    collate: Any = AnswerCollator(tokenizer.pad_token_id)
+    return [collate(rows[i : i + 8]) for i in range(0, len(rows), 8)]
+
+
+def measure(dtype: str, batches: list[Any], rounds: int) -> dict[str, Any]:
+    steps: dict[str, Callable[[], None]] = {}
+    for name, values in GATES.items():
+        model = adapted(dtype, **values)
+        if name == "clusters":
+            hooks_of(model).start_task({"all": batches})
+        steps[name] = training_step(model, batch(ROWS, TOKENS))
+    before = {
+        "the adapters": partial(adapted, dtype),
+        "the adapters and the clusters": lambda: hooks_of(adapted(dtype)).start_task({"all": batches}),
+        "the adapters from the directions": partial(adapted, dtype, init_weights="directions"),
+    }
+    samples = in_turns(steps, rounds=rounds, warmup=2)
+    return {
+        "seconds of a step": samples,
+        "ratio to a step without gates": {name: ratio(samples, name, WITHOUT) for name in GATES if name != WITHOUT},
+        "seconds before training": in_turns(before, rounds=3),
+    }
+
+
+def main(arguments: argparse.Namespace) -> None:
+    batches = prompts(arguments.data)
+    result = {dtype: measure(dtype, batches, arguments.rounds) for dtype in fast_dtypes()}
+    keep(
+        "parts",
+        {"rows": ROWS, "tokens": TOKENS, "data": "SuperNI" if arguments.data != "builtin" else "builtin", **result},
+    )
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    main(data_options(options(__doc__, rounds=7)).parse_args())
