@@ -164,6 +164,11 @@ def test_clusters_have_the_moments_of_their_prompts_also_without_or_with_equal_p
     assert not layer.badit_router
     layer.cluster("default", means := torch.randn(40, IN, dtype=torch.float64))
     np.testing.assert_allclose(layer.badit_moments["default"], reference.prompt_moments([means]), rtol=1e-5, atol=1e-6)
+    means[[0, 1, 2]], means[3, 0] = torch.tensor([[0.0], [torch.nan], [torch.inf]]).double(), torch.inf
+    layer.cluster("default", means)  # an overflow in some prompts
+    assert (layer.badit_moments["default"][1] > 0).all()
+    assert layer.badit_centroids["default"].isfinite().all()
+    assert len(layer.badit_centroids["default"].unique(dim=0)) == 4
     layer.cluster("default", torch.zeros(5, IN))  # such as an MoE's expert that gets no tokens
     assert layer.badit_moments["default"].isfinite().all()
     assert run(layer, x, mask).isfinite().all()

@@ -349,7 +349,8 @@ class BaditLinear(ExpertLinear):
     def cluster(self, adapter_name: str, means_SI: torch.Tensor) -> None:
         """Sets moments, centroids and codes from x̄ (S, I) of training prompts; on all ranks, those of rank 0."""
         config, codes_CK = self.badit_config[adapter_name], self.badit_codes[adapter_name]
-        moments_2I = batch_moments(means_SI).nan_to_num(0.0, 0.0, 0.0)  # without a prompt (MoE experts), or overflown
+        means_SI = means_SI.nan_to_num(0.0, 0.0, 0.0)  # NaN in one prompt would reach the moments of all features
+        moments_2I = batch_moments(means_SI).nan_to_num(0.0)  # without any prompt, as for some experts of an MoE
         centroids_CI = prompt_centroids(standardised(means_SI, moments_2I), len(codes_CK))
         # Fewer prompts than clusters give equal centroids; rounding must not choose between their codes.
         first_equal_C = (centroids_CI @ centroids_CI.T > 1 - 1e-5).int().argmax(dim=1)
