@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
 
-from badit.tuner import BaditConfig, BaditModel
+from badit.tuner import BaditConfig, BaditModel, hooks_of
 from badit.tuner.model import register
 from refusals import refuses
 from tuner.helpers import FAMILIES, IDS, MASK, adapt, adapted, config, generate, layers, logits, randomise
@@ -119,3 +120,18 @@ def test_auto_class_and_transformers_load_adapter_give_the_same_model(tiny_model
     for layer in layers(plain):  # disable_adapters() of transformers 5.24 requires an unreleased PEFT
         layer.enable_adapters(False)
     assert torch.equal(logits(plain), logits(tiny_model(family)))
+
+
+def test_a_model_that_is_not_of_transformers_is_trained_by_default():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embeddings, self.up, self.head = nn.Embedding(100, 16), nn.Linear(16, 16), nn.Linear(16, 100)
+
+        def forward(self, input_ids, labels=None):
+            return self.head(self.up(self.embeddings(input_ids)).relu())
+
+    model = get_peft_model(Plain(), BaditConfig(target_modules=["up"]))
+    batch = {"input_ids": IDS, "labels": IDS.where(MASK.cumsum(dim=1) > 3, -100)}
+    hooks_of(model).start_task({"all": [batch]})
+    assert model.train()(**batch).isfinite().all()

@@ -209,7 +209,8 @@ class BaditModel(ExpertModel):
     def _read_prompts(self, batch: Any, rows: int) -> int:
         """Runs the base model on the first rows of a batch as in training, and returns the number of their prompts."""
         parts = batch.items() if isinstance(batch, Mapping) else ()
-        tensors = {name: each.to(self.model.device) for name, each in parts if isinstance(each, torch.Tensor)}
+        device = next(self.model.parameters()).device
+        tensors = {name: each.to(device) for name, each in parts if isinstance(each, torch.Tensor)}
         if getattr(tensors.get("input_ids"), "ndim", 0) != 2:
             raise BaditError("start_task: a batch must be a dict of tensors, as in training; or use gates='mean_one'")
         if all(len(each) == len(batch["input_ids"]) for each in tensors.values() if each.ndim > 1):
