@@ -174,6 +174,8 @@ def test_clusters_have_the_moments_of_their_prompts_also_without_or_with_equal_p
     assert run(layer, x, mask).isfinite().all()
     layer.cluster("default", torch.randn(2, IN)[[0, 1, 0, 1, 1]])  # 4 clusters, 2 prompts
     assert len(layer.badit_codes["default"].unique(dim=0)) == 2
+    layer.cluster("default", torch.randn(IN) + 1e-7 * torch.randn(20, IN))  # one prompt, and rounding
+    assert not layer.badit_centroids["default"].any()
 
 
 def test_prompts_are_clustered_as_training_reads_them(tiny_model, monkeypatch):

@@ -351,6 +351,7 @@ class BaditLinear(ExpertLinear):
         config, codes_CK = self.badit_config[adapter_name], self.badit_codes[adapter_name]
         means_SI = means_SI.nan_to_num(0.0, 0.0, 0.0)  # NaN in one prompt would reach the moments of all features
         moments_2I = batch_moments(means_SI).nan_to_num(0.0)  # without any prompt, as for some experts of an MoE
+        moments_2I[1] *= moments_2I[1].sum() > 1e-10 * moments_2I[0].square().sum()  # equal prompts differ by rounding
         centroids_CI = prompt_centroids(standardised(means_SI, moments_2I), len(codes_CK))
         # Fewer prompts than clusters give equal centroids; rounding must not choose between their codes.
         first_equal_C = (centroids_CI @ centroids_CI.T > 1 - 1e-5).int().argmax(dim=1)
