@@ -10,17 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
+import pandas as pd
+
 from badit.files import read_json
 from badit.results import SINGLE_TASK, load_results, paired_differences
 from badit.statistics import paired_bootstrap
 
 FOLDER = Path(__file__).parent / "results" / "evidence-sequence-cpu"
+SECOND = FOLDER.with_name("evidence-sequence-processor")  # LoRA's sequences on another machine
+AGAIN = "lora, second machine"
 
 
 def main() -> None:
-    results = load_results(FOLDER)
+    results, again = load_results(FOLDER), load_results(SECOND).instances.assign(method=AGAIN)
+    results = replace(results, instances=pd.concat([results.instances, again]))
     sequences = [name for name in results.methods if not name.endswith(SINGLE_TASK)]
-    pairs = [(name, other) for other in ("lora", "badit") for name in sequences if name != other]
+    pairs = [(name, other) for other in ("lora", "badit", AGAIN) for name in sequences if name != other]
     for method, reference in pairs:
         text = f"{method} − {reference}:"
         for order in (None, *results.instances["order"].dropna().unique()):
