@@ -47,9 +47,10 @@ def emulate(browser, *, width=1200, theme="light"):
 
 
 def requests(browser):
-    """Returns the requests since the log was last cleared or read."""
+    """Returns the requests since the log was last cleared or read, without those of the browser's own start page."""
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [event["params"]["request"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    return [each["request"] for each in sent if not each["documentURL"].startswith("chrome:")]
 
 
 def until(condition, what):
