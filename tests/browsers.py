@@ -50,7 +50,7 @@ def requests(browser):
     """Returns the requests since the log was last cleared or read, without those of the browser's own start page."""
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    return [each["request"] for each in sent if not each["documentURL"].startswith("chrome:")]
+    return [each["request"] for each in sent if not each["documentURL"].startswith("chrome")]
 
 
 def until(condition, what):
