@@ -17,7 +17,7 @@ from badit import BaditConfig, Run, generation
 from badit.data import AnswerCollator, Instance, Task
 from badit.evaluate import evaluate, prompt_losses, read_predictions, score_model, write_predictions
 from badit.generation import generate_answers, stream_answer
-from badit.metrics import Prediction
+from badit.metrics import METRICS, Prediction
 from badit.recipe import build_recipe
 from badit.train import encoded
 from data.examples import make_tokenizer
@@ -179,6 +179,7 @@ def test_scores_and_predictions_match_their_instances(model, tokenizer):
         nll = [prediction.nll for prediction in predictions if prediction.task == task]
         expected = {"rouge_l": score, "exact_match": score, "nll": pytest.approx(fmean(nll)), "instances": count}
         assert scores["tasks"][task].items() >= expected.items()
+        assert scores["tasks"][task].keys() == {*METRICS, "instances"}
     for metric in ("rouge_l", "exact_match"):
         assert (scores[metric], scores[f"{metric}_instances"]) == (50.0, 75.0)
     ids = [(p.task, p.instance_id) for p in predictions]
