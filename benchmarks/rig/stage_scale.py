@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Gates by rank and number of tasks, with the corrected optimizer (docs/experiments/rig-scale.md).
 
-python benchmarks/rig/stage_scale.py
+python benchmarks/rig/stage_scale.py [PROCESSES]
 """
 
 import itertools
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from stage_a import ADAPTERS, OPTIMIZERS, SEARCH, run, varied
 
@@ -19,17 +21,29 @@ def cell(adapter: str, rank: int, tasks: str, rate: float) -> tuple[str, list[st
     return f"scale_{adapter}_{rank}_{tasks}", options
 
 
+def run_all(runs: list[tuple[str, list[str]]]) -> list[float]:
+    with ThreadPoolExecutor(int(sys.argv[1]) if sys.argv[1:] else 1) as pool:
+        return list(pool.map(run, *zip(*runs, strict=True)))
+
+
+searched = list(itertools.product(RANKS, RATES))
+cells = [cell("directions", rank, "9", rate) for rank, rate in searched]
+losses = run_all(
+    [
+        (f"search_{name}_{rate:g}", [*options, *SEARCH])
+        for (_, rate), (name, options) in zip(searched, cells, strict=True)
+    ]
+)
 chosen = {}
 for rank in RANKS:
-    losses = {}
-    for rate in RATES:
-        name, options = cell("directions", rank, "9", rate)
-        losses[rate] = run(f"search_{name}_{rate:g}", [*options, *SEARCH])
-    chosen[rank] = min(rate for rate, loss in losses.items() if loss <= min(losses.values()) + LEVEL)
+    found = {rate: loss for (of, rate), loss in zip(searched, losses, strict=True) if of == rank}
+    chosen[rank] = min(rate for rate, loss in found.items() if loss <= min(found.values()) + LEVEL)
     print(f"N = {rank}: rate {chosen[rank]:g}", flush=True)
 
 compared = [("lora", 32, "9"), ("directions", 32, "9"), ("expert", 32, "9")]
 compared += itertools.product(("directions", "expert", "oracle"), RANKS, ("5", "15"))
+finals = []
 for seed, (adapter, rank, tasks) in itertools.product(range(3), compared):
     name, options = cell(adapter, rank, tasks, chosen[rank])
-    run(f"{name}_s{seed}", [*options, *varied(seed)])
+    finals.append((f"{name}_s{seed}", [*options, *varied(seed)]))
+run_all(finals)
