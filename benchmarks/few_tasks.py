@@ -21,15 +21,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from peft import PeftModel
+from fixed_gates import batches_of, loaded, measured
 
 import badit
-from badit.data import AnswerCollator, batches_by_task
 from badit.environment import environment
-from badit.evaluate import prompt_losses
 from badit.files import read_json, write_json
 from badit.statistics import paired_bootstrap
-from badit.train import base_model, encoded, fit, make_plan
+from badit.train import fit, make_plan
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "few-tasks"
@@ -75,23 +73,12 @@ def losses_of(run: badit.Run, *, exported: bool) -> dict[str, dict[str, list[flo
     recipe = run.recipe
     model, tokenizer = run.load()
     held_out = [(task, one) for task in make_plan(recipe, split="validation").tasks for one in task.validation]
-    examples = encoded(tokenizer, recipe, held_out, model)
-    examples.sort(key=lambda example: len(example["input_ids"]))  # batches of similar length have little padding
-    batches = batches_by_task(examples, AnswerCollator(tokenizer.pad_token_id, with_tasks=True), 10)
-    kept = {name: list(batch) for name, batch in batches.items()}
-
-    def measured(model: Any, task: str) -> list[float]:
-        sums_P, counts_P = prompt_losses(model, kept[task])
-        return (sums_P / counts_P).tolist()
-
-    losses = {"run": {task: measured(model, task) for task in kept}}
+    batches = batches_of(recipe, model, tokenizer, held_out)
+    losses = {"run": {task: measured(model, batches[task]) for task in batches}}
     if exported:
         with TemporaryDirectory() as folder:
             exports = run.export(f"{folder}/tasks", all_tasks=True, progress=False).tasks
-            losses["task"] = {
-                task: measured(PeftModel.from_pretrained(base_model(recipe)[0], str(one.folder)).eval(), task)
-                for task, one in exports.items()
-            }
+            losses["task"] = {task: measured(loaded(recipe, one), batches[task]) for task, one in exports.items()}
     return losses
 
 

@@ -10,7 +10,7 @@ Writes results/fixed-gates.json after each run and continues from there. Questio
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -57,25 +57,31 @@ def losses_of(run: badit.Run, instances: int) -> dict[str, dict[str, list[float]
         of_task = run.export(f"{folder}/tasks", all_tasks=True, progress=False).tasks
         mean = mean_export(run, of_task, Path(folder))
         model, tokenizer = run.load()
-        examples = encoded(tokenizer, recipe, [(task, one) for task in tasks for one in task.test[:instances]], model)
-        examples.sort(key=lambda example: len(example["input_ids"]))  # batches of similar length have little padding
-        collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
-        batches = {name: list(batch) for name, batch in batches_by_task(examples, collate, 10).items()}
+        batches = batches_of(recipe, model, tokenizer, [(task, one) for task in tasks for one in task.test[:instances]])
+        return {
+            "run": {task: measured(model, batches[task]) for task in batches},
+            "task": {task: measured(loaded(recipe, of_task[task]), batches[task]) for task in batches},
+            "mean": {task: measured(loaded(recipe, mean), batches[task]) for task in batches},
+        }
 
-        def measured(model: Any, task: str) -> list[float]:
-            sums_P, counts_P = prompt_losses(model, batches[task])
-            return (sums_P / counts_P).tolist()
 
-        losses = {"run": {task: measured(model, task) for task in batches}, "task": {}}
-        base, _ = base_model(recipe)
-        plain = PeftModel.from_pretrained(base, str(mean.folder), adapter_name="mean").eval()
-        losses["mean"] = {task: measured(plain, task) for task in batches}
-        for task in batches:
-            plain.load_adapter(str(of_task[task].folder), adapter_name="task")
-            plain.set_adapter("task")
-            losses["task"][task] = measured(plain.eval(), task)
-            plain.delete_adapter("task")
-    return losses
+def batches_of(recipe: Any, model: Any, tokenizer: Any, instances: Sequence[tuple[Any, Any]]) -> dict[str, list[Any]]:
+    """Returns the batches of each task, from pairs of a task and one of its instances."""
+    examples = encoded(tokenizer, recipe, instances, model)
+    examples.sort(key=lambda example: len(example["input_ids"]))  # batches of similar length have little padding
+    batches = batches_by_task(examples, AnswerCollator(tokenizer.pad_token_id, with_tasks=True), 10)
+    return {name: list(of_task) for name, of_task in batches.items()}
+
+
+def measured(model: Any, batches: list[Any]) -> list[float]:
+    """Returns the NLL per answer token of each instance."""
+    sums_P, counts_P = prompt_losses(model, batches)
+    return (sums_P / counts_P).tolist()
+
+
+def loaded(recipe: Any, exported: Export) -> PeftModel:
+    """Returns the base model with an export, as PEFT loads it."""
+    return PeftModel.from_pretrained(base_model(recipe)[0], str(exported.folder)).eval()
 
 
 def mean_export(run: badit.Run, of_task: Mapping[str, Export], folder: Path) -> Export:

@@ -26,18 +26,14 @@ def run_all(runs: list[tuple[str, list[str]]]) -> list[float]:
         return list(pool.map(run, *zip(*runs, strict=True)))
 
 
-searched = list(itertools.product(RANKS, RATES))
-cells = [cell("directions", rank, "9", rate) for rank, rate in searched]
-losses = run_all(
-    [
-        (f"search_{name}_{rate:g}", [*options, *SEARCH])
-        for (_, rate), (name, options) in zip(searched, cells, strict=True)
-    ]
-)
 chosen = {}
 for rank in RANKS:
-    found = {rate: loss for (of, rate), loss in zip(searched, losses, strict=True) if of == rank}
-    chosen[rank] = min(rate for rate, loss in found.items() if loss <= min(found.values()) + LEVEL)
+    searched = []
+    for rate in RATES:
+        name, options = cell("directions", rank, "9", rate)
+        searched.append((f"search_{name}_{rate:g}", [*options, *SEARCH]))
+    losses = run_all(searched)
+    chosen[rank] = min(rate for rate, loss in zip(RATES, losses, strict=True) if loss <= min(losses) + LEVEL)
     print(f"N = {rank}: rate {chosen[rank]:g}", flush=True)
 
 compared = [("lora", 32, "9"), ("directions", 32, "9"), ("expert", 32, "9")]
