@@ -39,7 +39,7 @@ from badit.tuner.targets import chosen_targets
 _BOOKKEEPING = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "tasks",
                 "past_branches", FORMAT_FIELD}  # fmt: skip
 _INTERNAL = _BOOKKEEPING | {"peft_type", "auto_mapping", "runtime_config"}  # not options of a recipe
-_MAY_DIFFER = _BOOKKEEPING | {"target_modules", "fan_in_fan_out"}  # between a saved adapter and the recipe
+_MAY_DIFFER = _BOOKKEEPING | {"target_modules", "fan_in_fan_out", "num_clusters"}  # from a recipe to an adapter
 WEIGHTS = "weights.safetensors"
 Tensors = Mapping[str, torch.Tensor]
 

@@ -104,6 +104,8 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
         tasks = ordered(tasks, data.order)
         if untrained:
             raise BaditError(f"data: task {untrained[0]} has no training instances, which data.order needs; add some")
+    elif method.name == "badit" and len(tasks) <= 8 and "num_clusters" not in recipe.method:
+        method.config.num_clusters = len(tasks)  # more clusters raised the loss (docs/experiments/few-tasks.md)
     return Plan(recipe, tasks, method)
 
 
@@ -288,10 +290,8 @@ def refuse_beyond_model(examples: Iterable[Mapping[str, Any]], model: Any, more:
 def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | None = None) -> TrainingArguments:
     """Returns the recipe's training arguments with those that badit sets; BaditError if they are incompatible."""
     given = plan.recipe.training.model_dump(include=argument_names())  # without badit's own fields
-    # Trained base weights are stored in float32 and used in the recipe's dtype.
-    bf16 = plan.method.trains_base_weights and model_dtype(plan.recipe) == "bfloat16"
     defaults = {
-        "bf16": bf16,
+        "bf16": plan.method.trains_base_weights and model_dtype(plan.recipe) == "bfloat16",  # stored in float32
         "use_cpu": not torch.accelerator.is_available(),  # transformers needs it for bf16 and for several processes
         "dataloader_pin_memory": False,
         "log_level_replica": "passive",  # the level of rank 0, else the other ranks print warnings that it hides

@@ -155,6 +155,14 @@ def test_data_options_change_the_plan(recipe_values):
     refuses(r"has no validation instances; set data\.validation_per_task", plan, "evaluation.split=validation")
 
 
+def test_few_mixed_tasks_have_a_cluster_each(recipe_values):
+    def clusters(*overrides):
+        return make_plan(build_recipe(recipe_values, ["method={}", *overrides])).method.config.num_clusters
+
+    assert (clusters(), clusters("data.tasks=[rivers]"), clusters("method.num_clusters=5")) == (2, 1, 5)
+    assert clusters("data.order=[rivers, cities]") == 16  # they are found with the first task
+
+
 def test_invalid_methods_and_optimizers_are_refused(recipe_values, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     for method, message in (

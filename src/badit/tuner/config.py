@@ -185,7 +185,7 @@ class BaditConfig(ExpertConfig):
         "init_weights='bad', gates with sum 1 change the model at step 0. Default: 'clusters'; 'mean_one' with "
         "routing='token', router_input='mean', top_k, init_weights='bad', target_parameters or a single expert.",
     )
-    num_clusters: Count = option(16, "Clusters of prompts in every layer. With up to 8 tasks, use the number of tasks.")
+    num_clusters: Count = option(16, "Clusters of prompts per layer; in recipes of up to 8 mixed tasks, their number.")
     top_k: int | None = option(
         None,
         "Use only the k largest gates (default: all). With k = 1 the gate is constant, so the router does not learn. "
