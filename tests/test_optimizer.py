@@ -51,7 +51,7 @@ class Factors(nn.Module):
 @pytest.mark.parametrize(("shared_by", "at_a_time"), [(1, 2**23), (3, 2**23), (1, 1)])
 def test_steps_match_the_reference_implementation(shared_by, at_a_time, monkeypatch):
     """The B's of experts that share A are stacked: (K·O, N). Layers are updated in groups."""
-    monkeypatch.setattr("badit.optimizer._NUMBERS_AT_A_TIME", at_a_time)
+    monkeypatch.setattr("badit.gradients._NUMBERS_AT_A_TIME", at_a_time)
     layers = [Factors(4, 4 * shared_by) for _ in range(3)]
     optimizer = OrthogonalUpdates(nn.ModuleList(layers), 0.01, weight_decay=0.1)
 

@@ -57,7 +57,7 @@ def train(
     lock = exclusive(Path(made.output)) if is_main_process() else nullcontext()  # rank 0 locks it for all processes
     with explained(made.output), lock:
         run = fit(made, progress=progress and is_main_process(), allow_changed_inputs=allow_changed_inputs)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if is_main_process():
             if run.scores_path.is_file():

@@ -17,7 +17,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from badit.method.grouping import OverShards, cosine_gram
 
-_NUMBERS_AT_A_TIME = 2**24  # at most this number of elements is stacked for one batched product: 64 MB in float32
+# At most this number of elements is stacked for one batched operation: 32 MB in float32. A step of orthogonal updates
+# temporarily needs about ten times that memory.
+_NUMBERS_AT_A_TIME = 2**23
 
 
 def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> list[torch.Tensor | None]:
@@ -33,7 +35,7 @@ def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> lis
 
     gradients = [(reduced(a_NI), reduced(b_ON)) for a_NI, b_ON in factors]
     grams: list[torch.Tensor | None] = [None] * len(factors)
-    for indices in by_shape(gradients, _NUMBERS_AT_A_TIME):
+    for indices in by_shape(gradients):
         grads_A, grads_B = zip(*(gradients[index] for index in indices), strict=True)
         # Row shards of A become column shards; each process communicates 1/W of A.
         stacked_NN = cosine_gram(stacked(grads_A, 1), stacked(grads_B, 0), over_shards(grads_A[0]))
@@ -42,7 +44,7 @@ def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> lis
     return grams
 
 
-def by_shape(pairs: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]], numbers: int) -> Iterator[list[int]]:
+def by_shape(pairs: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]]) -> Iterator[list[int]]:
     """Yields the indices of complete pairs of equal shape, dtype, device and placement, in chunks of limited size."""
     kinds: dict[Any, list[int]] = {}
     for index, (a, b) in enumerate(pairs):
@@ -50,7 +52,7 @@ def by_shape(pairs: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]], n
             kind = (a.shape, b.shape, a.dtype, b.dtype, a.device, getattr(a, "placements", None))
             kinds.setdefault(kind, []).append(index)
     for kind, indices in kinds.items():
-        together = max(1, numbers // (kind[0].numel() + kind[1].numel()))
+        together = max(1, _NUMBERS_AT_A_TIME // (kind[0].numel() + kind[1].numel()))
         for start in range(0, len(indices), together):
             yield indices[start : start + together]
 
@@ -156,10 +158,9 @@ def _kept_by_deepspeed(parameter: nn.Parameter) -> bool:
 
 def rank_and_size() -> tuple[int, int]:
     """Returns the rank of this process and the world size."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not torch.distributed.is_initialized():
         return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def any_of_all(flag: bool) -> bool:

@@ -146,9 +146,11 @@ class AdapterMethod(Method):
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
 
     def callbacks(self, run: Run) -> list[TrainerCallback]:
-        if self.regroup is None:
-            return [AngleLog(run.angles_path)]
-        return [RegroupCallback(**self.regroup, log_path=run.regroupings_path)]
+        if self.regroup is not None:
+            return [RegroupCallback(**self.regroup, log_path=run.regroupings_path)]
+        # One expert, or experts that share one A, have no angles.
+        has_angles = getattr(self.config, "num_experts", 1) > 1 and not self.config.shares_A
+        return [AngleLog(run.angles_path)] if has_angles else []
 
 
 class SurgeryMethod(AdapterMethod):

@@ -31,10 +31,6 @@ _FACTOR = re.compile(r"\b(?:badit|lora|lora_embedding)_([AB])\b")
 _FACTOR_A = re.compile(r"\b(badit|lora)_A\b")
 _OF_FEATURES = ("basis", "first", "features")  # the moments with the factor's feature dimension, sharded as it is
 
-# The largest number of elements that are stacked for one batched step: 32 MB in float32. A step
-# temporarily needs about ten times that memory.
-_NUMBERS_AT_A_TIME = 2**23
-
 _FLATTENED = "orthogonal updates need matrices, but DeepSpeed and FSDP1 flatten them; use FSDP2 or DDP, adamw or lora+"
 
 
@@ -137,7 +133,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         pairs = list(zip(factors["params"][::2], factors["params"][1::2], strict=True))
         for has_moments in (True, False):
             some = [pair for pair in pairs if bool(self.state.get(pair[0])) == has_moments]
-            for indices in by_shape([(a.grad, b.grad) for a, b in some], _NUMBERS_AT_A_TIME):
+            for indices in by_shape([(a.grad, b.grad) for a, b in some]):
                 self._move([some[index] for index in indices], factors)
         for group in others:
             adamw = torch.optim.AdamW([dict(group)])

@@ -61,7 +61,7 @@ class RegroupOptions:
     def due(self, total_steps: int) -> range:
         """Returns the steps of a run after which it regroups."""
         every = int(self.every) if self.every >= 1 else max(1, round(self.every * total_steps))
-        return range(every, math.floor(self.stop * total_steps) + 1, every)
+        return range(every, math.floor(round(self.stop * total_steps, 6)) + 1, every)
 
 
 def trainable_adapters(model: nn.Module, kind: type[ExpertLinear] = BaditLinear) -> Iterator[tuple[str, Place]]:
@@ -339,24 +339,16 @@ class RegroupCallback(TrainerCallback):
 
 
 class AngleLog(TrainerCallback):
-    """Logs one line per layer and window of ``every`` steps: step, module, window_steps and the fields of ExpertAngles.
-
-    Layers with one expert, and layers whose experts share one A, are left out.
-    """
+    """Logs a line per layer and window of ``every`` steps: step, module, window_steps and fields of ExpertAngles."""
 
     def __init__(self, path: Path, every: int = 20) -> None:
         self._log, self.every, self.windows = path, every, Windows({})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        layers = {
-            name: (layer, adapter)
-            for name, (layer, adapter) in trainable_adapters(kwargs["model"], ExpertLinear)
-            if layer.badit_config[adapter].num_experts > 1 and not layer.badit_config[adapter].shares_A
-        }
-        self.windows = Windows(layers, kwargs.get("optimizer"))
-        if layers and state.global_step:
+        self.windows = Windows(dict(trainable_adapters(kwargs["model"], ExpertLinear)), kwargs.get("optimizer"))
+        if state.global_step:
             self.windows.load(resumed_checkpoint(args, state) / _ANGLES_FILE)
-        if layers and state.is_world_process_zero:
+        if state.is_world_process_zero:
             rewind_log(self._log, state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -374,8 +366,7 @@ class AngleLog(TrainerCallback):
         self.windows.restart()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.windows.layers:
-            self.windows.save(checkpoint_being_written(args, state) / _ANGLES_FILE, write=args.should_save)
+        self.windows.save(checkpoint_being_written(args, state) / _ANGLES_FILE, write=args.should_save)
 
 
 def _means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:

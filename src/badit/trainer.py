@@ -154,8 +154,8 @@ class AnswerTrainer(Trainer):
         return super()._determine_best_metric(*args, **kwargs) or self.control.should_save
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Also preserves torch's random state, so that evaluation does not change the training."""
-        with torch.random.fork_rng():
+        """Also preserves the CPU's random state, so that evaluation does not change the training."""
+        with torch.random.fork_rng([]):  # without the devices', which evaluation does not read
             return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -11,12 +11,13 @@ from transformers import Trainer, TrainingArguments
 
 import reference
 from badit import BaditConfig, RegroupCallback, Regrouper
-from badit.baselines.mixture import HydraLoraConfig, LoraMoeConfig
+from badit.baselines.mixture import LoraMoeConfig
 from badit.data import AnswerCollator
 from badit.files import read_jsonl
 from badit.method import expert_angles, grouping_objective
 from badit.methods import build_method
-from badit.regroup import STATE_FILE, AngleLog, trainable_adapters
+from badit.regroup import STATE_FILE, AngleLog, RegroupOptions, trainable_adapters
+from badit.run import Run
 from badit.tuner import ExpertLinear
 from refusals import refuses
 from training.trainers import QUIET, adapted, adapter_state, assert_same, examples, make_trainer, on
@@ -65,20 +66,27 @@ def test_log_has_partition_by_mean_gram_and_angles_of_next_window(tiny_model, tm
     assert {name: layer.expert_of(adapter).tolist() for name, (layer, adapter) in layers.items()} == last
 
 
-@pytest.mark.parametrize("config_class", [LoraMoeConfig, BaditConfig.paper, HydraLoraConfig])
+@pytest.mark.parametrize("config_class", [LoraMoeConfig, BaditConfig.paper])
 def test_angle_log_has_angles_of_the_mean_gram_of_each_window(tiny_model, tmp_path, config_class):
     steps, path = [], tmp_path / "angles.jsonl"
     model = get_peft_model(tiny_model("llama"), config_class(num_experts=3, r=2))
     make_trainer(model, tmp_path, [gradients_into(steps, model), AngleLog(path, every=5)]).train()
-    if config_class is HydraLoraConfig:
-        assert not path.exists(), "experts that share one A have no angles"
-        return
     lines = list(read_jsonl(path))
     assert [(line["step"], line["window_steps"]) for line in lines[::2]] == [(5, 5), (10, 5), (12, 2)]
     for line in lines:
         gram_NN = mean_gram(steps[line["step"] - line["window_steps"] : line["step"]], line)
         expected = expert_angles(gram_NN, np.repeat(np.arange(3), 2))._asdict()
         assert {key: line[key] for key in expected} == pytest.approx(expected, abs=0.05)
+
+
+def test_methods_whose_experts_have_no_angles_log_none(tmp_path):
+    for method, count in (("badit", 1), ("loramoe", 1), ("hydralora", 0), ("lora", 0), ("gainlora", 0)):
+        assert len(build_method({"name": method}).callbacks(Run.at(tmp_path))) == count
+    assert not build_method({"name": "badit", "num_experts": 1}).callbacks(Run.at(tmp_path))
+
+
+def test_the_last_step_of_a_fraction_is_due():
+    assert list(RegroupOptions(every=29, stop=0.29).due(100)) == [29], "0.29 * 100 is below 29 in floating point"
 
 
 @pytest.mark.parametrize("rescale", [False, True])

@@ -110,12 +110,12 @@ class BranchLinear(ExpertLinear):
     badit_A_past: Buffers
     badit_B_past: Buffers
 
-    def update_layer(self, adapter_name: str, config: BranchConfig, inference_mode: bool = False) -> None:
+    def update_layer(self, adapter_name: str, config: BranchConfig) -> None:
         """Adds an adapter: zero tensors for its frozen branches, to be loaded, and a new current branch."""
         past_rank = config.past_branches * config.r
         self.badit_A_past[adapter_name] = torch.zeros(past_rank, self.in_features)
         self.badit_B_past[adapter_name] = torch.zeros(self.out_features, past_rank)
-        super().update_layer(adapter_name, config, inference_mode)
+        super().update_layer(adapter_name, config)
 
     def expert_of(self, adapter_name: str) -> torch.Tensor:
         """Returns the branch of each component, the frozen branches first."""

@@ -41,11 +41,11 @@ class MtlLoraLinear(ExpertLinear):
     badit_lambda: nn.ParameterDict
     badit_task_logits: nn.ParameterDict
 
-    def update_layer(self, adapter_name: str, config: "MtlLoraConfig", inference_mode: bool = False) -> None:
+    def update_layer(self, adapter_name: str, config: "MtlLoraConfig") -> None:
         tasks = len(config.tasks or ())
         self.badit_lambda[adapter_name] = nn.Parameter(torch.eye(config.r).repeat(tasks, 1, 1))
         self.badit_task_logits[adapter_name] = nn.Parameter(torch.zeros(tasks, config.num_experts))
-        super().update_layer(adapter_name, config, inference_mode)
+        super().update_layer(adapter_name, config)
 
     @torch.no_grad()
     def initialise(self, adapter_name: str) -> None:

@@ -64,7 +64,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
-    def update_layer(self, adapter_name: str, config: Any, inference_mode: bool = False) -> None:
+    def update_layer(self, adapter_name: str, config: Any) -> None:
         """Adds an adapter: creates its tensors and initialises them."""
         self.badit_config[adapter_name] = config
         rows_of_A = config.r if config.shares_A else config.num_components
@@ -81,7 +81,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         if not is_reference and (not self.badit_A[adapter_name].is_meta or self.weight_OI.is_meta):  # else to be loaded
             self.initialise(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_adapter(self.active_adapters)
         if is_reference:  # a copy of the default adapter, with its dtypes
             tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
             for name in (name for name in tensors if name.endswith(".ref")):
@@ -268,7 +268,7 @@ class BaditLinear(ExpertLinear):
         self.routing.mask_readers.append(self._reads_prompt)
         self.register_load_state_dict_post_hook(_refuse_broken_labels)
 
-    def update_layer(self, adapter_name: str, config: BaditConfig, inference_mode: bool = False) -> None:
+    def update_layer(self, adapter_name: str, config: BaditConfig) -> None:
         self.gate_sums.pop(adapter_name, None)  # of an earlier adapter of this name
         self.badit_expert_of[adapter_name] = torch.arange(config.num_experts).repeat_interleave(config.r)
         if config.router_input == "standardised":
@@ -278,7 +278,7 @@ class BaditLinear(ExpertLinear):
             self.routing.unclustered.append((self, adapter_name))
             self.badit_centroids[adapter_name] = torch.zeros(config.num_clusters, self.in_features)
             self.badit_codes[adapter_name] = torch.ones(config.num_clusters, config.num_experts) / config.num_experts
-        super().update_layer(adapter_name, config, inference_mode)
+        super().update_layer(adapter_name, config)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT casts to the base layer's dtype, before 0.21 also integers. These buffers keep their dtypes and values.
@@ -401,7 +401,7 @@ class BaditLinear(ExpertLinear):
 
 
 def _sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
     return sums
 
