@@ -103,6 +103,15 @@ def test_check_predicts_steps_parameters_and_regroupings(recipe_values, override
         assert warned == ("0 regroupings in 2 steps: lower method.regroup.every" in shown) == (due == 0)
 
 
+def test_check_counts_instructions_among_the_tokens_of_the_longest_instances(recipe_values, tmp_path):
+    texts = {"a": ("one " * 60, "x"), "b": ("Do.", "two " * 20)}
+    rows = [{"task": task, "instruction": text, "input": own, "output": "c"} for task, (text, own) in texts.items()]
+    path = write_rows(tmp_path / "a.jsonl", *rows, *({**row, "split": "test"} for row in rows))
+    options = [f"data.source={path}", "training.per_device_train_batch_size=1"]
+    one, both = (check(build_recipe(recipe_values, [*options, f"data.tasks={name}"])) for name in ("[a]", "[a, b]"))
+    assert one[-1] == both[-1]
+
+
 def test_check_reports_invalid_recipes_without_creating_a_run(recipe_values, tmp_path):
     unsaved = {"eval_strategy": "steps", "save_strategy": "no", "load_best_model_at_end": True}
     (tmp_path / "notes.txt").touch()

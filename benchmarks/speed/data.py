@@ -40,7 +40,7 @@ tokens = sum(examples.lengths)
 done = time.perf_counter()
 seconds = {"imports": imported - began, "reading": read - imported, "encoding": done - read, "all": done - began}
 shown = {name: round(value, 2) for name, value in seconds.items()}
-print(json.dumps({**shown, "peak_memory_gib": round(peak_memory() / 2**30, 2), "tokens": tokens, "tasks": len(tasks)}))
+print(json.dumps({**shown, "peak_memory_gib": peak_memory(), "tokens": tokens, "tasks": len(tasks)}))
 """
 
 

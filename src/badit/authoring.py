@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 from badit.arguments import argument_names, fixed_reason
 from badit.compare import Grid
 from badit.compare import check as check_grid
-from badit.data import Instance, Task, hold_out, limit, load_sources
+from badit.data import Task, hold_out, limit, load_sources, prompt_text
 from badit.errors import BaditError, status
 from badit.files import read_text
 from badit.methods import NAMES, AdapterMethod, Method, build_method, on_skeleton, options_of
@@ -89,7 +89,9 @@ def check(recipe: Recipe) -> list[str]:
     size, processes = recipe.training.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
     with status("reading the longest prompts"):
         pairs = ((task, instance) for task in plan.tasks for instance in task.train)
-        longest = encoded(tokenizer, recipe, heapq.nlargest(size, pairs, key=lambda pair: _characters(pair[1])), model)
+        encoding = recipe.prompt.encoding
+        longest = heapq.nlargest(size, pairs, key=lambda pair: len(prompt_text(*pair, encoding) + pair[1].outputs[0]))
+        longest = encoded(tokenizer, recipe, longest, model)
         every = max(1, plan.training_instances // _SAMPLED)
         some = encoded(tokenizer, recipe, [(task, one) for task in plan.tasks for one in task.train[::every]], model)
     if not method.trains:
@@ -153,10 +155,6 @@ def _most_tokens(text: str) -> float:
     """An upper estimate of the tokens of a text: one per three ASCII characters, 1.5 per other character."""
     ascii_letters = sum(map(str.isascii, text))
     return ascii_letters / 3 + 1.5 * (len(text) - ascii_letters)
-
-
-def _characters(instance: Instance) -> int:
-    return sum(map(len, (instance.input, instance.outputs[0], *(text for _, text in instance.history))))
 
 
 def _steps(plan: Plan, tasks: Sequence[Task], processes: int) -> int:

@@ -77,7 +77,7 @@ def model_card(
 
     recipe, merged = run.recipe, export is not None and export.get("rank") is None
     base = hub_id(recipe)
-    place = type(getattr(build_method(recipe.method), "config", None)).__module__.split(".")  # badit.tuner, peft, …
+    place = type(build_method(recipe.method).config).__module__.split(".")  # badit.tuner, peft, …
     header = ModelCardData(
         license=licence or _licence(recipe),
         library_name="transformers" if merged else "peft",

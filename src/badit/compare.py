@@ -100,7 +100,8 @@ def order_name(order: str | Sequence[str]) -> str:
     """Returns a short folder name for an order; a name of more than 80 characters is cut and ends with a hash."""
     if isinstance(order, str):
         return order
-    name = "-".join(re.sub(r"^(task\d+)_.*", r"\1", name) for name in order)
+    short = [re.sub(r"^(task\d+)_.*", r"\1", name) for name in order]
+    name = "-".join(short if len(set(short)) == len(short) else order)
     return name if len(name) <= 80 else f"{name[:71]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 

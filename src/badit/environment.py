@@ -40,11 +40,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def peak_memory() -> int:
-    """Returns the peak memory of this process in bytes: of its GPUs if there are any, else the resident set size."""
+def peak_memory() -> float:
+    """Returns the peak memory of this process in GiB: of its GPUs if there are any, else the resident set size."""
     import torch
 
     if torch.cuda.is_available():
-        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage returns kilobytes, on macOS bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        most = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    else:  # getrusage returns kilobytes, on macOS bytes
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return round(most / 2**30, 2)

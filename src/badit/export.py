@@ -102,7 +102,7 @@ def export(
     """
     recipe = run.trusted_recipe()
     method = build_method(recipe.method)
-    config = getattr(method, "config", None)  # a PEFT config, if the method trains an adapter
+    config = method.config  # a PEFT config, if the method trains an adapter
     has_experts = isinstance(config, ExpertConfig)
     mixes = has_experts and not config.has_fixed_gates
     output = Path(output)

@@ -212,7 +212,7 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
                 "steps": state.global_step,
                 "tokens": int(state.num_input_tokens_seen),
                 "seconds": round(seconds, 1),
-                "peak_memory_gib": round(peak_memory() / 2**30, 2),
+                "peak_memory_gib": peak_memory(),
             }
             write_json(folder.environment_path, {**folder.known_environment, "training": summary})
             partial = folder.adapter_path.with_name("adapter.partial")

@@ -84,6 +84,7 @@ def test_long_orders_have_short_and_distinct_names(orders):
     assert one != other
     assert len(one) <= 80
     assert order_name(["task1000_x", "task1001_y", "cities"]) == "task1000-task1001-cities"
+    assert order_name(["task1_b", "task1_a"]) == "task1_b-task1_a", "the numbers alone do not tell them apart"
 
 
 def test_invalid_options_are_refused_in_one_line():

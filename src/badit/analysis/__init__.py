@@ -91,7 +91,7 @@ def analyze(
             done[part] = {
                 "tables": [frame.attrs["name"] for frame in frames],
                 "seconds": round(time.monotonic() - began, 1),
-                "peak_memory_gib": round(peak_memory() / 2**30, 2),
+                "peak_memory_gib": peak_memory(),
             }
             write_json(path, {**record, "parts": done})
     return output

@@ -63,8 +63,9 @@ def serve(run: Run, *, port: int, browser: bool) -> None:
         threading.Thread(target=session.measure, daemon=True).start()
         url = f"http://{HOST}:{listening.getsockname()[1]}"
         show(f"Studio: {url}   (Ctrl-C stops it)")
-        if browser:
-            open_browser(url)
+        has_display = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+        if browser and has_display:  # otherwise a text browser could take over the terminal
+            webbrowser.open(url)
         run_until_ended(application(session), listening)
 
 
@@ -83,12 +84,6 @@ def listen(port: int) -> socket.socket:
     except OSError as error:  # its own text repeats the address
         reason = os.strerror(error.errno) if error.errno else error
         raise BaditError(f"--port: {port} cannot be used ({reason}); use another port, or 0") from None
-
-
-def open_browser(url: str) -> None:
-    """Opens the page if there is a display. Otherwise a text browser could take over the terminal."""
-    if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
-        webbrowser.open(url)
 
 
 def server(web: Starlette) -> uvicorn.Server:
