@@ -88,7 +88,7 @@ def safe_resuming(trainer: Any, checkpoint: Path | None) -> Iterator[None]:
     FSDP's checkpoints become single files of the trained weights, because torch unpickles sharded ones unrestrictedly.
     DeepSpeed, which asks torch for its unrestricted reader, gets the restricted one.
 
-    BaditError if another engine than the trainer's wrote the checkpoint, or if it has pickled objects of other types.
+    BaditError if the checkpoint is another engine's, has tensors of other shapes, or other pickled objects.
     """
     wrote = None if checkpoint is None else read_json(checkpoint / _SUMS).get("engine")
     if wrote not in (None, engine_of(trainer)):
@@ -106,6 +106,11 @@ def safe_resuming(trainer: Any, checkpoint: Path | None) -> Iterator[None]:
     except UnpicklingError:  # torch's loader found something other than tensors and plain values
         problem = "contains pickled objects that badit does not write, which were not executed"
         raise BaditError(f"{checkpoint}: {problem}; remove the folder to resume from the previous checkpoint") from None
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        problem = "does not fit the run, as after a change of the number of tasks"
+        raise BaditError(f"{checkpoint}: {problem}; restore them, or remove the run's folder to start over") from None
 
 
 class Checkpoints(TrainerCallback):

@@ -19,12 +19,13 @@ from badit.cli import main
 from badit.data import Task
 from badit.data.prompts import Prompt
 from badit.files import OWNER, exclusive
+from badit.recipe import build_recipe
 from badit.train import refuse_beyond_model
 from badit.worker import start_cell
 from fuzz.command import STRESS
 from refusals import refuses
 from training import killed
-from training.trainers import assert_same, change_tensors, learned, train_module
+from training.trainers import assert_same, change_tensors, fit_until, learned, train_module
 
 HOLD = "import sys; from pathlib import Path; from badit.files import exclusive\nwith exclusive(Path(sys.argv[1])):\n"
 
@@ -110,6 +111,15 @@ def test_moved_run_uses_its_current_folder(recipe_file, recipe_values, tmp_path)
     assert main(["evaluate", str(moved)]) == 0
     assert len(list(moved.rglob("scores.json"))) == len(list(old.rglob("scores.json")))
     assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
+
+
+def test_a_training_cannot_continue_with_another_number_of_tasks(recipe_file, recipe_values, task_file, command):
+    """The number of clusters follows that of the tasks."""
+    fit_until(2, build_recipe(recipe_values, ["training.save_steps=1"]))
+    lines = task_file.read_text().splitlines(keepends=True)
+    task_file.write_text("".join([*lines, *(line.replace('"rivers"', '"lakes"') for line in lines)]))
+    options = ["training.save_steps=1", "--allow-changed-inputs"]
+    assert "does not fit the run, as after a change of the number" in command("train", recipe_file, *options, code=2)
 
 
 def test_run_with_changed_tasks_or_base_weights_is_refused(run, recipe_file, task_file, model_folder, command):
