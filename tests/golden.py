@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "bad": _BAD,
     "directions": _DIRECTIONS,
     "standardised": {**_DIRECTIONS, "router_input": "standardised", "gates": "mean_one"},
-    "clusters": {**_DIRECTIONS, "router_input": "standardised", "gates": "clusters"},
+    "clusters": {**_DIRECTIONS, "router_input": "standardised", "gates": "clusters", "num_clusters": 16},
     "token": {**_BAD, "routing": "token"},
     "top_k": {**_BAD, "top_k": 2, "regroup": None},
     "loramoe": {"name": "loramoe", **_SMALL, "balance_weight": 0.01},

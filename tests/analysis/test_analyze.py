@@ -16,6 +16,7 @@ PAIRS = {"gradient_pairs", "gradient_overall", "coactivation_pairs"}
 INTERFERENCE = PAIRS | {"gradient_summary", "gradient_tasks", "coactivation", "coactivation_tasks"}
 EXPERTS = {"gates", "gate_similarity", "expert_losses", "nearest_prompts", "abilities"}
 EXPERTS |= {"expert_angles", "component_flow"}
+CLUSTERS = {"num_experts": 4, "r": 2, "num_clusters": 4, "regroup": {"every": 3}}  # with one, gates do not vary
 
 
 def test_run_with_experts_has_all_tables_and_skips_finished_parts(recipe_values, task_file, monkeypatch):
@@ -59,7 +60,7 @@ def test_run_with_experts_has_all_tables_and_skips_finished_parts(recipe_values,
 @pytest.mark.parametrize(
     ("data", "method", "tables"),
     [
-        ({"tasks": ["cities"]}, {}, (INTERFERENCE | EXPERTS) - PAIRS - {"gate_similarity"}),
+        ({"tasks": ["cities"]}, {"method": CLUSTERS}, (INTERFERENCE | EXPERTS) - PAIRS - {"gate_similarity"}),
         ({"order": "seeded-0"}, {"method": {"name": "lora", "r": 2}}, INTERFERENCE | {"transfer"}),
         ({"tasks": ["cities"]}, {"method": {"name": "base"}}, INTERFERENCE - PAIRS),
     ],
