@@ -58,10 +58,11 @@ def losses_of(run: badit.Run, instances: int) -> dict[str, dict[str, list[float]
         mean = mean_export(run, of_task, Path(folder))
         model, tokenizer = run.load()
         batches = batches_of(recipe, model, tokenizer, [(task, one) for task in tasks for one in task.test[:instances]])
+        of_mean = loaded(recipe, mean)
         return {
             "run": {task: measured(model, batches[task]) for task in batches},
             "task": {task: measured(loaded(recipe, of_task[task]), batches[task]) for task in batches},
-            "mean": {task: measured(loaded(recipe, mean), batches[task]) for task in batches},
+            "mean": {task: measured(of_mean, batches[task]) for task in batches},
         }
 
 
