@@ -5,6 +5,7 @@ Prints the mean paired difference and its standard errors: by the choice of seed
 by single scores (the part that neither a seed nor an instance explains), from an analysis of variance per task. `all`
 is the root of the sum of their squares. `bootstrap` is the standard error that the pigeonhole bootstrap of `badit
 table` expects. It counts single scores three times (Owen 2007, doi:10.1214/07-AOAS122), so its intervals are too wide.
+`t interval` is the paired 95 % t interval over the seeds, for these test instances.
 """
 
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 import badit
 from badit.results import paired_differences
@@ -19,11 +21,15 @@ from badit.results import paired_differences
 RESULTS = Path(__file__).parent / "results/evidence-cpu/results.json"
 
 
+def by_run(tasks_SN: list[np.ndarray]) -> np.ndarray:
+    """Returns the mean over tasks of each seed's differences (S seeds, N instances)."""
+    return np.mean([task_SN.mean(axis=1) for task_SN in tasks_SN], axis=0)
+
+
 def components(tasks_SN: list[np.ndarray]) -> dict[str, float]:
     """Returns the mean of differences (S seeds, N instances) of each task over all tasks, and its standard errors."""
     runs, weight = len(tasks_SN[0]), 1 / len(tasks_SN) ** 2
-    means_ST = np.stack([task_SN.mean(axis=1) for task_SN in tasks_SN], axis=1)
-    by_seed = means_ST.mean(axis=1).var(ddof=1) / runs
+    by_seed = by_run(tasks_SN).var(ddof=1) / runs
     by_instance = single = 0.0
     for task_SN in tasks_SN:
         own_N, count = task_SN.mean(axis=0), task_SN.shape[1]
@@ -33,7 +39,13 @@ def components(tasks_SN: list[np.ndarray]) -> dict[str, float]:
     # The variances by seed and by instance contain that of single scores. Below it, they are taken as 0.
     parts = {"seeds": max(0.0, by_seed - single), "instances": max(0.0, by_instance - single), "single scores": single}
     parts |= {"all": sum(parts.values()), "bootstrap": sum(parts.values()) + 2 * single}
-    return {"difference": means_ST.mean(), **{name: np.sqrt(variance) for name, variance in parts.items()}}
+    return {"difference": by_run(tasks_SN).mean(), **{name: np.sqrt(variance) for name, variance in parts.items()}}
+
+
+def t_interval(tasks_SN: list[np.ndarray]) -> tuple[float, float]:
+    """Returns the 95 % t interval of the mean difference over the seeds, for these test instances."""
+    means_S = by_run(tasks_SN)
+    return stats.t.interval(0.95, len(means_S) - 1, means_S.mean(), stats.sem(means_S))
 
 
 def table(path: str | Path = RESULTS, metric: str = "rouge_l") -> str:
@@ -43,7 +55,8 @@ def table(path: str | Path = RESULTS, metric: str = "rouge_l") -> str:
         tasks = list(paired_differences(results, method, metric).values())
         if method != results.reference and tasks and len(tasks[0]) > 1:
             parts = {name: f"{value:.3f}" for name, value in components(tasks).items()}
-            rows[method] = {"pairs of runs": len(tasks[0]), **parts}
+            interval = " to ".join(f"{end:.3f}" for end in t_interval(tasks))
+            rows[method] = {"pairs of runs": len(tasks[0]), **parts, "t interval": interval}
     return pd.DataFrame(rows).T.rename_axis("method").to_markdown(disable_numparse=True)
 
 

@@ -40,6 +40,9 @@ def test_noise_is_separated_into_seeds_instances_and_single_scores():
     assert found["instances"] == pytest.approx(1 / np.sqrt(50 * 2), rel=0.2)
     assert found["seeds"] == pytest.approx(0.2 / np.sqrt(400), rel=0.5)
     assert (known.high - known.low) / 3.92 == pytest.approx(found["bootstrap"], rel=0.05)
+    # Means of the seeds: 1, 2 and 6. Their standard error is √(7 / 3), and the 97.5 % quantile of t₂ is 4.303.
+    interval = load_script("noise")["t_interval"]([np.array([[0, 2], [1, 3], [5, 7]]), np.array([[1.0], [2.0], [6.0]])])
+    assert interval == pytest.approx((3 - 4.303 * np.sqrt(7 / 3), 3 + 4.303 * np.sqrt(7 / 3)), abs=1e-3)
 
 
 @pytest.mark.parametrize("per_sequence", [False, True])
