@@ -9,18 +9,20 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import reference
 from badit.optimizer import OrthogonalUpdates, factor_pairs, lora_plus_groups
+from badit.tuner import hooks_of
 from baselines import naive
 from refusals import refuses
 from training.trainers import QUIET, assert_same, examples
 from tuner.helpers import take_steps
 
-METHODS = {name: partial(naive.config, name) for name in ("badit", "loramoe", "hydralora", "goat", "o-lora")}
+METHODS = {name: partial(naive.config, name) for name in ("badit", *naive.MIXTURES, "mtl-lora", *naive.BRANCHES)}
 METHODS["badit, bad"] = partial(naive.config, "badit", init_weights="bad")
 METHODS["lora"] = partial(LoraConfig, r=8, lora_alpha=64, target_modules=["gate_proj", "q_proj"])
 
@@ -32,7 +34,8 @@ def tuned(model, method, **options):
 def train(model, optimizer, steps):
     ids = torch.randint(3, 100, (8, 12), generator=torch.Generator().manual_seed(1))
     batch = {"attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(torch.arange(12) < 6, -100)}
-    return take_steps(optimizer, steps, lambda: model(input_ids=ids, **batch).loss)
+    with hooks_of(model).rows_of(["rivers"] * len(ids)):
+        return take_steps(optimizer, steps, lambda: model(input_ids=ids, **batch).loss)
 
 
 class Factors(nn.Module):
@@ -160,6 +163,13 @@ def test_optimizers_group_parameters_and_lower_the_loss(tiny_model, name, method
     assert set.union(*own) == {p for p in model.parameters() if p.requires_grad}
     losses = train(model, optimizer, 10)
     assert losses[-1] < losses[0] - (0.02 if name == "orthogonal" else 0)
+
+
+def test_lora_plus_groups_are_those_of_peft_on_a_plain_lora(tiny_model):
+    model = tuned(tiny_model("llama"), "lora")
+    of_peft = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.1, loraplus_lr_ratio=4.0).param_groups
+    found = [(group["lr"], set(group["params"])) for group in lora_plus_groups(model, 0.1, 4.0)]
+    assert found == [(group["lr"], set(group["params"])) for group in of_peft if group["params"]]
 
 
 def test_invalid_models_options_and_deepspeed_are_refused(tiny_model, monkeypatch):

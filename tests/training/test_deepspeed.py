@@ -12,6 +12,7 @@ if find_spec("deepspeed") is None:
 
 
 def test_two_processes_match_one_process_and_resume_bit_identically(recipe_values, tmp_path, processes, capsys):
+    recipe_values["training"] |= {"optimizer": "lora+"}  # AdamW with a group of parameters for each rate
     launches = Launches(recipe_values, tmp_path, processes)
     launches.train_alone("one", batch=4)
     for engine in (name for name in ENGINES if name.startswith("deepspeed")):

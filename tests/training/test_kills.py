@@ -22,7 +22,7 @@ LORAMOE = "method={name: loramoe, num_experts: 3, r: 2, lora_dropout: 0.1}"
 KINDS = {
     "mixed": ["method.regroup.every=4"],
     "sequence": ["method.regroup.every=2", "method.router_input=standardised", "data.order=[rivers,cities]"],
-    "without-regrouping": [LORAMOE, "training.lr_scheduler_type=linear"],
+    "without-regrouping": [LORAMOE, "training.lr_scheduler_type=linear", "training.optimizer=orthogonal"],
 }
 
 
