@@ -25,7 +25,7 @@ epochs, batch_size = (1, 2) if options.small else (3, 8)
 
 accelerator = Accelerator(gradient_accumulation_steps=1 if options.small else 2)
 model, tokenizer = badit.load_base_model(options.model, dtype="float32")
-# With up to eight tasks, add num_clusters, their number.
+# With up to eight tasks, set num_clusters to their number.
 model = get_peft_model(model, badit.BaditConfig(num_experts=8, r=4, task_type="CAUSAL_LM"))
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
 

@@ -50,7 +50,7 @@ def train(recipe: str, *overrides: Overrides, dry_run: bool = False, allow_chang
     The same command resumes an interrupted run. Finished work is not repeated.
 
     Args:
-        recipe: a YAML file, or the name of a recipe that comes with badit, such as superni-cpu.
+        recipe: a YAML file, or the name of a recipe that comes with badit, such as own-tasks.
         dry_run: check recipe, data and model, print the steps and the estimated costs, and exit without training.
         allow_changed_inputs: resume the run even if its data or base weights have changed, and record the change.
     """
@@ -63,13 +63,13 @@ def train(recipe: str, *overrides: Overrides, dry_run: bool = False, allow_chang
 
 @app.command
 def compare(recipe: str, *overrides: str, jobs: PositiveInt = 1, dry_run: bool = False) -> str | int:
-    """Train and score methods with the same budget, each at its best of compare.learning_rates.
+    """Train and score methods, each at its best learning rate of compare.learning_rates.
 
     The same command resumes an interrupted comparison: finished runs are kept, failed runs are repeated.
     It prints a table (again, also in other formats: badit table OUTPUT) and writes OUTPUT/report.html.
 
     Args:
-        recipe: a YAML file with a compare section, or the name of one that comes with badit, such as superni-cpu.
+        recipe: a YAML file with a compare section, or the name of one that comes with badit, such as own-tasks.
         overrides: key=value, such as compare.seeds=[0] output=runs/mine.
         jobs: number of runs at a time; they share the cores and GPUs.
         dry_run: check everything, print the methods, their budgets and the estimated costs of one run, and exit.
@@ -157,7 +157,7 @@ def tasks(source: str, *overrides: str, show: NonNegativeInt = 0) -> str:
 
 @app.command
 def studio(run: str, *, port: LocalPort = 8642, browser: Enabled = True, trust_remote_code: Trust = False) -> None:
-    """Try a run's adapter in the browser: answers, gates, and mixtures with gates that you set.
+    """Try a run's adapter in the browser: see its answers and gates, and set gates by hand.
 
     The server listens on 127.0.0.1, so only this machine can reach it. Ctrl-C stops it.
 

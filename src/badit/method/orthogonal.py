@@ -2,7 +2,7 @@
 
 Based on LoRA-RITE (Yen et al. 2025, "LoRA Done RITE: Robust Invariant Transformation Equilibration for LoRA
 Optimization", ICLR 2025, arXiv 2410.20625). ΔW = B A has many factorisations, (B R⁻¹)(R A) for every invertible R, and
-Adam's change of ΔW depends on the factorisation. Here the change of ΔW is the same for all, up to the floor below.
+Adam's change of ΔW depends on the factorisation. Here it is the same for all R with a condition number up to about 100.
 
 Let X be A or Bᵀ, Y the other factor, and G the gradient of X. All moments are zero at the start. One step computes:
 
@@ -26,8 +26,7 @@ Let X be A or Bᵀ, Y the other factor, and G the gradient of X. All moments are
   replace A by the noise of one gradient. The limit keeps A's change of ΔW near or below ‖ΔW‖ / 10. (Not in LoRA-RITE.)
 * Zero: the inverse root of a zero matrix is zero. While B is zero, A has no frame: it does not change and its moments
   and w are zero. A zero gradient only decays the moments. A feature that never had a gradient does not change.
-* Floor: inverse roots are those of C + floor·‖C‖·1, which are finite in directions without a gradient or a frame. So
-  the change of ΔW depends on the factorisation if the singular values of R differ by more than about a factor of 100.
+* Floor: inverse roots are those of C + floor·‖C‖·1, which are finite in directions without a gradient or a frame.
 * Step size: an entry of M is about 1, as in Adam, so the change of ΔW has singular values up to η √D.
 
 If X and G are sharded (each process has some of the D columns), only the Gram matrices of the shards are summed over
