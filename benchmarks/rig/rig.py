@@ -58,6 +58,7 @@ p.add_argument("--gate", choices=("none", "expert", "component", "oracle"), defa
 p.add_argument("--shared", action="store_true", help="half of the experts have no gate (for --gate expert)")
 p.add_argument("--act", choices=("softmax", "exp"), default="softmax")
 p.add_argument("--rank", type=int, default=8, help="rank of the prompt embedding (for --gate component)")
+p.add_argument("--fixed-projection", action="store_true", help="do not train the prompt embedding")
 p.add_argument("--opt", choices=("adamw", "orthogonal", "riemannian"), default="adamw", help="riemannian: PEFT's")
 p.add_argument("--lr", type=float, default=2e-3)
 p.add_argument("--b-rate", type=float, default=1.0, help="LoRA+: ratio of B's learning rate to A's (for adamw)")
@@ -104,7 +105,8 @@ class Adapted(nn.Module):
         if a.gate == "expert":
             self.R = nn.Parameter(torch.zeros(a.K, inputs))
         elif a.gate == "component":
-            self.Z, self.R = nn.Parameter(0.35 * torch.randn(a.rank, inputs)), nn.Parameter(torch.zeros(a.N, a.rank))
+            self.Z = nn.Parameter(0.35 * torch.randn(a.rank, inputs), requires_grad=not a.fixed_projection)
+            self.R = nn.Parameter(torch.zeros(a.N, a.rank))
         elif a.gate == "oracle":
             self.R = nn.Parameter(torch.zeros(len(folders), a.N))
         self.seen, self.mean, self.var, self.gram = 0, torch.zeros(inputs), torch.zeros(inputs), None
@@ -245,7 +247,7 @@ def evaluate():
 
 
 down, up = [x.A for x in adapted], [x.B for x in adapted]
-router = [q for x in adapted for q in (x.R, x.Z) if q is not None]
+router = [q for x in adapted for q in (x.R, x.Z) if q is not None and q.requires_grad]
 if a.opt == "adamw":
     groups = [{"params": down, "lr": a.lr}, {"params": up, "lr": a.lr * a.b_rate}]
     groups += [{"params": router, "lr": a.lr * a.router_rate}] if router else []

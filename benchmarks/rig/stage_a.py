@@ -37,6 +37,7 @@ ADAPTERS = {
     "shared": ["--init", "dirs", "--gate", "expert", "--router-rate", "0.3", "--shared"],
     "component": ["--init", "dirs", "--gate", "component", "--act", "exp", "--router-rate", "0.3"],
 }
+ADAPTERS["component-fixed"] = [*ADAPTERS["component"], "--fixed-projection"]
 # The optimizers and seeds of cells with gates (the second change in docs/experiments/rig-a.md).
 GATED, GATED_SEEDS = ("adamw", "orthogonal"), range(3)
 # A cell whose search was a near tie; it also runs at the other learning rate (the third change there).

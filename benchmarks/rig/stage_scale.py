@@ -38,6 +38,7 @@ for rank in RANKS:
 
 compared = [("lora", 32, "9"), ("directions", 32, "9"), ("expert", 32, "9")]
 compared += itertools.product(("directions", "expert", "oracle"), RANKS, ("5", "15"))
+compared += [("component", 32, "9"), ("component-fixed", 32, "9")]  # docs/experiments/rig-b.md
 finals = []
 for seed, (adapter, rank, tasks) in itertools.product(range(3), compared):
     name, options = cell(adapter, rank, tasks, chosen[rank])
