@@ -181,6 +181,7 @@ _FIXED_ARGUMENTS = {  # fields of TrainingArguments that a recipe cannot set (* 
     "fp16*": "steps that its loss scaling skips would count as skipped_steps; set model.dtype, or bf16",
     "push_to_hub hub_*": "publish a finished run with badit push",
     "disable_tqdm": "badit has its own progress bar",
+    "dataloader_drop_last": "the last instances of an epoch are trained too",
     "include_num_input_tokens_seen": "badit always counts tokens",
     "local_rank parallelism_config": "the launcher sets it",
 }

@@ -163,9 +163,8 @@ def _steps(plan: Plan, tasks: Sequence[Task], processes: int) -> int:
     if training.max_steps > 0:
         return training.max_steps
     count = sum(quotas.values()) if quotas else sum(len(task.train) for task in tasks)
-    rounded = math.floor if (training.model_extra or {}).get("dataloader_drop_last") else math.ceil
-    batches = rounded(count / (training.per_device_train_batch_size * processes))
-    return math.ceil(training.num_train_epochs * max(1, math.ceil(batches / training.gradient_accumulation_steps)))
+    batches = math.ceil(count / (training.per_device_train_batch_size * processes))
+    return math.ceil(training.num_train_epochs * math.ceil(batches / training.gradient_accumulation_steps))
 
 
 def _activations(recipe: Recipe, model: Any, rows: int, tokens: int) -> float | None:

@@ -35,10 +35,10 @@ from badit.metrics import METRICS, mean_scores
 from badit.models import device, warn_of_slow_dtype
 from badit.recipe import Recipe, RecipeLike, build_recipe, make_recipe, merged
 from badit.results import FORMAT, RESULTS, SINGLE_TASK, Results, load_results, read_scores
-from badit.run import Run
+from badit.run import ERROR, Run
 from badit.statistics import both_forms
 from badit.train import joint_training, keep_inputs, make_plan, task_fingerprints
-from badit.worker import ERROR, error_of, progress, start_cell
+from badit.worker import error_of, progress, start_cell
 
 _TOLERANCE = 0.05  # relative, of parameter counts; ranks are integers, so the counts match only approximately
 

@@ -389,6 +389,9 @@ def _merged(model: Any, factors: Factors) -> Any:
             return model.merge_and_unload(safe_merge=True)
     base = model.unload() if factors else model
     merge(base, factors)
+    heads = base.get_output_embeddings(), base.get_input_embeddings()
+    if heads[0] is not None and heads[0].weight is not heads[1].weight:  # modules_to_save may have trained one of them
+        base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
     return base
 
 

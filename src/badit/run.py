@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from badit.recipe import Recipe, RecipeLike
     from badit.train import Plan
 
+ERROR, LOG = "error.txt", "log.txt"  # of a comparison's run
 RECORD = "export.json"  # in the folder of an export: the run that it was made from, and its options
 AnyPath = str | os.PathLike[str]  # a folder or a file; a Run can be passed as its folder
 
@@ -84,23 +85,30 @@ class Run:
         run = cls(recipe.output, check=False, trust_remote_code=recipe.model.trust_remote_code)
         if not run.belongs_to(recipe):
             run.path.mkdir(parents=True, exist_ok=True)
+            run.environment_path.unlink(missing_ok=True)
             write_text(run.config_path, dump_recipe(recipe))
         return run
 
     def belongs_to(self, recipe: Recipe) -> bool:
-        """Returns whether the folder has a run of the recipe; False if it is new, BaditError if it has other files."""
+        """Returns whether the folder has a run of the recipe; False if it is new, BaditError if it has other files.
+
+        A folder is also new if its run failed before the training, or was killed in its first write.
+        """
         from badit.recipe import differing_keys
 
         refuse_links(self.path)
+        found = self.path.iterdir() if self.path.is_dir() else ()
+        files = {path.name for path in found if path.suffix != ".partial"} - {OWNER}
+        before_training = {self.config_path.name, self.environment_path.name}
+        if before_training <= files <= before_training | {ERROR, LOG}:
+            return False
         if self.config_path.is_file():
             mine, its = (one.model_dump(mode="json", exclude={"output", "compare"}) for one in (self.recipe, recipe))
             if keys := differing_keys(mine, its):
                 other = f"holds a run of another recipe (it differs in {', '.join(keys[:5])})"
                 raise BaditError(f"{self.path}: {other}; choose another output=FOLDER, or remove the folder")
             return True
-        # A process that is killed in its first write leaves the owner file and a .partial file.
-        remains = self.path.is_dir() and all(p.name == OWNER or p.suffix == ".partial" for p in self.path.iterdir())
-        if self.path.exists() and not remains:
+        if files or (self.path.exists() and not self.path.is_dir()):
             raise BaditError(f"{self.path}: exists and is not a run's folder; choose another output=FOLDER")
         return False
 

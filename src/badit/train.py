@@ -117,10 +117,11 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
     """
     plan = make_plan(recipe)
     trackers_of(recipe.training)
+    dtype = model_dtype(recipe)  # reads the model's configuration, before anything is written
     # Only rank 0 writes; the other ranks wait for it in the first training step.
     run = Run.prepare(recipe) if is_main_process() else Run.at(recipe.output)
     if is_main_process() and not run.environment_path.is_file():
-        write_json(run.environment_path, {**environment(), "dtype": model_dtype(recipe), "mixture": plan.mixture})
+        write_json(run.environment_path, {**environment(), "dtype": dtype, "mixture": plan.mixture})
     keep_inputs(run, task_fingerprints(plan.tasks), allow_changed_inputs)
     if run.adapter_path.is_dir() or run.scores_path.is_file() or not plan.method.trains:
         discard(run.checkpoints_path)

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from badit.errors import BaditError, explained, first_line
 from badit.files import exclusive, write_json, write_text
-from badit.run import Run
+from badit.run import ERROR, LOG, Run
 
-ERROR, LOG = "error.txt", "log.txt"
 _BAR = re.compile(r"([^:\r\n]+): +(\d+%)\|[^|\r\n]*\| ([^\r\n]+)")  # name, percentage, counts and times
 
 

@@ -8,7 +8,7 @@ from unittest.mock import patch
 from badit import worker
 from badit.files import read_json
 from badit.results import RESULTS
-from badit.worker import ERROR
+from badit.run import ERROR
 
 compare_module = import_module("badit.compare")  # badit.compare is the function
 

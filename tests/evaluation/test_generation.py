@@ -11,7 +11,7 @@ from peft import get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from badit import BaditConfig, Run, generation
 from badit.data import AnswerCollator, Instance, Task
@@ -57,6 +57,16 @@ def spy_on(model, monkeypatch):
     """Replaces ``model.generate`` by a mock that calls it, and returns the mock."""
     monkeypatch.setattr(model, "generate", Mock(wraps=model.generate))
     return model.generate
+
+
+@pytest.mark.parametrize("family", ["rwkv", "recurrent_gemma"])
+def test_models_that_ignore_the_padding_mask_answer_one_prompt_at_a_time(tokenizer, prompts, family, monkeypatch):
+    of_family = {"rwkv": {"attention_hidden_size": 32}, "recurrent_gemma": {"lru_width": 32, "num_hidden_layers": 3}}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(family, **sizes | of_family[family], vocab_size=len(tokenizer), pad_token_id=0)
+    spy = spy_on(model := AutoModelForCausalLM.from_config(config).eval(), monkeypatch)
+    generate(model, tokenizer, prompts[:2], batch_size=2)
+    assert [len(call.kwargs["input_ids"]) for call in spy.mock_calls] == [1, 1]
 
 
 def test_padding_with_a_regular_token_is_not_part_of_the_answer(model, prompts, free):

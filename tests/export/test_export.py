@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.conversion import convert_to_lora
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import reference
 from badit.analysis.gates import adapted_layers, changed_gates, mean_gates
@@ -21,11 +22,13 @@ from badit.data import AnswerCollator, batches_by_task
 from badit.evaluate import evaluate
 from badit.export import Export, beyond_lora, export, merge, mixture_factors, score_export, write_adapter
 from badit.files import OWNER, read_json
-from badit.train import encoded, load_run, make_plan
+from badit.recipe import build_recipe
+from badit.train import encoded, fit, load_run, make_plan
 from badit.tuner import BaditConfig, hooks_of
 from badit.tuner.targets import short_module_names
 from baselines import naive as baselines
 from export.contract import check_adapter
+from materials import make_material, make_recipe
 from refusals import refuses
 from training.trainers import PAPER
 from tuner.helpers import FAMILIES, adapt, adapted, layers, logits
@@ -213,6 +216,19 @@ def test_invalid_options_are_refused_and_nothing_is_written(trained, tmp_path):
     ):
         refuses(message, export, trained(method), tmp_path / "out", **options)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT's
+@pytest.mark.parametrize("trained_part", ["lm_head", "embed_tokens"])
+def test_merged_model_with_a_trained_head_or_embedding_is_not_tied(tmp_path, trained_part):
+    make_material(tmp_path, tie_word_embeddings=True, initializer_range=0.2)
+    values = make_recipe(tmp_path / "model", tmp_path / "tasks.jsonl", tmp_path / "run")
+    values["training"]["max_steps"] = 2
+    run = fit(build_recipe(values | {"method": {**BADIT, "modules_to_save": [trained_part]}}), progress=False)
+    folder = export(run, tmp_path / "out", merged=True).folder
+    assert read_json(folder / "config.json")["tie_word_embeddings"] is False
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
 
 
 def test_folder_is_replaced_atomically_and_only_if_badit_wrote_it(trained, tmp_path, monkeypatch):

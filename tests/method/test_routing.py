@@ -51,6 +51,8 @@ def test_prompt_and_segment_means_equal_the_reference(batch, positions, count, s
         np.testing.assert_allclose(found.detach(), expected, rtol=1e-5, atol=1e-6)
     (means[0].sum() + means[1].sum()).backward()
     assert not x.grad[~mask].any()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # training finds the same clusters as inference
+        assert torch.equal(prompt_mean(x, mask), means[0])
     many = torch.ones(1, 300 + seed % 700, 3)  # more than bfloat16 can count
     of_one = segment_means(many.bfloat16(), many[..., 0] > 0, torch.zeros(many.shape[:2], dtype=torch.long), 1)
     assert torch.equal(of_one, torch.ones(1, 3).bfloat16())

@@ -58,6 +58,17 @@ def test_run_in_use_is_refused_until_its_process_is_killed(run, recipe_file, com
         assert main(["evaluate", output]) == 0
 
 
+def test_run_that_failed_before_training_starts_again_with_corrections(recipe_file, recipe_values, capsys):
+    for mistake in ("method.target_modules=[gate_prj]", "model.name=/nowhere"):
+        assert main(["train", str(recipe_file), mistake]) == 2
+    data = Path(recipe_values["data"]["source"])
+    data.write_text(data.read_text().replace("land 1", "land 9"))
+    assert main(["train", str(recipe_file)]) == 0
+    assert main(["evaluate", recipe_values["output"]]) == 0
+    assert "changed" not in capsys.readouterr().err
+    assert main(["train", str(recipe_file), "method.r=1"]) == 2, "now it has results"
+
+
 def test_refused_process_does_not_remove_a_new_folder_of_another_process(tmp_path, monkeypatch):
     folder = tmp_path / "run"
 

@@ -156,7 +156,12 @@ def test_clusters_are_found_once_and_saved(tiny_model, tmp_path):
     randomise(model.eval())
     assert len(logits(model)[:, -1].unique(dim=0)) > 1
     model.save_pretrained(str(tmp_path))
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_model("llama"), tmp_path)), logits(model))
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model))
+    layer = layers(loaded)[0]
+    exact = {name: getattr(layer, name)["default"] for name in layer.exact_buffers}
+    assert layers(loaded.to(torch.bfloat16))[0].badit_A["default"].dtype == torch.bfloat16
+    torch.testing.assert_close({name: getattr(layer, name)["default"] for name in exact}, exact, rtol=0, atol=0)
 
 
 def test_clusters_have_the_moments_of_their_prompts_also_without_or_with_equal_prompts():

@@ -33,13 +33,19 @@ _CODE_TEMPERATURE = 0.1
 _STARTS, _ITERATIONS = 5, 30  # of k-means
 
 
+def _without_autocast(x: torch.Tensor) -> torch.autocast:
+    """Disables 16-bit products of x, with which training and inference could find different nearest centroids."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # autocast does not know "meta"
+
+
 def prompt_mean(x_BTI: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tensor:
     """Returns x̄_BI, the mean of x over positions where the mask is true, in x's dtype; zero for a row without any."""
     weight_BT = prompt_mask_BT.bool().to(x_BTI.dtype)
     weight_BT = weight_BT / weight_BT.sum(dim=1, keepdim=True).clamp_min(1.0)
     # where() instead of only a product: padding may hold NaN or infinity, and 0 · NaN is NaN.
     x_BTI = torch.where(prompt_mask_BT[..., None].bool(), x_BTI, 0.0)
-    return torch.einsum("bt,bti->bi", weight_BT, x_BTI)
+    with _without_autocast(x_BTI):
+        return torch.einsum("bt,bti->bi", weight_BT, x_BTI)
 
 
 def segment_means(
@@ -121,8 +127,7 @@ def random_codes(clusters: int, num_experts: int) -> torch.Tensor:
 
 def cluster_gates(x: torch.Tensor, centroids_CI: torch.Tensor, codes_CK: torch.Tensor) -> torch.Tensor:
     """Returns gates (…, K): for every x̂ (…, I) the code of the centroid with the largest cosine."""
-    device = "cpu" if x.is_meta else x.device.type  # autocast does not know the meta device
-    with torch.autocast(device, enabled=False):  # in 16 bits, another centroid could be the nearest
+    with _without_autocast(x):
         return codes_CK.float()[F.linear(x.float(), centroids_CI.float()).argmax(dim=-1)]
 
 

@@ -10,7 +10,9 @@ if the experts share one A), P = rows of A and A0 together (R, or 2N with the in
 """
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -280,13 +282,21 @@ class BaditLinear(ExpertLinear):
             self.badit_codes[adapter_name] = torch.ones(config.num_clusters, config.num_experts) / config.num_experts
         super().update_layer(adapter_name, config)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT casts to the base layer's dtype, before 0.21 also integers. These buffers keep their dtypes and values.
-        exact = [getattr(self, name) for name in self.exact_buffers]
-        before = [(buffers, buffers[adapter_name]) for buffers in exact if adapter_name in buffers]
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        for buffers, value in before:
-            buffers[adapter_name] = value.to(buffers[adapter_name].device)
+    # A cast of the model, or PEFT's to the base layer's dtype, changes neither dtypes nor values of the exact buffers.
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        with self._exact():
+            return super()._apply(*args, **kwargs)
+
+    def _move_adapter_to_device_of_base_layer(self, *args: Any, **kwargs: Any) -> None:
+        with self._exact():
+            super()._move_adapter_to_device_of_base_layer(*args, **kwargs)
+
+    @contextmanager
+    def _exact(self) -> Iterator[None]:
+        before = [(buffers, dict(buffers)) for buffers in (getattr(self, name) for name in self.exact_buffers)]
+        yield
+        for buffers, values in before:
+            buffers.update({name: v.to(buffers[name].device) for name, v in values.items() if not v.is_meta})
 
     def expert_of(self, adapter_name: str) -> torch.Tensor:
         return self.badit_expert_of[adapter_name]
