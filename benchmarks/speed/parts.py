@@ -1,9 +1,9 @@
-"""The cost of the default's parts on SmolLM2-135M: a training step by kind of gates, and the time before training.
+"""The cost of the default and its parts on SmolLM2-135M: a training step by kind of gates, and before training.
 
     python benchmarks/speed/parts.py [--data FOLDER]
 
-Without gates there is one expert of rank 32. Before training, BADIT finds its clusters of prompts on 512 of them
-(``start_task``), and ``init_weights="directions"`` decomposes every adapted weight.
+Without gates there is one expert of rank 32, the rank of PEFT's LoRA. Before training, BADIT finds its clusters of
+prompts on 512 of them (``start_task``), and ``init_weights="directions"`` decomposes every adapted weight.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from measure import in_turns, keep, options, ratio
 from peft import get_peft_model
 from torch import nn
 from workload import MODEL, TARGETS, base, batch, data_options, fast_dtypes, instances, training_step
+from workload import adapted as workload_adapted
 
 from badit import BaditConfig, hooks_of, load_base_model
 from badit.cli import quiet_libraries
 from badit.data import AnswerCollator
 
 ROWS, TOKENS = 4, 320
-WITHOUT = "without gates"
+WITHOUT, PEFT = "without gates", "PEFT's LoRA"
 GATES: dict[str, dict[str, Any]] = {
     WITHOUT: {"num_experts": 1, "r": 32, "lora_alpha": 256, "gates": "mean_one"},
     "clusters": {"num_experts": 8, "r": 4, "lora_alpha": 32},
@@ -50,6 +51,7 @@ def measure(dtype: str, batches: list[Any], rounds: int) -> dict[str, Any]:
         if name == "clusters":
             hooks_of(model).start_task({"all": batches})
         steps[name] = training_step(model, batch(ROWS, TOKENS))
+    steps[PEFT] = training_step(workload_adapted("lora", dtype), batch(ROWS, TOKENS))
     before = {
         "the adapters": partial(adapted, dtype),
         "the adapters and the clusters": lambda: hooks_of(adapted(dtype)).start_task({"all": batches}),
@@ -59,6 +61,7 @@ def measure(dtype: str, batches: list[Any], rounds: int) -> dict[str, Any]:
     return {
         "seconds of a step": samples,
         "ratio to a step without gates": {name: ratio(samples, name, WITHOUT) for name in GATES if name != WITHOUT},
+        "ratio to PEFT's LoRA": {name: ratio(samples, name, PEFT) for name in GATES},
         "seconds before training": in_turns(before, rounds=1, warmup=0),
     }
 
