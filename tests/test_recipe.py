@@ -197,6 +197,8 @@ def test_run_recipes_of_earlier_formats_keep_their_defaults(tmp_path):
         assert load_config(path).method == meant
         path.write_text(dump_recipe(load_config(path)))
         assert load_config(path).method == load_recipe(path).method == meant
+    path.write_text("format: 4\ntraining: {dataloader_drop_last: true, seed: 3}")  # removed later
+    assert load_config(path).training.seed == 3
     path.write_text("format: 5")
     refuses(r"config.yaml: format: is 5, this badit version reads 4: pip install", load_config, path)
 

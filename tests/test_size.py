@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[1]
-SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 15_008, 71, 500
+SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 15_025, 71, 500
 TEST_LINES = 16_000
 
 

@@ -17,7 +17,8 @@ from badit.errors import BaditError
 from badit.tuner import hooks_of
 from badit.tuner.prompt import cache_of, select_rows
 
-_IGNORE_PADDING_MASK = {"rwkv", "recurrent_gemma"}  # padding on the left would change the state of these models
+# Padding on the left would change the state of these models.
+_IGNORE_PADDING_MASK = {"rwkv", "recurrent_gemma", "xlstm", "minimax"}
 
 
 def generate_answers(
@@ -33,11 +34,10 @@ def generate_answers(
 ) -> list[str]:
     """Answers each prompt (its token ids) by greedy decoding, up to the first end token or `max_new_tokens`.
 
-    Batches hold prompts of similar length, longest first, with left padding and an attention mask; for RWKV and
-    RecurrentGemma, which ignore the mask, a single prompt. An answer does not depend on its batch (up to floating-point
-    rounding). When half of a batch has ended, only the other rows continue. Options of the model's own generation
-    config, such as a repetition penalty, are ignored, except for its end tokens: they end an answer, as the tokenizer's
-    end token does.
+    Batches hold prompts of similar length, longest first, with left padding and an attention mask; those of recurrent
+    models that ignore the mask hold one prompt. An answer does not depend on its batch (up to floating-point rounding).
+    When half of a batch has ended, only the other rows continue. Options of the model's own generation config, such as
+    a repetition penalty, are ignored, except for its end tokens: they end an answer, as the tokenizer's end token does.
 
     The model is in evaluation mode, on one device. ``tasks``, the task of each prompt, is used only by methods with
     parameters per task. ``prefill`` is called with the indices of a batch's prompts and their padded input_ids and

@@ -3,6 +3,7 @@
 Methods that add a PEFT adapter and methods that train the base model's weights have the same interface.
 """
 
+import copy
 import dataclasses
 import json
 import re
@@ -16,6 +17,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback
@@ -126,7 +128,9 @@ class AdapterMethod(Method):
         Pickled files are not read.
         """
         shapes = _tensor_shapes(folder / SAFETENSORS_WEIGHTS_NAME)  # if it is missing, PEFT would load a pickled file
-        config = _saved_config(folder / CONFIG_NAME, self.config, shapes)
+        wanted = copy.deepcopy(self.config)
+        convert_peft_config_for_transformers(wanted, model, None)  # as PEFT did before training, for fused experts
+        config = _saved_config(folder / CONFIG_NAME, wanted, shapes)
         with explained(folder, action="loaded", any_error=True), warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
@@ -233,7 +237,11 @@ def _saved_config(path: Path, wanted: Any, shapes: Mapping[str, tuple[int, ...]]
         fix = "upgrade PEFT, or remove the line"
         raise BaditError(f"{path}: {unknown[0]!r:.60}: is unknown to this version of PEFT; {fix}")
     for key, value in (expected | {"peft_type": wanted.peft_type.value}).items():
-        if key not in _MAY_DIFFER and found[key] != value:
+        if key == "target_parameters":  # without an order
+            equal = set(found[key] or ()) == set(value or ())
+        else:
+            equal = key in _MAY_DIFFER or found[key] == value
+        if not equal:
             differs = f"is {found[key]!r:.60}, but the run's recipe says {value!r:.60}"
             raise BaditError(f"{path}: {key}: {differs}; this adapter belongs to another run")
     # A regex is matched against every module name and can take exponential time, so only the recipe's own is accepted.
@@ -304,6 +312,8 @@ def build_method(section: Mapping[str, Any]) -> Method:
         raise BaditError(f"method.init_lora_weights: {initial} needs a pass over data; use another value, such as true")
     if isinstance(kept := options.get("modules_to_save"), str):  # PEFT would match each of its letters
         raise BaditError(f"method.modules_to_save: must be a list, such as [{kept:.60}]")
+    if kept and options.get("ensure_weight_tying"):  # PEFT would change the list
+        raise BaditError("method.ensure_weight_tying: cannot be used with modules_to_save; name all modules there")
     built = _built(name, kind.config_cls, options, kind.fixed)
     if regroup is not None:
         _built("regroup", RegroupOptions, regroup, {}, "method.regroup")

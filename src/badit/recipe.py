@@ -261,7 +261,8 @@ def _of_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
             method.setdefault("gates", "mean_one")
     if isinstance(training := content.get("training"), dict):
         content["training"] = {RENAMED_ARGUMENTS.get(key, key): value for key, value in training.items()}
-        content["training"].pop("group_by_length", None)  # an option of earlier releases
+        for removed in ("group_by_length", "dataloader_drop_last"):  # options of earlier releases
+            content["training"].pop(removed, None)
         if content["training"].get("max_steps", 0) is None:  # now -1, as in transformers
             del content["training"]["max_steps"]
     return content

@@ -97,10 +97,13 @@ class Run:
         from badit.recipe import differing_keys
 
         refuse_links(self.path)
-        found = self.path.iterdir() if self.path.is_dir() else ()
-        files = {path.name for path in found if path.suffix != ".partial"} - {OWNER}
-        before_training = {self.config_path.name, self.environment_path.name}
-        if before_training <= files <= before_training | {ERROR, LOG}:
+
+        def has_only(*names: str) -> bool:
+            files = (path for path in self.path.rglob("*") if path.suffix != ".partial" and not path.is_dir())
+            return all(path.parent == self.path and path.name in (OWNER, *names) for path in files)
+
+        first = [path.name for path in (self.config_path, self.environment_path) if path.is_file()]
+        if len(first) == 2 and has_only(*first, ERROR, LOG):
             return False
         if self.config_path.is_file():
             mine, its = (one.model_dump(mode="json", exclude={"output", "compare"}) for one in (self.recipe, recipe))
@@ -108,7 +111,7 @@ class Run:
                 other = f"holds a run of another recipe (it differs in {', '.join(keys[:5])})"
                 raise BaditError(f"{self.path}: {other}; choose another output=FOLDER, or remove the folder")
             return True
-        if files or (self.path.exists() and not self.path.is_dir()):
+        if self.path.exists() and not (self.path.is_dir() and has_only()):
             raise BaditError(f"{self.path}: exists and is not a run's folder; choose another output=FOLDER")
         return False
 

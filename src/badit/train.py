@@ -87,7 +87,8 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
         tasks = data.load()
     split = split or recipe.evaluation.split
     untrained = [task.name for task in tasks if not task.train]
-    if len(untrained) == len(tasks):
+    trained = len(tasks) - len(untrained)
+    if not trained:
         raise BaditError("data: no task has training instances; add some")
     set_it = "set data.validation_per_task to hold out some of its training instances"
     too_few = "at least 4 training instances are needed to hold one out; add some, or leave the task out of data.tasks"
@@ -104,8 +105,8 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
         tasks = ordered(tasks, data.order)
         if untrained:
             raise BaditError(f"data: task {untrained[0]} has no training instances, which data.order needs; add some")
-    elif method.name == "badit" and len(tasks) <= 8 and "num_clusters" not in recipe.method:
-        method.config.num_clusters = len(tasks)  # more clusters raised the loss (docs/experiments/few-tasks.md)
+    elif method.name == "badit" and trained <= 8 and "num_clusters" not in recipe.method:
+        method.config.num_clusters = trained  # more clusters raised the loss (docs/experiments/few-tasks.md)
     return Plan(recipe, tasks, method)
 
 
@@ -226,6 +227,8 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
 
 def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False) -> None:
     """Records the inputs' fingerprints in environment.json; BaditError if one changed, unless ``allow_changed``."""
+    if not is_main_process():  # rank 0 may still have to replace the record of a first attempt that failed
+        return
     content, changed = run.known_environment, changed_inputs(run, found)
     if changed and not allow_changed:
         raise BaditError(
@@ -233,14 +236,13 @@ def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False)
             "output=FOLDER, or, in badit train, continue with --allow-changed-inputs"
         )
     if changed and run.adapter_path.is_dir():  # the record stays that of the training
-        if is_main_process():
-            say(f"badit: {', '.join(changed)} changed since the run was trained; badit evaluate scores it again")
+        say(f"badit: {', '.join(changed)} changed since the run was trained; badit evaluate scores it again")
         return
     kept = {name: value for name, value in content.get("inputs", {}).items() if name not in changed}
     updated = {**content, "inputs": {**kept, **found}}
     if changed:
         updated["changed_inputs"] = sorted({*content.get("changed_inputs", ()), *changed})
-    if is_main_process() and content and updated != content:
+    if content and updated != content:
         write_json(run.environment_path, updated)
 
 

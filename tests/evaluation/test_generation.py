@@ -59,9 +59,10 @@ def spy_on(model, monkeypatch):
     return model.generate
 
 
-@pytest.mark.parametrize("family", ["rwkv", "recurrent_gemma"])
+@pytest.mark.parametrize("family", ["rwkv", "recurrent_gemma", "minimax"])
 def test_models_that_ignore_the_padding_mask_answer_one_prompt_at_a_time(tokenizer, prompts, family, monkeypatch):
     of_family = {"rwkv": {"attention_hidden_size": 32}, "recurrent_gemma": {"lru_width": 32, "num_hidden_layers": 3}}
+    of_family["minimax"] = {"num_key_value_heads": 2, "num_local_experts": 2, "block_size": 8, "head_dim": 8}
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = AutoConfig.for_model(family, **sizes | of_family[family], vocab_size=len(tokenizer), pad_token_id=0)
     spy = spy_on(model := AutoModelForCausalLM.from_config(config).eval(), monkeypatch)

@@ -138,3 +138,12 @@ def test_figures_of_names_that_svg_or_vega_cannot_hold(tmp_path):
         else:
             export_figures(blocks, tmp_path / "figures")
             assert all("a\ufffdb\\b" in path.read_text() for path in tmp_path.glob("figures/*.svg"))
+
+
+def test_deeply_nested_results_are_refused_in_one_line(tmp_path):
+    nested = {}
+    for _ in range(400):
+        nested = {"a": nested}
+    cell = results_cell("lora", 0, {"t": {"rouge_l": [50.0], "exact_match": [0.0]}}, environment=nested)
+    write_results(tmp_path, comparison(cell, methods=["lora"]))
+    refuses(r"results\.json: cannot be shown", sections_of, read_sources([tmp_path]))

@@ -226,7 +226,8 @@ def _settings(sources: Sequence[Source]) -> Iterator[Block]:
         for method, cell in cells.items():
             keys = ("learning_rate", "seed", "order", "config", "environment")
             shown = {key: value for key in keys if (value := cell.get(key)) not in (None, {})}
-            text = to_yaml(shown, sort_keys=False, width=100)
+            with explained(source.folder / RESULTS, action="shown", any_error=True):  # nested too deeply
+                text = to_yaml(shown, sort_keys=False, width=100)
             yield Block("details", source.prefix + method, text, file=RESULTS)
 
 

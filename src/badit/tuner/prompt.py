@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from badit.errors import BaditError
 
@@ -315,9 +315,9 @@ def drop_last(cache: Mapping[str, Any], count: int) -> bool:
 
 
 def _with_layers_of(cache: Mapping[str, Any], *kinds: type) -> Any:
-    """Returns the cache itself if all of its layers are of these classes, else None."""
+    """Returns the cache itself if it has only layers of these classes, else None. Subclasses may have other states."""
     kept = next(iter(cache.values()), None)
-    return kept if all(type(layer) in kinds for layer in getattr(kept, "layers", [None])) else None
+    return kept if type(kept) is DynamicCache and all(type(layer) in kinds for layer in kept.layers) else None
 
 
 def inside_backward() -> bool:
