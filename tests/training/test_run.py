@@ -11,7 +11,6 @@ from statistics import fmean
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from analysis.naive_experts import batched, losses
 from badit import BaditError, Run, models
@@ -167,25 +166,6 @@ def test_few_mixed_tasks_have_a_cluster_each(recipe_values, tmp_path):
     rows = [{**row, "task": f"task {i}", "split": "train" if i < 3 else "test"} for i in range(9)]
     (tmp_path / "official.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert clusters(f"data.source={tmp_path / 'official.jsonl'}") == 3  # six are only scored
-
-
-@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # PEFT's, of its own patterns
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["method.target_modules=[q_proj]", "data.order=[rivers,cities]"],
-        ["method.target_modules=[gate_proj,up_proj,down_proj]"],
-        ["method.target_parameters=[mlp.experts.gate_up_proj,mlp.experts.down_proj]"],
-        ["method.target_parameters=[mlp.experts.down_proj,mlp.experts.gate_up_proj]"],
-    ],
-)
-def test_lora_on_a_mixture_of_experts_model_is_loaded_again(recipe_values, tiny_model, tmp_path, options):
-    tokenizer = AutoTokenizer.from_pretrained(recipe_values["model"]["name"])
-    for part in (tiny_model("qwen3_moe", vocab_size=len(tokenizer)), tokenizer):
-        part.save_pretrained(tmp_path / "moe")
-    recipe_values["method"] = {"name": "lora", "r": 2}
-    recipe = build_recipe(recipe_values, [f"model.name={tmp_path / 'moe'}", "training.max_steps=1", *options])
-    assert fit(recipe, progress=False).load()
 
 
 def test_invalid_methods_and_optimizers_are_refused(recipe_values, monkeypatch):

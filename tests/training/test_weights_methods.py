@@ -1,10 +1,11 @@
-"""Runs of methods that train base weights (full fine-tuning, task neurons), and of gradient surgery."""
+"""Runs of methods that train base weights (full fine-tuning, task neurons), gradient surgery, LoRA on fused experts."""
 
 import json
 
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoTokenizer
 
 from badit import Run
 from badit.baselines.neurons import neuron_scores, top_neurons
@@ -119,3 +120,22 @@ def test_lora_pcgrad_and_cagrad_train_different_adapters(recipe_values, tmp_path
         recipe = recipe_with(recipe_values, {"name": name, "r": 4}, f"output={tmp_path / name}")
         adapters.append(torch.cat([tensor.flatten() for tensor in learned(fit(recipe, progress=False)).values()]))
     assert len({tuple(adapter.tolist()) for adapter in adapters}) == 3
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # PEFT's, of its own patterns
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["method.target_modules=[q_proj]", "data.order=[rivers,cities]"],
+        ["method.target_modules=[gate_proj,up_proj,down_proj]"],
+        ["method.target_parameters=[mlp.experts.gate_up_proj,mlp.experts.down_proj]"],
+        ["method.target_parameters=[mlp.experts.down_proj,mlp.experts.gate_up_proj]"],
+    ],
+)
+def test_lora_on_a_mixture_of_experts_model_is_loaded_again(recipe_values, tiny_model, tmp_path, options):
+    tokenizer = AutoTokenizer.from_pretrained(recipe_values["model"]["name"])
+    for part in (tiny_model("qwen3_moe", vocab_size=len(tokenizer)), tokenizer):
+        part.save_pretrained(tmp_path / "moe")
+    recipe_values["method"] = {"name": "lora", "r": 2}
+    recipe = build_recipe(recipe_values, [f"model.name={tmp_path / 'moe'}", "training.max_steps=1", *options])
+    assert fit(recipe, progress=False).load()
