@@ -17,8 +17,7 @@ from badit.errors import BaditError
 from badit.tuner import hooks_of
 from badit.tuner.prompt import cache_of, select_rows
 
-# Padding on the left would change the state of these models.
-_IGNORE_PADDING_MASK = {"rwkv", "recurrent_gemma", "xlstm", "minimax"}
+_IGNORE_PADDING_MASK = {"rwkv", "recurrent_gemma", "xlstm", "minimax"}  # padding on the left changes their state
 
 
 def generate_answers(

@@ -225,23 +225,27 @@ def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
+def _fields(config: Any) -> dict[str, Any]:
+    """Returns a configuration's fields; target_parameters, of which PEFT does not keep the order, sorted."""
+    fields = config.to_dict()
+    if isinstance(names := fields.get("target_parameters"), list | set):
+        fields["target_parameters"] = sorted(map(str, names)) or None
+    return fields
+
+
 def _saved_config(path: Path, wanted: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
     """Returns a saved configuration; BaditError unless it equals the recipe's and its bookkeeping fields are valid."""
-    saved, kind, expected = read_json(path), type(wanted), wanted.to_dict()
+    saved, kind, expected = read_json(path), type(wanted), _fields(wanted)
     try:
         config = kind(**kind.check_kwargs(**{key: saved[key] for key in saved.keys() & expected.keys()}))
-        found = config.to_dict() | {"peft_type": saved.get("peft_type")}
+        found = _fields(config) | {"peft_type": saved.get("peft_type")}
     except Exception as error:  # values of any type
         raise BaditError(f"{path}: {first_line(error)}") from None
     if unknown := sorted(saved.keys() - expected.keys() - RETIRED_FIELDS):
         fix = "upgrade PEFT, or remove the line"
         raise BaditError(f"{path}: {unknown[0]!r:.60}: is unknown to this version of PEFT; {fix}")
     for key, value in (expected | {"peft_type": wanted.peft_type.value}).items():
-        if key == "target_parameters":  # without an order
-            equal = set(found[key] or ()) == set(value or ())
-        else:
-            equal = key in _MAY_DIFFER or found[key] == value
-        if not equal:
+        if key not in _MAY_DIFFER and found[key] != value:
             differs = f"is {found[key]!r:.60}, but the run's recipe says {value!r:.60}"
             raise BaditError(f"{path}: {key}: {differs}; this adapter belongs to another run")
     # A regex is matched against every module name and can take exponential time, so only the recipe's own is accepted.

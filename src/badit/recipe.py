@@ -260,9 +260,8 @@ def _of_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
         if version != 3 and not (kept & method.items() or method.get("top_k") or method.get("target_parameters")):
             method.setdefault("gates", "mean_one")
     if isinstance(training := content.get("training"), dict):
-        content["training"] = {RENAMED_ARGUMENTS.get(key, key): value for key, value in training.items()}
-        for removed in ("group_by_length", "dataloader_drop_last"):  # options of earlier releases
-            content["training"].pop(removed, None)
+        known = training.keys() - {"group_by_length", "dataloader_drop_last"}  # options of earlier releases
+        content["training"] = {RENAMED_ARGUMENTS.get(key, key): training[key] for key in training if key in known}
         if content["training"].get("max_steps", 0) is None:  # now -1, as in transformers
             del content["training"]["max_steps"]
     return content

@@ -90,20 +90,18 @@ class Run:
         return run
 
     def belongs_to(self, recipe: Recipe) -> bool:
-        """Returns whether the folder has a run of the recipe; False if it is new, BaditError if it has other files.
-
-        A folder is also new if its run failed before the training, or was killed in its first write.
-        """
+        """Returns whether the folder has a run that began to train the recipe; BaditError if it has other files."""
         from badit.recipe import differing_keys
 
         refuse_links(self.path)
 
-        def has_only(*names: str) -> bool:
+        def has_only(*allowed: Path) -> bool:
+            # A process that is killed in its first write leaves the owner file and a .partial file.
             files = (path for path in self.path.rglob("*") if path.suffix != ".partial" and not path.is_dir())
-            return all(path.parent == self.path and path.name in (OWNER, *names) for path in files)
+            return all(path in (self.path / OWNER, *allowed) for path in files)
 
-        first = [path.name for path in (self.config_path, self.environment_path) if path.is_file()]
-        if len(first) == 2 and has_only(*first, ERROR, LOG):
+        record = self.config_path, self.environment_path
+        if all(path.is_file() for path in record) and has_only(*record, self.path / ERROR, self.path / LOG):
             return False
         if self.config_path.is_file():
             mine, its = (one.model_dump(mode="json", exclude={"output", "compare"}) for one in (self.recipe, recipe))

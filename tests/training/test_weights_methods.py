@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from badit import Run
 from badit.baselines.neurons import neuron_scores, top_neurons
 from badit.data import AnswerCollator
+from badit.files import read_json, write_json
 from badit.methods import WEIGHTS, AdapterMethod, Method, WeightsMethod
 from badit.recipe import build_recipe
 from badit.train import base_model, encoded, fit, load_run, make_plan
@@ -138,4 +139,8 @@ def test_lora_on_a_mixture_of_experts_model_is_loaded_again(recipe_values, tiny_
         part.save_pretrained(tmp_path / "moe")
     recipe_values["method"] = {"name": "lora", "r": 2}
     recipe = build_recipe(recipe_values, [f"model.name={tmp_path / 'moe'}", "training.max_steps=1", *options])
-    assert fit(recipe, progress=False).load()
+    run = fit(recipe, progress=False)
+    assert run.load()
+    settings = run.adapter_path / "adapter_config.json"
+    write_json(settings, read_json(settings) | {"target_parameters": 5})
+    refuses("target_parameters: is 5, but the run's recipe says", run.load)
