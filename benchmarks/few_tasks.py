@@ -24,10 +24,10 @@ import pandas as pd
 from fixed_gates import batches_of, loaded, measured
 
 import badit
-from badit.environment import environment
-from badit.files import read_json, write_json
-from badit.statistics import paired_bootstrap
-from badit.train import fit, make_plan
+from badit.evaluation.statistics import paired_bootstrap
+from badit.support.environment import environment
+from badit.support.files import read_json, write_json
+from badit.training.fit import fit, make_plan
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "few-tasks"
@@ -37,16 +37,27 @@ THREE = [
     "task181_outcome_extraction",
     "task363_sst2_polarity_classification",
 ]
-TASKS = {3: THREE, 5: [*THREE, "task639_multi_woz_user_utterance_generation", "task875_emotion_classification"]}
+TASKS = {
+    3: THREE,
+    5: [*THREE, "task639_multi_woz_user_utterance_generation", "task875_emotion_classification"],
+}
 INSTANCES, HELD_OUT = 300, 50  # training instances in all, held-out training instances of each task
 SEEDS = range(3)
 
 
 def methods(tasks: int) -> dict[str, dict[str, Any]]:
     """Returns the methods by name, with the learning rates of the experiment that the recipe belongs to."""
-    lora = {"method": {"name": "lora", "r": 34, "lora_alpha": 272, "lora_dropout": 0.05}, "rate": 1e-3}
-    clusters = {count: {"name": "badit", "num_experts": 8, "r": 4, "num_clusters": count} for count in (16, 8, tasks)}
-    return {"lora": lora} | {f"badit-{count}": {"method": method, "rate": 2e-3} for count, method in clusters.items()}
+    lora = {
+        "method": {"name": "lora", "r": 34, "lora_alpha": 272, "lora_dropout": 0.05},
+        "rate": 1e-3,
+    }
+    clusters = {
+        count: {"name": "badit", "num_experts": 8, "r": 4, "num_clusters": count}
+        for count in (16, 8, tasks)
+    }
+    return {"lora": lora} | {
+        f"badit-{count}": {"method": method, "rate": 2e-3} for count, method in clusters.items()
+    }
 
 
 def train(tasks: int) -> None:
@@ -64,21 +75,34 @@ def train(tasks: int) -> None:
                 "compare": None,
                 "output": f"runs/few-tasks/{tasks}-{name}-{seed}",
             }
-            run = fit(badit.load_recipe(RECIPE, [f"{key}={json.dumps(value)}" for key, value in overrides.items()]))
-            about = {"config": run.recipe.model_dump(mode="json", exclude={"output"}), "environment": environment()}
+            run = fit(
+                badit.load_recipe(
+                    RECIPE, [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+                )
+            )
+            about = {
+                "config": run.recipe.model_dump(mode="json", exclude={"output"}),
+                "environment": environment(),
+            }
             write_json(result, {**about, "losses": losses_of(run, exported=name != "lora")})
 
 
 def losses_of(run: badit.Run, *, exported: bool) -> dict[str, dict[str, list[float]]]:
     recipe = run.recipe
     model, tokenizer = run.load()
-    held_out = [(task, one) for task in make_plan(recipe, split="validation").tasks for one in task.validation]
+    held_out = [
+        (task, one)
+        for task in make_plan(recipe, split="validation").tasks
+        for one in task.validation
+    ]
     batches = batches_of(recipe, model, tokenizer, held_out)
     losses = {"run": {task: measured(model, batches[task]) for task in batches}}
     if exported:
         with TemporaryDirectory() as folder:
             exports = run.export(f"{folder}/tasks", all_tasks=True, progress=False).tasks
-            losses["task"] = {task: measured(loaded(recipe, one), batches[task]) for task, one in exports.items()}
+            losses["task"] = {
+                task: measured(loaded(recipe, one), batches[task]) for task, one in exports.items()
+            }
     return losses
 
 
@@ -92,17 +116,26 @@ def table() -> pd.DataFrame:
 
         def difference(one: str, other: str, way: str = "run", found: Any = found) -> str:
             pairs = zip(found[one], found[other], strict=True)
-            by_task = [{task: np.subtract(a[way][task], b["run"][task]) for task in a[way]} for a, b in pairs]
+            by_task = [
+                {task: np.subtract(a[way][task], b["run"][task]) for task in a[way]}
+                for a, b in pairs
+            ]
             one_by_task = {task: np.array([of[task] for of in by_task]) for task in by_task[0]}
             mean, low, high, *_ = paired_bootstrap(one_by_task)
             return f"{mean:+.3f} [{low:.3f}, {high:.3f}]".replace("-", "−")
 
         for name, runs in found.items():
             means = [np.mean([np.mean(of_task) for of_task in run["run"].values()]) for run in runs]
-            row = {"tasks": tasks, "method": name} | {f"seed {seed}": f"{means[seed]:.3f}" for seed in SEEDS}
+            row = {"tasks": tasks, "method": name} | {
+                f"seed {seed}": f"{means[seed]:.3f}" for seed in SEEDS
+            }
             row["vs lora"] = "" if name == "lora" else difference(name, "lora")
-            row["vs badit-16"] = "" if name in ("lora", "badit-16") else difference(name, "badit-16")
-            row["cost of an export per task"] = "" if name == "lora" else difference(name, name, "task")
+            row["vs badit-16"] = (
+                "" if name in ("lora", "badit-16") else difference(name, "badit-16")
+            )
+            row["cost of an export per task"] = (
+                "" if name == "lora" else difference(name, name, "task")
+            )
             rows.append(row)
     return pd.DataFrame(rows)
 

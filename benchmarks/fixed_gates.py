@@ -21,20 +21,26 @@ from peft import PeftModel
 import badit
 from badit.analysis.gates import GATES_FILE
 from badit.data import AnswerCollator, batches_by_task
-from badit.environment import environment
-from badit.evaluate import prompt_losses
-from badit.export import Export
-from badit.files import read_json, write_json
-from badit.statistics import paired_bootstrap
-from badit.train import base_model, encoded
+from badit.evaluation.scoring import prompt_losses
+from badit.evaluation.statistics import paired_bootstrap
+from badit.export.exporting import Export
+from badit.support.environment import environment
+from badit.support.files import read_json, write_json
+from badit.training.fit import base_model, encoded
 
 RESULTS = Path(__file__).parent / "results" / "fixed-gates.json"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="folders of runs of the same recipe with different seeds")
-    parser.add_argument("--instances", type=int, default=20, help="test instances of each task (default: 20)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="+", help="folders of runs of the same recipe with different seeds"
+    )
+    parser.add_argument(
+        "--instances", type=int, default=20, help="test instances of each task (default: 20)"
+    )
     options = parser.parse_args()
     runs: dict[str, Any] = read_json(RESULTS)["runs"] if RESULTS.is_file() else {}
     for folder in options.runs:
@@ -57,19 +63,30 @@ def losses_of(run: badit.Run, instances: int) -> dict[str, dict[str, list[float]
         of_task = run.export(f"{folder}/tasks", all_tasks=True, progress=False).tasks
         mean = mean_export(run, of_task, Path(folder))
         model, tokenizer = run.load()
-        batches = batches_of(recipe, model, tokenizer, [(task, one) for task in tasks for one in task.test[:instances]])
+        batches = batches_of(
+            recipe,
+            model,
+            tokenizer,
+            [(task, one) for task in tasks for one in task.test[:instances]],
+        )
         of_mean = loaded(recipe, mean)
         return {
             "run": {task: measured(model, batches[task]) for task in batches},
-            "task": {task: measured(loaded(recipe, of_task[task]), batches[task]) for task in batches},
+            "task": {
+                task: measured(loaded(recipe, of_task[task]), batches[task]) for task in batches
+            },
             "mean": {task: measured(of_mean, batches[task]) for task in batches},
         }
 
 
-def batches_of(recipe: Any, model: Any, tokenizer: Any, instances: Sequence[tuple[Any, Any]]) -> dict[str, list[Any]]:
+def batches_of(
+    recipe: Any, model: Any, tokenizer: Any, instances: Sequence[tuple[Any, Any]]
+) -> dict[str, list[Any]]:
     """Returns the batches of each task, from pairs of a task and one of its instances."""
     examples = encoded(tokenizer, recipe, instances, model)
-    examples.sort(key=lambda example: len(example["input_ids"]))  # batches of similar length have little padding
+    examples.sort(
+        key=lambda example: len(example["input_ids"])
+    )  # batches of similar length have little padding
     batches = batches_by_task(examples, AnswerCollator(tokenizer.pad_token_id, with_tasks=True), 10)
     return {name: list(of_task) for name, of_task in batches.items()}
 
@@ -88,14 +105,19 @@ def loaded(recipe: Any, exported: Export) -> PeftModel:
 def mean_export(run: badit.Run, of_task: Mapping[str, Export], folder: Path) -> Export:
     """Exports a run with the mean of the gates of its exports per task; `badit export` refuses this for clusters."""
     gates = [read_json(each.folder / GATES_FILE) for each in of_task.values()]
-    write_json(folder / "mean.json", {name: np.mean([of[name] for of in gates], axis=0).tolist() for name in gates[0]})
+    write_json(
+        folder / "mean.json",
+        {name: np.mean([of[name] for of in gates], axis=0).tolist() for name in gates[0]},
+    )
     return run.export(folder / "mean", gates=folder / "mean.json", progress=False)
 
 
 def costs(runs: dict[str, Any], way: str) -> dict[str, float]:
     """Returns the mean difference of a way to the runs' own gates, over tasks, with its interval."""
     tasks = next(iter(runs.values()))["run"]
-    differences = {t: np.array([np.subtract(of[way][t], of["run"][t]) for of in runs.values()]) for t in tasks}
+    differences = {
+        t: np.array([np.subtract(of[way][t], of["run"][t]) for of in runs.values()]) for t in tasks
+    }
     return paired_bootstrap(differences)._asdict()
 
 

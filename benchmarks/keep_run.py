@@ -14,9 +14,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from badit.files import read_jsonl, write_text
-from badit.recipe import build_recipe, dump_recipe
-from badit.run import Run
+from badit.recipe.schema import build_recipe, dump_recipe
+from badit.runs.folder import Run
+from badit.support.files import read_jsonl, write_text
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = ("environment.json", "metrics.jsonl", "scores.json", "analysis.json")
@@ -27,14 +27,20 @@ def keep(run: Run, name: str) -> Path:
     """Copies a run's small files; the recipe's output path, specific to one machine, becomes ``runs/NAME``."""
     target = RESULTS / name
     target.mkdir(parents=True, exist_ok=True)
-    tables = [f"analysis/{path.name}" for path in sorted(run.analysis_path.glob("*.json")) if path.name != LEFT_OUT]
+    tables = [
+        f"analysis/{path.name}"
+        for path in sorted(run.analysis_path.glob("*.json"))
+        if path.name != LEFT_OUT
+    ]
     if tables:
         (target / "analysis").mkdir(exist_ok=True)
     for file in (*KEPT, *tables):
         if (run.path / file).is_file():
             write_text(target / file, (run.path / file).read_text())
     if regroupings := mean_over_modules(run.regroupings_path):
-        write_text(target / "regroupings.jsonl", "".join(json.dumps(line) + "\n" for line in regroupings))
+        write_text(
+            target / "regroupings.jsonl", "".join(json.dumps(line) + "\n" for line in regroupings)
+        )
     recipe = build_recipe(run.trusted_recipe().model_dump(), [f"output=runs/{name}"])
     write_text(target / "config.yaml", dump_recipe(recipe))
     return target
@@ -47,7 +53,11 @@ def mean_over_modules(log: Path) -> list[dict[str, Any]]:
         by_step[line["step"]].append(line)
     means = []
     for step, lines in by_step.items():
-        numbers = [key for key, value in lines[0].items() if isinstance(value, float | int) and key != "step"]
+        numbers = [
+            key
+            for key, value in lines[0].items()
+            if isinstance(value, float | int) and key != "step"
+        ]
         mean = {key: round(sum(line[key] for line in lines) / len(lines), 4) for key in numbers}
         means.append({"step": step, "modules": len(lines), **mean})
     return means

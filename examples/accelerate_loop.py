@@ -16,7 +16,9 @@ import badit
 from badit.data import AnswerCollator, encode_examples
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--data", default="builtin", help="a .jsonl file of tasks (default: the built-in ones)")
+parser.add_argument(
+    "--data", default="builtin", help="a .jsonl file of tasks (default: the built-in ones)"
+)
 parser.add_argument("--model", default="smollm2-135m", help="built-in name, local folder or hub id")
 parser.add_argument("--output", default="runs/accelerate-loop")
 parser.add_argument("--small", action="store_true", help="four steps")
@@ -39,13 +41,17 @@ model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
 steps = epochs * -(-len(loader) // accelerator.gradient_accumulation_steps)
 regrouper = badit.Regrouper(model, steps, every=2 if options.small else 20, optimizer=optimizer)
-accelerator.register_for_checkpointing(regrouper)  # saved by accelerator.save_state(FOLDER), restored by load_state
+accelerator.register_for_checkpointing(
+    regrouper
+)  # saved by accelerator.save_state(FOLDER), restored by load_state
 
 model.train()
 for _ in range(epochs):
     for batch in loader:
         with accelerator.accumulate(model):
-            accelerator.backward(model(**batch).loss)  # the gates depend on the tokens with label -100, the prompt
+            accelerator.backward(
+                model(**batch).loss
+            )  # the gates depend on the tokens with label -100, the prompt
             if accelerator.sync_gradients:
                 regrouper.after_backward()
             optimizer.step()

@@ -11,10 +11,15 @@ import json
 from pathlib import Path
 
 import badit
-from badit.recipe import build_recipe
+from badit.recipe.schema import build_recipe
 
 parser = argparse.ArgumentParser()
-parser.add_argument("tasks", nargs="?", default="builtin", help="a .jsonl file of tasks (default: the built-in ones)")
+parser.add_argument(
+    "tasks",
+    nargs="?",
+    default="builtin",
+    help="a .jsonl file of tasks (default: the built-in ones)",
+)
 parser.add_argument("--model", default="smollm2-135m", help="built-in name, local folder or hub id")
 parser.add_argument("--output", default="runs/own-tasks")
 parser.add_argument("--small", action="store_true", help="two tasks, four steps")
@@ -50,5 +55,7 @@ badit.Run(recipe.output).evaluate()  # scores it again
 scores = json.loads((Path(recipe.output) / "scores.json").read_text(encoding="utf-8"))
 for name, score in scores["tasks"].items():
     print(f"{name}: Rouge-L {score['rouge_l']:.1f}, exact match {score['exact_match']:.1f}")
-exported = badit.Run(recipe.output).export(f"{options.output}-lora", all_tasks=True)  # for use without badit
+exported = badit.Run(recipe.output).export(
+    f"{options.output}-lora", all_tasks=True
+)  # for use without badit
 print(f"{exported.folder}: LoRAs of rank {exported.rank}, with {exported.record['mixture']}")

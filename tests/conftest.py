@@ -7,7 +7,11 @@ import json
 import logging
 import shutil
 
-for library in ("bitsandbytes", "torch.utils._pytree", "torchao"):  # their warnings would be printed after the summary
+for library in (
+    "bitsandbytes",
+    "torch.utils._pytree",
+    "torchao",
+):  # their warnings would be printed after the summary
     logging.getLogger(library).setLevel(logging.ERROR)
 
 import pytest
@@ -16,10 +20,10 @@ import transformers
 import yaml
 from hypothesis import settings
 
-from badit.cli import main
-from badit.recipe import build_recipe
-from badit.run import Run
-from badit.train import fit
+from badit.cli.app import main
+from badit.recipe.schema import build_recipe
+from badit.runs.folder import Run
+from badit.training.fit import fit
 from comparison.cells import InlineCell, compare_module
 from data.examples import CHATML, make_tokenizer
 from fuzz.command import COUNTED
@@ -29,8 +33,20 @@ settings.register_profile("badit", deadline=None, max_examples=50)
 settings.load_profile("badit")
 
 # Larger initial weights than usual, so that a wrong gate or mask changes the logits by far more than rounding does.
-_COMMON = {"vocab_size": 100, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-_DECODER = {**_COMMON, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_COMMON = {
+    "vocab_size": 100,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_DECODER = {
+    **_COMMON,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 _DECODER |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
 _WINDOW = {"sliding_window": 4}  # shorter than the prompts in tests
 _MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
@@ -43,9 +59,13 @@ _FAMILIES = {
     "gemma3": lambda: transformers.Gemma3TextConfig(**_DECODER, query_pre_attn_scalar=8, **_MIXED),
     "mistral": lambda: transformers.MistralConfig(**_DECODER, **_WINDOW),
     "mixtral": lambda: transformers.MixtralConfig(**_MOE),
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**_MOE, num_experts=5, moe_intermediate_size=24),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **_MOE, num_experts=5, moe_intermediate_size=24
+    ),
     "gpt_oss": lambda: transformers.GptOssConfig(**_MOE),
-    "gpt2": lambda: transformers.GPT2Config(**_COMMON, **_GPT2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "gpt2": lambda: transformers.GPT2Config(
+        **_COMMON, **_GPT2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    ),
 }
 
 
@@ -104,7 +124,9 @@ def trained(tmp_path_factory):
     Each combination of method and source is trained once; each call returns a copy that a test may modify.
     """
     folder = tmp_path_factory.mktemp("trained")
-    make_material(folder, initializer_range=0.2)  # so that a wrong factor changes the logits clearly
+    make_material(
+        folder, initializer_range=0.2
+    )  # so that a wrong factor changes the logits clearly
     runs = {}
 
     def make(method, source=folder / "tasks.jsonl", name="run"):
@@ -112,7 +134,11 @@ def trained(tmp_path_factory):
         if key not in runs:
             values = make_recipe(folder / "model", source, folder / str(len(runs)))
             values |= {"method": method, "evaluation": {"max_new_tokens": 8}}
-            values["training"] = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.05}
+            values["training"] = {
+                "max_steps": 3,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 0.05,
+            }
             runs[key] = fit(build_recipe(values), progress=False).path
         return Run(shutil.copytree(runs[key], tmp_path_factory.mktemp("runs") / name))
 
@@ -122,7 +148,7 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def tiny_built_in(material, monkeypatch):
     """Replaces the built-in base model by the tiny one, which makes dry runs ten times faster."""
-    monkeypatch.setattr("badit.models._built_in_folder", lambda: material / "model")
+    monkeypatch.setattr("badit.models.loading._built_in_folder", lambda: material / "model")
 
 
 @pytest.fixture
@@ -135,7 +161,9 @@ def inline(monkeypatch):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    from browsers import chromium  # imported here because it skips the module if Chromium is not installed
+    from browsers import (
+        chromium,  # imported here because it skips the module if Chromium is not installed
+    )
 
     with chromium(tmp_path_factory.mktemp("profile")) as driver:
         yield driver
@@ -178,6 +206,10 @@ def command(capsys):
 def pytest_terminal_summary(terminalreporter):
     """Prints the number of broken inputs tried. With ``make test``, this hook is not called in a subfolder."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    properties = [dict(report.user_properties) for report in reports if getattr(report, "when", "") == "teardown"]
+    properties = [
+        dict(report.user_properties)
+        for report in reports
+        if getattr(report, "when", "") == "teardown"
+    ]
     if total := sum(each.get(COUNTED, 0) for each in properties):
         terminalreporter.write_line(f"{total:,} {COUNTED}")

@@ -22,13 +22,24 @@ from materials import make_material, make_recipe
 FILE = Path(__file__).with_name("golden.json")
 _STEPS = 20
 _SMALL: dict[str, Any] = {"num_experts": 4, "r": 2}
-_BAD = {"name": "badit", **_SMALL, "init_weights": "bad", "router_input": "mean", "regroup": {"every": 5}}
+_BAD = {
+    "name": "badit",
+    **_SMALL,
+    "init_weights": "bad",
+    "router_input": "mean",
+    "regroup": {"every": 5},
+}
 _DIRECTIONS = {**_BAD, "init_weights": "directions"}
 METHODS: dict[str, dict[str, Any]] = {
     "bad": _BAD,
     "directions": _DIRECTIONS,
     "standardised": {**_DIRECTIONS, "router_input": "standardised", "gates": "mean_one"},
-    "clusters": {**_DIRECTIONS, "router_input": "standardised", "gates": "clusters", "num_clusters": 16},
+    "clusters": {
+        **_DIRECTIONS,
+        "router_input": "standardised",
+        "gates": "clusters",
+        "num_clusters": 16,
+    },
     "token": {**_BAD, "routing": "token"},
     "top_k": {**_BAD, "top_k": 2, "regroup": None},
     "loramoe": {"name": "loramoe", **_SMALL, "balance_weight": 0.01},
@@ -45,7 +56,12 @@ COMPARED = {"lora": {"name": "lora", "r": 8}, "badit": {**_BAD, "regroup": {}}}
 
 def recipe(material: Path, output: Path, method: dict[str, Any], **data: Any) -> dict[str, Any]:
     values = make_recipe(material / "model", material / "tasks.jsonl", output) | {"method": method}
-    training = {"max_steps": _STEPS, "per_device_train_batch_size": 4, "learning_rate": 0.01, "logging_steps": 1}
+    training = {
+        "max_steps": _STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+    }
     values |= {"training": training, "evaluation": {"batch_size": 8, "max_new_tokens": 4}}
     return {**values, "data": {**values["data"], **data}}
 
@@ -58,13 +74,19 @@ def train_method(name: str, material: Path, output: Path) -> dict[str, Any]:
     lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     weights = next((output / "adapter").glob("*.safetensors"))
     scores = run.scores.query("metric == 'nll'").set_index("task")["score"].to_dict()
-    return {"losses": [line["loss"] for line in lines if "loss" in line], "adapter": _hash(weights), "scores": scores}
+    return {
+        "losses": [line["loss"] for line in lines if "loss" in line],
+        "adapter": _hash(weights),
+        "scores": scores,
+    }
 
 
 def _hash(path: Path) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(load_file(path).items()):
-        digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -75,8 +97,14 @@ def _digest(text: str) -> str:
 def analysis_tables(run: Path, output: Path) -> dict[str, str]:
     """Analyzes a run; returns the hash of every table."""
     badit.analyze(run, instances=4, output=output, progress=False)
-    contents = {path.stem: json.loads(path.read_text()) for path in sorted((output / "analysis").glob("*.json"))}
-    return {name: _digest(json.dumps([list(each["columns"]), each["rows"]])) for name, each in contents.items()}
+    contents = {
+        path.stem: json.loads(path.read_text())
+        for path in sorted((output / "analysis").glob("*.json"))
+    }
+    return {
+        name: _digest(json.dumps([list(each["columns"]), each["rows"]]))
+        for name, each in contents.items()
+    }
 
 
 def comparison(material: Path, output: Path) -> dict[str, Any]:
@@ -86,7 +114,11 @@ def comparison(material: Path, output: Path) -> dict[str, Any]:
     badit.compare({**values, "compare": {"methods": COMPARED, "seeds": [0, 1]}}, progress=False)
     cells = json.loads((output / "results.json").read_text())["cells"]
     scores = [
-        [cell["method"], cell["seed"], {task: s["rouge_l"] for task, s in cell["scores"]["tasks"].items()}]
+        [
+            cell["method"],
+            cell["seed"],
+            {task: s["rouge_l"] for task, s in cell["scores"]["tasks"].items()},
+        ]
         for cell in cells
     ]
     lines = [line.split(",") for line in badit.table(output, format="csv").splitlines()]
@@ -108,7 +140,11 @@ def main() -> int:
         FILE.write_text(json.dumps(found, indent=1) + "\n")
         return 0
     known = json.loads(FILE.read_text())
-    pairs = [(f"{part}.{name}", known[part][name], found[part].get(name)) for part in known for name in known[part]]
+    pairs = [
+        (f"{part}.{name}", known[part][name], found[part].get(name))
+        for part in known
+        for name in known[part]
+    ]
     different = [pair for pair in pairs if pair[1] != pair[2]]
     for name, was, new in different:
         print(f"differs: {name}\n  was {str(was)[:600]}\n  is  {str(new)[:600]}")

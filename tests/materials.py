@@ -5,14 +5,19 @@ import json
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from badit.metrics import mean_scores
+from badit.evaluation.metrics import mean_scores
 from data.examples import CHATML, make_tokenizer
 
 
 def write_tasks(path):
     """Writes two tasks of 12 training and 4 test instances, with inputs of several lengths."""
     lines = [
-        {"task": task, "instruction": f"Name the {verb}.", "input": f"land {i} " * (1 + i % 4), "output": f"{verb} {i}"}
+        {
+            "task": task,
+            "instruction": f"Name the {verb}.",
+            "input": f"land {i} " * (1 + i % 4),
+            "output": f"{verb} {i}",
+        }
         | {"split": "test" if i >= 12 else "train"}
         for task, verb in (("cities", "capital"), ("rivers", "river"))
         for i in range(16)
@@ -23,10 +28,17 @@ def write_tasks(path):
 def make_material(folder, **config):
     """Writes ``model`` and ``tasks.jsonl`` into a folder."""
     tokenizer = make_tokenizer(chat_template=CHATML)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     ends = {"max_position_embeddings": 128, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes | ends | config)).save_pretrained(folder / "model")
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), **sizes | ends | config)
+    ).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     write_tasks(folder / "tasks.jsonl")
 
@@ -37,7 +49,13 @@ def make_recipe(model, tasks, output):
     return {
         "model": {"name": str(model), "dtype": "float32"},
         "data": {"source": str(tasks)},
-        "method": {"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1, "regroup": {"every": 3}},
+        "method": {
+            "name": "badit",
+            "num_experts": 4,
+            "r": 2,
+            "lora_dropout": 0.1,
+            "regroup": {"every": 3},
+        },
         "training": {**training, "logging_steps": 1, "save_steps": 5},
         "evaluation": {"batch_size": 4, "max_new_tokens": 4},
         "output": str(output),
@@ -46,13 +64,24 @@ def make_recipe(model, tasks, output):
 
 def results_cell(method, seed, instances, **fields):
     """Returns a finished cell of results.json with the scores of every instance, by task and metric."""
-    done = {"order": None, "learning_rate": None if seed is None else 5e-4, "status": "done", "error": None}
+    done = {
+        "order": None,
+        "learning_rate": None if seed is None else 5e-4,
+        "status": "done",
+        "error": None,
+    }
     scores = {"scores": mean_scores(instances), "instances": instances, "selected": True}
     return {"method": method, "seed": seed, **done, **scores, **fields}
 
 
 def comparison(*cells, methods, protocol="mixed"):
-    return {"format": 1, "protocol": protocol, "reference": "lora", "methods": methods, "cells": list(cells)}
+    return {
+        "format": 1,
+        "protocol": protocol,
+        "reference": "lora",
+        "methods": methods,
+        "cells": list(cells),
+    }
 
 
 def write_results(folder, content):

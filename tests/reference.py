@@ -62,7 +62,9 @@ def best_objective(gradients, num_experts):
         groups = [[free[0], *others] for others in itertools.combinations(free[1:], size - 1)]
         sums = [gradients[group].sum(axis=0) for group in groups]
         rests = [[i for i in free if i not in group] for group in groups]
-        return max(float(total @ total) + best(rest) for total, rest in zip(sums, rests, strict=True))
+        return max(
+            float(total @ total) + best(rest) for total, rest in zip(sums, rests, strict=True)
+        )
 
     return best(range(len(gradients)))
 
@@ -98,8 +100,14 @@ def angles(gradients, labels):
     """Returns mean angles in degrees within and between experts, then mean |cos|; ignores zero gradients."""
     cosines = {True: [], False: []}
     for i, j in itertools.combinations(np.flatnonzero(gradients.any(axis=1)), 2):
-        cosines[bool(labels[i] == labels[j])].append(max(-1.0, min(1.0, float(gradients[i] @ gradients[j]))))
-    values = [function(of) for function in (lambda of: np.degrees(np.arccos(of)), np.abs) for of in cosines.values()]
+        cosines[bool(labels[i] == labels[j])].append(
+            max(-1.0, min(1.0, float(gradients[i] @ gradients[j])))
+        )
+    values = [
+        function(of)
+        for function in (lambda of: np.degrees(np.arccos(of)), np.abs)
+        for of in cosines.values()
+    ]
     return tuple(float(np.mean(each)) if len(each) else math.nan for each in values)
 
 
@@ -149,7 +157,9 @@ def expert_gates(logits, kind="mean_one", top_k=None):
 def cluster_gates(x, centroids, codes):
     """Returns the gates of each row of x: the code of the centroid with the largest cosine."""
     centroids = float64(centroids)
-    return np.array([codes[max(range(len(centroids)), key=lambda c: centroids[c] @ row)] for row in float64(x)])
+    return np.array(
+        [codes[max(range(len(centroids)), key=lambda c: centroids[c] @ row)] for row in float64(x)]
+    )
 
 
 # --- orthogonal updates ---

@@ -2,7 +2,7 @@
 
 import pytest
 
-from badit.errors import BaditError
+from badit.support.errors import BaditError
 
 
 def refuses(message, call, *arguments, **options):

@@ -12,15 +12,17 @@ import pandas as pd
 import pytest
 
 import badit
-from badit.files import read_json
-from badit.recipe import Recipe, load_recipe, make_recipe
+from badit.recipe.schema import Recipe, load_recipe, make_recipe
+from badit.support.files import read_json
 
 
 def test_workflow_from_recipe_to_report(recipe_file, tmp_path, capfd):
     assert badit.plan(recipe_file, data={"train_per_task": 5}).training_instances == 10
     assert not (tmp_path / "run").exists()
 
-    run = badit.train(recipe_file, training={"max_steps": 3}, output=tmp_path / "run", progress=False)
+    run = badit.train(
+        recipe_file, training={"max_steps": 3}, output=tmp_path / "run", progress=False
+    )
     assert run.path == badit.Run(str(tmp_path / "run")).path
     assert run.recipe == badit.load_recipe(recipe_file, ["training.max_steps=3"])
     scores = run.scores.pivot(index="task", columns="metric", values="score")
@@ -34,18 +36,30 @@ def test_workflow_from_recipe_to_report(recipe_file, tmp_path, capfd):
 
     prompts = ["Name the capital.", "Name the river."]
     answers = run.generate(prompts, max_new_tokens=3)
-    assert [badit.Run(str(run.path)).generate(prompt, max_new_tokens=3) for prompt in prompts] == answers
+    assert [
+        badit.Run(str(run.path)).generate(prompt, max_new_tokens=3) for prompt in prompts
+    ] == answers
     assert "default" in run.load()[0].peft_config
 
     exported = run.export(tmp_path / "exported", all_tasks=True, score=True, progress=False).folder
-    assert read_json(exported / "scores.json")["tasks"]["rivers"]["routed"] == scores["rouge_l"]["rivers"]
+    assert (
+        read_json(exported / "scores.json")["tasks"]["rivers"]["routed"]
+        == scores["rouge_l"]["rivers"]
+    )
 
     tables = run.analyze(instances=2, progress=False)
-    assert {file.stem for file in (run.path / "analysis").iterdir()} == tables.keys() == run.tables.keys()
+    assert (
+        {file.stem for file in (run.path / "analysis").iterdir()}
+        == tables.keys()
+        == run.tables.keys()
+    )
     rows = read_json(run.path / "analysis" / "gradient_pairs.json")["rows"]
     assert tables["gradient_pairs"].to_numpy().tolist() == rows
 
-    assert badit.write_report(run, tmp_path / "report.html", title="Two tasks") == tmp_path / "report.html"
+    assert (
+        badit.write_report(run, tmp_path / "report.html", title="Two tasks")
+        == tmp_path / "report.html"
+    )
     assert "<h1>Two tasks" in (tmp_path / "report.html").read_text()
     out, err = capfd.readouterr()
     bars = re.search("Training|Encoding|Generating|Gradients|Experts|Angles|Gates", err)
@@ -57,7 +71,9 @@ def test_make_recipe_accepts_file_dict_or_recipe(recipe_file, recipe_values):
     assert make_recipe(None, {}) == Recipe()
     for given in (recipe_file, recipe_values, recipe):
         assert make_recipe(given, {}) == recipe
-        made = make_recipe(given, {"training": {"num_train_epochs": 3}, "output": Path("elsewhere")})
+        made = make_recipe(
+            given, {"training": {"num_train_epochs": 3}, "output": Path("elsewhere")}
+        )
         training = recipe.training.model_copy(update={"num_train_epochs": 3.0})
         assert (made.training, made.output) == (training, "elsewhere")
     assert recipe_values["training"]["num_train_epochs"] == 2, "the given values must not change"
@@ -97,7 +113,9 @@ import badit
 badit.Run
 print(logging.getLogger("torchao").level, warnings.filters[0][0])
 badit.BaditConfig, badit.train
-import badit.train
+import badit.training.fit
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert (done.stdout, done.stderr) == ("50 error\n", "")

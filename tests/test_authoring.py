@@ -8,12 +8,12 @@ import jsonschema
 import pytest
 import yaml
 
-from badit.authoring import check, first_recipe, recipe_keys, schema
-from badit.files import read_jsonl
-from badit.methods import NAMES, build_method
-from badit.recipe import CompareSection, Recipe, build_recipe, load_recipe, shipped_recipes
-from badit.regroup import RegroupOptions
-from badit.train import fit
+from badit.authoring.recipes import check, first_recipe, recipe_keys, schema
+from badit.recipe.schema import CompareSection, Recipe, build_recipe, load_recipe, shipped_recipes
+from badit.support.files import read_jsonl
+from badit.training.fit import fit
+from badit.training.methods import NAMES, build_method
+from badit.training.regrouping import RegroupOptions
 from data.examples import write_rows
 from refusals import refuses
 
@@ -26,7 +26,9 @@ from refusals import refuses
         (lambda line: line["task"] == "rivers", "test", "lora"),
     ],
 )
-def test_first_recipe_matches_the_data(material, tmp_path, monkeypatch, command, keep, split, method):
+def test_first_recipe_matches_the_data(
+    material, tmp_path, monkeypatch, command, keep, split, method
+):
     lines = [json.loads(line) for line in (material / "tasks.jsonl").read_text().splitlines()]
     monkeypatch.chdir(tmp_path)
     data, path = Path("my tasks.jsonl"), Path("mine.yaml")
@@ -34,33 +36,54 @@ def test_first_recipe_matches_the_data(material, tmp_path, monkeypatch, command,
     data.write_text("\n".join(json.dumps(line) for line in lines if keep(line)))
     command("init", data, "-o", path)
     recipe = load_recipe(path)
-    assert (recipe.evaluation.split, recipe.method["name"], recipe.output) == (split, method, "runs/mine")
+    assert (recipe.evaluation.split, recipe.method["name"], recipe.output) == (
+        split,
+        method,
+        "runs/mine",
+    )
     assert recipe.prompt.max_answer_tokens == (150 if method == "badit" else 50)
     for compared in recipe.compare.methods.values():
         build_method(compared.model_extra)
     assert all(len(line) <= 110 for line in path.read_text().splitlines())
     shown = command("train", path, "--dry-run", f"model.name={material / 'model'}")
     assert re.search(r"^about [\d.]+ GiB of memory for .*activations [\d.]+", shown, re.MULTILINE)
-    assert path.read_text().split("\n")[0].removeprefix("# ").replace(" with", ",").rstrip(".") in shown
+    assert (
+        path.read_text().split("\n")[0].removeprefix("# ").replace(" with", ",").rstrip(".")
+        in shown
+    )
     assert "exists" in command("init", data, "-o", path, code=2)
 
 
 def rows(folder, count, answer="b", test=True):
     """Writes ``count`` training rows and, by default, one test row, and returns the file."""
     line = {"task": "a", "instruction": "Do.", "output": answer}
-    lines = [{"input": f"{i}", **line, "split": split} for i, split in enumerate(["train"] * count + ["test"] * test)]
+    lines = [
+        {"input": f"{i}", **line, "split": split}
+        for i, split in enumerate(["train"] * count + ["test"] * test)
+    ]
     return str(write_rows(folder / "a.jsonl", *lines))
 
 
-@pytest.mark.parametrize(("answer", "tokens"), [("дом " * 50, 250), ("word " * 50, 100), ("漢" * 100, 150)])
+@pytest.mark.parametrize(
+    ("answer", "tokens"), [("дом " * 50, 250), ("word " * 50, 100), ("漢" * 100, 150)]
+)
 def test_max_answer_tokens_of_a_first_recipe_depend_on_the_script(tmp_path, answer, tokens):
-    assert yaml.safe_load(first_recipe(rows(tmp_path, 8, answer), "a.yaml"))["prompt"]["max_answer_tokens"] == tokens
+    assert (
+        yaml.safe_load(first_recipe(rows(tmp_path, 8, answer), "a.yaml"))["prompt"][
+            "max_answer_tokens"
+        ]
+        == tokens
+    )
 
 
 def test_tasks_with_few_rows_do_not_keep_the_others_from_being_held_out(tmp_path):
     for name, count in (("a", 2), ("b", 12)):
-        rows_ = [{"task": name, "input": f"{i}", "output": "b", "split": "train"} for i in range(count)]
-        write_rows(tmp_path / "data" / f"{name}.jsonl", *rows_, {**rows_[0], "input": "x", "split": "test"})
+        rows_ = [
+            {"task": name, "input": f"{i}", "output": "b", "split": "train"} for i in range(count)
+        ]
+        write_rows(
+            tmp_path / "data" / f"{name}.jsonl", *rows_, {**rows_[0], "input": "x", "split": "test"}
+        )
     recipe = yaml.safe_load(first_recipe(str(tmp_path / "data"), "a.yaml"))
     assert recipe["data"]["validation_per_task"] == 3
 
@@ -72,9 +95,19 @@ def test_few_rows_give_no_validation_or_rate_search_and_any_file_name_works(tmp_
     assert (values["output"], "learning_rates" in values["compare"]) == ("runs/my recipe #2", False)
     assert values["compare"]["orders"] == [["a"]]
     few, held_out = rows(tmp_path, 3, test=False), ["data.validation_per_task=1"]
-    refuses(r"no validation instances; at least 4 training instances are needed", first_recipe, few, "a.yaml", held_out)
-    refuses(r"'data.source=b': only other data keys", first_recipe, few, "a.yaml", ["data.source=b"])
-    refuses("task a has no validation instances", first_recipe, rows(tmp_path, 1, test=False), "a.yaml")
+    refuses(
+        r"no validation instances; at least 4 training instances are needed",
+        first_recipe,
+        few,
+        "a.yaml",
+        held_out,
+    )
+    refuses(
+        r"'data.source=b': only other data keys", first_recipe, few, "a.yaml", ["data.source=b"]
+    )
+    refuses(
+        "task a has no validation instances", first_recipe, rows(tmp_path, 1, test=False), "a.yaml"
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +115,11 @@ def test_few_rows_give_no_validation_or_rate_search_and_any_file_name_works(tmp_
     [
         ["training.gradient_accumulation_steps=2", "training.num_train_epochs=1.5"],
         ["training.max_steps=4", "method={name: lora, r: 3}"],
-        ["data.order=[rivers, cities]", "data.train_per_task=5", "method.regroup={every: 0.2, stop: 0.5}"],
+        [
+            "data.order=[rivers, cities]",
+            "data.train_per_task=5",
+            "method.regroup={every: 0.2, stop: 0.5}",
+        ],
         ["data.sampling=balanced", "data.train_per_task=7", "method={name: full}"],
         ["training.max_steps=2"],
     ],
@@ -100,15 +137,27 @@ def test_check_predicts_steps_parameters_and_regroupings(recipe_values, override
         due = sum(len({line["step"] for line in read_jsonl(log)}) for log in logs)
         assert f"\n{due} regroupings in {found['steps']} steps" in shown
         warned = "badit: 0 regroupings in 2 steps: lower regroup.every" in capsys.readouterr().err
-        assert warned == ("0 regroupings in 2 steps: lower method.regroup.every" in shown) == (due == 0)
+        assert (
+            warned
+            == ("0 regroupings in 2 steps: lower method.regroup.every" in shown)
+            == (due == 0)
+        )
 
 
-def test_check_counts_instructions_among_the_tokens_of_the_longest_instances(recipe_values, tmp_path):
+def test_check_counts_instructions_among_the_tokens_of_the_longest_instances(
+    recipe_values, tmp_path
+):
     texts = {"a": ("one " * 60, "x"), "b": ("Do.", "two " * 20)}
-    rows = [{"task": task, "instruction": text, "input": own, "output": "c"} for task, (text, own) in texts.items()]
+    rows = [
+        {"task": task, "instruction": text, "input": own, "output": "c"}
+        for task, (text, own) in texts.items()
+    ]
     path = write_rows(tmp_path / "a.jsonl", *rows, *({**row, "split": "test"} for row in rows))
     options = [f"data.source={path}", "training.per_device_train_batch_size=1"]
-    one, both = (check(build_recipe(recipe_values, [*options, f"data.tasks={name}"])) for name in ("[a]", "[a, b]"))
+    one, both = (
+        check(build_recipe(recipe_values, [*options, f"data.tasks={name}"]))
+        for name in ("[a]", "[a, b]")
+    )
     assert one[-1] == both[-1]
 
 
@@ -116,18 +165,46 @@ def test_check_reports_invalid_recipes_without_creating_a_run(recipe_values, tmp
     unsaved = {"eval_strategy": "steps", "save_strategy": "no", "load_best_model_at_end": True}
     (tmp_path / "notes.txt").touch()
     for values, message in (
-        ({"method": {"name": "badit", "r": 40, "init_weights": "bad"}}, "320 singular triples do not fit"),
+        (
+            {"method": {"name": "badit", "r": 40, "init_weights": "bad"}},
+            "320 singular triples do not fit",
+        ),
         ({"model": {"name": "no-such-folder"}}, "not an existing folder"),
-        ({"training": {"load_best_model_at_end": True}}, "load_best_model_at_end needs eval_strategy"),
-        ({"training": {"early_stopping_patience": 2}}, "early_stopping_patience needs load_best_model_at_end: true$"),
-        ({"training": {"eval_steps": 2, "eval_strategy": "epoch"}}, "eval_steps needs eval_strategy: steps"),
-        ({"data": {"order": "seeded-0", "sampling": "balanced"}}, "data.order: a sequence is not a mixture; remove"),
-        ({"data": {"validation_per_task": 2}, "training": unsaved}, "needs eval_strategy and save_strategy"),
-        ({"method": {"name": "badit", "exclude_modules": "("}}, "method.exclude_modules: is not a regular expression"),
+        (
+            {"training": {"load_best_model_at_end": True}},
+            "load_best_model_at_end needs eval_strategy",
+        ),
+        (
+            {"training": {"early_stopping_patience": 2}},
+            "early_stopping_patience needs load_best_model_at_end: true$",
+        ),
+        (
+            {"training": {"eval_steps": 2, "eval_strategy": "epoch"}},
+            "eval_steps needs eval_strategy: steps",
+        ),
+        (
+            {"data": {"order": "seeded-0", "sampling": "balanced"}},
+            "data.order: a sequence is not a mixture; remove",
+        ),
+        (
+            {"data": {"validation_per_task": 2}, "training": unsaved},
+            "needs eval_strategy and save_strategy",
+        ),
+        (
+            {"method": {"name": "badit", "exclude_modules": "("}},
+            "method.exclude_modules: is not a regular expression",
+        ),
         ({"output": str(tmp_path)}, "exists and is not a run's folder"),
-        ({"training": {"eval_strategy": "epoch"}}, "eval_strategy: task cities has no validation instances; set data"),
+        (
+            {"training": {"eval_strategy": "epoch"}},
+            "eval_strategy: task cities has no validation instances; set data",
+        ),
     ):
-        values = {**recipe_values, **values, "data": {**recipe_values["data"], **values.get("data", {})}}
+        values = {
+            **recipe_values,
+            **values,
+            "data": {**recipe_values["data"], **values.get("data", {})},
+        }
         refuses(message, lambda given: check(build_recipe(given)), values)
     assert not (tmp_path / "run").exists()
 
@@ -136,14 +213,20 @@ def test_check_reports_all_errors_at_once(recipe_values):
     data = {**recipe_values["data"], "order": "sapt-9"}
     method = {"name": "badit", "target_modules": ["gate_prj"]}
     training = {"report_to": ["comet_ml"]}
-    said = refuses(".", check, build_recipe({**recipe_values, "data": data, "method": method, "training": training}))
+    said = refuses(
+        ".",
+        check,
+        build_recipe({**recipe_values, "data": data, "method": method, "training": training}),
+    )
     parts = ("data.order: unknown order", "training.report_to: ", "method: Target modules")
     assert all(line.startswith(part) for line, part in zip(said.split("\n"), parts, strict=True))
 
 
 def test_all_keys_are_listed_and_their_defaults_are_valid(command):
     listed = [key for key, _, _ in recipe_keys()]
-    sections = {name: type(getattr(Recipe(), name)) for name in Recipe.model_fields} | {"compare": CompareSection}
+    sections = {name: type(getattr(Recipe(), name)) for name in Recipe.model_fields} | {
+        "compare": CompareSection
+    }
     for name, section in sections.items():
         assert {f"{name}.{key}" for key in getattr(section, "model_fields", ())} <= {*listed}
     assert {f"method.regroup.{name}" for name in RegroupOptions().__dict__} <= {*listed}
@@ -161,6 +244,11 @@ def test_schema_accepts_shipped_recipes_and_rejects_unknown_names(command):
     for path in shipped_recipes().values():
         assert not list(validator.iter_errors(yaml.safe_load(path.read_text()))), path
     assert not list(validator.iter_errors({"format": 2, "training": {"report_to": "wandb"}}))
-    for wrong in ({"method": {"name": "lroa"}}, {"method": {"rank": 4}}, {"training": {"epochs": 1}}, {"dat": {}}):
+    for wrong in (
+        {"method": {"name": "lroa"}},
+        {"method": {"rank": 4}},
+        {"training": {"epochs": 1}},
+        {"dat": {}},
+    ):
         assert list(validator.iter_errors(wrong)), wrong
     assert schema()["properties"]["method"]["properties"]["name"] == {"enum": NAMES}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from badit import BaditConfig
-from badit.statistics import paired_bootstrap
+from badit.evaluation.statistics import paired_bootstrap
 from badit.tuner import BaditModel
 from training.trainers import PAPER
 from tuner.helpers import gradients, randomise
@@ -34,15 +34,21 @@ def test_noise_is_separated_into_seeds_instances_and_single_scores():
         "all": np.sqrt(3 + 5 / 3), "bootstrap": np.sqrt(3 + 5 / 3),
     })  # fmt: skip
     seeds, size = rng.normal(size=(400, 1)), (400, 50)
-    tasks = {name: 0.2 * seeds + rng.normal(size=50) + 5 * rng.normal(size=size) for name in ("a", "b")}
+    tasks = {
+        name: 0.2 * seeds + rng.normal(size=50) + 5 * rng.normal(size=size) for name in ("a", "b")
+    }
     found, known = components(list(tasks.values())), paired_bootstrap(tasks)
     assert found["single scores"] == pytest.approx(5 / np.sqrt(400 * 50 * 2), rel=0.05)
     assert found["instances"] == pytest.approx(1 / np.sqrt(50 * 2), rel=0.2)
     assert found["seeds"] == pytest.approx(0.2 / np.sqrt(400), rel=0.5)
     assert (known.high - known.low) / 3.92 == pytest.approx(found["bootstrap"], rel=0.05)
     # Means of the seeds: 1, 2 and 6. Their standard error is √(7 / 3), and the 97.5 % quantile of t₂ is 4.303.
-    interval = load_script("noise")["t_interval"]([np.array([[0, 2], [1, 3], [5, 7]]), np.array([[1.0], [2.0], [6.0]])])
-    assert interval == pytest.approx((3 - 4.303 * np.sqrt(7 / 3), 3 + 4.303 * np.sqrt(7 / 3)), abs=1e-3)
+    interval = load_script("noise")["t_interval"](
+        [np.array([[0, 2], [1, 3], [5, 7]]), np.array([[1.0], [2.0], [6.0]])]
+    )
+    assert interval == pytest.approx(
+        (3 - 4.303 * np.sqrt(7 / 3), 3 + 4.303 * np.sqrt(7 / 3)), abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("per_sequence", [False, True])
@@ -64,4 +70,6 @@ def test_loop_implementations_match_outputs_and_gradients(per_sequence):
     torch.testing.assert_close(found, output, rtol=1e-4, atol=1e-5)
     assert usual.keys() == wide.keys()
     for name, gradient in wide.items():  # sums whose terms cancel keep the rounding errors
-        torch.testing.assert_close(usual[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+        torch.testing.assert_close(
+            usual[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max())
+        )

@@ -13,10 +13,12 @@ from huggingface_hub.errors import HFValidationError
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 
-from badit.errors import BaditError, explained, one_line, show
+from badit.support.errors import BaditError, explained, one_line, show
 
 FULL = r"place: cannot be written, the disk (or a quota) is full; free some space and run the same command again"
-READ_ONLY = "place: cannot be written, the file system is read-only; choose a folder that can be written"
+READ_ONLY = (
+    "place: cannot be written, the file system is read-only; choose a folder that can be written"
+)
 
 
 def system_error(number, file=None):
@@ -25,13 +27,19 @@ def system_error(number, file=None):
 
 def test_known_exceptions_become_one_line_errors():
     for error, message in (
-        (lambda: TypeAdapter(list[float]).validate_python([1, "x"]), "place: 1: input should be a valid number"),
+        (
+            lambda: TypeAdapter(list[float]).validate_python([1, "x"]),
+            "place: 1: input should be a valid number",
+        ),
         (lambda: json.loads('{"a": }'), "place: invalid JSON at line 1 column 7"),
         (lambda: b"a\xff".decode(), "place: not UTF-8 at byte 1; save the file as UTF-8"),
         (lambda: Path("place").read_bytes(), "place: cannot be used (No such file or directory)"),
         (lambda: Path("\0").read_bytes(), "place: cannot be used (not a valid path)"),
         (lambda: torch.save({}, "/proc/no"), "place: cannot be used ("),
-        *((system_error(number, "x"), FULL) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+        *(
+            (system_error(number, "x"), FULL)
+            for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        ),
         (SafetensorError("I/O error: No space left on device (os error 28)"), FULL),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 7 vs 5"), FULL),
         (system_error(errno.EROFS), READ_ONLY),
@@ -44,7 +52,9 @@ def test_known_exceptions_become_one_line_errors():
         assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("no"), KeyError("k"), BrokenPipeError()])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), ValueError("no"), KeyError("k"), BrokenPipeError()]
+)
 def test_unknown_exceptions_propagate_unchanged(error):
     with pytest.raises(type(error)) as caught, explained("place"):
         raise error
@@ -53,11 +63,20 @@ def test_unknown_exceptions_propagate_unchanged(error):
 
 def test_options_and_escaping_of_control_characters(monkeypatch):
     message = r"^place: cannot be loaded \(shapes differ\); fetch"
-    with pytest.raises(BaditError, match=message), explained("place", action="loaded", fix="fetch", any_error=True):
+    with (
+        pytest.raises(BaditError, match=message),
+        explained("place", action="loaded", fix="fetch", any_error=True),
+    ):
         raise RuntimeError("shapes differ.\nand more")
-    with pytest.raises(BaditError, match=r"^the device is out of memory \(tried\); lower training"), explained():
+    with (
+        pytest.raises(BaditError, match=r"^the device is out of memory \(tried\); lower training"),
+        explained(),
+    ):
         raise torch.OutOfMemoryError("tried")
-    with pytest.raises(BaditError, match=r"^elsewhere: cannot be read or written \(No such"), explained():
+    with (
+        pytest.raises(BaditError, match=r"^elsewhere: cannot be read or written \(No such"),
+        explained(),
+    ):
         Path("elsewhere").read_bytes()
     assert str(BaditError("a\x1b[2J\nb\u202e\ud800é")) == one_line("a\x1b[2J\nb\u202e\ud800é")
     assert one_line("a\x1b[2J\nb\u202e\ud800é") == r"a\x1b[2J\nb\u202e\ud800é"
@@ -68,6 +87,9 @@ def test_options_and_escaping_of_control_characters(monkeypatch):
 
 def test_long_lines_are_shortened_in_the_middle():
     message = r"^place/999.*999: cannot be read or written .*; shorten it$"
-    with pytest.raises(BaditError, match=message) as caught, explained("place/" + "9" * 5000, fix="shorten it"):
+    with (
+        pytest.raises(BaditError, match=message) as caught,
+        explained("place/" + "9" * 5000, fix="shorten it"),
+    ):
         raise system_error(errno.ENAMETOOLONG)
     assert len(str(caught.value)) < 1200

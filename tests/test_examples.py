@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from badit.data import AnswerCollator
-from badit.files import read_json
+from badit.support.files import read_json
 from data.examples import CHAT, write_rows
 from docs.pages import ROOT, Page
 from training.trainers import QUIET, examples
@@ -33,7 +33,9 @@ def run(material, tmp_path, monkeypatch):
 
 def test_sft_trl(run, material, tmp_path):
     run("sft_trl.py", write_rows(tmp_path / "chats.jsonl", *[{"messages": CHAT[1:]}] * 4))
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(material / "model"), tmp_path / "out" / "adapter")
+    PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(material / "model"), tmp_path / "out" / "adapter"
+    )
 
 
 def test_accelerate_loop(run, material, tmp_path):
@@ -48,14 +50,22 @@ def test_own_tasks(run, material, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "cities: 12 training and 4 test instances" in printed
     assert "rivers: Rouge-L" in printed
-    assert read_json(tmp_path / "out-lora" / "rivers" / "adapter_config.json")["peft_type"] == "LORA"
+    assert (
+        read_json(tmp_path / "out-lora" / "rivers" / "adapter_config.json")["peft_type"] == "LORA"
+    )
 
 
 def test_readme_links_and_paths_in_the_architecture_tree_exist():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README.text) if not link.startswith("https://")]
+    links = [
+        link
+        for link in re.findall(r"\]\(([^)]+)\)", README.text)
+        if not link.startswith("https://")
+    ]
     assert links
     assert all((ROOT / link.partition("#")[0]).exists() for link in links)
-    tree = re.findall(r"^  ([\w./]+)", Page("docs/architecture.md").blocks("text")[0], flags=re.MULTILINE)
+    tree = re.findall(
+        r"^  ([\w./]+)", Page("docs/architecture.md").blocks("text")[0], flags=re.MULTILINE
+    )
     assert len(tree) > 15
     assert [name for name in tree if not (ROOT / "src" / "badit" / name).exists()] == []
 
@@ -65,9 +75,19 @@ def test_readme_snippet_runs_and_its_adapter_loads(tiny_model, tmp_path, monkeyp
     args = TrainingArguments(output_dir="out", max_steps=3, remove_unused_columns=False, **QUIET)
     (tune,) = README.blocks("python")
     load = Page("docs/integrations.md").blocks("python")[0].replace("runs/mine/adapter", "adapter")
-    exec(tune, {"model": tiny_model("llama"), "args": args, "dataset": examples(), "collator": AnswerCollator(0)})
+    exec(
+        tune,
+        {
+            "model": tiny_model("llama"),
+            "args": args,
+            "dataset": examples(),
+            "collator": AnswerCollator(0),
+        },
+    )
     tiny_model("llama").save_pretrained("base")
     # In a new process, in which only the snippet registers the method with PEFT.
     base = "from transformers import AutoModelForCausalLM\nbase = AutoModelForCausalLM.from_pretrained('base')\n"
-    done = subprocess.run([sys.executable, "-c", base + load], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", base + load], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

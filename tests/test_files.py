@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from badit import files
+from badit.support import files
 from fuzz.damage import endless_file, folder_in_its_place, pipe_in_its_place
 from refusals import refuses
 
@@ -37,7 +37,10 @@ def test_invalid_json_is_refused_with_file_and_reason(tmp_path):
 
 
 def test_parse_json_constants_surrogate_pairs_and_repeated_keys():
-    assert files.parse_json('["\\ud83d\\ude00", Infinity]', file=Path("x"), constants=True) == ["😀", float("inf")]
+    assert files.parse_json('["\\ud83d\\ude00", Infinity]', file=Path("x"), constants=True) == [
+        "😀",
+        float("inf"),
+    ]
     message = r"^x: -Infinity is not valid JSON; use a number or null \(from line 7\)$"
     refuses(message, files.parse_json, "-Infinity", file=Path("x"), first_line=7)
     text = "{" + ", ".join(f'"{number}": 0' for number in range(50_000)) + ', "49999": 1}'
@@ -47,12 +50,18 @@ def test_parse_json_constants_surrogate_pairs_and_repeated_keys():
 @pytest.mark.parametrize("replace", [pipe_in_its_place, endless_file, folder_in_its_place])
 def test_reading_refuses_pipes_devices_and_folders(tmp_path, replace):
     replace(tmp_path / "file")
-    refuses(r"/file: cannot be read \((a pipe or a device|Is a directory)\)", files.read_text, tmp_path / "file")
+    refuses(
+        r"/file: cannot be read \((a pipe or a device|Is a directory)\)",
+        files.read_text,
+        tmp_path / "file",
+    )
 
 
 def test_jsonl_splits_at_line_feeds_only_and_skips_an_incomplete_last_line(tmp_path):
     path, separators = tmp_path / "log.jsonl", {"text": "one\u2028two\u0085three"}
-    path.write_text(json.dumps(separators, ensure_ascii=False) + "\n" + '{"text": "cut', encoding="utf-8")
+    path.write_text(
+        json.dumps(separators, ensure_ascii=False) + "\n" + '{"text": "cut', encoding="utf-8"
+    )
     assert list(files.read_jsonl(path)) == [separators]
     assert list(files.read_jsonl(tmp_path / "missing.jsonl")) == []
 
@@ -85,10 +94,17 @@ def test_writes_replace_or_refuse_links_and_keep_their_targets(outside, tmp_path
     files.copy_folder(run / "adapter", run / "predictions")
     assert not (run / "predictions").is_symlink()
     assert outside.read_text() == "mine"
-    refuses(r"scores\.json/x: cannot be written \(Not a directory", files.write_json, run / "scores.json" / "x", {})
+    refuses(
+        r"scores\.json/x: cannot be written \(Not a directory",
+        files.write_json,
+        run / "scores.json" / "x",
+        {},
+    )
 
 
-@pytest.mark.parametrize("target", ["../outside/key.txt", "../outside", "../outside/new.txt", "/etc/passwd", "loop"])
+@pytest.mark.parametrize(
+    "target", ["../outside/key.txt", "../outside", "../outside/new.txt", "/etc/passwd", "loop"]
+)
 def test_folder_with_link_out_of_it_is_refused_and_not_copied(outside, tmp_path, target):
     run = tmp_path / "run"
     (run / "predictions").mkdir()
@@ -101,7 +117,9 @@ def test_folder_with_link_out_of_it_is_refused_and_not_copied(outside, tmp_path,
         (run / name).symlink_to(outside.parent if name.endswith("stage.log") else outside)
         refuses(f"{name}: leads out of", files.refuse_links, run)
         (run / name).unlink()
-    (run / "predictions" / "loop").symlink_to(os.path.relpath(target, "predictions") if ".." in target else target)
+    (run / "predictions" / "loop").symlink_to(
+        os.path.relpath(target, "predictions") if ".." in target else target
+    )
     refuses("predictions/loop: leads out of", files.refuse_links, tmp_path / "named")
     refuses("leads out of", files.copy_folder, run, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()

@@ -3,7 +3,7 @@
 import pytest
 
 import golden
-from badit.files import read_json
+from badit.support.files import read_json
 
 KNOWN = read_json(golden.FILE)
 

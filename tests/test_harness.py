@@ -15,8 +15,8 @@ from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from badit.cli import main
-from badit.harness import BaditLM, run_command_line
+from badit.cli.app import main
+from badit.integrations.lm_eval import BaditLM, run_command_line
 from data.examples import write_rows
 from refusals import refuses
 from studio.conftest import BADIT
@@ -35,7 +35,9 @@ PAIRS = [
 
 
 def requests(pairs, kind="loglikelihood"):
-    return [Instance(request_type=kind, doc={}, arguments=pair, idx=i) for i, pair in enumerate(pairs)]
+    return [
+        Instance(request_type=kind, doc={}, arguments=pair, idx=i) for i, pair in enumerate(pairs)
+    ]
 
 
 def score_pairs(model, pairs):
@@ -45,7 +47,9 @@ def score_pairs(model, pairs):
 
 @pytest.fixture
 def base(model_folder):
-    return AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    return AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(
+        model_folder
+    )
 
 
 @pytest.fixture
@@ -63,15 +67,21 @@ def decoded_likelihood(model, context, continuation):
     ids = torch.tensor([context + continuation])
     logits = cached_steps(model, ids, torch.ones_like(ids), len(context), DynamicCache())[0, :-1]
     targets = ids[0, len(context) :]
-    return float(logits.log_softmax(-1).gather(1, targets[:, None]).sum()), bool((logits.argmax(-1) == targets).all())
+    return float(logits.log_softmax(-1).gather(1, targets[:, None]).sum()), bool(
+        (logits.argmax(-1) == targets).all()
+    )
 
 
 def test_continuation_is_scored_with_the_gates_of_generation(routed):
     scorer = wrapped(BaditLM, routed)
     likelihoods, greedy = score_pairs(scorer, PAIRS)
-    for (context, continuation), likelihood, is_greedy in zip(PAIRS, likelihoods, greedy, strict=True):
+    for (context, continuation), likelihood, is_greedy in zip(
+        PAIRS, likelihoods, greedy, strict=True
+    ):
         whole = scorer.tok_encode(context + continuation)
-        start = len(scorer.tok_encode(context)) if context else 1  # without context, lm_eval prepends a token
+        start = (
+            len(scorer.tok_encode(context)) if context else 1
+        )  # without context, lm_eval prepends a token
         expected = decoded_likelihood(routed[0], whole[:start], whole[start:])
         assert (float(likelihood), is_greedy) == (pytest.approx(expected[0], rel=1e-5), expected[1])
 
@@ -92,10 +102,14 @@ def test_scores_do_not_depend_on_batch_size_or_order_unlike_with_hf(routed):
 
 def test_plain_lora_scores_equal_those_of_hf(base):
     model, tokenizer = base
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=["gate_proj"], init_lora_weights=False)).eval()
+    model = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["gate_proj"], init_lora_weights=False)
+    ).eval()
     ours, greedy = score_pairs(wrapped(BaditLM, (model, tokenizer)), PAIRS)
     # hf's cache uses wrong positions if the same text has contexts of different lengths, as in the last two pairs.
-    theirs, theirs_greedy = score_pairs(wrapped(HFLM, (model, tokenizer), logits_cache=False), PAIRS)
+    theirs, theirs_greedy = score_pairs(
+        wrapped(HFLM, (model, tokenizer), logits_cache=False), PAIRS
+    )
     assert torch.allclose(ours, theirs, rtol=1e-5)
     assert greedy == theirs_greedy
 
@@ -104,7 +118,9 @@ def test_generations_equal_those_of_hf_and_are_scored_as_greedy(routed):
     contexts = [context for context, _ in PAIRS if context]
     asked = [(context, {"until": ["Rome"], "max_gen_toks": 6}) for context in contexts]
     one, several, under_hf = (
-        wrapped(cls, routed, size).generate_until(requests(asked, "generate_until"), disable_tqdm=True)
+        wrapped(cls, routed, size).generate_until(
+            requests(asked, "generate_until"), disable_tqdm=True
+        )
         for cls, size in ((BaditLM, 1), (BaditLM, 4), (HFLM, 4))
     )
     assert one == several == under_hf
@@ -113,8 +129,16 @@ def test_generations_equal_those_of_hf_and_are_scored_as_greedy(routed):
     pairs = []
     for prompt in map(scorer.tok_encode, contexts):
         ids = torch.tensor([prompt])
-        pairs.append((None, prompt, generate(routed[0], ids, torch.ones_like(ids), 4)[0, len(prompt) :].tolist()))
-    assert [greedy for _, greedy in scorer._loglikelihood_tokens(pairs, disable_tqdm=True)] == [True] * len(pairs)
+        pairs.append(
+            (
+                None,
+                prompt,
+                generate(routed[0], ids, torch.ones_like(ids), 4)[0, len(prompt) :].tolist(),
+            )
+        )
+    assert [greedy for _, greedy in scorer._loglikelihood_tokens(pairs, disable_tqdm=True)] == [
+        True
+    ] * len(pairs)
 
 
 def test_rolling_windows_are_routed_by_the_text_before_them(routed):
@@ -122,13 +146,18 @@ def test_rolling_windows_are_routed_by_the_text_before_them(routed):
     text = " ".join(["Answer with the capital of the country. Input: Italy Output: Rome"] * 3)
     text = scorer.tokenizer.decode(scorer.tok_encode(text)[1:-1])
     ids = [scorer.prefix_token_id, *scorer.tok_encode(text)]
-    windows = [(ids[start : start + 1], ids[start + 1 : start + 13]) for start in range(0, len(ids) - 12, 12)]
+    windows = [
+        (ids[start : start + 1], ids[start + 1 : start + 13])
+        for start in range(0, len(ids) - 12, 12)
+    ]
     assert len(windows) >= 3
     expected = sum(decoded_likelihood(routed[0], *window)[0] for window in windows)
     rest = ids[1 + 12 * len(windows) :]
     assert rest, "no last window; its context must be the preceding text that fits"
     expected += decoded_likelihood(routed[0], ids[-13 : -len(rest)], rest)[0]
-    (found,) = scorer.loglikelihood_rolling(requests([(text,)], "loglikelihood_rolling"), disable_tqdm=True)
+    (found,) = scorer.loglikelihood_rolling(
+        requests([(text,)], "loglikelihood_rolling"), disable_tqdm=True
+    )
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -136,9 +165,15 @@ def test_long_contexts_lose_their_start_and_bad_continuations_are_refused(routed
     scorer = wrapped(BaditLM, routed, max_length=8)
     context, continuation = list(range(5, 25)), [30, 31, 32]
     ((found, _),) = scorer._loglikelihood_tokens([(None, context, continuation)], disable_tqdm=True)
-    assert found == pytest.approx(decoded_likelihood(routed[0], context[-6:], continuation)[0], rel=1e-5)
-    ((found, _),) = scorer._loglikelihood_tokens([(None, [], continuation)], disable_tqdm=True)  # of a blank text
-    assert found == pytest.approx(decoded_likelihood(routed[0], [scorer.prefix_token_id], continuation)[0], rel=1e-5)
+    assert found == pytest.approx(
+        decoded_likelihood(routed[0], context[-6:], continuation)[0], rel=1e-5
+    )
+    ((found, _),) = scorer._loglikelihood_tokens(
+        [(None, [], continuation)], disable_tqdm=True
+    )  # of a blank text
+    assert found == pytest.approx(
+        decoded_likelihood(routed[0], [scorer.prefix_token_id], continuation)[0], rel=1e-5
+    )
     for bad in ([], [9] * 9):
         message = rf"a continuation has {len(bad)} tokens; must have 1 to 8"
         refuses(message, scorer._loglikelihood_tokens, [(None, context, bad)], disable_tqdm=True)
@@ -149,16 +184,30 @@ def task_folder(tmp_path):
     """Two custom lm_eval tasks, each with its own YAML file, on the same .jsonl file."""
     folder = tmp_path / "harness-tasks"
     choices = ["Rome, of course", "Paris", "Lima"]
-    docs = [{"question": "Name the capital." * (1 + i % 3), "choices": choices, "answer": i % 3} for i in range(6)]
+    docs = [
+        {"question": "Name the capital." * (1 + i % 3), "choices": choices, "answer": i % 3}
+        for i in range(6)
+    ]
     file = str(write_rows(folder / "docs.jsonl", *docs))
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": file}}}
     common = {**data, "test_split": "test", "doc_to_text": "{{question}}", "target_delimiter": " "}
-    choice = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "answer"}
+    choice = {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+    }
     answer = {"output_type": "generate_until", "doc_to_target": "{{choices[answer]}}"}
     answer |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 6}}
-    for name, kind, metric in (("toy_choice", choice, "acc"), ("toy_answer", answer, "exact_match")):
-        metrics = {"metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}]}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **kind, **metrics}))
+    for name, kind, metric in (
+        ("toy_choice", choice, "acc"),
+        ("toy_answer", answer, "exact_match"),
+    ):
+        metrics = {
+            "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}]
+        }
+        (folder / f"{name}.yaml").write_text(
+            yaml.safe_dump({"task": name, **common, **kind, **metrics})
+        )
     return folder
 
 
@@ -180,18 +229,35 @@ def evaluated(model, arguments, tasks, batch_size=4):
     """Evaluates both tasks; returns the log-likelihoods of the choices, and the generations."""
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     device = "cpu" if model == "hf" else None  # hf needs CUDA by default
-    options = {"batch_size": batch_size, "device": device, "bootstrap_iters": 0, "task_manager": manager}
-    results = lm_eval.simple_evaluate(model, arguments, tasks=["toy_choice", "toy_answer"], **options)
-    samples = {name: sorted(found, key=lambda each: each["doc_id"]) for name, found in results["samples"].items()}
-    likelihoods = [float(choice[0][0]) for each in samples["toy_choice"] for choice in each["resps"]]
-    return {"likelihoods": likelihoods, "texts": [each["resps"][0][0] for each in samples["toy_answer"]]}
+    options = {
+        "batch_size": batch_size,
+        "device": device,
+        "bootstrap_iters": 0,
+        "task_manager": manager,
+    }
+    results = lm_eval.simple_evaluate(
+        model, arguments, tasks=["toy_choice", "toy_answer"], **options
+    )
+    samples = {
+        name: sorted(found, key=lambda each: each["doc_id"])
+        for name, found in results["samples"].items()
+    }
+    likelihoods = [
+        float(choice[0][0]) for each in samples["toy_choice"] for choice in each["resps"]
+    ]
+    return {
+        "likelihoods": likelihoods,
+        "texts": [each["resps"][0][0] for each in samples["toy_answer"]],
+    }
 
 
 def test_run_and_its_adapter_give_the_same_results(trained, task_folder):
     run = trained(BADIT)
     base = run.trusted_recipe().model.name
     by_run = evaluated("badit", {"run": str(run.path)}, task_folder)
-    by_adapter = evaluated("badit", {"pretrained": base, "peft": str(run.adapter_path)}, task_folder, batch_size=1)
+    by_adapter = evaluated(
+        "badit", {"pretrained": base, "peft": str(run.adapter_path)}, task_folder, batch_size=1
+    )
     under_hf = evaluated("hf", {"pretrained": base, "peft": str(run.adapter_path)}, task_folder)
     assert by_adapter["likelihoods"] == pytest.approx(by_run["likelihoods"], rel=1e-4)
     assert by_run["texts"] == by_adapter["texts"] == under_hf["texts"]
@@ -200,7 +266,9 @@ def test_run_and_its_adapter_give_the_same_results(trained, task_folder):
 def test_harness_command_with_custom_tasks(trained, task_folder, tmp_path, command):
     arguments = ["--tasks", "toy_choice,toy_answer", "--include_path", str(task_folder)]
     written = ["--batch_size", "4", "--log_samples", "--output_path", str(tmp_path / "written")]
-    assert "exact_match" in command("harness", trained(BADIT).path, *arguments, *written, "--apply_chat_template")
+    assert "exact_match" in command(
+        "harness", trained(BADIT).path, *arguments, *written, "--apply_chat_template"
+    )
     (samples,) = (tmp_path / "written").rglob("samples_toy_answer_*.jsonl")
     assert "<|im_start|>" in samples.read_text()
 
@@ -219,7 +287,12 @@ def test_methods_that_need_tasks_use_and_require_the_task_argument(trained):
 def test_invalid_arguments_are_refused(trained, task_folder, capsys):
     refuses("give either run=FOLDER or pretrained=MODEL", BaditLM, run="a", pretrained="b")
     refuses("a run has its own adapter", BaditLM, run="a", peft="b")
-    refuses("softmax_dtype: log-likelihoods are always computed in float32", BaditLM, run="a", softmax_dtype="float64")
+    refuses(
+        "softmax_dtype: log-likelihoods are always computed in float32",
+        BaditLM,
+        run="a",
+        softmax_dtype="float64",
+    )
     run = str(trained(BADIT).path)
     refuses("model_args: device: cannot be used", BaditLM, run=run, device="gpu")
     refuses("--model: is the run", run_command_line, run, ["--model=hf", "--tasks", "toy_choice"])

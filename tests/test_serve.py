@@ -18,9 +18,9 @@ from starlette.routing import Route
 
 from badit.analysis.gates import adapted_layers, mean_gates
 from badit.data import AnswerCollator, batches_by_task
-from badit.export import export
-from badit.serve import MAX_BODY, Router, application
-from badit.train import base_model, encoded, make_plan
+from badit.export.exporting import export
+from badit.integrations.proxy import MAX_BODY, Router, application
+from badit.training.fit import base_model, encoded, make_plan
 from refusals import refuses
 from studio.conftest import BADIT, served
 
@@ -37,7 +37,12 @@ def run(trained):
 
 @pytest.fixture(scope="module")
 def router(run, tmp_path_factory):
-    return Router(run, export(run, tmp_path_factory.mktemp("exports") / "tasks", all_tasks=True, progress=False).folder)
+    return Router(
+        run,
+        export(
+            run, tmp_path_factory.mktemp("exports") / "tasks", all_tasks=True, progress=False
+        ).folder,
+    )
 
 
 @pytest.fixture
@@ -52,15 +57,25 @@ def vllm(run, tmp_path):
         if content["prompt"] == "refused":
             return JSONResponse({"error": {"message": "no\nsuch prompt"}}, 422)
         chat = content.get("messages")
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True) if chat else tokenizer(content["prompt"])
+        ids = (
+            tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+            if chat
+            else tokenizer(content["prompt"])
+        )
         return JSONResponse({"tokens": ids["input_ids"]})
 
     async def complete(request):
         content = await request.json()
-        here.asked.append((request.url.path, content, request.headers["authorization"], list(here.loaded)))
+        here.asked.append(
+            (request.url.path, content, request.headers["authorization"], list(here.loaded))
+        )
         if content["model"] == "unknown":
             return JSONResponse({"error": {"message": "no such model"}}, 404)
-        return StreamingResponse(chunks(), media_type="text/event-stream") if "stream" in content else JSONResponse({})
+        return (
+            StreamingResponse(chunks(), media_type="text/event-stream")
+            if "stream" in content
+            else JSONResponse({})
+        )
 
     async def chunks():
         try:
@@ -84,7 +99,9 @@ def vllm(run, tmp_path):
     calls = {"tokenize": tokenize, "v1/load_lora_adapter": lora, "v1/unload_lora_adapter": lora}
     calls |= dict.fromkeys(["v1/completions", "v1/chat/completions"], complete)
     routes = [Route(f"/{path}", call, methods=["POST"]) for path, call in calls.items()]
-    with served(Starlette(routes=[*routes, Route("/v1/models", JSONResponse(MODELS))])) as here.port:
+    with served(
+        Starlette(routes=[*routes, Route("/v1/models", JSONResponse(MODELS))])
+    ) as here.port:
         yield here
 
 
@@ -94,7 +111,10 @@ def proxied(router, port):
 
 @pytest.fixture
 def client(router, vllm):
-    with proxied(router, vllm.port) as port, httpx2.Client(base_url=f"http://127.0.0.1:{port}/v1") as client:
+    with (
+        proxied(router, vllm.port) as port,
+        httpx2.Client(base_url=f"http://127.0.0.1:{port}/v1") as client,
+    ):
         yield client
 
 
@@ -116,17 +136,23 @@ def test_prompt_is_routed_to_the_export_with_the_nearest_weights(client, router,
     kept = json.loads((run.path / "gates.json").read_text())["tasks"]
     chosen = []
     for example in training_prompts(router):
-        batches = batches_by_task([{**example, "task": "t"}], AnswerCollator(0), 1)  # gates ignore the answer
+        batches = batches_by_task(
+            [{**example, "task": "t"}], AnswerCollator(0), 1
+        )  # gates ignore the answer
         distances = dict.fromkeys(kept, 0.0)
         layers = adapted_layers(router.model)
         for one, own_K in zip(layers, mean_gates(router.model, batches["t"]).values(), strict=True):
             own = one.layer.get_delta_weight(one.adapter, torch.tensor(own_K))
             for task, gates in kept.items():
-                of_task = one.layer.get_delta_weight(one.adapter, torch.tensor(gates[one.layer.name]))
+                of_task = one.layer.get_delta_weight(
+                    one.adapter, torch.tensor(gates[one.layer.name])
+                )
                 distances[task] += float((own - of_task).square().sum())
         chosen.append(min(distances, key=distances.__getitem__))
         prompt = example["input_ids"][: example["prompt_length"]]
-        answer = client.post("/completions", json={"model": "auto", "prompt": [prompt], "max_tokens": 3})
+        answer = client.post(
+            "/completions", json={"model": "auto", "prompt": [prompt], "max_tokens": 3}
+        )
         assert (answer.status_code, answer.headers["x-badit-adapter"]) == (200, chosen[-1])
         assert vllm.asked[-1][1] == {"model": chosen[-1], "prompt": [prompt], "max_tokens": 3}
     assert set(chosen) == {"cities", "rivers"}
@@ -136,7 +162,9 @@ def test_texts_and_chats_are_tokenised_by_vllm_and_other_models_forwarded(client
     _, tokenizer = base_model(router.run.recipe)
     chat = tokenizer.apply_chat_template(CHAT["messages"], add_generation_prompt=True)["input_ids"]
     plain = tokenizer("land 3")["input_ids"]
-    asked = [("chat/completions", content, chat) for content in (CHAT, {**CHAT, "model": "run"})]  # the run's name
+    asked = [
+        ("chat/completions", content, chat) for content in (CHAT, {**CHAT, "model": "run"})
+    ]  # the run's name
     asked += [("completions", {"prompt": prompt}, plain) for prompt in ("land 3", ["land 3"])]
     for path, content, ids in asked:
         answer = client.post(f"/{path}", json=content, headers={"authorization": "Bearer key"})
@@ -155,13 +183,20 @@ def test_without_exports_each_prompt_gets_a_lora_equal_to_the_run(router, vllm):
     with proxied(Router(router.run, None), vllm.port) as port:
         for example in training_prompts(router)[::9]:
             prompt = example["input_ids"][: example["prompt_length"]]
-            answer = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json={"model": "auto", "prompt": prompt})
+            answer = httpx2.post(
+                f"http://127.0.0.1:{port}/v1/completions", json={"model": "auto", "prompt": prompt}
+            )
             name = answer.headers["x-badit-adapter"]
             assert vllm.asked[-1][3] == [name], "the LoRA must be loaded during the request"
             assert unloaded(vllm), "the LoRA must be unloaded after the request"
             ids = torch.tensor([prompt])
-            base, own = base_model(router.run.recipe)[0](input_ids=ids).logits, router.model(input_ids=ids).logits
-            model = PeftModel.from_pretrained(base_model(router.run.recipe)[0], str(vllm.copies / name))
+            base, own = (
+                base_model(router.run.recipe)[0](input_ids=ids).logits,
+                router.model(input_ids=ids).logits,
+            )
+            model = PeftModel.from_pretrained(
+                base_model(router.run.recipe)[0], str(vllm.copies / name)
+            )
             torch.testing.assert_close(model(input_ids=ids).logits, own, atol=1e-5, rtol=1e-5)
             assert (own - base).abs().max() > 0.05
 
@@ -188,7 +223,9 @@ def test_stopping_the_proxy_ends_a_stream_and_unloads_its_lora(router, vllm):
     with httpx2.Client(timeout=WAIT) as client:
         with proxied(Router(router.run, None), vllm.port) as port:
             url = f"http://127.0.0.1:{port}/v1/chat/completions"
-            response = client.send(client.build_request("POST", url, json={**CHAT, "stream": True}), stream=True)
+            response = client.send(
+                client.build_request("POST", url, json={**CHAT, "stream": True}), stream=True
+            )
             assert next(response.iter_raw()) == b"data: 1\n\n"
         assert unloaded(vllm)
 
@@ -199,24 +236,41 @@ def test_invalid_requests_are_refused_in_openai_format(client, vllm):
         (b"[]", 400, "request: must hold one JSON object, not a list"),
         *(({"prompt": prompt}, 400, NOT_ONE_PROMPT) for prompt in (["a", "b"], [1, True], [10**6])),
         (b'{"model": "base", "temperature": 1e999}', 400, "Out of range float values"),
-        (b'{"model": "base", "x": ' + b"[" * 970 + b"]" * 970 + b"}", 400, ""),  # read, but too deep to be written
+        (
+            b'{"model": "base", "x": ' + b"[" * 970 + b"]" * 970 + b"}",
+            400,
+            "",
+        ),  # read, but too deep to be written
         ({"prompt": []}, 400, "prompt: must have 1 to 128 tokens, not 0"),
         ({"prompt": [1] * 129}, 400, "prompt: must have 1 to 128 tokens, not 129"),
         ({"prompt": "refused"}, 422, "/tokenize: {"),
         (b" " * (MAX_BODY + 1), 413, "the request is larger than 1024 KiB"),
     ):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        answer = client.post("/completions", content=body, headers={"Content-Type": "application/json"})
+        answer = client.post(
+            "/completions", content=body, headers={"Content-Type": "application/json"}
+        )
         error = answer.json()["error"]
-        assert (answer.status_code, error["code"], error["type"]) == (status, status, "invalid_request")
+        assert (answer.status_code, error["code"], error["type"]) == (
+            status,
+            status,
+            "invalid_request",
+        )
         assert problem in error["message"]
         assert error["message"].isprintable()
     assert not vllm.asked
 
 
 def test_foreign_origins_hosts_and_content_types_are_refused(client, vllm):
-    for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Host": "evil.example"}):
-        assert client.post("/chat/completions", json=CHAT, headers=headers).status_code in (400, 403)
+    for headers in (
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Host": "evil.example"},
+    ):
+        assert client.post("/chat/completions", json=CHAT, headers=headers).status_code in (
+            400,
+            403,
+        )
     assert client.post("/chat/completions", content="{}").status_code == 415
     assert not vllm.asked
 
@@ -232,10 +286,16 @@ def test_unreachable_vllm_or_missing_lora_loading_is_reported(router, vllm):
         answer = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": [1, 2]})
         assert answer.status_code == 404
         assert answer.json()["error"]["message"].endswith("with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
-    other = Starlette(routes=[Route("/{path:path}", lambda request: JSONResponse({"no": 1}), methods=["GET", "POST"])])
+    other = Starlette(
+        routes=[
+            Route("/{path:path}", lambda request: JSONResponse({"no": 1}), methods=["GET", "POST"])
+        ]
+    )
     with served(other) as stranger, proxied(router, stranger) as port:
         for method, path in (("GET", "models"), ("POST", "completions")):
-            answer = httpx2.request(method, f"http://127.0.0.1:{port}/v1/{path}", json={"prompt": "a"})
+            answer = httpx2.request(
+                method, f"http://127.0.0.1:{port}/v1/{path}", json={"prompt": "a"}
+            )
             assert (answer.status_code, "check --url" in answer.text) == (502, True)
 
 

@@ -23,7 +23,9 @@ def _in_float32(name: str) -> Callable[..., Any]:
         if tensors[0].dtype == torch.bfloat16:
             return operator(*(tensor.float() for tensor in tensors), **scalars).bfloat16()
         shape = (*tensors[-2].shape[:-1], tensors[-1].shape[-1])
-        return operator(*tensors, **scalars, out=tensors[0].new_empty(shape))  # the operators with out= are unchanged
+        return operator(
+            *tensors, **scalars, out=tensors[0].new_empty(shape)
+        )  # the operators with out= are unchanged
 
     return product
 

@@ -38,14 +38,22 @@ p.add_argument(
     default=os.path.expanduser("~/.cache/badit/smollm2-135m-0.1.2-format1"),
     help="folder of the built-in model",
 )
-p.add_argument("--data", default=os.environ.get("BADIT_SUPERNI"), help="folder of the SuperNI tasks")
-p.add_argument("--tasks", default="073,1510,1687,181,363,591,639,748,875", help="task numbers, or 'all'")
+p.add_argument(
+    "--data", default=os.environ.get("BADIT_SUPERNI"), help="folder of the SuperNI tasks"
+)
+p.add_argument(
+    "--tasks", default="073,1510,1687,181,363,591,639,748,875", help="task numbers, or 'all'"
+)
 p.add_argument("--only", default="", help="train on this task alone (one model per task)")
-p.add_argument("--train", type=int, default=300, help="maximum number of training instances per task")
+p.add_argument(
+    "--train", type=int, default=300, help="maximum number of training instances per task"
+)
 p.add_argument("--held", type=int, default=60, help="evaluation instances per task")
 p.add_argument("--split", choices=("val", "test"), default="val")
 p.add_argument("--layers", type=int, default=6, help="number of adapted upper layers")
-p.add_argument("--max-tokens", type=int, default=220, help="maximum length of a prompt; its middle is cut")
+p.add_argument(
+    "--max-tokens", type=int, default=220, help="maximum length of a prompt; its middle is cut"
+)
 p.add_argument("--epochs", type=int, default=1)
 p.add_argument("--batch", type=int, default=8)
 p.add_argument("--seed", type=int, default=0, help="seed of initialisation and order")
@@ -54,17 +62,39 @@ p.add_argument("--N", type=int, default=32)
 p.add_argument("--K", type=int, default=8)
 p.add_argument("--scale", type=float, default=8.0)
 p.add_argument("--init", choices=("lora", "dirs", "bad"), default="lora")
-p.add_argument("--gate", choices=("none", "expert", "component", "oracle"), default="none", help="oracle: per task")
-p.add_argument("--shared", action="store_true", help="half of the experts have no gate (for --gate expert)")
+p.add_argument(
+    "--gate",
+    choices=("none", "expert", "component", "oracle"),
+    default="none",
+    help="oracle: per task",
+)
+p.add_argument(
+    "--shared", action="store_true", help="half of the experts have no gate (for --gate expert)"
+)
 p.add_argument("--act", choices=("softmax", "exp"), default="softmax")
-p.add_argument("--rank", type=int, default=8, help="rank of the prompt embedding (for --gate component)")
+p.add_argument(
+    "--rank", type=int, default=8, help="rank of the prompt embedding (for --gate component)"
+)
 p.add_argument("--fixed-projection", action="store_true", help="do not train the prompt embedding")
-p.add_argument("--opt", choices=("adamw", "orthogonal", "riemannian"), default="adamw", help="riemannian: PEFT's")
+p.add_argument(
+    "--opt",
+    choices=("adamw", "orthogonal", "riemannian"),
+    default="adamw",
+    help="riemannian: PEFT's",
+)
 p.add_argument("--lr", type=float, default=2e-3)
-p.add_argument("--b-rate", type=float, default=1.0, help="LoRA+: ratio of B's learning rate to A's (for adamw)")
-p.add_argument("--router-rate", type=float, default=1.0, help="ratio of the router's learning rate to --lr")
-p.add_argument("--dog", type=int, default=0, help="steps between regroupings; 0: none (for --gate expert)")
-p.add_argument("--must-pay", action="store_true", help="undo a regrouping that the next window does not favour")
+p.add_argument(
+    "--b-rate", type=float, default=1.0, help="LoRA+: ratio of B's learning rate to A's (for adamw)"
+)
+p.add_argument(
+    "--router-rate", type=float, default=1.0, help="ratio of the router's learning rate to --lr"
+)
+p.add_argument(
+    "--dog", type=int, default=0, help="steps between regroupings; 0: none (for --gate expert)"
+)
+p.add_argument(
+    "--must-pay", action="store_true", help="undo a regrouping that the next window does not favour"
+)
 a = p.parse_args()
 torch.set_num_threads(1)
 torch.manual_seed(a.seed)
@@ -73,7 +103,7 @@ from peft.optimizers import create_riemannian_optimizer  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from badit.method import group_components, grouping_objective  # noqa: E402
-from badit.optimizer import OrthogonalUpdates  # noqa: E402
+from badit.training.optimizers import OrthogonalUpdates  # noqa: E402
 
 tok = AutoTokenizer.from_pretrained(a.model)
 model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16).requires_grad_(False)
@@ -91,25 +121,38 @@ class Adapted(nn.Module):
         super().__init__()
         self.base, (outputs, inputs) = base, base.weight.shape
         if a.init == "lora":
-            A, B = nn.init.kaiming_uniform_(torch.empty(a.N, inputs), a=math.sqrt(5)), torch.zeros(outputs, a.N)
+            A, B = (
+                nn.init.kaiming_uniform_(torch.empty(a.N, inputs), a=math.sqrt(5)),
+                torch.zeros(outputs, a.N),
+            )
         else:
             U, S, V = torch.linalg.svd(base.weight.float(), full_matrices=False)
             root = (S[: a.N] / a.scale).sqrt()
             A = root[:, None] * V[: a.N] if a.init == "bad" else V[: a.N] / math.sqrt(3)
             B = U[:, : a.N] * root if a.init == "bad" else torch.zeros(outputs, a.N)
         # In dictionaries, as in PEFT: OrthogonalUpdates finds pairs of factors by these names.
-        self.lora_A, self.lora_B = nn.ParameterDict({"rig": A.contiguous()}), nn.ParameterDict({"rig": B.contiguous()})
+        self.lora_A, self.lora_B = (
+            nn.ParameterDict({"rig": A.contiguous()}),
+            nn.ParameterDict({"rig": B.contiguous()}),
+        )
         self.start = (A.clone(), B.clone()) if a.init == "bad" else None
         self.label, self.former, self.moved = torch.arange(a.N) // (a.N // a.K), None, 0
         self.R = self.Z = None
         if a.gate == "expert":
             self.R = nn.Parameter(torch.zeros(a.K, inputs))
         elif a.gate == "component":
-            self.Z = nn.Parameter(0.35 * torch.randn(a.rank, inputs), requires_grad=not a.fixed_projection)
+            self.Z = nn.Parameter(
+                0.35 * torch.randn(a.rank, inputs), requires_grad=not a.fixed_projection
+            )
             self.R = nn.Parameter(torch.zeros(a.N, a.rank))
         elif a.gate == "oracle":
             self.R = nn.Parameter(torch.zeros(len(folders), a.N))
-        self.seen, self.mean, self.var, self.gram = 0, torch.zeros(inputs), torch.zeros(inputs), None
+        self.seen, self.mean, self.var, self.gram = (
+            0,
+            torch.zeros(inputs),
+            torch.zeros(inputs),
+            None,
+        )
 
     A = property(lambda self: self.lora_A["rig"])
     B = property(lambda self: self.lora_B["rig"])
@@ -122,14 +165,22 @@ class Adapted(nn.Module):
             z = (x.float() * m).sum(1) / m.sum(1)
             if self.training:
                 self.seen += 1
-                w, mean, var = max(1 / self.seen, 0.02), z.detach().mean(0), z.detach().var(0, unbiased=False)
+                w, mean, var = (
+                    max(1 / self.seen, 0.02),
+                    z.detach().mean(0),
+                    z.detach().var(0, unbiased=False),
+                )
                 self.var = (1 - w) * self.var + w * var + w * (1 - w) * (mean - self.mean) ** 2
                 self.mean = torch.lerp(self.mean, mean, w)
             z = 8 / math.sqrt(z.shape[-1]) * (z - self.mean) * (self.var + 1e-12).rsqrt()
             logits = (z if self.Z is None else z @ self.Z.T) @ self.R.T
         if a.shared:
             logits = logits[:, a.K // 2 :]
-        g = logits.softmax(-1) * logits.shape[-1] if a.act == "softmax" else logits.clamp(-1.5, 1.5).exp()
+        g = (
+            logits.softmax(-1) * logits.shape[-1]
+            if a.act == "softmax"
+            else logits.clamp(-1.5, 1.5).exp()
+        )
         if a.shared:  # a constant gate of 1 for the shared experts
             g = torch.cat([torch.ones(len(g), a.K // 2), g], dim=1)
         return (g[:, self.label] if a.gate == "expert" else g)[:, None]
@@ -161,7 +212,9 @@ def encoded(instance, definition):
 
 train, held = [], []
 for task, folder in enumerate(folders):
-    parts = {split: json.loads(Path(folder, f"{split}.json").read_text()) for split in ("train", "test")}
+    parts = {
+        split: json.loads(Path(folder, f"{split}.json").read_text()) for split in ("train", "test")
+    }
     definition = parts["train"]["Definition"]
     definition = definition if isinstance(definition, str) else definition[0]
     pool = parts["train"]["Instances"][:]
@@ -170,7 +223,8 @@ for task, folder in enumerate(folders):
     random.Random(a.data_seed).shuffle(rest)
     train += [(task, *encoded(i, definition)) for i in rest[: a.train]]
     held += [
-        (task, *encoded(i, definition)) for i in (val if a.split == "val" else parts["test"]["Instances"][: a.held])
+        (task, *encoded(i, definition))
+        for i in (val if a.split == "val" else parts["test"]["Instances"][: a.held])
     ]
 
 
@@ -182,7 +236,10 @@ def trunk(examples, tag):
     file = f"{a.out}/cache/{key}.pt"
     if os.path.exists(file):
         return torch.load(file)
-    hidden, order = [None] * len(examples), sorted(range(len(examples)), key=lambda k: sum(map(len, examples[k][1:])))
+    hidden, order = (
+        [None] * len(examples),
+        sorted(range(len(examples)), key=lambda k: sum(map(len, examples[k][1:]))),
+    )
     for start in range(0, len(order), 16):
         ks = order[start : start + 16]
         rows = [torch.tensor(examples[k][1] + examples[k][2]) for k in ks]
@@ -221,7 +278,11 @@ def losses(examples, hidden, ks):
         h = h[0] if isinstance(h, tuple) else h
     chosen = labels != -100
     logits, target = model.lm_head(model.model.norm(h[chosen])).float(), labels[chosen]
-    return F.cross_entropy(logits, target, reduction="none"), logits.argmax(-1) == target, chosen.nonzero()[:, 0]
+    return (
+        F.cross_entropy(logits, target, reduction="none"),
+        logits.argmax(-1) == target,
+        chosen.nonzero()[:, 0],
+    )
 
 
 @torch.no_grad()
@@ -235,7 +296,11 @@ def evaluate():
         if a.gate != "none":
             gates.append(torch.stack([layer.last[:, 0] for layer in adapted], 1))
         for r, k in enumerate(ks):
-            rows[k] = (held[k][0], round(nll[row == r].mean().item(), 4), int(right[row == r].all()))
+            rows[k] = (
+                held[k][0],
+                round(nll[row == r].mean().item(), 4),
+                int(right[row == r].all()),
+            )
     [layer.train() for layer in adapted]
 
     def task_mean(i):
@@ -266,7 +331,9 @@ def regroup():
     for x in adapted:
         gram = x.gram.double().numpy()
         if a.must_pay and x.former is not None:
-            former, present = (grouping_objective(gram, labels.numpy()) for labels in (x.former, x.label))
+            former, present = (
+                grouping_objective(gram, labels.numpy()) for labels in (x.former, x.label)
+            )
             x.label = x.label if present >= former else x.former
         x.former = x.label
         x.label = torch.from_numpy(group_components(gram, x.label.numpy(), seed=step))
@@ -296,7 +363,9 @@ for _ in range(a.epochs):
             if (step + 1) % a.dog == 0 and step < 0.7 * steps:
                 regroup()
         nn.utils.clip_grad_norm_(down + up + router, 1.0)
-        now = min(1, (step + 1) / max(1, 0.05 * steps)) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
+        now = min(1, (step + 1) / max(1, 0.05 * steps)) * (
+            0.05 + 0.475 * (1 + math.cos(math.pi * step / steps))
+        )
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * now
         optimizer.step()
@@ -305,7 +374,10 @@ for _ in range(a.epochs):
         log.append(loss.item())
         if step % 100 == 0:
             seconds, mean = time.process_time() - began, sum(log[-100:]) / 100
-            print(f"{a.name}  step {step} of {steps}  loss {mean:.4f}  {seconds:.0f} CPU s", flush=True)
+            print(
+                f"{a.name}  step {step} of {steps}  loss {mean:.4f}  {seconds:.0f} CPU s",
+                flush=True,
+            )
 versions = {name: version(name) for name in ("torch", "transformers", "peft")} | {
     "cpu": platform.processor() or platform.machine()
 }

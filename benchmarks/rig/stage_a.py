@@ -52,7 +52,15 @@ def run(name: str, options: list[str]) -> float:
     """Returns the held-out NLL of a run; starts the run if it has no result."""
     result = OUT / f"{name}.json"
     if not result.is_file():
-        command = [sys.executable, str(HERE / "rig.py"), "--name", name, "--out", str(OUT), *options]
+        command = [
+            sys.executable,
+            str(HERE / "rig.py"),
+            "--name",
+            name,
+            "--out",
+            str(OUT),
+            *options,
+        ]
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     nll = json.loads(result.read_text(encoding="utf-8"))["nll"]
     return nll if math.isfinite(nll) else math.inf
@@ -87,14 +95,23 @@ def finals(cells: list[Cell], found: dict[Cell, tuple[float, float]], seeds: ran
 def second_rate(adapter: str, optimizer: str, rate: float) -> None:
     """Runs all seeds of a cell at a learning rate other than the one that the search found."""
     for seed in SEEDS:
-        options = [*ADAPTERS[adapter], *OPTIMIZERS[optimizer][0], "--lr", f"{rate:g}", *varied(seed)]
+        options = [
+            *ADAPTERS[adapter],
+            *OPTIMIZERS[optimizer][0],
+            "--lr",
+            f"{rate:g}",
+            *varied(seed),
+        ]
         run(f"{adapter}_{optimizer}_{rate:g}_s{seed}", options)
 
 
 def per_task(rate: float) -> None:
     """Runs the reference: one LoRA per task, with AdamW."""
     for seed, task in itertools.product(GATED_SEEDS, TASKS):
-        run(f"per-task_{task}_s{seed}", ["--init", "lora", "--lr", f"{rate:g}", "--only", task, *varied(seed)])
+        run(
+            f"per-task_{task}_s{seed}",
+            ["--init", "lora", "--lr", f"{rate:g}", "--only", task, *varied(seed)],
+        )
 
 
 def varied(seed: int) -> list[str]:
@@ -104,7 +121,12 @@ def varied(seed: int) -> list[str]:
 def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     found: dict[Cell, tuple[float, float]] = {}
-    plain = [(adapter, name) for adapter in ("lora", "directions") for name in OPTIMIZERS if name != "riemannian"]
+    plain = [
+        (adapter, name)
+        for adapter in ("lora", "directions")
+        for name in OPTIMIZERS
+        if name != "riemannian"
+    ]
     gated = [(adapter, name) for adapter in ("oracle", "expert") for name in GATED]
     for cells, seeds in (([*plain, ("lora", "riemannian")], SEEDS), (gated, GATED_SEEDS)):
         for cell in cells:

@@ -8,7 +8,11 @@ import itertools
 
 from stage_a import ADAPTERS, OPTIMIZERS, run, varied
 
-VARIANTS = {"20": ["--dog", "20"], "80": ["--dog", "80"], "20-must-pay": ["--dog", "20", "--must-pay"]}
+VARIANTS = {
+    "20": ["--dog", "20"],
+    "80": ["--dog", "80"],
+    "20-must-pay": ["--dog", "20", "--must-pay"],
+}
 
 CELLS = [("orthogonal", variant) for variant in VARIANTS] + [("adamw", "20")]
 

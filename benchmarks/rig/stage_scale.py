@@ -17,7 +17,15 @@ LEVEL = 0.01  # nats; the lowest rate within this distance of the best is chosen
 
 
 def cell(adapter: str, rank: int, tasks: str, rate: float) -> tuple[str, list[str]]:
-    options = [*ADAPTERS[adapter], *OPTIMIZERS["orthogonal"][0], "--N", str(rank), *TASKS[tasks], "--lr", f"{rate:g}"]
+    options = [
+        *ADAPTERS[adapter],
+        *OPTIMIZERS["orthogonal"][0],
+        "--N",
+        str(rank),
+        *TASKS[tasks],
+        "--lr",
+        f"{rate:g}",
+    ]
     return f"scale_{adapter}_{rank}_{tasks}", options
 
 
@@ -33,7 +41,9 @@ for rank in RANKS:
         name, options = cell("directions", rank, "9", rate)
         searched.append((f"search_{name}_{rate:g}", [*options, *SEARCH]))
     losses = run_all(searched)
-    chosen[rank] = min(rate for rate, loss in zip(RATES, losses, strict=True) if loss <= min(losses) + LEVEL)
+    chosen[rank] = min(
+        rate for rate, loss in zip(RATES, losses, strict=True) if loss <= min(losses) + LEVEL
+    )
     print(f"N = {rank}: rate {chosen[rank]:g}", flush=True)
 
 compared = [("lora", 32, "9"), ("directions", 32, "9"), ("expert", 32, "9")]

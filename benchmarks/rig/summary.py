@@ -26,13 +26,22 @@ def by_seed(found):
 def own_rows(run):
     """Returns a run's instances; for a run trained on a single task, only that task's instances."""
     rows, only = np.array(run["instances"]), run["arguments"]["only"]
-    return rows[rows[:, 0] == sorted(run["arguments"]["tasks"].split(",")).index(only)] if only else rows
+    return (
+        rows[rows[:, 0] == sorted(run["arguments"]["tasks"].split(",")).index(only)]
+        if only
+        else rows
+    )
 
 
 runs = {}
 for prefix in prefixes:
-    found = [json.loads(Path(file).read_text()) for file in sorted(glob.glob(f"{folder}/{prefix}*.json"))]
-    runs[prefix] = {seed: np.vstack([own_rows(run) for run in of_seed]) for seed, of_seed in by_seed(found).items()}
+    found = [
+        json.loads(Path(file).read_text()) for file in sorted(glob.glob(f"{folder}/{prefix}*.json"))
+    ]
+    runs[prefix] = {
+        seed: np.vstack([own_rows(run) for run in of_seed])
+        for seed, of_seed in by_seed(found).items()
+    }
 
 
 def by_task(rows, column, picked=None):
@@ -52,7 +61,10 @@ def interval(seeds, reference, column, unit):
     for _ in range(10_000):
         picked = {task: rng.integers(0, n, n) for task, n in sizes.items()}
         chosen = rng.choice(shared, len(shared))
-        differences = [by_task(seeds[s], column, picked) - by_task(reference[s], column, picked) for s in chosen]
+        differences = [
+            by_task(seeds[s], column, picked) - by_task(reference[s], column, picked)
+            for s in chosen
+        ]
         draws.append(unit * np.mean(differences))
     mean = np.mean([by_task(seeds[s], column) - by_task(reference[s], column) for s in shared])
     return unit * mean, *np.percentile(draws, [2.5, 97.5])

@@ -18,19 +18,23 @@ import sys
 import tempfile
 from pathlib import Path
 
-from badit.environment import environment
-from badit.files import write_json
+from badit.support.environment import environment
+from badit.support.files import write_json
 
 SIZES = (10_000, 100_000, 1_000_000)
 PER_TASK = 1_000
-WORDS = [f"{a}{b}" for a in ("river", "stone", "market", "summer", "letter", "garden") for b in ("", "s", "ing", "er")]
+WORDS = [
+    f"{a}{b}"
+    for a in ("river", "stone", "market", "summer", "letter", "garden")
+    for b in ("", "s", "ing", "er")
+]
 START = """
 import json, sys, time
 began = time.perf_counter()
 from badit.data import encode_tasks, mixture
 from badit.data.readers import load_tasks
-from badit.environment import peak_memory
-from badit.models import load_tokenizer
+from badit.support.environment import peak_memory
+from badit.models.loading import load_tokenizer
 tokenizer = load_tokenizer("smollm2-135m")
 imported = time.perf_counter()
 tasks = load_tasks(sys.argv[1])
@@ -50,7 +54,11 @@ def write_tasks(path: Path, count: int) -> None:
         for number in range(count):
             task = f"task{number // PER_TASK:04d}_words"
             words = rng.choices(WORDS, k=rng.randint(20, 60))
-            row = {"task": task, "instruction": f"Name the word of rule {task} in the text.", "input": " ".join(words)}
+            row = {
+                "task": task,
+                "instruction": f"Name the word of rule {task} in the text.",
+                "input": " ".join(words),
+            }
             file.write(json.dumps({**row, "output": words[0]}) + "\n")
 
 
@@ -66,13 +74,17 @@ def main() -> None:
             write_tasks(path, size)
             linked = Path(folder, "cache")
             linked.mkdir()
-            for entry in (Path(os.environ.get("BADIT_CACHE") or "~/.cache/badit").expanduser()).glob("smollm2*"):
+            for entry in (
+                Path(os.environ.get("BADIT_CACHE") or "~/.cache/badit").expanduser()
+            ).glob("smollm2*"):
                 (linked / entry.name).symlink_to(entry)
             starts = {}
             for start in ("first", "second"):
                 environ = {**os.environ, "BADIT_CACHE": str(linked)}
                 command = [sys.executable, "-c", START, str(path)]
-                printed = subprocess.run(command, env=environ, check=True, capture_output=True, text=True).stdout
+                printed = subprocess.run(
+                    command, env=environ, check=True, capture_output=True, text=True
+                ).stdout
                 starts[start] = json.loads(printed.splitlines()[-1])
             cache = sum(file.stat().st_size for file in (linked / "data").iterdir())
             results.append({"instances": size, **starts, "cache_gib": round(cache / 2**30, 3)})

@@ -15,7 +15,7 @@ import torch
 from measure import in_turns, keep, options, ratio
 from workload import adapted, base, fast_dtypes
 
-from badit.cli import quiet_libraries
+from badit.cli.app import quiet_libraries
 
 PROMPT, NEW = 128, 64
 ROWS = (1, 8)
@@ -24,7 +24,9 @@ ROWS = (1, 8)
 def decoder(model: Any, rows: int) -> Callable[[], object]:
     prompts = torch.randint(0, 49_000, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-    return lambda: model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **settings)
+    return lambda: model.generate(
+        input_ids=prompts, attention_mask=torch.ones_like(prompts), **settings
+    )
 
 
 def measure(dtype: str, rounds: int) -> dict[str, Any]:
@@ -33,10 +35,17 @@ def measure(dtype: str, rounds: int) -> dict[str, Any]:
     models["merged"] = adapted("lora", dtype).eval().merge_and_unload()  # pyright: ignore
     result: dict[str, Any] = {}
     for rows in ROWS:
-        samples = in_turns({name: decoder(model, rows) for name, model in models.items()}, rounds=rounds)
-        speeds = {name: [rows * NEW / value for value in values] for name, values in samples.items()}
+        samples = in_turns(
+            {name: decoder(model, rows) for name, model in models.items()}, rounds=rounds
+        )
+        speeds = {
+            name: [rows * NEW / value for value in values] for name, values in samples.items()
+        }
         ratios = {name: ratio(samples, "base", name) for name in models if name != "base"}
-        result[f"{rows} prompts at a time"] = {"tokens per second": speeds, "speed to the base model's": ratios}
+        result[f"{rows} prompts at a time"] = {
+            "tokens per second": speeds,
+            "speed to the base model's": ratios,
+        }
     return result
 
 

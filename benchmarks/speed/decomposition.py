@@ -17,7 +17,7 @@ from peft import get_peft_model
 from workload import EXPERTS, RANK, TARGETS, base
 
 from badit import BaditConfig
-from badit.cli import quiet_libraries
+from badit.cli.app import quiet_libraries
 from badit.method import top_singular_triples
 
 ROWS, COLUMNS, WANTED = 4096, 14336, 32
@@ -38,7 +38,10 @@ def errors(matrix: torch.Tensor) -> dict[str, float]:
     v = v if v.shape[0] == matrix.shape[1] else v.T
     residual = torch.linalg.vector_norm(matrix.double() @ v - u * s, dim=0) / s
     exact = torch.arange(1, WANTED + 1, dtype=torch.float64) ** -0.3
-    return {"residual": float(residual.max()), "singular value": float(((s - exact).abs() / exact).max())}
+    return {
+        "residual": float(residual.max()),
+        "singular value": float(((s - exact).abs() / exact).max()),
+    }
 
 
 def initialisation(rounds: int) -> list[float]:
@@ -46,7 +49,9 @@ def initialisation(rounds: int) -> list[float]:
     seconds = []
     for _ in range(rounds):
         model = base("bfloat16")
-        config = BaditConfig.paper(num_experts=EXPERTS, r=RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
+        config = BaditConfig.paper(
+            num_experts=EXPERTS, r=RANK, target_modules=TARGETS, task_type="CAUSAL_LM"
+        )
         started = time.perf_counter()
         get_peft_model(model, config)
         seconds.append(time.perf_counter() - started)

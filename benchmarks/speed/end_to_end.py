@@ -25,9 +25,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 from workload import EXPERTS, RANK, TARGETS, adapted, base, data_options, fast_dtypes, instances
 
 from badit import RegroupCallback, load_base_model
-from badit.cli import quiet_libraries
+from badit.cli.app import quiet_libraries
 from badit.data import AnswerCollator
-from badit.trainer import AnswerTrainer
+from badit.training.trainer import AnswerTrainer
 
 BATCH, PER_TASK = 4, 2
 DTYPE = fast_dtypes()[0]
@@ -55,9 +55,14 @@ def ours(name: str, examples: list[dict[str, Any]], pad: int, folder: str) -> Ca
     return trainer.train
 
 
-def theirs(examples: list[dict[str, Any]], tokenizer: Any, folder: str, attention: str) -> Callable[[], object]:
+def theirs(
+    examples: list[dict[str, Any]], tokenizer: Any, folder: str, attention: str
+) -> Callable[[], object]:
     rows = [
-        {"input_ids": one["input_ids"], "completion_mask": [int(label != -100) for label in one["labels"]]}
+        {
+            "input_ids": one["input_ids"],
+            "completion_mask": [int(label != -100) for label in one["labels"]],
+        }
         for one in examples
     ]
     model = base(DTYPE)
@@ -66,11 +71,17 @@ def theirs(examples: list[dict[str, Any]], tokenizer: Any, folder: str, attentio
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
-            output_dir=folder, completion_only_loss=True, gradient_checkpointing=False, max_length=None, **SHARED
+            output_dir=folder,
+            completion_only_loss=True,
+            gradient_checkpointing=False,
+            max_length=None,
+            **SHARED,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=width, lora_alpha=8 * width, target_modules=TARGETS, task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=width, lora_alpha=8 * width, target_modules=TARGETS, task_type="CAUSAL_LM"
+        ),
     )
     return trainer.train
 
@@ -96,7 +107,9 @@ def main(arguments: argparse.Namespace) -> None:
             "tokens": tokens,
             "batch size": BATCH,
             "dtype": DTYPE,
-            "tokens per second": {name: [tokens / s for s in values] for name, values in samples.items()},
+            "tokens per second": {
+                name: [tokens / s for s in values] for name, values in samples.items()
+            },
             "speed to TRL's": {name: ratio(samples, "TRL, LoRA", name) for name in list(runs)[1:]},
         },
     )

@@ -18,13 +18,13 @@ from measure import in_turns, keep, options, ratio
 from workload import MODEL, data_options, fast_dtypes
 
 from badit import load_base_model
-from badit.cli import quiet_libraries
+from badit.cli.app import quiet_libraries
 from badit.data import AnswerCollator, Task
-from badit.evaluate import prompt_losses, score_model
-from badit.generation import generate_answers
-from badit.metrics import METRICS
-from badit.recipe import Recipe, build_recipe
-from badit.train import encoded
+from badit.evaluation.generation import generate_answers
+from badit.evaluation.metrics import METRICS
+from badit.evaluation.scoring import prompt_losses, score_model
+from badit.recipe.schema import Recipe, build_recipe
+from badit.training.fit import encoded
 
 BATCH, NEW, PER_TASK = 16, 50, 5
 
@@ -41,12 +41,16 @@ def plain_loop(model: Any, tokenizer: Any, examples: Sequence[dict[str, Any]]) -
     answers, losses = [], []
     for start in range(0, len(examples), BATCH):
         batch = examples[start : start + BATCH]
-        prompts = {"input_ids": [example["input_ids"][: example["prompt_length"]] for example in batch]}
+        prompts = {
+            "input_ids": [example["input_ids"][: example["prompt_length"]] for example in batch]
+        }
         inputs = tokenizer.pad(prompts, padding_side="left", return_tensors="pt")
         with torch.no_grad():
             tokens = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
             padded = AnswerCollator(tokenizer.pad_token_id)(batch)
-            logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
+            logits = model(
+                input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]
+            ).logits
         new = tokens[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
         for row, labels in zip(logits[:, :-1].float(), padded["labels"][:, 1:], strict=True):
@@ -54,9 +58,13 @@ def plain_loop(model: Any, tokenizer: Any, examples: Sequence[dict[str, Any]]) -
     return Scored(answers, sum(losses) / len(losses))
 
 
-def two_passes(model: Any, tokenizer: Any, recipe: Recipe, examples: Sequence[dict[str, Any]]) -> Scored:
+def two_passes(
+    model: Any, tokenizer: Any, recipe: Recipe, examples: Sequence[dict[str, Any]]
+) -> Scored:
     prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
-    answers = generate_answers(model, tokenizer, prompts, max_new_tokens=NEW, batch_size=BATCH, progress=False)
+    answers = generate_answers(
+        model, tokenizer, prompts, max_new_tokens=NEW, batch_size=BATCH, progress=False
+    )
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
     batches = [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
     sums, counts = prompt_losses(model, map(AnswerCollator(tokenizer.pad_token_id), batches))
@@ -74,7 +82,9 @@ def main(arguments: argparse.Namespace) -> None:
     values = {"data": {"source": arguments.data, "test_per_task": PER_TASK}}
     recipe = build_recipe({**values, "evaluation": {"batch_size": BATCH, "max_new_tokens": NEW}})
     tasks = recipe.data.load()
-    examples = encoded(tokenizer, recipe, [(task, one) for task in tasks for one in task.test], model)
+    examples = encoded(
+        tokenizer, recipe, [(task, one) for task in tasks for one in task.test], model
+    )
     ways = {
         "plain loop": lambda: plain_loop(model, tokenizer, examples),
         "two passes": lambda: two_passes(model, tokenizer, recipe, examples),
@@ -93,7 +103,9 @@ def main(arguments: argparse.Namespace) -> None:
                 for name, one in found.items()
             },
             METRICS["nll"].label: {name: one.nll for name, one in found.items()},
-            "answers per second": {name: [len(examples) / s for s in seconds] for name, seconds in samples.items()},
+            "answers per second": {
+                name: [len(examples) / s for s in seconds] for name, seconds in samples.items()
+            },
             "speed to the plain loop's": ratio(samples, "plain loop", "badit"),
             "speed to two passes": ratio(samples, "two passes", "badit"),
         },

@@ -25,7 +25,9 @@ def run(command: list[str]) -> Callable[[], object]:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    samples = in_turns({name: run(command) for name, command in COMMANDS.items()}, rounds=arguments.rounds)
+    samples = in_turns(
+        {name: run(command) for name, command in COMMANDS.items()}, rounds=arguments.rounds
+    )
     keep("imports", {"seconds": samples})
 
 

@@ -27,7 +27,9 @@ def use_loops(model: nn.Module, *, per_sequence: bool) -> None:
             module.forward = partial(_forward, module, delta)
 
 
-def _forward(layer: BaditLinear, delta: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def _forward(
+    layer: BaditLinear, delta: Callable[..., torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
     y = layer.base_layer(x)
     for adapter in layer.running_adapters:
         y = y + delta(layer, adapter, x).to(y.dtype)
@@ -71,4 +73,6 @@ def _by_expert(
     """Returns A as (K, r, I) and B as (K, O, r)."""
     order = layer.expert_of(adapter).argsort(stable=True)
     rank = layer.badit_config[adapter].r
-    return a_NI[order].unflatten(0, (-1, rank)), b_ON[:, order].unflatten(1, (-1, rank)).transpose(0, 1)
+    return a_NI[order].unflatten(0, (-1, rank)), b_ON[:, order].unflatten(1, (-1, rank)).transpose(
+        0, 1
+    )

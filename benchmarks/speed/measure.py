@@ -20,15 +20,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from badit.environment import environment
-from badit.files import write_json
+from badit.support.environment import environment
+from badit.support.files import write_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
 
 Samples = dict[str, list[float]]
 
 
-def in_turns(alternatives: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> Samples:
+def in_turns(
+    alternatives: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1
+) -> Samples:
     """Returns wall-clock seconds of every call: {alternative: [one per round]}. Warm-up calls are discarded."""
     samples: Samples = {name: [] for name in alternatives}
     for number in tqdm(range(warmup + rounds), desc="Rounds", unit="round", leave=False):
@@ -41,7 +43,9 @@ def in_turns(alternatives: Mapping[str, Callable[[], object]], *, rounds: int, w
     return samples
 
 
-def ratio(samples: Mapping[str, Sequence[float]], numerator: str, denominator: str) -> dict[str, Any]:
+def ratio(
+    samples: Mapping[str, Sequence[float]], numerator: str, denominator: str
+) -> dict[str, Any]:
     """Returns the ratio of two alternatives, round by round, and its median."""
     values = [a / b for a, b in zip(samples[numerator], samples[denominator], strict=True)]
     return {"median": statistics.median(values), "values": values}
@@ -49,7 +53,9 @@ def ratio(samples: Mapping[str, Sequence[float]], numerator: str, denominator: s
 
 def peak_memory_of(script: str, *arguments: str) -> int:
     """Returns peak resident memory in bytes of a new process ``python SCRIPT ARGUMENTS``, which prints it last."""
-    done = subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True, check=True
+    )
     return int(done.stdout.split()[-1])
 
 
@@ -79,7 +85,9 @@ def _medians(value: Any) -> Any:
 def options(description: str | None, *, rounds: int = 5) -> argparse.ArgumentParser:
     """Returns a script's argument parser, with its docstring's first line and ``--rounds``."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"measured rounds (default: {rounds})")
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help=f"measured rounds (default: {rounds})"
+    )
     return parser
 
 

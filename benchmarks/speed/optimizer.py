@@ -18,8 +18,8 @@ from measure import in_turns, keep, options, ratio
 from torch import nn
 from workload import adapted, batch, fast_dtypes, training_step
 
-from badit.cli import quiet_libraries
-from badit.optimizer import OrthogonalUpdates, lora_plus_groups
+from badit.cli.app import quiet_libraries
+from badit.training.optimizers import OrthogonalUpdates, lora_plus_groups
 
 ROWS, TOKENS = 4, 320
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
@@ -46,14 +46,18 @@ def optimizer_steps(name: str, dtype: str) -> Callable[[], None]:
 
 
 def measure(dtype: str, rounds: int) -> dict[str, Any]:
-    alternatives: dict[str, Callable[[], None]] = {name: optimizer_steps(name, dtype) for name in OPTIMIZERS}
+    alternatives: dict[str, Callable[[], None]] = {
+        name: optimizer_steps(name, dtype) for name in OPTIMIZERS
+    }
     alternatives["training step"] = training_step(adapted("badit", dtype), batch(ROWS, TOKENS))
     samples = in_turns(alternatives, rounds=rounds, warmup=2)
     for name in OPTIMIZERS:
         samples[name] = [seconds / STEPS for seconds in samples[name]]
     more = [
         (ours - adamw) / step
-        for ours, adamw, step in zip(samples["orthogonal"], samples["adamw"], samples["training step"], strict=True)
+        for ours, adamw, step in zip(
+            samples["orthogonal"], samples["adamw"], samples["training step"], strict=True
+        )
     ]
     return {
         "seconds": samples,

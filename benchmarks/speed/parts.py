@@ -16,10 +16,19 @@ from typing import Any
 from measure import in_turns, keep, options, ratio
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from workload import MODEL, TARGETS, base, batch, data_options, fast_dtypes, instances, training_step
+from workload import (
+    MODEL,
+    TARGETS,
+    base,
+    batch,
+    data_options,
+    fast_dtypes,
+    instances,
+    training_step,
+)
 
 from badit import BaditConfig, hooks_of, load_base_model
-from badit.cli import quiet_libraries
+from badit.cli.app import quiet_libraries
 from badit.data import AnswerCollator
 
 ROWS, TOKENS = 4, 320
@@ -32,7 +41,9 @@ GATES: dict[str, dict[str, Any]] = {
 
 
 def adapted(dtype: str, **values: Any) -> nn.Module:
-    return get_peft_model(base(dtype), BaditConfig(target_modules=TARGETS, task_type="CAUSAL_LM", **values)).train()
+    return get_peft_model(
+        base(dtype), BaditConfig(target_modules=TARGETS, task_type="CAUSAL_LM", **values)
+    ).train()
 
 
 def prompts(source: str) -> list[Any]:
@@ -51,17 +62,23 @@ def measure(dtype: str, batches: list[Any], rounds: int) -> dict[str, Any]:
             hooks_of(model).start_task({"all": batches})
         steps[name] = training_step(model, batch(ROWS, TOKENS))
     # With BADIT's default dropout, which costs time too.
-    lora = LoraConfig(r=32, lora_alpha=256, lora_dropout=0.05, target_modules=TARGETS, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=32, lora_alpha=256, lora_dropout=0.05, target_modules=TARGETS, task_type="CAUSAL_LM"
+    )
     steps[PEFT] = training_step(get_peft_model(base(dtype), lora).train(), batch(ROWS, TOKENS))
     before = {
         "the adapters": partial(adapted, dtype),
-        "the adapters and the clusters": lambda: hooks_of(adapted(dtype)).start_task({"all": batches}),
+        "the adapters and the clusters": lambda: hooks_of(adapted(dtype)).start_task(
+            {"all": batches}
+        ),
         "the adapters from the directions": partial(adapted, dtype, init_weights="directions"),
     }
     samples = in_turns(steps, rounds=rounds, warmup=2)
     return {
         "seconds of a step": samples,
-        "ratio to a step without gates": {name: ratio(samples, name, WITHOUT) for name in GATES if name != WITHOUT},
+        "ratio to a step without gates": {
+            name: ratio(samples, name, WITHOUT) for name in GATES if name != WITHOUT
+        },
         "ratio to PEFT's LoRA": {name: ratio(samples, name, PEFT) for name in GATES},
         "seconds before training": in_turns(before, rounds=1, warmup=0),
     }
@@ -73,7 +90,12 @@ def main(arguments: argparse.Namespace) -> None:
     result = {dtype: measure(dtype, batches, arguments.rounds)}
     keep(
         "parts",
-        {"rows": ROWS, "tokens": TOKENS, "data": "SuperNI" if arguments.data != "builtin" else "builtin", **result},
+        {
+            "rows": ROWS,
+            "tokens": TOKENS,
+            "data": "SuperNI" if arguments.data != "builtin" else "builtin",
+            **result,
+        },
     )
 
 

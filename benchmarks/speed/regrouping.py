@@ -23,7 +23,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from workload import adapted, batch, fast_dtypes, training_step
 
 from badit import RegroupCallback
-from badit.cli import quiet_libraries
+from badit.cli.app import quiet_libraries
 from badit.method import cosine_gram, group_components
 
 EVERY = 20
@@ -41,14 +41,18 @@ def share(rounds: int, dtype: str) -> dict[str, Any]:
     state, control = TrainerState(max_steps=10**6, is_world_process_zero=True), TrainerControl()
     seconds: dict[str, list[float]] = {"step": [], "grams": [], "regrouping": []}
     with tempfile.TemporaryDirectory() as folder:
-        callback = RegroupCallback(every=EVERY, stop=1.0, log_path=Path(folder) / "regroupings.jsonl")
+        callback = RegroupCallback(
+            every=EVERY, stop=1.0, log_path=Path(folder) / "regroupings.jsonl"
+        )
         callback.on_train_begin(args, state, control, model=model)
         step()
         for _ in range(rounds):
             seconds["step"].append(_timed(step))
             state.global_step += EVERY
             _gradients(model)
-            seconds["grams"].append(_timed(lambda: callback.on_pre_optimizer_step(args, state, control)))
+            seconds["grams"].append(
+                _timed(lambda: callback.on_pre_optimizer_step(args, state, control))
+            )
             seconds["regrouping"].append(_timed(lambda: callback.on_step_end(args, state, control)))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     dog = medians["grams"] + medians["regrouping"] / EVERY
@@ -72,14 +76,22 @@ def one_layer(rounds: int) -> dict[str, Any]:
     grams, groupings = {}, {}
     for components in COMPONENTS:
         current = np.arange(components) // (components // EXPERTS)
-        pairs = {size: (torch.randn(components, size // 2), torch.randn(size // 2, components)) for size in SIZES}
+        pairs = {
+            size: (torch.randn(components, size // 2), torch.randn(size // 2, components))
+            for size in SIZES
+        }
         for size, pair in pairs.items():
             grams[f"N {components}, D {size}"] = lambda pair=pair: cosine_gram(*pair)
         gram = cosine_gram(*pairs[SIZES[-1]]).double().numpy()
-        groupings[f"N {components}"] = lambda gram=gram, current=current: group_components(gram, current)
+        groupings[f"N {components}"] = lambda gram=gram, current=current: group_components(
+            gram, current
+        )
     gram_seconds = in_turns(grams, rounds=rounds)
     grouping_seconds = in_turns(groupings, rounds=rounds)
-    medians = {name: statistics.median(values) for name, values in (gram_seconds | grouping_seconds).items()}
+    medians = {
+        name: statistics.median(values)
+        for name, values in (gram_seconds | grouping_seconds).items()
+    }
     largest_D = {n: medians[f"N {n}, D {SIZES[-1]}"] for n in COMPONENTS}
     return {
         "gram seconds": gram_seconds,
@@ -89,7 +101,8 @@ def one_layer(rounds: int) -> dict[str, Any]:
             "gram in D at N 128": _slope({d: medians[f"N 128, D {d}"] for d in SIZES}),
             "grouping in N": _slope({n: medians[f"N {n}"] for n in COMPONENTS}),
         },
-        f"one layer at N 128, D {SIZES[-1]}: seconds": medians[f"N 128, D {SIZES[-1]}"] + medians["N 128"],
+        f"one layer at N 128, D {SIZES[-1]}: seconds": medians[f"N 128, D {SIZES[-1]}"]
+        + medians["N 128"],
     }
 
 
@@ -102,7 +115,14 @@ def _slope(seconds: dict[int, float]) -> float:
 
 def main(arguments: argparse.Namespace) -> None:
     dtype = fast_dtypes()[0]
-    keep("regrouping", {"dtype": dtype, **share(arguments.rounds, dtype), "one layer": one_layer(arguments.rounds)})
+    keep(
+        "regrouping",
+        {
+            "dtype": dtype,
+            **share(arguments.rounds, dtype),
+            "one layer": one_layer(arguments.rounds),
+        },
+    )
 
 
 if __name__ == "__main__":

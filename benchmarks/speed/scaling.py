@@ -17,15 +17,17 @@ from typing import Any
 from measure import in_turns, keep, options, own_peak_memory, peak_memory_of
 from workload import adapted, base, batch, fast_dtypes, training_step
 
-from badit.cli import quiet_libraries
-from badit.methods import build_method
+from badit.cli.app import quiet_libraries
+from badit.training.methods import build_method
 
 START = {"experts": 8, "rank": 4, "rows": 4, "tokens": 320}
 VARIED: dict[str, list[int]] = {"experts": [2, 8, 64], "tokens": [80, 320, 1024], "rows": [1, 4, 8]}
 TASKS = (4, 16, 64)
 
 
-def step_of(name: str, dtype: str, experts: int, rank: int, rows: int, tokens: int) -> Callable[[], None]:
+def step_of(
+    name: str, dtype: str, experts: int, rank: int, rows: int, tokens: int
+) -> Callable[[], None]:
     return training_step(adapted(name, dtype, experts=experts, rank=rank), batch(rows, tokens))
 
 
@@ -33,7 +35,10 @@ def step_by_tasks(method: str, dtype: str, tasks: int) -> Callable[[], None]:
     """Returns a step of a method with the given number of tasks."""
     names = [f"task {i}" for i in range(tasks)]
     model = build_method({"name": method}).apply(base(dtype), names).train()
-    inputs: dict[str, Any] = {**batch(START["rows"], START["tokens"]), "tasks": names[: START["rows"]]}
+    inputs: dict[str, Any] = {
+        **batch(START["rows"], START["tokens"]),
+        "tasks": names[: START["rows"]],
+    }
     return training_step(model, inputs)
 
 
@@ -53,8 +58,12 @@ def main(arguments: argparse.Namespace) -> None:
             for value in values
         }
         result[quantity] = {
-            "seconds": in_turns({key: step_of(**point) for key, point in points.items()}, rounds=arguments.rounds),
-            "peak bytes": {k: peak_memory_of(__file__, "--memory-of", json.dumps(p)) for k, p in points.items()},
+            "seconds": in_turns(
+                {key: step_of(**point) for key, point in points.items()}, rounds=arguments.rounds
+            ),
+            "peak bytes": {
+                k: peak_memory_of(__file__, "--memory-of", json.dumps(p)) for k, p in points.items()
+            },
         }
     steps = {f"{m}, {n}": step_by_tasks(m, dtype, n) for m in ("badit", "mtl-lora") for n in TASKS}
     result["tasks"] = {"seconds": in_turns(steps, rounds=arguments.rounds)}
@@ -64,5 +73,7 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     quiet_libraries()
     parser = options(__doc__)
-    parser.add_argument("--memory-of", help="a point as JSON: print the peak memory of two steps in bytes, and exit")
+    parser.add_argument(
+        "--memory-of", help="a point as JSON: print the peak memory of two steps in bytes, and exit"
+    )
     main(parser.parse_args())

@@ -20,14 +20,23 @@ from tqdm import tqdm
 from training_step import ROWS, TOKENS
 from workload import ADAPTERS, adapted, base, batch, fast_dtypes, training_step
 
-from badit.cli import quiet_libraries
+from badit.cli.app import quiet_libraries
 
 # An operation belongs to the first kind that has a part of the operation's name.
 KINDS = {
     "matrix products": ("::mm", "::addmm", "::bmm", "linear", "::matmul", "::mv", "einsum"),
     "attention": ("scaled_dot_product",),
     "optimizer": ("adam", "foreach"),
-    "copies and casts": ("copy_", "::cat", "clone", "contiguous", "index", "stack", "::fill_", "zero_"),
+    "copies and casts": (
+        "copy_",
+        "::cat",
+        "clone",
+        "contiguous",
+        "index",
+        "stack",
+        "::fill_",
+        "zero_",
+    ),
     "element by element": (
         *("::mul", "::add", "::sub", "::div", "::neg", "::pow", "rsqrt"),
         *("silu", "softmax", "::mean", "::sum"),
@@ -37,7 +46,10 @@ OTHERS = "the rest"
 
 
 def kind_of(operation: str) -> str:
-    return next((kind for kind, parts in KINDS.items() if any(part in operation.lower() for part in parts)), OTHERS)
+    return next(
+        (kind for kind, parts in KINDS.items() if any(part in operation.lower() for part in parts)),
+        OTHERS,
+    )
 
 
 def seconds_by_kind(call: Callable[[], object]) -> dict[str, float]:
@@ -52,7 +64,9 @@ def seconds_by_kind(call: Callable[[], object]) -> dict[str, float]:
 def median_by_kind(call: Callable[[], object], rounds: int) -> dict[str, float]:
     call()
     found = [seconds_by_kind(call) for _ in range(rounds)]
-    return {kind: statistics.median(one.get(kind, 0.0) for one in found) for kind in (*KINDS, OTHERS)}
+    return {
+        kind: statistics.median(one.get(kind, 0.0) for one in found) for kind in (*KINDS, OTHERS)
+    }
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -60,7 +74,9 @@ def main(arguments: argparse.Namespace) -> None:
     for dtype in fast_dtypes():
         steps, tokens = {}, {}
         for name in tqdm(ADAPTERS, desc=dtype, leave=False):
-            steps[name] = median_by_kind(training_step(adapted(name, dtype), batch(ROWS, TOKENS)), arguments.rounds)
+            steps[name] = median_by_kind(
+                training_step(adapted(name, dtype), batch(ROWS, TOKENS)), arguments.rounds
+            )
         for name in tqdm(("base", "lora", "badit"), desc=dtype, leave=False):
             model = base(dtype) if name == "base" else adapted(name, dtype)
             tokens[name] = median_by_kind(decoder(model.eval(), 1), arguments.rounds)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from badit.files import read_json, write_text
+from badit.support.files import read_json, write_text
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "speed"
@@ -83,20 +83,52 @@ def targets() -> list[Row]:
     for dtype, one in _by_dtype(step):
         lora, badit = one["ratio to lora"], one["ratio to badit"]
         rows += [
-            Row(f"training step, {dtype}", "PEFT LoRA, r 32", lora["badit"]["median"], 1.03, False, _times),
-            Row(f"peak memory, {dtype}", "PEFT LoRA, r 32", one["peak ratio to lora"]["badit"], 1.05, False, _times),
+            Row(
+                f"training step, {dtype}",
+                "PEFT LoRA, r 32",
+                lora["badit"]["median"],
+                1.03,
+                False,
+                _times,
+            ),
+            Row(
+                f"peak memory, {dtype}",
+                "PEFT LoRA, r 32",
+                one["peak ratio to lora"]["badit"],
+                1.05,
+                False,
+                _times,
+            ),
         ]
         for peer in ("experts in a loop", "experts per sequence"):
-            rows.append(Row(f"speed of a step, {dtype}", peer, badit[peer]["median"], 1.5, True, _times))
+            rows.append(
+                Row(f"speed of a step, {dtype}", peer, badit[peer]["median"], 1.5, True, _times)
+            )
     for dtype, one in _by_dtype(_read("optimizer")):
         share = one["share of a training step"]["median"]
-        rows.append(Row(f"orthogonal updates, {dtype}", "AdamW, share of a step", share, 0.03, False, _percent))
+        rows.append(
+            Row(
+                f"orthogonal updates, {dtype}",
+                "AdamW, share of a step",
+                share,
+                0.03,
+                False,
+                _percent,
+            )
+        )
     layer = regrouping["one layer"]
     one_layer = next(value for key, value in layer.items() if key.startswith("one layer"))
     end, scored, imported = _read("end_to_end"), _read("evaluation"), _read("imports")
     return [
         *rows,
-        Row("DOG, every 20 steps", "run time", regrouping["share of training"], 0.005, False, _percent),
+        Row(
+            "DOG, every 20 steps",
+            "run time",
+            regrouping["share of training"],
+            0.005,
+            False,
+            _percent,
+        ),
         Row("DOG of one layer, N 128, D 20,000", "–", one_layer, 0.05, False, _seconds),
         Row(
             "speed of the SVD, 4096 × 14336, N 32",
@@ -106,7 +138,14 @@ def targets() -> list[Row]:
             True,
             _times,
         ),
-        Row("initialisation on SmolLM2, 30 layers", "–", _median(svd["initialisation seconds"]), 2.0, False, _seconds),
+        Row(
+            "initialisation on SmolLM2, 30 layers",
+            "–",
+            _median(svd["initialisation seconds"]),
+            2.0,
+            False,
+            _seconds,
+        ),
         Row(
             "training, tokens per second",
             "TRL SFTTrainer + LoRA, faster attention",
@@ -124,8 +163,22 @@ def targets() -> list[Row]:
             _times,
         ),
         *_decoding(),
-        Row("`import badit`", "–", _median(imported["seconds"]["import badit"]), 0.3, False, _seconds),
-        Row("`badit --help`", "–", _median(imported["seconds"]["badit --help"]), 0.5, False, _seconds),
+        Row(
+            "`import badit`",
+            "–",
+            _median(imported["seconds"]["import badit"]),
+            0.3,
+            False,
+            _seconds,
+        ),
+        Row(
+            "`badit --help`",
+            "–",
+            _median(imported["seconds"]["badit --help"]),
+            0.5,
+            False,
+            _seconds,
+        ),
     ]
 
 
@@ -134,8 +187,18 @@ def _decoding() -> list[Row]:
     for dtype, one in _by_dtype(_read("decoding")):
         speed = one["1 prompts at a time"]["speed to the base model's"]
         rows += [
-            Row(f"decoding, {what}, {dtype}", "base model", speed[name]["median"], target, True, _near_times)
-            for what, name, target in (("tokens per second", "badit", 0.95), ("merged", "merged", 1.0))
+            Row(
+                f"decoding, {what}, {dtype}",
+                "base model",
+                speed[name]["median"],
+                target,
+                True,
+                _near_times,
+            )
+            for what, name, target in (
+                ("tokens per second", "badit", 0.95),
+                ("merged", "merged", 1.0),
+            )
         ]
     return rows
 
@@ -161,7 +224,15 @@ def steps() -> list[list[str]]:
             if name == _REMOVED:
                 continue
             gib = one["peak bytes"][name] / 2**30
-            rows.append([dtype, name, f"{_median(values):.2f}", f"{_median(values) / floor:.2f}", f"{gib:.2f}"])
+            rows.append(
+                [
+                    dtype,
+                    name,
+                    f"{_median(values):.2f}",
+                    f"{_median(values) / floor:.2f}",
+                    f"{gib:.2f}",
+                ]
+            )
     return rows
 
 
@@ -172,10 +243,17 @@ def growth() -> list[list[str]]:
     for quantity in ("experts", "tokens", "rows", "tasks"):
         seconds, peaks = scaling[quantity]["seconds"], scaling[quantity].get("peak bytes", {})
         baseline = "mtl-lora" if quantity == "tasks" else "lora"
-        for value in (point.removeprefix("badit, ") for point in seconds if point.startswith("badit, ")):
+        for value in (
+            point.removeprefix("badit, ") for point in seconds if point.startswith("badit, ")
+        ):
             pair = (f"badit, {value}", f"{baseline}, {value}")
             ours, theirs = (seconds[point] for point in pair)
-            times = [f"{_median(ours):.2f}", f"{_median(theirs):.2f}", baseline, f"{_ratio(ours, theirs):.2f}"]
+            times = [
+                f"{_median(ours):.2f}",
+                f"{_median(theirs):.2f}",
+                baseline,
+                f"{_ratio(ours, theirs):.2f}",
+            ]
             gib = [f"{peaks[point] / 2**30:.2f}" if point in peaks else "" for point in pair]
             rows.append([quantity, value, *times, *gib])
     return rows
@@ -185,13 +263,18 @@ def profiles() -> list[list[str]]:
     """Returns milliseconds of a step, and of a decoded token, by kind of operation."""
     rows = []
     for dtype, one in _by_dtype(_read("step_profile")):
-        for what, key, count in (("step", "seconds of a step", 1), ("token", "seconds of 64 tokens", 64)):
+        for what, key, count in (
+            ("step", "seconds of a step", 1),
+            ("token", "seconds of 64 tokens", 64),
+        ):
             for name, kinds in one[key].items():
                 if name == _REMOVED:
                     continue
                 values = [1000 * kinds[kind] / count for kind in _KINDS]
                 digits = 0 if count == 1 else 2
-                rows.append([f"{what}, {dtype}", name, *(f"{value:.{digits}f}" for value in values)])
+                rows.append(
+                    [f"{what}, {dtype}", name, *(f"{value:.{digits}f}" for value in values)]
+                )
     return rows
 
 
@@ -208,14 +291,29 @@ def dog() -> list[list[str]]:
 
 def exponents() -> list[list[str]]:
     """Returns exponents of power laws fitted to the points of the table above."""
-    return [[what, f"{value:.2f}"] for what, value in _read("regrouping")["one layer"]["exponents"].items()]
+    return [
+        [what, f"{value:.2f}"]
+        for what, value in _read("regrouping")["one layer"]["exponents"].items()
+    ]
 
 
 TABLES: dict[str, tuple[list[str], Callable[[], list[list[str]]]]] = {
-    "targets": (["what", "against", "measured", "target", "met"], lambda: [row.cells() for row in targets()]),
+    "targets": (
+        ["what", "against", "measured", "target", "met"],
+        lambda: [row.cells() for row in targets()],
+    ),
     "steps": (["dtype", "adapter", "s", "× floor", "peak GiB"], steps),
     "growth": (
-        ["varied", "value", "BADIT, s", "baseline, s", "baseline", "ratio", "BADIT, GiB", "baseline, GiB"],
+        [
+            "varied",
+            "value",
+            "BADIT, s",
+            "baseline, s",
+            "baseline",
+            "ratio",
+            "BADIT, GiB",
+            "baseline, GiB",
+        ],
         growth,
     ),
     "profile": (["ms per", "adapter", *_KINDS.values()], profiles),

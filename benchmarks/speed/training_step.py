@@ -15,7 +15,7 @@ import torch
 from measure import in_turns, keep, matmul_peak, options, own_peak_memory, peak_memory_of, ratio
 from workload import ADAPTERS, adapted, base, batch, fast_dtypes, training_step
 
-from badit.cli import quiet_libraries
+from badit.cli.app import quiet_libraries
 
 ROWS, TOKENS = 4, 320
 
@@ -24,7 +24,9 @@ def measure(dtype: str, rounds: int) -> dict[str, Any]:
     inputs = batch(ROWS, TOKENS)
     steps = {name: training_step(adapted(name, dtype), inputs) for name in ADAPTERS}
     samples = in_turns(steps, rounds=rounds)
-    memory = {name: peak_memory_of(__file__, "--memory-of", name, "--dtype", dtype) for name in ADAPTERS}
+    memory = {
+        name: peak_memory_of(__file__, "--memory-of", name, "--dtype", dtype) for name in ADAPTERS
+    }
     return {
         "seconds": samples,
         "ratio to lora": {name: ratio(samples, name, "lora") for name in ADAPTERS[1:]},
@@ -40,7 +42,9 @@ def floor(dtype: str) -> float:
     model = base(dtype)
     head = model.get_output_embeddings().weight
     body = sum(
-        p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and p is not head
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and "embed" not in name and p is not head
     )
     labelled = int((batch(ROWS, TOKENS)["labels"] != -100).sum())
     operations = 4 * (body * ROWS * TOKENS + head.numel() * labelled)
@@ -65,6 +69,10 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     quiet_libraries()
     parser = options(__doc__, rounds=7)
-    parser.add_argument("--memory-of", choices=ADAPTERS, help="print the peak memory of two steps in bytes, and exit")
+    parser.add_argument(
+        "--memory-of",
+        choices=ADAPTERS,
+        help="print the peak memory of two steps in bytes, and exit",
+    )
     parser.add_argument("--dtype", default="float32")
     main(parser.parse_args())

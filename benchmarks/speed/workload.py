@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from badit import BaditConfig, load_base_model
-from badit.models import fast_dtype
-from badit.recipe import build_recipe
-from badit.train import encoded
-from badit.trainer import answer_losses
+from badit.models.loading import fast_dtype
+from badit.recipe.schema import build_recipe
+from badit.training.fit import encoded
+from badit.training.trainer import answer_losses
 
 MODEL = "smollm2-135m"
 EXPERTS, RANK = 8, 4
@@ -40,7 +40,9 @@ def adapted(name: str, dtype: str, *, experts: int = EXPERTS, rank: int = RANK) 
     model = base(dtype)
     if name == "lora":
         width = experts * rank
-        config = LoraConfig(r=width, lora_alpha=8 * width, target_modules=TARGETS, task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=width, lora_alpha=8 * width, target_modules=TARGETS, task_type="CAUSAL_LM"
+        )
         return get_peft_model(model, config).train()
     config = BaditConfig(
         num_experts=experts,
@@ -58,7 +60,9 @@ def adapted(name: str, dtype: str, *, experts: int = EXPERTS, rank: int = RANK) 
     return model
 
 
-def batch(rows: int, tokens: int, *, answer: int = 20, vocabulary: int = 49_000) -> dict[str, torch.Tensor]:
+def batch(
+    rows: int, tokens: int, *, answer: int = 20, vocabulary: int = 49_000
+) -> dict[str, torch.Tensor]:
     """Returns random prompts of ``tokens − answer`` tokens with answers of ``answer`` tokens."""
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, vocabulary, (rows, tokens), generator=generator)
@@ -83,7 +87,9 @@ def training_step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable
 def data_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds ``--data``, for benchmarks on real prompts."""
     parser.add_argument(
-        "--data", default="builtin", help="a folder of tasks, such as SuperNI (default: built-in tasks)"
+        "--data",
+        default="builtin",
+        help="a folder of tasks, such as SuperNI (default: built-in tasks)",
     )
     return parser
 

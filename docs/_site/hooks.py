@@ -23,16 +23,26 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for place, path in stray_pages().items():
         inclusion = InclusionLevel.NOT_IN_NAV if place == "readme.md" else InclusionLevel.UNDEFINED
         files.append(File.generated(config, place, abs_src_path=str(path), inclusion=inclusion))
-    linked = {target for file in files.documentation_pages() for target in outside(_text(file), own_path(file.src_uri))}
+    linked = {
+        target
+        for file in files.documentation_pages()
+        for target in outside(_text(file), own_path(file.src_uri))
+    }
     for target in sorted(linked):
         place, content = file_listing(target)
-        files.append(File.generated(config, place, content=content, inclusion=InclusionLevel.NOT_IN_NAV))
+        files.append(
+            File.generated(config, place, content=content, inclusion=InclusionLevel.NOT_IN_NAV)
+        )
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     place = page.file.src_uri
-    return markdown if is_listing(place) else rewritten(with_includes(markdown), own_path(place), place)
+    return (
+        markdown
+        if is_listing(place)
+        else rewritten(with_includes(markdown), own_path(place), place)
+    )
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from links import ROOT, moved
 from mkdocs.exceptions import PluginError
 
-from badit.cli import quiet_libraries
+from badit.cli.app import quiet_libraries
 
 _COMMENT = re.compile(r"<!-- (code|beginning|options): (.+?) -->")
 
@@ -36,7 +36,9 @@ def code(path: str, name: str) -> str:
     found: Any = ast.parse(source)
     for part in name.split("."):
         kinds = ast.FunctionDef | ast.ClassDef
-        found = next((node for node in found.body if isinstance(node, kinds) and node.name == part), None)
+        found = next(
+            (node for node in found.body if isinstance(node, kinds) and node.name == part), None
+        )
         if found is None:
             raise PluginError(f"{path} has no {name}")
     first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
@@ -51,11 +53,13 @@ def beginning(path: str) -> str:
 
 def options(name: str, other: str | None = None) -> str:
     """A table of the fields of a dataclass or a pydantic model, but those that ``other`` has alike."""
-    from badit.authoring import as_yaml
+    from badit.authoring.recipes import as_yaml
 
     known = list(_fields(_imported(other))) if other else []
     fields = [field for field in _fields(_imported(name)) if field not in known]
-    rows = [f"| `{option}` | `{as_yaml(default)}` | {_cell(text)} |" for option, default, text in fields]
+    rows = [
+        f"| `{option}` | `{as_yaml(default)}` | {_cell(text)} |" for option, default, text in fields
+    ]
     return "\n".join(["| option | default | |", "|---|---|---|", *rows])
 
 
@@ -67,7 +71,7 @@ def _imported(name: str) -> Any:
 
 
 def _fields(kind: Any) -> Iterator[tuple[str, Any, str]]:
-    from badit.authoring import described_section
+    from badit.authoring.recipes import described_section
     from badit.tuner.config import described
 
     if dataclasses.is_dataclass(kind):

@@ -48,14 +48,19 @@ def rewritten(text: str, path: str, place: str) -> str:
 
     def link(match: re.Match[str]) -> str:
         found = _place(_target(match[1], path))
-        return match[1] if found is None else posixpath.relpath(found, posixpath.dirname(place) or ".")
+        return (
+            match[1] if found is None else posixpath.relpath(found, posixpath.dirname(place) or ".")
+        )
 
     return _LINK.sub(link, text)
 
 
 def moved(text: str, former: str, path: str) -> str:
     """Text of the page at ``former``, with its links as they must be in the page at ``path``."""
-    return _LINK.sub(lambda match: posixpath.relpath(_target(match[1], former), posixpath.dirname(path) or "."), text)
+    return _LINK.sub(
+        lambda match: posixpath.relpath(_target(match[1], former), posixpath.dirname(path) or "."),
+        text,
+    )
 
 
 def file_listing(target: str) -> tuple[str, str]:

@@ -19,34 +19,34 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from badit.compare import compare
+    from badit.comparison.compare import compare
+    from badit.comparison.results import load_results, summarise
     from badit.data import load_tasks
-    from badit.errors import BaditError
-    from badit.evaluate import train
-    from badit.models import load_base_model
-    from badit.optimizer import OrthogonalUpdates, lora_plus_groups
-    from badit.recipe import load_recipe
-    from badit.regroup import RegroupCallback, Regrouper
+    from badit.evaluation.scoring import train
+    from badit.models.loading import load_base_model
+    from badit.recipe.schema import load_recipe
     from badit.report import write_report
-    from badit.results import load_results, summarise
-    from badit.run import Run, analyze, plan, table
+    from badit.runs.folder import Run, analyze, plan, table
+    from badit.support.errors import BaditError
+    from badit.training.optimizers import OrthogonalUpdates, lora_plus_groups
+    from badit.training.regrouping import RegroupCallback, Regrouper
     from badit.tuner import BaditConfig, BaditModel, hooks_of
 
 __version__ = "0.1.0"
 
 # The public names of each module.
 _NAMES = {
-    "compare": ["compare"],
+    "comparison.compare": ["compare"],
+    "comparison.results": ["load_results", "summarise"],
     "data": ["load_tasks"],
-    "errors": ["BaditError"],
-    "evaluate": ["train"],
-    "models": ["load_base_model"],
-    "optimizer": ["OrthogonalUpdates", "lora_plus_groups"],
-    "recipe": ["load_recipe"],
-    "regroup": ["RegroupCallback", "Regrouper"],
+    "evaluation.scoring": ["train"],
+    "models.loading": ["load_base_model"],
+    "recipe.schema": ["load_recipe"],
     "report": ["write_report"],
-    "results": ["load_results", "summarise"],
-    "run": ["Run", "analyze", "plan", "table"],
+    "runs.folder": ["Run", "analyze", "plan", "table"],
+    "support.errors": ["BaditError"],
+    "training.optimizers": ["OrthogonalUpdates", "lora_plus_groups"],
+    "training.regrouping": ["RegroupCallback", "Regrouper"],
     "tuner": ["BaditConfig", "BaditModel", "hooks_of"],
 }
 _HOMES = {name: f"badit.{module}" for module, names in _NAMES.items() for name in names}
@@ -61,7 +61,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'badit' has no attribute {name!r}")
-    from badit.errors import quiet_notices
+    from badit.support.errors import quiet_notices
 
     quiet_notices()
     return getattr(import_module(_HOMES[name]), name)

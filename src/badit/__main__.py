@@ -1,5 +1,5 @@
 """Entry point of ``python -m badit``."""
 
-from badit.cli import main
+from badit.cli.app import main
 
 raise SystemExit(main())

@@ -17,7 +17,11 @@ from baselines.naive import TASKS
 from tuner import helpers
 from tuner.helpers import layers
 
-BADIT = {"badit": {}, "badit softmax": {"gates": "softmax"}, "badit standardised": {"router_input": "standardised"}}
+BADIT = {
+    "badit": {},
+    "badit softmax": {"gates": "softmax"},
+    "badit standardised": {"router_input": "standardised"},
+}
 BADIT |= {"badit token": {"routing": "token", "top_k": 2}}
 METHODS = (*BADIT, *mixtures.MIXTURES, "mtl-lora")
 EXAMPLES = make_examples(dict.fromkeys(TASKS, 3))
@@ -38,12 +42,19 @@ def gates(model, row):
     inputs = {}
     with ExitStack() as hooks:
         for layer in layers(model):
-            keep = layer.register_forward_pre_hook(lambda layer, args: inputs.update({layer.name: args[0][0]}))
+            keep = layer.register_forward_pre_hook(
+                lambda layer, args: inputs.update({layer.name: args[0][0]})
+            )
             hooks.callback(keep.remove)
         losses(model, row)
     first = row["labels"][0].tolist().count(-100)  # the answer comes last
     prompts = [(layer, inputs[layer.name][:first]) for layer in layers(model)]
-    found = np.array([np.mean([_gate(layer, x_t, prompt, row) for x_t in prompt], axis=0) for layer, prompt in prompts])
+    found = np.array(
+        [
+            np.mean([_gate(layer, x_t, prompt, row) for x_t in prompt], axis=0)
+            for layer, prompt in prompts
+        ]
+    )
     return found / found.mean(axis=1, keepdims=True)
 
 
@@ -52,20 +63,29 @@ def _gate(layer, x_t, prompt, row):
     if not isinstance(layer, BaditLinear):
         if "default" in getattr(layer, "badit_router", ()):
             return mixtures.gates(layer, x_t)
-        own = reference.float64(layer.badit_task_logits["default"])[config.tasks.index(row["tasks"][0])]
+        own = reference.float64(layer.badit_task_logits["default"])[
+            config.tasks.index(row["tasks"][0])
+        ]
         return reference.expert_gates(own / config.temperature, "softmax")
     read = reference.float64(x_t if config.routing == "token" else prompt.mean(dim=0))
     if config.router_input == "standardised":
         read = reference.standardised(read, *reference.float64(layer.badit_moments["default"]))
-    return reference.expert_gates(read @ reference.float64(layer.badit_router["default"]).T, config.gates, config.top_k)
+    return reference.expert_gates(
+        read @ reference.float64(layer.badit_router["default"]).T, config.gates, config.top_k
+    )
 
 
 @torch.no_grad()
 def losses(model, row):
     """Returns the cross-entropy of each answer token of a row, from the logits of all positions."""
     with hooks_of(model).rows_of(row["tasks"]):
-        out = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"], labels=row["labels"])
-    log_p, labels = log_softmax(reference.float64(out.logits[0]), axis=-1), row["labels"][0].tolist()
+        out = model(
+            input_ids=row["input_ids"], attention_mask=row["attention_mask"], labels=row["labels"]
+        )
+    log_p, labels = (
+        log_softmax(reference.float64(out.logits[0]), axis=-1),
+        row["labels"][0].tolist(),
+    )
     return [-log_p[t - 1, label] for t, label in enumerate(labels) if t and label != -100]
 
 
@@ -89,14 +109,20 @@ def expert_of(layer):
     config = layer.badit_config["default"]
     if isinstance(layer, BaditLinear):
         return layer.expert_of("default").tolist()
-    return [k for k in range(config.num_experts) for _ in range(config.num_components // config.num_experts)]
+    return [
+        k
+        for k in range(config.num_experts)
+        for _ in range(config.num_components // config.num_experts)
+    ]
 
 
 def recovery(similarity_, abilities):
     """Returns, by measure: value, mean over all permutations, and share of permutations with at least this value."""
     tasks = range(len(abilities))
     pairs = list(itertools.combinations(tasks, 2))
-    nearest = [max((b for b in tasks if b != a), key=lambda b, a=a: similarity_[a, b]) for a in tasks]
+    nearest = [
+        max((b for b in tasks if b != a), key=lambda b, a=a: similarity_[a, b]) for a in tasks
+    ]
 
     def correlation(sets):
         overlaps = [len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in pairs]
@@ -107,14 +133,24 @@ def recovery(similarity_, abilities):
 
     results = {}
     for name, measure in (("correlation", correlation), ("nearest_neighbour", neighbours)):
-        values = [measure(sets) for sets in itertools.permutations(abilities)]  # the given order comes first
-        results[name] = values[0], float(np.mean(values)), float(np.mean([v >= values[0] - 1e-9 for v in values]))
+        values = [
+            measure(sets) for sets in itertools.permutations(abilities)
+        ]  # the given order comes first
+        results[name] = (
+            values[0],
+            float(np.mean(values)),
+            float(np.mean([v >= values[0] - 1e-9 for v in values])),
+        )
     return results
 
 
 def gradients(model):
     """Returns each layer's gradients of A and B for the summed loss of all answer tokens, computed row by row."""
     for row in itertools.chain(*ROWS.values()):
-        out = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"], labels=row["labels"])
+        out = model(
+            input_ids=row["input_ids"], attention_mask=row["attention_mask"], labels=row["labels"]
+        )
         F.cross_entropy(out.logits[0, :-1], row["labels"][0, 1:], reduction="sum").backward()
-    return [(layer.badit_A["default"].grad, layer.badit_B["default"].grad) for layer in layers(model)]
+    return [
+        (layer.badit_A["default"].grad, layer.badit_B["default"].grad) for layer in layers(model)
+    ]

@@ -13,14 +13,18 @@ from transformers.pytorch_utils import Conv1D
 from badit.data import AnswerCollator
 from training.trainers import examples
 
-_WEIGHT = re.compile(r"\.(?:layers|h)\.(\d+)\.((?:self_attn|attn|mlp)\.[a-z_]+)(?:\.base_layer)?\.weight$")
+_WEIGHT = re.compile(
+    r"\.(?:layers|h)\.(\d+)\.((?:self_attn|attn|mlp)\.[a-z_]+)(?:\.base_layer)?\.weight$"
+)
 _ADAPTER = re.compile(r"\.layers\.(\d+)\.(mlp\.[a-z_]+)\.(?:badit|lora)_")
 
 
 def make_examples(sizes):
     """Returns random prompts and answers of several lengths, by task."""
     made = iter(examples(sum(sizes.values())))
-    return {task: [{**next(made), "task": task} for _ in range(size)] for task, size in sizes.items()}
+    return {
+        task: [{**next(made), "task": task} for _ in range(size)] for task, size in sizes.items()
+    }
 
 
 def rows(frame):
@@ -30,12 +34,17 @@ def rows(frame):
 
 def batched(of_tasks, size=1):
     collate = AnswerCollator(0, with_tasks=True)
-    return {task: [collate(each[i : i + size]) for i in range(0, len(each), size)] for task, each in of_tasks.items()}
+    return {
+        task: [collate(each[i : i + size]) for i in range(0, len(each), size)]
+        for task, each in of_tasks.items()
+    }
 
 
 def loss(model, example):
     ids, labels = (torch.tensor([example[key]]) for key in ("input_ids", "labels"))
-    return F.cross_entropy(model(input_ids=ids, labels=labels).logits[0, :-1].float(), labels[0, 1:])
+    return F.cross_entropy(
+        model(input_ids=ids, labels=labels).logits[0, :-1].float(), labels[0, 1:]
+    )
 
 
 def places(model):
@@ -57,7 +66,9 @@ def gradients(model, examples):
     result = {}
     for task, of_task in examples.items():
         found = [torch.autograd.grad(loss(model, example), parameters) for example in of_task]
-        result[task] = [{name: g.double() for name, g in zip(names, of, strict=True)} for of in found]
+        result[task] = [
+            {name: g.double() for name, g in zip(names, of, strict=True)} for of in found
+        ]
     return result
 
 
@@ -95,17 +106,28 @@ def tables(model, examples):
         vectors = {task: flat(instances, names) for task, instances in by_task.items()}
         means = {task: rows.mean(dim=0) for task, rows in vectors.items()}
         values = [(cosine(means[a], means[b]), magnitude(means[a], means[b])) for a, b in pairs]
-        tables_["gradient_pairs"] += [[*pair, layer, module, *of] for pair, of in zip(pairs, values, strict=True)]
+        tables_["gradient_pairs"] += [
+            [*pair, layer, module, *of] for pair, of in zip(pairs, values, strict=True)
+        ]
         cosines, magnitudes = np.transpose(values)
         reliability = np.nanmean([cosine(*halves(rows)) for rows in vectors.values()])
-        numbers = [np.mean(cosines[~np.isnan(cosines)] < 0), np.nanmean(cosines), np.mean(magnitudes), reliability]
+        numbers = [
+            np.mean(cosines[~np.isnan(cosines)] < 0),
+            np.nanmean(cosines),
+            np.mean(magnitudes),
+            reliability,
+        ]
         tables_["gradient_summary"].append([layer, module, kind, *map(float, numbers)])
     for kind in {kind for kind, _, _ in found}:
         names = [name for place, of_place in found.items() if place[0] == kind for name in of_place]
         vectors = {task: flat(instances, names) for task, instances in by_task.items()}
         for a, b in pairs:
             first, second = vectors[a].mean(dim=0), vectors[b].mean(dim=0)
-            overall = [cosine(first, second), corrected(vectors[a], vectors[b]), magnitude(first, second)]
+            overall = [
+                cosine(first, second),
+                corrected(vectors[a], vectors[b]),
+                magnitude(first, second),
+            ]
             tables_["gradient_overall"].append([a, b, kind, *overall])
         for task, rows in vectors.items():
             numbers = [float(rows.mean(dim=0).norm()), cosine(*halves(rows)), len(rows)]
@@ -121,8 +143,12 @@ def row_scores(model, examples):
         layers = {}
         for (kind, layer, _), names in places(model).items():
             for name in names if kind == "weights" else []:
-                rows = [g[name].T if isinstance(modules[name], Conv1D) else g[name] for g in instances]
-                means = [float((torch.cat(of_unit) ** 2).mean()) for of_unit in zip(*rows, strict=True)]
+                rows = [
+                    g[name].T if isinstance(modules[name], Conv1D) else g[name] for g in instances
+                ]
+                means = [
+                    float((torch.cat(of_unit) ** 2).mean()) for of_unit in zip(*rows, strict=True)
+                ]
                 layers.setdefault(layer, []).extend(means)
         scores[task] = [layers[layer] for layer in sorted(layers)]
     return scores
@@ -132,9 +158,15 @@ def row_scores(model, examples):
 def neuron_means(model, examples):
     """Returns, by task and layer, the outputs of the MLP's first projection, averaged over all instances' positions."""
     means, kept, model = {}, {}, copy.deepcopy(model)
-    projections = [module for name, module in model.named_modules() if name.endswith((".mlp.gate_proj", ".mlp.c_fc"))]
+    projections = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith((".mlp.gate_proj", ".mlp.c_fc"))
+    ]
     for module in projections:
-        module.register_forward_hook(lambda module, args, output: kept.setdefault(module, []).append(output[0].float()))
+        module.register_forward_hook(
+            lambda module, args, output: kept.setdefault(module, []).append(output[0].float())
+        )
     for task, instances in examples.items():
         kept.clear()
         for example in instances:
@@ -151,20 +183,29 @@ def marked(scores, share):
 
 def coactivation(kind, marks):
     """Returns the rows of the three tables; chances from all outcomes of T coin tosses and from the sets' sizes."""
-    names, rows = list(marks), {"coactivation": [], "coactivation_tasks": [], "coactivation_pairs": []}
+    names, rows = (
+        list(marks),
+        {"coactivation": [], "coactivation_tasks": [], "coactivation_pairs": []},
+    )
     for layer in range(len(marks[names[0]])):
         units = range(len(marks[names[0]][layer]))
         shares = [sum(marks[name][layer]) / len(units) for name in names]
         counts = [sum(marks[name][layer][unit] for name in names) for unit in units]
         chances = [0.0] * (len(names) + 1)
         for outcome in itertools.product([False, True], repeat=len(names)):
-            chances[sum(outcome)] += math.prod(p if hit else 1 - p for p, hit in zip(shares, outcome, strict=True))
+            chances[sum(outcome)] += math.prod(
+                p if hit else 1 - p for p, hit in zip(shares, outcome, strict=True)
+            )
         for tasks, chance in enumerate(chances):
-            rows["coactivation"].append([kind, layer, tasks, counts.count(tasks) / len(units), chance])
+            rows["coactivation"].append(
+                [kind, layer, tasks, counts.count(tasks) / len(units), chance]
+            )
         for name in names:
             own = [counts[unit] for unit in units if marks[name][layer][unit]]
             universal = sum(count == len(names) for count in counts)
-            rows["coactivation_tasks"].append([kind, name, layer, len(own), own.count(1), universal])
+            rows["coactivation_tasks"].append(
+                [kind, name, layer, len(own), own.count(1), universal]
+            )
     for a, b in itertools.combinations(sorted(names), 2):
         both = either = expected_both = expected_either = 0
         for of_a, of_b in zip(marks[a], marks[b], strict=True):

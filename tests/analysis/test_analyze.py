@@ -16,17 +16,26 @@ PAIRS = {"gradient_pairs", "gradient_overall", "coactivation_pairs"}
 INTERFERENCE = PAIRS | {"gradient_summary", "gradient_tasks", "coactivation", "coactivation_tasks"}
 EXPERTS = {"gates", "gate_similarity", "expert_losses", "nearest_prompts", "abilities"}
 EXPERTS |= {"expert_angles", "component_flow"}
-CLUSTERS = {"num_experts": 4, "r": 2, "num_clusters": 4, "regroup": {"every": 3}}  # with one, gates do not vary
+CLUSTERS = {
+    "num_experts": 4,
+    "r": 2,
+    "num_clusters": 4,
+    "regroup": {"every": 3},
+}  # with one, gates do not vary
 
 
-def test_run_with_experts_has_all_tables_and_skips_finished_parts(recipe_values, task_file, monkeypatch):
+def test_run_with_experts_has_all_tables_and_skips_finished_parts(
+    recipe_values, task_file, monkeypatch
+):
     run = train(recipe_values, progress=False).path
     with monkeypatch.context() as patch:
         patch.setattr(module, "ability_atlas", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             analyze(run, instances=2, progress=False)
     assert load_frames(run / "analysis").keys() == INTERFERENCE
-    monkeypatch.setattr(module, "measure_interference", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        module, "measure_interference", lambda *a, **k: pytest.fail("measured again")
+    )
     assert analyze(run, instances=2, progress=False).keys() == INTERFERENCE | EXPERTS
     monkeypatch.setattr(module, "load_run", lambda *a, **k: pytest.fail("loaded a model"))
     tables = analyze(run, instances=2, progress=False)
@@ -45,7 +54,10 @@ def test_run_with_experts_has_all_tables_and_skips_finished_parts(recipe_values,
     assert list(record["parts"]) == ["interference", "experts", "learning"]
     message = r"analysis: belongs to .* or to other settings; delete it and analysis\."
     refuses(message, analyze, run, instances=3, progress=False)
-    for file, word in ((run / "adapter" / "adapter_model.safetensors", b"layers"), (task_file, b"rivers")):
+    for file, word in (
+        (run / "adapter" / "adapter_model.safetensors", b"layers"),
+        (task_file, b"rivers"),
+    ):
         content = file.read_bytes()
         file.write_bytes(content.replace(word, word.upper()))
         refuses("belongs to another run, model or data", analyze, run, instances=2, progress=False)
@@ -60,14 +72,23 @@ def test_run_with_experts_has_all_tables_and_skips_finished_parts(recipe_values,
 @pytest.mark.parametrize(
     ("data", "method", "tables"),
     [
-        ({"tasks": ["cities"]}, {"method": CLUSTERS}, (INTERFERENCE | EXPERTS) - PAIRS - {"gate_similarity"}),
+        (
+            {"tasks": ["cities"]},
+            {"method": CLUSTERS},
+            (INTERFERENCE | EXPERTS) - PAIRS - {"gate_similarity"},
+        ),
         ({"order": "seeded-0"}, {"method": {"name": "lora", "r": 2}}, INTERFERENCE | {"transfer"}),
         ({"tasks": ["cities"]}, {"method": {"name": "base"}}, INTERFERENCE - PAIRS),
     ],
 )
 def test_tables_depend_on_tasks_order_and_method(recipe_values, data, method, tables):
     recipe_values["data"] |= data
-    assert analyze(train(recipe_values | method, progress=False).path, instances=4, progress=False).keys() == tables
+    assert (
+        analyze(
+            train(recipe_values | method, progress=False).path, instances=4, progress=False
+        ).keys()
+        == tables
+    )
 
 
 def test_report_in_another_folder_shows_the_runs_scores(recipe_values, tmp_path, command):
@@ -97,10 +118,16 @@ def test_input_errors_are_one_line_with_exit_code_2(model_folder, tmp_path, comm
     lonely.write_text('{"task": "sums", "instruction": "Add.", "input": "1 1", "output": "2"}\n')
     for arguments, message in (
         (["run", "--instances", "1"], "instances: must be at least 2"),
-        (["no-such-model"], "no-such-model: not a run's folder; to analyze a base model, set its tasks"),
+        (
+            ["no-such-model"],
+            "no-such-model: not a run's folder; to analyze a base model, set its tasks",
+        ),
         (["no-such-model", "--data", "nowhere"], "nowhere"),
         ([str(comparison), "--data", "builtin"], "--data: not used with a comparison such as"),
-        ([str(model_folder), "--data", str(lonely)], "data: task sums has no split with at least 2 instances"),
+        (
+            [str(model_folder), "--data", str(lonely)],
+            "data: task sums has no split with at least 2 instances",
+        ),
     ):
         assert message in command("analyze", *arguments, "-o", tmp_path / "o", code=2)
         assert not (tmp_path / "o").exists()

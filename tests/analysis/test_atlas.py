@@ -21,7 +21,9 @@ from tuner import helpers
 def wrapped(by_task):
     """Returns PromptGates with the given gates (prompts, modules, experts) by task."""
     by_task = {task: np.asarray(values, dtype=np.float32) for task, values in by_task.items()}
-    return PromptGates([(m, "mlp.gate_proj") for m in range(next(iter(by_task.values())).shape[1])], by_task)
+    return PromptGates(
+        [(m, "mlp.gate_proj") for m in range(next(iter(by_task.values())).shape[1])], by_task
+    )
 
 
 def random_gates(seed):
@@ -45,12 +47,20 @@ def test_similarity_matches_naive_and_ignores_a_shift_shared_by_all_tasks(seed, 
 
 def test_gate_similarity_of_two_groups_and_of_constant_gates():
     first, second = [[1.5, 0.5, 1.0]], [[0.5, 1.5, 1.0]]
-    table = atlas.gate_similarity(wrapped({"c": [second], "a": [first], "b": [first], "d": [second]}))
+    table = atlas.gate_similarity(
+        wrapped({"c": [second], "a": [first], "b": [first], "d": [second]})
+    )
     assert table.round(4).to_numpy().tolist() == [
         ["a", "b", 1], ["a", "c", -1], ["a", "d", -1], ["b", "c", -1], ["b", "d", -1], ["c", "d", 1],
     ]  # fmt: skip
     assert "at -0.33 on average" in table.attrs["about"]
-    assert atlas.gate_similarity(wrapped({"a": np.ones((2, 3, 4)), "b": np.ones((2, 3, 4))}))["similarity"].isna().all()
+    assert (
+        atlas.gate_similarity(wrapped({"a": np.ones((2, 3, 4)), "b": np.ones((2, 3, 4))}))[
+            "similarity"
+        ]
+        .isna()
+        .all()
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -63,7 +73,9 @@ def test_disabled_expert_matches_deleted_expert(tiny_model, method):
     models = [model, *(naive.delete_expert(copy.deepcopy(model), expert) for expert in experts)]
     for t, task in enumerate(TASKS):
         losses = [[naive.losses(each, row) for row in ROWS[task]] for each in models]
-        assert losses_TS[t] == pytest.approx([np.mean(np.concatenate(of)) for of in losses], abs=1e-4)
+        assert losses_TS[t] == pytest.approx(
+            [np.mean(np.concatenate(of)) for of in losses], abs=1e-4
+        )
         errors = [naive.change_error(list(zip(losses[0], of, strict=True))) for of in losses[1:]]
         assert errors_TK[t] == pytest.approx(errors, abs=1e-4)
     assert np.abs(losses_TS[:, 1:] - losses_TS[:, :1]).max() > 0.02
@@ -75,7 +87,9 @@ def test_prompt_scores_match_naive_and_ignore_a_modules_scale(seed):
     gates = random_gates(seed)
     scores = zscore(np.concatenate([*gates.by_task.values()]).astype(float), axis=0).mean(axis=1)
     np.testing.assert_allclose(atlas.prompt_scores(gates), scores, atol=1e-5)
-    scaled = wrapped({task: values * [[[3.0], [0.5]]] - 1 for task, values in gates.by_task.items()})
+    scaled = wrapped(
+        {task: values * [[[3.0], [0.5]]] - 1 for task, values in gates.by_task.items()}
+    )
     np.testing.assert_allclose(atlas.prompt_scores(scaled), scores, atol=1e-4)
     prompts = [(task, task.test) for task in (make_task(name, test=3) for name in gates.by_task)]
     names = [(task.name, one.id, one.input) for task, instances in prompts for one in instances]
@@ -89,21 +103,31 @@ def test_prompt_scores_match_naive_and_ignore_a_modules_scale(seed):
 def abilities(gate_TK, change_TK, prompts=2, noise=0.0, error=0.0):
     """Returns the abilities for tasks with the given mean gates, from which the prompts differ by up to ``noise``."""
     offsets_P11 = np.linspace(-noise, noise, prompts)[:, None, None]
-    gates = wrapped({f"task{t}_t{t}": np.asarray(gate_K) + offsets_P11 for t, gate_K in enumerate(gate_TK)})
+    gates = wrapped(
+        {f"task{t}_t{t}": np.asarray(gate_K) + offsets_P11 for t, gate_K in enumerate(gate_TK)}
+    )
     change_TK = np.asarray(change_TK, dtype=float)
-    return atlas.expert_abilities(gates, change_TK, np.full_like(change_TK, error)).to_dict("records")
+    return atlas.expert_abilities(gates, change_TK, np.full_like(change_TK, error)).to_dict(
+        "records"
+    )
 
 
 def test_abilities_name_tasks_with_largest_gates_and_largest_loss_changes():
     gates = [[1.10, 0.9], [1.12, 0.9], [0.9, 1.1], [0.8, 1.1]]
     first, second = abilities(gates, [[0.0, 0.3], [0.01, 0.0], [0.6, 0.0], [0.0, 0.3]])
     assert (first["tasks"], first["hurt_most"]) == ("task1_t1, task0_t0", "task2_t2")
-    assert [first[key] for key in ("mean_gate", "spread", "change")] == pytest.approx([0.98, 0.32, 0.1525])
+    assert [first[key] for key in ("mean_gate", "spread", "change")] == pytest.approx(
+        [0.98, 0.32, 0.1525]
+    )
     assert (second["tasks"], second["hurt_most"]) == ("task2_t2, task3_t3", "task0_t0, task3_t3")
 
 
 def test_no_task_is_named_if_tasks_hardly_differ_or_the_lead_is_noise():
-    alike = [([1.02, 1.01, 1.022], [0.31, 0.3, 0.29]), ([1.0, 1.0], [-0.05, -0.03]), ([1.0, 1.0], [0, 4e-3])]
+    alike = [
+        ([1.02, 1.01, 1.022], [0.31, 0.3, 0.29]),
+        ([1.0, 1.0], [-0.05, -0.03]),
+        ([1.0, 1.0], [0, 4e-3]),
+    ]
     for gates, changes in [*alike, ([1.2], [0.3])]:
         (found,) = abilities(np.transpose([gates]), np.transpose([changes]))
         assert (found["tasks"], found["hurt_most"]) == ("", "")
@@ -126,18 +150,28 @@ def recovered(similarity_TT, abilities):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_ability_recovery_matches_enumeration_of_all_permutations(seed):
-    abilities, similar = [{"a"}, {"a", "b"}, {"b", "c"}, {"c"}, {"a", "c"}], random_similarity(seed, 5)
+    abilities, similar = (
+        [{"a"}, {"a", "b"}, {"b", "c"}, {"c"}, {"a", "c"}],
+        random_similarity(seed, 5),
+    )
     found = recovered(similar, abilities)
     for measure, (value, *chances) in naive.recovery(similar, abilities).items():
-        assert found[measure] == [pytest.approx(value, abs=1e-9), *(pytest.approx(p, abs=0.02) for p in chances)]
-    assert np.isnan(recovered(similar, [{"a"}] * 5)["correlation"]).all(), "the correlation is undefined"
+        assert found[measure] == [
+            pytest.approx(value, abs=1e-9),
+            *(pytest.approx(p, abs=0.02) for p in chances),
+        ]
+    assert np.isnan(recovered(similar, [{"a"}] * 5)["correlation"]).all(), (
+        "the correlation is undefined"
+    )
     assert np.isnan([*recovered(np.full((5, 5), np.nan), abilities).values()]).all()
 
 
 def test_planted_abilities_are_recovered():
     abilities = [set(task.abilities) for task in builtin_tasks()]
     overlap = np.array([[len(a & b) for b in abilities] for a in abilities], dtype=float)
-    for value, chance, p_value in recovered(overlap + 0.3 * random_similarity(0, len(abilities)), abilities).values():
+    for value, chance, p_value in recovered(
+        overlap + 0.3 * random_similarity(0, len(abilities)), abilities
+    ).values():
         assert value > max(0.6, chance + 0.3)
         assert 1 / 10_001 <= p_value < 0.001  # never 0: the observed order counts as a permutation
 
@@ -146,10 +180,21 @@ def test_planted_abilities_are_recovered():
 def test_atlas_includes_recovery_only_if_abilities_are_known(tiny_model, known):
     model = helpers.adapted(tiny_model("llama"))
     tasks = [make_task(task, test=3, abilities=("lookup",) if known else ()) for task in TASKS]
-    tables = atlas.ability_atlas(model, BATCHES, prompt_gates(model, BATCHES), [(task, task.test) for task in tasks])
-    names = ["gates", "gate_similarity", "expert_losses", "nearest_prompts", "abilities", "ability_recovery"]
+    tables = atlas.ability_atlas(
+        model, BATCHES, prompt_gates(model, BATCHES), [(task, task.test) for task in tasks]
+    )
+    names = [
+        "gates",
+        "gate_similarity",
+        "expert_losses",
+        "nearest_prompts",
+        "abilities",
+        "ability_recovery",
+    ]
     assert [table.attrs["name"] for table in tables] == names[: 6 if known else 5]
     assert all(len(table) for table in tables)
     losses_TS, _ = atlas.expert_losses(model, BATCHES)
     rows = [(task, k, *losses_TS[t, [0, 1 + k]]) for t, task in enumerate(TASKS) for k in range(3)]
-    assert list(tables[2].itertuples(index=False, name=None)) == [(*row, row[3] - row[2]) for row in rows]
+    assert list(tables[2].itertuples(index=False, name=None)) == [
+        (*row, row[3] - row[2]) for row in rows
+    ]

@@ -24,13 +24,17 @@ def test_gates_match_naive_gates_of_single_rows_without_side_effects(tiny_model,
     gates = prompt_gates(model, BATCHES)
     assert naive.losses(model, ROWS["cities"][0]) == losses
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert gates.modules == [(layer, name) for layer in (0, 1) for name in ("self_attn.o_proj", "mlp.gate_proj")]
+    assert gates.modules == [
+        (layer, name) for layer in (0, 1) for name in ("self_attn.o_proj", "mlp.gate_proj")
+    ]
     assert list(gates.by_task) == list(TASKS)
     for task in TASKS:
         expected = np.array([naive.gates(model, row) for row in ROWS[task]])
         np.testing.assert_allclose(gates.by_task[task], expected, atol=2e-5)
         np.testing.assert_allclose(gates.by_task[task].mean(axis=-1), 1, atol=1e-6)
-        assert gates.by_task[task].std(axis=-1).max() > 0.05  # the comparison needs gates that differ
+        assert (
+            gates.by_task[task].std(axis=-1).max() > 0.05
+        )  # the comparison needs gates that differ
 
 
 def test_gates_of_a_model_that_flattens_positions_into_rows():
@@ -42,7 +46,10 @@ def test_gates_of_a_model_that_flattens_positions_into_rows():
 
 def test_gates_at_step_0_are_neutral_and_an_error_restores_the_layers(tiny_model):
     model = helpers.adapt(tiny_model("llama"))
-    with pytest.raises(ZeroDivisionError), changed_gates(active_experts(model), lambda one, gates: 1 / 0):
+    with (
+        pytest.raises(ZeroDivisionError),
+        changed_gates(active_experts(model), lambda one, gates: 1 / 0),
+    ):
         naive.losses(model, ROWS["cities"][0])
     assert not any("gates" in vars(layer) for layer in naive.layers(model))
     gates = prompt_gates(model, BATCHES)
@@ -59,7 +66,9 @@ def test_table_has_mean_and_standard_deviation_over_prompts(tiny_model):
     for row in table.itertuples():
         values = gates.by_task[row.task][:, row.layer, row.expert].tolist()
         deviation = np.nan if row.task == "seas" else stdev(values)
-        assert (row.mean, row.std) == pytest.approx((fmean(values), deviation), abs=1e-5, nan_ok=True)
+        assert (row.mean, row.std) == pytest.approx(
+            (fmean(values), deviation), abs=1e-5, nan_ok=True
+        )
     assert "1 to 3 prompts of each of 3 tasks" in table.attrs["about"]
 
 
@@ -70,7 +79,9 @@ def test_marked_experts_have_a_mean_gate_above_neutral(tiny_model, layers, shape
     marked = marked_experts(gates)
     assert {layer: marked_TU.shape for layer, marked_TU in marked.items()} == shapes
     for layer, marked_TU in marked.items():
-        own = [gates.means[:, m] for m, (of_layer, _) in enumerate(gates.modules) if of_layer == layer]
+        own = [
+            gates.means[:, m] for m, (of_layer, _) in enumerate(gates.modules) if of_layer == layer
+        ]
         assert marked_TU.tolist() == (np.concatenate(own, axis=1) > 1).tolist()
     assert 0 < sum(int(marked_TU.sum()) for marked_TU in marked.values()) < 3 * 15
     counts, by_task, pairs = coactivation(TASKS, {"experts": marked, "parameters": {}}, "")
@@ -81,7 +92,9 @@ def test_marked_experts_have_a_mean_gate_above_neutral(tiny_model, layers, shape
 def test_active_experts_may_be_empty_and_several_active_adapters_are_refused(tiny_model):
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     for config in (None, lora, OLoraConfig(r=2, task_type="CAUSAL_LM")):
-        model = tiny_model("llama") if config is None else get_peft_model(tiny_model("llama"), config)
+        model = (
+            tiny_model("llama") if config is None else get_peft_model(tiny_model("llama"), config)
+        )
         assert active_experts(model) == []
     model = helpers.adapted(tiny_model("llama"))
     model.add_adapter("second", helpers.config())

@@ -18,12 +18,16 @@ from tuner.helpers import adapted
 
 SIZES = {"rivers": 5, "cities": 4, "jokes": 1}  # a single instance cannot be split in halves
 SHARE = 0.2
-VECTORS = st.lists(st.lists(st.floats(-4, 4, width=16), min_size=3, max_size=3), min_size=5, max_size=5)
+VECTORS = st.lists(
+    st.lists(st.floats(-4, 4, width=16), min_size=3, max_size=3), min_size=5, max_size=5
+)
 
 
 def sketched(vectors_RN, size, seed):
     """Returns the sketches of several vectors."""
-    sketch = interference.SketchedSums(len(vectors_RN[0]), len(vectors_RN), size, torch.Generator().manual_seed(seed))
+    sketch = interference.SketchedSums(
+        len(vectors_RN[0]), len(vectors_RN), size, torch.Generator().manual_seed(seed)
+    )
     for i, vector_N in enumerate(vectors_RN):
         sketch.add(i, vector_N)
     return sketch
@@ -40,9 +44,13 @@ def test_sketch_is_linear_with_one_signed_bucket_per_coordinate(length, size, se
     vectors_RN = torch.randn(2, length, generator=torch.Generator().manual_seed(seed))
     sketch = sketched(vectors_RN, size, seed)
     sketch.add(1, vectors_RN[0])
-    torch.testing.assert_close(sketch.sums_RM, torch.stack([vectors_RN[0], vectors_RN.sum(dim=0)]) @ matrix_NM)
+    torch.testing.assert_close(
+        sketch.sums_RM, torch.stack([vectors_RN[0], vectors_RN.sum(dim=0)]) @ matrix_NM
+    )
     exact_RN = vectors_RN.double()
-    torch.testing.assert_close(sketched(vectors_RN, length + size, seed).gram(), exact_RN @ exact_RN.T)
+    torch.testing.assert_close(
+        sketched(vectors_RN, length + size, seed).gram(), exact_RN @ exact_RN.T
+    )
 
 
 @pytest.mark.parametrize("kind", ["noise", "column", "row", "constant"])
@@ -69,14 +77,18 @@ def test_agreement_matches_naive_formulas(of_a, of_b):
     counts_T2, pairs_2E = torch.tensor([[3.0, 2.0], [2.0, 2.0]]).double(), torch.tensor([[0], [1]])
     of_pairs, of_tasks = interference.agreement((sums_R @ sums_R.T)[None], counts_T2, pairs_2E)
     found = of_pairs | of_tasks
-    assert not any((found[name].abs() > 1).any() for name in ("cosine", "corrected_cosine", "reliability"))
+    assert not any(
+        (found[name].abs() > 1).any() for name in ("cosine", "corrected_cosine", "reliability")
+    )
     a, b = (of.mean(dim=0) for of in instances)
     if min(float(v.norm()) for v in (a, b, *sums_R)) <= 1e-3:
         return  # if the sums nearly cancel, their direction depends on rounding
     expected = {"cosine": naive.cosine(a, b), "magnitude_similarity": naive.magnitude(a, b)}
     if min(abs(float(sums_R[0] @ sums_R[1])), abs(float(sums_R[2] @ sums_R[3]))) > 1e-6:
         expected["corrected_cosine"] = naive.corrected(*instances)
-    assert {name: float(found[name][0, 0]) for name in expected} == pytest.approx(expected, abs=1e-6, nan_ok=True)
+    assert {name: float(found[name][0, 0]) for name in expected} == pytest.approx(
+        expected, abs=1e-6, nan_ok=True
+    )
     assert float(found["norm"][0, 0]) == pytest.approx(float(a.norm()), abs=1e-6)
     assert float(found["reliability"][0, 1]) == pytest.approx(naive.cosine(*sums_R[2:]), abs=1e-6)
 
@@ -90,7 +102,11 @@ def interference_tables(model, examples, sketch_size=16384):
 
 def make_model(tiny_model, kind):
     if kind == "lora":
-        options = {"target_modules": ["gate_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+        options = {
+            "target_modules": ["gate_proj"],
+            "init_lora_weights": False,
+            "task_type": "CAUSAL_LM",
+        }
         return get_peft_model(tiny_model("llama"), LoraConfig(r=2, lora_alpha=4, **options)).eval()
     return adapted(tiny_model("llama")) if kind == "badit" else tiny_model(kind)
 
@@ -101,7 +117,9 @@ def assert_same_rows(frame, expected):
     def key(row):
         return [str(value) for value in row if not isinstance(value, float) and value is not None]
 
-    for row, twin in zip(sorted(naive.rows(frame), key=key), sorted(expected, key=key), strict=True):
+    for row, twin in zip(
+        sorted(naive.rows(frame), key=key), sorted(expected, key=key), strict=True
+    ):
         known = [None if value != value else value for value in twin]  # NaN: undefined
         assert row == pytest.approx(known, abs=1e-4), (row, twin)
 
@@ -112,17 +130,31 @@ def test_large_sketches_match_naive_tables(tiny_model, kind, monkeypatch):
     model, examples = make_model(tiny_model, kind), naive.make_examples(SIZES)
     places = naive.places(model)
     parameters = dict(model.named_parameters())
-    expected_places = {id(parameters[name]): place for place, names in places.items() for name in names}
-    assert {id(p): place for place, p, _ in interference.measured_parameters(model)} == expected_places
+    expected_places = {
+        id(parameters[name]): place for place, names in places.items() for name in names
+    }
+    assert {
+        id(p): place for place, p, _ in interference.measured_parameters(model)
+    } == expected_places
     assert layer_and_module("base_model.adapter") == (-1, "adapter"), "outside of the layers"
-    assert len([place for place in places if place[0] == "weights"]) == 2 * (4 if kind == "gpt2" else 7)
-    assert len([place for place in places if place[0] == "adapter"]) == 2 * (kind in ("badit", "lora"))
+    assert len([place for place in places if place[0] == "weights"]) == 2 * (
+        4 if kind == "gpt2" else 7
+    )
+    assert len([place for place in places if place[0] == "adapter"]) == 2 * (
+        kind in ("badit", "lora")
+    )
     with torch.no_grad():
         tables = interference_tables(model, examples, sketch_size=10**4)
-    scores = {"neurons": naive.neuron_means(model, examples), "parameters": naive.row_scores(model, examples)}
+    scores = {
+        "neurons": naive.neuron_means(model, examples),
+        "parameters": naive.row_scores(model, examples),
+    }
     expected = naive.tables(model, examples)
     for of_kind, by_task in scores.items():
-        marks = {task: [naive.marked(layer, SHARE) for layer in layers] for task, layers in by_task.items()}
+        marks = {
+            task: [naive.marked(layer, SHARE) for layer in layers]
+            for task, layers in by_task.items()
+        }
         for name, rows in naive.coactivation(of_kind, marks).items():
             expected.setdefault(name, []).extend(rows)
     assert expected.keys() == tables.keys()
@@ -140,11 +172,15 @@ def test_errors_of_small_sketches_agree_with_the_stated_standard_error(tiny_mode
     model, examples, size = tiny_model("llama"), naive.make_examples(SIZES), 128
     exact = {tuple(row[:4]): row[4] for row in naive.tables(model, examples)["gradient_pairs"]}
     table = interference_tables(model, examples, sketch_size=size)["gradient_pairs"]
-    errors = torch.tensor([row[4] - exact[tuple(row[:4])] for row in naive.rows(table)]) * math.sqrt(size)
+    errors = torch.tensor(
+        [row[4] - exact[tuple(row[:4])] for row in naive.rows(table)]
+    ) * math.sqrt(size)
     assert 0.2 < errors.square().mean().sqrt() < 1.2
     assert errors.abs().max() < 4.5
     assert "at most 0.088" in table.attrs["about"]
-    assert interference_tables(model, examples, sketch_size=size)["gradient_pairs"].equals(table), "the signs are fixed"
+    assert interference_tables(model, examples, sketch_size=size)["gradient_pairs"].equals(table), (
+        "the signs are fixed"
+    )
 
 
 def test_hooks_and_gradients_are_removed_and_nonfinite_losses_are_refused(tiny_model):
@@ -153,11 +189,18 @@ def test_hooks_and_gradients_are_removed_and_nonfinite_losses_are_refused(tiny_m
     hooks = [len(module._forward_hooks) for module in model.modules()]
     interference_tables(model, examples)
     examples["cities"][1]["labels"] = [-100] * len(examples["cities"][1]["labels"])
-    refuses("task cities, instance 1: the loss is not finite; no answer tokens", interference_tables, model, examples)
+    refuses(
+        "task cities, instance 1: the loss is not finite; no answer tokens",
+        interference_tables,
+        model,
+        examples,
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert not any(p._post_accumulate_grad_hooks or p.grad is not None for p in model.parameters())
-    model.model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: gradient * math.inf)
+    model.model.model.layers[0].mlp.up_proj.weight.register_hook(
+        lambda gradient: gradient * math.inf
+    )
     message = "model.dtype: the gradients are not finite; use bfloat16 or float32"
     refuses(message, interference_tables, model, naive.make_examples({"a": 2}))
     model.get_base_model().model.norm.weight.data.fill_(math.nan)
@@ -169,7 +212,9 @@ def test_at_most_one_gradient_is_stored_and_sketches_have_a_bounded_size(tiny_mo
     model, held = tiny_model("llama"), []
     parameters = [parameter for _, parameter, _ in interference.measured_parameters(model)]
     for p in parameters:
-        p.register_post_accumulate_grad_hook(lambda _: held.append(sum(q.grad is not None for q in model.parameters())))
+        p.register_post_accumulate_grad_hook(
+            lambda _: held.append(sum(q.grad is not None for q in model.parameters()))
+        )
     interference_tables(model, naive.make_examples({"a": 2, "b": 1}))
     assert held == [1] * (3 * len(parameters))
     sketches = interference.TaskGradients(model, [1] * 50, 8, ExitStack()).sketches.values()
@@ -182,20 +227,30 @@ def test_coactivation_matches_naive_counts(data):
     widths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     layers = [st.lists(st.booleans(), min_size=width, max_size=width) for width in widths]
     marks = data.draw(st.dictionaries(st.sampled_from("cabd"), st.tuples(*layers), min_size=1))
-    marked = {k: torch.tensor([of_task[k] for of_task in marks.values()]).numpy() for k in range(len(widths))}
+    marked = {
+        k: torch.tensor([of_task[k] for of_task in marks.values()]).numpy()
+        for k in range(len(widths))
+    }
     frames = interference.coactivation(list(marks), {"experts": marked, "neurons": marked}, "about")
     for frame, rows in zip(frames, naive.coactivation("experts", marks).values(), strict=True):
         assert_same_rows(frame, rows + [["neurons", *row[1:]] for row in rows])
     for _, of_layer in frames[0].groupby(["kind", "layer"]):
         assert of_layer[["share", "chance"]].sum().tolist() == pytest.approx([1, 1])
         # By chance, a unit has on average as many marks as observed.
-        expected, observed = (sum(of_layer["tasks"] * of_layer[name]) for name in ("chance", "share"))
+        expected, observed = (
+            sum(of_layer["tasks"] * of_layer[name]) for name in ("chance", "share")
+        )
         assert observed == pytest.approx(expected)
 
 
 def test_model_with_unknown_mlps_is_refused(tiny_model):
     batches, model = naive.batched(naive.make_examples(SIZES)), tiny_model("llama")
     model.model.layers[1].mlp.second = nn.ModuleDict({"gate_proj": nn.Linear(2, 2)})
-    refuses("for type llama: every layer needs one MLP with", interference.measure_interference, model, batches)
+    refuses(
+        "for type llama: every layer needs one MLP with",
+        interference.measure_interference,
+        model,
+        batches,
+    )
     del model.model.layers[1].mlp
     refuses("for type llama", interference.measure_interference, model, batches)

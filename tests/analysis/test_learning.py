@@ -7,10 +7,16 @@ import torch
 import reference
 from analysis import naive_experts as naive
 from analysis.naive_interference import rows
-from badit.analysis.learning import component_flow, expert_angles, held_out_angles, task_gap, transfer
-from badit.files import write_json
-from badit.metrics import mean_scores
-from badit.run import Run
+from badit.analysis.learning import (
+    component_flow,
+    expert_angles,
+    held_out_angles,
+    task_gap,
+    transfer,
+)
+from badit.evaluation.metrics import mean_scores
+from badit.runs.folder import Run
+from badit.support.files import write_json
 from data.examples import write_rows
 from materials import comparison, results_cell, write_results
 from refusals import refuses
@@ -22,20 +28,34 @@ ALONE = "lora, one model per task"
 
 
 def regrouping(step, before=(0, 0, 1, 1), after=(1, 0, 0, 1), **angles):
-    return {"step": step, "module": NAME, "previous_labels": list(before), "labels": list(after), **angles}
+    return {
+        "step": step,
+        "module": NAME,
+        "previous_labels": list(before),
+        "labels": list(after),
+        **angles,
+    }
 
 
 def test_angles_and_component_flow_are_read_from_logs(tmp_path):
     assert expert_angles(Run.at(tmp_path)).empty
     assert component_flow(Run.at(tmp_path)).empty
     after = dict(zip(FIELDS, (70.0, 90.0, 0.4, 0.1), strict=True))
-    before = {f"previous_{field}": value for field, value in zip(FIELDS, (85.0, 88.0, 0.2, 0.2), strict=True)}
+    before = {
+        f"previous_{field}": value
+        for field, value in zip(FIELDS, (85.0, 88.0, 0.2, 0.2), strict=True)
+    }
     stays = regrouping(20, before=(1, 0, 0, 1), after=(1, 0, 0, 1))
     place = [1, "mlp.gate_proj"]
-    write_rows(tmp_path / "angles.jsonl", {"step": 5, "module": NAME, **after, "intra_degrees": None})
+    write_rows(
+        tmp_path / "angles.jsonl", {"step": 5, "module": NAME, **after, "intra_degrees": None}
+    )
     assert rows(expert_angles(Run.at(tmp_path))) == [[5, *place, "training", None, 90.0, 0.4, 0.1]]
     write_rows(tmp_path / "regroupings.jsonl", regrouping(10, **before, **after), stays)
-    angles = [[10, *place, "before", 85.0, 88.0, 0.2, 0.2], [10, *place, "after", 70.0, 90.0, 0.4, 0.1]]
+    angles = [
+        [10, *place, "before", 85.0, 88.0, 0.2, 0.2],
+        [10, *place, "after", 70.0, 90.0, 0.4, 0.1],
+    ]
     assert rows(expert_angles(Run.at(tmp_path))) == angles, "no step followed the regrouping at 20"
     assert rows(component_flow(Run.at(tmp_path))) == [
         [10, *place, 0, 0, 1], [10, *place, 0, 1, 1], [10, *place, 1, 0, 1], [10, *place, 1, 1, 1],
@@ -47,8 +67,12 @@ def test_logs_of_a_sequence_are_joined(tmp_path):
     run = Run.at(tmp_path)
     for number, (task, steps) in enumerate([("b", 20), ("a", 10)], start=1):
         folder = run.path / "stages" / f"{number:02d}-{task}"
-        write_rows(folder / "metrics.jsonl", *({"step": step, "loss": 1.0} for step in (steps // 2, steps)))
-        write_rows(folder / "angles.jsonl", {"step": 5, "module": NAME, **dict.fromkeys(FIELDS, 1.0)})
+        write_rows(
+            folder / "metrics.jsonl", *({"step": step, "loss": 1.0} for step in (steps // 2, steps))
+        )
+        write_rows(
+            folder / "angles.jsonl", {"step": 5, "module": NAME, **dict.fromkeys(FIELDS, 1.0)}
+        )
     assert run.metrics["step"].tolist() == [10, 20, 25, 30]
     assert expert_angles(run)["step"].tolist() == [5, 25]
     for folder in run.path.glob("stages/*"):
@@ -60,11 +84,19 @@ def test_logs_of_a_sequence_are_joined(tmp_path):
 def test_damaged_log_is_refused(tmp_path):
     path = tmp_path / "regroupings.jsonl"
     for read, line, message in (
-        (expert_angles, regrouping(10, intra_degrees="x"), r"within_degrees\.0: input should be a valid number"),
+        (
+            expert_angles,
+            regrouping(10, intra_degrees="x"),
+            r"within_degrees\.0: input should be a valid number",
+        ),
         (component_flow, {"step": 10, "module": NAME}, "'previous_labels'"),
         (component_flow, {"step": "10", "module": NAME}, "cannot be read"),
         (component_flow, regrouping(10, after=(0, 1)), "cannot be read"),
-        (component_flow, regrouping(10, after=(0, 1, 0, 10**9)), r"to_expert\.\d: input should be less than 1024"),
+        (
+            component_flow,
+            regrouping(10, after=(0, 1, 0, 10**9)),
+            r"to_expert\.\d: input should be less than 1024",
+        ),
     ):
         write_rows(path, regrouping(5), line)
         refuses(rf"{path}: .*{message}.*; delete the file to skip it", read, Run.at(tmp_path))
@@ -76,8 +108,12 @@ def test_held_out_angles_match_naive_angles(tiny_model, method):
     with torch.no_grad():
         found = held_out_angles(model.requires_grad_(False), naive.BATCHES)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert list(found) == [(layer, module) for layer in (0, 1) for module in ("self_attn.v_proj", "mlp.gate_proj")]
-    for angles, layer, of_layer in zip(found.values(), naive.layers(model), naive.gradients(model), strict=True):
+    assert list(found) == [
+        (layer, module) for layer in (0, 1) for module in ("self_attn.v_proj", "mlp.gate_proj")
+    ]
+    for angles, layer, of_layer in zip(
+        found.values(), naive.layers(model), naive.gradients(model), strict=True
+    ):
         expected = reference.angles(reference.unit_gradients(*of_layer), naive.expert_of(layer))
         assert angles == pytest.approx(expected, abs=0.02)
     assert np.std([angles[0] for angles in found.values()]) > 0.5
@@ -86,14 +122,21 @@ def test_held_out_angles_match_naive_angles(tiny_model, method):
 def test_no_angles_with_shared_A_and_none_within_experts_of_rank_1(tiny_model):
     for method in ("hydralora", "mtl-lora"):
         assert held_out_angles(naive.adapted(tiny_model("llama"), method), naive.BATCHES) == {}
-    angles = held_out_angles(helpers.adapted(tiny_model("llama"), r=1), naive.BATCHES)[0, "mlp.gate_proj"]
+    angles = held_out_angles(helpers.adapted(tiny_model("llama"), r=1), naive.BATCHES)[
+        0, "mlp.gate_proj"
+    ]
     assert [angle is None for angle in angles] == [True, False, True, False]
 
 
 def comparison_folder(tmp_path, cells, protocol="mixed"):
     """Returns the folder of a comparison whose cells (method, seed, order, scores) are finished."""
     made = [
-        results_cell(method, seed, {t: {"rouge_l": [s], "exact_match": [0]} for t, s in scores.items()}, order=order)
+        results_cell(
+            method,
+            seed,
+            {t: {"rouge_l": [s], "exact_match": [0]} for t, s in scores.items()},
+            order=order,
+        )
         for method, seed, order, scores in cells
     ]
     methods = list(dict.fromkeys(method for method, *_ in cells))
@@ -101,13 +144,21 @@ def comparison_folder(tmp_path, cells, protocol="mixed"):
 
 
 def test_task_gap_averages_seeds_with_both_runs_and_all_orders(tmp_path):
-    scores = {("lora", 0): (40, 60), ("lora", 1): (50, 70), ("lora", 2): (0, 0)}  # no single-task run has seed 2
+    scores = {
+        ("lora", 0): (40, 60),
+        ("lora", 1): (50, 70),
+        ("lora", 2): (0, 0),
+    }  # no single-task run has seed 2
     scores |= {("badit", 0): (45, 65), (ALONE, 0): (60, 60), (ALONE, 1): (62, 64)}
     cells = [(*run, None, {"a": a, "b": b}) for run, (a, b) in scores.items()]
     table = task_gap(comparison_folder(tmp_path, cells))
     assert rows(table) == [["lora", "a", 61, 45, 16], ["lora", "b", 62, 65, -3]]
     assert "all tasks mixed" in table.attrs["about"]
-    cells = [("lora", 0, "one", {"a": 40}), ("lora", 0, "two", {"a": 20}), (ALONE, 0, None, {"a": 60})]
+    cells = [
+        ("lora", 0, "one", {"a": 40}),
+        ("lora", 0, "two", {"a": 20}),
+        (ALONE, 0, None, {"a": 60}),
+    ]
     table = task_gap(comparison_folder(tmp_path, cells, protocol="sequential") / "results.json")
     assert rows(table) == [["lora", "a", 60, 30, 30]]
     assert "one after another" in table.attrs["about"]
@@ -115,13 +166,30 @@ def test_task_gap_averages_seeds_with_both_runs_and_all_orders(tmp_path):
 
 
 def scored_run(tmp_path, order, matrix):
-    content = {**mean_scores({"a": {"rouge_l": [55], "exact_match": [0]}}), "order": order, "matrix": matrix}
+    content = {
+        **mean_scores({"a": {"rouge_l": [55], "exact_match": [0]}}),
+        "order": order,
+        "matrix": matrix,
+    }
     write_json(tmp_path / "scores.json", content)
     return Run.at(tmp_path)
 
 
 def test_transfer_has_the_score_matrix_and_refuses_malformed_ones(tmp_path):
     table = transfer(scored_run(tmp_path, ["b", "a"], [[50, None], [40, 70.5]]))
-    assert rows(table) == [[1, "b", "b", 50], [1, "b", "a", None], [2, "a", "b", 40], [2, "a", "a", 70.5]]
-    refuses(r"matrix\.0\.0: input should be a valid number", transfer, scored_run(tmp_path, ["a"], [["x"]]))
-    refuses("matrix: needs a row and a column per task", transfer, scored_run(tmp_path, ["a", "b"], [[1, 2], [1]]))
+    assert rows(table) == [
+        [1, "b", "b", 50],
+        [1, "b", "a", None],
+        [2, "a", "b", 40],
+        [2, "a", "a", 70.5],
+    ]
+    refuses(
+        r"matrix\.0\.0: input should be a valid number",
+        transfer,
+        scored_run(tmp_path, ["a"], [["x"]]),
+    )
+    refuses(
+        "matrix: needs a row and a column per task",
+        transfer,
+        scored_run(tmp_path, ["a", "b"], [[1, 2], [1]]),
+    )

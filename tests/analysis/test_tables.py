@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from pandas.testing import assert_frame_equal
 
-from badit.analysis.tables import COUNT, EXPERT, INDEX, NUMBER, TABLES, TEXT, load_frame, load_frames, save_frame
+from badit.analysis.tables import (
+    COUNT,
+    EXPERT,
+    INDEX,
+    NUMBER,
+    TABLES,
+    TEXT,
+    load_frame,
+    load_frames,
+    save_frame,
+)
 from refusals import refuses
 
 KINDS = [NUMBER, COUNT, EXPERT, INDEX, TEXT]
@@ -32,20 +42,32 @@ def test_round_trip_and_missing_columns_are_refused(tmp_path, name):
         rest = {key: meaning for key, meaning in content["columns"].items() if key != column}
         rows = [row[:i] + row[i + 1 :] for row in content["rows"]]
         path.write_text(json.dumps({**content, "columns": rest, "rows": rows}))
-        refuses(f"{column}: field required; make the table again with: badit analyze", load_frame, path)
+        refuses(
+            f"{column}: field required; make the table again with: badit analyze", load_frame, path
+        )
 
 
 def test_numbers_have_six_digits_and_undefined_numbers_are_null(tmp_path):
     rows = [("a", 0, "m", 2, 1.23456789, np.inf), ("b", 0, "m", 2, 100, np.nan)]
     path = save_frame(TABLES["gates"].frame(rows, ""), tmp_path)
-    assert '  ["a", 0, "m", 2, 1.23457, null],\n  ["b", 0, "m", 2, 100.0, null]\n' in path.read_text()
+    assert (
+        '  ["a", 0, "m", 2, 1.23457, null],\n  ["b", 0, "m", 2, 100.0, null]\n' in path.read_text()
+    )
     save_frame(TABLES["gate_similarity"].frame([], "a single task"), tmp_path)
-    assert {name: len(frame) for name, frame in load_frames(tmp_path).items()} == {"gate_similarity": 0, "gates": 2}
+    assert {name: len(frame) for name, frame in load_frames(tmp_path).items()} == {
+        "gate_similarity": 0,
+        "gates": 2,
+    }
 
 
 def test_errors_name_the_column_and_row_of_a_wrong_value(tmp_path):
     path = save_frame(table("gates"), tmp_path)
-    wrong = {"mean": ["1.0", True, np.nan], "expert": [1.5, -1, 10**9], "layer": [None, 10**20], "task": [None]}
+    wrong = {
+        "mean": ["1.0", True, np.nan],
+        "expert": [1.5, -1, 10**9],
+        "layer": [None, 10**20],
+        "task": [None],
+    }
     for column, value in ((column, value) for column, values in wrong.items() for value in values):
         content = json.loads(save_frame(table("gates"), tmp_path).read_text())
         content["rows"][1][list(content["columns"]).index(column)] = value

@@ -19,13 +19,20 @@ TASKS = ["cities", "rivers", "seas"]
 SMALL = {
     **{name: {"num_experts": 3, "r": 2, "lora_alpha": 4} for name in ("loramoe", "hydralora")},
     "badit": {"num_experts": 3, "r": 2, "lora_alpha": 4, "gates": "mean_one"},
-    "badit standardised": {"num_experts": 3, "r": 2, "router_input": "standardised", "gates": "mean_one"},
+    "badit standardised": {
+        "num_experts": 3,
+        "r": 2,
+        "router_input": "standardised",
+        "gates": "mean_one",
+    },
     "goat": {"num_experts": 4, "r": 8, "lora_alpha": 16, "top_k": 2},
     "mtl-lora": {"num_experts": 3, "r": 2, "lora_alpha": 4, "tasks": TASKS},
     "o-lora": {"r": 2, "lora_alpha": 4},
     **{name: {"r": 2, "lora_alpha": 4, "gate_hidden_size": 10} for name in GATED},
 }
-RANK = 2  # rank of one expert in all of the above; the scaling is 2, but 16 for "badit standardised"
+RANK = (
+    2  # rank of one expert in all of the above; the scaling is 2, but 16 for "badit standardised"
+)
 ROWS = ["rivers", "cities", "rivers"]
 FIRST, SECOND = (padded(random_rows(*[5] * 4, seed=seed)) for seed in (1, 2))  # rows of two tasks
 
@@ -56,7 +63,11 @@ def adapted(model, method, tasks=3, **options):
 
 def batches(ids, prompt_mask):
     """Returns the batches of one task as passed to hooks; all attended positions are prompt."""
-    return {"task": [{"input_ids": ids, "attention_mask": prompt_mask, "labels": torch.full_like(ids, -100)}]}
+    return {
+        "task": [
+            {"input_ids": ids, "attention_mask": prompt_mask, "labels": torch.full_like(ids, -100)}
+        ]
+    }
 
 
 def trainable(model):
@@ -73,7 +84,9 @@ def logits(model, ids=IDS, mask=MASK, rows=ROWS):
 def loss(model, rows=ROWS, **options):
     """Returns the loss; the answers are the last three tokens."""
     with hooks_of(model).rows_of(rows):
-        return forward(model, IDS, MASK, labels=IDS.masked_fill(torch.arange(11) < 8, -100), **options).loss
+        return forward(
+            model, IDS, MASK, labels=IDS.masked_fill(torch.arange(11) < 8, -100), **options
+        ).loss
 
 
 def experts(method, A, B, num_experts):
@@ -85,19 +98,27 @@ def experts(method, A, B, num_experts):
 def goat_start(W, num_experts, rank, scaling, rho):
     """Returns (B0_k, A0_k) of each expert, from the first ``rank`` directions of the k-th chunk of the spectrum."""
     u, s, vh = np.linalg.svd(W, full_matrices=False)
-    runs = [slice(start, start + rank) for start in range(0, len(s), len(s) // num_experts)][:num_experts]
+    runs = [slice(start, start + rank) for start in range(0, len(s), len(s) // num_experts)][
+        :num_experts
+    ]
     roots = [np.diag(np.sqrt(s[run] / (scaling * rho))) for run in runs]
     return [(u[:, run] @ root, root @ vh[run]) for run, root in zip(runs, roots, strict=True)]
 
 
 def gates(layer, x):
     logits = reference.float64(x) @ reference.float64(layer.badit_router["default"]).T
-    return reference.expert_gates(logits, "softmax", getattr(layer.badit_config["default"], "top_k", None))
+    return reference.expert_gates(
+        logits, "softmax", getattr(layer.badit_config["default"], "top_k", None)
+    )
 
 
 def forward_by_position(layer, x, parts_at):
     """Returns y = W x + b + s Σ_k w_k B_k A_k x by position, where ``parts_at`` returns all (w_k, B_k, A_k)."""
-    options, x_, y = layer.badit_config["default"], reference.float64(x), reference.float64(layer.get_base_layer()(x))
+    options, x_, y = (
+        layer.badit_config["default"],
+        reference.float64(x),
+        reference.float64(layer.get_base_layer()(x)),
+    )
     for where in np.ndindex(*x.shape[:-1]):
         for weight, b_k, a_k in parts_at(where):
             y[where] += options.lora_alpha / options.r * weight * (b_k @ (a_k @ x_[where]))
@@ -109,10 +130,15 @@ def mixture_forward(method, layer, x):
     options, g, start = layer.badit_config["default"], gates(layer, x), []
     if method == "goat":
         W, s = reference.float64(layer.weight_OI), options.lora_alpha / options.r
-        start = [(-1 / options.num_experts, *pair) for pair in goat_start(W, options.num_experts, RANK, s, options.rho)]
+        start = [
+            (-1 / options.num_experts, *pair)
+            for pair in goat_start(W, options.num_experts, RANK, s, options.rho)
+        ]
     A, B = (reference.float64(factors["default"]) for factors in (layer.badit_A, layer.badit_B))
     own = experts(method, A, B, options.num_experts)
-    return forward_by_position(layer, x, lambda where: start + [(g[(*where, k)], *pair) for k, pair in enumerate(own)])
+    return forward_by_position(
+        layer, x, lambda where: start + [(g[(*where, k)], *pair) for k, pair in enumerate(own)]
+    )
 
 
 def imbalance(method, gates_, probabilities):
@@ -122,7 +148,9 @@ def imbalance(method, gates_, probabilities):
         z = [sum(gates_[i, k] for i in range(positions)) for k in range(num_experts)]
         mean = sum(z) / num_experts
         return sum((value - mean) ** 2 for value in z) / num_experts / mean**2
-    shares = [sum(gates_[i, k] > 0 for i in range(positions)) / positions for k in range(num_experts)]
+    shares = [
+        sum(gates_[i, k] > 0 for i in range(positions)) / positions for k in range(num_experts)
+    ]
     return num_experts * sum(f * probabilities[:, k].mean() for k, f in enumerate(shares))
 
 
@@ -139,7 +167,11 @@ def weights(method, model, prompt):
     prompt = reference.float64(prompt)
     keys = [*tensors["past_keys"], tensors["key"]]
     if method == "gainlora":
-        downs, ups, found = [*tensors["past_down"], tensors["down"]], [*tensors["past_up"], tensors["up"]], []
+        downs, ups, found = (
+            [*tensors["past_down"], tensors["down"]],
+            [*tensors["past_up"], tensors["up"]],
+            [],
+        )
         for down, up, key in zip(downs, ups, keys, strict=True):
             z = _silu(up @ _silu(down @ prompt))
             cosine = float(z @ key) / math.sqrt(float(z @ z) * float(key @ key))
@@ -154,9 +186,15 @@ def weights(method, model, prompt):
 
 def branch_forward(layer, x, a):
     """Returns y = W x + b + s Σ_i a_i B_i A_i x for the positions x (T, I) of one row."""
-    A = np.concatenate([reference.float64(p["default"]) for p in (layer.badit_A_past, layer.badit_A)])
-    B = np.concatenate([reference.float64(p["default"]) for p in (layer.badit_B_past, layer.badit_B)], axis=1)
-    parts = [(weight, *pair) for weight, pair in zip(a, experts("o-lora", A, B, len(a)), strict=True)]
+    A = np.concatenate(
+        [reference.float64(p["default"]) for p in (layer.badit_A_past, layer.badit_A)]
+    )
+    B = np.concatenate(
+        [reference.float64(p["default"]) for p in (layer.badit_B_past, layer.badit_B)], axis=1
+    )
+    parts = [
+        (weight, *pair) for weight, pair in zip(a, experts("o-lora", A, B, len(a)), strict=True)
+    ]
     return forward_by_position(layer, x, lambda where: parts)
 
 
@@ -173,7 +211,9 @@ def projector(old, inputs, share):
 def mtl_forward(layer, x, rows):
     """Returns y = W x + b + s Σ_k softmax(w_t / τ)_k B_k Λ_t A x, by position."""
     options, parts = layer.badit_config["default"], ("A", "B", "lambda", "task_logits")
-    A, B, Lambda, w = (reference.float64(getattr(layer, f"badit_{part}")["default"]) for part in parts)
+    A, B, Lambda, w = (
+        reference.float64(getattr(layer, f"badit_{part}")["default"]) for part in parts
+    )
 
     def parts_at(where):
         task = TASKS.index(rows[where[0]])

@@ -10,9 +10,21 @@ from transformers import T5Config, T5ForConditionalGeneration
 import reference
 from badit.analysis.gates import read_gates
 from badit.baselines.branches import mean_embedding
-from badit.files import read_json, write_json
+from badit.support.files import read_json, write_json
 from baselines import naive
-from baselines.naive import BRANCHES, FAMILIES, GATED, adapt, adapted, config, gate, logits, loss, randomise, trainable
+from baselines.naive import (
+    BRANCHES,
+    FAMILIES,
+    GATED,
+    adapt,
+    adapted,
+    config,
+    gate,
+    logits,
+    loss,
+    randomise,
+    trainable,
+)
 from refusals import refuses
 from tuner.helpers import IDS, MASK, cache_name, gradients, layers
 
@@ -24,7 +36,9 @@ def test_forward_matches_loop_over_branches(tiny_model, method, tasks, family):
     model = adapted(tiny_model(family, dtype=torch.float64), method, tasks).double()
     seen = {}
     for layer in layers(model):
-        layer.register_forward_hook(lambda layer, args, y: seen.update({layer: (args[0].detach(), y.detach())}))
+        layer.register_forward_hook(
+            lambda layer, args, y: seen.update({layer: (args[0].detach(), y.detach())})
+        )
     logits(model)
     embeddings = model.get_input_embeddings()(IDS)
     prompts = reference.prompt_mean(embeddings, MASK)
@@ -39,7 +53,9 @@ def test_forward_matches_loop_over_branches(tiny_model, method, tasks, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", BRANCHES)
-def test_next_task_reinitialises_the_branch_and_keeps_the_output(tiny_model, tmp_path, method, family):
+def test_next_task_reinitialises_the_branch_and_keeps_the_output(
+    tiny_model, tmp_path, method, family
+):
     model = randomise(adapt(tiny_model(family), method))
     given = model.peft_config["default"]
     for _ in range(2):
@@ -59,7 +75,9 @@ def test_next_task_reinitialises_the_branch_and_keeps_the_output(tiny_model, tmp
     assert read_gates(tmp_path / "gates.json", model), "each branch has a gate"
     model.add_adapter("ref", model.peft_config["default"])  # as TRL copies the adapter
     for tensor in ("past_keys", "key") if method != "o-lora" else ():
-        assert torch.equal(*(getattr(model.base_model.badit_gate[name], tensor) for name in ("default", "ref")))
+        assert torch.equal(
+            *(getattr(model.base_model.badit_gate[name], tensor) for name in ("default", "ref"))
+        )
 
 
 @pytest.mark.parametrize("method", BRANCHES)
@@ -68,11 +86,15 @@ def test_loaded_adapter_continues_with_next_task_like_the_original(tiny_model, t
     expected = logits(model)
     model.save_pretrained(tmp_path)
     assert "num_experts" not in read_json(tmp_path / "adapter_config.json")
-    renamed = PeftModel.from_pretrained(tiny_model("llama"), tmp_path, adapter_name="other", is_trainable=True).eval()
+    renamed = PeftModel.from_pretrained(
+        tiny_model("llama"), tmp_path, adapter_name="other", is_trainable=True
+    ).eval()
     trained = trainable(model)
     assert trainable(renamed) == {name.replace("default", "other") for name in trained}
     model.load_adapter(tmp_path, "for_inference")
-    assert trainable(model) in (trained, set()), "the gate is trained like the factors, which PEFT 0.19 freezes"
+    assert trainable(model) in (trained, set()), (
+        "the gate is trained like the factors, which PEFT 0.19 freezes"
+    )
     model.delete_adapter("for_inference")
     for one in (model, renamed):
         torch.manual_seed(3)
@@ -89,9 +111,13 @@ def test_loaded_adapter_continues_with_next_task_like_the_original(tiny_model, t
 def test_gates_do_not_propagate_gradients_to_embeddings(tiny_model, method):
     model, found = adapted(tiny_model("llama"), method), []
     table = model.get_input_embeddings().weight.requires_grad_(True)
-    layers(model)[0].register_forward_pre_hook(lambda layer, args: found.append(layer.gates("default", args[0])[:, 0]))
+    layers(model)[0].register_forward_pre_hook(
+        lambda layer, args: found.append(layer.gates("default", args[0])[:, 0])
+    )
     loss(model)
-    down, embeddings = torch.autograd.grad(found[0][:, -1].sum(), [gate(model).down, table], allow_unused=True)
+    down, embeddings = torch.autograd.grad(
+        found[0][:, -1].sum(), [gate(model).down, table], allow_unused=True
+    )
     assert down.any()
     assert embeddings is None
 
@@ -112,7 +138,10 @@ def test_forward_without_gates_and_unsuitable_models_are_refused(tiny_model, met
     ):
         refuses(r"gate_proj: there are no gates for an input of shape \(.*input_ids", pass_)
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
-    for other, target in ((T5ForConditionalGeneration(T5Config(**sizes)), "wo"), (nn.Sequential(nn.Linear(4, 4)), "0")):
+    for other, target in (
+        (T5ForConditionalGeneration(T5Config(**sizes)), "wo"),
+        (nn.Sequential(nn.Linear(4, 4)), "0"),
+    ):
         of_other = config(method, target_modules=[target], task_type=None)
         refuses("is for decoder-only language models", get_peft_model, other, of_other)
     saved = {"modules_to_save": ["embed_tokens"]}
@@ -120,7 +149,9 @@ def test_forward_without_gates_and_unsuitable_models_are_refused(tiny_model, met
 
 
 def test_o_lora_works_without_token_embeddings():
-    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config("o-lora", target_modules=["0"], task_type=None))
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(4, 4)), config("o-lora", target_modules=["0"], task_type=None)
+    )
     x = torch.randn(3, 4)
     randomise(model)
     first = model(x)
@@ -131,17 +162,29 @@ def test_o_lora_works_without_token_embeddings():
 
 @pytest.mark.parametrize("tasks", [2, 4])
 def test_orthogonality_penalty_matches_naive_sum(tiny_model, tasks):
-    model = adapted(tiny_model("llama"), "o-lora", tasks, orthogonality_weight=0.3, target_modules="all-linear")
-    factors = [[reference.float64(of["default"]) for of in (one.badit_A_past, one.badit_A)] for one in layers(model)]
-    expected = 0.3 * sum(abs(row @ other) for past, current in factors for row in past for other in current)
+    model = adapted(
+        tiny_model("llama"), "o-lora", tasks, orthogonality_weight=0.3, target_modules="all-linear"
+    )
+    factors = [
+        [reference.float64(of["default"]) for of in (one.badit_A_past, one.badit_A)]
+        for one in layers(model)
+    ]
+    expected = 0.3 * sum(
+        abs(row @ other) for past, current in factors for row in past for other in current
+    )
     found = model.base_model.extra_loss(MASK)
     assert found.item() == pytest.approx(expected, rel=1e-5)
     found.backward()
     assert gradients(model).keys() == {name for name in trainable(model) if "badit_A" in name}
     with model.disable_adapter():
         assert model.base_model.extra_loss(MASK) is None
-    assert adapt(tiny_model("llama"), "o-lora").base_model.extra_loss(MASK) is None, "the first task has no penalty"
-    assert adapted(tiny_model("llama"), "o-lora", orthogonality_weight=0).base_model.extra_loss(MASK) is None
+    assert adapt(tiny_model("llama"), "o-lora").base_model.extra_loss(MASK) is None, (
+        "the first task has no penalty"
+    )
+    assert (
+        adapted(tiny_model("llama"), "o-lora", orthogonality_weight=0).base_model.extra_loss(MASK)
+        is None
+    )
 
 
 def test_new_key_scales_all_other_weights_equally(tiny_model):

@@ -63,7 +63,10 @@ def test_projector_ignores_rounding_errors():
 @pytest.mark.parametrize("past", [0, 3, 15, 40])
 def test_share_of_energy_grows_with_the_number_of_tasks(monkeypatch, past):
     shares = []
-    monkeypatch.setattr("badit.baselines.gain_lora.grown_projector", lambda P, inputs, share: shares.append(share) or P)
+    monkeypatch.setattr(
+        "badit.baselines.gain_lora.grown_projector",
+        lambda P, inputs, share: shares.append(share) or P,
+    )
     new_gate(past_branches=past).end_task(torch.randn(4, WIDTH))
     assert shares == pytest.approx(3 * [0.995 + 0.005 * min(past, 15) / 15])
 
@@ -97,9 +100,15 @@ def test_start_task_opens_the_gate_on_new_prompts_but_not_on_earlier_ones(monkey
         made.start_task(new)
         assert made(new)[:, -1].mean() > before
         assert made(prompts)[:, -1].abs().max() < 1e-4
-        z = torch.nn.functional.silu(torch.nn.functional.silu(new @ made.down.T) @ made.up.T).double().numpy()
+        z = (
+            torch.nn.functional.silu(torch.nn.functional.silu(new @ made.down.T) @ made.up.T)
+            .double()
+            .numpy()
+        )
     left = z - z @ made.seen_by_key.double().numpy()
-    assert abs(np.linalg.eigh(left.T @ left)[1][:, -1] @ made.key.detach().double().numpy()) > 1 - 1e-5
+    assert (
+        abs(np.linalg.eigh(left.T @ left)[1][:, -1] @ made.key.detach().double().numpy()) > 1 - 1e-5
+    )
 
 
 def test_next_task_is_refused_if_no_direction_is_left():
@@ -109,7 +118,11 @@ def test_next_task_is_refused_if_no_direction_is_left():
 
 
 def train(model, ids, mask, *, projected, steps=40):
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(torch.arange(5) < 3, -100)}
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": ids.masked_fill(torch.arange(5) < 3, -100),
+    }
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     hooks = (model.base_model.before_update, model.base_model.after_update) if projected else ()
     take_steps(optimizer, steps, lambda: model(**batch).loss, *hooks)

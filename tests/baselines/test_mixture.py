@@ -11,7 +11,16 @@ from baselines import naive
 from baselines.naive import MIXTURES, adapted, config
 from refusals import refuses
 from training.trainers import examples, make_trainer
-from tuner.helpers import KINDS, base_layer, forward, gradients, layers, padded, random_rows, randomise
+from tuner.helpers import (
+    KINDS,
+    base_layer,
+    forward,
+    gradients,
+    layers,
+    padded,
+    random_rows,
+    randomise,
+)
 
 IN, OUT = 20, 18  # with four experts, each chunk has 4 directions, and rank 2 uses half of them
 
@@ -23,10 +32,14 @@ def make_layer(method, kind="linear", *, dtype=torch.float64, at_start=False, **
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("method", "options"), [*((method, {}) for method in MIXTURES), ("goat", {"top_k": 1})])
+@pytest.mark.parametrize(
+    ("method", "options"), [*((method, {}) for method in MIXTURES), ("goat", {"top_k": 1})]
+)
 def test_forward_matches_loop_over_experts(method, options, kind):
     layer, x = make_layer(method, kind, **options), torch.randn(3, 5, IN, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), naive.mixture_forward(method, layer, x), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        layer(x), naive.mixture_forward(method, layer, x), atol=1e-6, rtol=1e-6
+    )
     torch.testing.assert_close(layer(x[:, 0]), layer(x)[:, 0])
     assert (layer(x) - layer.get_base_layer()(x)).abs().mean() > 0.03
 
@@ -48,13 +61,22 @@ def test_goat_experts_start_from_chunks_of_the_spectrum(kind, rho):
     start = naive.goat_start(reference.float64(layer.weight_OI), 4, 2, 2.0, rho)
     found = naive.experts("goat", reference.float64(a), reference.float64(b), 4)
     for (b_k, a_k), (found_b, found_a) in zip(start, found, strict=True):
-        torch.testing.assert_close(torch.tensor(found_b @ found_a), torch.tensor(b_k @ a_k), atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(torch.tensor(abs(found_a)), torch.tensor(abs(a_k)), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(found_b @ found_a), torch.tensor(b_k @ a_k), atol=1e-6, rtol=1e-5
+        )
+        torch.testing.assert_close(
+            torch.tensor(abs(found_a)), torch.tensor(abs(a_k)), atol=1e-5, rtol=1e-5
+        )
     torch.testing.assert_close(layer.kept_factors("default"), (a, b), rtol=0, atol=0)
 
 
 def test_goat_refuses_a_weight_too_small_for_the_rank():
-    refuses(r"layer: a weight of shape \(18, 20\) has 4 directions .* at most r = 16$", make_layer, "goat", r=24)
+    refuses(
+        r"layer: a weight of shape \(18, 20\) has 4 directions .* at most r = 16$",
+        make_layer,
+        "goat",
+        r=24,
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -64,7 +86,9 @@ def test_balance_loss_sums_over_layers_and_ignores_padding(tiny_model, method, f
     ids, mask = padded(random_rows(4, 9, 7))
     inputs = {}
     for layer in layers(model):
-        layer.register_forward_pre_hook(lambda layer, args: inputs.update({layer: args[0].detach()}))
+        layer.register_forward_pre_hook(
+            lambda layer, args: inputs.update({layer: args[0].detach()})
+        )
     forward(model, ids, mask)
     expected = 0
     for layer, x in inputs.items():
@@ -89,10 +113,16 @@ def test_balance_loss_is_read_once_per_training_pass_of_matching_size(tiny_model
         refuses("has seen no training pass", extra_loss, mask)
         forward(model.eval(), ids, mask)
     forward(model.train(), ids, mask)
-    refuses(r"sees 18 positions, but the batch has 6; exclude it from the targets", extra_loss, mask[:, :3])
+    refuses(
+        r"sees 18 positions, but the batch has 6; exclude it from the targets",
+        extra_loss,
+        mask[:, :3],
+    )
 
 
-@pytest.mark.parametrize(("method", "option"), [("goat", "balance_weight"), ("o-lora", "orthogonality_weight")])
+@pytest.mark.parametrize(
+    ("method", "option"), [("goat", "balance_weight"), ("o-lora", "orthogonality_weight")]
+)
 def test_trainer_adds_extra_loss_in_training_only(tiny_model, tmp_path, method, option):
     """The balance loss of GOAT and the penalty of O-LoRA."""
     batch, losses = dict(AnswerCollator(0)(examples(5))), {}
@@ -117,14 +147,24 @@ def test_balance_loss_is_averaged_over_accumulated_micro_batches(tiny_model, tmp
     items = sum(label != -100 for example in data for label in example["labels"])
     for part in (data[:2], data[2:]):
         batch = dict(AnswerCollator(0)(part))
-        labels, logits = batch.pop("labels")[:, 1:].flatten(), model(**batch).logits[:, :-1].flatten(0, 1)
+        labels, logits = (
+            batch.pop("labels")[:, 1:].flatten(),
+            model(**batch).logits[:, :-1].flatten(0, 1),
+        )
         answers = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / items
         (answers + model.base_model.extra_loss(batch["attention_mask"]) / 2).backward()
     expected = gradients(model)
     one_step = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    plain = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    plain = {
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+    }
     trainer = make_trainer(model, tmp_path, [], count=4, save_strategy="no", **one_step, **plain)
     trainer._get_train_sampler = lambda dataset=None: torch.utils.data.SequentialSampler(data)
     trainer.train()
-    moved = {name: before[name] - p.detach() for name, p in model.named_parameters() if name in expected}
+    moved = {
+        name: before[name] - p.detach() for name, p in model.named_parameters() if name in expected
+    }
     torch.testing.assert_close(moved, expected, atol=1e-5, rtol=1e-3)

@@ -12,11 +12,31 @@ from transformers import DynamicCache
 from badit.tuner import hooks_of
 from badit.tuner.model import register
 from baselines import naive
-from baselines.naive import BRANCHES, GATED, IDS, MASK, ROWS, adapt, adapted, config, logits, loss, randomise, trainable
+from baselines.naive import (
+    BRANCHES,
+    GATED,
+    IDS,
+    MASK,
+    ROWS,
+    adapt,
+    adapted,
+    config,
+    logits,
+    loss,
+    randomise,
+    trainable,
+)
 from refusals import refuses
 from training.trainers import assert_same
 from tuner import helpers
-from tuner.helpers import cached_steps, gradients, greedy_by_hand, layers, take_steps, teacher_forced
+from tuner.helpers import (
+    cached_steps,
+    gradients,
+    greedy_by_hand,
+    layers,
+    take_steps,
+    teacher_forced,
+)
 
 by_family = pytest.mark.parametrize("family", ["llama", "gpt2"])  # nn.Linear and Conv1D
 by_method = pytest.mark.parametrize("method", naive.METHODS)
@@ -24,14 +44,18 @@ by_method = pytest.mark.parametrize("method", naive.METHODS)
 
 @by_family
 @by_method
-def test_step_0_is_close_to_base_model_and_training_changes_only_the_adapter(tiny_model, method, family):
+def test_step_0_is_close_to_base_model_and_training_changes_only_the_adapter(
+    tiny_model, method, family
+):
     model, base = adapt(tiny_model(family), method), logits(tiny_model(family))
     target = "transformer.h.{}.mlp.c_fc" if family == "gpt2" else "model.layers.{}.mlp.gate_proj"
     assert [layer.name for layer in layers(model)] == [target.format(i) for i in range(2)]
     if method == "goat":
         assert 1e-3 < (logits(model) - base).norm() / base.norm() < 0.3
     else:
-        torch.testing.assert_close(logits(model), base, atol=1e-5 if method == "badit" else 0, rtol=0)
+        torch.testing.assert_close(
+            logits(model), base, atol=1e-5 if method == "badit" else 0, rtol=0
+        )
     if method in BRANCHES:  # in their third task, where gates weight several branches
         model = adapted(model.unload(), method, tasks=2)
         model.base_model.next_task()
@@ -46,8 +70,12 @@ def test_step_0_is_close_to_base_model_and_training_changes_only_the_adapter(tin
     losses = take_steps(optimizer, 8, lambda: loss(model), *hooks)
     assert losses[-1] < losses[0] - 0.1
     assert all(p.grad.any() for name, p in model.named_parameters() if name in expected)
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert {name for name in changed if "badit_moments" not in name and "badit_batches" not in name} == expected
+    changed = {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert {
+        name for name in changed if "badit_moments" not in name and "badit_batches" not in name
+    } == expected
 
 
 @by_family
@@ -56,34 +84,55 @@ def test_save_and_load_round_trip(tiny_model, tmp_path, monkeypatch, method, fam
     model = adapted(tiny_model(family), method)
     expected, settings = logits(model), model.peft_config["default"].to_dict()
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == config(method).method
+    assert (
+        json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"]
+        == config(method).method
+    )
     for low_memory in (False, True):
         with monkeypatch.context() as patch:
             for module in ("badit.baselines.mixture", "badit.tuner.config"):
-                patch.setattr(f"{module}.top_singular_triples", None)  # loading computes no decomposition
-            loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path, low_cpu_mem_usage=low_memory).eval()
+                patch.setattr(
+                    f"{module}.top_singular_triples", None
+                )  # loading computes no decomposition
+            loaded = PeftModel.from_pretrained(
+                tiny_model(family), tmp_path, low_cpu_mem_usage=low_memory
+            ).eval()
         assert torch.equal(logits(loaded), expected)
-        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+        assert all(
+            torch.equal(value, loaded.state_dict()[name])
+            for name, value in model.state_dict().items()
+        )
         assert loaded.peft_config["default"].to_dict() == {**settings, "inference_mode": True}
         assert not trainable(loaded)
-    assert trainable(PeftModel.from_pretrained(tiny_model(family), tmp_path, is_trainable=True)) == trainable(model)
+    assert trainable(
+        PeftModel.from_pretrained(tiny_model(family), tmp_path, is_trainable=True)
+    ) == trainable(model)
 
 
 @by_family
 @by_method
 def test_disabled_or_unloaded_model_is_bit_identical_to_base_model(tiny_model, method, family):
-    model, base = adapted(tiny_model(family), method, target_modules="all-linear"), logits(tiny_model(family))
+    model, base = (
+        adapted(tiny_model(family), method, target_modules="all-linear"),
+        logits(tiny_model(family)),
+    )
     expected = logits(model)
     assert not torch.equal(expected, base)
     with model.disable_adapter():
         assert torch.equal(logits(model, rows=None), base)
-        model(input_ids=IDS, position_ids=torch.zeros_like(IDS))  # packed rows are accepted without gates
+        model(
+            input_ids=IDS, position_ids=torch.zeros_like(IDS)
+        )  # packed rows are accepted without gates
     assert torch.equal(logits(model), expected)
     unloaded, plain = model.unload(), tiny_model(family)
     assert torch.equal(logits(unloaded), base)
-    assert [type(module) for module in unloaded.modules()] == [type(module) for module in plain.modules()]
+    assert [type(module) for module in unloaded.modules()] == [
+        type(module) for module in plain.modules()
+    ]
     assert_same(unloaded.state_dict(), plain.state_dict())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in unloaded.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in unloaded.modules()
+    )
     assert "generate" not in vars(unloaded)
     assert torch.equal(logits(adapted(unloaded, method, target_modules="all-linear")), expected)
 
@@ -115,7 +164,12 @@ def test_merge_mixed_adapters_and_unsupported_layers_are_refused(tiny_model, met
     for merge in (model.merge_and_unload, model.merge_adapter, layers(model)[0].merge):
         refuses(r"no single weight to merge into; unload\(\) returns the base", merge)
     name = config(method).method
-    refuses(f"adapter_names: {name} cannot mix adapters", model, input_ids=IDS, adapter_names=["default"] * 3)
+    refuses(
+        f"adapter_names: {name} cannot mix adapters",
+        model,
+        input_ids=IDS,
+        adapter_names=["default"] * 3,
+    )
     message = f"input_layernorm is a LlamaRMSNorm; {name} adapts nn.Linear and Conv1D: change target_modules"
     refuses(message, adapt, tiny_model("llama"), method, target_modules=["input_layernorm"])
 
@@ -132,23 +186,38 @@ def test_padding_and_cache_do_not_change_outputs(tiny_model, method, family):
         generated = model.generate(**batch)
         assert torch.equal(generated, model.generate(**batch, use_cache=False))
     if method in GATED:
-        assert torch.equal(*(model.generate(**batch, num_beams=2, use_cache=cached) for cached in (True, False)))
+        assert torch.equal(
+            *(model.generate(**batch, num_beams=2, use_cache=cached) for cached in (True, False))
+        )
         assert torch.equal(generated, greedy_by_hand(model, IDS, MASK, 4))
-        whole = generated, torch.cat([MASK, torch.ones(3, 4, dtype=torch.long)], dim=1), IDS.shape[1]
-        steps, expected = cached_steps(model, *whole, DynamicCache(config=model.config)), teacher_forced(model, *whole)
+        whole = (
+            generated,
+            torch.cat([MASK, torch.ones(3, 4, dtype=torch.long)], dim=1),
+            IDS.shape[1],
+        )
+        steps, expected = (
+            cached_steps(model, *whole, DynamicCache(config=model.config)),
+            teacher_forced(model, *whole),
+        )
         torch.testing.assert_close(steps, expected[:, IDS.shape[1] - 1 :], atol=1e-4, rtol=1e-4)
     for row, length in enumerate((6, 11, 9)):
         ids = IDS[row : row + 1, -length:]
         with hooks_of(model).rows_of(ROWS[row : row + 1]):
-            torch.testing.assert_close(together[row], model(input_ids=ids).logits[0], atol=1e-4, rtol=1e-4)
-            assert torch.equal(generated[row, -4:], model.generate(input_ids=ids, **options)[0, -4:])
+            torch.testing.assert_close(
+                together[row], model(input_ids=ids).logits[0], atol=1e-4, rtol=1e-4
+            )
+            assert torch.equal(
+                generated[row, -4:], model.generate(input_ids=ids, **options)[0, -4:]
+            )
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @by_method
 def test_gradient_checkpointing_does_not_change_gradients(tiny_model, method, reentrant):
     """Re-entrant checkpointing is refused for gates outside the layers and for balance losses of a router."""
-    model = adapted(tiny_model("llama"), method, **({"balance_weight": 1.0} if method == "goat" else {})).train()
+    model = adapted(
+        tiny_model("llama"), method, **({"balance_weight": 1.0} if method == "goat" else {})
+    ).train()
     model.enable_input_require_grads()
 
     def backward():
@@ -160,7 +229,9 @@ def test_gradient_checkpointing_does_not_change_gradients(tiny_model, method, re
     start = copy.deepcopy(model.state_dict())
     expected = backward()
     assert expected.keys() == trainable(model)
-    model.load_state_dict(start)  # a training pass updates the moments of a standardised router input
+    model.load_state_dict(
+        start
+    )  # a training pass updates the moments of a standardised router input
     helpers.enable_checkpointing(model, reentrant)
     if reentrant and method in (*GATED, "goat"):
         refuses("set use_reentrant=False", backward)
@@ -169,10 +240,14 @@ def test_gradient_checkpointing_does_not_change_gradients(tiny_model, method, re
 
 
 @by_method
-def test_bf16_base_model_round_trip_deepcopy_and_repeated_registration(tiny_model, tmp_path, method):
+def test_bf16_base_model_round_trip_deepcopy_and_repeated_registration(
+    tiny_model, tmp_path, method
+):
     model = adapted(tiny_model("llama", dtype=torch.bfloat16), method)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if "badit_" in name}
-    assert {tensor.dtype for name, tensor in tensors.items() if "expert_of" not in name} == {torch.float32}
+    assert {tensor.dtype for name, tensor in tensors.items() if "expert_of" not in name} == {
+        torch.float32
+    }
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model("llama", dtype=torch.bfloat16), tmp_path).eval()
     assert logits(model).dtype == torch.bfloat16

@@ -21,8 +21,14 @@ WIDTH = 48
 
 def naive_scores(model, data):
     """Returns scores from single examples without padding, from gradients of zeros added to the neurons' outputs."""
-    last = re.compile(r"(.*\.mlp)\.(c_proj|down_proj)")  # the name of an MLP, and of its last projection
-    lasts = {found[1]: module for name, module in model.named_modules() if (found := last.fullmatch(name))}
+    last = re.compile(
+        r"(.*\.mlp)\.(c_proj|down_proj)"
+    )  # the name of an MLP, and of its last projection
+    lasts = {
+        found[1]: module
+        for name, module in model.named_modules()
+        if (found := last.fullmatch(name))
+    }
     added, outputs = {}, {}
     totals = {name: torch.zeros(WIDTH) for name in lasts}
     positions = sum(len(example["input_ids"]) for example in data)
@@ -46,7 +52,8 @@ def naive_scores(model, data):
 
 
 @pytest.mark.parametrize(  # left padding would shift GPT-2's absolute positions
-    ("family", "side"), [("llama", "right"), ("llama", "left"), ("gemma2", "right"), ("gpt2", "right")]
+    ("family", "side"),
+    [("llama", "right"), ("llama", "left"), ("gemma2", "right"), ("gpt2", "right")],
 )
 def test_scores_match_naive_scores_for_any_batching(tiny_model, family, side):
     model = tiny_model(family, attention_dropout=0.5)
@@ -56,7 +63,9 @@ def test_scores_match_naive_scores_for_any_batching(tiny_model, family, side):
         scores = neuron_scores(model.train(), [collate(batch) for batch in batches])
         assert model.training
         torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-7)
-        assert all(scores_F.min() < scores_F.max() / 2 for scores_F in scores.values()), "the scores must differ"
+        assert all(scores_F.min() < scores_F.max() / 2 for scores_F in scores.values()), (
+            "the scores must differ"
+        )
 
 
 def test_scoring_sets_no_gradients_and_works_on_a_frozen_model(tiny_model):
@@ -67,12 +76,18 @@ def test_scoring_sets_no_gradients_and_works_on_a_frozen_model(tiny_model):
     assert not any(p.requires_grad for p in model.parameters())
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.floats(0.01, 1), st.integers(0, 1000))
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4), st.floats(0.01, 1), st.integers(0, 1000)
+)
 def test_top_share_is_taken_over_all_layers_together(widths, share, seed):
     generator = torch.Generator().manual_seed(seed)
-    scores = {f"layer {i}": torch.rand(width, generator=generator) for i, width in enumerate(widths)}
+    scores = {
+        f"layer {i}": torch.rand(width, generator=generator) for i, width in enumerate(widths)
+    }
     masks = top_neurons(scores, share)
-    assert {name: len(mask) for name, mask in masks.items()} == {name: len(s) for name, s in scores.items()}
+    assert {name: len(mask) for name, mask in masks.items()} == {
+        name: len(s) for name, s in scores.items()
+    }
     chosen = [float(s) for name in scores for s in scores[name][masks[name]]]
     others = [float(s) for name in scores for s in scores[name][~masks[name]]]
     assert len(chosen) == max(1, round(share * sum(widths)))
@@ -81,7 +96,9 @@ def test_top_share_is_taken_over_all_layers_together(widths, share, seed):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "llama with biases"])
 def test_step_changes_only_the_selected_neurons(tiny_model, family):
-    model = tiny_model(family.split()[0], **({"mlp_bias": True} if "biases" in family else {})).train()
+    model = tiny_model(
+        family.split()[0], **({"mlp_bias": True} if "biases" in family else {})
+    ).train()
     batch = AnswerCollator(0)(examples(6))
     masks = top_neurons(neuron_scores(model, [batch]), 0.25)
     assert all(mask.any() and not mask.all() for mask in masks.values())
@@ -92,7 +109,9 @@ def test_step_changes_only_the_selected_neurons(tiny_model, family):
     for name, parameter in model.named_parameters():
         mask = next((mask for layer, mask in masks.items() if name.startswith(f"{layer}.")), None)
         moved = parameter != before[name]
-        if mask is None or WIDTH not in moved.shape:  # the last projection's bias belongs to no neuron
+        if (
+            mask is None or WIDTH not in moved.shape
+        ):  # the last projection's bias belongs to no neuron
             assert not moved.any(), name
             assert not parameter.requires_grad, name
         else:

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from badit import BaditError
-from badit.cli import app, main
-from badit.files import read_json
-from badit.recipe import load_recipe
+from badit.cli.app import app, main
+from badit.recipe.schema import load_recipe
+from badit.support.files import read_json
 
 
 def test_every_command_and_parameter_has_help(command):
@@ -27,14 +27,16 @@ def test_every_command_and_parameter_has_help(command):
     ("statement", "heavy"),
     [
         ("import badit", "numpy torch transformers peft pydantic"),
-        ("from badit.cli import main; main(['train', 'superni-cpu', 'data.source=nowhere.csv'])", "torch transformers"),
-        *((f"from badit.cli import main; main({words!r})", "torch transformers peft pydantic")
+        ("from badit.cli.app import main; main(['train', 'superni-cpu', 'data.source=nowhere.csv'])", "torch transformers"),
+        *((f"from badit.cli.app import main; main({words!r})", "torch transformers peft pydantic")
           for words in (["--help"], ["train", "--help"], ["--version"])),
     ],
 )  # fmt: skip
 def test_imports_recipes_and_help_do_not_load_heavy_libraries(statement, heavy):
     script = f"import sys; {statement}; print('loaded', *{{*{heavy.split()}}} & {{*sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "loaded"
 
 
@@ -45,7 +47,10 @@ def test_invalid_input_gives_one_line_and_exit_code_2(command, tmp_path, monkeyp
         (["train", "x", "a=1", "--dry-run", "b=2", "--nope"], "--nope"),
         (["train", "missing.yaml"], "missing.yaml: cannot be read"),
         (["evaluate", "missing-run"], "missing-run: has no config.yaml"),
-        (["train", "superni-cpu", "data.source=nowhere/rows.csv"], "nowhere/rows.csv: no such file or folder"),
+        (
+            ["train", "superni-cpu", "data.source=nowhere/rows.csv"],
+            "nowhere/rows.csv: no such file or folder",
+        ),
     ):
         assert message in command(*arguments, code=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -53,12 +58,18 @@ def test_invalid_input_gives_one_line_and_exit_code_2(command, tmp_path, monkeyp
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
-def test_tasks_lists_suite_debug_raises_and_interruption_exits_with_130(command, capsys, monkeypatch, tmp_path):
+def test_tasks_lists_suite_debug_raises_and_interruption_exits_with_130(
+    command, capsys, monkeypatch, tmp_path
+):
     shown = command("tasks", "builtin")
     assert "review_sentiment" in shown
     assert "16 tasks, all valid" in shown
-    (tmp_path / "a.jsonl").write_text('{"task": "a", "instruction": "Do.", "output": "y", "split": "test"}\n')
-    assert main(["tasks", str(tmp_path / "a.jsonl"), "--show", "1"]) == 0, "also without training instances"
+    (tmp_path / "a.jsonl").write_text(
+        '{"task": "a", "instruction": "Do.", "output": "y", "split": "test"}\n'
+    )
+    assert main(["tasks", str(tmp_path / "a.jsonl"), "--show", "1"]) == 0, (
+        "also without training instances"
+    )
 
     with pytest.raises(BaditError):
         main(["--debug", "tasks", "missing-data"])
@@ -70,8 +81,13 @@ def test_tasks_lists_suite_debug_raises_and_interruption_exits_with_130(command,
 def test_dry_run_writes_nothing_and_overrides_may_follow_flags(tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text("data: {train_per_task: 3, test_per_task: 2}\n")
-    shown = command("train", "recipe.yaml", "data.train_per_task=4", "--dry-run", "output=somewhere")
-    assert "16 tasks, 64 training and 32 test instances; the run would be written to somewhere" in shown
+    shown = command(
+        "train", "recipe.yaml", "data.train_per_task=4", "--dry-run", "output=somewhere"
+    )
+    assert (
+        "16 tasks, 64 training and 32 test instances; the run would be written to somewhere"
+        in shown
+    )
     assert yaml.safe_load(shown.rpartition("\n16 tasks")[0])["output"] == "somewhere"
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
@@ -82,7 +98,9 @@ def test_terminal_shows_progress_and_red_errors_unless_no_color(tmp_path, variab
     terminal, stderr = os.openpty()
     environment = {**os.environ, "TERM": "xterm", **variables}
     command = [sys.executable, "-m", "badit", "train", str(tmp_path / "recipe.yaml")]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, env=environment, check=False)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=stderr, env=environment, check=False
+    )
     os.close(stderr)
     shown = os.read(terminal, 10_000).decode()
     os.close(terminal)
@@ -93,11 +111,17 @@ def test_terminal_shows_progress_and_red_errors_unless_no_color(tmp_path, variab
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_demo_compares_and_writes_a_report(fails, inline, recipe_values, monkeypatch, capsys, tmp_path):
+def test_demo_compares_and_writes_a_report(
+    fails, inline, recipe_values, monkeypatch, capsys, tmp_path
+):
     recipe, output = tmp_path / "demo.yaml", tmp_path / "demo"
-    methods = {"lora": {"name": "lora", "r": 4, "training": {"learning_rate": 1e38 if fails else 1e-3}}}
-    recipe.write_text(yaml.safe_dump(recipe_values | {"compare": {"methods": methods, "seeds": [0]}}))
-    monkeypatch.setattr("badit.recipe.shipped_recipes", lambda: {"demo": recipe})
+    methods = {
+        "lora": {"name": "lora", "r": 4, "training": {"learning_rate": 1e38 if fails else 1e-3}}
+    }
+    recipe.write_text(
+        yaml.safe_dump(recipe_values | {"compare": {"methods": methods, "seeds": [0]}})
+    )
+    monkeypatch.setattr("badit.recipe.schema.shipped_recipes", lambda: {"demo": recipe})
     assert main(["demo", f"output={output}", "training.max_steps=2"]) == int(fails)
     shown = capsys.readouterr().out
     assert ("no finished run: lora" in shown) == fails
@@ -108,17 +132,28 @@ def test_demo_compares_and_writes_a_report(fails, inline, recipe_values, monkeyp
 def test_evaluate_prints_the_scores_of_the_chosen_split(recipe_file, tmp_path, command):
     command("train", recipe_file, "training.max_steps=1", "data.validation_per_task=2")
     (tmp_path / "run" / "scores.json").unlink()
-    shown = command("evaluate", tmp_path / "run", "--split", "validation", "--batch-size", 1).split()
+    shown = command(
+        "evaluate", tmp_path / "run", "--split", "validation", "--batch-size", 1
+    ).split()
     assert shown[-1] == f"{read_json(tmp_path / 'run' / 'scores-validation.json')['nll']:.3f}"
 
 
-def test_init_train_and_analyze_turn_a_csv_into_scores_and_a_report(tiny_built_in, tmp_path, monkeypatch, capsys):
+def test_init_train_and_analyze_turn_a_csv_into_scores_and_a_report(
+    tiny_built_in, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    rows = [f"{task},{task} of land {i},{task} {i}" for task in ("capital", "river") for i in range(8)]
+    rows = [
+        f"{task},{task} of land {i},{task} {i}" for task in ("capital", "river") for i in range(8)
+    ]
     (tmp_path / "data.csv").write_text("\n".join(["task,question,answer", *rows]))
     for command in (["init", "data.csv"], ["train", "recipe.yaml"], ["analyze", "runs/recipe"]):
         assert main(command) == 0
-    assert main(["init", "data.csv", "data.columns={input: question, output: answer}", "-o", "own.yaml"]) == 0
+    assert (
+        main(
+            ["init", "data.csv", "data.columns={input: question, output: answer}", "-o", "own.yaml"]
+        )
+        == 0
+    )
     assert load_recipe("own.yaml").data.columns == {"input": "question", "output": "answer"}
     assert main(["init", "data.csv", "training.seed=1", "-o", "other.yaml"]) == 2
     assert read_json(tmp_path / "runs/recipe/scores.json")["tasks"].keys() == {"capital", "river"}

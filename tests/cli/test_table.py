@@ -18,7 +18,9 @@ bold = re.compile(r"\*\*(.*?)\*\*").findall
 @pytest.fixture
 def shown(tmp_path, command):
     """A function that returns the output of the command for some results."""
-    return lambda content, *more, **options: command("table", write_results(tmp_path, content), *more, **options)
+    return lambda content, *more, **options: command(
+        "table", write_results(tmp_path, content), *more, **options
+    )
 
 
 def renamed(content, new):
@@ -31,12 +33,29 @@ def test_text_table_and_notes_on_omitted_cells(shown):
     assert columns(lines[0])[0] == "method"
     assert "vs lora [95 %]" in lines[0]
     base, lora, badit = map(columns, lines[2:5])
-    assert lora == ["lora", "4,800,000", "0.002", "3", "47.7 ± 1.2", "41.7 ± 0.0", "–", "2", "2.0", "101", "2.2"]
+    assert lora == [
+        "lora",
+        "4,800,000",
+        "0.002",
+        "3",
+        "47.7 ± 1.2",
+        "41.7 ± 0.0",
+        "–",
+        "2",
+        "2.0",
+        "101",
+        "2.2",
+    ]
     assert (badit[0], badit[6]) == ("badit_x", "+4.5 [+3.0, +6.0]")
     assert base[:5] == ["base", "–", "–", "1", "26.5"]
     assert "no finished run: goat" in lines
-    assert not any("over the " in line or "one run" in line for line in lines[7:]), "no note if all runs are paired"
-    assert lines[-2:] == ["missing runs: 1 of goat", "failed: badit_x, seed 1, learning rate 0.002 (out of memory)"]
+    assert not any("over the " in line or "one run" in line for line in lines[7:]), (
+        "no note if all runs are paired"
+    )
+    assert lines[-2:] == [
+        "missing runs: 1 of goat",
+        "failed: badit_x, seed 1, learning rate 0.002 (out of memory)",
+    ]
 
 
 def test_notes_on_unpaired_runs_single_runs_and_missing_reference(shown):
@@ -64,13 +83,23 @@ def test_markdown_bolds_the_best_and_escapes_names(shown):
 
     cells = [cell("lora", 0, 40), cell("badit", 0, 40)]
     cells[1]["scores"]["tasks"]["task_b"]["rouge_l"] += 1e-14
-    assert shown(comparison(*cells, methods=["lora", "badit"]), "--format", "markdown").count("**46.5**") == 2
+    assert (
+        shown(comparison(*cells, methods=["lora", "badit"]), "--format", "markdown").count(
+            "**46.5**"
+        )
+        == 2
+    )
 
 
 def test_latex_is_a_booktabs_tabular_with_escaped_names(shown):
     lines = shown(renamed(mixed(), r"[50%_a&b#{c}\d"), "--format", "latex").splitlines()
     assert lines[0] == r"\begin{tabular}{lrrrrrrrrrr}"
-    assert [lines[1], lines[3], lines[7], lines[8]] == [r"\toprule", r"\midrule", r"\bottomrule", r"\end{tabular}"]
+    assert [lines[1], lines[3], lines[7], lines[8]] == [
+        r"\toprule",
+        r"\midrule",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
     for line in (lines[2], *lines[4:7]):
         assert len(re.findall(r"(?<!\\)&", line)) == 10
         assert line.endswith(r" \\")
@@ -91,24 +120,51 @@ def test_csv_has_full_precision_and_omitted_cells(shown):
     assert float(rows[2]["difference_share_not_positive"]) == 0
     assert (rows[2]["runs"], rows[2]["status"]) == ("2", "")
     assert rows[1]["difference_low"] == ""
-    assert (rows[3]["status"], rows[3]["error"], rows[3]["seed"]) == ("failed", "out of\nmemory", "1")
+    assert (rows[3]["status"], rows[3]["error"], rows[3]["seed"]) == (
+        "failed",
+        "out of\nmemory",
+        "1",
+    )
     assert rows[4]["status"] == "missing"
 
 
 def test_sequential_table_in_standard_and_released_form(shown):
     content = sequential()
     header, _, lora, badit, *notes = shown(content).splitlines()
-    assert columns(header)[3:] == ["runs", "AP", "forgetting", "BWT", "FWT", "vs lora [95 %]", "rank"]
-    assert columns(lora)[3:] == ["4", "38.1 ± 1.4", "6.5 ± 1.3", "−6.5 ± 1.3", "2.5 ± 1.3", "–", "2"]
+    assert columns(header)[3:] == [
+        "runs",
+        "AP",
+        "forgetting",
+        "BWT",
+        "FWT",
+        "vs lora [95 %]",
+        "rank",
+    ]
+    assert columns(lora)[3:] == [
+        "4",
+        "38.1 ± 1.4",
+        "6.5 ± 1.3",
+        "−6.5 ± 1.3",
+        "2.5 ± 1.3",
+        "–",
+        "2",
+    ]
     assert columns(badit)[-2:] == ["+5.0 [+5.0, +5.0]", "1"]
     assert "forgetting, BWT, FWT: standard form" in notes
     released = shown(content, "--released")
     assert "10.5 ± 1.3" in released
     assert "as in released code" in released
     for entry in content["cells"][4:]:
-        entry["continual"]["standard"] |= {"forgetting": 3.0, "backward_transfer": -3.0, "forward_transfer": -2.0}
+        entry["continual"]["standard"] |= {
+            "forgetting": 3.0,
+            "backward_transfer": -3.0,
+            "forward_transfer": -2.0,
+        }
     lines = shown(content, "--format", "markdown").splitlines()
-    assert [bold(line) for line in lines[2:4]] == [["2.5 ± 1.3"], ["43.1 ± 1.4", "3.0 ± 0.0", "−3.0 ± 0.0"]]
+    assert [bold(line) for line in lines[2:4]] == [
+        ["2.5 ± 1.3"],
+        ["43.1 ± 1.4", "3.0 ± 0.0", "−3.0 ± 0.0"],
+    ]
 
 
 def test_table_by_task(shown):
@@ -118,7 +174,11 @@ def test_table_by_task(shown):
     assert columns(lines[2]) == ["mean over tasks", "26.5", "47.7", "52.2"]
     markdown = shown(mixed(), "--by-task", "--format", "markdown").splitlines()
     assert [bold(line) for line in markdown[2:5]] == [["47.7"], ["56.8"], ["52.2"]]
-    rows = [*csv.DictReader(io.StringIO(shown(mixed(), "--by-task", "--format", "csv", "--metric", "exact_match")))]
+    rows = [
+        *csv.DictReader(
+            io.StringIO(shown(mixed(), "--by-task", "--format", "csv", "--metric", "exact_match"))
+        )
+    ]
     assert [row["task"] for row in rows] == ["task002_quoref", "task_b", "mean over tasks", "", ""]
     assert float(rows[0]["base_exact_match"]) == pytest.approx(100 / 3)
     assert rows[3]["status"] == "failed"
@@ -127,12 +187,32 @@ def test_table_by_task(shown):
 
 def test_invalid_input_gives_one_line_and_exit_code_2(shown):
     for content, arguments, message in (
-        (mixed(), ["--released"], "--released: valid only for a sequential comparison and without --by-task"),
+        (
+            mixed(),
+            ["--released"],
+            "--released: valid only for a sequential comparison and without --by-task",
+        ),
         (sequential(), ["--released", "--by-task"], "--released: valid only for a sequential"),
-        (mixed(), ["--reference", "lora", "--by-task"], "--reference: a table by task has no differences; omit it"),
-        (sequential(), ["--metric", "exact_match"], "--metric: forgetting and transfer are measured in Rouge-L"),
-        (mixed(), ["--reference", "badit"], "--reference: unknown 'badit' (did you mean 'badit_x'?)"),
-        (mixed(), ["--metric", "nll"], "metric: the results have no scores in nll; choose another metric"),
+        (
+            mixed(),
+            ["--reference", "lora", "--by-task"],
+            "--reference: a table by task has no differences; omit it",
+        ),
+        (
+            sequential(),
+            ["--metric", "exact_match"],
+            "--metric: forgetting and transfer are measured in Rouge-L",
+        ),
+        (
+            mixed(),
+            ["--reference", "badit"],
+            "--reference: unknown 'badit' (did you mean 'badit_x'?)",
+        ),
+        (
+            mixed(),
+            ["--metric", "nll"],
+            "metric: the results have no scores in nll; choose another metric",
+        ),
         ([], [], "must hold one JSON object"),
     ):
         assert message in shown(content, *arguments, code=2)

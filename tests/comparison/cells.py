@@ -5,19 +5,22 @@ from importlib import import_module
 from pathlib import Path
 from unittest.mock import patch
 
-from badit import worker
-from badit.files import read_json
-from badit.results import RESULTS
-from badit.run import ERROR
+from badit.comparison import worker
+from badit.comparison.results import RESULTS
+from badit.runs.folder import ERROR
+from badit.support.files import read_json
 
-compare_module = import_module("badit.compare")  # badit.compare is the function
+compare_module = import_module("badit.comparison.compare")  # badit.compare is the function
 
 LORA = {"lora": {"name": "lora", "r": 4}}
 
 
 def comparison_values(material, output, **compare):
     """Returns a recipe that compares LoRA and BADIT with equal total ranks, for two steps per run."""
-    methods = {"lora": {"name": "lora", "r": 8}, "badit": {"name": "badit", "num_experts": 4, "r": 2}}
+    methods = {
+        "lora": {"name": "lora", "r": 8},
+        "badit": {"name": "badit", "num_experts": 4, "r": 2},
+    }
     return {
         "model": {"name": str(material / "model"), "dtype": "float32"},
         "data": {"source": str(material / "tasks.jsonl"), "validation_per_task": 2},
@@ -51,7 +54,11 @@ class InlineCell(FakeProcess):
 
 def by_status(results, **wanted):
     """Returns ``method/seed`` of the cells whose fields have these values."""
-    cells = [cell for cell in results["cells"] if wanted.items() <= {key: cell[key] for key in wanted}.items()]
+    cells = [
+        cell
+        for cell in results["cells"]
+        if wanted.items() <= {key: cell[key] for key in wanted}.items()
+    ]
     return [f"{cell['method']}/{cell['seed']}" for cell in cells]
 
 

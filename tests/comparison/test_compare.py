@@ -9,13 +9,20 @@ import pytest
 import yaml
 
 from badit import BaditError, Run, load_results, summarise, worker
-from badit.cli import main
-from badit.files import read_json
-from badit.methods import AdapterMethod, NeuronMethod
-from badit.metrics import METRICS
-from badit.recipe import build_recipe
-from badit.statistics import FORMS, continual_scores
-from comparison.cells import LORA, InlineCell, by_status, compare_module, compared, comparison_values
+from badit.cli.app import main
+from badit.evaluation.metrics import METRICS
+from badit.evaluation.statistics import FORMS, continual_scores
+from badit.recipe.schema import build_recipe
+from badit.support.files import read_json
+from badit.training.methods import AdapterMethod, NeuronMethod
+from comparison.cells import (
+    LORA,
+    InlineCell,
+    by_status,
+    compare_module,
+    compared,
+    comparison_values,
+)
 from materials import comparison, results_cell, write_results
 from refusals import refuses
 
@@ -29,9 +36,19 @@ def searched(material, tmp_path_factory):
     search = {"learning_rates": LADDER, "budget": "badit", "unmatched": ["lora"]}
     values, lines = comparison_values(material, output, seeds=[0, 1], **search), []
 
-    def report(line):  # the line of a run that is scored ends with the number of finished runs in results.json
-        saved = read_json(output / "results.json") if (output / "results.json").is_file() else {"cells": []}
-        lines.append(line + f" {len(by_status(saved, selected=True, status='done'))}" * line.endswith("and scoring"))
+    def report(
+        line,
+    ):  # the line of a run that is scored ends with the number of finished runs in results.json
+        saved = (
+            read_json(output / "results.json")
+            if (output / "results.json").is_file()
+            else {"cells": []}
+        )
+        lines.append(
+            line
+            + f" {len(by_status(saved, selected=True, status='done'))}"
+            * line.endswith("and scoring")
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare_module, "start_cell", InlineCell)
@@ -43,20 +60,38 @@ def test_each_method_uses_its_best_rate_and_results_match_the_runs(searched):
     output = Path(values["output"])
     for method in ("lora", "badit"):
         cells = [cell for cell in results["cells"] if cell["method"] == method]
-        losses = {cell["learning_rate"]: cell["validation_loss"] for cell in cells if cell["seed"] == 0}
+        losses = {
+            cell["learning_rate"]: cell["validation_loss"] for cell in cells if cell["seed"] == 0
+        }
         assert sorted(losses) == LADDER
         for rate, loss in losses.items():
-            assert read_json(output / method / f"lr-{rate:g}/seed-0/validation.json")["loss"] == loss
+            assert (
+                read_json(output / method / f"lr-{rate:g}/seed-0/validation.json")["loss"] == loss
+            )
         level = min(losses.values()) + METRICS["nll"].margin
         best = min(rate for rate, loss in losses.items() if loss < level)
-        assert [(cell["learning_rate"], cell["seed"]) for cell in cells if cell["selected"]] == [(best, 0), (best, 1)]
+        assert [(cell["learning_rate"], cell["seed"]) for cell in cells if cell["selected"]] == [
+            (best, 0),
+            (best, 1),
+        ]
         assert f"{method}: learning rate {best:g}" in lines
     assert len(by_status(results, status="done")) == len(results["cells"]) == 2 * (3 + 1)
-    assert [line[0] + line[-1] for line in lines if "training and scoring" in line] == ["l0", "b1", "l2", "b3"]
+    assert [line[0] + line[-1] for line in lines if "training and scoring" in line] == [
+        "l0",
+        "b1",
+        "l2",
+        "b3",
+    ]
     assert sum(line.endswith(": training") for line in lines) == 6
-    assert (results["protocol"], results["reference"], results["methods"]) == ("mixed", "lora", ["lora", "badit"])
+    assert (results["protocol"], results["reference"], results["methods"]) == (
+        "mixed",
+        "lora",
+        ["lora", "badit"],
+    )
     for cell in results["cells"]:
-        run = Run(output / cell["method"] / f"lr-{cell['learning_rate']:g}" / f"seed-{cell['seed']}")
+        run = Run(
+            output / cell["method"] / f"lr-{cell['learning_rate']:g}" / f"seed-{cell['seed']}"
+        )
         assert cell["config"] == run.trusted_recipe().model_dump(mode="json", exclude={"compare"})
         assert cell["config"]["method"] == values["compare"]["methods"][cell["method"]]
         assert cell["environment"] == run.environment
@@ -66,7 +101,9 @@ def test_each_method_uses_its_best_rate_and_results_match_the_runs(searched):
         assert cell["scores"] == read_json(run.scores_path)
         assert cell["instances"] == read_json(run.instances_path)
         for task, scores in cell["instances"].items():
-            assert fmean(scores["rouge_l"]) == pytest.approx(cell["scores"]["tasks"][task]["rouge_l"])
+            assert fmean(scores["rouge_l"]) == pytest.approx(
+                cell["scores"]["tasks"][task]["rouge_l"]
+            )
     summary = summarise(load_results(output)).set_index("method")
     assert summary["runs"].tolist() == [2, 2]
     assert summary["trainable_parameters"].to_dict() == results["trainable_parameters"]
@@ -76,7 +113,9 @@ def test_finished_comparison_is_reused_and_other_recipes_are_refused(searched, m
     monkeypatch.setattr(compare_module, "start_cell", None)  # no cell is started
     values, results, _ = searched
     assert compared(values) == results
-    with pytest.raises(BaditError, match=r"holds a run of another recipe .it differs in training\.max_steps"):
+    with pytest.raises(
+        BaditError, match=r"holds a run of another recipe .it differs in training\.max_steps"
+    ):
         compared({**values, "training": {**values["training"], "max_steps": 3}})
     methods = {**values["compare"]["methods"], "badit": {"name": "badit", "num_experts": 2, "r": 4}}
     with pytest.raises(BaditError, match=r"badit/.*it differs in method\.num_experts, method\.r"):
@@ -100,7 +139,11 @@ def test_failed_cell_does_not_stop_others_and_is_retried(values, inline, monkeyp
         patch.setattr(NeuronMethod, "trainer", Mock(side_effect=BaditError("no room for neurons")))
         results = compared(values, report=lines.append)
         failed, done = results["cells"]
-        assert (failed["status"], failed["error"], done["status"]) == ("failed", "no room for neurons", "done")
+        assert (failed["status"], failed["error"], done["status"]) == (
+            "failed",
+            "no room for neurons",
+            "done",
+        )
         assert any("neurons/lr-0.01/seed-0: FAILED (no room for neurons)" in line for line in lines)
         inline.clear()
         assert compared(values) == results
@@ -108,7 +151,9 @@ def test_failed_cell_does_not_stop_others_and_is_retried(values, inline, monkeyp
     assert by_status(compared(values), status="done", error=None) == ["neurons/0", "lora/0"]
 
 
-def test_failed_rates_are_not_selected_and_interruption_keeps_finished_cells(values, inline, monkeypatch):
+def test_failed_rates_are_not_selected_and_interruption_keeps_finished_cells(
+    values, inline, monkeypatch
+):
     values["compare"] |= {"learning_rates": [0.001, 0.01, 3e38], "methods": LORA}
     own = AdapterMethod.trainer
 
@@ -120,18 +165,32 @@ def test_failed_rates_are_not_selected_and_interruption_keeps_finished_cells(val
     monkeypatch.setattr(AdapterMethod, "trainer", failing_at)
     results = compared(values)
     fields = ("selected", "status", "error", "validation_loss")
-    found = {cell["learning_rate"]: tuple(cell[field] for field in fields) for cell in results["cells"]}
+    found = {
+        cell["learning_rate"]: tuple(cell[field] for field in fields) for cell in results["cells"]
+    }
     loss, diverged = found[0.01][3], found[3e38][2]
-    assert diverged.endswith("its training has diverged; train again with a lower training.learning_rate")
+    assert diverged.endswith(
+        "its training has diverged; train again with a lower training.learning_rate"
+    )
     assert found[0.001] == (False, "failed", "RuntimeError: no such", None)
-    assert (found[0.01], found[3e38]) == ((True, "done", None, loss), (False, "failed", diverged, None))
+    assert (found[0.01], found[3e38]) == (
+        (True, "done", None, loss),
+        (False, "failed", diverged, None),
+    )
     json.dumps(results, allow_nan=False)
-    assert load_results(values["output"]).cells["error"].dropna().tolist() == ["RuntimeError: no such", diverged]
+    assert load_results(values["output"]).cells["error"].dropna().tolist() == [
+        "RuntimeError: no such",
+        diverged,
+    ]
     monkeypatch.setattr(compare_module, "start_cell", Mock(side_effect=KeyboardInterrupt))
     values["compare"]["seeds"] = [0, 1]
     with pytest.raises(KeyboardInterrupt):
         compared(values)
-    chosen = [cell for cell in read_json(Path(values["output"]) / "results.json")["cells"] if cell["selected"]]
+    chosen = [
+        cell
+        for cell in read_json(Path(values["output"]) / "results.json")["cells"]
+        if cell["selected"]
+    ]
     assert [(cell["seed"], cell["status"]) for cell in chosen] == [(0, "done"), (1, "missing")]
 
 
@@ -150,14 +209,22 @@ def test_search_with_other_settings_has_its_own_folder(values, inline):
     assert len(inline) == 2 + 1, "two rates in the search, and one final training"
     del values["compare"]["learning_rates"]
     unsearched = {**values, "output": values["output"] + "-unsearched"}
-    assert compared(unsearched)["cells"] == compared(unsearched)["cells"], "without rates there is no search"
+    assert compared(unsearched)["cells"] == compared(unsearched)["cells"], (
+        "without rates there is no search"
+    )
     values["compare"] |= {"learning_rates": [0.01, 0.02], "search": {"training": {"max_steps": 3}}}
-    refuses(r"search/.*run of another recipe .it differs in .*training\.max_steps", compared, values)
+    refuses(
+        r"search/.*run of another recipe .it differs in .*training\.max_steps", compared, values
+    )
 
 
 def test_sequential_comparison_with_two_orders_and_single_task_models(values, inline, monkeypatch):
     orders = [["rivers", "cities"], ["cities", "rivers"]]
-    values["compare"] |= {"methods": {**LORA, "base": {"name": "base"}}, "orders": orders, "single_task": ["lora"]}
+    values["compare"] |= {
+        "methods": {**LORA, "base": {"name": "base"}},
+        "orders": orders,
+        "single_task": ["lora"],
+    }
     own = worker.exclusive
 
     def failing(folder):
@@ -168,7 +235,11 @@ def test_sequential_comparison_with_two_orders_and_single_task_models(values, in
     with monkeypatch.context() as patch:
         patch.setattr(worker, "exclusive", failing)
         first, _, _, single = compared(values)["cells"]
-    assert (first["status"], single["status"], single["error"]) == ("done", "failed", "rivers are dry")
+    assert (first["status"], single["status"], single["error"]) == (
+        "done",
+        "failed",
+        "rivers are dry",
+    )
     assert first["continual"]["standard"]["forward_transfer"] is None
     sequences = [f"order-{order}/lr-0.01/seed-0" for order in ("cities-rivers", "rivers-cities")]
     assert inline[0] == sequences[1]
@@ -179,16 +250,27 @@ def test_sequential_comparison_with_two_orders_and_single_task_models(values, in
     assert results["protocol"] == "sequential"
     assert results["methods"] == ["lora", "base", "lora, one model per task"]
     first, second, base, single = results["cells"]
-    assert [cell["order"] for cell in results["cells"]] == ["rivers-cities", "cities-rivers", None, None]
+    assert [cell["order"] for cell in results["cells"]] == [
+        "rivers-cities",
+        "cities-rivers",
+        None,
+        None,
+    ]
     assert {cell["status"] for cell in results["cells"]} == {"done"}
     folder = Path(values["output"]) / "lora" / "single" / "lr-0.01" / "seed-0"
-    alone = {task: read_json(folder / task / "scores.json")["rouge_l"] for task in ("cities", "rivers")}
-    assert {task: scores["rouge_l"] for task, scores in single["scores"]["tasks"].items()} == pytest.approx(alone)
+    alone = {
+        task: read_json(folder / task / "scores.json")["rouge_l"] for task in ("cities", "rivers")
+    }
+    assert {
+        task: scores["rouge_l"] for task, scores in single["scores"]["tasks"].items()
+    } == pytest.approx(alone)
     assert single["environment"]["training"]["steps"] == 2 * 2
     for cell, order in ((first, orders[0]), (second, orders[1])):
         assert cell["tasks"] == order
         expected = [alone[task] for task in order]
-        scores = {form: continual_scores(cell["matrix"], expected, form=form)._asdict() for form in FORMS}
+        scores = {
+            form: continual_scores(cell["matrix"], expected, form=form)._asdict() for form in FORMS
+        }
         assert cell["continual"] == scores
         assert scores["standard"]["forward_transfer"] is not None
         assert not {"matrix", "order", "continual"} & cell["scores"].keys()
@@ -201,15 +283,27 @@ def test_sequential_comparison_with_two_orders_and_single_task_models(values, in
 def test_invalid_comparisons_are_refused_before_any_cell_starts(values, monkeypatch):
     monkeypatch.setattr(compare_module, "start_cell", None)  # no cell is started
     for changes, message in (
-        ({"orders": [["cities", "rivers"], ["cities", "../rivers"]]}, r"data\.order: unknown task '\.\./rivers'"),
-        ({"methods": {"lora": {"name": "lora", "target_modules": ["x"]}}}, r"compare\.methods\.lora: method: Target"),
+        (
+            {"orders": [["cities", "rivers"], ["cities", "../rivers"]]},
+            r"data\.order: unknown task '\.\./rivers'",
+        ),
+        (
+            {"methods": {"lora": {"name": "lora", "target_modules": ["x"]}}},
+            r"compare\.methods\.lora: method: Target",
+        ),
     ):
         refuses(message, compared, {**values, "compare": values["compare"] | changes})
     assert not Path(values["output"]).exists()
     Path(values["output"]).mkdir()
     scores = {"cities": {"rouge_l": [50.0], "exact_match": [0.0]}}
-    write_results(Path(values["output"]), comparison(results_cell("lora", 0, scores), methods=["lora"]))
-    refuses("results.json: has results without their runs; choose another output=FOLDER", compared, values)
+    write_results(
+        Path(values["output"]), comparison(results_cell("lora", 0, scores), methods=["lora"])
+    )
+    refuses(
+        "results.json: has results without their runs; choose another output=FOLDER",
+        compared,
+        values,
+    )
 
 
 @pytest.mark.usefixtures("inline")
@@ -223,7 +317,9 @@ def test_compare_command_dry_run_and_results(values, tmp_path, capsys, command):
     assert counts == {"lora": ("1", "1,280"), "again": ("1", "1,280"), "base": ("1", "–")}
     assert f"3 runs; they would be written to {values['output']}" in shown
     about = " ".join(shown[shown.index("one run of lora:") :])
-    assert all(words in about for words in ("steps of", "minutes of training", "GiB of memory", "1,280 of"))
+    assert all(
+        words in about for words in ("steps of", "minutes of training", "GiB of memory", "1,280 of")
+    )
     assert not Path(values["output"]).exists()
     assert [main(["compare", str(path), *flag]) for flag in ([], ["--dry-run"])] == [0, 0]
     captured = capsys.readouterr()

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from badit import Run, load_results
-from badit.checkpoint import last_checkpoint
-from badit.files import read_json
-from badit.recipe import build_recipe
-from badit.worker import error_of, start_cell
+from badit.comparison.worker import error_of, start_cell
+from badit.recipe.schema import build_recipe
+from badit.support.files import read_json
+from badit.training.checkpoints import last_checkpoint
 from comparison.cells import LORA, FakeProcess, by_status, compare_module, compared
 
 
@@ -77,7 +77,9 @@ def test_process_gets_threads_and_gpu_from_its_environment(tmp_path, monkeypatch
     script = f"import os, sys; print({shown}); sys.exit(7)"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     start = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **k: start([*command[:2], "-c", script], **k))
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **k: start([*command[:2], "-c", script], **k)
+    )
     (log := tmp_path / "log.txt").write_text("of an earlier attempt")
     with start_cell(tmp_path, score=True, threads=3, device=1) as process:
         assert error_of(tmp_path, process.wait()) == f"ended with exit code 7; see {log}"
@@ -87,7 +89,7 @@ def test_process_gets_threads_and_gpu_from_its_environment(tmp_path, monkeypatch
 def test_cell_stops_when_its_standard_input_is_closed():
     script = """
 import sys, time
-from badit import worker
+from badit.comparison import worker
 worker.run_cell = lambda folder, score: print(folder, score, flush=True) or time.sleep(9999)
 sys.argv = ["worker", "FOLDER", "search"]
 worker.main()
@@ -108,7 +110,9 @@ def test_sigterm_stops_command_and_cell_and_saves_a_checkpoint(values, tmp_path)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     cell = Run.at(Path(values["output"]) / "lora" / "lr-0.01" / "seed-0")
     try:
-        while process.poll() is None and not (cell.metrics_path.is_file() and cell.metrics_path.stat().st_size):
+        while process.poll() is None and not (
+            cell.metrics_path.is_file() and cell.metrics_path.stat().st_size
+        ):
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate()
@@ -165,7 +169,11 @@ def test_interrupted_search_stops_cells_and_selects_no_rate(values, monkeypatch)
         compared(values, jobs=2, report=lines.append)
     assert sorted(stopped) == ["badit/lr-0.01/seed-0", "lora/lr-0.001/seed-0"]
     assert not any("learning rate" in line or "FAILED" in line for line in lines)
-    assert by_status(results_of(values), selected=True) == by_status(results_of(values), status="failed") == []
+    assert (
+        by_status(results_of(values), selected=True)
+        == by_status(results_of(values), status="failed")
+        == []
+    )
 
 
 @pytest.mark.usefixtures("_ctrl_c_interrupts")
@@ -174,7 +182,9 @@ def test_second_interruption_kills_the_cells(values, monkeypatch):
     told = []
 
     def ctrl_c_later():
-        threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        threading.Timer(
+            0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)
+        ).start()
 
     class Slow(FakeProcess):
         def __init__(self, *arguments, **options):

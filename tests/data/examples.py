@@ -22,7 +22,12 @@ BRACKETS = (
 # Ends an assistant message with plain text, without a special token.
 UNMARKED = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
-_TURNS = [("system", "Be brief."), ("user", "Capital of France?"), ("assistant", "Paris"), ("user", "And of Peru?")]
+_TURNS = [
+    ("system", "Be brief."),
+    ("user", "Capital of France?"),
+    ("assistant", "Paris"),
+    ("user", "And of Peru?"),
+]
 CHAT = [{"role": role, "content": content} for role, content in [*_TURNS, ("assistant", "Lima")]]
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 LINES = [
@@ -39,10 +44,17 @@ def make_tokenizer(*, adds="<s> $A", chat_template=None, **options):
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
     fixed = {"special_tokens": SPECIALS, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-    model.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=400, show_progress=False, **fixed))
+    model.train_from_iterator(
+        LINES, trainers.BpeTrainer(vocab_size=400, show_progress=False, **fixed)
+    )
     ids = [(token, model.token_to_id(token)) for token in ("<s>", "</s>")]
     model.post_processor = processors.TemplateProcessing(single=adds, special_tokens=ids)
-    options = {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": SPECIALS[3:], **options}
+    options = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "additional_special_tokens": SPECIALS[3:],
+        **options,
+    }
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, model_max_length=64, **options)
     tokenizer.chat_template = chat_template
     return tokenizer
@@ -52,9 +64,16 @@ def make_task(name="capitals", train=8, test=4, **fields):
     return Task(
         name=name,
         definition="Answer with the capital of the country.",
-        demonstrations=(Demonstration(input="Italy", output="Rome"), Demonstration(input="Peru", output="Lima")),
-        train=tuple(Instance(id=f"a{i}", input=f"country {i}", outputs=(f"city {i}",)) for i in range(train)),
-        test=tuple(Instance(id=f"b{i}", input=f"land {i}", outputs=(f"town {i}",)) for i in range(test)),
+        demonstrations=(
+            Demonstration(input="Italy", output="Rome"),
+            Demonstration(input="Peru", output="Lima"),
+        ),
+        train=tuple(
+            Instance(id=f"a{i}", input=f"country {i}", outputs=(f"city {i}",)) for i in range(train)
+        ),
+        test=tuple(
+            Instance(id=f"b{i}", input=f"land {i}", outputs=(f"town {i}",)) for i in range(test)
+        ),
         **fields,
     )
 

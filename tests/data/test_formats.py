@@ -15,7 +15,12 @@ from refusals import refuses
 
 ROWS = [
     {"task": "capitals", "instruction": "Name the capital.", "input": "France", "output": "Paris"},
-    {"task": "capitals", "instruction": "Name the capital.", "input": 'Peru, "the" one', "output": "Lima"},
+    {
+        "task": "capitals",
+        "instruction": "Name the capital.",
+        "input": 'Peru, "the" one',
+        "output": "Lima",
+    },
     {"task": "sums", "instruction": "Add.", "input": "1 + 1", "output": "2"},
 ]
 HELLO = {"prompt": "Say hello", "completion": "hello"}
@@ -40,7 +45,12 @@ def test_csv_values_stay_text_and_malformed_files_are_refused(tmp_path):
     file = tmp_path / "codes.csv"
     file.write_text("\ufeffinput,output,split\n007,NA,train\nnull,1e3,dev\n", encoding="utf-8")
     task = task_of(file)
-    assert (task.name, task.definition, task.train[0].input, task.train[0].outputs) == ("codes", None, "007", ("NA",))
+    assert (task.name, task.definition, task.train[0].input, task.train[0].outputs) == (
+        "codes",
+        None,
+        "007",
+        ("NA",),
+    )
     assert (task.validation[0].input, task.validation[0].outputs) == ("null", ("1e3",))
     file.write_text("input;output\nGreat food, really;positive\n")
     assert task_of(file).train[0].input == "Great food, really"
@@ -49,7 +59,9 @@ def test_csv_values_stay_text_and_malformed_files_are_refused(tmp_path):
     file.write_text("input,output,input\na,b,c\n")
     assert "codes.csv: column 'input' occurs 2 times; rename or remove the others" in refusal(file)
     file.write_text('input,output\n"Great food,positive\nBad,negative\n')
-    assert 'codes.csv: after line 1: unexpected end of data; write " within a value as' in refusal(file)
+    assert 'codes.csv: after line 1: unexpected end of data; write " within a value as' in refusal(
+        file
+    )
     file = tmp_path / "reviews.tsv"
     file.write_text('input\toutput\n"Bad\tneg\nthe screen is 5"\tpos\n')
     assert "reviews.tsv: row 1 has a tab within quotes; write" in refusal(file)
@@ -65,14 +77,20 @@ def test_task_may_have_several_instructions_and_empty_inputs(tmp_path, suffix):
     task = task_of(write_rows(tmp_path / f"alpaca.{suffix}", *rows), columns=columns)
     assert (task.name, [one.input for one in task.train]) == ("sums", ["1 1", ""])
     assert [build_prompt(task, one).head.split("\n")[0] for one in task.train] == ["Add.", "Greet."]
-    task = task_of(write_rows(tmp_path / f"some.{suffix}", rows[0], {**rows[0], "do": None}), columns=columns)
-    assert build_prompt(task, task.train[1]).is_message, "a row without an instruction has none of another row"
+    task = task_of(
+        write_rows(tmp_path / f"some.{suffix}", rows[0], {**rows[0], "do": None}), columns=columns
+    )
+    assert build_prompt(task, task.train[1]).is_message, (
+        "a row without an instruction has none of another row"
+    )
     task = task_of(tmp_path / f"some.{suffix}", columns=columns, instruction="Say it.")
     assert build_prompt(task, task.train[1]).head.startswith("Say it.")
 
 
 def test_values_that_other_formats_have_as_text_and_system_prompts_are_kept(tmp_path):
-    file = write_rows(tmp_path / "rows.jsonl", {"task": "a", "input": "x", "outputs": ["y", "z"], "id": 0})
+    file = write_rows(
+        tmp_path / "rows.jsonl", {"task": "a", "input": "x", "outputs": ["y", "z"], "id": 0}
+    )
     assert task_of(file).train[0] == Instance(id="0", input="x", outputs=("y", "z"))
     assert task_of(write_rows(file, {"input": "x", "output": 0.5})).train[0].outputs == ("0.5",)
     assert task_of(write_rows(file, {"input": 7, "output": "x"})).train[0].input == "7"
@@ -89,7 +107,9 @@ def test_files_of_one_name_are_refused_and_links_have_their_own(tmp_path):
     assert len(task_of(f"{tmp_path}/*/items.csv", task="items").train) == 3
     (tmp_path / "links").mkdir()
     for name in ("train", "test"):
-        (tmp_path / "links" / f"{name}.csv").symlink_to(tmp_path / ("de" if name == "train" else "fr") / "items.csv")
+        (tmp_path / "links" / f"{name}.csv").symlink_to(
+            tmp_path / ("de" if name == "train" else "fr") / "items.csv"
+        )
     task = task_of(tmp_path / "links")
     assert (task.name, len(task.train), len(task.test)) == ("links", 1, 1)
     sources = [Source(tmp_path / "de" / "items.csv"), Source(tmp_path / "links" / "test.csv")]
@@ -97,17 +117,34 @@ def test_files_of_one_name_are_refused_and_links_have_their_own(tmp_path):
 
 
 def test_file_names_in_a_folder_or_glob_set_splits_and_tasks(tmp_path):
-    for name in ("train-00000-of-00002.parquet", "train-00001-of-00002-a09b.parquet", "Val.csv", "test.jsonl"):
+    for name in (
+        "train-00000-of-00002.parquet",
+        "train-00001-of-00002-a09b.parquet",
+        "Val.csv",
+        "test.jsonl",
+    ):
         write_rows(tmp_path / name, HELLO)
     task = task_of(tmp_path)
-    assert (task.name, len(task.train), len(task.validation), len(task.test)) == (tmp_path.name, 2, 1, 1)
-    assert [one.id[-2:] for one in (*task.train, *task.validation, *task.test)] == ["-0", "-1", "-2", "-3"]
+    assert (task.name, len(task.train), len(task.validation), len(task.test)) == (
+        tmp_path.name,
+        2,
+        1,
+        1,
+    )
+    assert [one.id[-2:] for one in (*task.train, *task.validation, *task.test)] == [
+        "-0",
+        "-1",
+        "-2",
+        "-3",
+    ]
     write_rows(tmp_path / "greeting.csv", HELLO)
     assert [task.name for task in load_tasks(tmp_path)] == sorted(["greeting", tmp_path.name])
     assert [task.name for task in load_tasks(f"{tmp_path}/gree*.csv")] == ["greeting"]
     assert "no tasks found" in refusal(tmp_path / "none*.csv")
     write_rows(tmp_path / "test.jsonl", {**HELLO, "split": "train"})
-    assert "test.jsonl: line 1: split: must be 'test', as in the file's name; change" in refusal(tmp_path)
+    assert "test.jsonl: line 1: split: must be 'test', as in the file's name; change" in refusal(
+        tmp_path
+    )
 
 
 def test_row_layouts_without_a_task_name(tmp_path):
@@ -115,63 +152,109 @@ def test_row_layouts_without_a_task_name(tmp_path):
     for row, prompt, answer in (
         ({"instruction": "Square it.", "input": 0, "output": "0"}, "Square it.\n\n0", "0"),
         ({"instruction": "", "question": "Why?", "answer": "So."}, "Why?", "So."),
-        ({"instruction": "Name it.", "input": "France", "output": "Paris", "text": ""}, "Name it.\n\nFrance", "Paris"),
+        (
+            {"instruction": "Name it.", "input": "France", "output": "Paris", "text": ""},
+            "Name it.\n\nFrance",
+            "Paris",
+        ),
         ({"instruction": "Say hello.", "output": "hello"}, "Say hello.", "hello"),
         ({"instruction": "", "input": "France?", "output": "Paris"}, "France?", "Paris"),
         ({"messages": CHAT, "prompt": CHAT[0]["content"]}, "And of Peru?", "Lima"),
         ({"inputs": "1 + 1 =", "targets": "2", "task_source": "Flan2021"}, "1 + 1 =", "2"),
-        ({"inputs_pretokenized": "Good?", "targets_pretokenized": "no", "inputs": [3], "targets": [5]}, "Good?", "no"),
+        (
+            {
+                "inputs_pretokenized": "Good?",
+                "targets_pretokenized": "no",
+                "inputs": [3],
+                "targets": [5],
+            },
+            "Good?",
+            "no",
+        ),
         ({"question": "Why?", "answer": "So."}, "Why?", "So."),
         ({"input": "1 + 1", "output": 2}, "1 + 1", "2"),
         ({"prompt": CHAT[1:2], "completion": CHAT[2:3]}, "Capital of France?", "Paris"),
         ({"messages": CHAT}, "And of Peru?", "Lima"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, CHAT[2]]}, "Hi", "Paris"),
-        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, "Hi", "Ho"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, CHAT[2]]},
+            "Hi",
+            "Paris",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+            "Hi",
+            "Ho",
+        ),
     ):
         task = task_of(write_rows(file, row))
         assert (task.name, task.definition) == ("rows", None)
         assert (task.train[0].input, task.train[0].outputs) == (prompt, (answer,))
     assert task_of(file, task="mine").name == "mine"
-    for row in ({"messages": CHAT, "about": "Do."}, {"prompt": "Why?", "completion": "So.", "about": "Do."}):
+    for row in (
+        {"messages": CHAT, "about": "Do."},
+        {"prompt": "Why?", "completion": "So.", "about": "Do."},
+    ):
         assert task_of(write_rows(file, row), columns={"instruction": "about"}).definition == "Do."
     write_rows(file, {"messages": CHAT, "prompt": "a", "completion": "b", "ask": "c", "say": "d"})
     assert task_of(file, columns={"input": "ask", "output": "say"}).train[0].input == "c"
     message = "instruction: not used in a row with question and answer; name the columns with data.columns.input="
-    assert message in refusal(write_rows(file, {"instruction": "Answer.", "question": "Why?", "answer": "So."}))
-    assert "line 1: output: has no answer; remove the row" in refusal(write_rows(file, {"input": "a", "output": None}))
+    assert message in refusal(
+        write_rows(file, {"instruction": "Answer.", "question": "Why?", "answer": "So."})
+    )
+    assert "line 1: output: has no answer; remove the row" in refusal(
+        write_rows(file, {"input": "a", "output": None})
+    )
     for key in ("splits", "tasks"):
         write_rows(tmp_path / "rows.csv", {"question": "Why?", "answer": "So.", key: "test"})
-        assert refusal(tmp_path / "rows.csv").endswith(f"row 1: found '{key}', did you mean '{key[:-1]}'?")
+        assert refusal(tmp_path / "rows.csv").endswith(
+            f"row 1: found '{key}', did you mean '{key[:-1]}'?"
+        )
 
 
 def test_columns_instruction_and_class_labels_of_a_saved_dataset(tmp_path):
     label = datasets.ClassLabel(names=["bad", "good"])
     features = datasets.Features({"text": datasets.Value("string"), "label": label})
-    rows = datasets.Dataset.from_dict({"text": ["Fine", "Dull"], "label": [1, 0]}, features=features)
-    datasets.DatasetDict({"train": rows, "validation": rows.select([0])}).save_to_disk(tmp_path / "reviews")
-    task = task_of(tmp_path / "reviews", columns={"input": "text", "output": "label"}, instruction="Judge.")
+    rows = datasets.Dataset.from_dict(
+        {"text": ["Fine", "Dull"], "label": [1, 0]}, features=features
+    )
+    datasets.DatasetDict({"train": rows, "validation": rows.select([0])}).save_to_disk(
+        tmp_path / "reviews"
+    )
+    task = task_of(
+        tmp_path / "reviews", columns={"input": "text", "output": "label"}, instruction="Judge."
+    )
     assert (task.name, task.definition) == ("reviews", "Judge.")
-    assert [each.outputs for each in (*task.train, *task.validation)] == [("good",), ("bad",), ("good",)]
+    assert [each.outputs for each in (*task.train, *task.validation)] == [
+        ("good",),
+        ("bad",),
+        ("good",),
+    ]
     assert "found text, label; name the columns with data.columns" in refusal(tmp_path / "reviews")
     unknown = datasets.Dataset.from_dict({"text": ["Fine"], "label": [-1]}, features=features)
     unknown.save_to_disk(tmp_path / "unknown")
     columns = {"input": "text", "output": "label"}
     assert "row 1: label: has no answer" in refusal(Source(tmp_path / "unknown", columns=columns))
     image = {"i": [{"bytes": b"no image", "path": None}]}
-    both = datasets.Dataset.from_dict({"input": ["a"], "output": ["b"], **image}).cast_column("i", datasets.Image())
+    both = datasets.Dataset.from_dict({"input": ["a"], "output": ["b"], **image}).cast_column(
+        "i", datasets.Image()
+    )
     both.to_parquet(tmp_path / "images.parquet")
     assert task_of(tmp_path / "images.parquet").train[0].input == "a", "the image is not opened"
     hidden = {"i": [{"Json(": "", "image": {"bytes": b"no image", "path": None}}]}
     kinds = {"input": datasets.Value("string"), "output": datasets.Value("string")}
     kinds["i"] = {"Json(": datasets.Value("string"), "image": datasets.Image()}
-    both = datasets.Dataset.from_dict({"input": ["a"], "output": ["b"], **hidden}, features=datasets.Features(kinds))
+    both = datasets.Dataset.from_dict(
+        {"input": ["a"], "output": ["b"], **hidden}, features=datasets.Features(kinds)
+    )
     both.to_parquet(tmp_path / "images.parquet")
     assert task_of(tmp_path / "images.parquet").train[0].input == "a", "nor one within a structure"
     state = tmp_path / "unknown" / "state.json"
     state.write_text(state.read_text().replace('"data-', '"../reviews/train/data-'))
     assert "leads out of" in refusal(tmp_path / "unknown")
     wrong = Source(tmp_path / "reviews", columns={"input": "txt"})
-    assert "train: row 1: data.columns: there is no column 'txt'; found: text, label" in refusal(wrong)
+    assert "train: row 1: data.columns: there is no column 'txt'; found: text, label" in refusal(
+        wrong
+    )
 
 
 def test_named_splits_of_datasets_files_and_rows(tmp_path):
@@ -182,37 +265,58 @@ def test_named_splits_of_datasets_files_and_rows(tmp_path):
     for name, size in sizes.items():
         write_rows(tmp_path / f"files/{name}-00000-of-00001.jsonl", *[HELLO] * size)
     unlabelled = {"prompt": "Say hello", "completion": "", "split": "Test"}
-    rows = [{**HELLO, "split": name} for name, size in sizes.items() if name != "Test" for _ in range(size)]
+    rows = [
+        {**HELLO, "split": name}
+        for name, size in sizes.items()
+        if name != "Test"
+        for _ in range(size)
+    ]
     write_rows(tmp_path / "rows.csv", unlabelled, *rows)
     datasets.Dataset.from_list([unlabelled, *rows]).save_to_disk(tmp_path / "one")
     for name in "ab":
         write_rows(tmp_path / f"tasks/{name}.csv", unlabelled, *rows)
     several = load_tasks(Source(tmp_path / "tasks", splits=splits))
-    assert [(task.name, len(task.train), len(task.test)) for task in several] == [("a", 4, 2), ("b", 4, 2)]
+    assert [(task.name, len(task.train), len(task.test)) for task in several] == [
+        ("a", 4, 2),
+        ("b", 4, 2),
+    ]
     for place in ("saved", "files", "rows.csv", "one"):
         task = task_of(tmp_path / place, splits=splits)
         assert (task.name, len(task.train), len(task.test)) == (Path(place).stem, 4, 2)
     fix = "; choose the splits to read, such as data.splits.train_sft=train"
-    assert refusal(tmp_path / "saved").endswith(f"unknown split 'train_sft'; found: {', '.join(sizes)}{fix}")
-    missing = r"/saved: data.splits: unknown 'train' \(did you mean 'train_.*'\?\); known: train_sft, "
+    assert refusal(tmp_path / "saved").endswith(
+        f"unknown split 'train_sft'; found: {', '.join(sizes)}{fix}"
+    )
+    missing = (
+        r"/saved: data.splits: unknown 'train' \(did you mean 'train_.*'\?\); known: train_sft, "
+    )
     refuses(missing, load_tasks, Source(tmp_path / "saved", splits={"train": "train"}))
 
 
 def test_all_turns_become_instances_with_their_own_prompts(tmp_path):
     task = task_of(write_rows(tmp_path / "chat.jsonl", {"messages": CHAT, "id": "x"}), turns="all")
     expected = [("x", "Capital of France?", ("Paris",), 1), ("x-1", "And of Peru?", ("Lima",), 3)]
-    assert [(each.id, each.input, each.outputs, len(each.history)) for each in task.train] == expected
+    assert [
+        (each.id, each.input, each.outputs, len(each.history)) for each in task.train
+    ] == expected
     tokenizer, plain = make_tokenizer(chat_template=CHATML), make_tokenizer(chat_template=None)
     text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in CHAT)
     (example,) = encode_examples(tokenizer, [(task, task.train[1])])
     assert tokenizer.decode(example["input_ids"]) == text.rstrip("\n")
     text = str(plain.decode(encode_prompt(plain, build_prompt(task, task.train[1]), 500)))
-    assert text.endswith("user: Capital of France?\n\nassistant: Paris\n\nuser: And of Peru?\n\nassistant: ")
+    assert text.endswith(
+        "user: Capital of France?\n\nassistant: Paris\n\nuser: And of Peru?\n\nassistant: "
+    )
 
 
 def test_long_chats_drop_the_oldest_messages_first():
     tokenizer = make_tokenizer(chat_template=CHATML)
-    turns = [("user", "first question"), ("assistant", "first answer"), ("user", "second"), ("assistant", "reply")]
+    turns = [
+        ("user", "first question"),
+        ("assistant", "first answer"),
+        ("user", "second"),
+        ("assistant", "reply"),
+    ]
     history = (("system", "Brief."), ("developer", "Calm."), *turns)
     instance = Instance(id="x", input="third", outputs=("end",), history=history)
     task = Task(name="chat", definition=None, train=(instance,))
@@ -239,12 +343,20 @@ def test_hub_dataset_with_configuration_and_connection_error(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (task,) = load_tasks("someone/things:small")
-    assert (task.name, len(task.train), len(task.test), asked) == ("things", 1, 1, [("someone/things", "small")])
+    assert (task.name, len(task.train), len(task.test), asked) == (
+        "things",
+        1,
+        1,
+        [("someone/things", "small")],
+    )
     assert "someone/things: no such file or folder" in refusal(Path("someone/things"))
 
 
 def test_source_weights_set_the_mixture_and_conflicts_are_refused(tmp_path):
-    a, b = (write_rows(tmp_path / f"{name}.csv", *[HELLO] * count) for name, count in (("a", 30), ("b", 10)))
+    a, b = (
+        write_rows(tmp_path / f"{name}.csv", *[HELLO] * count)
+        for name, count in (("a", 30), ("b", 10))
+    )
     tasks = load_sources([Source(b, weight=3.0), Source(a)], weights={"a": 2.0})
     assert [(task.name, task.weight) for task in tasks] == [("a", 2.0), ("b", 3.0)]
     assert quotas(tasks) == {"a": 27, "b": 13}
@@ -255,12 +367,18 @@ def test_source_weights_set_the_mixture_and_conflicts_are_refused(tmp_path):
 
 @given(sizes=st.lists(st.integers(1, 99), min_size=1, max_size=6), temperature=st.floats(1, 50))
 def test_quotas_scale_task_sizes_by_temperature(sizes, temperature):
-    instances = [tuple(Instance(id=str(i), input="", outputs=("a",)) for i in range(size)) for size in sizes]
+    instances = [
+        tuple(Instance(id=str(i), input="", outputs=("a",)) for i in range(size)) for size in sizes
+    ]
     tasks = [Task(name=f"t{i}", definition="", train=train) for i, train in enumerate(instances)]
     assert quotas(tasks) is None
-    found = quotas(tasks, temperature=temperature) or dict(zip((t.name for t in tasks), sizes, strict=True))
+    found = quotas(tasks, temperature=temperature) or dict(
+        zip((t.name for t in tasks), sizes, strict=True)
+    )
     powers = [size ** (1 / temperature) for size in sizes]
-    assert list(found.values()) == [max(1, round(sum(sizes) * power / sum(powers))) for power in powers]
+    assert list(found.values()) == [
+        max(1, round(sum(sizes) * power / sum(powers))) for power in powers
+    ]
 
 
 def test_large_data_is_parsed_and_encoded_once(tmp_path, monkeypatch):
@@ -276,7 +394,11 @@ def test_large_data_is_parsed_and_encoded_once(tmp_path, monkeypatch):
     examples = encode_tasks(tokenizer, tasks, {"max_answer_tokens": 5}, order)
     assert tasks == small
     assert [task.fingerprint for task in tasks] == [task.fingerprint for task in small]
-    assert [one.input for one in tasks[1].train[-1:2:-9]] == ["country 49", "country 31", "country 13"]
+    assert [one.input for one in tasks[1].train[-1:2:-9]] == [
+        "country 49",
+        "country 31",
+        "country 13",
+    ]
     pairs = [(task, instance) for task in small for instance in task.train]
     expected = encode_examples(tokenizer, [pairs[i] for i in order], max_answer_tokens=5)
     assert list(examples) == [examples[i] for i in range(50)] == expected
@@ -288,7 +410,9 @@ def test_large_data_is_parsed_and_encoded_once(tmp_path, monkeypatch):
         raise AssertionError("it is in the cache")
 
     monkeypatch.setattr("badit.data.readers.read_rows", fail_if_called)
-    monkeypatch.setattr(encode_tasks.__globals__["encode_examples"], "__code__", fail_if_called.__code__)
+    monkeypatch.setattr(
+        encode_tasks.__globals__["encode_examples"], "__code__", fail_if_called.__code__
+    )
     assert load_tasks(path) == small
     assert len(encode_tasks(tokenizer, tasks, {"max_answer_tokens": 5}, order)) == 50
     write_rows(path, ROWS[0])
@@ -303,5 +427,9 @@ def test_tasks_command_shows_mixture_prompts_and_repeated_inputs(tmp_path, comma
     shown = command("tasks", recipe_file, f"data.source={path}", "--show", 1)
     assert "Input: France\nOutput: " in shown
     assert "⟦Paris" in shown
-    (row,) = [line for line in shown.splitlines() if line.startswith("capitals ") and "Name" not in line]
-    assert row.split()[-2:] == ["1", "2"], "one repeated input; two training inputs are also in the test set"
+    (row,) = [
+        line for line in shown.splitlines() if line.startswith("capitals ") and "Name" not in line
+    ]
+    assert row.split()[-2:] == ["1", "2"], (
+        "one repeated input; two training inputs are also in the test set"
+    )

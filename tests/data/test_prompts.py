@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.data.encoded import AnswerCollator, batches_by_task
-from badit.data.prompts import answer_rows, build_prompt, encode_examples, end_of_turn_id, own_input, prompt_text
+from badit.data.prompts import (
+    answer_rows,
+    build_prompt,
+    encode_examples,
+    end_of_turn_id,
+    own_input,
+    prompt_text,
+)
 from badit.data.tasks import Instance
 from data.examples import BRACKETS, CHAT, CHATML, UNMARKED, encode_prompt, make_task, make_tokenizer
 from refusals import refuses
@@ -17,8 +24,12 @@ TASK = make_task()
 FRANCE = Instance(id="x", input="France", outputs=("Paris", "City of Paris"))
 PROMPT = build_prompt(TASK, FRANCE)
 TEXT = "Answer with the capital of the country.\n\nNow complete the following example -\nInput: France\nOutput: "
-PLAIN, MARKED, BRACKETED = (make_tokenizer(chat_template=template) for template in (None, CHATML, BRACKETS))
-ALL = pytest.mark.parametrize("tokenizer", [PLAIN, MARKED, BRACKETED], ids=["plain", "chatml", "brackets"])
+PLAIN, MARKED, BRACKETED = (
+    make_tokenizer(chat_template=template) for template in (None, CHATML, BRACKETS)
+)
+ALL = pytest.mark.parametrize(
+    "tokenizer", [PLAIN, MARKED, BRACKETED], ids=["plain", "chatml", "brackets"]
+)
 SYSTEM, USER, ANSWER = CHAT[:3]
 LATER = {"role": "assistant", "content": "Lima.", "tool_calls": []}
 EXAMPLES = [
@@ -38,16 +49,26 @@ def test_prompt_text_with_and_without_demonstrations():
     two = f"{one} Positive Example 2 -\nInput: Peru\n Output: Lima\n\n"  # the task has only two
     for encoding, shots in {"def": "", "def+pos1": one, "def+pos2": two, "def+pos9": two}.items():
         assert prompt_text(TASK, FRANCE, encoding) == f"{definition}\n\n{shots}{question}"
-    assert prompt_text(TASK.model_copy(update={"definition": ""}), FRANCE) == question, "no leading blank lines"
+    assert prompt_text(TASK.model_copy(update={"definition": ""}), FRANCE) == question, (
+        "no leading blank lines"
+    )
     assert own_input(TEXT) == "France"
-    refuses(r"encoding: unknown 'def-pos2' \(did you mean 'def\+pos2'", prompt_text, TASK, FRANCE, "def-pos2")
+    refuses(
+        r"encoding: unknown 'def-pos2' \(did you mean 'def\+pos2'",
+        prompt_text,
+        TASK,
+        FRANCE,
+        "def-pos2",
+    )
 
 
 def test_prompt_is_bos_and_text_or_the_rendered_chat_template():
     assert PLAIN.decode(encode_prompt(PLAIN, PROMPT)) == f"<s>{TEXT}"
     rendered = f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\n"
     assert MARKED.decode(encode_prompt(MARKED, PROMPT)) == rendered
-    assert encode_prompt(PLAIN, "<s>France").count(PLAIN.bos_token_id) == 1, "no second BOS if the text starts with BOS"
+    assert encode_prompt(PLAIN, "<s>France").count(PLAIN.bos_token_id) == 1, (
+        "no second BOS if the text starts with BOS"
+    )
     assert encode_prompt(MARKED, PROMPT, chat_template="never") == encode_prompt(PLAIN, PROMPT)
     assert encode_prompt(MARKED, PROMPT, chat_template="always") == encode_prompt(MARKED, PROMPT)
     refuses("has no chat template", encode_prompt, PLAIN, PROMPT, chat_template="always")
@@ -65,7 +86,9 @@ def test_prompt_has_at_most_one_bos_and_no_eos(adds, template):
 @ALL
 @given(text=st.text(max_size=300), limit=st.integers(40, 120))
 def test_truncation_keeps_definition_and_end(tokenizer, text, limit):
-    ids = encode_prompt(tokenizer, build_prompt(TASK, Instance(id="x", input=text, outputs=("Paris",))), limit)
+    ids = encode_prompt(
+        tokenizer, build_prompt(TASK, Instance(id="x", input=text, outputs=("Paris",))), limit
+    )
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     assert f"{TASK.definition}\n\nNow complete the following example -\nInput: " in decoded
     assert "\nOutput: " in decoded
@@ -75,7 +98,12 @@ def test_truncation_keeps_definition_and_end(tokenizer, text, limit):
 @ALL
 def test_long_inputs_fill_the_limit_and_long_definitions_are_truncated(tokenizer):
     instance = Instance(id="x", input="France and Italy " * 500, outputs=("Paris",))
-    assert 95 <= len(encode_prompt(tokenizer, build_prompt(TASK, instance))) - len(encode_prompt(tokenizer, "")) <= 100
+    assert (
+        95
+        <= len(encode_prompt(tokenizer, build_prompt(TASK, instance)))
+        - len(encode_prompt(tokenizer, ""))
+        <= 100
+    )
     task = TASK.model_copy(update={"definition": "Name the capital. " * 200})
     text = tokenizer.decode(encode_prompt(tokenizer, build_prompt(task, FRANCE), 30))
     assert "Name the capital. Name" in text
@@ -95,7 +123,9 @@ def test_plain_strings_are_truncated_silently_and_a_too_small_limit_is_refused(c
 @pytest.mark.parametrize("template", [None, CHATML, BRACKETS, UNMARKED])
 def test_end_of_turn_token_comes_from_the_chat_template(template):
     tokenizer = make_tokenizer(chat_template=template)
-    assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>" if template == CHATML else "</s>")
+    assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids(
+        "<|im_end|>" if template == CHATML else "</s>"
+    )
     assert end_of_turn_id(tokenizer, "never") == tokenizer.eos_token_id
     tokenizer.chat_template = BRACKETS
     assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id, "the current template is used"
@@ -105,7 +135,12 @@ def test_end_of_turn_token_comes_from_the_chat_template(template):
 @ALL
 @given(text=st.text(max_size=200), answer=st.text(max_size=60))
 def test_example_is_evaluation_prompt_truncated_answer_and_end_token(tokenizer, text, answer):
-    before = (tokenizer.special_tokens_map, tokenizer.chat_template, len(tokenizer), tokenizer.pad_token)
+    before = (
+        tokenizer.special_tokens_map,
+        tokenizer.chat_template,
+        len(tokenizer),
+        tokenizer.pad_token,
+    )
     instance = Instance(id="x", input=text, outputs=(answer, "another"))
     lengths = {"max_source_tokens": 60, "max_answer_tokens": 20}
     (trained,) = encode_examples(tokenizer, [(TASK, instance)], **lengths)
@@ -115,7 +150,12 @@ def test_example_is_evaluation_prompt_truncated_answer_and_end_token(tokenizer, 
     whole = tokenizer(answer, add_special_tokens=False)["input_ids"]
     assert trained["input_ids"][n:] == [*whole[:20], end_of_turn_id(tokenizer)]
     assert trained["task"] == "capitals"
-    assert (tokenizer.special_tokens_map, tokenizer.chat_template, len(tokenizer), tokenizer.pad_token) == before
+    assert (
+        tokenizer.special_tokens_map,
+        tokenizer.chat_template,
+        len(tokenizer),
+        tokenizer.pad_token,
+    ) == before
 
 
 def test_each_answer_of_a_chat_has_all_previous_messages_as_prompt():
@@ -131,7 +171,12 @@ def test_each_answer_of_a_chat_has_all_previous_messages_as_prompt():
 def test_padding_sides_and_batches_by_task(side):
     batch = AnswerCollator(9, side)(EXAMPLES)
     assert all(tensor.dtype == torch.long for tensor in batch.values())
-    assert [{key: tensor[i].tolist() for key, tensor in batch.items()} for i in (0, 1)] == [LONG, PADDED[side]]
-    batches = batches_by_task([*EXAMPLES, *EXAMPLES, EXAMPLES[0]], AnswerCollator(0, with_tasks=True), 2)
+    assert [{key: tensor[i].tolist() for key, tensor in batch.items()} for i in (0, 1)] == [
+        LONG,
+        PADDED[side],
+    ]
+    batches = batches_by_task(
+        [*EXAMPLES, *EXAMPLES, EXAMPLES[0]], AnswerCollator(0, with_tasks=True), 2
+    )
     found = {task: [batch["tasks"] for batch in group] for task, group in batches.items()}
     assert found == {"a": [["a", "a"], ["a"]], "b": [["b", "b"]]}

@@ -17,7 +17,9 @@ from refusals import refuses
 
 SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=5)
 # Published results use these orders: they must not change with the Python version or the code.
-ROWS = re.findall(r"^\| (s\w+-\d) \| ([\d, ]+) \|$", Page("docs/benchmark.md").text, flags=re.MULTILINE)
+ROWS = re.findall(
+    r"^\| (s\w+-\d) \| ([\d, ]+) \|$", Page("docs/benchmark.md").text, flags=re.MULTILINE
+)
 PUBLISHED = {name: [int(number) for number in row.split(",")] for name, row in ROWS}
 SUPERNI = [f"task{number:03}_of_superni" for number in PUBLISHED["sapt-1"]]
 # A new hash means that all results on the suite change: update it only on purpose, and note it in the changelog.
@@ -25,14 +27,19 @@ SUITE_SHA256 = "777982bd2ae00320cc2ac1c7c1fbd514c0477c428b55777cc41842af1b3139e4
 
 
 def order_of(names, order):
-    return [task.name for task in ordered([Task(name=name, definition="Answer.") for name in names], order)]
+    return [
+        task.name
+        for task in ordered([Task(name=name, definition="Answer.") for name in names], order)
+    ]
 
 
 def numbers(names):
     return [int(name.split("_")[0].removeprefix("task")) for name in names]
 
 
-@pytest.mark.parametrize("name", ["", " ", ".hidden", "a/b", "a\\b", "a\x7fb", "a\u2028b", "x" * 121, "語" * 81])
+@pytest.mark.parametrize(
+    "name", ["", " ", ".hidden", "a/b", "a\\b", "a\x7fb", "a\u2028b", "x" * 121, "語" * 81]
+)
 def test_task_names_must_be_valid_file_names(name):
     with pytest.raises(ValidationError, match="file name"):
         Task(name=name, definition="d")
@@ -45,7 +52,9 @@ def test_hold_out_moves_at_most_a_quarter_and_draws_ignore_other_tasks(sizes, pe
     tasks = [make_task(f"task-{i}", train=size) for i, size in enumerate(sizes)]
     for before, after in zip(tasks, hold_out(tasks, per_task, seed), strict=True):
         assert len(after.validation) == min(per_task, len(before.train) // 4)
-        assert sorted(i.id for i in after.train + after.validation) == sorted(i.id for i in before.train)
+        assert sorted(i.id for i in after.train + after.validation) == sorted(
+            i.id for i in before.train
+        )
         assert after.test == before.test
         order = list(before.train)
         assert [order.index(i) for i in after.train] == sorted(order.index(i) for i in after.train)
@@ -56,7 +65,11 @@ def test_hold_out_moves_at_most_a_quarter_and_draws_ignore_other_tasks(sizes, pe
 def test_held_out_draw_is_deterministic_and_depends_on_seed_and_name():
     (task,) = hold_out([make_task(train=40)], 5, seed=0)
     assert [i.id for i in task.validation] == ["a2", "a11", "a20", "a26", "a36"]
-    draws = [hold_out([make_task(name, train=100)], 10, seed)[0] for name in ("a", "b") for seed in (0, 1)]
+    draws = [
+        hold_out([make_task(name, train=100)], 10, seed)[0]
+        for name in ("a", "b")
+        for seed in (0, 1)
+    ]
     assert len({tuple(i.id for i in draw.validation) for draw in draws}) == 4
     assert hold_out([task], 3, seed=1) == [task], "an existing validation set is kept"
 
@@ -64,19 +77,26 @@ def test_held_out_draw_is_deterministic_and_depends_on_seed_and_name():
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
 def test_no_training_prompt_contains_an_answer_that_is_held_out(tmp_path, system):
     turn = [{"role": "user", "content": "q {1}"}, {"role": "assistant", "content": "a{} {}"}]
-    chats = [[{**m, "content": m["content"].format(c, t)} for t in range(3) for m in turn] for c in range(8)]
+    chats = [
+        [{**m, "content": m["content"].format(c, t)} for t in range(3) for m in turn]
+        for c in range(8)
+    ]
     path = write_rows(tmp_path / "chats.jsonl", *({"messages": system + chat} for chat in chats))
     (task,) = hold_out(load_tasks(Source(path, turns="all")), 4, seed=0)
     assert (len(task.train), len(task.validation)) == (18, 6)
     chat_of = lambda one: one.outputs[0].split()[0]  # noqa: E731
     assert not {*map(chat_of, task.train)} & {*map(chat_of, task.validation)}
-    (one,) = hold_out([make_task(train=4, test=0).model_copy(update={"train": task.train[:3]})], 1, seed=0)
+    (one,) = hold_out(
+        [make_task(train=4, test=0).model_copy(update={"train": task.train[:3]})], 1, seed=0
+    )
     assert (len(one.train), len(one.validation)) == (3, 0), "the only chat is trained"
     greeting = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     greeted = [[*system, *greeting, *chat] for chat in chats]
     path = write_rows(tmp_path / "chats.jsonl", *({"messages": chat} for chat in greeted * 2))
     (task,) = hold_out(load_tasks(Source(path, turns="all")), 4, seed=0)
-    assert (len(task.train), len(task.validation)) == (58, 6), "a chat and its copy, without the greeting of all chats"
+    assert (len(task.train), len(task.validation)) == (58, 6), (
+        "a chat and its copy, without the greeting of all chats"
+    )
     assert not {*map(chat_of, task.train)} & {*map(chat_of, task.validation)}
 
 
@@ -100,11 +120,15 @@ def test_mixture_has_every_instance_once_in_an_order_set_by_the_seed(sizes, seed
     assert order != mixture(tasks, seed + 1) or sum(sizes) < 10
 
 
-@given(names=st.permutations(SUPERNI), count=st.integers(1, 15), order=st.sampled_from(list(PUBLISHED)))
+@given(
+    names=st.permutations(SUPERNI), count=st.integers(1, 15), order=st.sampled_from(list(PUBLISHED))
+)
 def test_published_orders_do_not_depend_on_the_loading_order(names, count, order):
     loaded = names[:count] if order.startswith("sapt") else names
     assert len(PUBLISHED) == 7
-    assert numbers(order_of(loaded, order)) == [number for number in PUBLISHED[order] if number in numbers(loaded)]
+    assert numbers(order_of(loaded, order)) == [
+        number for number in PUBLISHED[order] if number in numbers(loaded)
+    ]
 
 
 def test_order_may_be_a_list_and_invalid_orders_are_refused():
@@ -113,10 +137,18 @@ def test_order_may_be_a_list_and_invalid_orders_are_refused():
     assert numbers(order_of(names, ["591", "task002", "363"])) == [591, 2, 363]
     cities = ["cities", "rivers"]
     for names, order, message in (
-        (cities, "sapt-3", r"data\.order: unknown order 'sapt-3' \(did you mean 'sapt-2'\?\); known: sapt-1, sapt"),
+        (
+            cities,
+            "sapt-3",
+            r"data\.order: unknown order 'sapt-3' \(did you mean 'sapt-2'\?\); known: sapt-1, sapt",
+        ),
         (cities, "seeded--1", "unknown order 'seeded--1'"),
         (cities, "sapt-1", r"does not contain task cities; add it, or remove it from data\.tasks"),
-        (cities, ["cities", "rivers", "cities"], r"data\.order: 'cities' is listed twice; list it once"),
+        (
+            cities,
+            ["cities", "rivers", "cities"],
+            r"data\.order: 'cities' is listed twice; list it once",
+        ),
         (["task363_one", "task363_other"], "sapt-1", "does not contain task task363_"),
     ):
         refuses(message, order_of, names, order)

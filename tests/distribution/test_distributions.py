@@ -21,12 +21,21 @@ def test_the_wheel_is_the_package_and_no_more(tmp_path):
     (path,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     wheel = zipfile.ZipFile(path)
     names = {name for name in wheel.namelist() if not name.startswith(f"{INFO}/")}
-    files = [file for file in PACKAGE.glob("**/*") if file.is_file() and "__pycache__" not in file.parts]
+    files = [
+        file for file in PACKAGE.glob("**/*") if file.is_file() and "__pycache__" not in file.parts
+    ]
     recipes = {f"badit/{file.relative_to(ROOT)}" for file in (ROOT / "recipes").glob("**/*.*")}
     assert names == {str(file.relative_to(PACKAGE.parent)) for file in files} | recipes
-    assert {"badit/py.typed", "badit/report/templates/page.html.j2", "badit/report/templates/page.js"} <= names
+    assert {
+        "badit/py.typed",
+        "badit/report/templates/page.html.j2",
+        "badit/report/templates/page.js",
+    } <= names
     assert f"{INFO}/licenses/LICENSE" in wheel.namelist()
-    assert wheel.read(f"{INFO}/entry_points.txt").decode() == "[console_scripts]\nbadit = badit.cli:main\n"
+    assert (
+        wheel.read(f"{INFO}/entry_points.txt").decode()
+        == "[console_scripts]\nbadit = badit.cli.app:main\n"
+    )
 
 
 def test_every_requirement_has_a_floor_and_a_ceiling():
@@ -43,12 +52,30 @@ def test_every_requirement_has_a_floor_and_a_ceiling():
 def test_the_source_distribution_can_be_tested_and_documented(tmp_path):
     (path,) = SdistBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     with tarfile.open(path) as archive:
-        sizes = {name.partition("/")[2]: archive.getmember(name).size for name in archive.getnames()}
-    wanted = {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md", "Makefile"}
-    wanted |= {"pyproject.toml", "mkdocs.yml", "docs/fsdp2.yaml", "docs/_site/hooks.py", "src/badit/py.typed"}
+        sizes = {
+            name.partition("/")[2]: archive.getmember(name).size for name in archive.getnames()
+        }
+    wanted = {
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "Makefile",
+    }
+    wanted |= {
+        "pyproject.toml",
+        "mkdocs.yml",
+        "docs/fsdp2.yaml",
+        "docs/_site/hooks.py",
+        "src/badit/py.typed",
+    }
     for folder, pattern in (("recipes", "*.yaml"), ("tests", "*.py"), ("benchmarks", "*.json")):
         wanted |= {str(file.relative_to(ROOT)) for file in (ROOT / folder).glob(f"**/{pattern}")}
     assert wanted - sizes.keys() == set()
-    assert {name for name in sizes if re.search(r"(^|/)(runs|site|dist|\.venv|__pycache__)(/|$)", name)} == set()
+    assert {
+        name for name in sizes if re.search(r"(^|/)(runs|site|dist|\.venv|__pycache__)(/|$)", name)
+    } == set()
     assert max(sizes.values()) < 10_000_000, "the raw scores of a comparison are the largest"
     assert Path(path).stat().st_size < 6_000_000

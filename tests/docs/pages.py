@@ -28,13 +28,17 @@ class Page:
         blocks = self.blocks("sh")
         if self.path.endswith(".yaml"):
             header = "\n".join(re.findall(r"^# *(.*)", self.text, flags=re.MULTILINE))
-            blocks = [re.sub(r" {2,}.*", "", header)]  # two or more spaces separate a command from its explanation
+            blocks = [
+                re.sub(r" {2,}.*", "", header)
+            ]  # two or more spaces separate a command from its explanation
         found = []
         for block in blocks:
             # A statement continues after a backslash or within quotes.
             for statement in re.findall(r'(?:"[^"]*"|\\\n|[^"\n])+', block):
                 # Remove a launcher and its arguments.
-                statement = re.sub(r"^(?:accelerate launch|torchrun) .*?-m badit ", "badit ", statement)
+                statement = re.sub(
+                    r"^(?:accelerate launch|torchrun) .*?-m badit ", "badit ", statement
+                )
                 if statement.startswith("badit "):
                     found.append(shlex.split(statement.replace("\\\n", "\n"), comments=True)[1:])
         return found
@@ -45,5 +49,9 @@ class Page:
 
 def pages(*patterns: str) -> list[Page]:
     """Returns the pages that match the patterns (default: all Markdown pages for users)."""
-    files = [file for one in patterns or ("*.md", "docs/*.md", "recipes/README.md") for file in ROOT.glob(one)]
+    files = [
+        file
+        for one in patterns or ("*.md", "docs/*.md", "recipes/README.md")
+        for file in ROOT.glob(one)
+    ]
     return [Page(str(file.relative_to(ROOT))) for file in sorted(files)]

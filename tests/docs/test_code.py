@@ -7,13 +7,19 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from badit import Run, analyze
-from badit.cli import main
-from badit.export import export
+from badit.cli.app import main
+from badit.export.exporting import export
 from docs.pages import ROOT, Page, pages
 
-QUICKSTART = Page("docs/quickstart.md")  # tested separately, because its commands depend on the previous ones
+QUICKSTART = Page(
+    "docs/quickstart.md"
+)  # tested separately, because its commands depend on the previous ones
 # tests/test_examples.py runs the README's code.
-WITH_CODE = [page for page in pages() if page.blocks("python") and page not in (QUICKSTART, Page("README.md"))]
+WITH_CODE = [
+    page
+    for page in pages()
+    if page.blocks("python") and page not in (QUICKSTART, Page("README.md"))
+]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +52,9 @@ def test_python_code_of_a_page_runs(page, finished, material, tmp_path):
 
 def test_dry_runs_with_own_data_succeed(material, tmp_path):
     (tmp_path / "my-tasks.jsonl").symlink_to(material / "tasks.jsonl")
-    commands = [command for page in pages() for command in page.commands() if "--dry-run" in command]
+    commands = [
+        command for page in pages() for command in page.commands() if "--dry-run" in command
+    ]
     complete = [command for command in commands if "data.source=my-tasks.jsonl" in command]
     assert complete
     assert all(main(command) == 0 for command in complete)
@@ -54,7 +62,9 @@ def test_dry_runs_with_own_data_succeed(material, tmp_path):
 
 def test_quickstart_runs_and_writes_its_report(tmp_path):
     commands, names = iter(QUICKSTART.commands()), {}
-    for language, block in re.findall(r"^```(python|sh)\n(.*?)^```", QUICKSTART.text, flags=re.DOTALL | re.MULTILINE):
+    for language, block in re.findall(
+        r"^```(python|sh)\n(.*?)^```", QUICKSTART.text, flags=re.DOTALL | re.MULTILINE
+    ):
         if language == "python":
             exec(compile(block, QUICKSTART.path, "exec"), names)
             continue

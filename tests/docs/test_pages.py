@@ -9,9 +9,9 @@ import tomllib
 import pytest
 import yaml
 
-from badit.cli import app
-from badit.methods import build_method
-from badit.recipe import build_recipe, load_recipe
+from badit.cli.app import app
+from badit.recipe.schema import build_recipe, load_recipe
+from badit.training.methods import build_method
 from docs.pages import RESULTS, ROOT, Page, pages
 
 WITH_COMMANDS = [page for page in [*pages(), *pages("recipes/**/*.yaml")] if page.commands()]
@@ -32,12 +32,16 @@ def test_commands_parse_and_their_recipes_are_valid(page):
 @pytest.mark.parametrize("page", pages(), ids=str)
 def test_mentioned_commands_make_targets_extras_and_scripts_exist(page):
     spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", page.text, flags=re.S))
-    verbs = [span.split()[1] for span in spans if re.match(r"\s*badit\s+[a-z]", span)]  # may contain a line break
+    verbs = [
+        span.split()[1] for span in spans if re.match(r"\s*badit\s+[a-z]", span)
+    ]  # may contain a line break
     assert set(verbs) <= set(app)
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:`|^|; )make ([a-z][a-z-]*)", page.text, flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"make {target}"
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     for named in re.findall(r"(?:badit|\.)\[([\w,]+)\]['`]", page.text):
         assert set(named.split(",")) <= set(extras)
     for script in re.findall(r"python (\S+\.py)", page.text):
@@ -65,17 +69,38 @@ def test_quoted_numbers_match_the_committed_results(page):
         assert f"{value:.{len(decimals)}f}" == figure, f"{file}: {key}"
 
 
-@pytest.mark.parametrize("page", [page for page in pages() if TABLES["TABLE"].search(page.text)], ids=str)
+@pytest.mark.parametrize(
+    "page", [page for page in pages() if TABLES["TABLE"].search(page.text)], ids=str
+)
 def test_tables_match_the_committed_results(page):
     assert TABLES["render"](page.text) == page.text
 
 
 def test_quoted_messages_are_in_the_source():
-    quoted = re.findall(r"^### `([^`]+)`$", Page("docs/troubleshooting.md").text, flags=re.MULTILINE)
+    quoted = re.findall(
+        r"^### `([^`]+)`$", Page("docs/troubleshooting.md").text, flags=re.MULTILINE
+    )
     assert len(quoted) > 30
-    nodes = [node for file in (ROOT / "src").glob("**/*.py") for node in ast.walk(ast.parse(file.read_text()))]
-    known = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    filled = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]  # … stands for a placeholder
-    known += ["".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in each) for each in filled]
+    nodes = [
+        node
+        for file in (ROOT / "src").glob("**/*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+    ]
+    known = [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    filled = [
+        node.values for node in nodes if isinstance(node, ast.JoinedStr)
+    ]  # … stands for a placeholder
+    known += [
+        "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in each)
+        for each in filled
+    ]
     pattern = {text: re.escape(text).replace("…", ".*….*") for text in quoted}
-    assert [text for text in quoted if not any(re.search(pattern[text], one, re.DOTALL) for one in known)] == []
+    assert [
+        text
+        for text in quoted
+        if not any(re.search(pattern[text], one, re.DOTALL) for one in known)
+    ] == []

@@ -12,16 +12,22 @@ from pydantic import BaseModel
 from badit import BaditConfig, RegroupCallback
 from badit.baselines import BASELINES
 from badit.baselines.neurons import NeuronOptions
-from badit.recipe import CompareSection, Recipe, load_recipe
-from badit.regroup import RegroupOptions
+from badit.recipe.schema import CompareSection, Recipe, load_recipe
+from badit.training.regrouping import RegroupOptions
 from badit.tuner.config import FORMAT_FIELD, ExpertConfig
 from docs.pages import ROOT, Page
 
 # Rows: an option, its default and, for recipe keys, the value in the paper's recipes.
-ROWS = re.findall(r"^\| `([\w.]+)` \| `([^`]+)` \| (?:`([^`]+)`)?", Page("docs/paper-index.md").text, flags=re.M)
+ROWS = re.findall(
+    r"^\| `([\w.]+)` \| `([^`]+)` \| (?:`([^`]+)`)?", Page("docs/paper-index.md").text, flags=re.M
+)
 DOCUMENTED = {option: value for option, value, _ in ROWS}
-SECTIONS = [name for name, field in Recipe.model_fields.items() if isinstance(field.default, BaseModel)]
-CONFIGS = {cls.__name__: cls for cls in (BaditConfig, NeuronOptions, LoraConfig)} | {"RegroupCallback": RegroupOptions}
+SECTIONS = [
+    name for name, field in Recipe.model_fields.items() if isinstance(field.default, BaseModel)
+]
+CONFIGS = {cls.__name__: cls for cls in (BaditConfig, NeuronOptions, LoraConfig)} | {
+    "RegroupCallback": RegroupOptions
+}
 CONFIGS |= {each.config_cls.__name__: each.config_cls for each in BASELINES.values()}
 
 
@@ -61,12 +67,20 @@ def test_documented_paper_values_match_the_paper_recipe():
 
 def test_every_default_is_documented():
     peft = {*fields(PeftConfig), FORMAT_FIELD, "past_branches", "tasks"}
-    names = {"BaditConfig": fields(BaditConfig).keys() - peft, "NeuronOptions": fields(NeuronOptions)}
+    names = {
+        "BaditConfig": fields(BaditConfig).keys() - peft,
+        "NeuronOptions": fields(NeuronOptions),
+    }
     names |= {section: type(getattr(Recipe(), section)).model_fields for section in SECTIONS}
     names["compare"] = CompareSection.model_fields.keys() - {"methods"}  # which has no default
-    names["RegroupCallback"] = {*inspect.signature(RegroupCallback).parameters, *fields(RegroupOptions)} - {"options"}
+    names["RegroupCallback"] = {
+        *inspect.signature(RegroupCallback).parameters,
+        *fields(RegroupOptions),
+    } - {"options"}
     for config in (baseline.config_cls for baseline in BASELINES.values()):
         if issubclass(config, ExpertConfig):
             own = fields(config).items() - fields(ExpertConfig).items()
             names[config.__name__] = {name for name, _ in own} - peft
-    assert {f"{place}.{name}" for place, own in names.items() for name in own} - DOCUMENTED.keys() == set()
+    assert {
+        f"{place}.{name}" for place, own in names.items() for name in own
+    } - DOCUMENTED.keys() == set()

@@ -15,16 +15,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from badit import BaditConfig, Run, generation
 from badit.data import AnswerCollator, Instance, Task
-from badit.evaluate import evaluate, prompt_losses, read_predictions, score_model, write_predictions
-from badit.generation import generate_answers, stream_answer
-from badit.metrics import METRICS, Prediction
-from badit.recipe import build_recipe
-from badit.train import encoded
+from badit.evaluation.generation import generate_answers, stream_answer
+from badit.evaluation.metrics import METRICS, Prediction
+from badit.evaluation.scoring import (
+    evaluate,
+    prompt_losses,
+    read_predictions,
+    score_model,
+    write_predictions,
+)
+from badit.recipe.schema import build_recipe
+from badit.training.fit import encoded
 from data.examples import make_tokenizer
 from refusals import refuses
 from tuner.helpers import adapted, greedy_by_hand, randomise
 
-RECIPE = build_recipe({"evaluation": {"max_new_tokens": 4, "batch_size": 2}, "prompt": {"chat_template": "never"}})
+RECIPE = build_recipe(
+    {"evaluation": {"max_new_tokens": 4, "batch_size": 2}, "prompt": {"chat_template": "never"}}
+)
 OPTIONS = [None, {}, {"router_input": "standardised"}, {"routing": "token"}]
 AWKWARD = [
     Prediction("a", "2", "", ("x",), ""),
@@ -42,7 +50,9 @@ def words(tokens):
 
 
 def generate(model, tokenizer, prompts, **options):
-    return generate_answers(model, tokenizer, prompts, **{"max_new_tokens": 12, "progress": False, **options})
+    return generate_answers(
+        model, tokenizer, prompts, **{"max_new_tokens": 12, "progress": False, **options}
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -60,11 +70,28 @@ def spy_on(model, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["rwkv", "recurrent_gemma", "minimax"])
-def test_models_that_ignore_the_padding_mask_answer_one_prompt_at_a_time(tokenizer, prompts, family, monkeypatch):
-    of_family = {"rwkv": {"attention_hidden_size": 32}, "recurrent_gemma": {"lru_width": 32, "num_hidden_layers": 3}}
-    of_family["minimax"] = {"num_key_value_heads": 2, "num_local_experts": 2, "block_size": 8, "head_dim": 8}
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = AutoConfig.for_model(family, **sizes | of_family[family], vocab_size=len(tokenizer), pad_token_id=0)
+def test_models_that_ignore_the_padding_mask_answer_one_prompt_at_a_time(
+    tokenizer, prompts, family, monkeypatch
+):
+    of_family = {
+        "rwkv": {"attention_hidden_size": 32},
+        "recurrent_gemma": {"lru_width": 32, "num_hidden_layers": 3},
+    }
+    of_family["minimax"] = {
+        "num_key_value_heads": 2,
+        "num_local_experts": 2,
+        "block_size": 8,
+        "head_dim": 8,
+    }
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = AutoConfig.for_model(
+        family, **sizes | of_family[family], vocab_size=len(tokenizer), pad_token_id=0
+    )
     spy = spy_on(model := AutoModelForCausalLM.from_config(config).eval(), monkeypatch)
     generate(model, tokenizer, prompts[:2], batch_size=2)
     assert [len(call.kwargs["input_ids"]) for call in spy.mock_calls] == [1, 1]
@@ -73,15 +100,25 @@ def test_models_that_ignore_the_padding_mask_answer_one_prompt_at_a_time(tokeniz
 def test_padding_with_a_regular_token_is_not_part_of_the_answer(model, prompts, free):
     model.generation_config.eos_token_id = end = free[1][4]
     expected = [" ".join(f"w{token}" for token in until({end}, tokens)) for tokens in free]
-    assert len({len(answer.split()) for answer in expected}) > 1  # some answers end early and are padded
+    assert (
+        len({len(answer.split()) for answer in expected}) > 1
+    )  # some answers end early and are padded
     assert generate(model, word_tokenizer(0), prompts) == expected
 
 
-def test_model_decoding_options_are_ignored_and_all_state_is_restored(model, tokenizer, prompts, monkeypatch):
+def test_model_decoding_options_are_ignored_and_all_state_is_restored(
+    model, tokenizer, prompts, monkeypatch
+):
     expected = generate(model, tokenizer, prompts)
     tokenizer.padding_side = "right"
     own = model.generation_config
-    own.do_sample, own.temperature, own.top_p, own.repetition_penalty, own.no_repeat_ngram_size = True, 2.0, 0.5, 9.0, 1
+    own.do_sample, own.temperature, own.top_p, own.repetition_penalty, own.no_repeat_ngram_size = (
+        True,
+        2.0,
+        0.5,
+        9.0,
+        1,
+    )
     assert generate(model, tokenizer, prompts) == expected
     assert model.generation_config is own
     assert tokenizer.padding_side == "right"
@@ -100,11 +137,18 @@ def ending(model, free):
 
 
 @pytest.mark.parametrize("routing", [None, "prompt", "token"])
-def test_finished_rows_are_removed_from_the_batch(ending, tokenizer, prompts, free, routing, monkeypatch):
+def test_finished_rows_are_removed_from_the_batch(
+    ending, tokenizer, prompts, free, routing, monkeypatch
+):
     """A row ends at an end token of model or tokenizer; the remaining rows keep their own mixtures."""
-    model, expected = ending, [words(until({1, *ending.generation_config.eos_token_id}, tokens)) for tokens in free]
+    model, expected = (
+        ending,
+        [words(until({1, *ending.generation_config.eos_token_id}, tokens)) for tokens in free],
+    )
     if routing:
-        config = BaditConfig(num_experts=4, r=2, target_modules=["gate_proj"], routing=routing, task_type="CAUSAL_LM")
+        config = BaditConfig(
+            num_experts=4, r=2, target_modules=["gate_proj"], routing=routing, task_type="CAUSAL_LM"
+        )
         model = randomise(get_peft_model(ending, config)).eval()
         expected = generate(model, tokenizer, prompts, batch_size=1)
     assert len({len(answer.split()) for answer in expected}) >= 2
@@ -116,7 +160,9 @@ def test_finished_rows_are_removed_from_the_batch(ending, tokenizer, prompts, fr
     assert all(2 * after <= before for before, after in itertools.pairwise(rows))
 
 
-def test_batch_keeps_all_rows_if_the_cache_cannot_remove_rows(ending, tokenizer, prompts, monkeypatch):
+def test_batch_keeps_all_rows_if_the_cache_cannot_remove_rows(
+    ending, tokenizer, prompts, monkeypatch
+):
     expected = generate(ending, tokenizer, prompts)
     monkeypatch.setattr(generation, "select_rows", lambda cache, rows: False)
     spy = spy_on(ending, monkeypatch)
@@ -141,7 +187,9 @@ def test_empty_prompts_and_invalid_options_are_refused(model, tokenizer):
         refuses(message, call)
 
 
-def test_streamed_answer_matches_naive_decoding_and_grows_by_tokens(model, tokenizer, prompts, free):
+def test_streamed_answer_matches_naive_decoding_and_grows_by_tokens(
+    model, tokenizer, prompts, free
+):
     ended = []
     for prompt, tokens in zip(prompts, free, strict=True):
         tokens = until({1}, tokens)
@@ -177,8 +225,13 @@ def test_incomplete_characters_are_not_streamed(model, prompts):
 def tasks_of(*answers):
     """Returns two tasks, with three instances and one, whose second references are the answers."""
     pairs = zip(["w5 w6 w7", "w9", "w3 w3 w3 w3 w90", "w77 w8"], answers, strict=True)
-    instances = [Instance(id=f"i{i}", input=text, outputs=("zzz", answer)) for i, (text, answer) in enumerate(pairs)]
-    right = Task(name="right", definition="w1", test=tuple(instances[:3]), validation=tuple(instances[:1]))
+    instances = [
+        Instance(id=f"i{i}", input=text, outputs=("zzz", answer))
+        for i, (text, answer) in enumerate(pairs)
+    ]
+    right = Task(
+        name="right", definition="w1", test=tuple(instances[:3]), validation=tuple(instances[:1])
+    )
     return [right, Task(name="wrong", definition="w1", test=tuple(instances[3:]))]
 
 
@@ -188,26 +241,45 @@ def test_scores_and_predictions_match_their_instances(model, tokenizer):
     scores, predictions = score_model(model, tokenizer, RECIPE, tasks, "test", progress=False)
     for task, score, count in (("right", 100.0, 3), ("wrong", 0.0, 1)):
         nll = [prediction.nll for prediction in predictions if prediction.task == task]
-        expected = {"rouge_l": score, "exact_match": score, "nll": pytest.approx(fmean(nll)), "instances": count}
+        expected = {
+            "rouge_l": score,
+            "exact_match": score,
+            "nll": pytest.approx(fmean(nll)),
+            "instances": count,
+        }
         assert scores["tasks"][task].items() >= expected.items()
         assert scores["tasks"][task].keys() == {*METRICS, "instances"}
     for metric in ("rouge_l", "exact_match"):
         assert (scores[metric], scores[f"{metric}_instances"]) == (50.0, 75.0)
     ids = [(p.task, p.instance_id) for p in predictions]
     assert ids == [("right", "i0"), ("right", "i1"), ("right", "i2"), ("wrong", "i3")]
-    for prediction, instance in zip(predictions, [i for task in tasks for i in task.test], strict=True):
+    for prediction, instance in zip(
+        predictions, [i for task in tasks for i in task.test], strict=True
+    ):
         assert instance.input in prediction.prompt
         assert prediction.references == instance.outputs
     _, predictions = score_model(model, tokenizer, RECIPE, tasks[:1], "validation", progress=False)
     assert [p.instance_id for p in predictions] == ["i0"]
 
 
-@pytest.mark.parametrize(("family", "options"), [*(("llama", one) for one in OPTIONS), ("gpt2", {}), ("gemma2", {})])
-def test_shared_prompt_cache_keeps_nll_and_answers(family, options, tiny_model, tokenizer, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "options"), [*(("llama", one) for one in OPTIONS), ("gpt2", {}), ("gemma2", {})]
+)
+def test_shared_prompt_cache_keeps_nll_and_answers(
+    family, options, tiny_model, tokenizer, monkeypatch
+):
     model = tiny_model(family, vocab_size=128, initializer_range=0.5)
     model = model if options is None else adapted(model, **options)
-    texts = [("w5 w6 w7", "w3 w4"), ("w9", "w5"), ("w3 w3 w3 w3 w90 w4 w6", "w7 w8 w9 w10"), ("w77 w8", "w9 w2 w3")]
-    instances = [Instance(id=f"i{i}", input=text, outputs=(answer,)) for i, (text, answer) in enumerate(texts)]
+    texts = [
+        ("w5 w6 w7", "w3 w4"),
+        ("w9", "w5"),
+        ("w3 w3 w3 w3 w90 w4 w6", "w7 w8 w9 w10"),
+        ("w77 w8", "w9 w2 w3"),
+    ]
+    instances = [
+        Instance(id=f"i{i}", input=text, outputs=(answer,))
+        for i, (text, answer) in enumerate(texts)
+    ]
     task = Task(name="t", definition="w1", test=tuple(instances))
     examples = encoded(tokenizer, RECIPE, [(task, instance) for instance in instances], model)
     prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
@@ -216,10 +288,14 @@ def test_shared_prompt_cache_keeps_nll_and_answers(family, options, tiny_model, 
     spy = spy_on(model, monkeypatch)
     score = partial(score_model, model, tokenizer, RECIPE, [task], "test", progress=False)
     _, predictions = score()
-    assert [prediction.nll for prediction in predictions] == pytest.approx((sums / counts).tolist(), rel=1e-4)
+    assert [prediction.nll for prediction in predictions] == pytest.approx(
+        (sums / counts).tolist(), rel=1e-4
+    )
     assert [prediction.prediction for prediction in predictions] == answers
     # A sliding-window cache cannot restore dropped positions, so gemma2 does not reuse it.
-    assert any(name in spy.mock_calls[0].kwargs for name in ("cache", "past_key_values")) == (family != "gemma2")
+    assert any(name in spy.mock_calls[0].kwargs for name in ("cache", "past_key_values")) == (
+        family != "gemma2"
+    )
     model.get_input_embeddings().weight.data[:] = torch.nan
     refuses("task t, instance i0: the NLL is not finite", score)
 
@@ -230,7 +306,9 @@ def test_predictions_round_trip_and_survive_an_interrupted_write(tmp_path, monke
     assert sorted(file.name for file in folder.iterdir()) == ["a.jsonl", "task b.jsonl"]
     assert read_predictions(folder) == AWKWARD
     write_predictions(folder, AWKWARD[:1])
-    assert [file.name for file in folder.iterdir()] == ["a.jsonl"], "no stale predictions of other tasks"
+    assert [file.name for file in folder.iterdir()] == ["a.jsonl"], (
+        "no stale predictions of other tasks"
+    )
     write_predictions(folder, AWKWARD)
     monkeypatch.setattr("pathlib.Path.replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -242,7 +320,12 @@ def test_task_names_cannot_lead_out_of_the_folder(tmp_path):
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "link.jsonl").symlink_to(tmp_path / "out.jsonl")
     for name in ("../up", f"{tmp_path}/absolute", "link"):
-        refuses("leads out of", write_predictions, tmp_path / "inside", [Prediction(name, "1", "", ("x",), "")])
+        refuses(
+            "leads out of",
+            write_predictions,
+            tmp_path / "inside",
+            [Prediction(name, "1", "", ("x",), "")],
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["inside"]
 
 
@@ -283,11 +366,17 @@ def model(tiny_model):
 @pytest.fixture(scope="module")
 def prompts():
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(2, 128, (length,), generator=generator).tolist() for length in [3, 17, 1, 9, 9, 30, 2, 5]]
+    return [
+        torch.randint(2, 128, (length,), generator=generator).tolist()
+        for length in [3, 17, 1, 9, 9, 30, 2, 5]
+    ]
 
 
 @pytest.fixture
 def free(model, prompts):
     """Greedy continuations of the prompts, without cache and padding; end tokens do not stop them."""
     ids = [torch.tensor([prompt]) for prompt in prompts]
-    return [greedy_by_hand(model, each, torch.ones_like(each), 12)[0, each.shape[1] :].tolist() for each in ids]
+    return [
+        greedy_by_hand(model, each, torch.ones_like(each), 12)[0, each.shape[1] :].tolist()
+        for each in ids
+    ]

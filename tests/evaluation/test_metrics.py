@@ -7,16 +7,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nltk.stem.porter import PorterStemmer
 
-from badit.metrics import exact_match, normalize_answer, rouge_l
+from badit.evaluation.metrics import exact_match, normalize_answer, rouge_l
 from refusals import refuses
 
-WORDS = ["the", "The", "cats", "cat", "running", "runs,", "relational", "on-off", "a", "12.", "?", "中文", "İ"]
+WORDS = [
+    "the",
+    "The",
+    "cats",
+    "cat",
+    "running",
+    "runs,",
+    "relational",
+    "on-off",
+    "a",
+    "12.",
+    "?",
+    "中文",
+    "İ",
+]
 SENTENCES = st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)
 REFERENCES = st.lists(SENTENCES, min_size=1, max_size=3)
 
 
 def naive_tokens(text):
-    return [PorterStemmer().stem(word) if len(word) > 3 else word for word in re.findall("[a-z0-9]+", text.lower())]
+    return [
+        PorterStemmer().stem(word) if len(word) > 3 else word
+        for word in re.findall("[a-z0-9]+", text.lower())
+    ]
 
 
 def naive_lcs(a, b):
@@ -37,11 +54,15 @@ def naive_rouge_l(prediction, reference):
 
 
 @given(SENTENCES, REFERENCES, SENTENCES)
-def test_rouge_l_matches_the_formula_and_references_never_lower_scores(prediction, references, another):
+def test_rouge_l_matches_the_formula_and_references_never_lower_scores(
+    prediction, references, another
+):
     expected = max(naive_rouge_l(prediction, reference) for reference in references)
     assert rouge_l(prediction, references) == pytest.approx(expected)
     for metric in (rouge_l, exact_match):
-        assert 0 <= metric(prediction, references) <= metric(prediction, [*references, another]) <= 100
+        assert (
+            0 <= metric(prediction, references) <= metric(prediction, [*references, another]) <= 100
+        )
 
 
 @given(st.text(max_size=20))
@@ -59,7 +80,10 @@ def test_known_scores_and_invalid_references():
         ("中文", ["中文"], 0.0, 100.0),
         ("  The  U.S.A,\tan «Idea» ", ["the usa an «idea»"], 60.0, 100.0),
     ):
-        assert (rouge_l(prediction, references), exact_match(prediction, references)) == (pytest.approx(rouge), exact)
+        assert (rouge_l(prediction, references), exact_match(prediction, references)) == (
+            pytest.approx(rouge),
+            exact,
+        )
     for wrong in ([], (), "yes"):
         for metric in (rouge_l, exact_match):
             refuses("references", metric, "yes", wrong)

@@ -5,11 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from badit.statistics import FORMS, continual_scores, paired_bootstrap
+from badit.evaluation.statistics import FORMS, continual_scores, paired_bootstrap
 from refusals import refuses
 
 RNG = np.random.default_rng(7)
-TASKS = {"b": RNG.normal(1, 5, (3, 8)), "a": RNG.normal(0, 9, (3, 5)), "c": RNG.normal(2, 3, (3, 12))}
+TASKS = {
+    "b": RNG.normal(1, 5, (3, 8)),
+    "a": RNG.normal(0, 9, (3, 5)),
+    "c": RNG.normal(2, 3, (3, 12)),
+}
 MATRICES = st.integers(2, 5).flatmap(
     lambda T: st.lists(st.lists(st.floats(0, 100), min_size=T, max_size=T), min_size=T, max_size=T)
 )
@@ -20,14 +24,21 @@ def naive_bootstrap(tasks, resamples, rng):
     """Returns the mean over tasks of the mean over seeds and instances, and its percentile interval."""
 
     def mean(seeds, instances):
-        means = [np.mean([table[s][i] for s in seeds for i in instances[task]]) for task, table in tasks.items()]
+        means = [
+            np.mean([table[s][i] for s in seeds for i in instances[task]])
+            for task, table in tasks.items()
+        ]
         return sum(means) / len(means)
 
     runs = range(len(next(iter(tasks.values()))))
     estimates = []
     for _ in range(resamples):
         seeds = [rng.integers(len(runs)) for _ in runs]
-        estimates.append(mean(seeds, {task: rng.integers(len(t[0]), size=len(t[0])) for task, t in tasks.items()}))
+        estimates.append(
+            mean(
+                seeds, {task: rng.integers(len(t[0]), size=len(t[0])) for task, t in tasks.items()}
+            )
+        )
     every = mean(runs, {task: range(len(table[0])) for task, table in tasks.items()})
     return every, *np.quantile(estimates, [0.025, 0.975])
 
@@ -48,9 +59,13 @@ def test_all_runs_share_resampled_instances_and_all_tasks_resampled_runs():
     row_S1 = np.array([[4.0], [-1.0], [7.0]])
     tasks = paired_bootstrap({"a": row_S1, "b": -row_S1})
     assert (tasks.low, tasks.high) == (0, 0)
-    equal = paired_bootstrap({name: np.repeat(table[:1], 3, axis=0) for name, table in TASKS.items()})
+    equal = paired_bootstrap(
+        {name: np.repeat(table[:1], 3, axis=0) for name, table in TASKS.items()}
+    )
     single = paired_bootstrap({name: table[:1] for name, table in TASKS.items()})
-    assert [equal.low, equal.high] == pytest.approx([single.low, single.high], abs=0.5), "equal runs add nothing"
+    assert [equal.low, equal.high] == pytest.approx([single.low, single.high], abs=0.5), (
+        "equal runs add nothing"
+    )
 
 
 def test_share_not_positive_counts_resamples_without_an_advantage():
@@ -60,13 +75,15 @@ def test_share_not_positive_counts_resamples_without_an_advantage():
     assert paired_bootstrap(thirds).share_not_positive == 1, "a rounding error is not an advantage"
     assert paired_bootstrap({"a": np.full((3, 5), 2.0)}).share_not_positive == 0
     # Of four equally likely pairs of instances, one has a negative sum and two have the sum 0.
-    assert paired_bootstrap({"a": np.array([[1.0, -1.0]])}).share_not_positive == pytest.approx(0.75, abs=0.02)
+    assert paired_bootstrap({"a": np.array([[1.0, -1.0]])}).share_not_positive == pytest.approx(
+        0.75, abs=0.02
+    )
 
 
 def test_result_does_not_depend_on_task_order_or_chunk_size(monkeypatch):
     original = paired_bootstrap(TASKS)
     assert paired_bootstrap(dict(reversed(TASKS.items()))) == original
-    monkeypatch.setattr("badit.statistics._CHUNK", 400)
+    monkeypatch.setattr("badit.evaluation.statistics._CHUNK", 400)
     assert paired_bootstrap(TASKS) == original
 
 
@@ -82,22 +99,36 @@ def naive_scores(a, released):
 @pytest.mark.parametrize("form", FORMS)
 @given(matrix=MATRICES)
 def test_continual_scores_match_the_formulas(form, matrix):
-    assert continual_scores(matrix, form=form) == pytest.approx(naive_scores(matrix, form == "released"), abs=1e-9)
+    assert continual_scores(matrix, form=form) == pytest.approx(
+        naive_scores(matrix, form == "released"), abs=1e-9
+    )
     # Without scores from before a task was trained, which the standard form ignores, both forms agree on forgetting.
-    measured = [[score if j <= i else NAN for j, score in enumerate(row)] for i, row in enumerate(matrix)]
-    assert continual_scores(measured, form=form).forgetting == pytest.approx(naive_scores(matrix, False)[1], abs=1e-9)
+    measured = [
+        [score if j <= i else NAN for j, score in enumerate(row)] for i, row in enumerate(matrix)
+    ]
+    assert continual_scores(measured, form=form).forgetting == pytest.approx(
+        naive_scores(matrix, False)[1], abs=1e-9
+    )
 
 
 def test_continual_scores_of_a_worked_example():
     matrix = [[80.0, 90.0, NAN], [60.0, 70.0, NAN], [50.0, 75.0, 40.0]]
     standard = continual_scores(matrix, [70.0, 70.0, 70.0])
-    assert standard == pytest.approx((55, ((80 - 50) + (70 - 75)) / 2, ((50 - 80) + (75 - 70)) / 2, (10 + 0 - 30) / 3))
+    assert standard == pytest.approx(
+        (55, ((80 - 50) + (70 - 75)) / 2, ((50 - 80) + (75 - 70)) / 2, (10 + 0 - 30) / 3)
+    )
     for form in FORMS:
-        assert continual_scores([[30.0]], [25.0], form=form) == (30.0, 0.0, 0.0, 5.0), "a single task: no forgetting"
+        assert continual_scores([[30.0]], [25.0], form=form) == (30.0, 0.0, 0.0, 5.0), (
+            "a single task: no forgetting"
+        )
 
 
 def test_incomplete_scores_and_unknown_forms_are_refused():
     for matrix in ([], [[1.0], [1.0, 2.0]], [[1.0, NAN], [NAN, 2.0]]):
-        refuses("a square matrix, with finite scores on and below the diagonal", continual_scores, matrix)
+        refuses(
+            "a square matrix, with finite scores on and below the diagonal",
+            continual_scores,
+            matrix,
+        )
     refuses("2 finite scores", continual_scores, [[1.0, NAN], [1.0, 2.0]], [1.0])
     refuses("did you mean 'released'", continual_scores, [[1.0]], form="realeased")

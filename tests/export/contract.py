@@ -30,7 +30,9 @@ def check_adapter(folder, base):
         assert {(module, "A"), (module, "B")} <= found.keys()
         weight = base.get_submodule(module).weight
         out_features, in_features = weight.T.shape if config["fan_in_fan_out"] else weight.shape
-        assert tensor.shape == ((config["r"], in_features) if part == "A" else (out_features, config["r"])), module
+        assert tensor.shape == (
+            (config["r"], in_features) if part == "A" else (out_features, config["r"])
+        ), module
         assert tensor.dtype == torch.float32
         assert torch.isfinite(tensor).all()
     for target in config["target_modules"]:

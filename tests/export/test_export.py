@@ -19,11 +19,19 @@ from transformers import AutoModelForCausalLM
 import reference
 from badit.analysis.gates import adapted_layers, changed_gates, mean_gates
 from badit.data import AnswerCollator, batches_by_task
-from badit.evaluate import evaluate
-from badit.export import Export, beyond_lora, export, merge, mixture_factors, score_export, write_adapter
-from badit.files import OWNER, read_json
-from badit.recipe import build_recipe
-from badit.train import encoded, fit, load_run, make_plan
+from badit.evaluation.scoring import evaluate
+from badit.export.exporting import (
+    Export,
+    beyond_lora,
+    export,
+    merge,
+    mixture_factors,
+    score_export,
+    write_adapter,
+)
+from badit.recipe.schema import build_recipe
+from badit.support.files import OWNER, read_json
+from badit.training.fit import encoded, fit, load_run, make_plan
 from badit.tuner import BaditConfig, hooks_of
 from badit.tuner.targets import short_module_names
 from baselines import naive as baselines
@@ -34,7 +42,14 @@ from training.trainers import PAPER
 from tuner.helpers import FAMILIES, adapt, adapted, layers, logits
 
 TOKENS = [[5, 17, 33, 60, 9, 41, 8], [7, 7, 90, 12, 66, 23, 50]]
-BADIT = {"name": "badit", "num_experts": 3, "r": 2, "lora_dropout": 0.0, **PAPER, "regroup": {"every": 1}}
+BADIT = {
+    "name": "badit",
+    "num_experts": 3,
+    "r": 2,
+    "lora_dropout": 0.0,
+    **PAPER,
+    "regroup": {"every": 1},
+}
 LORA = {"r": 3, "lora_alpha": 12}
 # Each method with the rank of its exact export.
 METHODS = {
@@ -50,9 +65,27 @@ METHODS = {
     **{name: ({"name": name, **LORA}, 6) for name in ("pissa", "olora")},
     "rslora": ({"name": "rslora", **LORA, "rank_pattern": {"model.layers.1.mlp.gate_proj": 2}}, 3),
 }
-WEIGHTS = {"dora": {"name": "dora", **LORA}, "full": {"name": "full"}, "task-neurons": {"name": "task-neurons"}}
-VARY = ("badit", "softmax", "token", "directions", "loramoe", "hydralora", "goat", "mtl-lora", "gainlora", "sapt")
-TASK_OF = {"mtl-lora": "cities", "directions": "rivers"}  # parameters of the task; clusters of prompts
+WEIGHTS = {
+    "dora": {"name": "dora", **LORA},
+    "full": {"name": "full"},
+    "task-neurons": {"name": "task-neurons"},
+}
+VARY = (
+    "badit",
+    "softmax",
+    "token",
+    "directions",
+    "loramoe",
+    "hydralora",
+    "goat",
+    "mtl-lora",
+    "gainlora",
+    "sapt",
+)
+TASK_OF = {
+    "mtl-lora": "cities",
+    "directions": "rivers",
+}  # parameters of the task; clusters of prompts
 
 
 @torch.no_grad()
@@ -67,7 +100,10 @@ def frozen_logits(run, folder, task):
     def hold(one, own):
         return torch.tensor(gates[one.layer.name]).expand(len(ids), 1, -1)
 
-    with changed_gates(adapted_layers(model), hold), hooks_of(model).rows_of(None if task is None else [task, task]):
+    with (
+        changed_gates(adapted_layers(model), hold),
+        hooks_of(model).rows_of(None if task is None else [task, task]),
+    ):
         return model(input_ids=ids).logits
 
 
@@ -76,8 +112,16 @@ def test_stock_peft_loads_all_exports_and_computes_the_frozen_mixture(trained, t
     for name, (method, rank) in METHODS.items():
         run = runs[name] = trained(method)
         done = export(run, tmp_path / f"{name}-lora", task=TASK_OF.get(name))
-        assert (done.rank, done.record["exact_rank"], "relative_error" in done.record) == (rank, rank, False), name
-        assert (done.record["mixture"] is not None) == (done.folder / "gates.json").is_file() == (name in VARY), name
+        assert (done.rank, done.record["exact_rank"], "relative_error" in done.record) == (
+            rank,
+            rank,
+            False,
+        ), name
+        assert (
+            (done.record["mixture"] is not None)
+            == (done.folder / "gates.json").is_file()
+            == (name in VARY)
+        ), name
         check_adapter(done.folder, load_run(run)[0].unload())
         folders[name] = str(done.folder)
     for name, method in WEIGHTS.items():
@@ -87,8 +131,19 @@ def test_stock_peft_loads_all_exports_and_computes_the_frozen_mixture(trained, t
         merged = export(run, tmp_path / f"{name}-merged", merged=True, task=TASK_OF.get(name))
         folders[f"{name}-merged"] = str(merged.folder)
     folders["base"] = runs["badit"].trusted_recipe().model.name
-    script, file = Path(__file__).with_name("stock.py"), tmp_path / "logits.safetensors"  # a process without badit
-    command = [sys.executable, "-W", "error::UserWarning", script, json.dumps(TOKENS), json.dumps(folders), file]
+    script, file = (
+        Path(__file__).with_name("stock.py"),
+        tmp_path / "logits.safetensors",
+    )  # a process without badit
+    command = [
+        sys.executable,
+        "-W",
+        "error::UserWarning",
+        script,
+        json.dumps(TOKENS),
+        json.dumps(folders),
+        file,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = load_file(file)
@@ -96,7 +151,9 @@ def test_stock_peft_loads_all_exports_and_computes_the_frozen_mixture(trained, t
         expected = frozen_logits(run, tmp_path / f"{name}-lora", TASK_OF.get(name))
         assert (expected - found["base"]).abs().max() > 0.05, name
         for kind in {name, f"{name}-merged"} & found.keys():
-            torch.testing.assert_close(found[kind], expected, atol=1e-5, rtol=1e-5, msg=lambda m, k=kind: f"{k}: {m}")
+            torch.testing.assert_close(
+                found[kind], expected, atol=1e-5, rtol=1e-5, msg=lambda m, k=kind: f"{k}: {m}"
+            )
 
 
 def test_task_gates_are_the_mean_over_its_training_prompts(trained, tmp_path):
@@ -106,7 +163,9 @@ def test_task_gates_are_the_mean_over_its_training_prompts(trained, tmp_path):
     means = {}
     for task in make_plan(recipe).tasks:
         examples = encoded(tokenizer, recipe, [(task, instance) for instance in task.train], None)
-        batches = batches_by_task(examples, AnswerCollator(0, with_tasks=True), 1)  # one prompt per batch
+        batches = batches_by_task(
+            examples, AnswerCollator(0, with_tasks=True), 1
+        )  # one prompt per batch
         means[task.name] = mean_gates(model, batches[task.name])
     kept = {}
     for name in (None, "cities", "rivers"):
@@ -116,12 +175,16 @@ def test_task_gates_are_the_mean_over_its_training_prompts(trained, tmp_path):
     for one in adapted_layers(model):
         of_name = {name: torch.tensor(gates[one.layer.name]) for name, gates in kept.items()}
         for name in ("cities", "rivers"):
-            torch.testing.assert_close(of_name[name], torch.tensor(means[name][one.layer.name]), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                of_name[name], torch.tensor(means[name][one.layer.name]), atol=1e-5, rtol=1e-5
+            )
         torch.testing.assert_close(of_name[None], (of_name["cities"] + of_name["rivers"]) / 2)
         assert not torch.equal(of_name["cities"], of_name["rivers"])
 
 
-def test_export_of_all_tasks_measures_each_tasks_gates_once(trained, tmp_path, monkeypatch, command):
+def test_export_of_all_tasks_measures_each_tasks_gates_once(
+    trained, tmp_path, monkeypatch, command
+):
     run, out = trained(BADIT), tmp_path / "all"
     one = export(run, tmp_path / "one", task="cities")
     measured = []
@@ -146,7 +209,9 @@ def test_export_of_all_tasks_measures_each_tasks_gates_once(trained, tmp_path, m
     save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path)
     export(run, tmp_path / "mean")  # a changed adapter: its gates are measured again
     assert measured == ["rivers", "cities", "rivers"]
-    run.config_path.write_text(run.config_path.read_text().replace("max_source_tokens: 1024", "max_source_tokens: 32"))
+    run.config_path.write_text(
+        run.config_path.read_text().replace("max_source_tokens: 1024", "max_source_tokens: 32")
+    )
     export(run, tmp_path / "mean", task="rivers")  # so are those of other prompts
     assert measured == ["rivers", "cities", "rivers", "rivers"]
     (out / "cities" / "notes.txt").write_text("mine")
@@ -162,8 +227,14 @@ def test_gates_from_a_file_and_invalid_gates(trained, tmp_path):
     gates = read_json(first / "gates.json")
     name = next(iter(gates))
     for wrong, message in [
-        ({**gates, "model.layers.0.mlp.gate_prj": [1, 1, 1]}, r"gate_prj: not a module that the run adapts \(did you"),
-        ({key: value for key, value in gates.items() if key != name}, f"{name}: must be a list of 3 numbers"),
+        (
+            {**gates, "model.layers.0.mlp.gate_prj": [1, 1, 1]},
+            r"gate_prj: not a module that the run adapts \(did you",
+        ),
+        (
+            {key: value for key, value in gates.items() if key != name},
+            f"{name}: must be a list of 3 numbers",
+        ),
         ({**gates, name: [1.0, 2.0]}, "must be a list of 3 numbers"),
         ({**gates, name: [1.0, 2.0, float("nan")]}, "must be a list of 3 numbers"),
     ]:
@@ -172,7 +243,9 @@ def test_gates_from_a_file_and_invalid_gates(trained, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(trained, tmp_path, monkeypatch):
+def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(
+    trained, tmp_path, monkeypatch
+):
     run = trained(BADIT)
     whole = load_file(export(run, tmp_path / "whole").folder / "adapter_model.safetensors")
     done = export(run, tmp_path / "small", rank=5)
@@ -188,31 +261,64 @@ def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(traine
         lost, norm = lost + float((product - found).norm() ** 2), norm + float(product.norm() ** 2)
     assert total == pytest.approx((lost / norm) ** 0.5, rel=1e-3)
     assert 0 < total <= max(errors.values()) < 1
-    assert read_json(done.folder / "export.json")["relative_error"] == {"total": total, "modules": errors}
+    assert read_json(done.folder / "export.json")["relative_error"] == {
+        "total": total,
+        "modules": errors,
+    }
 
-    assert [Export(Path("x"), {"rank": rank}).max_lora_rank for rank in (1, 8, 12, 257)] == [1, 8, 16, 320]
-    monkeypatch.setattr(sys.modules["badit.export"], "VLLM_RANKS", (1, 8))  # as if rank 12 could not be served
+    assert [Export(Path("x"), {"rank": rank}).max_lora_rank for rank in (1, 8, 12, 257)] == [
+        1,
+        8,
+        16,
+        320,
+    ]
+    monkeypatch.setattr(
+        sys.modules["badit.export.exporting"], "VLLM_RANKS", (1, 8)
+    )  # as if rank 12 could not be served
     forced = export(run, tmp_path / "forced")
     assert (forced.rank, forced.record["exact_rank"], forced.max_lora_rank) == (8, 12, 8)
     assert forced.record["relative_error"]["modules"]
 
 
 def test_invalid_options_are_refused_and_nothing_is_written(trained, tmp_path):
-    assert beyond_lora(BaditConfig(modules_to_save=["lm_head"], bias="all")) == ["modules_to_save", "bias"]
+    assert beyond_lora(BaditConfig(modules_to_save=["lm_head"], bias="all")) == [
+        "modules_to_save",
+        "bias",
+    ]
     assert beyond_lora(LoraConfig(layer_replication=[(0, 1)])) == ["layer_replication"]
     assert beyond_lora(LoraConfig(init_lora_weights="pissa_niter_4")) == ["init_lora_weights"]
     for method, options, message in (
         (BADIT, {"task": "citys"}, r"--task: unknown task 'citys' \(did you mean 'cities'\?\)"),
-        (BADIT, {"task": "cities", "gates": "x.json"}, "only one of --task, --all-tasks and --gates"),
-        (BADIT, {"all_tasks": True, "merged": True}, "--merged: writes a model without a rank; remove --all-tasks"),
-        (BADIT, {"rank": 4, "merged": True}, "--merged: writes a model without a rank; remove --all-tasks and --rank"),
+        (
+            BADIT,
+            {"task": "cities", "gates": "x.json"},
+            "only one of --task, --all-tasks and --gates",
+        ),
+        (
+            BADIT,
+            {"all_tasks": True, "merged": True},
+            "--merged: writes a model without a rank; remove --all-tasks",
+        ),
+        (
+            BADIT,
+            {"rank": 4, "merged": True},
+            "--merged: writes a model without a rank; remove --all-tasks and --rank",
+        ),
         (BADIT, {"rank": 513}, "--rank: must be between 1 and 512, not 513"),
         ({"name": "base"}, {}, "there is nothing to export"),
         ({"name": "lora", **LORA}, {"task": "cities"}, "--gates: lora has no gates that vary"),
         ({"name": "o-lora", "r": 2}, {"gates": "x.json"}, "--gates: o-lora has no gates that vary"),
-        ({"name": "mtl-lora", "r": 2}, {}, "mtl-lora learns each task separately: choose one with --task"),
+        (
+            {"name": "mtl-lora", "r": 2},
+            {},
+            "mtl-lora learns each task separately: choose one with --task",
+        ),
         ({"name": "badit"}, {}, "the mean gates of several tasks fit no prompt; use --all-tasks"),
-        ({"name": "lora", **LORA, "bias": "all"}, {}, "method.bias: makes the adapter more than a plain LoRA"),
+        (
+            {"name": "lora", **LORA, "bias": "all"},
+            {},
+            "method.bias: makes the adapter more than a plain LoRA",
+        ),
     ):
         refuses(message, export, trained(method), tmp_path / "out", **options)
     assert not list(tmp_path.glob("out*"))
@@ -224,7 +330,10 @@ def test_merged_model_with_a_trained_head_or_embedding_is_not_tied(tmp_path, tra
     make_material(tmp_path, tie_word_embeddings=True, initializer_range=0.2)
     values = make_recipe(tmp_path / "model", tmp_path / "tasks.jsonl", tmp_path / "run")
     values["training"]["max_steps"] = 2
-    run = fit(build_recipe(values | {"method": {**BADIT, "modules_to_save": [trained_part]}}), progress=False)
+    run = fit(
+        build_recipe(values | {"method": {**BADIT, "modules_to_save": [trained_part]}}),
+        progress=False,
+    )
     folder = export(run, tmp_path / "out", merged=True).folder
     assert read_json(folder / "config.json")["tie_word_embeddings"] is False
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -236,9 +345,13 @@ def test_folder_is_replaced_atomically_and_only_if_badit_wrote_it(trained, tmp_p
     out.mkdir()
     assert export(run, out, merged=True).folder == out  # an empty folder is used
     for folder in (run.adapter_path, out):
-        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {folder.stat().st_mode & 0o666}
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+            folder.stat().st_mode & 0o666
+        }
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr(sys.modules["badit.export"], "write_adapter", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(
+        sys.modules["badit.export.exporting"], "write_adapter", Mock(side_effect=KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         export(run, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -253,7 +366,10 @@ def test_folder_is_replaced_atomically_and_only_if_badit_wrote_it(trained, tmp_p
     (out / "notes.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
     for folder, message in (
-        (Path(), r"\.: contains the current folder and would be replaced; choose another folder with -o"),
+        (
+            Path(),
+            r"\.: contains the current folder and would be replaced; choose another folder with -o",
+        ),
         (out, r"out: holds notes\.txt, which badit did not write; choose another folder with -o"),
         (run.config_path, "is a file"),
     ):
@@ -262,19 +378,27 @@ def test_folder_is_replaced_atomically_and_only_if_badit_wrote_it(trained, tmp_p
 
 def test_export_of_a_run_without_varying_gates_has_the_same_scores(trained, tmp_path):
     run = trained({"name": "lora", **LORA})
-    scores = {name: each["rouge_l"] for name, each in evaluate(run, progress=False)["tasks"].items()}
+    scores = {
+        name: each["rouge_l"] for name, each in evaluate(run, progress=False)["tasks"].items()
+    }
     for merged in (False, True):
         result = score_export(run, export(run, tmp_path / "out", merged=merged), progress=False)
         assert read_json(tmp_path / "out" / "scores.json") == result
         assert result["mixture"] is None
-        same = {name: {"routed": score, "frozen": score, "difference": 0.0} for name, score in scores.items()}
+        same = {
+            name: {"routed": score, "frozen": score, "difference": 0.0}
+            for name, score in scores.items()
+        }
         assert result["tasks"] == same
 
 
 def test_score_export_scores_the_folder_of_the_export(trained, tmp_path):
     run = trained({**BADIT, "regroup": None})
     scores = evaluate(run, progress=False)
-    fake = {**scores, "tasks": {name: {**entry, "rouge_l": 77.0} for name, entry in scores["tasks"].items()}}
+    fake = {
+        **scores,
+        "tasks": {name: {**entry, "rouge_l": 77.0} for name, entry in scores["tasks"].items()},
+    }
     run.scores_path.write_text(json.dumps(fake))
     done = export(run, tmp_path / "out", task="cities", progress=False)
     result = score_export(run, done, progress=False)
@@ -282,12 +406,16 @@ def test_score_export_scores_the_folder_of_the_export(trained, tmp_path):
     entry = result["tasks"]["cities"]
     assert (entry["routed"], entry["difference"]) == (77.0, pytest.approx(entry["frozen"] - 77.0))
     message = r"^engine: vllm: cannot be started \(No module named .vllm.\); install vLLM"
-    refuses(message, score_export, run, done, engine="vllm", progress=False)  # vLLM is tested in tests/serving
+    refuses(
+        message, score_export, run, done, engine="vllm", progress=False
+    )  # vLLM is tested in tests/serving
     path = done.folder / "adapter_model.safetensors"
     save_file({name: 0 * tensor for name, tensor in load_file(path).items()}, path)
     base = score_export(run, done, progress=False)["tasks"]["cities"]["frozen"]
     source = Path(run.recipe.data.source)
-    changed = tmp_path / "changed.jsonl"  # other instances, so that the run's scores do not compare with the export's
+    changed = (
+        tmp_path / "changed.jsonl"
+    )  # other instances, so that the run's scores do not compare with the export's
     changed.write_text(source.read_text().replace("land 1", "land 9"))
     run.config_path.write_text(run.config_path.read_text().replace(str(source), str(changed)))
     assert score_export(run, done, progress=False)["tasks"]["cities"]["routed"] < 77
@@ -295,7 +423,10 @@ def test_score_export_scores_the_folder_of_the_export(trained, tmp_path):
 
 
 def test_tasks_without_training_or_test_data(trained, tmp_path):
-    rows = [json.loads(line) for line in Path(trained(BADIT).recipe.data.source).read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in Path(trained(BADIT).recipe.data.source).read_text().splitlines()
+    ]
     kept = [row for row in rows if row["split"] == ("train" if row["task"] == "cities" else "test")]
     (tmp_path / "split.jsonl").write_text("\n".join(map(json.dumps, kept)))
     run = trained(BADIT, tmp_path / "split.jsonl")
@@ -310,7 +441,9 @@ def test_tasks_without_training_or_test_data(trained, tmp_path):
 def test_export_command(trained, tmp_path, command):
     run = trained(BADIT)
     out = tmp_path / "exports" / "mine"
-    assert "--task: unknown task '363'" in command("export", run.path, "-o", out, "--task", 363, code=2)
+    assert "--task: unknown task '363'" in command(
+        "export", run.path, "-o", out, "--task", 363, code=2
+    )
     shown = command("export", run.path, "-o", out, "--rank", 4, "--score")
     assert "mean gates of 2 tasks, averaged over tasks, on 24 training prompts" in shown
     assert "4 of 12: relative error 0." in shown
@@ -322,7 +455,10 @@ def test_export_command(trained, tmp_path, command):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_equal_logits_adapted_merged_and_loaded(tiny_model, tmp_path, family):
-    model, gates_K = adapted(tiny_model(family), target_modules="all-linear"), torch.tensor([0.25, 2.0, 0.75])
+    model, gates_K = (
+        adapted(tiny_model(family), target_modules="all-linear"),
+        torch.tensor([0.25, 2.0, 0.75]),
+    )
     for layer in layers(model):
         layer._route = lambda adapter, x: gates_K.expand(*x.shape[:-1], -1)
     expected = logits(model)
@@ -331,7 +467,9 @@ def test_every_family_has_equal_logits_adapted_merged_and_loaded(tiny_model, tmp
         (a0, b0), (a_PI, b_OP) = layer.kept_factors("default"), factors[layer.name]
         gated_B = layer.badit_B["default"] * gates_K[layer.expert_of("default")]
         naive = 2.0 * reference.float64(gated_B @ layer.badit_A["default"] - b0 @ a0)
-        np.testing.assert_allclose(reference.float64(b_OP) @ reference.float64(a_PI), naive, atol=1e-5)
+        np.testing.assert_allclose(
+            reference.float64(b_OP) @ reference.float64(a_PI), naive, atol=1e-5
+        )
     write_adapter(tmp_path, factors, model.unload(), "base")
     assert check_adapter(tmp_path, tiny_model(family))["fan_in_fan_out"] == (family == "gpt2")
     loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path)
@@ -363,7 +501,9 @@ def test_peft_lora_conversion_accepts_only_fixed_mixtures(tiny_model, family):
         config, tensors = convert_to_lora(model, rank=rank)
         config.fan_in_fan_out = family == "gpt2"  # otherwise PEFT sets it with a warning
         plain = get_peft_model(tiny_model(family), config)
-        named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
+        named = {
+            name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()
+        }
         assert not plain.load_state_dict(named, strict=False).unexpected_keys
         torch.testing.assert_close(logits(plain.eval()), logits(model), atol=1e-3, rtol=1e-3)
     for model in (adapt(tiny_model(family)), baselines.adapted(tiny_model(family), "gainlora")):
@@ -372,5 +512,13 @@ def test_peft_lora_conversion_accepts_only_fixed_mixtures(tiny_model, family):
 
 def test_merging_into_quantised_weights_is_refused(trained, tmp_path):
     for run in (trained(BADIT), trained({"name": "lora", **LORA})):
-        run.config_path.write_text(run.config_path.read_text().replace("quantisation: null", "quantisation: bnb-8bit"))
-        refuses(r"^--merged: the base weights are quantised", export, run, tmp_path / "model", merged=True)
+        run.config_path.write_text(
+            run.config_path.read_text().replace("quantisation: null", "quantisation: bnb-8bit")
+        )
+        refuses(
+            r"^--merged: the base weights are quantised",
+            export,
+            run,
+            tmp_path / "model",
+            merged=True,
+        )

@@ -7,7 +7,7 @@ import signal
 
 from hypothesis import HealthCheck, settings
 
-from badit.cli import main
+from badit.cli.app import main
 
 # The factor for the number of cases: 1 in `make test`, larger in `make stress`.
 STRESS = int(os.environ.get("BADIT_STRESS", "1"))
@@ -18,7 +18,9 @@ tried = 0
 
 def cases(number):
     """Returns Hypothesis settings for this number of cases, times the factor in ``BADIT_STRESS``."""
-    return settings(max_examples=number * STRESS, deadline=None, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=number * STRESS, deadline=None, suppress_health_check=list(HealthCheck)
+    )
 
 
 def ends_well(*arguments):

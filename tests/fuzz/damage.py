@@ -7,26 +7,94 @@ import os
 import yaml
 from hypothesis import strategies as st
 
-from badit.files import remove
+from badit.support.files import remove
 
 # Known causes of errors in readers: wrong types, numbers out of range, names that lead out of a folder, and text that
 # a terminal, a page or a file system interprets.
 NASTY_VALUES = [
     *(None, True, False, 0, -1, 2**31, 2**64, 10**400, -(10**400), 0.5, 1e308, -1e308, 5e-324),
     *(float("nan"), float("inf"), float("-inf")),
-    *("", " ", "\0", "\ud800", "\u202e\u2028", "\x1b[2J", "two\nlines", "5e-4", "073", "1e999", "nan", "null"),
-    *("x" * 300, "é" * 130, "../../outside", "/etc/passwd", "C:\\CON", "a/b", "a\\b", "..", ".", "~", "$HOME"),
-    *("<script>alert(1)</script>", "</script>", "{{ 7*7 }}", "!!python/object:os.system", "lora", "badit", "builtin"),
+    *(
+        "",
+        " ",
+        "\0",
+        "\ud800",
+        "\u202e\u2028",
+        "\x1b[2J",
+        "two\nlines",
+        "5e-4",
+        "073",
+        "1e999",
+        "nan",
+        "null",
+    ),
+    *(
+        "x" * 300,
+        "é" * 130,
+        "../../outside",
+        "/etc/passwd",
+        "C:\\CON",
+        "a/b",
+        "a\\b",
+        "..",
+        ".",
+        "~",
+        "$HOME",
+    ),
+    *(
+        "<script>alert(1)</script>",
+        "</script>",
+        "{{ 7*7 }}",
+        "!!python/object:os.system",
+        "lora",
+        "badit",
+        "builtin",
+    ),
     *([], {}, [[]], [None], {"": None}, {"name": {}}, ["a", 1], [1, 2, 3], {"a": {"b": {"c": []}}}),
 ]
 # Copies, because an inserted value may be damaged further.
-VALUES = st.sampled_from(NASTY_VALUES).map(copy.deepcopy) | st.integers() | st.floats() | st.text(max_size=12)
+VALUES = (
+    st.sampled_from(NASTY_VALUES).map(copy.deepcopy)
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=12)
+)
 VALUES |= st.lists(st.integers(-2, 2) | st.text(max_size=3), max_size=3)
 VALUES |= st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=3), max_size=2)
 _INSERTED = [
-    *(b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\r\n", b"\r", b"\n", b"\t"),
-    *(b'"', b"{", b"]", b",", b":", b"\\", b"NaN", b"1e999", b"0x", b"9" * 5000, b"[" * 3000, b'{"a":' * 3000),
-    *(b"&a [*a]", b"<<: *x", b"\n? ", b"2001-99-99", b"!!python/object/apply:os.getcwd []", b"%YAML 9.9\n---\n"),
+    *(
+        b"\0",
+        b"\xff",
+        b"\xed\xa0\x80",
+        b"\xef\xbb\xbf",
+        b"\xe2\x80\xa8",
+        b"\r\n",
+        b"\r",
+        b"\n",
+        b"\t",
+    ),
+    *(
+        b'"',
+        b"{",
+        b"]",
+        b",",
+        b":",
+        b"\\",
+        b"NaN",
+        b"1e999",
+        b"0x",
+        b"9" * 5000,
+        b"[" * 3000,
+        b'{"a":' * 3000,
+    ),
+    *(
+        b"&a [*a]",
+        b"<<: *x",
+        b"\n? ",
+        b"2001-99-99",
+        b"!!python/object/apply:os.getcwd []",
+        b"%YAML 9.9\n---\n",
+    ),
     *(b"\n---\n", b"'", b"#", b"- "),
 ]
 
@@ -41,20 +109,33 @@ def damaged_value(draw, value):
             value = draw(VALUES)
             continue
         parent, key = draw(st.sampled_from(parts))
-        match draw(st.sampled_from(["replace", "replace", "replace", "remove", "wrap", "swap", "double", "nest"])):
+        match draw(
+            st.sampled_from(
+                ["replace", "replace", "replace", "remove", "wrap", "swap", "double", "nest"]
+            )
+        ):
             case "replace":
                 parent[key] = draw(VALUES)
             case "remove":
                 del parent[key]
             case "wrap":
-                parent[key] = draw(st.sampled_from([[parent[key]], {"value": parent[key]}, str(parent[key])[:50]]))
+                parent[key] = draw(
+                    st.sampled_from([[parent[key]], {"value": parent[key]}, str(parent[key])[:50]])
+                )
             case "swap":  # with a sibling
-                other = draw(st.sampled_from(list(parent) if isinstance(parent, dict) else range(len(parent))))
+                other = draw(
+                    st.sampled_from(
+                        list(parent) if isinstance(parent, dict) else range(len(parent))
+                    )
+                )
                 parent[key], parent[other] = parent[other], parent[key]
             case "double" if isinstance(parent, list):
                 parent.insert(key, copy.deepcopy(parent[key]))
             case "double":
-                other = draw(st.sampled_from([f"{key}x", str(key).upper(), "", "__class__"]) | st.text(max_size=5))
+                other = draw(
+                    st.sampled_from([f"{key}x", str(key).upper(), "", "__class__"])
+                    | st.text(max_size=5)
+                )
                 parent[other] = parent[key]
             case "nest":
                 for _ in range(draw(st.sampled_from([1, 30, 100]))):
@@ -64,7 +145,13 @@ def damaged_value(draw, value):
 
 def _parts(value, depth=0):
     """Yields every part of a value as the dict or list that contains it, and its key or index."""
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    parts = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, part in parts if depth < 8 else ():
         yield value, key
         yield from _parts(part, depth + 1)
@@ -76,7 +163,9 @@ def as_json(value):
 
 
 def as_lines(values):
-    return b"".join(as_json(line) + b"\n" for line in (values if isinstance(values, list) else [values]))
+    return b"".join(
+        as_json(line) + b"\n" for line in (values if isinstance(values, list) else [values])
+    )
 
 
 def as_yaml(value):
@@ -125,5 +214,7 @@ def _link_to(target):
 endless_file = _link_to("/dev/zero")
 REPLACEMENTS = (
     *(folder_in_its_place, pipe_in_its_place, lambda file: file.chmod(0), remove, endless_file),
-    *(_link_to(target) for target in (None, "/etc/passwd", "/nonexistent/file")),  # None: a link to itself
+    *(
+        _link_to(target) for target in (None, "/etc/passwd", "/nonexistent/file")
+    ),  # None: a link to itself
 )

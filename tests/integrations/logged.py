@@ -27,19 +27,33 @@ def records(data):
 def wandb_run(path):
     found = {}
     for record in records(path.read_bytes()):
-        line = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        line = {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+        }
         for name, value in line.items():
             found.setdefault(name, {})[line.get("train/global_step")] = value
     return found
 
 
 def mlflow_run(client, run):
-    histories = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
-    return {name: {metric.step: metric.value for metric in history} for name, history in histories.items()}
+    histories = {
+        name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics
+    }
+    return {
+        name: {metric.step: metric.value for metric in history}
+        for name, history in histories.items()
+    }
 
 
 client = MlflowClient(sys.argv[1])
-of_mlflow = client.search_runs([one.experiment_id for one in client.search_experiments()], order_by=["start_time"])
+of_mlflow = client.search_runs(
+    [one.experiment_id for one in client.search_experiments()], order_by=["start_time"]
+)
 of_wandb = [next(Path(folder).rglob("*.wandb")) for folder in sys.argv[2:]]
 pairs = zip(of_wandb, of_mlflow, strict=True)
-print(json.dumps([{"wandb": wandb_run(path), "mlflow": mlflow_run(client, run)} for path, run in pairs]))
+print(
+    json.dumps(
+        [{"wandb": wandb_run(path), "mlflow": mlflow_run(client, run)} for path, run in pairs]
+    )
+)

@@ -16,19 +16,29 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from badit.files import read_jsonl
+from badit.support.files import read_jsonl
 from data.examples import write_rows
 from docs.pages import Page
 
 NAMED = os.environ.get("BADIT_INTEGRATIONS")
-pytestmark = pytest.mark.skipif(not NAMED, reason="BADIT_INTEGRATIONS names no environments: make test-integrations")
+pytestmark = pytest.mark.skipif(
+    not NAMED, reason="BADIT_INTEGRATIONS names no environments: make test-integrations"
+)
 ENVIRONMENTS = Path(NAMED or ".").resolve()
 PAGE = Page("docs/integrations.md")
-CHATS = [[{"role": "user", "content": f"Name {i}."}, {"role": "assistant", "content": f"city {i}"}] for i in range(24)]
+CHATS = [
+    [{"role": "user", "content": f"Name {i}."}, {"role": "assistant", "content": f"city {i}"}]
+    for i in range(24)
+]
 ROUTING_WARNING = "or use routing='token'"  # the end of badit's routing warnings
 OPTIONS = {"num_experts": 4, "r": 2, "target_modules": ["q_proj", "down_proj"]}
 # By kind of training: extra options, the dataset type, and whether badit warns about training without labels.
-PACKED = {"sample_packing": True, "sequence_len": 64, "attn_implementation": "sdpa", "micro_batch_size": 1}
+PACKED = {
+    "sample_packing": True,
+    "sequence_len": 64,
+    "attn_implementation": "sdpa",
+    "micro_batch_size": 1,
+}
 AXOLOTL = {
     "answers": ({}, "chat_template", False),
     "packed": (PACKED, "chat_template", False),
@@ -53,10 +63,16 @@ def test_wandb_and_mlflow_store_losses_and_regroupings_of_every_stage(recipe_val
     call("trackers", "-m", "badit", "train", "recipe.yaml", folder=tmp_path, WANDB_MODE="offline")
     stages = sorted((tmp_path / "run" / "stages").iterdir())
     reader = Path(__file__).with_name("logged.py")
-    logged = json.loads(call("trackers", reader, "sqlite:///mlflow.db", *stages, folder=tmp_path).splitlines()[-1])
+    logged = json.loads(
+        call("trackers", reader, "sqlite:///mlflow.db", *stages, folder=tmp_path).splitlines()[-1]
+    )
     for stage, runs in zip(stages, logged, strict=True):
         losses = {str(line["step"]): line["loss"] for line in read_jsonl(stage / "metrics.jsonl")}
-        means = pd.DataFrame(read_jsonl(stage / "regroupings.jsonl")).groupby("step").mean(numeric_only=True)
+        means = (
+            pd.DataFrame(read_jsonl(stage / "regroupings.jsonl"))
+            .groupby("step")
+            .mean(numeric_only=True)
+        )
         moved = {str(step): value for step, value in means["components_moved"].items()}
         assert moved
         assert runs["wandb"]["train/loss"] == runs["mlflow"]["loss"] == pytest.approx(losses)
@@ -70,7 +86,11 @@ def assert_trained(adapter, model_folder, regroupings=()):
     trained = PeftModel.from_pretrained(base, adapter, is_trainable=True)
     start = dict(get_peft_model(another, trained.peft_config["default"]).named_parameters())
     learned = {name: p for name, p in trained.named_parameters() if "badit_" in name}
-    assert not [name for name, p in learned.items() if start[name].requires_grad and torch.equal(p, start[name])]
+    assert not [
+        name
+        for name, p in learned.items()
+        if start[name].requires_grad and torch.equal(p, start[name])
+    ]
     lines = list(read_jsonl(adapter / "regroupings.jsonl"))
     assert {line["step"] for line in lines} == {*regroupings}
     assert any(line["components_moved"] for line in lines) == bool(regroupings)
@@ -79,10 +99,19 @@ def assert_trained(adapter, model_folder, regroupings=()):
 @pytest.mark.parametrize("kind", AXOLOTL)
 def test_axolotl_trains_an_adapter(model_folder, tmp_path, kind):
     options, data, warns = AXOLOTL[kind]
-    (text,) = (block for block in PAGE.blocks("yml") if "badit.axolotl" in block)
+    (text,) = (block for block in PAGE.blocks("yml") if "badit.integrations.axolotl" in block)
     values = yaml.safe_load(text)
-    values |= {"base_model": str(model_folder), "badit": {**OPTIONS, "regroup": {"every": 4}}, "output_dir": "out"}
-    values |= {"micro_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 10, "learning_rate": 0.01}
+    values |= {
+        "base_model": str(model_folder),
+        "badit": {**OPTIONS, "regroup": {"every": 4}},
+        "output_dir": "out",
+    }
+    values |= {
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 10,
+        "learning_rate": 0.01,
+    }
     values["datasets"][0] |= {"path": "chats.jsonl", "type": data}
     rows = [{"messages": chat} for chat in CHATS]
     if kind == "dpo":
@@ -92,18 +121,34 @@ def test_axolotl_trains_an_adapter(model_folder, tmp_path, kind):
 
     def axolotl(verb, values):
         (tmp_path / "axolotl.yaml").write_text(yaml.safe_dump(values))
-        return call("axolotl", "-m", f"axolotl.cli.{verb}", "axolotl.yaml", folder=tmp_path, AXOLOTL_DO_NOT_TRACK="1")
+        return call(
+            "axolotl",
+            "-m",
+            f"axolotl.cli.{verb}",
+            "axolotl.yaml",
+            folder=tmp_path,
+            AXOLOTL_DO_NOT_TRACK="1",
+        )
 
     assert (ROUTING_WARNING in axolotl("train", values | options)) == warns
     assert_trained(tmp_path / "out", model_folder, regroupings=(4, 8))
     if kind == "answers":
-        values |= {"lora_model_dir": "out", "output_dir": "again", "max_steps": 1, "learning_rate": 1e-12}
+        values |= {
+            "lora_model_dir": "out",
+            "output_dir": "again",
+            "max_steps": 1,
+            "learning_rate": 1e-12,
+        }
         values["badit"]["regroup"] = False
         axolotl("train", values)
-        first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "again"))
+        first, again = (
+            load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "again")
+        )
         torch.testing.assert_close(again, first)
         assert not (tmp_path / "again" / "regroupings.jsonl").exists()
-        with pytest.raises(AssertionError, match="BaditError: merge-lora: a BADIT adapter has no single weight"):
+        with pytest.raises(
+            AssertionError, match="BaditError: merge-lora: a BADIT adapter has no single weight"
+        ):
             axolotl("merge_lora", values)
 
 
@@ -112,17 +157,35 @@ def test_llama_factory_trains_an_existing_adapter(model_folder, tmp_path):
     (script,) = (block for block in PAGE.blocks("py") if "llamafactory" in block)
     script = script.replace("num_experts=8, r=4, ", f"**{OPTIONS}, ")
     assert str(OPTIONS) in script
-    values = yaml.safe_load(text) | {"model_name_or_path": str(model_folder), "output_dir": "out", "report_to": "none"}
-    values |= {"gradient_accumulation_steps": 1, "max_steps": 10, "learning_rate": 0.01, "use_cpu": True}
+    values = yaml.safe_load(text) | {
+        "model_name_or_path": str(model_folder),
+        "output_dir": "out",
+        "report_to": "none",
+    }
+    values |= {
+        "gradient_accumulation_steps": 1,
+        "max_steps": 10,
+        "learning_rate": 0.01,
+        "use_cpu": True,
+    }
     (tmp_path / "train.py").write_text(script)
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(values))
-    (tmp_path / "torchaudio.py").write_text("")  # PyPI's torchaudio needs CUDA libraries; text needs no audio
+    (tmp_path / "torchaudio.py").write_text(
+        ""
+    )  # PyPI's torchaudio needs CUDA libraries; text needs no audio
     contents = [[message["content"] for message in chat] for chat in CHATS]
     (tmp_path / "data").mkdir()
     earlier = {"input": "", "history": [["Name a river.", "river 1"]]}
-    pairs = [{"instruction": question, "output": answer, **earlier} for question, answer in contents]
+    pairs = [
+        {"instruction": question, "output": answer, **earlier} for question, answer in contents
+    ]
     (tmp_path / "data" / "chats.json").write_text(json.dumps(pairs))
-    columns = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
+    columns = {
+        "prompt": "instruction",
+        "query": "input",
+        "response": "output",
+        "history": "history",
+    }
     information = {"chats": {"file_name": "chats.json", "columns": columns}}
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(information))
     assert ROUTING_WARNING not in call("llamafactory", "train.py", "train.yaml", folder=tmp_path)

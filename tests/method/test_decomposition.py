@@ -66,7 +66,9 @@ def test_exact_triples_equal_numpys_svd(rows, columns, data):
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60), (70, 70)])
 @pytest.mark.parametrize("smallest", [1.0, 2e-4, 5e-5, 0.0])
 def test_exact_triples_are_accurate_for_small_singular_values(shape, smallest):
-    spectrum = np.append(np.geomspace(1.0, max(smallest, 1e-3), 7), [smallest] + [smallest / 2] * (min(shape) - 8))
+    spectrum = np.append(
+        np.geomspace(1.0, max(smallest, 1e-3), 7), [smallest] + [smallest / 2] * (min(shape) - 8)
+    )
     weight = weight_of(spectrum, shape)
     triples = top_singular_triples(weight, 8, method="exact")
     # Rounding the weight to float32 already changes its singular values by about this much.
@@ -87,7 +89,9 @@ def test_every_randomised_triple_is_within_the_tolerance(spectrum, shape, scale)
     assert (residual <= np.maximum(1.001 * tolerance * s, noise)).all()
     assert_orthonormal(triples)
     assert (np.diff(s) <= 0).all()
-    np.testing.assert_allclose(s, scale * _SPECTRA[spectrum](min(shape))[:rank], rtol=2 * tolerance, atol=noise)
+    np.testing.assert_allclose(
+        s, scale * _SPECTRA[spectrum](min(shape))[:rank], rtol=2 * tolerance, atol=noise
+    )
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
@@ -112,7 +116,9 @@ def test_exact_triples_are_returned_when_the_passes_run_out(monkeypatch, scale):
 
 def test_randomised_triples_depend_on_the_seed_argument_only():
     weight, state = gaussian((120, 160)), torch.get_rng_state()
-    first, again, other = (top_singular_triples(weight, 8, method="randomized", seed=seed) for seed in (5, 5, 6))
+    first, again, other = (
+        top_singular_triples(weight, 8, method="randomized", seed=seed) for seed in (5, 5, 6)
+    )
     assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
     torch.testing.assert_close(again, first, rtol=0, atol=0)
     assert not torch.equal(first.u_ON, other.u_ON)
@@ -122,9 +128,16 @@ def test_randomised_triples_depend_on_the_seed_argument_only():
 def test_auto_iterates_only_if_both_dimensions_are_large(monkeypatch):
     monkeypatch.setattr(decomposition, "_EXACT_UP_TO", 32)
     options = [{"method": each, "tolerance": 1e-1} for each in ("auto", "exact", "randomized")]
-    cases = [(32, 90, 4, "exact"), (90, 32, 4, "exact"), (80, 90, 20, "exact"), (80, 90, 4, "randomized")]
+    cases = [
+        (32, 90, 4, "exact"),
+        (90, 32, 4, "exact"),
+        (80, 90, 20, "exact"),
+        (80, 90, 4, "randomized"),
+    ]
     for *shape, rank, method in cases:
-        auto, exact, iterated = (top_singular_triples(gaussian(shape), rank, **each).u_ON for each in options)
+        auto, exact, iterated = (
+            top_singular_triples(gaussian(shape), rank, **each).u_ON for each in options
+        )
         assert not torch.equal(exact, iterated)
         assert torch.equal(auto, exact if method == "exact" else iterated)
 
@@ -135,7 +148,9 @@ def test_triples_are_float32_for_any_weight_dtype(dtype, method):
     weight = gaussian((50, 40)).to(dtype).requires_grad_()
     triples = top_singular_triples(weight, 6, method=method)
     assert {(part.dtype, part.requires_grad) for part in triples} == {(torch.float32, False)}
-    torch.testing.assert_close(triples, top_singular_triples(weight.detach().float(), 6, method=method), rtol=0, atol=0)
+    torch.testing.assert_close(
+        triples, top_singular_triples(weight.detach().float(), 6, method=method), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("method", ["exact", "randomized"])
@@ -151,11 +166,23 @@ def test_largest_entry_of_every_u_is_positive(method):
 def test_invalid_weights_ranks_and_methods_are_refused():
     for weight, options, message in (
         (torch.ones(4), {}, r"only a 2-D weight can be decomposed, got one of shape \(4,\)"),
-        (torch.ones(4, 9), {"rank": 5}, r"num_experts × r = 5 .* \(4, 9\): at most 4 exist; lower num_experts or r"),
+        (
+            torch.ones(4, 9),
+            {"rank": 5},
+            r"num_experts × r = 5 .* \(4, 9\): at most 4 exist; lower num_experts or r",
+        ),
         (torch.ones(4, 9), {"rank": 0}, "num_experts × r = 0"),
-        (torch.ones(40, 90).masked_fill(torch.arange(90) == 50, float("nan")), {}, "NaN or infinite"),
+        (
+            torch.ones(40, 90).masked_fill(torch.arange(90) == 50, float("nan")),
+            {},
+            "NaN or infinite",
+        ),
         (torch.diag(torch.tensor([1.0, float("inf")])), {"rank": 1}, "NaN or infinite"),
-        (torch.ones(4, 9), {"method": "lanczos"}, "svd_method: unknown 'lanczos'; known: auto, exact, randomized"),
+        (
+            torch.ones(4, 9),
+            {"method": "lanczos"},
+            "svd_method: unknown 'lanczos'; known: auto, exact, randomized",
+        ),
     ):
         refuses(message, top_singular_triples, weight, **{"rank": 2, **options})
 
@@ -171,8 +198,13 @@ def test_factors_split_the_singular_values_as_in_the_paper(num_experts, r, scali
 
 
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 6), st.integers(1, 9), _SEED)
-def test_compress_returns_the_closest_product_and_the_error_norm(rows, columns, rank, smaller, seed):
-    a, b = gaussian((rank, columns), seed).double(), gaussian((rows, rank), seed + 1).double() * (seed % 9 > 0)
+def test_compress_returns_the_closest_product_and_the_error_norm(
+    rows, columns, rank, smaller, seed
+):
+    a, b = (
+        gaussian((rank, columns), seed).double(),
+        gaussian((rows, rank), seed + 1).double() * (seed % 9 > 0),
+    )
     a_PI, b_OP, lost, norm = compress(a, b, smaller)
     assert (a_PI.shape, b_OP.shape) == ((smaller, columns), (rows, smaller))
     product, expected = reference.float64(b @ a), reference.closest_of_rank(b @ a, smaller)

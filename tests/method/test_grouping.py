@@ -25,7 +25,9 @@ _GRADIENTS = {
     "some zero": lambda rng, n: rng.standard_normal((n, 5)) * (rng.random((n, 1)) < 0.5),
     "all equal": lambda rng, n: np.ones((n, 1)) * rng.standard_normal((1, 6)),
     "duplicate": lambda rng, n: rng.standard_normal((3, 5))[rng.integers(0, 3, n)],
-    "antipodal": lambda rng, n: rng.choice([-1.0, 1.0], (n, 1)) * rng.standard_normal((2, 4))[rng.integers(0, 2, n)],
+    "antipodal": lambda rng, n: (
+        rng.choice([-1.0, 1.0], (n, 1)) * rng.standard_normal((2, 4))[rng.integers(0, 2, n)]
+    ),
     "rank one": lambda rng, n: rng.choice([-1.0, 1.0], (n, 1)) * rng.standard_normal((1, 4)),
     "orthogonal": lambda rng, n: np.eye(n),
 }
@@ -52,14 +54,31 @@ def planted_gradients(seed, num_experts=8, size=4, dimensions=200, noise=0.06):
 
 def gradient_pair(seed, components=6, in_features=9, out_features=5):
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(size, generator=generator) for size in ((components, in_features), (out_features, components)))
+    return (
+        torch.randn(size, generator=generator)
+        for size in ((components, in_features), (out_features, components))
+    )
 
 
-@given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 6), _DTYPES, st.sampled_from([0, 30]), _SEED)
-def test_cosine_gram_equals_pairwise_cosines(components, in_features, out_features, dtype, exponent, seed):
+@given(
+    st.integers(1, 8),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    _DTYPES,
+    st.sampled_from([0, 30]),
+    _SEED,
+)
+def test_cosine_gram_equals_pairwise_cosines(
+    components, in_features, out_features, dtype, exponent, seed
+):
     """For gradients of any norm."""
     grad_A, grad_B = gradient_pair(seed, components, in_features, out_features)
-    scale = 10.0 ** torch.from_numpy(np.random.default_rng(seed).integers(-exponent, exponent + 1, components)).float()
+    scale = (
+        10.0
+        ** torch.from_numpy(
+            np.random.default_rng(seed).integers(-exponent, exponent + 1, components)
+        ).float()
+    )
     grad_A, grad_B = (grad_A * scale[:, None]).to(dtype), (grad_B * scale).to(dtype)
     gram = cosine_gram(grad_A.requires_grad_(), grad_B)
     assert (gram.dtype, gram.requires_grad) == (torch.float32, False)
@@ -80,20 +99,29 @@ def test_zero_or_non_finite_gradients_have_zero_rows_in_the_gram(poison, side):
 
 
 @given(_NUM_EXPERTS, _SIZE, _KIND, _SEED)
-def test_objective_and_angles_from_the_gram_equal_those_from_gradients(num_experts, size, kind, seed):
+def test_objective_and_angles_from_the_gram_equal_those_from_gradients(
+    num_experts, size, kind, seed
+):
     gradients = unit_gradients(kind, num_experts * size, seed)
     labels = np.random.default_rng(seed).permutation(contiguous(num_experts, size))
     gram = gradients @ gradients.T
-    assert grouping_objective(gram, labels) == pytest.approx(reference.objective(gradients, labels), abs=1e-9)
+    assert grouping_objective(gram, labels) == pytest.approx(
+        reference.objective(gradients, labels), abs=1e-9
+    )
     found, expected = expert_angles(0.7 * gram, labels), reference.angles(gradients, labels)
-    np.testing.assert_allclose(found[:2], expected[:2], atol=1e-4)  # near ±1, arccos turns 1e-16 into 1e-6 degrees
+    np.testing.assert_allclose(
+        found[:2], expected[:2], atol=1e-4
+    )  # near ±1, arccos turns 1e-16 into 1e-6 degrees
     np.testing.assert_allclose(found[2:], expected[2:], atol=1e-9)
 
 
 @given(_NUM_EXPERTS, _SIZE, _KIND, st.sampled_from(["swap", "paper"]), _SEED)
 def test_grouping_is_balanced_never_worse_and_deterministic(num_experts, size, kind, solver, seed):
     gradients = unit_gradients(kind, num_experts * size, seed)
-    gram, current = gradients @ gradients.T, np.random.default_rng(seed).permutation(contiguous(num_experts, size))
+    gram, current = (
+        gradients @ gradients.T,
+        np.random.default_rng(seed).permutation(contiguous(num_experts, size)),
+    )
     kept = current.copy()
     labels = group_components(gram, current, solver=solver, restarts=3, seed=seed)
     assert np.issubdtype(labels.dtype, np.integer)
@@ -102,7 +130,9 @@ def test_grouping_is_balanced_never_worse_and_deterministic(num_experts, size, k
     before, after = reference.objective(gradients, current), reference.objective(gradients, labels)
     assert after > before or np.array_equal(labels, current)
     np.random.seed(seed)  # the global generator must have no effect
-    assert np.array_equal(group_components(gram.copy(), current, solver=solver, restarts=3, seed=seed), labels)
+    assert np.array_equal(
+        group_components(gram.copy(), current, solver=solver, restarts=3, seed=seed), labels
+    )
 
 
 def test_restarts_of_the_paper_solver_find_better_groupings():
@@ -115,7 +145,9 @@ def test_restarts_of_the_paper_solver_find_better_groupings():
 
 
 @pytest.mark.parametrize("solver", ["swap", "paper"])
-@pytest.mark.parametrize(("kind", "noise"), [("zero", 0), ("all equal", 0), ("orthogonal", 0), ("all equal", 1e-9)])
+@pytest.mark.parametrize(
+    ("kind", "noise"), [("zero", 0), ("all equal", 0), ("orthogonal", 0), ("all equal", 1e-9)]
+)
 def test_labels_are_kept_if_all_groupings_are_equally_good(kind, noise, solver):
     gradients, rng = unit_gradients(kind, 12, 0), np.random.default_rng(2)
     gram = gradients @ gradients.T + noise * rng.standard_normal((12, 12))
@@ -133,7 +165,13 @@ def test_invalid_gram_labels_and_solver_are_refused():
         (np.zeros((0, 0)), [], "same number of components"),
     ):
         refuses(message, group_components, gram, np.array(labels, dtype=np.int64))
-    refuses(r"solver: unknown 'greedy'.*swap, paper", group_components, np.eye(4), contiguous(2, 2), solver="greedy")
+    refuses(
+        r"solver: unknown 'greedy'.*swap, paper",
+        group_components,
+        np.eye(4),
+        contiguous(2, 2),
+        solver="greedy",
+    )
 
 
 @pytest.mark.parametrize(("components", "num_experts"), [(6, 3), (8, 2), (8, 4), (9, 3), (10, 2)])
@@ -142,7 +180,10 @@ def test_swap_solver_finds_the_optimum_in_nearly_all_small_cases(components, num
     for seed in range(30):
         gradients = unit_gradients("random" if seed % 2 else "few dimensions", components, seed)
         labels = group_components(gradients @ gradients.T, current, seed=seed)
-        objective, best = reference.objective(gradients, labels), reference.best_objective(gradients, num_experts)
+        objective, best = (
+            reference.objective(gradients, labels),
+            reference.best_objective(gradients, num_experts),
+        )
         assert objective >= 0.97 * best
         found += objective >= best - 1e-5
     assert found >= 29
@@ -152,8 +193,12 @@ def test_swap_solver_finds_the_optimum_in_nearly_all_small_cases(components, num
 def test_no_single_swap_improves_the_result_of_the_swap_solver(shape, kind, restarts, seed):
     num_experts, size = shape
     gradients = unit_gradients(kind, num_experts * size, seed)
-    labels = group_components(gradients @ gradients.T, contiguous(num_experts, size), restarts=restarts, seed=seed)
-    assert reference.best_exchange(gradients, labels) <= 1e-6 * max(1.0, reference.objective(gradients, labels))
+    labels = group_components(
+        gradients @ gradients.T, contiguous(num_experts, size), restarts=restarts, seed=seed
+    )
+    assert reference.best_exchange(gradients, labels) <= 1e-6 * max(
+        1.0, reference.objective(gradients, labels)
+    )
 
 
 def test_swap_solver_finds_planted_groups_where_the_papers_loop_is_stuck():
@@ -162,20 +207,29 @@ def test_swap_solver_finds_planted_groups_where_the_papers_loop_is_stuck():
         gradients, planted = planted_gradients(seed)
         gram, best = gradients @ gradients.T, reference.objective(gradients, planted)
         assert reference.objective(gradients, bad) < 0.6 * best
-        assert reference.objective(gradients, group_components(gram, bad, seed=seed)) == pytest.approx(best)
-        stuck += np.array_equal(grouping._until_stable(gram, bad, 8, grouping._polar_similarity), bad)
-    assert stuck >= 4, "expected the initial grouping to be a fixed point of the paper's loop for at least 4 seeds"
+        assert reference.objective(
+            gradients, group_components(gram, bad, seed=seed)
+        ) == pytest.approx(best)
+        stuck += np.array_equal(
+            grouping._until_stable(gram, bad, 8, grouping._polar_similarity), bad
+        )
+    assert stuck >= 4, (
+        "expected the initial grouping to be a fixed point of the paper's loop for at least 4 seeds"
+    )
 
 
 @pytest.mark.parametrize(
-    ("seed", "num_experts", "size", "scale"), [(32, 5, 1, 1e9), (85, 4, 1, 1e11), (336, 2, 4, 1e10), (360, 5, 4, 1e8)]
+    ("seed", "num_experts", "size", "scale"),
+    [(32, 5, 1, 1e9), (85, 4, 1, 1e11), (336, 2, 4, 1e10), (360, 5, 4, 1e8)],
 )
 def test_swaps_terminate_on_ties_between_large_values(seed, num_experts, size, scale):
     rng = np.random.default_rng(seed)
     matrix = scale * rng.choice([-1.0, 1.0, 0.5, rng.standard_normal()], (num_experts * size,) * 2)
     # In a thread, so that an endless loop of swaps fails the test instead of blocking it.
     arguments = (matrix + matrix.T, contiguous(num_experts, size))
-    thread = threading.Thread(target=group_components, args=arguments, kwargs={"seed": seed}, daemon=True)
+    thread = threading.Thread(
+        target=group_components, args=arguments, kwargs={"seed": seed}, daemon=True
+    )
     thread.start()
     thread.join(timeout=30)
     assert not thread.is_alive()
@@ -205,5 +259,7 @@ def test_matching_keeps_the_groups_and_maximises_the_overlap(num_experts, size, 
 
 def test_cosines_rounded_above_1_give_angles_of_0_and_180_degrees():
     over = np.float32(1.0 + 2e-7)
-    gram = np.array([[over, over, -over], [over, over, -over], [-over, -over, over]], dtype=np.float32)
+    gram = np.array(
+        [[over, over, -over], [over, over, -over], [-over, -over, over]], dtype=np.float32
+    )
     assert expert_angles(gram, np.array([0, 0, 1])) == (0.0, 180.0, 1.0, 1.0)

@@ -40,7 +40,9 @@ def problem(shape, seed, dtype=torch.float64, start="random", kind="random"):
     components, in_features, out_features = shape
     generator = torch.Generator().manual_seed(seed)
     sizes = (components, in_features), (out_features, components), (4, out_features, in_features)
-    A, B, gradients = (torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes)
+    A, B, gradients = (
+        torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes
+    )
     steps = [_GRADIENTS[kind](gradient, step) for step, gradient in enumerate(gradients)]
     return A, _STARTS[start](B), torch.stack(steps)
 
@@ -52,7 +54,9 @@ def train(A, B, gradients, **options):
     for gradient in gradients:
         gradient = gradient(A, B) if callable(gradient) else gradient
         of_A, of_B = B.mT @ gradient, (gradient @ A.mT).mT
-        (up_A, up_B), moments = orthogonal_updates((A, B.mT), (of_A, of_B), moments, lr=LR, betas=BETAS, **options)
+        (up_A, up_B), moments = orthogonal_updates(
+            (A, B.mT), (of_A, of_B), moments, lr=LR, betas=BETAS, **options
+        )
         A, B = A - LR * up_A, B - LR * up_B.mT
         found.append((A, B))
     return found
@@ -71,7 +75,13 @@ def test_steps_equal_the_reference(shape, seed, start, kind):
         np.testing.assert_allclose(found_B, b, rtol=1e-5, atol=1e-6 * max(1.0, np.abs(b).max()))
 
 
-@given(st.tuples(*[st.integers(1, 6)] * 3), _SEED, st.sampled_from([torch.float32, torch.float64]), _START, _KIND)
+@given(
+    st.tuples(*[st.integers(1, 6)] * 3),
+    _SEED,
+    st.sampled_from([torch.float32, torch.float64]),
+    _START,
+    _KIND,
+)
 def test_factors_of_extreme_problems_stay_finite(shape, seed, dtype, start, kind):
     """More components than features, factors near zero, gradients of rank one."""
     found = train(*problem(shape, seed, dtype, start, kind))
@@ -87,16 +97,22 @@ def test_stacked_float32_layers_equal_separate_float64_layers():
         alone = train(A[layer].double(), B[layer].double(), gradients[layer].double())
         for (a, b), expected in zip(together, alone, strict=True):
             assert a.dtype == b.dtype == torch.float32
-            torch.testing.assert_close((a[layer].double(), b[layer].double()), expected, rtol=0, atol=2e-5)
+            torch.testing.assert_close(
+                (a[layer].double(), b[layer].double()), expected, rtol=0, atol=2e-5
+            )
 
 
 @given(_SHAPE, _SEED, st.booleans(), st.floats(0, 1), st.booleans())
-def test_products_do_not_depend_on_the_factorisation(shape, seed, starts_at_zero, spread, has_default_floor):
+def test_products_do_not_depend_on_the_factorisation(
+    shape, seed, starts_at_zero, spread, has_default_floor
+):
     components = shape[0]
     A, B, targets = problem(shape, seed)
     B = B * (not starts_at_zero)
     generator = torch.Generator().manual_seed(seed)
-    left, right = torch.linalg.qr(torch.randn(2, components, components, generator=generator, dtype=torch.float64)).Q
+    left, right = torch.linalg.qr(
+        torch.randn(2, components, components, generator=generator, dtype=torch.float64)
+    ).Q
     floor, spread, error = (1e-6, spread / 2, 1e-3) if has_default_floor else (1e-14, spread, 1e-5)
     R = left @ torch.diag(torch.logspace(-spread, spread, components, dtype=torch.float64)) @ right
     # Gradients of losses that depend on the product only: ‖ΔW − T‖² / 2.
@@ -104,7 +120,9 @@ def test_products_do_not_depend_on_the_factorisation(shape, seed, starts_at_zero
     starts = (A, B), (R @ A, B @ torch.linalg.inv(R))
     products = ([b @ a for a, b in train(*start, losses, floor=floor)] for start in starts)
     for product, other in zip(*products, strict=True):
-        torch.testing.assert_close(other, product, rtol=0, atol=error * (float(product.abs().max()) + 1))
+        torch.testing.assert_close(
+            other, product, rtol=0, atol=error * (float(product.abs().max()) + 1)
+        )
 
 
 @given(st.integers(1, 5), _SEED, st.floats(0, 1))
@@ -113,12 +131,19 @@ def test_components_move_in_orthogonal_directions_of_limited_length(components, 
     moments = no_moments(A), no_moments(B.mT)
 
     def updates(sizes=1.0, **options):
-        return orthogonal_updates((A, B.mT), (B.mT @ gradient * sizes, A @ gradient.mT), moments, **options)[0]
+        return orthogonal_updates(
+            (A, B.mT), (B.mT @ gradient * sizes, A @ gradient.mT), moments, **options
+        )[0]
 
     # In the other factor's frame, updates are orthogonal and as long as Adam's: √D for D entries of about 1.
     for other, update in zip((B.mT, A), updates(lr=1e-4, floor=1e-12), strict=True):
-        frame = torch.linalg.solve_triangular(torch.linalg.cholesky(other @ other.mT), other, upper=False)
-        in_frame, length = frame @ other.mT @ update, update.shape[-1]  # from the change of ΔW, or of its transpose
+        frame = torch.linalg.solve_triangular(
+            torch.linalg.cholesky(other @ other.mT), other, upper=False
+        )
+        in_frame, length = (
+            frame @ other.mT @ update,
+            update.shape[-1],
+        )  # from the change of ΔW, or of its transpose
         expected = length * torch.eye(components, dtype=A.dtype)
         torch.testing.assert_close(in_frame @ in_frame.mT, expected, rtol=0, atol=1e-4 * length)
     # The scale of a feature's gradients does not change A's update.
@@ -139,16 +164,28 @@ def test_zero_b_delays_a_by_one_step_and_zero_a_stays_zero():
     torch.testing.assert_close(train(dead, B, gradients)[-1], (dead, B), rtol=0, atol=0)
 
 
-@given(st.integers(1, 8), st.integers(0, 8), _SEED, st.integers(-25, 25), st.sampled_from([1e-9, 1e-6, 1e-3]))
+@given(
+    st.integers(1, 8),
+    st.integers(0, 8),
+    _SEED,
+    st.integers(-25, 25),
+    st.sampled_from([1e-9, 1e-6, 1e-3]),
+)
 def test_inverse_root_equals_the_eigendecomposition(size, rank, seed, exponent, floor):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(3, size, rank, generator=generator, dtype=torch.float64)
     grams = 10.0**exponent * (x @ x.mT)
     for gram, found in zip(grams, inverse_root(grams, floor), strict=True):
         expected = reference.power(gram, -0.5, floor)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-30))
-    negative = torch.diag(torch.tensor([3.0, -4.0], dtype=torch.float64))  # has no root: treated as its norm times 1
-    torch.testing.assert_close(inverse_root(negative), torch.eye(2).double() / 5**0.5, rtol=1e-5, atol=0)
+        np.testing.assert_allclose(
+            found, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-30)
+        )
+    negative = torch.diag(
+        torch.tensor([3.0, -4.0], dtype=torch.float64)
+    )  # has no root: treated as its norm times 1
+    torch.testing.assert_close(
+        inverse_root(negative), torch.eye(2).double() / 5**0.5, rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e-6, 1.0, 1e12])
@@ -170,10 +207,14 @@ def test_sharded_updates_equal_unsharded_updates(parts):
         rows = part(A), part(B.mT)
         moments = tuple(map(no_moments, rows))
         for step in steps:
-            updates, moments = orthogonal_updates(rows, tuple(map(part, step)), moments, lr=LR, betas=BETAS, **options)
+            updates, moments = orthogonal_updates(
+                rows, tuple(map(part, step)), moments, lr=LR, betas=BETAS, **options
+            )
             rows = tuple(each - LR * update for each, update in zip(rows, updates, strict=True))
         return rows
 
-    sharded = in_processes(parts, lambda rank, sums: trained(parts, rank, lengths=(7, 9), over_shards=sums))
+    sharded = in_processes(
+        parts, lambda rank, sums: trained(parts, rank, lengths=(7, 9), over_shards=sums)
+    )
     found = tuple(torch.cat(shards, dim=-1) for shards in zip(*sharded, strict=True))
     torch.testing.assert_close(found, trained(), rtol=0, atol=1e-9)

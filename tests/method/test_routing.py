@@ -7,7 +7,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import reference
-from badit.method import batch_moments, expert_gates, prompt_mean, segment_means, standardised, updated_moments
+from badit.method import (
+    batch_moments,
+    expert_gates,
+    prompt_mean,
+    segment_means,
+    standardised,
+    updated_moments,
+)
 from badit.method.routing import cluster_gates, prompt_centroids, random_codes
 
 _SEED = st.integers(0, 2**32 - 1)
@@ -32,7 +39,9 @@ def test_gates_equal_the_reference_and_have_the_documented_sum(rows, top_k, kind
     num_experts = logits.shape[-1]
     gates = expert_gates(logits, kind=kind, top_k=top_k)
     assert ((gates != 0).sum(dim=-1) == min(top_k or num_experts, num_experts)).all()
-    np.testing.assert_allclose(gates.sum(dim=-1), num_experts if kind == "mean_one" else 1.0, rtol=1e-6)
+    np.testing.assert_allclose(
+        gates.sum(dim=-1), num_experts if kind == "mean_one" else 1.0, rtol=1e-6
+    )
     np.testing.assert_allclose(gates, reference.expert_gates(rows, kind, top_k), rtol=1e-5)
 
 
@@ -51,10 +60,14 @@ def test_prompt_and_segment_means_equal_the_reference(batch, positions, count, s
         np.testing.assert_allclose(found.detach(), expected, rtol=1e-5, atol=1e-6)
     (means[0].sum() + means[1].sum()).backward()
     assert not x.grad[~mask].any()
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # training finds the same clusters as inference
+    with torch.autocast(
+        "cpu", dtype=torch.bfloat16
+    ):  # training finds the same clusters as inference
         assert torch.equal(prompt_mean(x, mask), means[0])
     many = torch.ones(1, 300 + seed % 700, 3)  # more than bfloat16 can count
-    of_one = segment_means(many.bfloat16(), many[..., 0] > 0, torch.zeros(many.shape[:2], dtype=torch.long), 1)
+    of_one = segment_means(
+        many.bfloat16(), many[..., 0] > 0, torch.zeros(many.shape[:2], dtype=torch.long), 1
+    )
     assert torch.equal(of_one, torch.ones(1, 3).bfloat16())
 
 
@@ -70,14 +83,21 @@ def test_running_moments_equal_the_reference_for_any_offset(count, seed, common)
     np.testing.assert_allclose(found[0], mean, atol=1e-3)
     np.testing.assert_allclose(found[1], variance, atol=1e-2)
     x = torch.randn(3, 1, 5, generator=generator) * torch.tensor([0.0, 1.0, 1.0])[:, None, None]
-    np.testing.assert_allclose(standardised(x, found), reference.standardised(x, *found.double().numpy()), rtol=1e-4)
+    np.testing.assert_allclose(
+        standardised(x, found), reference.standardised(x, *found.double().numpy()), rtol=1e-4
+    )
 
 
 def test_moments_summed_over_ranks_equal_those_of_the_whole_batch():
     rows = 100 + torch.randn(6, 5)
     whole = batch_moments(rows)
-    others = [torch.cat([rows[2:].sum(dim=0), torch.tensor([4.0])]), (rows[2:] - whole[0]).square().sum(dim=0)]
-    torch.testing.assert_close(batch_moments(rows[:2], lambda sums: sums + others.pop(0)), whole, rtol=1e-4, atol=1e-4)
+    others = [
+        torch.cat([rows[2:].sum(dim=0), torch.tensor([4.0])]),
+        (rows[2:] - whole[0]).square().sum(dim=0),
+    ]
+    torch.testing.assert_close(
+        batch_moments(rows[:2], lambda sums: sums + others.pop(0)), whole, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_constant_features_pass_no_gradient():
@@ -106,8 +126,12 @@ def test_centroids_find_separate_groups_and_are_at_a_fixed_point(groups, seed):
         torch.testing.assert_close(centroids[cluster], mean / mean.norm(), rtol=1e-4, atol=1e-5)
     assert torch.equal(centroids, prompt_centroids(x, groups))
     gates = cluster_gates(x[:, None], centroids, codes := random_codes(groups, 3))
-    np.testing.assert_allclose(gates[:, 0], reference.cluster_gates(x, centroids, codes.numpy()), rtol=1e-6)
-    torch.testing.assert_close(prompt_centroids(rows[:1], 3), unit[:1].expand(3, 8))  # more clusters than prompts
+    np.testing.assert_allclose(
+        gates[:, 0], reference.cluster_gates(x, centroids, codes.numpy()), rtol=1e-6
+    )
+    torch.testing.assert_close(
+        prompt_centroids(rows[:1], 3), unit[:1].expand(3, 8)
+    )  # more clusters than prompts
     assert not prompt_centroids(torch.zeros(2, 5), 3).any()
 
 

@@ -25,9 +25,20 @@ if importlib.util.find_spec("diffusers") is None:
     _stand_in.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
     sys.modules["diffusers"] = _stand_in
 
-_COMMON = {"vocab_size": 100, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_COMMON = {
+    "vocab_size": 100,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _SIZES = {**_COMMON, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-_DECODER = {**_SIZES, "intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 64}
+_DECODER = {
+    **_SIZES,
+    "intermediate_size": 24,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
 _OPT = {**_SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 64}
 _GPT2 = {**_COMMON, "n_embd": 16, "n_inner": 24, "n_layer": 2, "n_head": 2, "n_positions": 64}
 _MODELS = {
@@ -35,7 +46,9 @@ _MODELS = {
     "tiny-random-GPT2LMHeadModel": lambda: transformers.GPT2Config(**_GPT2),
     "tiny-random-LlamaForCausalLM": lambda: transformers.LlamaConfig(**_DECODER),
     "tiny-dummy-qwen2": lambda: transformers.Qwen2Config(**_DECODER),
-    "tiny-random-Gemma3ForCausalLM": lambda: transformers.Gemma3TextConfig(**_DECODER, head_dim=8, sliding_window=16),
+    "tiny-random-Gemma3ForCausalLM": lambda: transformers.Gemma3TextConfig(
+        **_DECODER, head_dim=8, sliding_window=16
+    ),
 }
 _SMALL = {"num_experts": 2, "r": 1, "lora_alpha": 2}
 _CASES = [
@@ -48,7 +61,10 @@ _CASES = [
     ("standardised", "MLP", {"target_modules": ["lin0"], "router_input": "standardised"}),
     ("transformers' Conv1D", "EmbConv1D", {"target_modules": ["conv1d"], "num_experts": 1}),
 ]
-_TASK_TYPES = {"test_seq_classifier": "SEQ_CLS", "test_feature_extraction_models": "FEATURE_EXTRACTION"}
+_TASK_TYPES = {
+    "test_seq_classifier": "SEQ_CLS",
+    "test_feature_extraction_models": "FEATURE_EXTRACTION",
+}
 _LISTED = yaml.safe_load((Path(__file__).parent / "listed.yaml").read_text()) or {}
 _matched = set()
 
@@ -76,8 +92,12 @@ def _post_init(self):
 def _initial_factors(self, weight_OI):
     if not getattr(self, "_random_start", False):
         return _own_factors(self, weight_OI)
-    factor_A, factor_B = (torch.empty(size, self.num_components) for size in reversed(weight_OI.shape))
-    return torch.nn.init.kaiming_uniform_(factor_A.T.contiguous(), a=5**0.5), factor_B.normal_(std=0.02)
+    factor_A, factor_B = (
+        torch.empty(size, self.num_components) for size in reversed(weight_OI.shape)
+    )
+    return torch.nn.init.kaiming_uniform_(factor_A.T.contiguous(), a=5**0.5), factor_B.normal_(
+        std=0.02
+    )
 
 
 BaditConfig.__post_init__ = _post_init
@@ -86,7 +106,9 @@ BaditConfig.initial_factors = _initial_factors
 
 def _local_models(task):
     """A folder for each model; a classifier's has its own head, which would else be drawn again at every loading."""
-    auto_class = getattr(transformers, f"AutoModelFor{'SequenceClassification' if task == 'SEQ_CLS' else 'CausalLM'}")
+    auto_class = getattr(
+        transformers, f"AutoModelFor{'SequenceClassification' if task == 'SEQ_CLS' else 'CausalLM'}"
+    )
     folder = Path(os.environ["PEFT_SUITE_MODELS"]) / auto_class.__name__
     for name, config in _MODELS.items():
         if not (folder / name / "config.json").is_file():
@@ -99,10 +121,17 @@ def _parameters(argnames, module):
     """What takes the place of PEFT's parameters of these names in a module; None for others, which stay."""
     names = argnames.replace(" ", "")
     if names == "test_name,model_id,config_cls,config_kwargs":
-        return [(name, model, BaditConfig, {**_SMALL, **options}) for name, model, options in _CASES]
+        return [
+            (name, model, BaditConfig, {**_SMALL, **options}) for name, model, options in _CASES
+        ]
     if names == "test_name,tuner_method,config_cls,config_kwargs_1,config_kwargs_2":
-        first, second = ({**_SMALL, "init_weights": False, "target_modules": [name]} for name in ("lin0", "lin1"))
-        return [("same", "badit", BaditConfig, first, first), ("different", "badit", BaditConfig, first, second)]
+        first, second = (
+            {**_SMALL, "init_weights": False, "target_modules": [name]} for name in ("lin0", "lin1")
+        )
+        return [
+            ("same", "badit", BaditConfig, first, first),
+            ("different", "badit", BaditConfig, first, second),
+        ]
     task = _TASK_TYPES.get(module, "CAUSAL_LM")
     if names == "model_id":
         return _local_models(task)
@@ -126,8 +155,14 @@ def pytest_pycollect_makeitem(collector, name, obj):
 
 
 def pytest_collection_modifyitems(config, items):
-    values = {item: getattr(getattr(item, "callspec", None), "params", {}).values() for item in items}
-    ours = [item for item in items if any(isinstance(v, type) and issubclass(v, BaditConfig) for v in values[item])]
+    values = {
+        item: getattr(getattr(item, "callspec", None), "params", {}).values() for item in items
+    }
+    ours = [
+        item
+        for item in items
+        if any(isinstance(v, type) and issubclass(v, BaditConfig) for v in values[item])
+    ]
     config.hook.pytest_deselected(items=[item for item in items if item not in ours])
     items[:] = ours
     for item in ours:

@@ -15,7 +15,10 @@ MARKUP = "<img src=x onerror='window.ran = true'><script>window.ran = true</scri
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    runs = [write_run(folder / "badit"), write_run(folder / "lora", Shape(seed=4), method="lora", analysed=False)]
+    runs = [
+        write_run(folder / "badit"),
+        write_run(folder / "lora", Shape(seed=4), method="lora", analysed=False),
+    ]
     return write_report(runs, folder / "report.html")
 
 
@@ -28,12 +31,16 @@ def open_page(browser, page, *, width=1200, theme="light"):
 
 def wait_until_drawn(browser, theme):
     script = "return document.documentElement.dataset.drawn"
-    until(lambda: browser.execute_script(script) == theme, f"the charts are drawn for a {theme} page")
+    until(
+        lambda: browser.execute_script(script) == theme, f"the charts are drawn for a {theme} page"
+    )
 
 
 def map_elements(browser, selector, what):
     """Returns the value of a JavaScript expression for each matching element, called ``one`` in it."""
-    return browser.execute_script(f"return [...document.querySelectorAll(arguments[0])].map((one) => {what})", selector)
+    return browser.execute_script(
+        f"return [...document.querySelectorAll(arguments[0])].map((one) => {what})", selector
+    )
 
 
 def fills(browser, figure):
@@ -47,11 +54,17 @@ def column(browser, table, number):
 def test_all_charts_are_drawn_without_network_requests(browser, page):
     open_page(browser, page)
     paths = "one.querySelectorAll('svg g[class*=mark-] path').length"
-    charts = map_elements(browser, "figure:has(.specification)", f"[one.id, {paths}, one.offsetWidth]")
+    charts = map_elements(
+        browser, "figure:has(.specification)", f"[one.id, {paths}, one.offsetWidth]"
+    )
     assert len(charts) >= 14
     assert all(marks > 5 and width > 300 for _, marks, width in charts), charts
     assert browser.get_log("browser") == []
-    assert {"file"} <= {request["url"].partition(":")[0] for request in requests(browser)} <= {"file", "data", "blob"}
+    assert (
+        {"file"}
+        <= {request["url"].partition(":")[0] for request in requests(browser)}
+        <= {"file", "data", "blob"}
+    )
 
 
 def test_tables_sort_by_click_and_keyboard(browser, page):
@@ -74,22 +87,39 @@ def test_tables_sort_by_click_and_keyboard(browser, page):
     button.send_keys(Keys.ENTER)
     assert header.get_attribute("aria-sort") == "ascending"
     assert numbers() == sorted(numbers())
-    assert map_elements(browser, f"#{table} thead th", "one.getAttribute('aria-sort')").count("none") == 4
+    assert (
+        map_elements(browser, f"#{table} thead th", "one.getAttribute('aria-sort')").count("none")
+        == 4
+    )
     assert sorted(column(browser, table, 4)) == sorted(before)
     browser.find_element(By.CSS_SELECTOR, "#scores-table thead button").click()
-    assert column(browser, "scores-table", 1)[0] == "002 quoref", "the first click sorts text in ascending order"
-    assert map_elements(browser, "#scores-table thead th", "one.getAttribute('aria-sort')")[0] == "ascending"
-    assert map_elements(browser, "#scores-table tfoot", "one.innerText")[0].startswith("mean over tasks")
+    assert column(browser, "scores-table", 1)[0] == "002 quoref", (
+        "the first click sorts text in ascending order"
+    )
+    assert (
+        map_elements(browser, "#scores-table thead th", "one.getAttribute('aria-sort')")[0]
+        == "ascending"
+    )
+    assert map_elements(browser, "#scores-table tfoot", "one.innerText")[0].startswith(
+        "mean over tasks"
+    )
 
 
 def test_layer_and_module_choices_change_the_chart_and_survive_a_theme_switch(browser, page):
     open_page(browser, page)
     figure = "gradient-cosines-1-badit"
     layer = browser.find_element(By.CSS_SELECTOR, f"#{figure} select[name=layer]")
-    assert [option.text for option in Select(layer).options] == ["all layers", "layer 0", "layer 1", "layer 2"]
+    assert [option.text for option in Select(layer).options] == [
+        "all layers",
+        "layer 0",
+        "layer 1",
+        "layer 2",
+    ]
     everywhere = fills(browser, figure)
     Select(layer).select_by_visible_text("layer 1")
-    one_layer = until(lambda: (now := fills(browser, figure)) != everywhere and now, "the colours change")
+    one_layer = until(
+        lambda: (now := fills(browser, figure)) != everywhere and now, "the colours change"
+    )
     module = browser.find_element(By.CSS_SELECTOR, f"#{figure} select[name=module]")
     Select(module).select_by_visible_text("mlp.gate_proj.adapter")
     until(lambda: fills(browser, figure) not in (everywhere, one_layer), "the colours change again")
@@ -104,7 +134,9 @@ def test_phone_layout_scrolls_tables_but_not_the_page(browser, page):
     open_page(browser, page, width=390)
     assert browser.execute_script("return document.documentElement.scrollWidth") == 390
     assert max(map_elements(browser, ".chart svg", "one.getBoundingClientRect().right")) <= 390
-    assert map_elements(browser, "#scores-table .scroll", "one.scrollWidth > one.clientWidth") == [True]
+    assert map_elements(browser, "#scores-table .scroll", "one.scrollWidth > one.clientWidth") == [
+        True
+    ]
 
 
 def test_samples_open_by_task_and_figures_are_saved_as_svg(browser, page, tmp_path):
@@ -113,7 +145,9 @@ def test_samples_open_by_task_and_figures_are_saved_as_svg(browser, page, tmp_pa
     (seen,) = browser.find_elements(By.CSS_SELECTOR, ".samples details[open]")
     assert seen.get_attribute("title") == "task1290_xsum_answer_generation"
     assert any(mark in seen.text for mark in ("✓ right", "≈ partly right", "✗ wrong"))
-    browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    browser.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
+    )
     browser.find_element(By.CSS_SELECTOR, "#gates-1-badit .save").click()
     saved = tmp_path / "gates-1-badit.svg"
     until(lambda: saved.is_file() and saved.stat().st_size, "the file is there")
@@ -121,14 +155,22 @@ def test_samples_open_by_task_and_figures_are_saved_as_svg(browser, page, tmp_pa
 
 
 def test_markup_in_names_is_shown_as_text_on_the_page_and_in_charts(browser, tmp_path):
-    tasks = (MARKUP, "<b>second</b>", "third", "javascript:window.ran = true", '" onmouseover="window.ran = true')
+    tasks = (
+        MARKUP,
+        "<b>second</b>",
+        "third",
+        "javascript:window.ran = true",
+        '" onmouseover="window.ran = true',
+    )
     run = write_run(tmp_path / "run", Shape(("third",)), analysed=False)
     save_tables(run, Shape(tasks, modules=(MARKUP, "m")))
     open_page(browser, write_report([run], tmp_path / "report.html", title=MARKUP))
     cell = browser.find_element(By.CSS_SELECTOR, "#gates .mark-rect.role-mark path")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", cell)
     ActionChains(browser).move_to_element(cell).perform()
-    tooltip = until(lambda: browser.find_elements(By.CSS_SELECTOR, "#vg-tooltip-element.visible"), "a tooltip")[0]
+    tooltip = until(
+        lambda: browser.find_elements(By.CSS_SELECTOR, "#vg-tooltip-element.visible"), "a tooltip"
+    )[0]
     assert "mean gate" in tooltip.text
     assert MARKUP in map_elements(browser, "#gates select[name=module] option", "one.textContent")
     assert browser.find_elements(By.CSS_SELECTOR, "img, main b:not([aria-hidden])") == []

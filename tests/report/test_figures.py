@@ -41,9 +41,17 @@ def test_gradient_cosines_are_means_for_the_chosen_layer_and_module(monkeypatch)
     chart, alone = figures.gradient_cosines(COSINES), figures.gradient_cosines(PAIRS)
     for chart_, key, rows in (
         (chart, "all|all", overall),
-        (chart, "2|mlp.gate_proj.adapter", pairs.query("layer == 2 and module == 'mlp.gate_proj.adapter'")),
+        (
+            chart,
+            "2|mlp.gate_proj.adapter",
+            pairs.query("layer == 2 and module == 'mlp.gate_proj.adapter'"),
+        ),
         (chart, "1|all", pairs.query("layer == 1")),
-        (chart, "all|self_attn.q_proj.adapter", pairs.query("module == 'self_attn.q_proj.adapter'")),
+        (
+            chart,
+            "all|self_attn.q_proj.adapter",
+            pairs.query("module == 'self_attn.q_proj.adapter'"),
+        ),
         (alone, "all|all", pairs),  # without an overall measurement
     ):
         means = rows.groupby(["task_a", "task_b"])["cosine"].mean().to_dict()
@@ -53,7 +61,9 @@ def test_gradient_cosines_are_means_for_the_chosen_layer_and_module(monkeypatch)
     monkeypatch.setattr(charts, "MOST_VALUES", 30)
     keys = [key for key in chart_values(figures.gradient_cosines(COSINES)) if "|" in key]
     assert {"all" in key.split("|") for key in keys} == {True}
-    assert cell_values(figures.unit_overlaps(FRAMES["coactivation_pairs"]), "neurons"), "no option for all"
+    assert cell_values(figures.unit_overlaps(FRAMES["coactivation_pairs"]), "neurons"), (
+        "no option for all"
+    )
 
 
 def test_shared_units_and_expert_angles_are_means_over_layers_and_modules():
@@ -62,8 +72,12 @@ def test_shared_units_and_expert_angles_are_means_over_layers_and_modules():
     rows = frame.query("kind == 'neurons' and tasks == 2")
     for series, shares in (("measured", rows["share"]), ("by chance", rows["chance"])):
         expected = [shares.mean(), shares.iloc[1]]
-        assert found.loc[(2, series), ["neurons|all", "neurons|1"]].tolist() == pytest.approx(expected, rel=1e-3)
-    assert set(found.index.levels[0]) == set(range(1, len(TASKS) + 1)), "units that no task marks are left out"
+        assert found.loc[(2, series), ["neurons|all", "neurons|1"]].tolist() == pytest.approx(
+            expected, rel=1e-3
+        )
+    assert set(found.index.levels[0]) == set(range(1, len(TASKS) + 1)), (
+        "units that no task marks are left out"
+    )
     frame = FRAMES["expert_angles"]
     found = chart_values(figures.expert_angles(frame)).set_index(["step", "measured", "group"])
     rows = frame.query("step == 40 and measured == 'after'")
@@ -76,19 +90,33 @@ def test_component_flow_is_normalised_per_row():
     frame = FRAMES["component_flow"]
     cells = cell_values(figures.component_flow(frame), "all|40")
     for expert, rows in frame.query("step == 40").groupby("from_expert"):
-        moved = rows.groupby("to_expert")["components"].sum().reindex(range(SMALL.experts), fill_value=0)
+        moved = (
+            rows.groupby("to_expert")["components"]
+            .sum()
+            .reindex(range(SMALL.experts), fill_value=0)
+        )
         found = [cells.pop((str(expert), str(to))) for to in moved.index]
         assert found == pytest.approx((moved / moved.sum()).tolist(), abs=1e-3)
     assert not cells
 
 
 def test_gradient_pairs_are_limited_and_long_loss_curves_are_averaged():
-    pairs = pd.DataFrame(itertools.combinations([f"t{i}" for i in range(20)], 2), columns=["task_a", "task_b"])
-    frame = pairs.assign(cosine=np.linspace(-1, 1, len(pairs)), parameters="adapter", corrected_cosine=np.nan)
+    pairs = pd.DataFrame(
+        itertools.combinations([f"t{i}" for i in range(20)], 2), columns=["task_a", "task_b"]
+    )
+    frame = pairs.assign(
+        cosine=np.linspace(-1, 1, len(pairs)), parameters="adapter", corrected_cosine=np.nan
+    )
     table = figures.gradient_pairs(frame.assign(magnitude_similarity=1.0))
-    assert (len(table), table["cosine"].iloc[0], table["cosine"].iloc[-1]) == (120, "−1.000", "1.000")
+    assert (len(table), table["cosine"].iloc[0], table["cosine"].iloc[-1]) == (
+        120,
+        "−1.000",
+        "1.000",
+    )
     assert set(table["corrected cosine"]) == {"–"}
-    points = pd.DataFrame({"series": "a", "run": "a", "step": range(1, 1001), "loss": np.arange(1.0, 1001.0)})
+    points = pd.DataFrame(
+        {"series": "a", "run": "a", "step": range(1, 1001), "loss": np.arange(1.0, 1001.0)}
+    )
     (records,) = figures.loss_curves(points).to_dict()["datasets"].values()
     assert len(records) == 250
     assert records[0] == {"series": "a", "run": "a", "step": 4, "loss": 2.5}
@@ -97,17 +125,29 @@ def test_gradient_pairs_are_limited_and_long_loss_curves_are_averaged():
 
 def test_scores_table_ends_with_means_and_marks_the_best():
     rows = [("mean over tasks", "x", 1.0), ("b", "x", 4.0), ("mean over tasks", "y", 2.0)]
-    table = figures.scores_table(pd.DataFrame(rows, columns=["task", "run", "score"]).assign(metric="rouge_l", n=8))
+    table = figures.scores_table(
+        pd.DataFrame(rows, columns=["task", "run", "score"]).assign(metric="rouge_l", n=8)
+    )
     assert table["x: Rouge-L"].tolist() == ["1.0", "4.0", "2.5"]
-    assert table["y: Rouge-L"].tolist() == ["2.0", "–", "2.0"], "the mean is over tasks with a score"
-    assert set(table.attrs["strong"]) == {(0, "y: Rouge-L"), (1, "x: Rouge-L")}, "means of other tasks"
+    assert table["y: Rouge-L"].tolist() == ["2.0", "–", "2.0"], (
+        "the mean is over tasks with a score"
+    )
+    assert set(table.attrs["strong"]) == {(0, "y: Rouge-L"), (1, "x: Rouge-L")}, (
+        "means of other tasks"
+    )
 
 
 def test_every_figure_has_a_caption_a_valid_schema_and_svg_and_pdf_exports(tmp_path):
     """A run, a sequence and a comparison together have all figures except one."""
-    runs = [write_run(tmp_path / "badit"), write_sequence(tmp_path / "sequence"), write_comparison(tmp_path / "all")]
+    runs = [
+        write_run(tmp_path / "badit"),
+        write_sequence(tmp_path / "sequence"),
+        write_comparison(tmp_path / "all"),
+    ]
     found = [block for blocks in sections_of(read_sources(runs)).values() for block in blocks]
-    assert {figure.title for figure in FIGURES} - {block.title for block in found} == {"Cosine of weight gradients"}
+    assert {figure.title for figure in FIGURES} - {block.title for block in found} == {
+        "Cosine of weight gradients"
+    }
     blocks = [block for block in found if block.kind == "figure"]
     captioned = [block for block in blocks if block.caption]
     assert {block.title for block in captioned} == {block.title for block in blocks}
@@ -118,7 +158,9 @@ def test_every_figure_has_a_caption_a_valid_schema_and_svg_and_pdf_exports(tmp_p
     written = [*(tmp_path / "figures").iterdir()]
     names = {block.name for block in blocks}
     assert len(names) == len(blocks) >= 18, "figure names are unique"
-    assert {path.name for path in written} == {f"{name}.{kind}" for name in names for kind in ("svg", "pdf")}
+    assert {path.name for path in written} == {
+        f"{name}.{kind}" for name in names for kind in ("svg", "pdf")
+    }
     for path in written:
         content = path.read_bytes()
         assert content.startswith(b"%PDF" if path.suffix == ".pdf" else b"<svg")
@@ -131,7 +173,9 @@ def test_figures_of_names_that_svg_or_vega_cannot_hold(tmp_path):
     for name in ("a\u0001b\\b\ufffe", "constructor"):
         scores = {task: {"rouge_l": [50.0], "exact_match": [0.0]} for task in (name, "other")}
         write_results(tmp_path, comparison(results_cell("lora", 0, scores), methods=["lora"]))
-        found = [block for blocks in sections_of(read_sources([tmp_path])).values() for block in blocks]
+        found = [
+            block for blocks in sections_of(read_sources([tmp_path])).values() for block in blocks
+        ]
         blocks = {"all": [block for block in found if block.kind == "figure"]}
         if name == "constructor":
             refuses(r"figures/.*: cannot be drawn", export_figures, blocks, tmp_path / "figures")
@@ -144,6 +188,8 @@ def test_deeply_nested_results_are_refused_in_one_line(tmp_path):
     nested = {}
     for _ in range(400):
         nested = {"a": nested}
-    cell = results_cell("lora", 0, {"t": {"rouge_l": [50.0], "exact_match": [0.0]}}, environment=nested)
+    cell = results_cell(
+        "lora", 0, {"t": {"rouge_l": [50.0], "exact_match": [0.0]}}, environment=nested
+    )
     write_results(tmp_path, comparison(cell, methods=["lora"]))
     refuses(r"results\.json: cannot be shown", sections_of, read_sources([tmp_path]))

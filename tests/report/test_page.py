@@ -5,15 +5,30 @@ import re
 from html.parser import HTMLParser
 
 import badit.report
-from badit.cli import _report_if_possible
+from badit.cli.app import _report_if_possible
 from badit.report import write_report
 from refusals import refuses
-from report.samples import TASKS, Shape, save_frame, save_tables, tables, write_comparison, write_run
+from report.samples import (
+    TASKS,
+    Shape,
+    save_frame,
+    save_tables,
+    tables,
+    write_comparison,
+    write_run,
+)
 
 NASTY = '<script>alert("x")</script>'
 NASTY_TASK = "<img src=x onerror=alert(1)> & \"quotes\" 'single' <!-- {{ 7*7 }}"
 HANDLERS = ('" onmouseover=alert(1) x="', "' onfocus=alert(1) autofocus='")
-EXPERT_TABLES = ("gates", "gate_similarity", "expert_losses", "nearest_prompts", "abilities", "ability_recovery")
+EXPERT_TABLES = (
+    "gates",
+    "gate_similarity",
+    "expert_losses",
+    "nearest_prompts",
+    "abilities",
+    "ability_recovery",
+)
 
 
 class Page(HTMLParser):
@@ -34,7 +49,11 @@ class Page(HTMLParser):
             self.words.append(data)
 
     def all(self, tag, **attributes):
-        return [found for name, found in self.elements if name == tag and attributes.items() <= found.items()]
+        return [
+            found
+            for name, found in self.elements
+            if name == tag and attributes.items() <= found.items()
+        ]
 
 
 def page_of(runs, folder, title=None):
@@ -45,7 +64,9 @@ def test_run_page_has_all_sections_and_figures_have_captions_and_sources(tmp_pat
     page = page_of([write_run(tmp_path / "run")], tmp_path)
     links = [link["href"] for link in page.all("a") if link.get("href")]
     parts = [part["id"] for part in page.all("section", **{"class": "part"})]
-    assert links == ["#overview", *(f"#{part}" for part in parts)], "the skip link, then one link per section"
+    assert links == ["#overview", *(f"#{part}" for part in parts)], (
+        "the skip link, then one link per section"
+    )
     assert len(parts) == 10
     files = ["scores.json", "metrics.jsonl", "predictions/", "config.yaml", "environment.json"]
     files += [f"analysis/{table.name}" for table in (tmp_path / "run" / "analysis").iterdir()]
@@ -58,7 +79,10 @@ def test_run_page_has_all_sections_and_figures_have_captions_and_sources(tmp_pat
         assert re.search(r'<p class="origin">from <code>[\w/., ]+</code>', figure)
         assert re.search(r"<h3 id=.*?>[^<]+</h3>", figure)
         assert re.search(r"<figcaption>[^<]{12,}", figure) or 'id="facts"' in figure
-        assert re.search(r'role="group" aria-label="[^"]{20,}"', figure) or "specification" not in figure
+        assert (
+            re.search(r'role="group" aria-label="[^"]{20,}"', figure)
+            or "specification" not in figure
+        )
 
 
 def test_missing_results_are_shown_with_the_command_that_creates_them(tmp_path):
@@ -66,9 +90,13 @@ def test_missing_results_are_shown_with_the_command_that_creates_them(tmp_path):
     page = page_of([run], tmp_path)
     again = "Not measured yet. Measure it, then write the report again:"
     assert page.text.count(f"{again} badit analyze '{run}'") == 4
-    assert all(name in page.source for name in ("scores-by-task", "loss-curves", "a small red house"))
+    assert all(
+        name in page.source for name in ("scores-by-task", "loss-curves", "a small red house")
+    )
     assert "gradient-cosines" not in page.source
-    save_tables(run, leave_out=(*EXPERT_TABLES, "expert_angles", "component_flow", "task_gap", "transfer"))
+    save_tables(
+        run, leave_out=(*EXPERT_TABLES, "expert_angles", "component_flow", "task_gap", "transfer")
+    )
     page = page_of([run], tmp_path)
     assert again not in page.text
     assert "The method has no experts to measure." in page.text
@@ -85,7 +113,9 @@ def test_report_works_with_any_single_table(tmp_path):
 
 def test_several_runs_are_shown_side_by_side(tmp_path):
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", Shape(seed=5))]
-    runs.append(write_run(tmp_path / "lora", Shape(TASKS[:2], seed=5), method="lora", analysed=False))
+    runs.append(
+        write_run(tmp_path / "lora", Shape(TASKS[:2], seed=5), method="lora", analysed=False)
+    )
     page = page_of(runs, tmp_path)
     figures = [(figure["id"], figure["class"]) for figure in page.all("figure")]
     for name in ("gradient-cosines", "unit-overlaps", "gates", "component-flow"):
@@ -95,19 +125,27 @@ def test_several_runs_are_shown_side_by_side(tmp_path):
     assert "analysis/gates.json</code> of a" in page.source
     headers = " ".join(re.findall(r'<th scope="col".*?</th>', page.source))
     assert all(f"{run}: Rouge-L" in headers for run in ("a", "b", "lora"))
-    assert re.search(r"<th scope=row[^>]*>1290 xsum</th>.*?>–</td>", page.source), "a task that one run does not have"
+    assert re.search(r"<th scope=row[^>]*>1290 xsum</th>.*?>–</td>", page.source), (
+        "a task that one run does not have"
+    )
     assert "differences" in dict(figures)
-    again = f"lora: not measured yet. Measure it, then write the report again: badit analyze {runs[2]}"
+    again = (
+        f"lora: not measured yet. Measure it, then write the report again: badit analyze {runs[2]}"
+    )
     assert page.text.count(again) == 4
 
 
 def test_side_by_side_heat_maps_share_one_colour_scale(tmp_path):
     for name, factor in (("weak", 0.1), ("strong", 1.0)):
         frame = tables()["gates"]
-        save_frame(frame.assign(mean=1 + factor * (frame["mean"] - 1)), tmp_path / name / "analysis")
+        save_frame(
+            frame.assign(mean=1 + factor * (frame["mean"] - 1)), tmp_path / name / "analysis"
+        )
     runs = [tmp_path / "weak", tmp_path / "strong"]
     pages = [page_of(each, tmp_path) for each in (runs[:1], runs[1:], runs)]
-    weak, strong, both = (re.findall(r'"name":"limits","value":\[[\d.,]+\]', page.source) for page in pages)
+    weak, strong, both = (
+        re.findall(r'"name":"limits","value":\[[\d.,]+\]', page.source) for page in pages
+    )
     assert weak != strong
     assert both == strong * 2
 
@@ -115,14 +153,24 @@ def test_side_by_side_heat_maps_share_one_colour_scale(tmp_path):
 def test_comparison_page_has_its_table_failed_runs_and_loss_curves(tmp_path):
     page = page_of([write_comparison(tmp_path / "compared") / "results.json"], tmp_path)
     assert "failed: goat, seed 0, learning rate 0.0005 (out of memory)" in page.source
-    for words in ("vs lora [95 %]", "lora, one model per task", "task-gap", "differences", "seed: 0"):
+    for words in (
+        "vs lora [95 %]",
+        "lora, one model per task",
+        "task-gap",
+        "differences",
+        "seed: 0",
+    ):
         assert words in page.source
-    assert re.search(r'>badit</th>.*?<td class=" strong">[\d.]+ ± [\d.]+</td>', page.source, re.DOTALL)
+    assert re.search(
+        r'>badit</th>.*?<td class=" strong">[\d.]+ ± [\d.]+</td>', page.source, re.DOTALL
+    )
     assert "name a run's folder as well" in page.text
     assert page.source.count('"series":"badit"') >= 3 * 37, "the page has the curves of all seeds"
     content = json.loads((tmp_path / "compared" / "results.json").read_text())
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "results.json").write_text(json.dumps(content | {"cells": content["cells"][-1:]}))
+    (tmp_path / "empty" / "results.json").write_text(
+        json.dumps(content | {"cells": content["cells"][-1:]})
+    )
     page = page_of([tmp_path / "compared", tmp_path / "empty"], tmp_path)
     assert "<dt>compared: badit</dt>" in page.source
     assert "empty: no run has finished; failed: goat" in page.text
@@ -132,26 +180,50 @@ def test_untrusted_text_never_becomes_markup_or_a_link(tmp_path):
     """Names, answers, prompts, modules, settings and folders contain markup or event handlers."""
     names = (NASTY.replace("/", "∕"), NASTY_TASK, "third", *HANDLERS, "javascript:alert(1)")
     run = write_run(tmp_path / f"<b>{HANDLERS[0]}", Shape(names[2:4]), analysed=False)
-    save_tables(run, Shape(names, modules=(NASTY, "</script><script>alert(1)</script>", "<!--<script>")))
+    save_tables(
+        run, Shape(names, modules=(NASTY, "</script><script>alert(1)</script>", "<!--<script>"))
+    )
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace("smollm2-135m", NASTY) + f'note: "{NASTY_TASK!r:.20}</pre>"\n')
-    answer = {"task": "third", "instance_id": "1", "prompt": f"Input: {NASTY}\nOutput:", "references": [NASTY, "</dd>"]}
-    (run / "predictions" / "third.jsonl").write_text(json.dumps({**answer, "prediction": f"</article>{NASTY}"}) + "\n")
-    compared = write_comparison(tmp_path / names[-1], Shape(names[3:5]), methods=("lora", names[-1], HANDLERS[0]))
+    config.write_text(
+        config.read_text().replace("smollm2-135m", NASTY) + f'note: "{NASTY_TASK!r:.20}</pre>"\n'
+    )
+    answer = {
+        "task": "third",
+        "instance_id": "1",
+        "prompt": f"Input: {NASTY}\nOutput:",
+        "references": [NASTY, "</dd>"],
+    }
+    (run / "predictions" / "third.jsonl").write_text(
+        json.dumps({**answer, "prediction": f"</article>{NASTY}"}) + "\n"
+    )
+    compared = write_comparison(
+        tmp_path / names[-1], Shape(names[3:5]), methods=("lora", names[-1], HANDLERS[0])
+    )
     page = page_of([run, compared], tmp_path, title=NASTY)
     assert not page.all("img")
     assert "49" not in page.text.split()
-    assert len([script for script in page.all("script") if script.get("type") != "application/json"]) == 2
+    assert (
+        len([script for script in page.all("script") if script.get("type") != "application/json"])
+        == 2
+    )
     assert all(name in page.text for name in (NASTY, *names))
     addresses = ("href", "src", "srcset", "data", "action", "formaction", "xlink:href", "srcdoc")
     for tag, attributes in page.elements:
-        assert not [name for name in attributes if name.startswith("on") or name == "autofocus"], tag
-        assert all((attributes.get(name) or "#").startswith("#") for name in addresses), f"{tag} links to another page"
-    blocks = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page.source, flags=re.DOTALL)
+        assert not [name for name in attributes if name.startswith("on") or name == "autofocus"], (
+            tag
+        )
+        assert all((attributes.get(name) or "#").startswith("#") for name in addresses), (
+            f"{tag} links to another page"
+        )
+    blocks = re.findall(
+        r'<script type="application/json"[^>]*>(.*?)</script>', page.source, flags=re.DOTALL
+    )
     assert len(blocks) >= 14
     assert all("<" not in block and json.loads(block) for block in blocks)
     assert any("\\u003c/script\\u003e\\u003cscript\\u003ealert(1)" in block for block in blocks)
-    (policy,) = [meta["content"] for meta in page.all("meta", **{"http-equiv": "Content-Security-Policy"})]
+    (policy,) = [
+        meta["content"] for meta in page.all("meta", **{"http-equiv": "Content-Security-Policy"})
+    ]
     assert re.match(r"default-src 'none'; script-src( 'sha256-[A-Za-z0-9+/]{43}='){2};", policy)
     assert "connect-src" not in policy
 
@@ -159,13 +231,30 @@ def test_untrusted_text_never_becomes_markup_or_a_link(tmp_path):
 def test_report_command_output_errors_and_missing_extra(tmp_path, monkeypatch, command):
     run = write_run(tmp_path / "run", analysed=False)
     page, figures = tmp_path / "pages" / "mine.html", tmp_path / "figures"
-    assert str(page) in command("report", run, "-o", page, "--figures", figures, "--title", "My runs")
+    assert str(page) in command(
+        "report", run, "-o", page, "--figures", figures, "--title", "My runs"
+    )
     assert "<h1>My runs</h1>" in page.read_text()
-    assert {path.name for path in figures.iterdir()} >= {"loss-curves.svg", "loss-curves.pdf", "scores-by-task.svg"}
+    assert {path.name for path in figures.iterdir()} >= {
+        "loss-curves.svg",
+        "loss-curves.pdf",
+        "scores-by-task.svg",
+    }
     command("report", tmp_path / "none", "-o", page, code=2)
     for output, folder in ((tmp_path, None), (page, page)):
-        refuses(r"is a folder; name a file|cannot be written", write_report, [run], output, figures=folder)
+        refuses(
+            r"is a folder; name a file|cannot be written",
+            write_report,
+            [run],
+            output,
+            figures=folder,
+        )
     assert _report_if_possible([run], run / "report.html") == f"Report: {run / 'report.html'}"
-    monkeypatch.setattr(badit.report, "find_spec", lambda name: None if name == "altair" else object())
-    assert command("report", run, code=2) == "badit: the report needs its extra: pip install 'badit[report]'"
+    monkeypatch.setattr(
+        badit.report, "find_spec", lambda name: None if name == "altair" else object()
+    )
+    assert (
+        command("report", run, code=2)
+        == "badit: the report needs its extra: pip install 'badit[report]'"
+    )
     assert "pip install 'badit[report]'" in _report_if_possible([run], page)

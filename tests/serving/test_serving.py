@@ -20,11 +20,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from badit import Run, train
-from badit.generation import generate_answers
-from badit.models import BUILT_IN_HUB_ID, resolve_model
+from badit.evaluation.generation import generate_answers
+from badit.models.loading import BUILT_IN_HUB_ID, resolve_model
 
 ENVIRONMENT = os.environ.get("BADIT_SERVING")
-pytestmark = pytest.mark.skipif(not ENVIRONMENT, reason="BADIT_SERVING names no environment: make test-serving")
+pytestmark = pytest.mark.skipif(
+    not ENVIRONMENT, reason="BADIT_SERVING names no environment: make test-serving"
+)
 HERE, SERVING = Path(__file__).parent, Path(ENVIRONMENT or ".").resolve()
 WORK = SERVING / "work"
 SNAPSHOT = Path(f"models--{BUILT_IN_HUB_ID.replace('/', '--')}") / "snapshots" / "0"
@@ -35,7 +37,11 @@ RECIPE = {
     "model": {"name": "smollm2-135m", "dtype": "float32"},
     "data": {"source": "builtin", "train_per_task": 5, "test_per_task": 4},
     # llama.cpp permutes q_proj.
-    "method": {"name": "badit", "target_modules": ["q_proj", "gate_proj"], "regroup": {"every": 10}},
+    "method": {
+        "name": "badit",
+        "target_modules": ["q_proj", "gate_proj"],
+        "regroup": {"every": 10},
+    },
     # 20 steps at the default's rate, after which the answers differ from the base model's and are still long.
     "training": {"per_device_train_batch_size": 4, "learning_rate": 2e-3},
     "evaluation": {"max_new_tokens": 16},
@@ -44,29 +50,55 @@ RECIPE = {
 FORMS = {"lora": {}, "rank-16": {"rank": 16}, "merged": {"merged": True}}
 REQUESTS = ["Explain how {} works.", "Write a short story about {}.", "List five facts about {}.",
             "Describe {} to a child.", "What would the world be like without {}?"]  # fmt: skip
-TOPICS = ["a bicycle", "the tide", "bread", "a library", "the violin", "electricity", "a volcano", "chess"]
+TOPICS = [
+    "a bicycle",
+    "the tide",
+    "bread",
+    "a library",
+    "the violin",
+    "electricity",
+    "a volcano",
+    "chess",
+]
 TOKENS, LONG = 32, 20
 # Servers add in another order, so a token may differ, but only if transformers' two largest logits are this close.
 BOUND = 1e-3
-ENGINES = [("vllm", "lora"), ("vllm", "rank-16"), ("vllm", "merged"), ("llama", "lora"), ("llama", "merged")]
+ENGINES = [
+    ("vllm", "lora"),
+    ("vllm", "rank-16"),
+    ("vllm", "merged"),
+    ("llama", "lora"),
+    ("llama", "merged"),
+]
 
 
 def process_environment(python_path=""):
     """Environment variables of a process whose hub cache has only the built-in model."""
     hub = {"HF_HUB_CACHE": str(WORK / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path}
-    one_thread = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}  # and 1 GiB of cache
+    one_thread = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }  # and 1 GiB of cache
     return {**os.environ, **hub, **one_thread, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 
 def call(command, python_path=""):
     environment = process_environment(python_path)
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
 def answer(program, name, model, prompts, **more):
     job, answers = WORK / f"{name}.job.json", WORK / f"{name}.json"
-    settings = {"model": str(model), "prompts": prompts, "tokens": TOKENS, "answers": str(answers), **more}
+    settings = {
+        "model": str(model),
+        "prompts": prompts,
+        "tokens": TOKENS,
+        "answers": str(answers),
+        **more,
+    }
     job.write_text(json.dumps(settings))
     call([*program, job])
     return json.loads(answers.read_text())
@@ -75,8 +107,13 @@ def answer(program, name, model, prompts, **more):
 @pytest.fixture(scope="module")
 def prompts():
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("smollm2-135m"))
-    chats = [[{"role": "user", "content": ask.format(topic)}] for ask in REQUESTS for topic in TOPICS]
-    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
+    chats = [
+        [{"role": "user", "content": ask.format(topic)}] for ask in REQUESTS for topic in TOPICS
+    ]
+    return [
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        for chat in chats
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +126,10 @@ def exports():
     for file in Path(resolve_model("smollm2-135m")).iterdir():
         if not (snapshot / file.name).exists():
             (snapshot / file.name).symlink_to(file)
-    return {name: run.export(WORK / name, task="got_more", **options).folder for name, options in FORMS.items()}
+    return {
+        name: run.export(WORK / name, task="got_more", **options).folder
+        for name, options in FORMS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +137,10 @@ def references(exports, prompts):
     """The answers and margins of transformers by export, and under "base" those of the base model."""
     program = [sys.executable, HERE / "transformers_answers.py"]
     models = {"base": BUILT_IN_HUB_ID, **exports}
-    return {name: answer(program, f"transformers-{name}", model, prompts) for name, model in models.items()}
+    return {
+        name: answer(program, f"transformers-{name}", model, prompts)
+        for name, model in models.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +158,18 @@ def llama(exports, prompts):
     found = {}
     for name, whole in (("lora", WORK / "hub" / SNAPSHOT), ("merged", exports["merged"])):
         model, lora = WORK / f"{name}-model.gguf", WORK / "lora.gguf" if name == "lora" else None
-        call([PYTHON, LLAMA / "convert_hf_to_gguf.py", whole, "--outtype", "f32", "--outfile", model])
+        call(
+            [PYTHON, LLAMA / "convert_hf_to_gguf.py", whole, "--outtype", "f32", "--outfile", model]
+        )
         if lora is not None:
             call([PYTHON, LLAMA / "convert_lora_to_gguf.py", exports[name], "--outfile", lora])
-        found |= answer(["node", HERE / "llama_answers.mjs"], f"llama-{name}", model, prompts, lora=lora and str(lora))
+        found |= answer(
+            ["node", HERE / "llama_answers.mjs"],
+            f"llama-{name}",
+            model,
+            prompts,
+            lora=lora and str(lora),
+        )
     return found
 
 
@@ -143,7 +194,9 @@ def test_answers_match_transformers(engine, export, request, references, results
         if at is not None:
             differences.append({"prompt": i, "token": at, "margin": margins[i][at]})
     long = sum(len(each) >= LONG for each in expected)
-    changed = sum(one != base for one, base in zip(expected, references["base"]["answers"], strict=True))
+    changed = sum(
+        one != base for one, base in zip(expected, references["base"]["answers"], strict=True)
+    )
     results["versions"] |= served["versions"]
     results["comparisons"].append(
         {"engine": engine, "export": export, "prompts": len(expected), "of_20_tokens_or_more": long,
@@ -158,7 +211,22 @@ def test_vllm_and_transformers_give_an_export_the_same_scores(exports):
     run, found = WORK / "run", {}
     for engine, python in (("transformers", sys.executable), ("vllm", PYTHON)):
         out = WORK / f"scored-{engine}"
-        call([python, "-m", "badit", "export", run, "-o", out, "--all-tasks", "--score", "--engine", engine], SOURCE)
+        call(
+            [
+                python,
+                "-m",
+                "badit",
+                "export",
+                run,
+                "-o",
+                out,
+                "--all-tasks",
+                "--score",
+                "--engine",
+                engine,
+            ],
+            SOURCE,
+        )
         found[engine] = json.loads((out / "scores.json").read_text())
     assert len(found["vllm"]["tasks"]) == 16
     assert found["vllm"] == {**found["transformers"], "engine": "vllm"}
@@ -167,7 +235,9 @@ def test_vllm_and_transformers_give_an_export_the_same_scores(exports):
 @contextmanager
 def started(*words, output=subprocess.PIPE):
     """A server process that is terminated at the end of the context."""
-    with subprocess.Popen(list(map(str, words)), env=process_environment(SOURCE), stdout=output, text=True) as process:
+    with subprocess.Popen(
+        list(map(str, words)), env=process_environment(SOURCE), stdout=output, text=True
+    ) as process:
         try:
             yield process
         finally:
@@ -183,19 +253,42 @@ def test_proxy_to_vllm_answers_like_the_run_or_the_named_export(exports, prompts
     vllm = f"http://127.0.0.1:{port}"
     words = f"--dtype float32 --enforce-eager --max-model-len 256 --port {port} --enable-lora --max-lora-rank 64"
     loras = [f"{name}={part.folder}" for name, part in tasks.tasks.items()]
-    server_words = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", BUILT_IN_HUB_ID, *words.split()]
+    server_words = [
+        PYTHON,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        BUILT_IN_HUB_ID,
+        *words.split(),
+    ]
     with (
         started(*server_words, "--lora-modules", *loras, output=subprocess.DEVNULL) as server,
-        started(sys.executable, "-m", "badit", "serve", run.path, "--port=0", f"--url={vllm}") as exact,
-        started(sys.executable, "-m", "badit", "serve", run.path, tasks.folder, "--port=0", f"--url={vllm}") as nearest,
+        started(
+            sys.executable, "-m", "badit", "serve", run.path, "--port=0", f"--url={vllm}"
+        ) as exact,
+        started(
+            sys.executable,
+            "-m",
+            "badit",
+            "serve",
+            run.path,
+            tasks.folder,
+            "--port=0",
+            f"--url={vllm}",
+        ) as nearest,
     ):
-        urls = [process.stdout.readline().split()[1].removesuffix("/v1,") for process in (exact, nearest)]
+        urls = [
+            process.stdout.readline().split()[1].removesuffix("/v1,")
+            for process in (exact, nearest)
+        ]
         while server.poll() is None and not answers_on(vllm):
             time.sleep(1)
 
         def ask(url, model, prompt):
             content = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
-            return httpx2.post(f"{url}/v1/completions", json=content, timeout=600).raise_for_status()
+            return httpx2.post(
+                f"{url}/v1/completions", json=content, timeout=600
+            ).raise_for_status()
 
         def text(answer):
             return answer.json()["choices"][0]["text"].strip()

@@ -24,7 +24,9 @@ for start in range(0, len(job["prompts"]), 8):
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    out = model.generate(input_ids=ids, attention_mask=mask, output_scores=True, return_dict_in_generate=True)
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, output_scores=True, return_dict_in_generate=True
+    )
     for row, tokens in enumerate(out.sequences[:, width:]):
         ended = torch.isin(tokens, ends).tolist()
         length = ended.index(True) + 1 if any(ended) else len(tokens)

@@ -9,8 +9,8 @@ from selenium.webdriver.support.select import Select
 
 from badit.analysis.atlas import ABILITIES
 from badit.analysis.tables import save_frame
-from badit.studio import Session
-from badit.studio.server import application
+from badit.integrations.studio import Session
+from badit.integrations.studio.server import application
 from browsers import emulate, requests, until
 from data.examples import write_rows
 from studio.conftest import BADIT, served
@@ -27,7 +27,9 @@ class Page:
         self.browser, self.address = browser, address
         emulate(browser, width=width, theme=theme)
         browser.get(address)
-        until(lambda: self.run("return document.documentElement.dataset.ready"), "the page is ready")
+        until(
+            lambda: self.run("return document.documentElement.dataset.ready"), "the page is ready"
+        )
 
     def run(self, script):
         return self.browser.execute_script(script)
@@ -50,7 +52,11 @@ class Page:
 
     def sent(self):
         """Returns the questions that the page has sent since the last call."""
-        return [json.loads(request["postData"]) for request in requests(self.browser) if "postData" in request]
+        return [
+            json.loads(request["postData"])
+            for request in requests(self.browser)
+            if "postData" in request
+        ]
 
     def next_question(self):
         question = until(self.sent, "the page has asked")[-1]
@@ -87,11 +93,15 @@ def test_answer_streams_next_to_the_base_models_answer(page):
     assert page.text("#side-router .text") != page.text("#side-base .text")
     assert page.text("#reference") == "Reference answer: capital 12"
     page.one("#read summary").click()
-    assert "Name the capital.\n\nNow complete the following example -\nInput: land 12" in page.text("#read pre")
+    assert "Name the capital.\n\nNow complete the following example -\nInput: land 12" in page.text(
+        "#read pre"
+    )
     assert page.browser.get_log("browser") == []
     requested = {request["url"] for request in requests(page.browser)}
     assert page.address in requested
-    assert all(url.startswith((page.address, "data:", "chrome:", "chrome-untrusted:")) for url in requested), requested
+    assert all(
+        url.startswith((page.address, "data:", "chrome:", "chrome-untrusted:")) for url in requested
+    ), requested
 
 
 def test_heat_map_keyboard_navigation_accessible_names_and_theme_switch(page, session):
@@ -105,7 +115,9 @@ def test_heat_map_keyboard_navigation_accessible_names_and_theme_switch(page, se
     assert page.text("#readout") == f"Expert 1, layer 1: gate {gate}"
     assert len(page.all("#nearest li")) == 2
     for control in page.all("button, input, select, textarea, table"):
-        assert control.accessible_name or not control.is_displayed(), control.get_attribute("outerHTML")
+        assert control.accessible_name or not control.is_displayed(), control.get_attribute(
+            "outerHTML"
+        )
     light = page.one("#heat-map td").value_of_css_property("background-color")
     button = page.one("#theme")
     button.click()
@@ -114,7 +126,9 @@ def test_heat_map_keyboard_navigation_accessible_names_and_theme_switch(page, se
 
 
 def test_heat_map_shows_one_module_or_the_mean_over_modules(browser, trained):
-    with served(application(Session(trained({**BADIT, "target_modules": ["gate_proj", "o_proj"]})))) as port:
+    with served(
+        application(Session(trained({**BADIT, "target_modules": ["gate_proj", "o_proj"]})))
+    ) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")
         page.ask()
         choice, shown = Select(page.one("#module")), {}
@@ -124,7 +138,9 @@ def test_heat_map_shows_one_module_or_the_mean_over_modules(browser, trained):
     assert list(shown) == ["mean over modules", "self_attn.o_proj", "mlp.gate_proj"]
     mean, first, second = shown.values()
     assert first != second
-    assert mean == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)], abs=0.0011)
+    assert mean == pytest.approx(
+        [(a + b) / 2 for a, b in zip(first, second, strict=True)], abs=0.0011
+    )
 
 
 def test_sliders_send_their_gates_and_can_be_reset_to_the_router(page):
@@ -196,18 +212,33 @@ def test_page_reports_a_method_without_gates_and_a_stopped_server(browser, plain
 
 def test_markup_in_names_data_and_tables_is_shown_as_text(browser, trained, tmp_path):
     line = dict.fromkeys(["task", "instruction", "output"], MARKUP)
-    lines = [{**line, "input": f"{MARKUP} {i}", "split": split} for i, split in enumerate(["train"] * 8 + ["test"] * 2)]
+    lines = [
+        {**line, "input": f"{MARKUP} {i}", "split": split}
+        for i, split in enumerate(["train"] * 8 + ["test"] * 2)
+    ]
     run = trained(BADIT, write_rows(tmp_path / "tasks.jsonl", *lines), MARKUP)
-    save_frame(ABILITIES.frame([[expert, MARKUP, "", 1.0, 0.0, 0.0] for expert in range(4)], ""), run.analysis_path)
+    save_frame(
+        ABILITIES.frame([[expert, MARKUP, "", 1.0, 0.0, 0.0] for expert in range(4)], ""),
+        run.analysis_path,
+    )
     session = Session(run)
     with served(application(session)) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")
         page.ask()
-        assert page.text("#unmeasured").startswith("The gates of the tasks are still being measured")
+        assert page.text("#unmeasured").startswith(
+            "The gates of the tasks are still being measured"
+        )
         session.measure()
         page.ask()
         assert not page.one("#unmeasured").is_displayed()
-        for selector in ("#run", "#instruction", "#task option:checked", "#nearest li", ".slider .said", "#reference"):
+        for selector in (
+            "#run",
+            "#instruction",
+            "#task option:checked",
+            "#nearest li",
+            ".slider .said",
+            "#reference",
+        ):
             assert MARKUP in page.text(selector), selector
         assert MARKUP in browser.title
         assert page.all("img, b") == []

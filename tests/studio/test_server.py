@@ -11,9 +11,9 @@ from contextlib import closing
 import httpx2
 import pytest
 
-from badit.errors import BaditError
-from badit.studio import MAX_CHARACTERS, MAX_NEW_TOKENS, server
-from badit.studio.server import MAX_BODY, application
+from badit.integrations.studio import MAX_CHARACTERS, MAX_NEW_TOKENS, server
+from badit.integrations.studio.server import MAX_BODY, application
+from badit.support.errors import BaditError
 from studio.conftest import BADIT, served
 
 ASK = {"text": "land 3", "task": "rivers", "sides": ["router", "base"], "max_new_tokens": 6}
@@ -33,7 +33,10 @@ def parse_events(body):
     """Returns server-sent events as pairs of name and data."""
     events = [event.split("\n") for event in body.split("\n\n")[:-1]]
     assert all(name.startswith("event: ") and data.startswith("data: ") for name, data in events)
-    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in events]
+    return [
+        (name.removeprefix("event: "), json.loads(data.removeprefix("data: ")))
+        for name, data in events
+    ]
 
 
 def test_answers_and_errors_during_an_answer_are_streamed_as_events(client, session, monkeypatch):
@@ -58,7 +61,12 @@ def test_responses_have_security_headers_and_files_have_no_external_urls(client)
         policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
         assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
         assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
-        own = ("x-content-type-options", "cross-origin-resource-policy", "cache-control", "access-control-allow-origin")
+        own = (
+            "x-content-type-options",
+            "cross-origin-resource-policy",
+            "cache-control",
+            "access-control-allow-origin",
+        )
         assert [headers.get(name) for name in own] == ["nosniff", "same-origin", "no-store", None]
     for path in FILES:
         response = client.get(path)
@@ -70,16 +78,31 @@ def test_foreign_hosts_and_origins_are_refused(client):
     page = client.headers.pop("Origin")
     for host in ("evil.example:8642", "127.0.0.1.evil.example", "192.168.1.5", "", "["):
         for method, path in (("GET", "/"), ("GET", "/api/run"), ("POST", "/api/answer")):
-            response = client.request(method, path, headers={"Host": host, "Origin": f"http://{host}"}, json=ASK)
+            response = client.request(
+                method, path, headers={"Host": host, "Origin": f"http://{host}"}, json=ASK
+            )
             assert response.status_code == 400, host
             assert "cities" not in response.text
-    others = (page.replace("http", "https"), page.replace("127.0.0.1", "localhost"), f"{page}1", "http://evil.example")
+    others = (
+        page.replace("http", "https"),
+        page.replace("127.0.0.1", "localhost"),
+        f"{page}1",
+        "http://evil.example",
+    )
     for origin in (None, "null", *others):
-        response = client.post("/api/answer", json=ASK, headers={"Origin": origin} if origin else {})
-        assert (response.status_code, response.json()["error"]) == (403, "the request does not come from this page")
+        response = client.post(
+            "/api/answer", json=ASK, headers={"Origin": origin} if origin else {}
+        )
+        assert (response.status_code, response.json()["error"]) == (
+            403,
+            "the request does not come from this page",
+        )
     for host in ("localhost:8642", "127.0.0.1:9000"):
         headers = {"Host": host, "Origin": f"http://{host}"}
-        assert client.post("/api/answer", json={**ASK, "sides": ["base"]}, headers=headers).status_code == 200
+        assert (
+            client.post("/api/answer", json={**ASK, "sides": ["base"]}, headers=headers).status_code
+            == 200
+        )
 
 
 def test_invalid_requests_are_refused_with_one_line(client):
@@ -97,7 +120,9 @@ def test_invalid_requests_are_refused_with_one_line(client):
         (b'{"text": "a", "sides": ["hand"], "gates": [1e999, 1, 1, 1]}', "request: gates.0: "),
     ):
         body = question if isinstance(question, bytes) else json.dumps({**ASK, **question}).encode()
-        response = client.post("/api/answer", content=body, headers={"Content-Type": "application/json"})
+        response = client.post(
+            "/api/answer", content=body, headers={"Content-Type": "application/json"}
+        )
         message = response.json()["error"]
         assert message.startswith(problem)
         assert message.isprintable()
@@ -142,13 +167,19 @@ def slow():
 def ask(port, text, **question):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
     headers = {"Origin": f"http://127.0.0.1:{port}", "Content-Type": "application/json"}
-    connection.request("POST", "/api/answer", json.dumps({**ASK, "text": text, **question}), headers)
+    connection.request(
+        "POST", "/api/answer", json.dumps({**ASK, "text": text, **question}), headers
+    )
     return closing(connection)
 
 
 def test_events_are_sent_during_the_answer_and_other_requests_wait(slow):
     session, port = slow
-    with ask(port, "number 0") as first, ask(port, "number 1") as second, closing(first.getresponse()) as response:
+    with (
+        ask(port, "number 0") as first,
+        ask(port, "number 1") as second,
+        closing(first.getresponse()) as response,
+    ):
         assert response.readline() == b"event: text\n"
         assert b"number 0" in response.readline()
         assert session.began.acquire(timeout=TIMEOUT)
@@ -171,18 +202,34 @@ def test_answer_stops_when_the_client_disconnects(slow):
     with ask(port, "last") as last, closing(last.getresponse()) as response:
         assert b"last" in response.read(), "the lock is released"
     assert session.running == 0
-    assert [session.began.acquire(blocking=False) for _ in range(3)] == [True, True, False], "one never started"
+    assert [session.began.acquire(blocking=False) for _ in range(3)] == [True, True, False], (
+        "one never started"
+    )
 
 
 def test_studio_serves_until_interrupted(trained):
-    command = [sys.executable, "-m", "badit", "studio", str(trained(BADIT).path), "--port", "0", "--no-browser"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "badit",
+        "studio",
+        str(trained(BADIT).path),
+        "--port",
+        "0",
+        "--no-browser",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         line = process.stdout.readline()
         assert line.startswith("Studio: http://127.0.0.1:")
         port = int(line.split()[1].rpartition(":")[2])
         assert httpx2.get(f"http://127.0.0.1:{port}/api/run").json()["run"] == "run"
         # A running answer does not delay the shutdown.
-        with ask(port, "land", task=None, max_new_tokens=512) as asking, closing(asking.getresponse()) as response:
+        with (
+            ask(port, "land", task=None, max_new_tokens=512) as asking,
+            closing(asking.getresponse()) as response,
+        ):
             assert response.readline() == b"event: prompt\n"
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=60)
@@ -204,6 +251,8 @@ def test_errors_are_one_line_and_reported_before_a_model_is_loaded(monkeypatch, 
             (["no-run", "--port=0"], "no-run: has no config.yaml"),
         ):
             assert command("studio", *arguments, code=2).startswith(f"badit: {expected}")
-    monkeypatch.delitem(sys.modules, "badit.studio.server")
+    monkeypatch.delitem(sys.modules, "badit.integrations.studio.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert "module uvicorn is not installed; run pip install 'badit[studio]'" in command("studio", "no-run", code=2)
+    assert "module uvicorn is not installed; run pip install 'badit[studio]'" in command(
+        "studio", "no-run", code=2
+    )

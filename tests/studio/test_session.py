@@ -10,11 +10,11 @@ import torch
 
 from badit.analysis.gates import prompt_gates
 from badit.data import AnswerCollator, batches_by_task
-from badit.errors import refuse_unknown
-from badit.generation import generate_answers
-from badit.run import Run
-from badit.studio import Question, Session, mixed
-from badit.train import encoded
+from badit.evaluation.generation import generate_answers
+from badit.integrations.studio import Question, Session, mixed
+from badit.runs.folder import Run
+from badit.support.errors import refuse_unknown
+from badit.training.fit import encoded
 from badit.tuner import hooks_of
 from refusals import refuses
 from studio.conftest import BADIT
@@ -24,7 +24,9 @@ HAND_GATES = [0.0, 2.5, 1.25, 0.1]
 
 def events(session, **question):
     shown = []
-    asked = Question.model_validate({"text": "land 3", "task": "rivers", "max_new_tokens": 8, **question})
+    asked = Question.model_validate(
+        {"text": "land 3", "task": "rivers", "max_new_tokens": 8, **question}
+    )
     session.check(asked)
     session.answer(asked, lambda name, data: shown.append((name, data)))
     return shown
@@ -39,7 +41,11 @@ def prompt(session, *, answer=False):
     task = session.tasks["rivers"]
     instance = task.train[0].model_copy(update={"input": "land 3"})
     (example,) = encoded(session.tokenizer, session.recipe, [(task, instance)], session.model)
-    return example if answer else {**example, "input_ids": example["input_ids"][: example["prompt_length"]]}
+    return (
+        example
+        if answer
+        else {**example, "input_ids": example["input_ids"][: example["prompt_length"]]}
+    )
 
 
 def answer_of(session, model):
@@ -53,10 +59,15 @@ def test_sides_answer_like_the_run_and_its_base_model(session):
     expected = answer_of(session, session.model)
     with session.model.disable_adapter():
         base = answer_of(session, session.model)
-    assert [event_data(shown, "end", side)["text"] for side in ("router", "base")] == [expected, base]
+    assert [event_data(shown, "end", side)["text"] for side in ("router", "base")] == [
+        expected,
+        base,
+    ]
     assert expected != base
     assert shown[0] == ("prompt", {"text": session.tokenizer.decode(ids), "tokens": len(ids)})
-    assert [name for name, data in shown if data.get("side") == "base"] == ["text"] * 8 + ["end"], "base has no gates"
+    assert [name for name, data in shown if data.get("side") == "base"] == ["text"] * 8 + ["end"], (
+        "base has no gates"
+    )
     # The router's gates equal those measured by the analysis.
     batches = batches_by_task([prompt(session, answer=True)], AnswerCollator(0, with_tasks=True), 1)
     gates = prompt_gates(session.model, batches).by_task["rivers"][0]
@@ -68,7 +79,10 @@ def test_sides_answer_like_the_run_and_its_base_model(session):
     ("method", "neutral"),  # the neutral gate on the method's own scale
     [
         (BADIT, 1),
-        ({"name": "badit", "num_experts": 3, "r": 2, "gates": "softmax", "routing": "token"}, 1 / 3),
+        (
+            {"name": "badit", "num_experts": 3, "r": 2, "gates": "softmax", "routing": "token"},
+            1 / 3,
+        ),
         ({"name": "loramoe", "num_experts": 3, "r": 2}, 1 / 3),
         ({"name": "goat", "num_experts": 3, "r": 6, "top_k": 2}, 1 / 3),
         ({"name": "mtl-lora", "num_experts": 3, "r": 2}, 1 / 3),
@@ -80,7 +94,9 @@ def test_gates_set_by_hand_match_an_adapter_merged_with_these_gates(trained, met
     gates = HAND_GATES[: session.number_of_experts]
     shown = events(session, sides=["hand", "router"], gates=gates)
     assert event_data(shown, "gates", "hand")["gates"] == [gates] * len(session.experts)
-    np.testing.assert_allclose(np.mean(event_data(shown, "gates", "router")["gates"], axis=1), 1, atol=2e-5)
+    np.testing.assert_allclose(
+        np.mean(event_data(shown, "gates", "router")["gates"], axis=1), 1, atol=2e-5
+    )
     lora = copy.deepcopy(session.model).unload()
     ids = torch.tensor([prompt(session)["input_ids"]])
     with torch.no_grad(), hooks_of(session.model).rows_of(["rivers"]):
@@ -90,13 +106,19 @@ def test_gates_set_by_hand_match_an_adapter_merged_with_these_gates(trained, met
         with mixed(session.experts, gates):
             logits = session.model(input_ids=ids).logits
         torch.testing.assert_close(logits, lora(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
-        assert (logits - session.model(input_ids=ids).logits).abs().max() > 1e-3, "the router's logits differ"
-    assert event_data(shown, "end", "hand")["text"] == answer_of(session, lora), "the gates are used in every pass"
+        assert (logits - session.model(input_ids=ids).logits).abs().max() > 1e-3, (
+            "the router's logits differ"
+        )
+    assert event_data(shown, "end", "hand")["text"] == answer_of(session, lora), (
+        "the gates are used in every pass"
+    )
 
 
 def test_nearest_tasks_are_sorted_by_difference(session):
     shown = event_data(events(session, sides=["router"]), "gates", "router")
-    differences = {task: np.abs(gates - shown["gates"]).mean() for task, gates in session.task_gates.items()}
+    differences = {
+        task: np.abs(gates - shown["gates"]).mean() for task, gates in session.task_gates.items()
+    }
     expected = sorted((difference, task) for task, difference in differences.items())
     found = [(near["difference"], near["task"]) for near in shown["nearest"]]
     assert found == [(pytest.approx(difference, abs=1e-4), task) for difference, task in expected]
@@ -110,12 +132,18 @@ def test_task_gates_are_cached_and_measured_again_if_damaged(trained, monkeypatc
     assert not first.unmeasured
     pairs = [(task, instance) for task in first.tasks.values() for instance in task.train]
     examples = encoded(first.tokenizer, first.recipe, pairs, first.model)
-    gates = prompt_gates(first.model, batches_by_task(examples, AnswerCollator(0, with_tasks=True), 8))
+    gates = prompt_gates(
+        first.model, batches_by_task(examples, AnswerCollator(0, with_tasks=True), 8)
+    )
     assert list(first.task_gates) == list(gates.by_task)
     np.testing.assert_allclose(list(first.task_gates.values()), gates.means, atol=1e-5)
 
     kept = json.loads(run.gates_path.read_text())
-    for damaged in ("[", json.dumps({**kept, "tasks": []}), json.dumps({**kept, "tasks": {"rivers": [1]}})):
+    for damaged in (
+        "[",
+        json.dumps({**kept, "tasks": []}),
+        json.dumps({**kept, "tasks": {"rivers": [1]}}),
+    ):
         run.gates_path.write_text(damaged)
         again = Session(run)
         again.measure()
@@ -123,7 +151,9 @@ def test_task_gates_are_cached_and_measured_again_if_damaged(trained, monkeypatc
     monkeypatch.delattr("badit.analysis.gates.mean_gates")
     Session(run).measure()
     run.gates_path.unlink()
-    monkeypatch.setattr("badit.analysis.gates.encoded", lambda *_: refuse_unknown("task", "rivers", []))
+    monkeypatch.setattr(
+        "badit.analysis.gates.encoded", lambda *_: refuse_unknown("task", "rivers", [])
+    )
     unmeasurable = Session(run)
     unmeasurable.measure()
     assert "cannot be measured: task: unknown" in capsys.readouterr().err
@@ -156,19 +186,32 @@ def test_run_without_its_data_still_answers(trained, task_file):
     assert event_data(shown, "end", "router")["tokens"]
 
 
-def test_unanswerable_questions_and_unusable_runs_are_refused(session, plain_session, trained, tmp_path):
+def test_unanswerable_questions_and_unusable_runs_are_refused(
+    session, plain_session, trained, tmp_path
+):
     by_task = Session(trained({"name": "mtl-lora", "num_experts": 3, "r": 2}))
     assert by_task.about()["needs_task"]
-    assert {name for name, _ in events(plain_session, sides=["router", "base"])} == {"prompt", "text", "end"}
+    assert {name for name, _ in events(plain_session, sides=["router", "base"])} == {
+        "prompt",
+        "text",
+        "end",
+    }
     for asked, question, message in (
         (session, {"text": " \n"}, "the prompt is empty"),
         (session, {"task": "river"}, "task: unknown 'river' .did you mean 'rivers'"),
         (session, {"sides": ["hand"], "gates": [1.0] * 3}, "must be 4 numbers from 0 to 4"),
         (session, {"sides": ["hand"], "gates": [1.0, 1.0, 1.0, 4.5]}, "must be 4 numbers"),
         (by_task, {"task": None}, "needs the prompt's task"),
-        (plain_session, {"sides": ["hand"], "gates": HAND_GATES}, "gates: lora has no gates to set by hand"),
+        (
+            plain_session,
+            {"sides": ["hand"], "gates": HAND_GATES},
+            "gates: lora has no gates to set by hand",
+        ),
     ):
         refuses(message, events, asked, **{"sides": ["router"], **question})
-    for method, message in (("full", "trains no adapter"), ("badit", "has no adapter yet; finish its training")):
+    for method, message in (
+        ("full", "trains no adapter"),
+        ("badit", "has no adapter yet; finish its training"),
+    ):
         (tmp_path / "config.yaml").write_text(json.dumps({"method": {"name": method}}))
         refuses(message, Session, Run(tmp_path))

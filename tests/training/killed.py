@@ -14,9 +14,9 @@ import rouge_score.rouge_scorer  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import badit.analysis
-import badit.evaluate
-import badit.export  # noqa: F401
-from badit.cli import main
+import badit.evaluation.scoring
+import badit.export.exporting  # noqa: F401
+from badit.cli.app import main
 from training.trainers import on, with_callbacks
 
 STEP_EVENTS = ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end")
@@ -29,7 +29,9 @@ class Striker:
     def __init__(self, order: dict[str, Any]) -> None:
         self.order = order
         self.counts: Counter[str] = Counter()
-        self.callbacks = [on(event, lambda *args, event=event: self.count(event)) for event in EVENTS]
+        self.callbacks = [
+            on(event, lambda *args, event=event: self.count(event)) for event in EVENTS
+        ]
         sys.addaudithook(self.watch_files)
 
     def count(self, event: str) -> None:
@@ -41,20 +43,35 @@ class Striker:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
 
     def watch_files(self, event: str, args: tuple[Any, ...]) -> None:
-        opened = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        opened = (
+            event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        )
         changes = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
         if (opened or event in changes) and self.order["output"] in str(args[0]):
             self.count("file")
 
 
-def start(processes: Any, command: list[str], output: Path, event: str = "", number: int = 0, sent: int = 0) -> Any:
+def start(
+    processes: Any,
+    command: list[str],
+    output: Path,
+    event: str = "",
+    number: int = 0,
+    sent: int = 0,
+) -> Any:
     """Starts a process that runs a command, which writes to the folder ``output``.
 
     At the ``number``-th ``event`` (a callback event such as on_step_end, or "file": an operation on a file in that
     folder) the process sends itself the signal ``sent``. If ``sent`` is 0, it limits the size of files to 2 kB from
     then on, as on a full disk. A process that exits by itself writes the counts of all events to OUTPUT.json.
     """
-    order = {"command": command, "output": str(output), "event": event, "number": number, "signal": sent}
+    order = {
+        "command": command,
+        "output": str(output),
+        "event": event,
+        "number": number,
+        "signal": sent,
+    }
     process = processes.Process(target=run, args=(order,), name=str(output))
     process.start()
     return process

@@ -15,10 +15,10 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from badit.checkpoint import last_checkpoint
-from badit.cli import main
-from badit.files import read_jsonl
-from badit.run import Run
+from badit.cli.app import main
+from badit.runs.folder import Run
+from badit.support.files import read_jsonl
+from badit.training.checkpoints import last_checkpoint
 from training.ranks import forked
 from training.trainers import assert_same, learned
 
@@ -27,7 +27,11 @@ SCRIPT = TESTS / "training" / "ranks.py"
 FSDP2 = ["--config_file", str(TESTS.parent / "docs" / "fsdp2.yaml")]
 SHARDED_ON_CPU = {"ACCELERATE_USE_CPU": "true", "BADIT_SHARD_ON_CPU": "1"}
 # By default, stage 3 does not partition small parameters. This configuration partitions all of them.
-ALL_DIVIDED = ["--use_deepspeed", "--deepspeed_config_file", str(SCRIPT.with_name("all_divided.json"))]
+ALL_DIVIDED = [
+    "--use_deepspeed",
+    "--deepspeed_config_file",
+    str(SCRIPT.with_name("all_divided.json")),
+]
 PYTHONPATH = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
 OF_PROCESSES = {"PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 
@@ -35,7 +39,10 @@ OF_PROCESSES = {"PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore", "OMP_NUM_T
 ENGINES: dict[str, tuple[list[str] | None, dict[str, str]]] = {
     "ddp": (None, {}),
     "fsdp2": (FSDP2, SHARDED_ON_CPU),
-    "fsdp2, sharded state": ([*FSDP2, "--fsdp_state_dict_type", "SHARDED_STATE_DICT"], SHARDED_ON_CPU),
+    "fsdp2, sharded state": (
+        [*FSDP2, "--fsdp_state_dict_type", "SHARDED_STATE_DICT"],
+        SHARDED_ON_CPU,
+    ),
     "fsdp2, one reader": ([*FSDP2, "--fsdp_cpu_ram_efficient_loading", "true"], SHARDED_ON_CPU),
     "deepspeed, stage 2": (["--use_deepspeed", "--zero_stage", "2"], {}),
     "deepspeed, stage 3": (["--use_deepspeed", "--zero_stage", "3"], {}),
@@ -60,7 +67,11 @@ class Launches:
 
     def settings(self, name: str, batch: int) -> list[str]:
         sizes = [f"training.per_device_train_batch_size={batch}", "training.max_steps=12"]
-        held_out = ["data.validation_per_task=2", "training.eval_strategy=steps", "training.eval_steps=6"]
+        held_out = [
+            "data.validation_per_task=2",
+            "training.eval_strategy=steps",
+            "training.eval_steps=6",
+        ]
         return [str(self._recipe), f"output={self.folder / name}", *sizes, *held_out]
 
     def train_alone(self, name: str, *, batch: int = 2) -> int:
@@ -68,7 +79,14 @@ class Launches:
         return main(["train", *self.settings(name, batch)])
 
     def train(
-        self, name: str, processes: int, engine: str, *, code: int = 0, stop_at: int = 0, launcher: bool = False
+        self,
+        name: str,
+        processes: int,
+        engine: str,
+        *,
+        code: int = 0,
+        stop_at: int = 0,
+        launcher: bool = False,
     ) -> str:
         """Trains in several processes and returns what they print.
 
@@ -79,35 +97,61 @@ class Launches:
         arguments, variables = ENGINES[engine]
         return start(name, processes, arguments, {**variables, "BADIT_STOP_AT": str(stop_at)}, code)
 
-    def _launched(self, name: str, processes: int, arguments: list[str] | None, variables: dict, code: int) -> str:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(SCRIPT)]
+    def _launched(
+        self, name: str, processes: int, arguments: list[str] | None, variables: dict, code: int
+    ) -> str:
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            str(SCRIPT),
+        ]
         if arguments is not None:
             launcher = ["-m", "accelerate.commands.launch", *_accelerate(arguments, processes)]
         variables = {**os.environ, **OF_PROCESSES, **variables}
         words = [sys.executable, *launcher, *self.settings(name, 2)]
-        done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=600, check=False)
+        done = subprocess.run(
+            words, env=variables, capture_output=True, text=True, timeout=600, check=False
+        )
         assert (done.returncode != 0) == bool(code), done.stderr
-        assert code == 0 or done.returncode == code or f"exitcode  : {code}" in done.stderr, done.stderr
+        assert code == 0 or done.returncode == code or f"exitcode  : {code}" in done.stderr, (
+            done.stderr
+        )
         assert "Traceback" not in done.stdout
         return done.stdout + done.stderr
 
-    def _forked(self, name: str, processes: int, arguments: list[str] | None, variables: dict, code: int) -> str:
+    def _forked(
+        self, name: str, processes: int, arguments: list[str] | None, variables: dict, code: int
+    ) -> str:
         """Trains in forks, with the environment variables that the launcher would set."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
-        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), **variables}
+        variables = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": str(processes),
+            **variables,
+        }
         if arguments is not None:
             parsed = launch_command_parser().parse_args(_accelerate(arguments, processes))
             checked, *_ = _validate_launch_command(parsed)
             variables = {**prepare_multi_gpu_env(checked), **variables}
         printed = str(self.folder / f"{name}-{port}.txt")
-        places = [{**variables, "RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(processes))]
-        ranks = [self._forks.Process(target=forked, args=(self.settings(name, 2), place, printed)) for place in places]
+        places = [
+            {**variables, "RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(processes))
+        ]
+        ranks = [
+            self._forks.Process(target=forked, args=(self.settings(name, 2), place, printed))
+            for place in places
+        ]
         for rank in ranks:
             rank.start()
         while alive := [rank.sentinel for rank in ranks if rank.is_alive()]:
             wait(alive)
-            if any(rank.exitcode not in (None, code) for rank in ranks):  # the other ranks would wait for it forever
+            if any(
+                rank.exitcode not in (None, code) for rank in ranks
+            ):  # the other ranks would wait for it forever
                 for rank in ranks:
                     rank.kill()
         said = Path(printed).read_text()
@@ -121,7 +165,12 @@ class Launches:
 
 def losses(run: Run) -> list[float]:
     """Returns the loss of every step, followed by the held-out losses after steps 6 and 12."""
-    return [line[key] for key in ("loss", "eval_loss") for line in read_jsonl(run.metrics_path) if key in line]
+    return [
+        line[key]
+        for key in ("loss", "eval_loss")
+        for line in read_jsonl(run.metrics_path)
+        if key in line
+    ]
 
 
 def assert_same_run(two: Run, one: Run) -> None:

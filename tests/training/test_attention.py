@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from badit.attention import attention, fast_on_short_sequences
+from badit.training.attention import attention, fast_on_short_sequences
 
 
 def make_inputs(rows, shared, groups, length, dtype):
@@ -25,14 +25,25 @@ def output_and_gradients(function, module, inputs, scaling):
     *tensors, mask = inputs
     output, _ = function(module, *tensors, mask, scaling=scaling)
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.dtype)
-    return output.detach().float(), *(g.float() for g in torch.autograd.grad((output * weight).sum(), tensors))
+    return output.detach().float(), *(
+        g.float() for g in torch.autograd.grad((output * weight).sum(), tensors)
+    )
 
 
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.sampled_from([None, 0.2]))
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.sampled_from([None, 0.2]),
+)
 def test_matches_float32_attention_up_to_rounding(rows, shared, groups, length, scaling):
     module = SimpleNamespace(is_causal=True, training=True, num_key_value_groups=groups)
     inputs = make_inputs(rows, shared, groups, length, torch.bfloat16)
-    exact = (*(tensor.detach().float().requires_grad_() for tensor in inputs[:3]), inputs[3].float())
+    exact = (
+        *(tensor.detach().float().requires_grad_() for tensor in inputs[:3]),
+        inputs[3].float(),
+    )
     ours = output_and_gradients(attention, module, inputs, scaling)
     fused = output_and_gradients(sdpa_attention_forward, module, inputs, scaling)
     reference = output_and_gradients(sdpa_attention_forward, module, exact, scaling)
@@ -46,10 +57,17 @@ def test_wider_values_and_position_bias_match_fused_attention():
     module = SimpleNamespace(is_causal=True, training=True, num_key_value_groups=2)
     query, key, value, mask = make_inputs(2, 2, 2, 12, torch.bfloat16)
     wide = torch.cat([value, value], dim=-1)
-    ours, fused = (each(module, query, key, wide, mask)[0] for each in (attention, sdpa_attention_forward))
+    ours, fused = (
+        each(module, query, key, wide, mask)[0] for each in (attention, sdpa_attention_forward)
+    )
     torch.testing.assert_close(ours, fused, atol=0.05, rtol=0.05)
     options = {"position_bias": torch.randn(1, 4, 12, 12).to(query.dtype)}
-    assert torch.equal(*(f(module, query, key, value, mask, **options)[0] for f in (attention, sdpa_attention_forward)))
+    assert torch.equal(
+        *(
+            f(module, query, key, value, mask, **options)[0]
+            for f in (attention, sdpa_attention_forward)
+        )
+    )
 
 
 @pytest.mark.parametrize("own", ["sdpa", "eager"])

@@ -7,9 +7,9 @@ import signal
 import pytest
 import torch
 
-from badit.checkpoint import SEAL, STAGING, Checkpoints, last_checkpoint, seal
-from badit.recipe import build_recipe
-from badit.train import fit
+from badit.recipe.schema import build_recipe
+from badit.training.checkpoints import SEAL, STAGING, Checkpoints, last_checkpoint, seal
+from badit.training.fit import fit
 from refusals import refuses
 from test_security import Mark
 from training.trainers import assert_same, fit_until, learned
@@ -32,10 +32,16 @@ def flip(path):
     ("damage", "message"),
     [
         (lambda folder: flip(folder / "shards" / "0.bin"), "shards/0.bin does not match seal.json"),
-        (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json does not match seal.json"),
+        (
+            lambda folder: (folder / "trainer_state.json").unlink(),
+            "trainer_state.json does not match seal.json",
+        ),
         (lambda folder: (folder / "new.bin").touch(), "new.bin does not match seal.json"),
         (lambda folder: os.mkfifo(folder / "new.bin"), "new.bin does not match seal.json"),
-        (lambda folder: (folder / "link").symlink_to(folder / "shards"), "[Errno 21] Is a directory"),
+        (
+            lambda folder: (folder / "link").symlink_to(folder / "shards"),
+            "[Errno 21] Is a directory",
+        ),
         (lambda folder: (folder / SEAL).unlink(), "seal.json: cannot be read (No such file"),
         (lambda folder: (folder / SEAL).write_text("[]"), "seal.json: must hold one JSON object"),
     ],
@@ -51,7 +57,10 @@ def test_damaged_checkpoint_is_reported_and_previous_one_is_used(tmp_path, capsy
 def test_seal_keeps_previous_checkpoint_and_deletes_later_ones(tmp_path):
     for step, earlier in ((5, 5), (10, 5), (15, 10), (12, 10)):
         sealed(tmp_path, step)
-        assert {folder.name for folder in tmp_path.glob("c*")} == {f"checkpoint-{earlier}", f"checkpoint-{step}"}
+        assert {folder.name for folder in tmp_path.glob("c*")} == {
+            f"checkpoint-{earlier}",
+            f"checkpoint-{step}",
+        }
     (tmp_path / "checkpoint-tmp").mkdir()
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-12"
     assert last_checkpoint(tmp_path / "nothing") is None
@@ -63,12 +72,19 @@ def stopped(recipe_values):
     return fit_until(11, build_recipe(recipe_values))
 
 
-def test_run_with_damaged_checkpoint_ends_bit_identical(recipe_values, tmp_path, stopped, capsys, monkeypatch):
+def test_run_with_damaged_checkpoint_ends_bit_identical(
+    recipe_values, tmp_path, stopped, capsys, monkeypatch
+):
     whole = fit(build_recipe({**recipe_values, "output": str(tmp_path / "whole")}), progress=False)
     flip(stopped.checkpoints_path / "checkpoint-10" / "optimizer.pt")
-    monkeypatch.setattr("badit.tuner.BaditModel.start_task", None)  # not called: the checkpoint has the clusters
+    monkeypatch.setattr(
+        "badit.tuner.BaditModel.start_task", None
+    )  # not called: the checkpoint has the clusters
     fit(build_recipe(recipe_values), progress=False)
-    assert "checkpoint-10 is damaged (optimizer.pt does not match seal.json)" in capsys.readouterr().err
+    assert (
+        "checkpoint-10 is damaged (optimizer.pt does not match seal.json)"
+        in capsys.readouterr().err
+    )
     assert_same(learned(stopped), learned(whole))
     assert stopped.metrics_path.read_text() == whole.metrics_path.read_text()
 
@@ -92,9 +108,16 @@ def test_pickled_code_in_sealed_checkpoint_is_never_executed(recipe_values, tmp_
         assert last_checkpoint(stopped.checkpoints_path) == checkpoint
         if file == "training_args.bin":  # written by the Trainer, never read
             run = fit(build_recipe(recipe_values), progress=False)
-            assert run.environment["training"]["seconds"] > 1000, "includes the time before the checkpoint"
+            assert run.environment["training"]["seconds"] > 1000, (
+                "includes the time before the checkpoint"
+            )
         else:
-            refuses("checkpoint-10: contains pickled objects", fit, build_recipe(recipe_values), progress=False)
+            refuses(
+                "checkpoint-10: contains pickled objects",
+                fit,
+                build_recipe(recipe_values),
+                progress=False,
+            )
         assert not marker.exists()
 
 
@@ -110,7 +133,10 @@ def test_signals_are_deferred_but_a_second_ctrl_c_interrupts_at_once(tmp_path, c
     with pytest.raises(KeyboardInterrupt), Checkpoints(None, tmp_path):
         signal_again_and_again()
     assert reached == [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]
-    assert capfd.readouterr().err == "\nbadit: finishing the step and saving; press Ctrl-C again to stop now\n"
+    assert (
+        capfd.readouterr().err
+        == "\nbadit: finishing the step and saving; press Ctrl-C again to stop now\n"
+    )
     with pytest.raises(KeyboardInterrupt), Checkpoints(None, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)  # as after the last step: raised on exit
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers

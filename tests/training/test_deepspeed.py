@@ -8,11 +8,18 @@ from training.launches import ENGINES, Launches, assert_same_run, assert_stops_a
 from training.test_checkpoints import put_code
 
 if find_spec("deepspeed") is None:
-    pytest.skip("DeepSpeed is not installed; `make stress` installs it and runs this", allow_module_level=True)
+    pytest.skip(
+        "DeepSpeed is not installed; `make stress` installs it and runs this",
+        allow_module_level=True,
+    )
 
 
-def test_two_processes_match_one_process_and_resume_bit_identically(recipe_values, tmp_path, processes, capsys):
-    recipe_values["training"] |= {"optimizer": "lora+"}  # AdamW with a group of parameters for each rate
+def test_two_processes_match_one_process_and_resume_bit_identically(
+    recipe_values, tmp_path, processes, capsys
+):
+    recipe_values["training"] |= {
+        "optimizer": "lora+"
+    }  # AdamW with a group of parameters for each rate
     launches = Launches(recipe_values, tmp_path, processes)
     launches.train_alone("one", batch=4)
     for engine in (name for name in ENGINES if name.startswith("deepspeed")):
@@ -26,4 +33,6 @@ def test_two_processes_match_one_process_and_resume_bit_identically(recipe_value
         assert not marker.exists()
         assert launches.train_alone(f"{engine}-copied") == 2
         assert "was written with DeepSpeed" in capsys.readouterr().err
-        assert "was written with DeepSpeed in 2 processes" in launches.train(f"{engine}-copied", 3, engine, code=2)
+        assert "was written with DeepSpeed in 2 processes" in launches.train(
+            f"{engine}-copied", 3, engine, code=2
+        )

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import pytest
 import yaml
 
-from badit.cli import main
+from badit.cli.app import main
 from fuzz.command import STRESS
 from materials import make_recipe
 from training import killed
@@ -20,10 +20,27 @@ from training.trainers import contents
 FULL = "cannot be written, the disk (or a quota) is full; free some space and run the same command again"
 READ_ONLY = "cannot be written, the file system is read-only; choose a folder that can be written"
 # The free space in kB to test each command with; None is a read-only disk. `make stress` tests more values.
-CASES = {"train": [None, 0, 24, 100], "train a sequence": [150], "evaluate": [None, 0, 4], "analyze": [None, 0, 16]}
-CASES |= {"export --task=rivers": [None, 0, 8], "export --task=rivers --merged": [40], "report": [None, 0]}
+CASES = {
+    "train": [None, 0, 24, 100],
+    "train a sequence": [150],
+    "evaluate": [None, 0, 4],
+    "analyze": [None, 0, 16],
+}
+CASES |= {
+    "export --task=rivers": [None, 0, 8],
+    "export --task=rivers --merged": [40],
+    "report": [None, 0],
+}
 # Files that depend on the time or the folder.
-ASIDE = ("environment.json", "config.yaml", "gates.json", "export.json", "analysis.json", ".html", "README.md")
+ASIDE = (
+    "environment.json",
+    "config.yaml",
+    "gates.json",
+    "export.json",
+    "analysis.json",
+    ".html",
+    "README.md",
+)
 if STRESS > 1:
     CASES = {command: [None, *range(0, 240, 8)] for command in CASES}
 
@@ -76,14 +93,23 @@ def command_line(command, run, output):
         order = ["data.order=[rivers,cities]"] if more else []
         return ["train", str(run.with_name("recipe.yaml")), f"output={output}", *order]
     if verb in ("report", "export"):
-        return [verb, str(run), f"--output={output / 'page.html' if verb == 'report' else output}", *more]
+        return [
+            verb,
+            str(run),
+            f"--output={output / 'page.html' if verb == 'report' else output}",
+            *more,
+        ]
     if not output.exists():
         shutil.copytree(run, output)
     return [verb, str(output), *(["--instances=2"] if verb == "analyze" else [])]
 
 
-@pytest.mark.parametrize(("command", "room"), [(command, room) for command, rooms in CASES.items() for room in rooms])
-def test_full_or_read_only_disk_is_one_error_and_repeating_gives_same_files(command, room, whole, disk, capsys):
+@pytest.mark.parametrize(
+    ("command", "room"), [(command, room) for command, rooms in CASES.items() for room in rooms]
+)
+def test_full_or_read_only_disk_is_one_error_and_repeating_gives_same_files(
+    command, room, whole, disk, capsys
+):
     folder, with_room = disk
     place = folder / "out"
     arguments = command_line(command, whole["train"], place)
@@ -101,11 +127,15 @@ def test_full_or_read_only_disk_is_one_error_and_repeating_gives_same_files(comm
 
 
 @pytest.mark.parametrize("command", [command for command in CASES if "train" not in command])
-def test_command_killed_in_a_file_operation_gives_same_files_when_repeated(command, whole, processes, tmp_path):
+def test_command_killed_in_a_file_operation_gives_same_files_when_repeated(
+    command, whole, processes, tmp_path
+):
     for number in range(1, 10 * STRESS + 1) if STRESS > 1 else [1, 3]:
         place = tmp_path / str(number)
         arguments = command_line(command, whole["train"], place)
-        code, said = killed.end(killed.start(processes, arguments, place, "file", number, signal.SIGKILL))
+        code, said = killed.end(
+            killed.start(processes, arguments, place, "file", number, signal.SIGKILL)
+        )
         if code == 0:
             assert number > 1, "the command has no file operation"
             return

@@ -6,13 +6,13 @@ from unittest.mock import Mock
 import pytest
 from safetensors.torch import load_file
 
-from badit.checkpoint import step_of
 from badit.data import AnswerCollator
-from badit.evaluate import prompt_losses
-from badit.recipe import build_recipe
-from badit.run import Run
-from badit.train import encoded, fit, load_run, make_plan
-from badit.trainer import AnswerTrainer
+from badit.evaluation.scoring import prompt_losses
+from badit.recipe.schema import build_recipe
+from badit.runs.folder import Run
+from badit.training.checkpoints import step_of
+from badit.training.fit import encoded, fit, load_run, make_plan
+from badit.training.trainer import AnswerTrainer
 from training.trainers import assert_same, fit_until, learned, on
 
 HELD_OUT = {"eval_strategy": "steps", "eval_steps": 2}
@@ -27,7 +27,11 @@ def recipe(recipe_values, tmp_path):
 
     def make(name, **training):
         values = {**recipe_values, "training": {**recipe_values["training"], **training}}
-        overrides = ["data.validation_per_task=3", "method.init_weights=bad", f"output={tmp_path / name}"]
+        overrides = [
+            "data.validation_per_task=3",
+            "method.init_weights=bad",
+            f"output={tmp_path / name}",
+        ]
         return build_recipe(values, overrides)
 
     return make
@@ -45,7 +49,10 @@ def set_lowest(monkeypatch, step):
 
 
 def test_held_out_loss_is_mean_instance_nll_and_does_not_affect_training(recipe):
-    plain, measured = recipe("plain", logging_steps=5), recipe("measured", **HELD_OUT, logging_steps=5)
+    plain, measured = (
+        recipe("plain", logging_steps=5),
+        recipe("measured", **HELD_OUT, logging_steps=5),
+    )
     one, other = (fit(each, progress=False) for each in (plain, measured))
     assert_same(learned(one), learned(other))
     losses = other.metrics.dropna(subset="eval_loss")
@@ -55,7 +62,9 @@ def test_held_out_loss_is_mean_instance_nll_and_does_not_affect_training(recipe)
     assert last.metrics["step"].tolist() == [7, 10], "the last step is not logged"
     model, tokenizer = load_run(other, measured)
     pairs = [(task, instance) for task in make_plan(measured).tasks for instance in task.validation]
-    sums, counts = prompt_losses(model, [AnswerCollator(0)(encoded(tokenizer, measured, pairs, model))])
+    sums, counts = prompt_losses(
+        model, [AnswerCollator(0)(encoded(tokenizer, measured, pairs, model))]
+    )
     assert losses["eval_loss"].iloc[-1] == pytest.approx((sums / counts).mean(), rel=1e-4)
 
 
@@ -82,10 +91,14 @@ def test_best_model_is_kept_and_early_stopping_resumes_bit_identically(recipe, m
     until = fit_until(last, recipe("until", **BEST))
     kept = {folder.name: folder for folder in until.checkpoints_path.iterdir()}
     assert_same(learned(whole), load_file(kept[f"checkpoint-{best}"] / "adapter_model.safetensors"))
-    at_the_end = on("on_train_end", Mock(side_effect=KeyboardInterrupt))  # after the last checkpoint
+    at_the_end = on(
+        "on_train_end", Mock(side_effect=KeyboardInterrupt)
+    )  # after the last checkpoint
     for name, stop in enumerate([best, last - 1, last, at_the_end]):
         assert_resumes(recipe(str(name), **BEST), whole, stop)
-    whole = fit(recipe("three-steps", max_steps=3), progress=False)  # ends in the middle of an epoch
+    whole = fit(
+        recipe("three-steps", max_steps=3), progress=False
+    )  # ends in the middle of an epoch
     assert_resumes(recipe("ended", max_steps=3), whole, at_the_end)
 
 
@@ -95,13 +108,23 @@ def test_best_model_of_epochs_is_kept_with_checkpoints_at_other_steps(recipe, mo
     run = Run(fit_until(on("on_train_end", Mock(side_effect=KeyboardInterrupt)), epochs).path)
     best = int(run.metrics.dropna(subset="eval_loss").set_index("step")["eval_loss"].idxmin())
     assert {best, best + 10} < set(map(step_of, run.checkpoints_path.iterdir()))
-    at_best = on("on_step_end", lambda state, _: state.global_step == best and signal.raise_signal(signal.SIGINT))
+    at_best = on(
+        "on_step_end",
+        lambda state, _: state.global_step == best and signal.raise_signal(signal.SIGINT),
+    )
     assert_resumes(recipe("stopped", **BEST_EPOCH), fit(epochs, progress=False), at_best)
 
 
-def test_run_that_saves_only_the_best_stops_at_an_evaluated_step_without_a_new_best(recipe, monkeypatch):
+def test_run_that_saves_only_the_best_stops_at_an_evaluated_step_without_a_new_best(
+    recipe, monkeypatch
+):
     set_lowest(monkeypatch, 2)
     only_best = recipe("stopped", **HELD_OUT, save_strategy="best", max_steps=6)
-    interrupt = on("on_step_end", lambda state, _: state.global_step == 4 and signal.raise_signal(signal.SIGINT))
-    assert set(map(step_of, Run(fit_until(interrupt, only_best).path).checkpoints_path.iterdir())) == {2, 4}
+    interrupt = on(
+        "on_step_end",
+        lambda state, _: state.global_step == 4 and signal.raise_signal(signal.SIGINT),
+    )
+    assert set(
+        map(step_of, Run(fit_until(interrupt, only_best).path).checkpoints_path.iterdir())
+    ) == {2, 4}
     assert fit(only_best, progress=False).environment["training"]["steps"] == 6

@@ -9,7 +9,7 @@ import signal
 import pytest
 import yaml
 
-from badit.files import read_json
+from badit.support.files import read_json
 from fuzz.command import STRESS
 from materials import make_recipe
 from training import killed
@@ -17,12 +17,25 @@ from training.trainers import contents
 
 KILLS = 20 if STRESS > 1 else 2
 # Twelve steps; checkpoints, log lines and regroupings have different periods.
-TRAINING = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 5, "save_steps": 3}
+TRAINING = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "logging_steps": 5,
+    "save_steps": 3,
+}
 LORAMOE = "method={name: loramoe, num_experts: 3, r: 2, lora_dropout: 0.1}"
 KINDS = {
     "mixed": ["method.regroup.every=4"],
-    "sequence": ["method.regroup.every=2", "method.router_input=standardised", "data.order=[rivers,cities]"],
-    "without-regrouping": [LORAMOE, "training.lr_scheduler_type=linear", "training.optimizer=orthogonal"],
+    "sequence": [
+        "method.regroup.every=2",
+        "method.router_input=standardised",
+        "data.order=[rivers,cities]",
+    ],
+    "without-regrouping": [
+        LORAMOE,
+        "training.lr_scheduler_type=linear",
+        "training.optimizer=orthogonal",
+    ],
 }
 
 
@@ -35,8 +48,15 @@ def train(request, processes, material, tmp_path_factory):
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
 
     def run(name, *when):
-        command = ["train", str(folder / "recipe.yaml"), f"output={folder / name}", "data.test_per_task=1"]
-        return killed.end(killed.start(processes, [*command, *KINDS[request.param]], folder / name, *when))
+        command = [
+            "train",
+            str(folder / "recipe.yaml"),
+            f"output={folder / name}",
+            "data.test_per_task=1",
+        ]
+        return killed.end(
+            killed.start(processes, [*command, *KINDS[request.param]], folder / name, *when)
+        )
 
     run.folder = folder
     assert run("whole")[0] == 0
@@ -53,7 +73,10 @@ def assert_ends_as_whole(train, name):
 def test_killed_runs_resume_bit_identically(train):
     counts = read_json(train.folder / "whole.json")
     rng = random.Random(0)
-    strikes = [(rng.choice(killed.STEP_EVENTS), rng.randint(1, counts["on_step_end"])) for _ in range(KILLS)]
+    strikes = [
+        (rng.choice(killed.STEP_EVENTS), rng.randint(1, counts["on_step_end"]))
+        for _ in range(KILLS)
+    ]
     strikes += [("file", number) for number in range(1, KILLS + 1)]  # the first ones
     strikes += [("file", rng.randint(1, counts["file"])) for _ in range(KILLS)]
     strikes += [("on_train_end", 1)]  # after the last checkpoint
@@ -75,6 +98,8 @@ def test_run_stopped_five_times_resumes_bit_identically(train):
         assert code == status, (event, said)
         assert "Traceback" not in said
         if status == 2:
-            assert said.splitlines()[-1].startswith(f"badit: {train.folder / 'stopped'}: cannot be written")
+            assert said.splitlines()[-1].startswith(
+                f"badit: {train.folder / 'stopped'}: cannot be written"
+            )
             assert not list((train.folder / "stopped").rglob("checkpoints/partial"))
     assert_ends_as_whole(train, "stopped")

@@ -6,18 +6,20 @@ import pytest
 import torch
 
 from badit import Run
-from badit.files import read_jsonl
-from badit.methods import AdapterMethod
-from badit.recipe import build_recipe
-from badit.regroup import RegroupCallback
-from badit.train import fit, make_plan
-from badit.trainer import AnswerTrainer
+from badit.recipe.schema import build_recipe
+from badit.support.files import read_jsonl
+from badit.training.fit import fit, make_plan
+from badit.training.methods import AdapterMethod
+from badit.training.regrouping import RegroupCallback
+from badit.training.trainer import AnswerTrainer
 from refusals import refuses
 from training.trainers import adapted, fit_until, learned, make_trainer, on, with_callbacks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"router_input": "standardised"}, {"routing": "token"}, {"top_k": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"router_input": "standardised"}, {"routing": "token"}, {"top_k": 1}], ids=str
+)
 def test_edge_case_rows_give_finite_losses_and_gradients(tiny_model, tmp_path, dtype, options):
     """Four rows: an ordinary one, one with a one-token prompt, one without an answer, and one of padding only."""
     model = adapted(tiny_model("llama", dtype=dtype), **options).train()
@@ -38,14 +40,18 @@ def test_edge_case_rows_give_finite_losses_and_gradients(tiny_model, tmp_path, d
 
 @pytest.mark.parametrize("weight", ["rank one", 0.0, 1e-20, 1e-39, 1e6])
 @pytest.mark.parametrize("init_weights", ["bad", "directions"])
-def test_training_on_degenerate_base_weights_stays_finite(tiny_model, tmp_path, weight, init_weights):
+def test_training_on_degenerate_base_weights_stays_finite(
+    tiny_model, tmp_path, weight, init_weights
+):
     base = tiny_model("llama")
     with torch.no_grad():
         for layer in base.model.layers:
             w_OI = layer.mlp.gate_proj.weight
             w_OI.copy_(torch.outer(w_OI[:, 0], w_OI[0]) if weight == "rank one" else w_OI * weight)
     model = adapted(base, init_weights=init_weights)
-    trainer = make_trainer(model, tmp_path, [RegroupCallback(every=2)], max_steps=4, save_strategy="no")
+    trainer = make_trainer(
+        model, tmp_path, [RegroupCallback(every=2)], max_steps=4, save_strategy="no"
+    )
     trainer.train()
     assert trainer.skipped_steps == 0
     assert all(bool(p.isfinite().all()) for p in model.parameters())
@@ -57,7 +63,9 @@ def test_loss_decreases_and_experts_are_float32_in_every_precision(recipe_values
     run = fit(build_recipe(recipe_values, overrides), progress=False)
     losses = [line["loss"] for line in read_jsonl(run.metrics_path)]
     assert losses[-1] < losses[0] - 0.3
-    assert {tensor.dtype for name, tensor in learned(run).items() if "badit_A" in name} == {torch.float32}
+    assert {tensor.dtype for name, tensor in learned(run).items() if "badit_A" in name} == {
+        torch.float32
+    }
     if dtype == "float16":
         full = build_recipe({**recipe_values, "method": {"name": "full"}}, overrides)
         refuses(r"model\.dtype: base weights cannot be trained in float16", make_plan, full)
@@ -74,12 +82,19 @@ def break_loss(monkeypatch, steps):
     monkeypatch.setattr(AnswerTrainer, "compute_loss", broken)
 
 
-def test_non_finite_steps_are_skipped_and_counted_across_resume(recipe_values, monkeypatch, tmp_path):
+def test_non_finite_steps_are_skipped_and_counted_across_resume(
+    recipe_values, monkeypatch, tmp_path
+):
     break_loss(monkeypatch, {4, 5, 6})
-    weights, options = [], ["method.init_weights=bad", "method.regroup.every=4", "training.weight_decay=0.1"]
+    weights, options = (
+        [],
+        ["method.init_weights=bad", "method.regroup.every=4", "training.weight_decay=0.1"],
+    )
 
     def keep_weights(state, keywords):
-        weights.append([p.detach().clone() for p in keywords["model"].parameters() if p.requires_grad])
+        weights.append(
+            [p.detach().clone() for p in keywords["model"].parameters() if p.requires_grad]
+        )
 
     with with_callbacks(on("on_step_end", keep_weights)):
         run = fit(build_recipe(recipe_values, options), progress=False)
@@ -106,23 +121,36 @@ def test_too_many_non_finite_steps_stop_the_run_and_name_the_batch(recipe_values
             said = refuses(f"^{message}", fit, recipe, progress=False)
     named = said.partition("the batch has instances ")[2].partition(";")[0].split(", ")
     assert len(named) == 4
-    assert set(named) <= {f"{task.name}/{each.id}" for task in make_plan(recipe).tasks for each in task.train}
+    assert set(named) <= {
+        f"{task.name}/{each.id}" for task in make_plan(recipe).tasks for each in task.train
+    }
     fit(recipe, progress=False)
     short = build_recipe(recipe_values, ["training.max_steps=6", f"output={recipe.output}-short"])
     break_loss(monkeypatch, range(1, 7))
-    refuses("not finite in step 4, after 3 skipped steps", fit, short, progress=False)  # half of the 6 steps
+    refuses(
+        "not finite in step 4, after 3 skipped steps", fit, short, progress=False
+    )  # half of the 6 steps
     assert Run(short.output).metrics["loss"].isna().all()
     assert not Run(short.output).adapter_path.exists()
 
 
 def test_deterministic_algorithms_are_enabled_only_during_training(recipe_values, monkeypatch):
     found = []
-    for variable in ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+    for variable in (
+        "CUDA_LAUNCH_BLOCKING",
+        "CUBLAS_WORKSPACE_CONFIG",
+        "FLASH_ATTENTION_DETERMINISTIC",
+    ):
         monkeypatch.setenv(variable, "")  # transformers sets them for the whole process
-    look = on("on_step_begin", lambda *args: found.append(torch.are_deterministic_algorithms_enabled()))
+    look = on(
+        "on_step_begin", lambda *args: found.append(torch.are_deterministic_algorithms_enabled())
+    )
     monkeypatch.setattr(AdapterMethod, "callbacks", lambda self, run: [look])
     for switch in (True, False):
-        overrides = [f"training.full_determinism={switch}", f"output={recipe_values['output']}-{switch}"]
+        overrides = [
+            f"training.full_determinism={switch}",
+            f"output={recipe_values['output']}-{switch}",
+        ]
         fit(build_recipe(recipe_values, [*overrides, "training.max_steps=2"]), progress=False)
         assert not torch.are_deterministic_algorithms_enabled()
     assert found == [True, True, False, False]

@@ -13,11 +13,11 @@ import reference
 from badit import BaditConfig, RegroupCallback, Regrouper
 from badit.baselines.mixture import LoraMoeConfig
 from badit.data import AnswerCollator
-from badit.files import read_jsonl
 from badit.method import expert_angles, grouping_objective
-from badit.methods import build_method
-from badit.regroup import STATE_FILE, AngleLog, RegroupOptions, trainable_adapters
-from badit.run import Run
+from badit.runs.folder import Run
+from badit.support.files import read_jsonl
+from badit.training.methods import build_method
+from badit.training.regrouping import STATE_FILE, AngleLog, RegroupOptions, trainable_adapters
 from badit.tuner import ExpertLinear
 from refusals import refuses
 from training.trainers import QUIET, adapted, adapter_state, assert_same, examples, make_trainer, on
@@ -31,7 +31,12 @@ def gradients_into(steps, model):
     layers = list(trainable_adapters(model, ExpertLinear))
 
     def keep(state, keywords):
-        steps.append({name: [side[a].grad.clone() for side in (m.badit_A, m.badit_B)] for name, (m, a) in layers})
+        steps.append(
+            {
+                name: [side[a].grad.clone() for side in (m.badit_A, m.badit_B)]
+                for name, (m, a) in layers
+            }
+        )
 
     return on("on_pre_optimizer_step", keep)
 
@@ -43,27 +48,46 @@ def mean_gram(steps, line):
 def test_log_has_partition_by_mean_gram_and_angles_of_next_window(tiny_model, tmp_path):
     model = adapted(tiny_model("llama"))
     layers, steps = dict(trainable_adapters(model)), []
-    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.01}
-    make_trainer(model, tmp_path, [RegroupCallback(every=3, stop=0.8), gradients_into(steps, model)], **options).train()
+    options = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.01,
+    }
+    make_trainer(
+        model,
+        tmp_path,
+        [RegroupCallback(every=3, stop=0.8), gradients_into(steps, model)],
+        **options,
+    ).train()
     assert len(steps) == 12, "optimizer steps, not micro-batches"
     lines = list(read_jsonl(tmp_path / LOG))
-    assert [(line["step"], line["module"]) for line in lines] == [(step, name) for step in (3, 6, 9) for name in layers]
+    assert [(line["step"], line["module"]) for line in lines] == [
+        (step, name) for step in (3, 6, 9) for name in layers
+    ]
     assert any(line["components_moved"] for line in lines)
     for line in lines:
         before_N, after_N = np.array(line["previous_labels"]), np.array(line["labels"])
         assert line["objective_after"] >= line["objective_before"]
         assert np.bincount(after_N).tolist() == [2, 2, 2, 2]
         assert line["components_moved"] == (before_N != after_N).sum()
-        grouped_NN, next_NN = (mean_gram(steps[step - 3 : step], line) for step in (line["step"], line["step"] + 3))
-        assert line["objective_before"] == pytest.approx(grouping_objective(grouped_NN, before_N), rel=1e-4)
-        assert line["objective_after"] == pytest.approx(grouping_objective(grouped_NN, after_N), rel=1e-4)
+        grouped_NN, next_NN = (
+            mean_gram(steps[step - 3 : step], line) for step in (line["step"], line["step"] + 3)
+        )
+        assert line["objective_before"] == pytest.approx(
+            grouping_objective(grouped_NN, before_N), rel=1e-4
+        )
+        assert line["objective_after"] == pytest.approx(
+            grouping_objective(grouped_NN, after_N), rel=1e-4
+        )
         assert (line["logged_at"], line["window_steps"]) == (line["step"] + 3, 3)
         for prefix, labels_N in (("", after_N), ("previous_", before_N)):
             angles = expert_angles(next_NN, labels_N)
             assert line[f"{prefix}intra_degrees"] == pytest.approx(angles.intra_degrees, abs=0.01)
             assert line[f"{prefix}inter_abs_cos"] == pytest.approx(angles.inter_abs_cos, abs=1e-4)
     last = {line["module"]: line["labels"] for line in lines}
-    assert {name: layer.expert_of(adapter).tolist() for name, (layer, adapter) in layers.items()} == last
+    assert {
+        name: layer.expert_of(adapter).tolist() for name, (layer, adapter) in layers.items()
+    } == last
 
 
 @pytest.mark.parametrize("config_class", [LoraMoeConfig, BaditConfig.paper])
@@ -72,7 +96,11 @@ def test_angle_log_has_angles_of_the_mean_gram_of_each_window(tiny_model, tmp_pa
     model = get_peft_model(tiny_model("llama"), config_class(num_experts=3, r=2))
     make_trainer(model, tmp_path, [gradients_into(steps, model), AngleLog(path, every=5)]).train()
     lines = list(read_jsonl(path))
-    assert [(line["step"], line["window_steps"]) for line in lines[::2]] == [(5, 5), (10, 5), (12, 2)]
+    assert [(line["step"], line["window_steps"]) for line in lines[::2]] == [
+        (5, 5),
+        (10, 5),
+        (12, 2),
+    ]
     for line in lines:
         gram_NN = mean_gram(steps[line["step"] - line["window_steps"] : line["step"]], line)
         expected = expert_angles(gram_NN, np.repeat(np.arange(3), 2))._asdict()
@@ -80,13 +108,21 @@ def test_angle_log_has_angles_of_the_mean_gram_of_each_window(tiny_model, tmp_pa
 
 
 def test_methods_whose_experts_have_no_angles_log_none(tmp_path):
-    for method, count in (("badit", 1), ("loramoe", 1), ("hydralora", 0), ("lora", 0), ("gainlora", 0)):
+    for method, count in (
+        ("badit", 1),
+        ("loramoe", 1),
+        ("hydralora", 0),
+        ("lora", 0),
+        ("gainlora", 0),
+    ):
         assert len(build_method({"name": method}).callbacks(Run.at(tmp_path))) == count
     assert not build_method({"name": "badit", "num_experts": 1}).callbacks(Run.at(tmp_path))
 
 
 def test_the_last_step_of_a_fraction_is_due():
-    assert list(RegroupOptions(every=29, stop=0.29).due(100)) == [29], "0.29 * 100 is below 29 in floating point"
+    assert list(RegroupOptions(every=29, stop=0.29).due(100)) == [29], (
+        "0.29 * 100 is below 29 in floating point"
+    )
 
 
 @pytest.mark.parametrize("rescale", [False, True])
@@ -100,20 +136,30 @@ def test_regrouping_changes_weights_only_with_rescale(tiny_model, tmp_path, resc
         if state.global_step != 6:
             return
         if not gates:  # read before the regrouping resets the windows
-            sums = {key.partition(":")[2]: s for key, s in regroup.regrouper.windows.sums.items() if "gate_sums" in key}
+            sums = {
+                key.partition(":")[2]: s
+                for key, s in regroup.regrouper.windows.sums.items()
+                if "gate_sums" in key
+            }
             gates.update({name: of_layer[:-1] / of_layer[-1] for name, of_layer in sums.items()})
-        deltas = [layer.get_delta_weight(a, gates[name]) for name, (layer, a) in trainable_adapters(model)]
+        deltas = [
+            layer.get_delta_weight(a, gates[name]) for name, (layer, a) in trainable_adapters(model)
+        ]
         seen.append((adapter_state(model), deltas))
 
     # Large router weights give the experts different mean gates, so moved components are rescaled.
     for _, (layer, adapter) in trainable_adapters(model):
         torch.nn.init.normal_(layer.badit_router[adapter], std=0.5)
-    make_trainer(model, tmp_path, [on("on_step_end", look), regroup, on("on_step_end", look)]).train()
+    make_trainer(
+        model, tmp_path, [on("on_step_end", look), regroup, on("on_step_end", look)]
+    ).train()
     (before, deltas), (after, new_deltas) = seen
     assert any(line["components_moved"] for line in read_jsonl(tmp_path / LOG) if line["step"] == 6)
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
     assert changed == ({"badit_expert_of", "badit_B"} if rescale else {"badit_expert_of"})
-    drift = max(float((b - a).abs().max() / a.abs().max()) for a, b in zip(deltas, new_deltas, strict=True))
+    drift = max(
+        float((b - a).abs().max() / a.abs().max()) for a, b in zip(deltas, new_deltas, strict=True)
+    )
     assert drift < 1e-5 if rescale else drift > 1e-3
 
 
@@ -124,7 +170,9 @@ def test_checkpoint_saves_labels_and_is_refused_without_a_valid_state(tiny_model
     assert [tensor.dtype for name, tensor in saved.items() if "expert" in name] == [torch.int64] * 2
 
     def resume(**options):
-        trainer = make_trainer(adapted(tiny_model("llama")), tmp_path, [RegroupCallback(every=3, **options)])
+        trainer = make_trainer(
+            adapted(tiny_model("llama")), tmp_path, [RegroupCallback(every=3, **options)]
+        )
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
     moved.mkdir()
@@ -137,11 +185,20 @@ def test_checkpoint_saves_labels_and_is_refused_without_a_valid_state(tiny_model
 
 def test_regrouping_schedule_and_refused_options(tiny_model):
     model, switched_off = adapted(tiny_model("llama")), adapted(tiny_model("llama"), top_k=2)
-    for every, steps in ((0.1, [10, 20, 30, 40, 50]), (0.25, [25, 50]), (30, [30]), (1e-9, [*range(1, 51)])):
+    for every, steps in (
+        (0.1, [10, 20, 30, 40, 50]),
+        (0.25, [25, 50]),
+        (30, [30]),
+        (1e-9, [*range(1, 51)]),
+    ):
         assert [*Regrouper(model, 100, every=every, stop=0.5).due] == steps
     fraction = "must be a whole number of steps, or a fraction of the run below 1"
     for every in (0, -1, 1.5, float("nan"), True, "20"):
-        refuses(rf"^regroup\.every: {fraction if every == 1.5 else 'input should be'}", RegroupCallback, every=every)
+        refuses(
+            rf"^regroup\.every: {fraction if every == 1.5 else 'input should be'}",
+            RegroupCallback,
+            every=every,
+        )
     for options in ({"stop": 1.5}, {"solver": "greedy"}, {"restarts": -1}):
         refuses(rf"^regroup\.{next(iter(options))}: input should be", RegroupCallback, **options)
     for total in (0, 1.5, True):
@@ -159,11 +216,17 @@ def test_paper_preset_sets_the_config_and_the_regrouping():
         assert {name: getattr(config, name) for name in BaditConfig.PAPER} == BaditConfig.PAPER
         assert (config.gates, config.init_weights, config.svd_method) == ("softmax", "bad", "exact")
     assert method.regroup["solver"] == "paper"
-    own = build_method({"name": "badit", "preset": "paper", "num_experts": 4, "regroup": {"restarts": 3}})
+    own = build_method(
+        {"name": "badit", "preset": "paper", "num_experts": 4, "regroup": {"restarts": 3}}
+    )
     assert (own.config.num_experts, own.config.gates) == (4, "softmax")
     assert (own.regroup["restarts"], own.regroup["stop"]) == (3, 0.5)
     assert build_method({"name": "badit", "preset": "paper", "regroup": None}).regroup is None
-    refuses(r"method\.preset: must be default or paper, got", build_method, {"name": "badit", "preset": "papers"})
+    refuses(
+        r"method\.preset: must be default or paper, got",
+        build_method,
+        {"name": "badit", "preset": "papers"},
+    )
 
 
 def batches():
@@ -177,13 +240,19 @@ class InOrder(Trainer):
 
 
 def train_by_trainer(model, folder, accumulated):
-    arguments = {"max_steps": BATCHES // accumulated, "gradient_accumulation_steps": accumulated, "max_grad_norm": 0}
+    arguments = {
+        "max_steps": BATCHES // accumulated,
+        "gradient_accumulation_steps": accumulated,
+        "max_grad_norm": 0,
+    }
     args = TrainingArguments(output_dir=str(folder), save_strategy="no", **QUIET, **arguments)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01)
     data = {"train_dataset": batches(), "callbacks": [RegroupCallback(every=2, stop=1.0)]}
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     trainer = InOrder(model, args, optimizers=(optimizer, constant), **data)
-    trainer.model_accepts_loss_kwargs = False  # use the mean over each batch, as the loop below does
+    trainer.model_accepts_loss_kwargs = (
+        False  # use the mean over each batch, as the loop below does
+    )
     trainer.train()
 
 
@@ -195,7 +264,9 @@ class Loop:
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01)
         parts = model.train(), optimizer, DataLoader(batches(), batch_size=None)
         self.model, self.optimizer, self.loader = self.accelerator.prepare(*parts)
-        self.regrouper = Regrouper(self.model, BATCHES // accumulated, every=2, stop=1.0, log_path=log)
+        self.regrouper = Regrouper(
+            self.model, BATCHES // accumulated, every=2, stop=1.0, log_path=log
+        )
         self.accelerator.register_for_checkpointing(self.regrouper)
 
     def run(self, first=0, last=BATCHES):

@@ -15,19 +15,19 @@ import yaml
 from transformers import AutoTokenizer
 
 from badit import Run, load_tasks
-from badit.cli import main
+from badit.cli.app import main
+from badit.comparison.worker import start_cell
 from badit.data import Task
 from badit.data.prompts import Prompt
-from badit.files import OWNER, exclusive
-from badit.recipe import build_recipe
-from badit.train import keep_inputs, refuse_beyond_model
-from badit.worker import start_cell
+from badit.recipe.schema import build_recipe
+from badit.support.files import OWNER, exclusive
+from badit.training.fit import keep_inputs, refuse_beyond_model
 from fuzz.command import STRESS
 from refusals import refuses
 from training import killed
 from training.trainers import assert_same, change_tensors, fit_until, learned, train_module
 
-HOLD = "import sys; from pathlib import Path; from badit.files import exclusive\nwith exclusive(Path(sys.argv[1])):\n"
+HOLD = "import sys; from pathlib import Path; from badit.support.files import exclusive\nwith exclusive(Path(sys.argv[1])):\n"
 
 
 @pytest.fixture
@@ -48,7 +48,12 @@ def test_run_in_use_is_refused_until_its_process_is_killed(run, recipe_file, com
         assert other.stdout.readline() == "held\n"
         comparison = "compare={methods: {lora: {name: lora, r: 2}}, reference: lora}"
         trains = [["train", str(recipe_file)], ["train", str(recipe_file), "method.name=base"]]
-        for words in (*trains, ["compare", recipe_file, comparison], ["evaluate", output], ["analyze", output]):
+        for words in (
+            *trains,
+            ["compare", recipe_file, comparison],
+            ["evaluate", output],
+            ["analyze", output],
+        ):
             assert f"{output}: is in use by process {other.pid} on " in command(*words, code=2)
         refuses("is in use by process", start_cell, run.path, score=True, threads=None, device=None)
         other.kill()
@@ -58,14 +63,24 @@ def test_run_in_use_is_refused_until_its_process_is_killed(run, recipe_file, com
         assert main(["evaluate", output]) == 0
 
 
-def test_run_that_failed_before_training_starts_again_with_corrections(recipe_file, recipe_values, capsys, monkeypatch):
-    for mistake in ("method.target_modules=[gate_prj]", "model.name=/nowhere", "training.optim=galore_adamw"):
+def test_run_that_failed_before_training_starts_again_with_corrections(
+    recipe_file, recipe_values, capsys, monkeypatch
+):
+    for mistake in (
+        "method.target_modules=[gate_prj]",
+        "model.name=/nowhere",
+        "training.optim=galore_adamw",
+    ):
         assert main(["train", str(recipe_file), mistake]) == 2
     data = Path(recipe_values["data"]["source"])
     data.write_text(data.read_text().replace("land 1", "land 9"))
-    with monkeypatch.context() as patch:  # only rank 0 compares the data with those of the first attempt
+    with (
+        monkeypatch.context() as patch
+    ):  # only rank 0 compares the data with those of the first attempt
         patch.setenv("RANK", "1")
-        keep_inputs(Run(recipe_values["output"]), {"task cities": "changed", "task rivers": "changed"})
+        keep_inputs(
+            Run(recipe_values["output"]), {"task cities": "changed", "task rivers": "changed"}
+        )
     assert main(["train", str(recipe_file)]) == 0
     assert main(["evaluate", recipe_values["output"]]) == 0
     assert "changed" not in capsys.readouterr().err
@@ -86,9 +101,14 @@ def test_refused_process_does_not_remove_a_new_folder_of_another_process(tmp_pat
 
 
 @pytest.mark.parametrize("attempt", range(STRESS))
-def test_second_process_on_the_same_folder_is_refused(attempt, recipe_file, recipe_values, tmp_path, processes):
+def test_second_process_on_the_same_folder_is_refused(
+    attempt, recipe_file, recipe_values, tmp_path, processes
+):
     """Both succeed if they happen to run one after the other."""
-    pair = [killed.start(processes, ["train", str(recipe_file)], tmp_path / name) for name in ("one", "other")]
+    pair = [
+        killed.start(processes, ["train", str(recipe_file)], tmp_path / name)
+        for name in ("one", "other")
+    ]
     ends = [killed.end(process) for process in pair]
     assert sorted(code for code, _ in ends) in ([0, 2], [0, 0]), ends
     assert all("is in use by" in said for code, said in ends if code)
@@ -98,7 +118,9 @@ def test_second_process_on_the_same_folder_is_refused(attempt, recipe_file, reci
     assert_same(learned(shared), learned(alone))
 
 
-def test_foreign_folder_is_untouched_and_leftover_first_writes_do_not_block(recipe_file, recipe_values, command):
+def test_foreign_folder_is_untouched_and_leftover_first_writes_do_not_block(
+    recipe_file, recipe_values, command
+):
     output = Path(recipe_values["output"])
     output.mkdir()
     (output / "notes.txt").touch()
@@ -127,25 +149,40 @@ def test_moved_run_uses_its_current_folder(recipe_file, recipe_values, tmp_path)
     assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
 
 
-def test_a_training_cannot_continue_with_another_number_of_tasks(recipe_file, recipe_values, task_file, command):
+def test_a_training_cannot_continue_with_another_number_of_tasks(
+    recipe_file, recipe_values, task_file, command
+):
     """The number of clusters follows that of the tasks."""
     fit_until(2, build_recipe(recipe_values, ["training.save_steps=1"]))
     lines = task_file.read_text().splitlines(keepends=True)
-    task_file.write_text("".join([*lines, *(line.replace('"rivers"', '"lakes"') for line in lines)]))
+    task_file.write_text(
+        "".join([*lines, *(line.replace('"rivers"', '"lakes"') for line in lines)])
+    )
     options = ["training.save_steps=1", "--allow-changed-inputs"]
-    assert "does not fit the run, as after a change of the number" in command("train", recipe_file, *options, code=2)
+    assert "does not fit the run, as after a change of the number" in command(
+        "train", recipe_file, *options, code=2
+    )
 
 
-def test_run_with_changed_tasks_or_base_weights_is_refused(run, recipe_file, task_file, model_folder, command):
+def test_run_with_changed_tasks_or_base_weights_is_refused(
+    run, recipe_file, task_file, model_folder, command
+):
     shutil.rmtree(run.adapter_path)
     run.scores_path.unlink()
     lines = task_file.read_text().splitlines(keepends=True)
     of_one = [line for line in lines if '"cities"' in line]
     added = [line.replace('"rivers"', '"lakes"') for line in lines if '"rivers"' in line]
     longer = [*lines, lines[-1].replace('"input": "', '"input": "more ')]
-    for changed, name in ((lines + added, "lakes"), (of_one, "rivers"), (lines[:-1], "rivers"), (longer, "rivers")):
+    for changed, name in (
+        (lines + added, "lakes"),
+        (of_one, "rivers"),
+        (lines[:-1], "rivers"),
+        (longer, "rivers"),
+    ):
         task_file.write_text("".join(changed))
-        assert f"{run.path}: task {name} changed since the run began" in command("train", recipe_file, code=2)
+        assert f"{run.path}: task {name} changed since the run began" in command(
+            "train", recipe_file, code=2
+        )
     assert main(["train", str(recipe_file), "--allow-changed-inputs"]) == 0
     assert len(run.environment["changed_inputs"]) == 1
     inputs = run.environment["inputs"]
@@ -153,7 +190,9 @@ def test_run_with_changed_tasks_or_base_weights_is_refused(run, recipe_file, tas
     assert main(["train", str(recipe_file), "--allow-changed-inputs"]) == 0
     assert run.environment["inputs"] == inputs  # those of the training
     task_file.write_text("".join(longer))
-    larger = change_tensors(lambda tensors: {name: tensor * 1.5 for name, tensor in tensors.items()})
+    larger = change_tensors(
+        lambda tensors: {name: tensor * 1.5 for name, tensor in tensors.items()}
+    )
     larger(model_folder / "model.safetensors")
     assert "changed since the run was trained; restore it" in command("evaluate", run.path, code=2)
     shutil.rmtree(run.adapter_path)
@@ -164,14 +203,23 @@ def test_run_with_changed_tasks_or_base_weights_is_refused(run, recipe_file, tas
 def test_generate_for_a_task_uses_the_prompt_format_of_training(run, recipe_values, monkeypatch):
     seen = []
     encode = train_module.encode_prompts
-    monkeypatch.setattr(train_module, "encode_prompts", lambda t, new, **kw: seen.extend(new) or encode(t, new, **kw))
+    monkeypatch.setattr(
+        train_module,
+        "encode_prompts",
+        lambda t, new, **kw: seen.extend(new) or encode(t, new, **kw),
+    )
     trained_with = run.predictions.query("task == 'cities'")["prompt"].iloc[0]
     instance = load_tasks(recipe_values["data"]["source"], tasks=["cities"])[0].test[0]
     run.generate([instance.input], task="cities", max_new_tokens=2)
     assert " ".join("".join(seen[0][:3]).split()) in " ".join(trained_with.split())
     run.generate(["as it is"], task="cities", raw=True, max_new_tokens=2)
     assert seen[1] == "as it is"
-    refuses(r"'citys' \(did you mean 'cities'\?\); known: cities, rivers$", run.generate, "Lima", task="citys")
+    refuses(
+        r"'citys' \(did you mean 'cities'\?\); known: cities, rivers$",
+        run.generate,
+        "Lima",
+        task="citys",
+    )
     monkeypatch.setattr(Task, "has_several_instructions", True)
     refuses("--task: cities has several instructions", run.generate, "Lima", task="cities")
     monkeypatch.setattr(sys, "stdin", io.StringIO("from stdin\n"))
@@ -181,27 +229,57 @@ def test_generate_for_a_task_uses_the_prompt_format_of_training(run, recipe_valu
 
 def test_instances_beyond_model_positions_or_embeddings_are_refused(tiny_model):
     example = {"task": "cities", "id": "7", "input_ids": [5] * 60}
-    model, rotary = tiny_model("gpt2", n_positions=64), tiny_model("llama", max_position_embeddings=20)
+    model, rotary = (
+        tiny_model("gpt2", n_positions=64),
+        tiny_model("llama", max_position_embeddings=20),
+    )
     refuse_beyond_model([example], model, more=4)
     refuse_beyond_model([example], rotary)
-    refuses("has 60 tokens plus 5 new, but the model has 64 positions", refuse_beyond_model, [example], model, more=5)
+    refuses(
+        "has 60 tokens plus 5 new, but the model has 64 positions",
+        refuse_beyond_model,
+        [example],
+        model,
+        more=5,
+    )
     example["input_ids"] = [100]
-    refuses("cities/7: token id 100 is beyond the model's 100 embeddings", refuse_beyond_model, [example], rotary)
+    refuses(
+        "cities/7: token id 100 is beyond the model's 100 embeddings",
+        refuse_beyond_model,
+        [example],
+        rotary,
+    )
 
 
-def test_prompts_beyond_model_positions_are_refused_by_commands(tiny_model, recipe_values, tmp_path, command):
+def test_prompts_beyond_model_positions_are_refused_by_commands(
+    tiny_model, recipe_values, tmp_path, command
+):
     """GPT-2 with 96 positions; PEFT also changes and saves a LoRA setting for its Conv1D layers (fan_in_fan_out)."""
     folder = Path(recipe_values["model"]["name"])
     vocabulary = len(AutoTokenizer.from_pretrained(folder))
-    tiny_model("gpt2", n_positions=96, vocab_size=vocabulary, eos_token_id=2).save_pretrained(folder)
-    recipe, output, held_out = tmp_path / "gpt2.yaml", recipe_values["output"], tmp_path / "long.jsonl"
-    values = {"method": {"name": "lora", "r": 2}, "training": {"max_steps": 1}, "prompt": {"chat_template": "never"}}
+    tiny_model("gpt2", n_positions=96, vocab_size=vocabulary, eos_token_id=2).save_pretrained(
+        folder
+    )
+    recipe, output, held_out = (
+        tmp_path / "gpt2.yaml",
+        recipe_values["output"],
+        tmp_path / "long.jsonl",
+    )
+    values = {
+        "method": {"name": "lora", "r": 2},
+        "training": {"max_steps": 1},
+        "prompt": {"chat_template": "never"},
+    }
     recipe.write_text(yaml.safe_dump(recipe_values | values))
     assert main(["train", str(recipe)]) == 0
     one = {"task": "lakes", "instruction": "Name it.", "input": "land " * 120, "output": "sea"}
     rows = [{**one, "split": split, "input": "land"} for split in ("train", "train", "test")]
     held_out.write_text("\n".join(map(json.dumps, [*rows, *[{**one, "split": "validation"}] * 2])))
-    evaluated = ["output=" + str(tmp_path / "new"), f"data.source={held_out}", "training.eval_strategy=epoch"]
+    evaluated = [
+        "output=" + str(tmp_path / "new"),
+        f"data.source={held_out}",
+        "training.eval_strategy=epoch",
+    ]
     for words in (
         ["generate", output, "land " * 120],
         ["generate", output, "land", "--task=cities", "--max-new-tokens=100"],
@@ -213,8 +291,14 @@ def test_prompts_beyond_model_positions_are_refused_by_commands(tiny_model, reci
 
 def test_chat_template_that_raises_or_loses_text_is_refused(recipe_file, model_folder, command):
     for template, message in (
-        ("{{ raise_exception('no roles') }}", r"chat_template: cannot be rendered \(no roles\); use prompt.chat"),
-        ("{% for message in messages %}<s>{% endfor %}", "chat_template: the rendered prompt lacks the message text"),
+        (
+            "{{ raise_exception('no roles') }}",
+            r"chat_template: cannot be rendered \(no roles\); use prompt.chat",
+        ),
+        (
+            "{% for message in messages %}<s>{% endfor %}",
+            "chat_template: the rendered prompt lacks the message text",
+        ),
         ("{{ ''.__class__.__mro__ }}", "chat_template: cannot be rendered"),
     ):
         (model_folder / "chat_template.jinja").write_text(template)
@@ -230,10 +314,14 @@ def test_generate_from_a_file_prints_json_lines(trained, tmp_path, command):
     for file in (text, rows):
         shown = command("generate", folder, f"--file={file}", "--task=cities", "--max-new-tokens=3")
         printed = [json.loads(line) for line in shown.splitlines()]
-        assert [(line["input"], line["answer"]) for line in printed] == [*zip(["Lima", "Rome"], answers, strict=True)]
+        assert [(line["input"], line["answer"]) for line in printed] == [
+            *zip(["Lima", "Rome"], answers, strict=True)
+        ]
     rows.write_text('{"input": 3}\n{"input": "It\\u0092s"}\n')
     shown = command("generate", folder, f"--file={rows}", "--max-new-tokens=1")
     assert [json.loads(line)["input"] for line in shown.splitlines()] == ["3", "It\x92s"]
     rows.write_text('{"input": "Lima"}\n{"text": "Rome"}\n')
-    assert "line 2: input: must be a text or a number" in command("generate", folder, f"--file={rows}", code=2)
+    assert "line 2: input: must be a text or a number" in command(
+        "generate", folder, f"--file={rows}", code=2
+    )
     assert "give either a prompt, or --file FILE" in command("generate", folder, code=2)

@@ -14,22 +14,32 @@ import torch
 
 from analysis.naive_experts import batched, losses
 from badit import BaditError, Run, models
-from badit.compare import Grid
-from badit.evaluate import evaluate, train, validation_loss
-from badit.files import read_json, read_jsonl, write_json
-from badit.methods import AdapterMethod, build_method
-from badit.optimizer import OrthogonalUpdates
-from badit.recipe import build_recipe
-from badit.train import base_model, encoded, fit, load_run, make_plan
+from badit.comparison.compare import Grid
+from badit.evaluation.scoring import evaluate, train, validation_loss
+from badit.recipe.schema import build_recipe
+from badit.support.files import read_json, read_jsonl, write_json
+from badit.training.fit import base_model, encoded, fit, load_run, make_plan
+from badit.training.methods import AdapterMethod, build_method
+from badit.training.optimizers import OrthogonalUpdates
 from materials import make_recipe
 from refusals import refuses
-from training.trainers import change_tensors, fit_until, learned, on, train_and_score, train_module, with_callbacks
+from training.trainers import (
+    change_tensors,
+    fit_until,
+    learned,
+    on,
+    train_and_score,
+    train_module,
+    with_callbacks,
+)
 
 
 @pytest.fixture(scope="module")
 def finished(material, tmp_path_factory):
     """The recipe and the scores of a trained and scored run with held-out instances."""
-    values = make_recipe(material / "model", material / "tasks.jsonl", tmp_path_factory.mktemp("finished") / "run")
+    values = make_recipe(
+        material / "model", material / "tasks.jsonl", tmp_path_factory.mktemp("finished") / "run"
+    )
     recipe = build_recipe(values, ["data.validation_per_task=3", "training.learning_rate=0.05"])
     return recipe, train_and_score(recipe)
 
@@ -37,7 +47,11 @@ def finished(material, tmp_path_factory):
 def test_run_writes_all_its_files(finished):
     recipe, scores = finished
     run = Run(recipe.output)
-    assert {file.stem for file in run.predictions_path.iterdir()} == {"cities", "rivers"} == scores["tasks"].keys()
+    assert (
+        {file.stem for file in run.predictions_path.iterdir()}
+        == {"cities", "rivers"}
+        == scores["tasks"].keys()
+    )
     assert run.trusted_recipe() == recipe
     assert run.environment["mixture"] == {"cities": 9, "rivers": 9}, "each instance is used once"
     assert run.environment["packages"]["torch"] == version("torch")
@@ -45,7 +59,10 @@ def test_run_writes_all_its_files(finished):
     assert {line["step"] for line in read_jsonl(run.regroupings_path)} == {3, 6, 9}
     assert {file.suffix for file in run.adapter_path.iterdir()} == {".safetensors", ".json", ".md"}
     assert "| mean over tasks |" in (run.adapter_path / "README.md").read_text()
-    assert read_json(run.adapter_path / "adapter_config.json")["base_model_name_or_path"] == recipe.model.name
+    assert (
+        read_json(run.adapter_path / "adapter_config.json")["base_model_name_or_path"]
+        == recipe.model.name
+    )
 
 
 def test_splits_have_separate_scores_and_a_finished_run_is_not_repeated(finished, monkeypatch):
@@ -66,15 +83,36 @@ def change_config(**changes):
 
 def test_damaged_adapter_is_refused_with_the_reason(finished, tmp_path):
     for damage, message in (
-        (change_tensors(lambda t: {**t, "layers.7.badit_A": torch.zeros(2)}), r"belongs to another base .*layers\.7"),
-        (change_tensors(lambda t: {n: v for n, v in t.items() if "codes" not in n}), "Found missing adapter keys"),
-        (change_tensors(lambda t: {n: v * torch.nan if "_A" in n else v for n, v in t.items()}), "NaN or infinite"),
-        (change_config(r=4), r"config\.json: r: is 4, but the run's recipe says 2; this adapter belongs"),
-        (change_config(peft_type="LORA"), r"config\.json: peft_type: is 'LORA', but the run's recipe says 'BADIT'"),
+        (
+            change_tensors(lambda t: {**t, "layers.7.badit_A": torch.zeros(2)}),
+            r"belongs to another base .*layers\.7",
+        ),
+        (
+            change_tensors(lambda t: {n: v for n, v in t.items() if "codes" not in n}),
+            "Found missing adapter keys",
+        ),
+        (
+            change_tensors(lambda t: {n: v * torch.nan if "_A" in n else v for n, v in t.items()}),
+            "NaN or infinite",
+        ),
+        (
+            change_config(r=4),
+            r"config\.json: r: is 4, but the run's recipe says 2; this adapter belongs",
+        ),
+        (
+            change_config(peft_type="LORA"),
+            r"config\.json: peft_type: is 'LORA', but the run's recipe says 'BADIT'",
+        ),
         (change_config(surplus=1), r"config\.json: 'surplus': is unknown to this version of PEFT"),
-        (change_config(target_modules="(.*)*$"), r"config\.json: target_modules: must be a list of names"),
+        (
+            change_config(target_modules="(.*)*$"),
+            r"config\.json: target_modules: must be a list of names",
+        ),
         (change_config(past_branches=10**12), "'past_branches': is unknown"),
-        (change_config(format_version=9), r"config\.json: format_version: the adapter has format 9, this badit reads"),
+        (
+            change_config(format_version=9),
+            r"config\.json: format_version: the adapter has format 9, this badit reads",
+        ),
     ):
         run = Run(shutil.copytree(finished[0].output, tmp_path / "copied", dirs_exist_ok=True))
         damage(run.adapter_path / "adapter_model.safetensors")
@@ -89,14 +127,24 @@ def test_sizes_that_no_tensor_has_are_refused(finished, tmp_path, key):
     refuses(r"adapter_config\.json: has the size \d{10}", evaluate, run, progress=False)
 
 
-def test_evaluation_reports_changed_data_and_does_not_score_trained_instances(finished, tmp_path, capsys):
+def test_evaluation_reports_changed_data_and_does_not_score_trained_instances(
+    finished, tmp_path, capsys
+):
     run = Run(shutil.copytree(finished[0].output, tmp_path / "copied"))
     source = str(finished[0].data.source)
     (tmp_path / "changed.jsonl").write_text(Path(source).read_text().replace("land 1", "land 9"))
-    run.config_path.write_text(run.config_path.read_text().replace(source, str(tmp_path / "changed.jsonl")))
+    run.config_path.write_text(
+        run.config_path.read_text().replace(source, str(tmp_path / "changed.jsonl"))
+    )
     evaluate(run, progress=False)
     assert "task cities, task rivers changed since the run was trained" in capsys.readouterr().err
-    refuses("task rivers changed, so trained instances may be held", evaluate, run, split="validation", progress=False)
+    refuses(
+        "task rivers changed, so trained instances may be held",
+        evaluate,
+        run,
+        split="validation",
+        progress=False,
+    )
     for part in ("inputs", "training"):
         write_json(run.environment_path, {part: [1]})
         refuses(rf"environment\.json: {part}: must be an object", evaluate, run)
@@ -105,7 +153,9 @@ def test_evaluation_reports_changed_data_and_does_not_score_trained_instances(fi
 def test_resumed_run_keeps_the_fast_dtype_it_started_with(recipe_values, monkeypatch):
     recipe = build_recipe(recipe_values, ["model.dtype=fast"])
     began, apply = [], AdapterMethod.apply
-    monkeypatch.setattr(AdapterMethod, "apply", lambda *args: began.append(args[1].dtype) or apply(*args))
+    monkeypatch.setattr(
+        AdapterMethod, "apply", lambda *args: began.append(args[1].dtype) or apply(*args)
+    )
     monkeypatch.setattr(models, "slowdown", lambda dtype: 36.4)  # a CPU that is slow in 16 bits
     assert models.fast_dtype(torch.device("cuda")) == "bfloat16"
     fit_until(5, recipe)
@@ -153,14 +203,24 @@ def test_data_options_change_the_plan(recipe_values):
     validation = plan(held_out, "evaluation.split=validation")
     assert validation.test_instances == 4
     assert plan(held_out, "data.seed=1").tasks[0].validation != validation.tasks[0].validation
-    refuses(r"has no validation instances; set data\.validation_per_task", plan, "evaluation.split=validation")
+    refuses(
+        r"has no validation instances; set data\.validation_per_task",
+        plan,
+        "evaluation.split=validation",
+    )
 
 
 def test_few_mixed_tasks_have_a_cluster_each(recipe_values, tmp_path):
     def clusters(*overrides):
-        return make_plan(build_recipe(recipe_values, ["method={}", *overrides])).method.config.num_clusters
+        return make_plan(
+            build_recipe(recipe_values, ["method={}", *overrides])
+        ).method.config.num_clusters
 
-    assert (clusters(), clusters("data.tasks=[rivers]"), clusters("method.num_clusters=5")) == (2, 1, 5)
+    assert (clusters(), clusters("data.tasks=[rivers]"), clusters("method.num_clusters=5")) == (
+        2,
+        1,
+        5,
+    )
     assert clusters("data.order=[rivers, cities]") == 16  # they are found with the first task
     row = {"input": "a", "output": "b"}
     rows = [{**row, "task": f"task {i}", "split": "train" if i < 3 else "test"} for i in range(9)]
@@ -173,34 +233,76 @@ def test_invalid_methods_and_optimizers_are_refused(recipe_values, monkeypatch):
     for method, message in (
         ("{name: full, r: 4}", r"method\.r: full has no such option"),
         ("{name: task-neurons, share: 0}", "method.share: input should be greater than 0, got 0"),
-        ("{name: task-neurons, score_batches: 0}", "method.score_batches: input should be greater than or equal to 1"),
+        (
+            "{name: task-neurons, score_batches: 0}",
+            "method.score_batches: input should be greater than or equal to 1",
+        ),
         ("{name: task-neurons}", r"training\.weight_decay: must be 0 with task-neurons"),
         ("{name: full}", "orthogonal trains only adapters; use adamw for full"),
         ("{name: lora}", "orthogonal cannot run with DeepSpeed; use FSDP2, DDP, adamw or lora"),
     ):
         optimizer = "adamw" if "neurons" in method else "orthogonal"
-        options = [f"method={method}", f"training.optimizer={optimizer}", "training.weight_decay=0.01"]
+        options = [
+            f"method={method}",
+            f"training.optimizer={optimizer}",
+            "training.weight_decay=0.01",
+        ]
         refuses(message, make_plan, build_recipe(recipe_values, options))
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     for options, message in (
-        (["method={name: full}", "training.optimizer=lora+"], r"lora\+ trains only adapters; use adamw for full"),
-        (["method={name: full}", "training.router_lr_ratio=0.3"], "router_lr_ratio: full has no router"),
-        (["method={name: pcgrad}", "training.per_device_train_batch_size=1"], "1 has one task for pcgrad; raise it"),
+        (
+            ["method={name: full}", "training.optimizer=lora+"],
+            r"lora\+ trains only adapters; use adamw for full",
+        ),
+        (
+            ["method={name: full}", "training.router_lr_ratio=0.3"],
+            "router_lr_ratio: full has no router",
+        ),
+        (
+            ["method={name: pcgrad}", "training.per_device_train_batch_size=1"],
+            "1 has one task for pcgrad; raise it",
+        ),
         (["method={name: cagrad}", "data.order=seeded-0"], "cagrad needs several tasks at a time"),
     ):
         refuses(message, make_plan, build_recipe(recipe_values, options))
     without_rate = build_recipe({**recipe_values, "method": {"name": "full"}, "training": {}})
-    refuses(r"training\.learning_rate: the default is for adapters; set it for full", train, without_rate)
-    compared = {**recipe_values, "training": {}, "compare": {"methods": {"all": {"name": "full"}}, "reference": "all"}}
-    refuses(r"compare\.methods\.all: training\.learning_rate: the default is", Grid, build_recipe(compared))
+    refuses(
+        r"training\.learning_rate: the default is for adapters; set it for full",
+        train,
+        without_rate,
+    )
+    compared = {
+        **recipe_values,
+        "training": {},
+        "compare": {"methods": {"all": {"name": "full"}}, "reference": "all"},
+    }
+    refuses(
+        r"compare\.methods\.all: training\.learning_rate: the default is",
+        Grid,
+        build_recipe(compared),
+    )
 
 
 def test_run_applies_scheduler_and_chat_template_options(recipe_values):
-    refuses("training: cannot be used .'verbose'", fit, build_recipe(recipe_values, ["training.log_level=verbose"]))
+    refuses(
+        "training: cannot be used .'verbose'",
+        fit,
+        build_recipe(recipe_values, ["training.log_level=verbose"]),
+    )
     shutil.rmtree(recipe_values["output"])
-    training = {"max_steps": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    training = {
+        "max_steps": 2,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+    }
     training |= {"gradient_checkpointing": True}
-    prompt = {"encoding": "def+pos1", "chat_template": "never", "max_source_tokens": 40, "max_answer_tokens": 2}
+    prompt = {
+        "encoding": "def+pos1",
+        "chat_template": "never",
+        "max_source_tokens": 40,
+        "max_answer_tokens": 2,
+    }
     values = {**recipe_values, "training": recipe_values["training"] | training, "prompt": prompt}
     recipe = build_recipe(values, ["data.sampling=balanced", "model.dtype=bfloat16"])
     train_and_score(recipe)
@@ -213,12 +315,22 @@ def test_run_applies_scheduler_and_chat_template_options(recipe_values):
 def naive_loss(recipe):
     """By task, the mean −log p of answer tokens, one example at a time."""
     model, tokenizer = load_run(Run(recipe.output))
-    pairs = {task.name: [(task, instance) for instance in task.validation] for task in make_plan(recipe).tasks}
-    rows = batched({name: encoded(tokenizer, recipe, of_task, model) for name, of_task in pairs.items()})
-    return {name: fmean(chain(*(losses(model, row) for row in of_task))) for name, of_task in rows.items()}
+    pairs = {
+        task.name: [(task, instance) for instance in task.validation]
+        for task in make_plan(recipe).tasks
+    }
+    rows = batched(
+        {name: encoded(tokenizer, recipe, of_task, model) for name, of_task in pairs.items()}
+    )
+    return {
+        name: fmean(chain(*(losses(model, row) for row in of_task)))
+        for name, of_task in rows.items()
+    }
 
 
-@pytest.mark.parametrize("method", [{"gates": "mean_one", "r": 2}, {"name": "mtl-lora", "r": 2}, {"name": "full"}])
+@pytest.mark.parametrize(
+    "method", [{"gates": "mean_one", "r": 2}, {"name": "mtl-lora", "r": 2}, {"name": "full"}]
+)
 def test_validation_loss_is_the_mean_of_per_task_token_means(recipe_values, method):
     options = ["data.validation_per_task=3", "training.learning_rate=0.05", "training.max_steps=20"]
     fit(recipe := build_recipe({**recipe_values, "method": method}, options), progress=False)
@@ -235,11 +347,20 @@ def test_run_uses_the_optimizer_of_its_recipe(recipe_values, tmp_path):
     recipe_values["method"] |= {"gates": "mean_one"}
     recipe_values["training"] |= {"lora_plus_ratio": 4.0, "router_lr_ratio": 0.5, "max_steps": 3}
     for name in ("adamw", "lora+", "orthogonal"):
-        recipe = build_recipe(recipe_values, [f"training.optimizer={name}", f"output={tmp_path / name}"])
-        with with_callbacks(on("on_train_begin", lambda state, keywords: used.append(keywords["optimizer"].optimizer))):
+        recipe = build_recipe(
+            recipe_values, [f"training.optimizer={name}", f"output={tmp_path / name}"]
+        )
+        with with_callbacks(
+            on(
+                "on_train_begin",
+                lambda state, keywords: used.append(keywords["optimizer"].optimizer),
+            )
+        ):
             adapters.append(learned(fit(recipe, progress=False)))
     assert [group["initial_lr"] for group in used[1].param_groups[:2]] == [1e-2, 4e-2]
-    assert [optimizer.param_groups[-1]["initial_lr"] for optimizer in used] == [5e-3] * 3, "the routers' learning rate"
+    assert [optimizer.param_groups[-1]["initial_lr"] for optimizer in used] == [5e-3] * 3, (
+        "the routers' learning rate"
+    )
     assert isinstance(used[2], OrthogonalUpdates)
     changed = next(key for key in adapters[0] if key.endswith("badit_B"))
     assert not any(torch.equal(adapters[0][changed], other[changed]) for other in adapters[1:])

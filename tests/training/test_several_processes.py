@@ -8,7 +8,9 @@ from training.launches import Launches, assert_same_run, assert_stops_and_resume
 from training.trainers import learned
 
 
-def test_two_processes_match_one_process_and_resume_in_one_or_three(recipe_values, tmp_path, processes, capsys):
+def test_two_processes_match_one_process_and_resume_in_one_or_three(
+    recipe_values, tmp_path, processes, capsys
+):
     launches = Launches(recipe_values, tmp_path, processes)
     launches.train_alone("one", batch=4)
     for engine in ("ddp", "fsdp2"):
@@ -17,7 +19,9 @@ def test_two_processes_match_one_process_and_resume_in_one_or_three(recipe_value
         assert printed.count("0/12 [00:00<?") == 1, "one progress bar"
         assert_same_run(launches.run(engine), launches.run("one"))
         assert_stops_and_resumes(launches, engine)
-    assert "fsdp_cpu_ram_efficient_loading: false" in launches.train("refused", 2, "fsdp2, one reader", code=2)
+    assert "fsdp_cpu_ram_efficient_loading: false" in launches.train(
+        "refused", 2, "fsdp2, one reader", code=2
+    )
     # Stopped runs resume in one process (DDP only), with half as many instances per step, and in three.
     shutil.copytree(launches.run("ddp-copied").path, launches.folder / "alone")
     assert launches.train_alone("alone") == 0
@@ -30,11 +34,15 @@ def test_two_processes_match_one_process_and_resume_in_one_or_three(recipe_value
         run = launches.run(name)
         assert run.metrics.dropna(subset="loss")["step"].tolist() == list(range(1, 13))
         assert all(tensor.isfinite().all() for tensor in learned(run).values())
-    assert losses(launches.run("fsdp2-copied")) == pytest.approx(losses(launches.run("ddp-copied")), abs=1e-5)
+    assert losses(launches.run("fsdp2-copied")) == pytest.approx(
+        losses(launches.run("ddp-copied")), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("gates", ["mean_one", "clusters"])
-def test_sequence_in_two_processes_writes_one_complete_run(recipe_values, tmp_path, processes, gates):
+def test_sequence_in_two_processes_writes_one_complete_run(
+    recipe_values, tmp_path, processes, gates
+):
     values = {**recipe_values, "data": {**recipe_values["data"], "order": "seeded-0"}}
     values["method"] |= {"gates": gates, "router_input": "standardised"}
     launches = Launches(values, tmp_path, processes)
@@ -46,8 +54,14 @@ def test_sequence_in_two_processes_writes_one_complete_run(recipe_values, tmp_pa
     assert run.environment["training"]["steps"] == 2 * 12
 
 
-def test_orthogonal_in_two_processes_matches_one_process_and_resumes(recipe_values, tmp_path, processes):
-    recipe_values["method"] |= {"gates": "mean_one", "num_experts": 3, "r": 3}  # nine rows of A on two ranks
+def test_orthogonal_in_two_processes_matches_one_process_and_resumes(
+    recipe_values, tmp_path, processes
+):
+    recipe_values["method"] |= {
+        "gates": "mean_one",
+        "num_experts": 3,
+        "r": 3,
+    }  # nine rows of A on two ranks
     recipe_values["training"] |= {"optimizer": "orthogonal"}
     launches = Launches(recipe_values, tmp_path, processes)
     assert launches.train_alone("alone", batch=4) == 0
@@ -59,4 +73,6 @@ def test_orthogonal_in_two_processes_matches_one_process_and_resumes(recipe_valu
     for engine in ("fsdp2", "fsdp2, sharded state"):
         checkpoint = tmp_path / f"{engine}-copied" / "checkpoints" / "checkpoint-7"
         assert (checkpoint / "optimizer.bin").is_file()
-        assert not [*checkpoint.rglob("*.metadata")], "torch would read it with an unrestricted unpickler"
+        assert not [*checkpoint.rglob("*.metadata")], (
+            "torch would read it with an unrestricted unpickler"
+        )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.data import AnswerCollator
-from badit.surgery import SurgeryTrainer, combination, rows_of_task
+from badit.training.surgery import SurgeryTrainer, combination, rows_of_task
 from baselines import naive
 from reference import float64
 from refusals import refuses
@@ -52,7 +52,9 @@ def batch_of(data, side="right"):
 
 def surgery_trainer(model, folder, surgery="pcgrad"):
     data = {"train_dataset": with_tasks(), "data_collator": AnswerCollator(0, with_tasks=True)}
-    return SurgeryTrainer(surgery=surgery, model=model, args=make_trainer(model, folder, []).args, **data)
+    return SurgeryTrainer(
+        surgery=surgery, model=model, args=make_trainer(model, folder, []).args, **data
+    )
 
 
 def flat(gradients):
@@ -63,7 +65,9 @@ def step(trainer, model, *batches, accumulation=1):
     """The last loss, and the gradients accumulated over the micro-batches."""
     model.zero_grad()
     trainer.current_gradient_accumulation_steps = accumulation  # set by the Trainer in its own loop
-    losses = [trainer.training_step(model, batch, (batch["labels"] != -100).sum()) for batch in batches]
+    losses = [
+        trainer.training_step(model, batch, (batch["labels"] != -100).sum()) for batch in batches
+    ]
     return losses[-1], [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
@@ -74,7 +78,9 @@ def test_pcgrad_matches_naive_pcgrad_in_the_seeded_order(tasks, parameters, seed
     found = combination("pcgrad")(gradients)
     torch.manual_seed(seed)
     orders = [torch.randperm(tasks).tolist() for _ in range(tasks)]
-    torch.testing.assert_close(found.double(), naive_pcgrad(gradients, orders), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        found.double(), naive_pcgrad(gradients, orders), atol=1e-4, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -89,7 +95,9 @@ def test_cagrad_matches_a_grid_search_over_its_weights(seed, size):
 def test_cagrad_keeps_a_gradient_beside_a_small_one():
     found = combination("cagrad")(torch.tensor([[1.0, 0.0], [0.0, 1e-5]]))
     assert found.tolist() == pytest.approx([1.0, 0.5], abs=1e-3)
-    assert not combination("cagrad")(torch.full((2, 2), 1e38)).isfinite().any(), "such a step is skipped"
+    assert not combination("cagrad")(torch.full((2, 2), 1e38)).isfinite().any(), (
+        "such a step is skipped"
+    )
 
 
 @pytest.mark.parametrize("surgery", ["pcgrad", "cagrad"])
@@ -103,7 +111,9 @@ def test_gradients_are_combined_as_one_vector_per_task(tiny_model, tmp_path, sur
         trainer.current_gradient_accumulation_steps = 1
         rows, labels = [], (batch["labels"] != -100).sum()
         for task in TASKS:
-            loss = trainer.compute_loss(model.train(), rows_of_task(batch, task), num_items_in_batch=labels)
+            loss = trainer.compute_loss(
+                model.train(), rows_of_task(batch, task), num_items_in_batch=labels
+            )
             rows.append(flat(torch.autograd.grad(loss, trained)))
         gradients = torch.stack(rows)
         assert (gradients @ gradients.T).min() < 0, "at least two tasks must conflict"
@@ -145,9 +155,17 @@ def test_extra_loss_counts_once_per_micro_batch(tiny_model, tmp_path):
     assert (losses[0.5] - losses[0.0]).item() == pytest.approx(sum(extras) / 3 / 2, rel=1e-3)
 
 
-def test_several_processes_and_a_missing_solver_package_are_refused(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.MULTI_CPU))
-    refuses("surgery runs in a single process", surgery_trainer, adapted(tiny_model("llama")), tmp_path)
+def test_several_processes_and_a_missing_solver_package_are_refused(
+    tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        Accelerator, "distributed_type", property(lambda self: DistributedType.MULTI_CPU)
+    )
+    refuses(
+        "surgery runs in a single process", surgery_trainer, adapted(tiny_model("llama")), tmp_path
+    )
     monkeypatch.setattr("torchjd._mixins.find_spec", lambda name: None)
     assert combination("pcgrad")(torch.ones(2, 1)).tolist() == [2.0], "pcgrad needs no solver"
-    refuses(r"surgery needs torchjd and a solver: pip install 'badit\[surgery\]'", combination, "cagrad")
+    refuses(
+        r"surgery needs torchjd and a solver: pip install 'badit\[surgery\]'", combination, "cagrad"
+    )

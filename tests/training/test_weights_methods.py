@@ -10,10 +10,10 @@ from transformers import AutoTokenizer
 from badit import Run
 from badit.baselines.neurons import neuron_scores, top_neurons
 from badit.data import AnswerCollator
-from badit.files import read_json, write_json
-from badit.methods import WEIGHTS, AdapterMethod, Method, WeightsMethod
-from badit.recipe import build_recipe
-from badit.train import base_model, encoded, fit, load_run, make_plan
+from badit.recipe.schema import build_recipe
+from badit.support.files import read_json, write_json
+from badit.training.fit import base_model, encoded, fit, load_run, make_plan
+from badit.training.methods import WEIGHTS, AdapterMethod, Method, WeightsMethod
 from baselines.naive import logits
 from refusals import refuses
 from training.trainers import change_tensors, fit_until, learned, on, with_callbacks
@@ -32,7 +32,9 @@ def recipe_with(values, method, *overrides):
 def trained(monkeypatch):
     """The models of the runs at the end of training."""
     models, save = [], WeightsMethod.save
-    monkeypatch.setattr(WeightsMethod, "save", lambda *given: models.append(given[1]) or save(*given))
+    monkeypatch.setattr(
+        WeightsMethod, "save", lambda *given: models.append(given[1]) or save(*given)
+    )
     return models
 
 
@@ -42,11 +44,16 @@ def test_full_fine_tuning_changes_every_weight_and_round_trips(recipe_values, tr
     base, weights = dict(base_model(recipe, dtype="float32")[0].named_parameters()), learned(run)
     assert weights.keys() == base.keys()
     assert not any(torch.equal(weights[name], base[name]) for name in base)
-    assert run.environment["training"]["trainable_parameters"] == sum(tensor.numel() for tensor in base.values())
+    assert run.environment["training"]["trainable_parameters"] == sum(
+        tensor.numel() for tensor in base.values()
+    )
     assert [file.name for file in run.adapter_path.iterdir()] == [WEIGHTS]
     assert not run.checkpoints_path.exists()
     with safe_open(run.adapter_path / WEIGHTS, framework="pt") as file:
-        assert json.loads(file.metadata()["badit"]) == {"base_model": recipe.model.name, "method": "full"}
+        assert json.loads(file.metadata()["badit"]) == {
+            "base_model": recipe.model.name,
+            "method": "full",
+        }
     assert torch.equal(logits(load_run(run)[0]), logits(trained[0].eval()))
 
 
@@ -60,37 +67,53 @@ def test_bfloat16_recipe_saves_float32_and_loads_bfloat16(recipe_values):
         assert torch.equal(parameter, weights[name].bfloat16())
 
 
-def test_task_neurons_changes_only_the_top_neurons_of_each_task(recipe_values, trained, monkeypatch):
-    monkeypatch.setattr("badit.methods.rank_and_size", lambda: (0, 2))  # neurons are scored on the batches of both
+def test_task_neurons_changes_only_the_top_neurons_of_each_task(
+    recipe_values, trained, monkeypatch
+):
+    monkeypatch.setattr(
+        "badit.training.methods.rank_and_size", lambda: (0, 2)
+    )  # neurons are scored on the batches of both
     recipe = recipe_with(recipe_values, NEURONS, "training.per_device_train_batch_size=6")
     count, per_neuron = 2 * 48, 3 * 32
     method = make_plan(recipe).method
-    assert method.trained_parameters(base_model(recipe)[0]) == round(SHARE * count * per_neuron), "for one task"
+    assert method.trained_parameters(base_model(recipe)[0]) == round(SHARE * count * per_neuron), (
+        "for one task"
+    )
     run = fit(recipe, progress=False)
     (model, tokenizer), weights, of_tasks = base_model(recipe), learned(run), []
     base = dict(model.named_parameters())
     for task in make_plan(recipe).tasks:  # a score is a sum over instances
         batch = encoded(tokenizer, recipe, [(task, instance) for instance in task.train], None)
-        of_tasks.append(top_neurons(neuron_scores(model, [AnswerCollator(tokenizer.pad_token_id)(batch)]), SHARE))
+        of_tasks.append(
+            top_neurons(
+                neuron_scores(model, [AnswerCollator(tokenizer.pad_token_id)(batch)]), SHARE
+            )
+        )
     masks = {name: sum(mask[name] for mask in of_tasks).bool() for name in of_tasks[0]}
     assert {name.split(".")[-2] for name in weights} == {"gate_proj", "up_proj", "down_proj"}
     for name, tensor in weights.items():
         mlp, _, projection = name.removesuffix(".weight").rpartition(".")
-        assert torch.equal((tensor != base[name]).any(dim=0 if projection == "down_proj" else 1), masks[mlp]), name
+        assert torch.equal(
+            (tensor != base[name]).any(dim=0 if projection == "down_proj" else 1), masks[mlp]
+        ), name
     neurons = sum(int(mask_F.sum()) for mask_F in masks.values())
     assert SHARE * count <= neurons < count
     assert run.environment["training"]["trainable_parameters"] == neurons * per_neuron
     assert torch.equal(logits(load_run(run)[0]), logits(trained[0].eval()))
 
 
-@pytest.mark.parametrize("method", [FULL, NEURONS, {"name": "pcgrad", "r": 4}, {"name": "pissa", "r": 4}], ids=str)
+@pytest.mark.parametrize(
+    "method", [FULL, NEURONS, {"name": "pcgrad", "r": 4}, {"name": "pissa", "r": 4}], ids=str
+)
 def test_resumed_run_saves_bit_identical_weights(recipe_values, tmp_path, method):
     whole = fit(recipe_with(recipe_values, method, f"output={tmp_path / 'whole'}"), progress=False)
     recipe = recipe_with(recipe_values, method)
     kind = Method if method in (FULL, NEURONS) else AdapterMethod
     run = fit_until(6, recipe, kind=kind)
     begun = []
-    with with_callbacks(on("on_step_begin", lambda state, _: begun.append(state.global_step)), kind=kind):
+    with with_callbacks(
+        on("on_step_begin", lambda state, _: begun.append(state.global_step)), kind=kind
+    ):
         fit(recipe, progress=False)
     assert begun == [5], "only the sixth step is repeated"
     counts = [each.environment["training"]["trainable_parameters"] for each in (whole, run)]
@@ -103,11 +126,26 @@ def test_damaged_weights_give_a_one_line_error(recipe_values):
     recipe = recipe_with(recipe_values, FULL)
     run = Run.prepare(recipe)
     for damage, message in (
-        (lambda path: path.unlink(), r"adapter: has no weights\.safetensors; pickled weights are not read"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1000]), r"weights\.safetensors: cannot be loaded"),
-        (change_tensors(lambda t: {**t, "lm_head.weight": torch.zeros(3)}), "belongs to another base model"),
-        (change_tensors(lambda t: dict(list(t.items())[1:])), r"weights\.safetensors: has no weight "),
-        (change_tensors(lambda t: {"lm_head.bias": torch.zeros(3)}), r"the one with the weight 'lm_head\.bias'"),
+        (
+            lambda path: path.unlink(),
+            r"adapter: has no weights\.safetensors; pickled weights are not read",
+        ),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+            r"weights\.safetensors: cannot be loaded",
+        ),
+        (
+            change_tensors(lambda t: {**t, "lm_head.weight": torch.zeros(3)}),
+            "belongs to another base model",
+        ),
+        (
+            change_tensors(lambda t: dict(list(t.items())[1:])),
+            r"weights\.safetensors: has no weight ",
+        ),
+        (
+            change_tensors(lambda t: {"lm_head.bias": torch.zeros(3)}),
+            r"the one with the weight 'lm_head\.bias'",
+        ),
     ):
         WeightsMethod("full").save(base_model(recipe)[0], run.adapter_path, recipe.model.name)
         load_run(run)
@@ -119,11 +157,17 @@ def test_lora_pcgrad_and_cagrad_train_different_adapters(recipe_values, tmp_path
     adapters = []
     for name in ("lora", "pcgrad", "cagrad"):
         recipe = recipe_with(recipe_values, {"name": name, "r": 4}, f"output={tmp_path / name}")
-        adapters.append(torch.cat([tensor.flatten() for tensor in learned(fit(recipe, progress=False)).values()]))
+        adapters.append(
+            torch.cat(
+                [tensor.flatten() for tensor in learned(fit(recipe, progress=False)).values()]
+            )
+        )
     assert len({tuple(adapter.tolist()) for adapter in adapters}) == 3
 
 
-@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # PEFT's, of its own patterns
+@pytest.mark.filterwarnings(
+    "ignore:The following .*_pattern keys:RuntimeWarning"
+)  # PEFT's, of its own patterns
 @pytest.mark.parametrize(
     "options",
     [
@@ -133,12 +177,16 @@ def test_lora_pcgrad_and_cagrad_train_different_adapters(recipe_values, tmp_path
         ["method.target_parameters=[mlp.experts.down_proj,mlp.experts.gate_up_proj]"],
     ],
 )
-def test_lora_on_a_mixture_of_experts_model_is_loaded_again(recipe_values, tiny_model, tmp_path, options):
+def test_lora_on_a_mixture_of_experts_model_is_loaded_again(
+    recipe_values, tiny_model, tmp_path, options
+):
     tokenizer = AutoTokenizer.from_pretrained(recipe_values["model"]["name"])
     for part in (tiny_model("qwen3_moe", vocab_size=len(tokenizer)), tokenizer):
         part.save_pretrained(tmp_path / "moe")
     recipe_values["method"] = {"name": "lora", "r": 2}
-    recipe = build_recipe(recipe_values, [f"model.name={tmp_path / 'moe'}", "training.max_steps=1", *options])
+    recipe = build_recipe(
+        recipe_values, [f"model.name={tmp_path / 'moe'}", "training.max_steps=1", *options]
+    )
     run = fit(recipe, progress=False)
     assert run.load()
     settings = run.adapter_path / "adapter_config.json"

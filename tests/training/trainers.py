@@ -12,14 +12,14 @@ from transformers import TrainerCallback, TrainingArguments
 
 from badit import BaditConfig, Run
 from badit.data import AnswerCollator
-from badit.evaluate import train
-from badit.files import read_json
-from badit.methods import AdapterMethod
-from badit.results import read_scores
-from badit.train import fit
-from badit.trainer import AnswerTrainer
+from badit.evaluation.scores import read_scores
+from badit.evaluation.scoring import train
+from badit.support.files import read_json
+from badit.training.fit import fit
+from badit.training.methods import AdapterMethod
+from badit.training.trainer import AnswerTrainer
 
-train_module = import_module("badit.train")  # badit.train is the function
+train_module = import_module("badit.training.fit")  # badit.train is the function
 PAPER = {"init_weights": "bad", "router_input": "mean"}
 QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
 
@@ -41,12 +41,19 @@ def examples(count=24):
 
 def adapted(model, **options):
     torch.manual_seed(0)
-    return get_peft_model(model, BaditConfig(**{**PAPER, "num_experts": 4, "r": 2, "lora_dropout": 0.1, **options}))
+    return get_peft_model(
+        model, BaditConfig(**{**PAPER, "num_experts": 4, "r": 2, "lora_dropout": 0.1, **options})
+    )
 
 
 def make_trainer(model, folder, callbacks, *, count=24, **options):
     """A trainer that takes twelve steps of four examples by default."""
-    arguments = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01, "save_steps": 5}
+    arguments = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "save_steps": 5,
+    }
     arguments |= {"output_dir": str(folder), "remove_unused_columns": False, **QUIET, **options}
     data = {"train_dataset": examples(count), "data_collator": AnswerCollator(0)}
     return AnswerTrainer(model, TrainingArguments(**arguments), callbacks=callbacks, **data)
@@ -115,7 +122,11 @@ def assert_same(one, other):
 def contents(folder, *aside):
     """Bytes of all files but config.yaml and names that end in ``aside``; of environment.json the constant counts."""
     found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    found = {name: path for name, path in found.items() if name != "config.yaml" and not name.endswith(aside)}
+    found = {
+        name: path
+        for name, path in found.items()
+        if name != "config.yaml" and not name.endswith(aside)
+    }
     for name, path in found.items():
         counts = read_json(path)["training"] if path.name == "environment.json" else {}
         fixed = {key: counts[key] for key in ("steps", "tokens", "trainable_parameters") if counts}

@@ -30,9 +30,17 @@ def adapt(model, **options):
 
 def opt():
     """Returns a random OPT, whose MLP flattens the positions of a batch into rows."""
-    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "vocab_size": 100}
+    sizes = {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "vocab_size": 100,
+    }
     ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "init_std": 0.2}
-    return OPTForCausalLM(OPTConfig(**sizes, **ends, num_attention_heads=4, max_position_embeddings=64)).eval()
+    return OPTForCausalLM(
+        OPTConfig(**sizes, **ends, num_attention_heads=4, max_position_embeddings=64)
+    ).eval()
 
 
 def layers(model):
@@ -49,7 +57,11 @@ def randomise(model, adapter="default", seed=0):
         return (size * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
 
     for layer in (each for each in layers(model) if adapter in each.badit_A):
-        own = {name: of[adapter] for name in layer.adapter_layer_names if adapter in (of := getattr(layer, name))}
+        own = {
+            name: of[adapter]
+            for name in layer.adapter_layer_names
+            if adapter in (of := getattr(layer, name))
+        }
         for name, size in (("badit_A", 0.1), ("badit_B", 0.1), ("badit_lambda", 0.5)):
             if name in own:
                 own[name].add_(noise(own[name], size))
@@ -59,7 +71,9 @@ def randomise(model, adapter="default", seed=0):
             layer.badit_moments[adapter].copy_(noise(layer.badit_moments[adapter], 1.0).abs() + 0.5)
             layer.badit_batches[adapter].fill_(3)
         if adapter in getattr(layer, "badit_codes", ()):
-            layer.badit_moments[adapter][0] = 0.0  # as in training, prompts differ in their direction from the mean
+            layer.badit_moments[adapter][0] = (
+                0.0  # as in training, prompts differ in their direction from the mean
+            )
             layer.badit_centroids[adapter].copy_(noise(layer.badit_centroids[adapter], 1.0))
             layer.badit_codes[adapter].copy_(noise(layer.badit_codes[adapter], 2.0).softmax(dim=1))
         if adapter in getattr(layer, "badit_expert_of", ()):
@@ -108,8 +122,14 @@ def teacher_forced(model, ids, mask, prompt_length):
 @torch.no_grad()
 def cached_steps(model, ids, mask, prompt_length, cache):
     """Returns the logits from the prompt's last position on: the prompt in one call, then one token at a time."""
-    bounds = [(0, prompt_length), *((end - 1, end) for end in range(prompt_length + 1, ids.shape[1] + 1))]
-    steps = (forward(model, ids[:, i:end], mask[:, :end], cache, use_cache=True).logits[:, -1:] for i, end in bounds)
+    bounds = [
+        (0, prompt_length),
+        *((end - 1, end) for end in range(prompt_length + 1, ids.shape[1] + 1)),
+    ]
+    steps = (
+        forward(model, ids[:, i:end], mask[:, :end], cache, use_cache=True).logits[:, -1:]
+        for i, end in bounds
+    )
     return torch.cat(list(steps), dim=1)
 
 
@@ -119,7 +139,10 @@ def greedy_by_hand(model, ids, mask, new_tokens):
     prompt_length = ids.shape[1]
     for _ in range(new_tokens):
         # A placeholder at the newest position gets a label, so that the prompt ends at the same position.
-        ids, mask = nn.functional.pad(ids, (0, 1), value=3), nn.functional.pad(mask, (0, 1), value=1)
+        ids, mask = (
+            nn.functional.pad(ids, (0, 1), value=3),
+            nn.functional.pad(mask, (0, 1), value=1),
+        )
         ids[:, -1] = teacher_forced(model, ids, mask, prompt_length)[:, -2].argmax(dim=-1)
     return ids
 
@@ -143,7 +166,10 @@ def random_rows(*lengths, seed=0):
 def enable_checkpointing(model, reentrant):
     """Enables gradient checkpointing, whose method transformers renames within version 5."""
     inner = model.get_base_model()
-    enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+    enable = (
+        getattr(inner, "activation_checkpointing_enable", None)
+        or inner.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": reentrant})
 
 

@@ -19,7 +19,12 @@ OPTIONS = {"bad": {}, "standardised": {"router_input": "standardised", "init_wei
 
 def base_model():
     """Returns a model of one tiny layer; its weights differ in every process, and the results do not depend on them."""
-    shape = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 1}
+    shape = {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=16, **shape)).eval()
 
 
@@ -42,4 +47,7 @@ if __name__ == "__main__":
         model = adapted(base_model(), **options)
         model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink()
-        save_file({key: value.contiguous() for key, value in computed(model).items()}, folder / "computed.safetensors")
+        save_file(
+            {key: value.contiguous() for key, value in computed(model).items()},
+            folder / "computed.safetensors",
+        )

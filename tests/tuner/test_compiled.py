@@ -7,7 +7,9 @@ from torch._dynamo.utils import counters
 from tuner.helpers import adapted, gradients, layers, padded, random_rows
 
 # The compiler reads .grad when it builds the second graph; the tests do not.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
 
 
 def accumulated_gradients(model, micro_batches):
@@ -22,18 +24,27 @@ def accumulated_gradients(model, micro_batches):
 @pytest.mark.parametrize(
     ("options", "micro_batches"),
     [
-        ({}, 3),  # the second one accumulates gradients and gate sums: two more graphs, compiled once
+        (
+            {},
+            3,
+        ),  # the second one accumulates gradients and gate sums: two more graphs, compiled once
         ({"router_input": "standardised", "top_k": 2}, 1),
         ({"routing": "token", "gates": "softmax"}, 1),
     ],
     ids=str,
 )
-def test_regrouping_does_not_recompile_and_gradients_equal_eager(tiny_model, options, micro_batches):
+def test_regrouping_does_not_recompile_and_gradients_equal_eager(
+    tiny_model, options, micro_batches
+):
     torch._dynamo.reset()
     counters.clear()
-    plain, model = (adapted(tiny_model("llama", num_hidden_layers=4), **options).train() for _ in range(2))
+    plain, model = (
+        adapted(tiny_model("llama", num_hidden_layers=4), **options).train() for _ in range(2)
+    )
     for layer in model.get_base_model().model.layers:
-        layer.compile(backend="eager", fullgraph=True)  # the test checks the graphs, not the generated code
+        layer.compile(
+            backend="eager", fullgraph=True
+        )  # the test checks the graphs, not the generated code
     before = accumulated_gradients(model, micro_batches)
     accumulated_gradients(plain, micro_batches)
     # The first layer's input requires no gradient, the others' inputs do: two graphs for any number of layers.
@@ -46,8 +57,12 @@ def test_regrouping_does_not_recompile_and_gradients_equal_eager(tiny_model, opt
             layer.gate_sums.pop("default", None)
         with torch._dynamo.config.patch(error_on_recompile=True):
             after = accumulated_gradients(model, micro_batches)
-        torch.testing.assert_close(after, accumulated_gradients(plain, micro_batches), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            after, accumulated_gradients(plain, micro_batches), rtol=1e-4, atol=1e-6
+        )
         assert any(not torch.allclose(after[name], before[name], rtol=1e-2) for name in after)
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
-    torch.testing.assert_close(*([layer.gate_sums["default"] for layer in layers(each)] for each in (plain, model)))
+    torch.testing.assert_close(
+        *([layer.gate_sums["default"] for layer in layers(each)] for each in (plain, model))
+    )

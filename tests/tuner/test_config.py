@@ -27,25 +27,43 @@ BAD_VALUES = {
 
 def test_invalid_values_and_conflicting_options_are_refused():
     for options, message in (
-        *(({field: value}, f"^{field}: input should be") for field, values in BAD_VALUES.items() for value in values),
+        *(
+            ({field: value}, f"^{field}: input should be")
+            for field, values in BAD_VALUES.items()
+            for value in values
+        ),
         ({"router_input": "standardised", "routing": "token"}, "needs routing='prompt'"),
         *(
             ({"gates": "clusters", **one}, "needs")
             for one in ({"routing": "token"}, {"router_input": "mean"}, {"top_k": 1})
         ),
         ({"target_modules": r".*gate_proj", "layers_to_transform": [0]}, "layers_to_transform"),
-        ({"target_modules": "all-linear", "layers_to_transform": [0]}, "layers_to_transform: needs a list of names"),
+        (
+            {"target_modules": "all-linear", "layers_to_transform": [0]},
+            "layers_to_transform: needs a list of names",
+        ),
         ({"layers_pattern": "layers"}, "layers_pattern"),
     ):
         refuses(message, BaditConfig, **options)
 
 
 def test_default_gates_are_clusters_where_possible():
-    routed = {"routing": "token", "router_input": "mean", "top_k": 2, "init_weights": "bad", "num_experts": 1}
+    routed = {
+        "routing": "token",
+        "router_input": "mean",
+        "top_k": 2,
+        "init_weights": "bad",
+        "num_experts": 1,
+    }
     routed["target_parameters"] = ["experts.down_proj"]
     assert {BaditConfig(**{name: value}).gates for name, value in routed.items()} == {"mean_one"}
-    assert {BaditConfig(**each).gates for each in ({}, {"init_weights": "directions"})} == {"clusters"}
-    assert [BaditConfig(routing=each).router_input for each in ("prompt", "token")] == ["standardised", "mean"]
+    assert {BaditConfig(**each).gates for each in ({}, {"init_weights": "directions"})} == {
+        "clusters"
+    }
+    assert [BaditConfig(routing=each).router_input for each in ("prompt", "token")] == [
+        "standardised",
+        "mean",
+    ]
 
 
 def test_lora_dropout_is_active_in_training_only(tiny_model):
@@ -56,26 +74,38 @@ def test_lora_dropout_is_active_in_training_only(tiny_model):
 
 def test_module_options_select_the_adapted_layers(tiny_model):
     for options, expected in (
-        ({"target_modules": ("q_proj", "down_proj")}, ["0.self_attn.q", "0.mlp.down", "1.self_attn.q", "1.mlp.down"]),
+        (
+            {"target_modules": ("q_proj", "down_proj")},
+            ["0.self_attn.q", "0.mlp.down", "1.self_attn.q", "1.mlp.down"],
+        ),
         ({"target_modules": r".*1\.mlp\.(gate|up)_proj"}, ["1.mlp.gate", "1.mlp.up"]),
         ({"exclude_modules": ["model.layers.1.mlp.gate_proj"]}, ["0.mlp.gate"]),
         ({"exclude_modules": r".*layers\.1\..*"}, ["0.mlp.gate"]),
         ({"target_modules": ["up_proj"], "layers_to_transform": 1}, ["1.mlp.up"]),
-        ({"target_modules": ["up_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}, ["0.mlp.up"]),
+        (
+            {"target_modules": ["up_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+            ["0.mlp.up"],
+        ),
     ):
         model = adapt(tiny_model("llama"), **options)
-        assert [layer.name for layer in layers(model)] == [f"model.layers.{name}_proj" for name in expected], options
+        assert [layer.name for layer in layers(model)] == [
+            f"model.layers.{name}_proj" for name in expected
+        ], options
 
 
 def test_svd_method_and_tolerance_are_passed_to_the_decomposition(tiny_model, monkeypatch):
     seen, real = [], tuner_config.top_singular_triples
-    monkeypatch.setattr(tuner_config, "top_singular_triples", lambda *a, **k: seen.append(k) or real(*a, **k))
+    monkeypatch.setattr(
+        tuner_config, "top_singular_triples", lambda *a, **k: seen.append(k) or real(*a, **k)
+    )
     adapt(tiny_model("llama"), svd_method="randomized", svd_tolerance=0.5)
     assert seen == 2 * [{"method": "randomized", "tolerance": 0.5}]
 
 
 # PEFT 0.19 emits this warning wrongly for models without a saved configuration.
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"
+)
 @pytest.mark.parametrize(
     ("family", "options", "trained"),
     [
@@ -84,14 +114,23 @@ def test_svd_method_and_tolerance_are_passed_to_the_decomposition(tiny_model, mo
         ("llama", {"modules_to_save": ["lm_head"]}, {"lm_head"}),
     ],
 )
-def test_biases_and_modules_to_save_are_trainable_and_saved(tiny_model, tmp_path, family, options, trained):
-    if "bias" in options and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):  # PEFT before 0.21
+def test_biases_and_modules_to_save_are_trainable_and_saved(
+    tiny_model, tmp_path, family, options, trained
+):
+    if "bias" in options and not hasattr(
+        BaseTuner, "_get_learnable_bias_state_dict"
+    ):  # PEFT before 0.21
         refuses(r"^bias must be 'none' with PEFT before 0\.21", config, **options)
         return
     model = adapted(tiny_model(family), **options)
     found = {n: p for n, p in model.named_parameters() if p.requires_grad and "badit_" not in n}
-    assert {re.sub(r"\.(base_layer|modules_to_save\.default)", "", name).split(".")[-2] for name in found} == trained
+    assert {
+        re.sub(r"\.(base_layer|modules_to_save\.default)", "", name).split(".")[-2]
+        for name in found
+    } == trained
     for parameter in found.values():
         parameter.data.add_(0.5)
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_model(family), tmp_path)), logits(model))
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(tiny_model(family), tmp_path)), logits(model)
+    )

@@ -6,12 +6,29 @@ from itertools import product
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, MambaConfig, MambaForCausalLM
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    MambaConfig,
+    MambaForCausalLM,
+)
 from transformers.utils import generic
 
 from badit.tuner.prompt import cache_of
 from refusals import refuses
-from tuner.helpers import FAMILIES, NEW, adapted, forward, generate, greedy_by_hand, layers, opt, padded, random_rows
+from tuner.helpers import (
+    FAMILIES,
+    NEW,
+    adapted,
+    forward,
+    generate,
+    greedy_by_hand,
+    layers,
+    opt,
+    padded,
+    random_rows,
+)
 
 ROWS = random_rows(5, 9, 7)
 STATIC = {"cache_implementation": "static"}  # `generate` then passes 4-D masks to the model
@@ -19,11 +36,17 @@ EAGER = {"_attn_implementation": "eager"}
 
 
 @pytest.mark.parametrize(
-    ("overrides", "options"), [({}, {}), ({}, {"use_cache": False}), ({}, STATIC), (EAGER, STATIC)], ids=str
+    ("overrides", "options"),
+    [({}, {}), ({}, {"use_cache": False}), ({}, STATIC), (EAGER, STATIC)],
+    ids=str,
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_decoding_equals_teacher_forcing(tiny_model, family, overrides, options, monkeypatch):
-    monkeypatch.setattr(generic.logger, "warning_once", pytest.fail)  # deprecated names of the cache
+def test_greedy_decoding_equals_teacher_forcing(
+    tiny_model, family, overrides, options, monkeypatch
+):
+    monkeypatch.setattr(
+        generic.logger, "warning_once", pytest.fail
+    )  # deprecated names of the cache
     model = adapted(tiny_model(family, **overrides))
     ids, mask = padded(ROWS)
     assert torch.equal(generate(model, ids, mask, **options), greedy_by_hand(model, ids, mask, NEW))
@@ -42,7 +65,12 @@ def test_generate_accepts_inputs_embeds_and_positional_input_ids(tiny_model):
     ids, mask = padded(ROWS)
     expected = generate(model, ids, mask)
     for use_cache in (True, False):
-        options = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False, "use_cache": use_cache}
+        options = {
+            "attention_mask": mask,
+            "max_new_tokens": NEW,
+            "do_sample": False,
+            "use_cache": use_cache,
+        }
         assert torch.equal(model.base_model.generate(ids, **options), expected)
         new = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **options)
         assert torch.equal(new, expected[:, -NEW:])
@@ -69,7 +97,10 @@ def test_interleaved_prompt_caches_and_copies_keep_their_gates(tiny_model, famil
     batches = [padded(ROWS), padded(ROWS), padded(random_rows(8, 4, seed=9))]
     caches = [prefill(model, *batch) for batch in (batches[0], batches[2])]
     caches.insert(1, copy.deepcopy(caches[0]))
-    runs = [continue_by_hand(model, *start, mask, NEW) for start, (_, mask) in zip(caches, batches, strict=True)]
+    runs = [
+        continue_by_hand(model, *start, mask, NEW)
+        for start, (_, mask) in zip(caches, batches, strict=True)
+    ]
     steps = zip(*runs, strict=True)
     for tokens, batch in zip(zip(*steps, strict=True), batches, strict=True):
         assert torch.equal(torch.cat(tokens, dim=1), greedy_by_hand(model, *batch, NEW)[:, -NEW:])
@@ -98,21 +129,30 @@ def test_generate_continues_from_a_copied_prompt_cache(tiny_model, family):
     assert torch.equal(found[:, 8:], next_tokens(model, found, 6)[:, 7:-1])
     mask = torch.ones_like(ids)
     with torch.no_grad():
-        kept, fresh = forward(model, ids[:, 6:], mask, copy.deepcopy(cache)).logits, forward(model, ids, mask).logits
+        kept, fresh = (
+            forward(model, ids[:, 6:], mask, copy.deepcopy(cache)).logits,
+            forward(model, ids, mask).logits,
+        )
         assert (kept - fresh[:, 6:]).abs().max() > 0.01
         cache.reset()
-        torch.testing.assert_close(forward(model, ids, mask, cache).logits, fresh, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            forward(model, ids, mask, cache).logits, fresh, atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("routing", ["prompt", "token"])
 def test_generation_of_a_recurrent_model_equals_one_full_pass(routing):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 100, "state_size": 4}
-    mamba = MambaForCausalLM(MambaConfig(**sizes, pad_token_id=0, eos_token_id=None, initializer_range=0.2)).eval()
+    mamba = MambaForCausalLM(
+        MambaConfig(**sizes, pad_token_id=0, eos_token_id=None, initializer_range=0.2)
+    ).eval()
     model = adapted(mamba, routing=routing, target_modules=["in_proj"])
     ids = torch.tensor([[5, 6, 7, 8]])
     found = generate(model, ids, torch.ones_like(ids))
     assert torch.equal(found[:, 4:], next_tokens(model, found, 4)[:, 3:-1])
-    for cache in cache_of(model(ids, use_cache=True)).values():  # earlier releases of transformers: cache_params
+    for cache in cache_of(
+        model(ids, use_cache=True)
+    ).values():  # earlier releases of transformers: cache_params
         cache.reset()
         reset = model(ids + 9, cache=cache, use_cache=True).logits
         torch.testing.assert_close(reset, model(ids + 9).logits, atol=1e-5, rtol=1e-5)
@@ -127,7 +167,9 @@ def test_generate_in_a_second_thread_is_refused(tiny_model):
             assert pool.submit(refuses, "another thread uses this model", *call).result()
         return torch.zeros(1, dtype=torch.bool)
 
-    assert torch.equal(generate(*call[1:], stopping_criteria=[refused_in_a_thread]), generate(*call[1:]))
+    assert torch.equal(
+        generate(*call[1:], stopping_criteria=[refused_in_a_thread]), generate(*call[1:])
+    )
 
 
 def test_prompt_cache_is_decoded_with_the_current_weights(tiny_model):
@@ -150,7 +192,9 @@ def test_prompt_lookup_decoding_equals_greedy_decoding(tiny_model):
     """The first pass of prompt lookup contains the prompt and candidate tokens, which are not part of the prompt."""
     model = adapted(tiny_model("llama"))
     ids, mask = padded([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
-    assert torch.equal(generate(model, ids, mask, 12, prompt_lookup_num_tokens=3), generate(model, ids, mask, 12))
+    assert torch.equal(
+        generate(model, ids, mask, 12, prompt_lookup_num_tokens=3), generate(model, ids, mask, 12)
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -158,19 +202,41 @@ def test_component_gates_are_computed_twice_per_generation(tiny_model, monkeypat
     model = adapted(tiny_model("llama"))
     first, times = layers(model)[0], []
     own = first.component_gates
-    monkeypatch.setattr(first, "component_gates", lambda *arguments: times.append(1) or own(*arguments))
+    monkeypatch.setattr(
+        first, "component_gates", lambda *arguments: times.append(1) or own(*arguments)
+    )
     for generation in (1, 2):
         generate(model, *padded(ROWS[:rows]))
-        assert len(times) == 2 * generation, "expected one call for the prompt and one for the first token after it"
+        assert len(times) == 2 * generation, (
+            "expected one call for the prompt and one for the first token after it"
+        )
 
 
 def test_chunked_prefill_guidance_and_generate_batch_need_token_routing(tiny_model):
-    by_prompt, by_token = (adapted(tiny_model("llama"), routing=routing) for routing in ("prompt", "token"))
-    refuses("without prefill_chunk_size, or use routing='t", generate, by_prompt, *padded(ROWS), prefill_chunk_size=4)
-    assert torch.equal(generate(by_token, *padded(ROWS), prefill_chunk_size=4), generate(by_token, *padded(ROWS)))
+    by_prompt, by_token = (
+        adapted(tiny_model("llama"), routing=routing) for routing in ("prompt", "token")
+    )
+    refuses(
+        "without prefill_chunk_size, or use routing='t",
+        generate,
+        by_prompt,
+        *padded(ROWS),
+        prefill_chunk_size=4,
+    )
+    assert torch.equal(
+        generate(by_token, *padded(ROWS), prefill_chunk_size=4), generate(by_token, *padded(ROWS))
+    )
     ids, mask = padded([ROWS[1]])
-    for options in ({"guidance_scale": 2.0}, {"generation_config": GenerationConfig(guidance_scale=2.0)}):
-        refuses("guidance_scale: generates from an unconditional prompt", by_prompt.generate, input_ids=ids, **options)
+    for options in (
+        {"guidance_scale": 2.0},
+        {"generation_config": GenerationConfig(guidance_scale=2.0)},
+    ):
+        refuses(
+            "guidance_scale: generates from an unconditional prompt",
+            by_prompt.generate,
+            input_ids=ids,
+            **options,
+        )
     assert generate(by_token, ids, mask, guidance_scale=2.0).shape == (1, len(ROWS[1]) + NEW)
     # Without these limits, it would allocate most of the machine's memory.
     room = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
@@ -178,5 +244,7 @@ def test_chunked_prefill_guidance_and_generate_batch_need_token_routing(tiny_mod
     options = {"generation_config": config, "continuous_batching_config": room}
     (refused,) = by_prompt.generate_batch(inputs=ROWS[:1], **options).values()
     assert "generate_batch: does not store a prompt's gates" in refused.error
-    for row, answer in zip(ROWS, by_token.generate_batch(inputs=ROWS, **options).values(), strict=True):
+    for row, answer in zip(
+        ROWS, by_token.generate_batch(inputs=ROWS, **options).values(), strict=True
+    ):
         assert answer.generated_tokens == generate(by_token, *padded([row]))[0, -NEW:].tolist()

@@ -7,7 +7,15 @@ from packaging.version import Version
 from torch.nn.utils import parameters_to_vector
 
 from refusals import refuses
-from tuner.helpers import adapted, enable_checkpointing, forward, generate, gradients, padded, random_rows
+from tuner.helpers import (
+    adapted,
+    enable_checkpointing,
+    forward,
+    generate,
+    gradients,
+    padded,
+    random_rows,
+)
 
 OTHER_BATCH = padded(random_rows(4, 20, 8, seed=7))
 # transformers before 5.24 also checkpoints passes without gradients, and torch warns about it.
@@ -43,7 +51,9 @@ def backward_separately(model, order=1):
 def backward_from_inner_layer(model):
     """Backpropagates a loss on an inner layer's output, after another pass without gradients."""
     inner = []
-    handle = model.get_base_model().model.norm.register_forward_hook(lambda module, args, output: inner.append(output))
+    handle = model.get_base_model().model.norm.register_forward_hook(
+        lambda module, args, output: inner.append(output)
+    )
     forward(model, **batch(), use_cache=False)
     handle.remove()
     with torch.no_grad():
@@ -56,11 +66,16 @@ CHECKPOINTED = {
     "two passes": lambda model: sum(output.loss for output in passes(model)).backward(),
     "two passes, one after the other": backward_separately,
     "two passes, the second first": lambda model: backward_separately(model, order=-1),
-    "an evaluation in between": lambda model: sum(output.loss for output in passes(model, evaluate)).backward(),
-    "hidden states": lambda model: sum(
-        output.hidden_states[-1].square().mean() for output in passes(model, output_hidden_states=True)
+    "an evaluation in between": lambda model: sum(
+        output.loss for output in passes(model, evaluate)
     ).backward(),
-    "tuples": lambda model: sum(output[0] for output in passes(model, return_dict=False)).backward(),
+    "hidden states": lambda model: sum(
+        output.hidden_states[-1].square().mean()
+        for output in passes(model, output_hidden_states=True)
+    ).backward(),
+    "tuples": lambda model: sum(
+        output[0] for output in passes(model, return_dict=False)
+    ).backward(),
     "an inner layer": backward_from_inner_layer,
 }
 
@@ -69,24 +84,37 @@ CHECKPOINTED = {
 @pytest.mark.parametrize("router_input", ["mean", "standardised"])
 @pytest.mark.parametrize(
     ("family", "how"),
-    [("gemma3", "one pass"), ("gpt2", "one pass"), ("gemma2", "two passes"), ("gpt2", "two passes, the second first")]
+    [
+        ("gemma3", "one pass"),
+        ("gpt2", "one pass"),
+        ("gemma2", "two passes"),
+        ("gpt2", "two passes, the second first"),
+    ]
     + [("llama", how) for how in CHECKPOINTED],
 )
-def test_gradient_checkpointing_changes_no_gradients_or_moments(tiny_model, family, how, router_input, reentrant):
+def test_gradient_checkpointing_changes_no_gradients_or_moments(
+    tiny_model, family, how, router_input, reentrant
+):
     """A recomputed pass uses the running moments of the original pass, and its prompts are counted once."""
     found = []
     for checkpointed in (False, True):
         targets = "all-linear" if how == "one pass" else None
-        model = adapted(tiny_model(family), target_modules=targets, router_input=router_input).train()
+        model = adapted(
+            tiny_model(family), target_modules=targets, router_input=router_input
+        ).train()
         model.enable_input_require_grads()
         if checkpointed:
             enable_checkpointing(model, reentrant)
         CHECKPOINTED[how](model)
-        found.append(gradients(model) | {name: b for name, b in model.named_buffers() if "moments" in name})
+        found.append(
+            gradients(model) | {name: b for name, b in model.named_buffers() if "moments" in name}
+        )
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
     counted = 1 if how in ("one pass", "an inner layer") else 2
     batches = {int(b) for name, b in model.named_buffers() if "batches" in name}
-    assert batches == ({3 + counted} if router_input == "standardised" else set()), "randomise() starts the count at 3"
+    assert batches == ({3 + counted} if router_input == "standardised" else set()), (
+        "randomise() starts the count at 3"
+    )
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -106,7 +134,9 @@ def test_low_precision_gradients_have_the_same_direction(tiny_model, family, how
     exact = adapted(tiny_model(family)).train()
     forward(exact, **batch()).loss.backward()
     expected = parameters_to_vector(gradients(exact).values())
-    model = adapted(tiny_model(family, dtype=torch.bfloat16 if how == "bf16 base" else torch.float32)).train()
+    model = adapted(
+        tiny_model(family, dtype=torch.bfloat16 if how == "bf16 base" else torch.float32)
+    ).train()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
         loss = forward(model, **batch()).loss
     loss.backward()
@@ -117,4 +147,7 @@ def test_low_precision_gradients_have_the_same_direction(tiny_model, family, how
     assert torch.cosine_similarity(found, expected, dim=0) > 0.9
     # For comparison: the gradient of another batch.
     forward(exact, **batch(3)).loss.backward()
-    assert torch.cosine_similarity(parameters_to_vector(gradients(exact).values()), expected, dim=0) < 0.8
+    assert (
+        torch.cosine_similarity(parameters_to_vector(gradients(exact).values()), expected, dim=0)
+        < 0.8
+    )

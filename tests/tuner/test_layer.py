@@ -15,8 +15,17 @@ from tuner.helpers import CLUSTERS, KINDS, adapt, base_layer, config, layers, lo
 IN, OUT, GATES = 12, 10, ("mean_one", "softmax")
 MASK = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]]).bool()
 OPTIONS = [
-    *({"routing": r, "gates": g, "top_k": k} for r in ("prompt", "token") for g in GATES for k in (None, 1, 2)),
-    *({"init_weights": w, "router_input": r} for w in ("bad", "lora", "directions") for r in ("mean", "standardised")),
+    *(
+        {"routing": r, "gates": g, "top_k": k}
+        for r in ("prompt", "token")
+        for g in GATES
+        for k in (None, 1, 2)
+    ),
+    *(
+        {"init_weights": w, "router_input": r}
+        for w in ("bad", "lora", "directions")
+        for r in ("mean", "standardised")
+    ),
     CLUSTERS,
 ]
 
@@ -25,12 +34,16 @@ def naive_gates(layer, x, mask):
     """Returns gates per position (batch, positions, K) or per prompt (batch, 1, K); differentiable."""
     options, seen = layer.badit_config["default"], x
     if options.routing == "prompt":
-        seen = torch.stack([row[prompt].mean(dim=0) for row, prompt in zip(x, mask, strict=True)])[:, None]
+        seen = torch.stack([row[prompt].mean(dim=0) for row, prompt in zip(x, mask, strict=True)])[
+            :, None
+        ]
     if options.router_input == "standardised":
         mean, variance = layer.badit_moments["default"].double()
         seen = 8 / IN**0.5 * (seen - mean) / variance.sqrt()
     if options.gates == "clusters":
-        return layer.badit_codes["default"][(seen @ layer.badit_centroids["default"].T.double()).argmax(dim=-1)]
+        return layer.badit_codes["default"][
+            (seen @ layer.badit_centroids["default"].T.double()).argmax(dim=-1)
+        ]
     logits = seen @ layer.badit_router["default"].T
     if options.top_k is not None:
         logits = logits.scatter(-1, logits.argsort(dim=-1)[..., : -options.top_k], float("-inf"))
@@ -39,7 +52,11 @@ def naive_gates(layer, x, mask):
 
 def naive_forward(layer, x, mask):
     """Returns y = W x + b + s·Σ_k gate_k B_k A_k x − s·B0 A0 x, computed one expert at a time."""
-    options, gates, y = layer.badit_config["default"], naive_gates(layer, x, mask), layer.get_base_layer()(x)
+    options, gates, y = (
+        layer.badit_config["default"],
+        naive_gates(layer, x, mask),
+        layer.get_base_layer()(x),
+    )
     for k in range(options.num_experts):
         mine = layer.expert_of("default") == k
         a_k, b_k = layer.badit_A["default"][mine], layer.badit_B["default"][:, mine]
@@ -51,7 +68,9 @@ def naive_forward(layer, x, mask):
 
 
 def make(kind="linear", *, dtype=torch.float64, at_start=False, **options):
-    layer = BaditLinear(base_layer(kind, IN, OUT).to(dtype), "layer", RoutingContext(), "default", config(**options))
+    layer = BaditLinear(
+        base_layer(kind, IN, OUT).to(dtype), "layer", RoutingContext(), "default", config(**options)
+    )
     layer.set_adapter("default")
     return (layer if at_start else randomise(layer)).eval()
 
@@ -61,7 +80,9 @@ def batch(dtype=torch.float64):
 
 
 def run(layer, x, mask):
-    layer.routing._running = ForwardPass(lambda: (mask, None), begun_with_gradients=torch.is_grad_enabled())
+    layer.routing._running = ForwardPass(
+        lambda: (mask, None), begun_with_gradients=torch.is_grad_enabled()
+    )
     return layer(x)
 
 
@@ -82,7 +103,11 @@ def test_outputs_and_gradients_equal_a_loop_over_experts(kind, options):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("init_weights", "gates"),
-    [("bad", {}), *(("directions", g) for g in ({}, {"gates": "softmax"}, {"top_k": 1})), ("lora", {})],
+    [
+        ("bad", {}),
+        *(("directions", g) for g in ({}, {"gates": "softmax"}, {"top_k": 1})),
+        ("lora", {}),
+    ],
     ids=str,
 )
 def test_layer_equals_the_base_layer_at_step_0(kind, init_weights, gates):
@@ -101,7 +126,9 @@ def test_layer_equals_the_base_layer_at_step_0(kind, init_weights, gates):
         assert not B.any()
     if init_weights == "directions":
         torch.testing.assert_close(3 * A @ A.T, torch.eye(6), atol=1e-5, rtol=0)
-        torch.testing.assert_close((3**0.5 * A * vh[:6]).sum(dim=1).abs(), torch.ones(6), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            (3**0.5 * A * vh[:6]).sum(dim=1).abs(), torch.ones(6), atol=1e-4, rtol=0
+        )
 
 
 def test_only_training_passes_update_moments_and_gate_sums():
@@ -129,7 +156,9 @@ def test_only_training_passes_update_moments_and_gate_sums():
     run(layer.to(torch.bfloat16), x.to(torch.bfloat16), mask)
     assert layer.badit_batches["default"] == 4
     assert layer.badit_moments["default"].isfinite().all()
-    layer.double().update_layer("default", config(num_experts=2, r=2))  # another adapter of this name
+    layer.double().update_layer(
+        "default", config(num_experts=2, r=2)
+    )  # another adapter of this name
     run(layer, x, mask)
 
 
@@ -147,7 +176,9 @@ def test_clusters_are_found_once_and_saved(tiny_model, tmp_path):
     assert not torch.equal(first.badit_codes["default"], second.badit_codes["default"])
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert model(**batches[0]).loss.requires_grad  # training changes none of them
-    hooks_of(model).start_task({"first": batches[:1]})  # another task of a sequence keeps the clusters
+    hooks_of(model).start_task(
+        {"first": batches[:1]}
+    )  # another task of a sequence keeps the clusters
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     replaced = adapt(tiny_model("llama"), **CLUSTERS)
     replaced.delete_adapter("default")
@@ -161,15 +192,22 @@ def test_clusters_are_found_once_and_saved(tiny_model, tmp_path):
     layer = layers(loaded)[0]
     exact = {name: getattr(layer, name)["default"] for name in layer.exact_buffers}
     assert layers(loaded.to(torch.bfloat16))[0].badit_A["default"].dtype == torch.bfloat16
-    torch.testing.assert_close({name: getattr(layer, name)["default"] for name in exact}, exact, rtol=0, atol=0)
+    torch.testing.assert_close(
+        {name: getattr(layer, name)["default"] for name in exact}, exact, rtol=0, atol=0
+    )
 
 
 def test_clusters_have_the_moments_of_their_prompts_also_without_or_with_equal_prompts():
     layer, (x, mask) = make(**CLUSTERS), batch()
     assert not layer.badit_router
     layer.cluster("default", means := torch.randn(40, IN, dtype=torch.float64))
-    np.testing.assert_allclose(layer.badit_moments["default"], reference.prompt_moments([means]), rtol=1e-5, atol=1e-6)
-    means[[0, 1, 2]], means[3, 0] = torch.tensor([[0.0], [torch.nan], [torch.inf]]).double(), torch.inf
+    np.testing.assert_allclose(
+        layer.badit_moments["default"], reference.prompt_moments([means]), rtol=1e-5, atol=1e-6
+    )
+    means[[0, 1, 2]], means[3, 0] = (
+        torch.tensor([[0.0], [torch.nan], [torch.inf]]).double(),
+        torch.inf,
+    )
     layer.cluster("default", means)  # an overflow in some prompts
     assert (layer.badit_moments["default"][1] > 0).all()
     assert layer.badit_centroids["default"].isfinite().all()
@@ -179,7 +217,9 @@ def test_clusters_have_the_moments_of_their_prompts_also_without_or_with_equal_p
     assert run(layer, x, mask).isfinite().all()
     layer.cluster("default", torch.randn(2, IN)[[0, 1, 0, 1, 1]])  # 4 clusters, 2 prompts
     assert len(layer.badit_codes["default"].unique(dim=0)) == 2
-    layer.cluster("default", torch.randn(IN) + 1e-7 * torch.randn(20, IN))  # one prompt, and rounding
+    layer.cluster(
+        "default", torch.randn(IN) + 1e-7 * torch.randn(20, IN)
+    )  # one prompt, and rounding
     assert not layer.badit_centroids["default"].any()
 
 
@@ -192,17 +232,29 @@ def test_prompts_are_clustered_as_training_reads_them(tiny_model, monkeypatch):
 
     ids, answer = torch.randint(4, 90, (6, 9)), torch.arange(9).expand(6, 9) > 4
     labels, positions = ids.where(answer, -100), torch.arange(9).repeat(6)[None]
-    expected = centroids({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    expected = centroids(
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    )
     assert not torch.allclose(expected, centroids({"input_ids": ids}), atol=1e-2)
-    preference = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": answer.long()}
+    preference = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "completion_mask": answer.long(),
+    }
     packed = {"input_ids": ids.view(1, -1), "labels": labels.view(1, -1), "position_ids": positions}
     for one in (preference, packed):
         torch.testing.assert_close(centroids(one), expected, atol=1e-4, rtol=1e-4)
     refuses(r"no batch reaches model\.layers\.0\.mlp\.gate_proj", centroids)
     for batch in ([{"prompt": "text"}], {"input_ids": ids.tolist()}):
         refuses("a batch must be a dict of tensors", centroids, batch)
-    refuses("needs the batches of each task, such as", hooks_of(adapt(tiny_model("llama"), **CLUSTERS)).start_task, [])
-    monkeypatch.setattr(BaditLinear, "cluster", lambda layer, name, means_SI: prompts.add(len(means_SI)))
+    refuses(
+        "needs the batches of each task, such as",
+        hooks_of(adapt(tiny_model("llama"), **CLUSTERS)).start_task,
+        [],
+    )
+    monkeypatch.setattr(
+        BaditLinear, "cluster", lambda layer, name, means_SI: prompts.add(len(means_SI))
+    )
     centroids({**packed, "position_ids": None, "cu_seq_lens_q": torch.arange(0, 55, 9)})
     assert prompts == {6}
     (divided := adapt(tiny_model("llama"), **CLUSTERS)).get_input_embeddings().weight.ds_id = 0
@@ -214,4 +266,10 @@ def test_2d_input_is_routed_by_row_and_a_shape_mismatch_is_refused():
     torch.testing.assert_close(layer(x), torch.cat([layer(row[None]) for row in x]))
     torch.testing.assert_close(layer(x), layer(x[:, None])[:, 0])
     x, mask = batch()
-    refuses(r"layer: the input has shape \(3, 4, 12\).*leave it out of target_modules", run, layer, x[:, :4], mask)
+    refuses(
+        r"layer: the input has shape \(3, 4, 12\).*leave it out of target_modules",
+        run,
+        layer,
+        x[:, :4],
+        mask,
+    )

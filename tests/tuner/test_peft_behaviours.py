@@ -12,16 +12,34 @@ from torch import nn
 from badit.tuner import BaditConfig, BaditModel, hooks_of
 from badit.tuner.model import register
 from refusals import refuses
-from tuner.helpers import FAMILIES, IDS, MASK, adapt, adapted, config, generate, layers, logits, randomise
+from tuner.helpers import (
+    FAMILIES,
+    IDS,
+    MASK,
+    adapt,
+    adapted,
+    config,
+    generate,
+    layers,
+    logits,
+    randomise,
+)
 
 # With PEFT 0.19, transformers 5.24 cannot load any adapter into GPT-2, not even LoRA.
-LOADED_BY_TRANSFORMERS = [each for each in FAMILIES if not (peft.__version__.startswith("0.19.") and each == "gpt2")]
+LOADED_BY_TRANSFORMERS = [
+    each for each in FAMILIES if not (peft.__version__.startswith("0.19.") and each == "gpt2")
+]
 
 
 def test_name_registered_by_another_package_is_refused(monkeypatch):
     foreign = type("ForeignConfig", (), {"__module__": "elsewhere.config"})
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, config().peft_type, foreign)
-    refuses(r"'badit' is already registered by elsewhere\.config; uninstall", register, BaditConfig, BaditModel)
+    refuses(
+        r"'badit' is already registered by elsewhere\.config; uninstall",
+        register,
+        BaditConfig,
+        BaditModel,
+    )
 
 
 @pytest.mark.parametrize(("family", "more"), [("llama", "q_proj"), ("gpt2", "c_attn")])
@@ -39,7 +57,11 @@ def test_adapters_are_switched_saved_separately_and_added(tiny_model, tmp_path, 
         for one in (model, loaded):
             one.set_adapter(name)
             torch.testing.assert_close(logits(one), logits(alone))
-    layer, x, added = next(one for one in layers(model) if one.name.endswith(target)), torch.randn(2, 5, 32), []
+    layer, x, added = (
+        next(one for one in layers(model) if one.name.endswith(target)),
+        torch.randn(2, 5, 32),
+        [],
+    )
     for names in (["default"], ["second"], ["default", "second"]):
         model.base_model.set_adapter(names)
         added.append(layer(x) - layer.get_base_layer()(x))
@@ -86,7 +108,9 @@ def test_unload_restores_the_models_own_generate(tiny_model):
     assert model.unload().generate is own
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"
+)
 def test_adapter_on_a_tied_head_does_not_change_the_embedding(tiny_model, tmp_path):
     base = tiny_model("gpt2")
     assert base.lm_head.weight is base.transformer.wte.weight
@@ -96,7 +120,9 @@ def test_adapter_on_a_tied_head_does_not_change_the_embedding(tiny_model, tmp_pa
     assert torch.equal(base.transformer.wte.weight, embedding)
     assert (expected - logits(tiny_model("gpt2"))).abs().max() > 0.1
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path)), expected)
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path)), expected
+    )
 
 
 @pytest.mark.parametrize("family", LOADED_BY_TRANSFORMERS)
@@ -106,7 +132,9 @@ def test_auto_class_and_transformers_load_adapter_give_the_same_model(tiny_model
     model = adapted(type(tiny_model(family)).from_pretrained(base))
     for _ in range(2):
         model.save_pretrained(str(adapter))
-    assert (adapter / "README.md").read_text().count("`pip install badit`, and `import badit.tuner`") == 1
+    assert (adapter / "README.md").read_text().count(
+        "`pip install badit`, and `import badit.tuner`"
+    ) == 1
     expected = logits(model)
     torch.testing.assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(adapter)), expected)
     plain = tiny_model(family)
@@ -117,7 +145,9 @@ def test_auto_class_and_transformers_load_adapter_give_the_same_model(tiny_model
     # These are not calls of PeftModel.generate; without a cache, the answer must still not affect the routing.
     assert torch.equal(generate(plain, IDS, MASK, use_cache=False), tokens)
     assert torch.equal(generate(model.get_base_model(), IDS, MASK, use_cache=False), tokens)
-    for layer in layers(plain):  # disable_adapters() of transformers 5.24 requires an unreleased PEFT
+    for layer in layers(
+        plain
+    ):  # disable_adapters() of transformers 5.24 requires an unreleased PEFT
         layer.enable_adapters(False)
     assert torch.equal(logits(plain), logits(tiny_model(family)))
 
@@ -126,7 +156,11 @@ def test_a_model_that_is_not_of_transformers_is_trained_by_default():
     class Plain(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embeddings, self.up, self.head = nn.Embedding(100, 16), nn.Linear(16, 16), nn.Linear(16, 100)
+            self.embeddings, self.up, self.head = (
+                nn.Embedding(100, 16),
+                nn.Linear(16, 16),
+                nn.Linear(16, 100),
+            )
 
         def forward(self, input_ids, labels=None):
             return self.head(self.up(self.embeddings(input_ids)).relu())

@@ -15,7 +15,16 @@ from badit.analysis.gates import adapted_layers
 from badit.tuner.prompt import RoutingContext
 from refusals import refuses
 from tuner import helpers
-from tuner.helpers import FAMILIES, adapted, cached_steps, config, forward, padded, random_rows, teacher_forced
+from tuner.helpers import (
+    FAMILIES,
+    adapted,
+    cached_steps,
+    config,
+    forward,
+    padded,
+    random_rows,
+    teacher_forced,
+)
 
 PROMPTS = random_rows(5, 9, 7)
 ANSWERS = random_rows(6, 6, 6, seed=1)
@@ -29,7 +38,9 @@ def logits_of(model, ids, mask, **options):
         return forward(model, ids, mask, **options).logits
 
 
-@pytest.mark.parametrize("options", [{}, {"routing": "token"}, {"top_k": 1}, {"gates": "softmax"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"routing": "token"}, {"top_k": 1}, {"gates": "softmax"}], ids=str
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_teacher_forcing_equals_cached_decoding(tiny_model, family, options):
     model = adapted(tiny_model(family), target_modules="all-linear", **options)
@@ -38,7 +49,9 @@ def test_teacher_forcing_equals_cached_decoding(tiny_model, family, options):
     for cache in (DynamicCache(config=inner), StaticCache(config=inner, max_cache_len=24)):
         torch.testing.assert_close(cached_steps(model, ids, mask, LENGTH, cache), forced, **CLOSE)
     # Without labels, prompt routing also reads the answer, which changes the logits.
-    assert ((logits_of(model, ids, mask)[:, LENGTH - 1 :] - forced).abs().max() > 0.1) == ("routing" not in options)
+    assert ((logits_of(model, ids, mask)[:, LENGTH - 1 :] - forced).abs().max() > 0.1) == (
+        "routing" not in options
+    )
 
 
 def test_cached_decoding_with_two_active_adapters_equals_teacher_forcing(tiny_model):
@@ -46,14 +59,19 @@ def test_cached_decoding_with_two_active_adapters_equals_teacher_forcing(tiny_mo
     model.add_adapter("second", config(num_experts=4))
     helpers.randomise(model, "second", seed=1).base_model.set_adapter(["default", "second"])
     forced = teacher_forced(model, ids, mask, LENGTH)[:, LENGTH - 1 :]
-    torch.testing.assert_close(cached_steps(model, ids, mask, LENGTH, DynamicCache()), forced, **CLOSE)
+    torch.testing.assert_close(
+        cached_steps(model, ids, mask, LENGTH, DynamicCache()), forced, **CLOSE
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", [*FAMILIES, "opt"])  # OPT's MLP flattens positions into rows
 def test_logits_do_not_depend_on_padding_or_other_rows(tiny_model, family, side):
     model = adapted(helpers.opt() if family == "opt" else tiny_model(family))
-    rows = [prompt + answer for prompt, answer in zip(PROMPTS, random_rows(2, 6, 3, seed=1), strict=True)]
+    rows = [
+        prompt + answer
+        for prompt, answer in zip(PROMPTS, random_rows(2, 6, 3, seed=1), strict=True)
+    ]
     ids, mask = padded(rows, side)
     answers = mask.cumsum(dim=1) > torch.tensor([[len(prompt)] for prompt in PROMPTS])
     labels = ids.masked_fill(~(answers & mask.bool()), -100)
@@ -68,18 +86,31 @@ def test_mask_may_be_omitted_and_inputs_positional_or_embedded(tiny_model):
     ids, mask = padded(random_rows(7, 7))
     expected = logits_of(model, ids, mask)
     torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
-    torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, expected, **CLOSE)
+    torch.testing.assert_close(
+        model(inputs_embeds=model.get_input_embeddings()(ids)).logits, expected, **CLOSE
+    )
     torch.testing.assert_close(model.get_base_model()(ids, mask).logits, expected, **CLOSE)
-    cache = {helpers.cache_name(model): StaticCache(config=model.get_base_model().config, max_cache_len=24)}
-    found = model(input_ids=ids, attention_mask=F.pad(mask, (0, 24 - mask.shape[1])), **cache).logits
+    cache = {
+        helpers.cache_name(model): StaticCache(
+            config=model.get_base_model().config, max_cache_len=24
+        )
+    }
+    found = model(
+        input_ids=ids, attention_mask=F.pad(mask, (0, 24 - mask.shape[1])), **cache
+    ).logits
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
 @pytest.mark.parametrize(
     ("labelled", "prompt_length", "message"),
-    [([range(9), range(9)], 1, "labels begin at the first token"), ([[3, 4, 7, 8], range(3, 9)], 3, "several answers")],
+    [
+        ([range(9), range(9)], 1, "labels begin at the first token"),
+        ([[3, 4, 7, 8], range(3, 9)], 3, "several answers"),
+    ],
 )
-def test_ambiguous_labels_warn_once_and_prompt_mask_overrides_labels(tiny_model, labelled, prompt_length, message):
+def test_ambiguous_labels_warn_once_and_prompt_mask_overrides_labels(
+    tiny_model, labelled, prompt_length, message
+):
     model = adapted(tiny_model("llama"))
     ids, mask = padded(random_rows(9, 9))
     labels = torch.full_like(ids, -100)
@@ -100,19 +131,35 @@ def test_ambiguous_labels_warn_once_and_prompt_mask_overrides_labels(tiny_model,
     logits_of(adapted(tiny_model("llama"), routing="token"), ids, mask, labels=labels)
     prompt = torch.zeros_like(mask)
     prompt[:, :prompt_length] = 1
-    torch.testing.assert_close(found, logits_of(model, ids, mask, labels=ids, prompt_mask=prompt), **CLOSE)
+    torch.testing.assert_close(
+        found, logits_of(model, ids, mask, labels=ids, prompt_mask=prompt), **CLOSE
+    )
 
 
 def test_decoder_calls_block_masks_and_data_parallel_are_refused(tiny_model):
     from torch.nn.attention.flex_attention import create_block_mask
 
     ids, mask = padded(PROMPTS)
-    model, by_token = (adapted(tiny_model("llama"), routing=routing) for routing in ("prompt", "token"))
+    model, by_token = (
+        adapted(tiny_model("llama"), routing=routing) for routing in ("prompt", "token")
+    )
     decoder = model.get_base_model().get_decoder()
-    refuses("the model's decoder was called by itself.*routing='token'", decoder, input_ids=ids, attention_mask=mask)
+    refuses(
+        "the model's decoder was called by itself.*routing='token'",
+        decoder,
+        input_ids=ids,
+        attention_mask=mask,
+    )
     by_token.get_base_model().get_decoder()(input_ids=ids, attention_mask=mask)
-    blocks = create_block_mask(lambda b, h, q, k: q >= k, B=3, H=None, Q_LEN=LENGTH, KV_LEN=LENGTH, device="cpu")
-    refuses(r"attention mask of type BlockMask.*prompt_mask=", model, input_ids=ids, attention_mask=blocks)
+    blocks = create_block_mask(
+        lambda b, h, q, k: q >= k, B=3, H=None, Q_LEN=LENGTH, KV_LEN=LENGTH, device="cpu"
+    )
+    refuses(
+        r"attention mask of type BlockMask.*prompt_mask=",
+        model,
+        input_ids=ids,
+        attention_mask=blocks,
+    )
     model.get_base_model()._is_replica = True  # nn.DataParallel marks its replicas this way
     refuses(r"nn\.DataParallel: .*accelerate launch", model, input_ids=ids)
 
@@ -120,16 +167,30 @@ def test_decoder_calls_block_masks_and_data_parallel_are_refused(tiny_model):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("options", [{}, {"router_input": "standardised"}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-def test_loss_and_gradients_of_packed_rows_equal_those_of_padded_rows(tiny_model, family, options, checkpointing):
+def test_loss_and_gradients_of_packed_rows_equal_those_of_padded_rows(
+    tiny_model, family, options, checkpointing
+):
     """Rows are packed as by the padding-free collators of TRL and transformers."""
-    labels = [[-100] * len(prompt) + answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    labels = [
+        [-100] * len(prompt) + answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
+    ]
     ids, mask = padded(ROWS, side="right")
     padded_labels = padded(labels, side="right")[0].masked_fill(mask == 0, -100)
-    packed = {"input_ids": torch.tensor([[*chain(*ROWS)]]), "labels": torch.tensor([[*chain(*labels)]])}
+    packed = {
+        "input_ids": torch.tensor([[*chain(*ROWS)]]),
+        "labels": torch.tensor([[*chain(*labels)]]),
+    }
     packed["position_ids"] = torch.cat([torch.arange(len(row)) for row in ROWS])[None]
-    filled = {key: F.pad(rows, (0, 2), value=-100 if key == "labels" else 0) for key, rows in packed.items()}
+    filled = {
+        key: F.pad(rows, (0, 2), value=-100 if key == "labels" else 0)
+        for key, rows in packed.items()
+    }
     found, gate_sums = [], []
-    for batch in ({"input_ids": ids, "attention_mask": mask, "labels": padded_labels}, packed, filled):
+    for batch in (
+        {"input_ids": ids, "attention_mask": mask, "labels": padded_labels},
+        packed,
+        filled,
+    ):
         model = adapted(tiny_model(family), **options).train()
         if checkpointing:
             model.enable_input_require_grads()
@@ -147,22 +208,39 @@ def test_loss_and_gradients_of_packed_rows_equal_those_of_padded_rows(tiny_model
 def test_packed_segments_have_their_own_prompts_from_labels_or_mask(tiny_model):
     model, context = adapted(tiny_model("llama")), RoutingContext.of(tiny_model("llama").model)
     ids, expected = torch.tensor(random_rows(9)), torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0, 0]]).bool()
-    labels, positions_ = ids.masked_fill(expected, -100), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    by_ends = {"labels": labels, "cu_seq_lens_q": torch.tensor([0, 4, 9, 9], dtype=torch.int32)}  # for flash attention
+    labels, positions_ = (
+        ids.masked_fill(expected, -100),
+        torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]),
+    )
+    by_ends = {
+        "labels": labels,
+        "cu_seq_lens_q": torch.tensor([0, 4, 9, 9], dtype=torch.int32),
+    }  # for flash attention
     by_positions = {"labels": labels.repeat(2, 1), "position_ids": positions_.repeat(2, 1)}
-    for rows, batch in ((1, by_ends), (2, by_positions), (1, {"position_ids": positions_, "prompt_mask": expected})):
+    for rows, batch in (
+        (1, by_ends),
+        (2, by_positions),
+        (1, {"position_ids": positions_, "prompt_mask": expected}),
+    ):
         found = context.describe(model, {"input_ids": ids.repeat(rows, 1), **batch})
         assert torch.equal(found.prompt[0], expected.repeat(rows, 1))
         assert found.prompt[1].of_BT.tolist() == [[0] * 4 + [1] * 5, [2] * 4 + [3] * 5][:rows]
         padding = {"labels": torch.cat([labels, torch.full((1, 2), -100)], dim=1).repeat(rows, 1)}
-        padding["position_ids"] = torch.cat([positions_, torch.zeros(1, 2, dtype=torch.long)], dim=1).repeat(rows, 1)
+        padding["position_ids"] = torch.cat(
+            [positions_, torch.zeros(1, 2, dtype=torch.long)], dim=1
+        ).repeat(rows, 1)
         padded_ids = torch.cat([ids, ids[:, :2]], dim=1).repeat(rows, 1)
-        assert not context.describe(model, {"input_ids": padded_ids, **padding}).prompt[0][:, 9:].any()
-        refuses("packing=False and padding_free=False", getattr, found, "prompt_mask_BT")  # one set of gates per row
+        assert (
+            not context.describe(model, {"input_ids": padded_ids, **padding}).prompt[0][:, 9:].any()
+        )
+        refuses(
+            "packing=False and padding_free=False", getattr, found, "prompt_mask_BT"
+        )  # one set of gates per row
 
 
 @pytest.mark.parametrize(
-    ("filled_by", "decoded_by", "rows"), [(None, "default", 3), ("default", "other", 3), ("default", "default", 2)]
+    ("filled_by", "decoded_by", "rows"),
+    [(None, "default", 3), ("default", "other", 3), ("default", "default", 2)],
 )
 def test_cache_of_another_adapter_or_batch_size_is_refused(tiny_model, filled_by, decoded_by, rows):
     model, cache, (ids, mask) = adapted(tiny_model("llama")), DynamicCache(), padded(ROWS)
@@ -174,7 +252,11 @@ def test_cache_of_another_adapter_or_batch_size_is_refused(tiny_model, filled_by
         logits_of(model, ids[:, :LENGTH], mask[:, :LENGTH], cache=cache, use_cache=True)
     model.set_adapter(decoded_by)
     cache.batch_select_indices(torch.arange(rows))
-    message = "filled with a batch of 3 rows, but the batch now has 2" if rows == 2 else "filled without the adapter"
+    message = (
+        "filled with a batch of 3 rows, but the batch now has 2"
+        if rows == 2
+        else "filled without the adapter"
+    )
     newest = ids[:rows, LENGTH : LENGTH + 1], mask[:rows, : LENGTH + 1]
     refuses(message, logits_of, model, *newest, cache=cache, use_cache=True)
 
@@ -205,10 +287,14 @@ def test_training_without_labels_warns_once(tiny_model):
 
 def test_labels_do_not_change_the_routing_of_a_token_classifier():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 100}
-    bert = BertForTokenClassification(BertConfig(**sizes, num_attention_heads=4, num_labels=3)).eval()
+    bert = BertForTokenClassification(
+        BertConfig(**sizes, num_attention_heads=4, num_labels=3)
+    ).eval()
     model = adapted(bert, task_type="TOKEN_CLS", target_modules=["intermediate.dense"])
     ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(model(input_ids=ids).logits, model(input_ids=ids, labels=torch.ones_like(ids)).logits)
+    torch.testing.assert_close(
+        model(input_ids=ids).logits, model(input_ids=ids, labels=torch.ones_like(ids)).logits
+    )
 
 
 def test_adapted_model_can_be_pickled(tiny_model, tmp_path):

@@ -9,11 +9,11 @@ from peft import PeftModel
 from torch import nn
 from torch.testing import assert_close
 
-from badit.evaluate import evaluate
-from badit.models import Quantisation, load_base_model
-from badit.recipe import build_recipe
-from badit.run import Run
-from badit.train import make_plan
+from badit.evaluation.scoring import evaluate
+from badit.models.loading import Quantisation, load_base_model
+from badit.recipe.schema import build_recipe
+from badit.runs.folder import Run
+from badit.training.fit import make_plan
 from badit.tuner.targets import refuse_unsuitable_layer
 from materials import make_material
 from refusals import refuses
@@ -22,7 +22,10 @@ from tuner.helpers import adapt, layers, take_steps
 
 # torchao needs a newer torch than the lowest version that badit supports.
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
-KINDS = [pytest.param(kind, marks=[needs_torchao] if "torchao" in kind else []) for kind in get_args(Quantisation)]
+KINDS = [
+    pytest.param(kind, marks=[needs_torchao] if "torchao" in kind else [])
+    for kind in get_args(Quantisation)
+]
 IDS = torch.arange(3, 15)[None]
 BIT_IDENTICAL = {"rtol": 0, "atol": 0, "equal_nan": True}
 
@@ -45,7 +48,11 @@ def stored(model):
     for name, value in model.state_dict().items():
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
         parts = {"": value} if type(value) is torch.Tensor else vars(value)
-        kept |= {f"{plain}{key}": part.clone() for key, part in parts.items() if isinstance(part, torch.Tensor)}
+        kept |= {
+            f"{plain}{key}": part.clone()
+            for key, part in parts.items()
+            if isinstance(part, torch.Tensor)
+        }
     return {name: part for name, part in kept.items() if "badit_" not in name}
 
 
@@ -81,9 +88,13 @@ def test_training_lowers_the_loss_keeps_the_base_and_round_trips(load, tmp_path,
             with torch.no_grad():
                 model.eval()(input_ids=IDS)
         assert_close(stored(model), before, **BIT_IDENTICAL)
-        optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=0.01)
+        optimizer = torch.optim.AdamW(
+            [p for p in model.train().parameters() if p.requires_grad], lr=0.01
+        )
         batch = {"input_ids": IDS, "labels": IDS.masked_fill(IDS < 9, -100)}
-        losses.append(take_steps(optimizer, 8, lambda model=model, batch=batch: model(**batch).loss))
+        losses.append(
+            take_steps(optimizer, 8, lambda model=model, batch=batch: model(**batch).loss)
+        )
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0] / 2
     assert_close(stored(model), before, **BIT_IDENTICAL)
@@ -97,7 +108,9 @@ def test_training_lowers_the_loss_keeps_the_base_and_round_trips(load, tmp_path,
 def test_base_weights_repacked_for_the_cpu_are_refused(load):
     base = load("bnb-4bit").eval()
     with torch.no_grad():
-        base(input_ids=IDS)  # repacks the weight on a CPU with AVX-512 BF16; elsewhere the flag below simulates it
+        base(
+            input_ids=IDS
+        )  # repacks the weight on a CPU with AVX-512 BF16; elsewhere the flag below simulates it
     base.model.layers[1].mlp.gate_proj.weight.quant_state.packing_format_for_cpu = True
     refuses(r"has been evaluated on a CPU.*load the model again", adapt, base, num_experts=4)
 
@@ -117,8 +130,20 @@ def test_unsupported_quantisation_is_refused(recipe_values, model_folder, monkey
 
     message = r"mlp\.up is a WQLinear, quantised by GPTQ or AWQ: BADIT cannot read"
     refuses(message, refuse_unsuitable_layer, WQLinear(), "mlp.up", "BADIT")
-    full = build_recipe({**recipe_values, "method": {"name": "full"}}, ["model.quantisation=bnb-8bit"])
+    full = build_recipe(
+        {**recipe_values, "method": {"name": "full"}}, ["model.quantisation=bnb-8bit"]
+    )
     refuses(r"model\.quantisation: full cannot train quantised base weights", make_plan, full)
-    refuses("unknown 'bnb-8' .did you mean 'bnb-8bit'", load_base_model, model_folder, quantisation="bnb-8")
-    monkeypatch.setattr("badit.models.find_spec", lambda name: None)
-    refuses(r"needs bitsandbytes: pip install 'badit\[q", load_base_model, model_folder, quantisation="bnb-4bit")
+    refuses(
+        "unknown 'bnb-8' .did you mean 'bnb-8bit'",
+        load_base_model,
+        model_folder,
+        quantisation="bnb-8",
+    )
+    monkeypatch.setattr("badit.models.loading.find_spec", lambda name: None)
+    refuses(
+        r"needs bitsandbytes: pip install 'badit\[q",
+        load_base_model,
+        model_folder,
+        quantisation="bnb-4bit",
+    )

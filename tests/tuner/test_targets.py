@@ -15,16 +15,33 @@ from transformers.pytorch_utils import Conv1D
 
 from badit import BaditConfig, OrthogonalUpdates, Regrouper
 from badit.analysis.gates import adapted_layers, changed_gates, prompt_gates
-from badit.export import merge, mixture_factors, write_adapter
-from badit.models import load_base_model
+from badit.export.exporting import merge, mixture_factors, write_adapter
+from badit.models.loading import load_base_model
 from badit.tuner.targets import base_layer, default_targets
 from docs.pages import Page
 from refusals import refuses
 from tuner import helpers
-from tuner.helpers import FAMILIES, IDS, MASK, adapt, adapted, greedy_by_hand, layers, logits, padded, random_rows
+from tuner.helpers import (
+    FAMILIES,
+    IDS,
+    MASK,
+    adapt,
+    adapted,
+    greedy_by_hand,
+    layers,
+    logits,
+    padded,
+    random_rows,
+)
 
-TABLE = re.findall(r"^\| ([\w, ]+) \| (`[^|]+|none[^|]+)\|$", Page("docs/peft.md").text, flags=re.MULTILINE)
-DEFAULTS = {name: set(re.findall(r"`(\w+)`", default)) for names, default in TABLE for name in names.split(", ")}
+TABLE = re.findall(
+    r"^\| ([\w, ]+) \| (`[^|]+|none[^|]+)\|$", Page("docs/peft.md").text, flags=re.MULTILINE
+)
+DEFAULTS = {
+    name: set(re.findall(r"`(\w+)`", default))
+    for names, default in TABLE
+    for name in names.split(", ")
+}
 MOE = ("mixtral", "qwen3_moe", "gpt_oss")
 FUSED = ["experts.gate_up_proj", "experts.down_proj"]
 LABELS = IDS.masked_fill((MASK == 0) | (torch.arange(11) < 8), -100)
@@ -35,7 +52,9 @@ def test_default_targets_are_the_documented_ones_in_every_layer(family):
     config = AutoConfig.for_model(family)
     text = config.get_text_config()
     text.num_hidden_layers = 4
-    with suppress(AttributeError, TypeError):  # some have none, or derive it from the number of layers
+    with suppress(
+        AttributeError, TypeError
+    ):  # some have none, or derive it from the number of layers
         text.layer_types = text.layer_types[:4]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -48,11 +67,19 @@ def test_default_targets_are_the_documented_ones_in_every_layer(family):
     assert all(isinstance(model.get_submodule(name), (nn.Linear, Conv1D)) for name in names)
     assert [any(f".{i}." in name for name in names) for i in range(4)] == [True] * 4
     owners = {name.split(".")[-2] for name in names}
-    allowed = {"self_attn"} if "q_proj" in found else {"mlp", "shared_expert", "shared_experts", "feed_forward"}
-    assert owners <= allowed | {"mlp_block", "ffn"} | ({"0", "1", "2", "3"} if family == "opt" else set())
+    allowed = (
+        {"self_attn"}
+        if "q_proj" in found
+        else {"mlp", "shared_expert", "shared_experts", "feed_forward"}
+    )
+    assert owners <= allowed | {"mlp_block", "ffn"} | (
+        {"0", "1", "2", "3"} if family == "opt" else set()
+    )
 
 
-@pytest.mark.parametrize(("dtype", "targets", "atol"), [("float32", "all-linear", 1e-5), ("bfloat16", None, 0.02)])
+@pytest.mark.parametrize(
+    ("dtype", "targets", "atol"), [("float32", "all-linear", 1e-5), ("bfloat16", None, 0.02)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapted_model_equals_the_base_model_at_step_0(tiny_model, family, dtype, targets, atol):
     base = tiny_model(family, dtype=getattr(torch, dtype))
@@ -64,20 +91,34 @@ def test_adapted_model_equals_the_base_model_at_step_0(tiny_model, family, dtype
 
 
 def test_encoder_decoder_needs_token_routing():
-    sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)).eval()
+    sizes = {
+        "vocab_size": 100,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
+    base = T5ForConditionalGeneration(
+        T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)
+    ).eval()
     refuses("decoder-only models; use routing='token'", adapt, base, task_type=None)
     before = base(input_ids=IDS, attention_mask=MASK, labels=IDS).logits
     model = adapt(base, task_type=None, routing="token")
     assert {layer.name.split(".")[-1] for layer in layers(model)} == {"wi"}
-    torch.testing.assert_close(model(input_ids=IDS, attention_mask=MASK, labels=IDS).logits, before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model(input_ids=IDS, attention_mask=MASK, labels=IDS).logits, before, atol=1e-5, rtol=0
+    )
 
 
 def test_smollm2_equals_base_at_step_0_and_generates_as_teacher_forced():
     """Real weights and text: step 0 equals the base model; generation with changed weights equals decoding by hand."""
     base, tokenizer = load_base_model("smollm2-135m", dtype="float32")
     tokenizer.padding_side = "left"
-    texts = ["Classify the sentiment of the sentence as positive or negative.", "What is the capital of France?"]
+    texts = [
+        "Classify the sentiment of the sentence as positive or negative.",
+        "What is the capital of France?",
+    ]
     ids, mask = tokenizer(texts, padding=True, return_tensors="pt").values()
     expected = logits(base, ids, mask)
     options = {"init_weights": "bad", "router_input": "mean", "task_type": "CAUSAL_LM"}
@@ -92,14 +133,42 @@ def test_smollm2_equals_base_at_step_0_and_generates_as_teacher_forced():
 
 def test_modules_and_fused_weights_that_cannot_be_adapted_are_refused(tiny_model):
     for family, options, message in (
-        ("mixtral", {"target_modules": ["q_proj", "gate_up_proj"]}, "gate_up_proj is a fused weight: name it in t"),
-        ("qwen3_moe", {"target_parameters": ["experts.gate_proj"]}, "no fused weight 'experts.gate_proj'"),
+        (
+            "mixtral",
+            {"target_modules": ["q_proj", "gate_up_proj"]},
+            "gate_up_proj is a fused weight: name it in t",
+        ),
+        (
+            "qwen3_moe",
+            {"target_parameters": ["experts.gate_proj"]},
+            "no fused weight 'experts.gate_proj'",
+        ),
         ("gpt_oss", {"target_parameters": FUSED, "routing": "token"}, "needs routing='prompt'"),
-        ("gpt_oss", {"target_parameters": FUSED, "layers_to_transform": [0]}, "full names instead of layers_to_t"),
-        ("gpt_oss", {"target_parameters": "experts.down_proj"}, "target_parameters: input should be a valid list"),
-        ("llama", {"target_parameters": ["extra.conv"]}, "extra.conv: is not a fused weight of MoE experts"),
-        ("llama", {"target_modules": ["codes"]}, "codes: weights of type torch.float8_e4m3fn are not supported"),
-        ("llama", {"r": 11}, r"layers\.0\.mlp\.gate_proj.*num_experts × r = 33.*lower num_experts or r"),
+        (
+            "gpt_oss",
+            {"target_parameters": FUSED, "layers_to_transform": [0]},
+            "full names instead of layers_to_t",
+        ),
+        (
+            "gpt_oss",
+            {"target_parameters": "experts.down_proj"},
+            "target_parameters: input should be a valid list",
+        ),
+        (
+            "llama",
+            {"target_parameters": ["extra.conv"]},
+            "extra.conv: is not a fused weight of MoE experts",
+        ),
+        (
+            "llama",
+            {"target_modules": ["codes"]},
+            "codes: weights of type torch.float8_e4m3fn are not supported",
+        ),
+        (
+            "llama",
+            {"r": 11},
+            r"layers\.0\.mlp\.gate_proj.*num_experts × r = 33.*lower num_experts or r",
+        ),
     ):
         model = tiny_model(family)
         model.extra = nn.ParameterDict({"conv": torch.zeros(2, 3, 4)})
@@ -118,11 +187,19 @@ def test_fused_experts_forward_generate_save_and_unload(tiny_model, tmp_path, fa
     model = adapted(tiny_model(family), target_parameters=FUSED)
     expected = logits(model)
     assert (expected - before).abs().max() > 0.5
-    alone = [logits(model, IDS[i : i + 1, -length:], MASK[i : i + 1, -length:]) for i, length in enumerate((6, 11, 9))]
+    alone = [
+        logits(model, IDS[i : i + 1, -length:], MASK[i : i + 1, -length:])
+        for i, length in enumerate((6, 11, 9))
+    ]
     torch.testing.assert_close(torch.cat(alone), expected, atol=2e-5, rtol=0)
     if family != "gpt_oss":  # its attention does not separate packed rows in transformers 5.24
-        packed = {"input_ids": IDS[MASK.bool()][None], "position_ids": (MASK.cumsum(dim=1) - 1)[MASK.bool()][None]}
-        torch.testing.assert_close(model(**packed, use_cache=False).logits[0].detach(), expected, atol=2e-5, rtol=0)
+        packed = {
+            "input_ids": IDS[MASK.bool()][None],
+            "position_ids": (MASK.cumsum(dim=1) - 1)[MASK.bool()][None],
+        }
+        torch.testing.assert_close(
+            model(**packed, use_cache=False).logits[0].detach(), expected, atol=2e-5, rtol=0
+        )
     assert torch.equal(helpers.generate(model, ids, mask), greedy_by_hand(model, ids, mask, 6))
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(family), tmp_path)), expected)
@@ -153,16 +230,24 @@ def test_adapted_model_equals_base_model_with_the_mixture_merged(tiny_model, fam
     assert family in MOE or (logits(plain, ids, mask) - expected).abs().max() > 0.5
     with torch.no_grad():
         for layer in layers(model):
-            base_layer(plain, layer.name).weight.add_(layer.get_delta_weight("default", gates[layer.name]))
+            base_layer(plain, layer.name).weight.add_(
+                layer.get_delta_weight("default", gates[layer.name])
+            )
     seen = {}
-    for name in ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts") if family in MOE else ():
-        plain.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args}))
+    for name in (
+        ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts") if family in MOE else ()
+    ):
+        plain.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: seen.update({name: args})
+        )
     torch.testing.assert_close(logits(plain, ids, mask), expected, atol=1e-3, rtol=1e-4)
     for name, (hidden, chosen, _) in seen.items():
         for index in range(5):
             reach = hidden[(chosen == index).any(dim=-1)]
             mean = reach.mean(dim=0) if len(reach) else torch.zeros(hidden.shape[1])
-            torch.testing.assert_close(read[f"{name}.gate_up_proj.{index}"], mean, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(
+                read[f"{name}.gate_up_proj.{index}"], mean, atol=1e-3, rtol=1e-3
+            )
 
 
 @pytest.mark.parametrize("family", MOE)
@@ -197,23 +282,37 @@ def test_gradients_of_fused_experts_equal_finite_differences(tiny_model, family)
 def test_fused_experts_train_with_regrouping_and_export_to_plain_lora(tiny_model, tmp_path, family):
     options = {"target_parameters": FUSED, "target_modules": ["q_proj"]}
     model = adapt(tiny_model(family), **options).train()
-    optimizer, regrouper = OrthogonalUpdates(model, lr=2e-3), Regrouper(model, total_steps=8, every=4)
-    batch = {"input_ids": IDS[:1, -5:], "labels": LABELS[:1, -5:]}  # so few tokens that some matrices receive none
-    losses = helpers.take_steps(optimizer, 8, lambda: model(**batch).loss, regrouper.after_backward, regrouper.step)
+    optimizer, regrouper = (
+        OrthogonalUpdates(model, lr=2e-3),
+        Regrouper(model, total_steps=8, every=4),
+    )
+    batch = {
+        "input_ids": IDS[:1, -5:],
+        "labels": LABELS[:1, -5:],
+    }  # so few tokens that some matrices receive none
+    losses = helpers.take_steps(
+        optimizer, 8, lambda: model(**batch).loss, regrouper.after_backward, regrouper.step
+    )
     assert losses[-1] < 0.8 * losses[0]
     assert regrouper.metrics["components_moved"] > 0
     assert all(p.isfinite().all() for p in model.parameters())
 
     model = adapted(tiny_model(family), **options)
-    gates = prompt_gates(model, {"one": [{"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}]})
+    gates = prompt_gates(
+        model, {"one": [{"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}]}
+    )
     assert gates.by_task["one"].shape == (3, 2 + 2 * 2 * 5, 3)
     fixed = {layer.name: torch.rand(3).tolist() for layer in layers(model)}
-    with changed_gates(adapted_layers(model), lambda one, own: torch.tensor(fixed[one.layer.name]).expand(3, 1, -1)):
+    with changed_gates(
+        adapted_layers(model), lambda one, own: torch.tensor(fixed[one.layer.name]).expand(3, 1, -1)
+    ):
         expected = logits(model)
     factors = mixture_factors(model, fixed)
     plain = model.unload()
     write_adapter(tmp_path, factors, plain, "base")
-    if Version(peft.__version__) >= Version("0.21"):  # older versions cannot load even PEFT's own LoRAs of these models
+    if Version(peft.__version__) >= Version(
+        "0.21"
+    ):  # older versions cannot load even PEFT's own LoRAs of these models
         loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path)
         torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
     merge(plain, factors)

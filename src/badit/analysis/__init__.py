@@ -16,22 +16,33 @@ import pandas as pd
 from badit.analysis.atlas import Prompts, ability_atlas
 from badit.analysis.gates import active_experts, prompt_gates
 from badit.analysis.interference import measure_interference
-from badit.analysis.learning import component_flow, expert_angles, held_out_angles, task_gap, transfer
+from badit.analysis.learning import (
+    component_flow,
+    expert_angles,
+    held_out_angles,
+    task_gap,
+    transfer,
+)
 from badit.analysis.tables import TABLES, save_frame
-from badit.checkpoint import checksums
+from badit.comparison.results import RESULTS
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_sources
-from badit.environment import environment, peak_memory
-from badit.errors import BaditError, explained
-from badit.files import exclusive, inside, read_json, refuse_links, write_json
-from badit.methods import build_method
-from badit.recipe import DataSection, Recipe, build_recipe
-from badit.results import RESULTS
-from badit.run import AnyPath, Run
-from badit.train import encoded, load_run, make_plan, task_fingerprints
+from badit.recipe.schema import DataSection, Recipe, build_recipe
+from badit.runs.folder import AnyPath, Run
+from badit.support.environment import environment, peak_memory
+from badit.support.errors import BaditError, explained
+from badit.support.files import exclusive, inside, read_json, refuse_links, write_json
+from badit.training.checkpoints import checksums
+from badit.training.fit import encoded, load_run, make_plan, task_fingerprints
+from badit.training.methods import build_method
 
 
 def analyze(
-    target: str, data: str | None, instances: int, output: AnyPath | None, progress: bool, trust_remote_code: bool
+    target: str,
+    data: str | None,
+    instances: int,
+    output: AnyPath | None,
+    progress: bool,
+    trust_remote_code: bool,
 ) -> Path:
     """Implements :func:`badit.analyze`. Returns the folder that contains ``analysis/`` with the tables.
 
@@ -39,7 +50,9 @@ def analyze(
     resumes with its first unfinished part.
     """
     if instances < 2:
-        raise BaditError(f"instances: must be at least 2, since gradients of two halves are compared; got {instances}")
+        raise BaditError(
+            f"instances: must be at least 2, since gradients of two halves are compared; got {instances}"
+        )
     folder = Path(target)
     is_run, is_comparison = (folder / "config.yaml").is_file(), (folder / RESULTS).is_file()
     output = Path(output or (folder if is_run or is_comparison else "runs/analysis"))
@@ -49,26 +62,38 @@ def analyze(
         if data is not None:
             raise BaditError(f"--data: not used with a comparison such as {target}; remove it")
         if not len(frame := task_gap(folder)):
-            raise BaditError(f"{target}: no method was trained on single tasks; list one in compare.single_task")
+            raise BaditError(
+                f"{target}: no method was trained on single tasks; list one in compare.single_task"
+            )
         save_frame(frame, output / "analysis")
         return output
     if is_run:
         recipe = Run(folder, trust_remote_code=trust_remote_code).trusted_recipe()
     elif data is None:
-        raise BaditError(f"{target}: not a run's folder; to analyze a base model, set its tasks with --data")
+        raise BaditError(
+            f"{target}: not a run's folder; to analyze a base model, set its tasks with --data"
+        )
     else:
         values = {"model": {"name": target}, "data": {"source": data}, "method": {"name": "base"}}
         recipe = build_recipe({**values, "output": str(output)})
     trained = build_method(recipe.method).trains
     section = recipe.data if data is None else DataSection(source=data)  # pyright: ignore[reportCallIssue]
-    tasks = make_plan(recipe).tasks if data is None and trained else load_sources(section.sources(), section.tasks)
+    tasks = (
+        make_plan(recipe).tasks
+        if data is None and trained
+        else load_sources(section.sources(), section.tasks)
+    )
     chosen = [(task, _chosen(task, instances, trained=trained)) for task in tasks]
     # The run's folder relative to the output folder, so that both can be moved together.
     measured = os.path.relpath(folder.resolve(), output.resolve()) if is_run else target
     settings = {"target": measured, "data": data, "instances": instances}
     weights = checksums(Run.at(folder).adapter_path if is_run else folder, "*safetensors*")
     settings |= {"weights": weights, "tasks": task_fingerprints(tasks)}
-    record = read_json(path) if path.is_file() else {"settings": settings, "environment": environment(), "parts": {}}
+    record = (
+        read_json(path)
+        if path.is_file()
+        else {"settings": settings, "environment": environment(), "parts": {}}
+    )
     others = f"it and {path.name}" if is_run else f"it, {path.name} and config.yaml"
     fix = f"delete {others} to measure again, or choose another --output"
     with explained(output / "analysis", action="resumed", fix=fix, any_error=True):
@@ -76,7 +101,11 @@ def analyze(
             problem = "belongs to another run, model or data, or to other settings"
             raise BaditError(f"{output / 'analysis'}: {problem}; {fix}")
         kept = {name for name in TABLES if (output / "analysis" / f"{name}.json").is_file()}
-        done = {part: about for part, about in record["parts"].items() if kept.issuperset(about["tables"])}
+        done = {
+            part: about
+            for part, about in record["parts"].items()
+            if kept.issuperset(about["tables"])
+        }
     if done.keys() >= {"interference", "experts", "learning"}:
         return output
     with exclusive(output):
@@ -97,11 +126,15 @@ def analyze(
     return output
 
 
-def _parts(recipe: Recipe, chosen: Prompts, progress: bool) -> dict[str, Callable[[], list[pd.DataFrame]]]:
+def _parts(
+    recipe: Recipe, chosen: Prompts, progress: bool
+) -> dict[str, Callable[[], list[pd.DataFrame]]]:
     """Loads the model and returns, by part, the function that measures the part's tables."""
     run = Run.at(recipe.output)
     model, tokenizer = load_run(run, recipe)
-    if not build_method(recipe.method).trains:  # so that the report finds a base model's recipe and environment
+    if not build_method(
+        recipe.method
+    ).trains:  # so that the report finds a base model's recipe and environment
         Run.prepare(recipe)
         if not run.environment_path.is_file():
             write_json(run.environment_path, environment())
@@ -124,13 +157,21 @@ def _parts(recipe: Recipe, chosen: Prompts, progress: bool) -> dict[str, Callabl
         "interference": lambda: measure_interference(model, one_by_one, gates, progress=progress),
         "experts": experts,
     }
-    if recipe.data.order is None or run.scores_path.is_file():  # otherwise measured once the run is scored
+    if (
+        recipe.data.order is None or run.scores_path.is_file()
+    ):  # otherwise measured once the run is scored
         parts["learning"] = lambda: [] if recipe.data.order is None else [transfer(run)]
     return parts
 
 
 def _chosen(task: Task, count: int, *, trained: bool) -> Sequence[Instance]:
-    for split in (task.validation, task.test, task.train) if trained else (task.train, task.validation, task.test):
+    for split in (
+        (task.validation, task.test, task.train)
+        if trained
+        else (task.train, task.validation, task.test)
+    ):
         if len(split) >= 2:
             return split[:count]
-    raise BaditError(f"data: task {task.name} has no split with at least 2 instances; add some or leave the task out")
+    raise BaditError(
+        f"data: task {task.name} has no split with at least 2 instances; add some or leave the task out"
+    )

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from badit.analysis.gates import PromptGates, active_experts, changed_gates, gates_frame
 from badit.analysis.tables import INDEX, TEXT, Column, Table
 from badit.data import Instance, Task
-from badit.evaluate import prompt_losses
+from badit.evaluation.scoring import prompt_losses
 from badit.tuner.model import TaskBatches
 
 _NEAREST = 5
@@ -56,7 +56,10 @@ ABILITIES = Table(
     "abilities",
     "expert",
     tasks=Column("the tasks with the largest mean gates; empty if no task stands out", TEXT),
-    hurt_most=Column("the tasks whose loss rises most with the expert disabled; empty if no task stands out", TEXT),
+    hurt_most=Column(
+        "the tasks whose loss rises most with the expert disabled; empty if no task stands out",
+        TEXT,
+    ),
     mean_gate="mean gate over tasks; 1 is neutral",
     spread="the largest of the tasks' mean gates minus the smallest",
     change="mean over tasks of the loss with the expert disabled minus the loss, in nats per token",
@@ -75,7 +78,12 @@ ABILITY_RECOVERY = Table(
 
 
 def ability_atlas(
-    model: Any, batches: TaskBatches, gates: PromptGates, prompts: Prompts, *, progress: bool = False
+    model: Any,
+    batches: TaskBatches,
+    gates: PromptGates,
+    prompts: Prompts,
+    *,
+    progress: bool = False,
 ) -> list[pd.DataFrame]:
     """Returns all tables of the atlas, from one forward pass over the batches and another for each disabled expert.
 
@@ -93,7 +101,13 @@ def ability_atlas(
         "expert started as a part of the pretrained weight, that part is removed too.",
     )
     summary = expert_abilities(gates, losses_TS[:, 1:] - losses_TS[:, :1], errors_TK)
-    frames = [gates_frame(gates), gate_similarity(gates), losses_frame, nearest_prompts(gates, prompts), summary]
+    frames = [
+        gates_frame(gates),
+        gate_similarity(gates),
+        losses_frame,
+        nearest_prompts(gates, prompts),
+        summary,
+    ]
     abilities = [task.abilities for task, _ in prompts]
     if len(abilities) > 1 and all(abilities):
         frames.append(ability_recovery(similarity(gates), abilities))
@@ -127,7 +141,9 @@ def nearest_prompts(gates: PromptGates, prompts: Prompts) -> pd.DataFrame:
         nearest = np.argsort(-scores_P, kind="stable")[:_NEAREST] if scores_P.any() else ()
         for rank, p in enumerate(nearest, start=1):
             task, instance = about[p]
-            rows.append((expert, rank, task, instance.id, scores_P[p], instance.input[:_SHOWN_CHARACTERS]))
+            rows.append(
+                (expert, rank, task, instance.id, scores_P[p], instance.input[:_SHOWN_CHARACTERS])
+            )
     return NEAREST_PROMPTS.frame(
         rows,
         f"The {_NEAREST} of {len(about)} prompts with the largest gates for each expert. A prompt's score is its "
@@ -139,18 +155,26 @@ def prompt_scores(gates: PromptGates) -> np.ndarray:
     """Returns scores (P, K) of all tasks' prompts: gates standardised over prompts, then averaged over modules."""
     gates_PMK = np.concatenate(list(gates.by_task.values())).astype(np.float64)
     deviation_PMK, std_MK = gates_PMK - gates_PMK.mean(axis=0), gates_PMK.std(axis=0)
-    return np.where(std_MK > _CONSTANT, deviation_PMK / np.fmax(std_MK, _CONSTANT), 0.0).mean(axis=1)
+    return np.where(std_MK > _CONSTANT, deviation_PMK / np.fmax(std_MK, _CONSTANT), 0.0).mean(
+        axis=1
+    )
 
 
-def expert_losses(model: Any, batches: TaskBatches, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def expert_losses(
+    model: Any, batches: TaskBatches, *, progress: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean losses of answer tokens with all experts and without each (T, S), and the changes' errors (T, K)."""
     experts = active_experts(model)
     estimates = []
-    for of_task in tqdm(batches.values(), desc="Experts", unit="task", disable=not progress, leave=False):
+    for of_task in tqdm(
+        batches.values(), desc="Experts", unit="task", disable=not progress, leave=False
+    ):
         passes = []
         for off in range(-1, experts[0].number):  # −1 disables no expert
             off_K = torch.arange(experts[0].number, device=model.device) == off
-            with changed_gates(experts, lambda one, gates, off_K=off_K: gates.masked_fill(off_K, 0.0)):
+            with changed_gates(
+                experts, lambda one, gates, off_K=off_K: gates.masked_fill(off_K, 0.0)
+            ):
                 passes.append(prompt_losses(model, of_task))
         sums_SP, counts_P = np.stack([sums_P for sums_P, _ in passes]), passes[0][1]
         tokens, prompts = counts_P.sum(), len(counts_P)
@@ -159,19 +183,33 @@ def expert_losses(model: Any, batches: TaskBatches, *, progress: bool = False) -
         residual_KP = sums_SP[1:] - sums_SP[0] - (loss_S[1:] - loss_S[0])[:, None] * counts_P
         squares_K = np.square(residual_KP).sum(axis=1)
         estimates.append((loss_S, np.sqrt(squares_K * prompts / max(1, prompts - 1)) / tokens))
-    return np.stack([loss_S for loss_S, _ in estimates]), np.stack([error_K for _, error_K in estimates])
+    return np.stack([loss_S for loss_S, _ in estimates]), np.stack(
+        [error_K for _, error_K in estimates]
+    )
 
 
-def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.ndarray) -> pd.DataFrame:
+def expert_abilities(
+    gates: PromptGates, change_TK: np.ndarray, error_TK: np.ndarray
+) -> pd.DataFrame:
     """Returns a summary of each expert from the gates, the changes of the loss without it and their standard errors."""
     rows, tasks = [], list(gates.by_task)
     for expert in range(change_TK.shape[1]):
-        gate_T, change_T, error_T = gates.means.mean(axis=1)[:, expert], change_TK[:, expert], error_TK[:, expert]
+        gate_T, change_T, error_T = (
+            gates.means.mean(axis=1)[:, expert],
+            change_TK[:, expert],
+            error_TK[:, expert],
+        )
         of_prompts = [gates_PMK.mean(axis=1)[:, expert] for gates_PMK in gates.by_task.values()]
-        gate_error_T = np.array([g_P.std(ddof=min(1, len(g_P) - 1)) / np.sqrt(len(g_P)) for g_P in of_prompts])
+        gate_error_T = np.array(
+            [g_P.std(ddof=min(1, len(g_P) - 1)) / np.sqrt(len(g_P)) for g_P in of_prompts]
+        )
         drawn = _standing_out(gate_T, gate_error_T) if np.ptp(gate_T) >= _LEAST_SPREAD else []
         mean, most = change_T.mean(), change_T.max()
-        hurt = _standing_out(change_T, error_T) if most >= _NO_CHANGE and most - mean > _LEAST_LEAD * mean else []
+        hurt = (
+            _standing_out(change_T, error_T)
+            if most >= _NO_CHANGE and most - mean > _LEAST_LEAD * mean
+            else []
+        )
         names = (", ".join(tasks[t] for t in named) for named in (drawn, hurt))
         rows.append((expert, *names, gate_T.mean(), np.ptp(gate_T), mean))
     about = "Summary of each expert over all modules. Mean gate and change of the loss are means over all tasks."
@@ -186,7 +224,9 @@ def _standing_out(value_T: np.ndarray, error_T: np.ndarray) -> list[int]:
     return [int(t) for t in first if value_T[t] > (mean + value_T[first[0]]) / 2]
 
 
-def ability_recovery(similarity_TT: np.ndarray, abilities: Sequence[Collection[str]]) -> pd.DataFrame:
+def ability_recovery(
+    similarity_TT: np.ndarray, abilities: Sequence[Collection[str]]
+) -> pd.DataFrame:
     """Returns how well gates agree with known abilities; p-values are Mantel's (1967), as pairs are not independent."""
     tasks, sets = np.arange(len(abilities)), [set(each) for each in abilities]
     overlap_TT = np.array([[len(a & b) / len(a | b) for b in sets] for a in sets])
@@ -194,14 +234,21 @@ def ability_recovery(similarity_TT: np.ndarray, abilities: Sequence[Collection[s
     order_RT = np.vstack([tasks, order_RT])
     first_E, second_E = np.triu_indices(len(tasks), k=1)
     overlap_RE = overlap_TT[order_RT[:, first_E], order_RT[:, second_E]]
-    correlation_R = _standardised(overlap_RE) @ _standardised(similarity_TT[first_E, second_E][None])[0]
+    correlation_R = (
+        _standardised(overlap_RE) @ _standardised(similarity_TT[first_E, second_E][None])[0]
+    )
     others_TT = np.where(np.eye(len(tasks), dtype=bool), -np.inf, similarity_TT)
     related_R = (overlap_TT > 0)[order_RT, order_RT[:, others_TT.argmax(axis=1)]].mean(axis=1)
     if np.isnan(others_TT).any():
         related_R = np.full(len(order_RT), np.nan)
     # Equal values may differ by rounding.
     rows = [
-        (name, v_R[0], v_R[1:].mean(), np.nan if np.isnan(v_R[0]) else (v_R >= v_R[0] - 1e-9).mean())
+        (
+            name,
+            v_R[0],
+            v_R[1:].mean(),
+            np.nan if np.isnan(v_R[0]) else (v_R >= v_R[0] - 1e-9).mean(),
+        )
         for name, v_R in (("correlation", correlation_R), ("nearest_neighbour", related_R))
     ]
     return ABILITY_RECOVERY.frame(

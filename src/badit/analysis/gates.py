@@ -23,19 +23,21 @@ from torch import nn
 
 from badit.analysis.tables import Table, layer_and_module
 from badit.data import AnswerCollator, Task, batches_by_task
-from badit.errors import BaditError, nearest
-from badit.files import is_number, read_json, refuse_links, write_json
 from badit.method import prompt_mean
-from badit.recipe import Recipe
-from badit.run import RECORD, Run
-from badit.train import encoded, model_dtype, model_fingerprint, task_fingerprints
-from badit.trainer import answer_losses
+from badit.recipe.schema import Recipe
+from badit.runs.folder import RECORD, Run
+from badit.support.errors import BaditError, nearest
+from badit.support.files import is_number, read_json, refuse_links, write_json
+from badit.training.fit import encoded, model_dtype, model_fingerprint, task_fingerprints
+from badit.training.trainer import answer_losses
 from badit.tuner.layer import ExpertLinear
 from badit.tuner.model import TaskBatches
 from badit.tuner.prompt import before_first_label
 
 GATES_FILE = "gates.json"  # the fixed gates, in the folder of an export
-PROMPTS_PER_TASK = 32  # for the mean gates; gates vary little within a task, so few training prompts are enough
+PROMPTS_PER_TASK = (
+    32  # for the mean gates; gates vary little within a task, so few training prompts are enough
+)
 _BATCH_SIZE = 8
 
 #: Maps a module's name to the gates of its K experts as used in the forward pass, not divided by their mean.
@@ -82,16 +84,22 @@ def active_experts(model: nn.Module) -> list[Experts]:
     """Returns the layers of the active adapter with several experts; BaditError if several such adapters are active."""
     found = [one for one in adapted_layers(model) if one.number > 1]
     if len({one.adapter for one in found}) > 1:
-        raise BaditError("model: several adapters are active; activate only one with model.set_adapter(NAME)")
+        raise BaditError(
+            "model: several adapters are active; activate only one with model.set_adapter(NAME)"
+        )
     return found
 
 
 @contextmanager
-def changed_gates(experts: Sequence[Experts], change: Callable[..., torch.Tensor]) -> Iterator[None]:
+def changed_gates(
+    experts: Sequence[Experts], change: Callable[..., torch.Tensor]
+) -> Iterator[None]:
     """Context manager in which ``change`` replaces the gates (B, 1 or T, K) of every layer."""
     try:
         for one in experts:  # the instance attribute shadows the class's method
-            vars(one.layer)["gates"] = lambda adapter, x, one=one, own=one.layer.gates: change(one, own(adapter, x))
+            vars(one.layer)["gates"] = lambda adapter, x, one=one, own=one.layer.gates: change(
+                one, own(adapter, x)
+            )
         yield
     finally:
         for one in experts:
@@ -115,7 +123,9 @@ def mean_gates(model: Any, of_task: Iterable[Any]) -> Gates:
 
 
 @torch.no_grad()
-def _gates_of_prompts(model: Any, experts: Sequence[Experts], of_task: Iterable[Any]) -> dict[str, torch.Tensor]:
+def _gates_of_prompts(
+    model: Any, experts: Sequence[Experts], of_task: Iterable[Any]
+) -> dict[str, torch.Tensor]:
     """Returns the gates (P, K) of each layer by its name: means over each prompt's positions, on the CPU."""
     kept: dict[str, list[torch.Tensor]] = {one.layer.name: [] for one in experts}
     prompt_BT = torch.empty(0)  # prompt mask of the current batch
@@ -125,7 +135,9 @@ def _gates_of_prompts(model: Any, experts: Sequence[Experts], of_task: Iterable[
         by_row = gates.unflatten(0, prompt_BT.shape) if gates.ndim == 2 else gates
         if by_row.shape[1] not in (1, prompt_BT.shape[1]):
             problem = "does not see every position, so its gates cannot be measured"
-            raise BaditError(f"{one.layer.name}: {problem}; leave it out of target_modules, or use export --gates")
+            raise BaditError(
+                f"{one.layer.name}: {problem}; leave it out of target_modules, or use export --gates"
+            )
         gates_BTK = by_row.float().expand(*prompt_BT.shape, -1)
         kept[one.layer.name].append(prompt_mean(gates_BTK, prompt_BT.to(gates.device)).cpu())
         return gates
@@ -147,7 +159,10 @@ def gates_frame(gates: PromptGates) -> pd.DataFrame:
     """Returns each task's gates in each module: mean and standard deviation over its prompts."""
     each = span([len(gates_PMK) for gates_PMK in gates.by_task.values()])
     # A single prompt has no standard deviation.
-    stds = [g.std(axis=0, ddof=1) if len(g) > 1 else np.full_like(g[0], np.nan) for g in gates.by_task.values()]
+    stds = [
+        g.std(axis=0, ddof=1) if len(g) > 1 else np.full_like(g[0], np.nan)
+        for g in gates.by_task.values()
+    ]
     places = product(gates.by_task, gates.modules, range(gates.means.shape[-1]))
     numbers = zip(places, gates.means.ravel(), np.ravel(stds), strict=True)
     return GATES.frame(
@@ -158,24 +173,45 @@ def gates_frame(gates: PromptGates) -> pd.DataFrame:
 
 
 def task_gates(
-    run: Run, model: Any, tokenizer: Any, recipe: Recipe, tasks: Mapping[str, Task], names: Sequence[str]
+    run: Run,
+    model: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    tasks: Mapping[str, Task],
+    names: Sequence[str],
 ) -> Iterator[tuple[str, Gates]]:
     """Yields each named task with its mean gates over its first training prompts, cached in ``gates.json``."""
-    depends = {"model": model_fingerprint(model), "dtype": model_dtype(recipe), "prompt": recipe.prompt.model_dump()}
+    depends = {
+        "model": model_fingerprint(model),
+        "dtype": model_dtype(recipe),
+        "prompt": recipe.prompt.model_dump(),
+    }
     depends |= {"prompts_per_task": PROMPTS_PER_TASK, **task_fingerprints(list(tasks.values()))}
     by_task: dict[str, Gates] = {}
-    with suppress(BaditError, KeyError, TypeError, AttributeError):  # the cache does not exist or is damaged
+    with suppress(
+        BaditError, KeyError, TypeError, AttributeError
+    ):  # the cache does not exist or is damaged
         kept = read_json(run.gates_path)
         if kept["depends_on"] == depends:
-            by_task = {name: _checked_gates(gates, run.gates_path, model) for name, gates in kept["tasks"].items()}
+            by_task = {
+                name: _checked_gates(gates, run.gates_path, model)
+                for name, gates in kept["tasks"].items()
+            }
     collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
-    written, last = len(by_task), next((name for name in reversed(names) if name not in by_task), None)
+    written, last = (
+        len(by_task),
+        next((name for name in reversed(names) if name not in by_task), None),
+    )
     for name in names:
         if name not in by_task:
             pairs = [(tasks[name], instance) for instance in tasks[name].train[:PROMPTS_PER_TASK]]
-            batches = batches_by_task(encoded(tokenizer, recipe, pairs, model), collate, _BATCH_SIZE)
+            batches = batches_by_task(
+                encoded(tokenizer, recipe, pairs, model), collate, _BATCH_SIZE
+            )
             by_task[name] = mean_gates(model, batches[name])
-            if name == last or len(by_task) > 1.2 * written:  # ever fewer times, since the file grows with the tasks
+            if (
+                name == last or len(by_task) > 1.2 * written
+            ):  # ever fewer times, since the file grows with the tasks
                 written = len(by_task)
                 with suppress(BaditError):  # the run's folder may be read-only
                     write_json(run.gates_path, {"depends_on": depends, "tasks": by_task})
@@ -191,11 +227,18 @@ def read_gates(path: Path, model: PeftModel) -> Gates:
 
 def _checked_gates(content: Mapping[str, Any], path: Path, model: PeftModel) -> Gates:
     # Not Experts.number: a method with a branch for each task has one expert, and a gate for each branch.
-    experts = {one.layer.name: int(one.layer.expert_of(one.adapter).max()) + 1 for one in adapted_layers(model)}
+    experts = {
+        one.layer.name: int(one.layer.expert_of(one.adapter).max()) + 1
+        for one in adapted_layers(model)
+    }
     for name in (*content, *experts):
         gates, number = content.get(name), experts.get(name)
         if number is None:
-            raise BaditError(f"{path}: {name}: not a module that the run adapts{nearest(name, experts)}")
+            raise BaditError(
+                f"{path}: {name}: not a module that the run adapts{nearest(name, experts)}"
+            )
         if not isinstance(gates, list) or len(gates) != number or not all(map(is_number, gates)):
-            raise BaditError(f"{path}: {name}: must be a list of {number} numbers, one gate per expert")
+            raise BaditError(
+                f"{path}: {name}: must be a list of {number} numbers, one gate per expert"
+            )
     return content

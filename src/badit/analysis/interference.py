@@ -38,17 +38,21 @@ from transformers.pytorch_utils import Conv1D
 from badit.analysis.gates import PromptGates, span
 from badit.analysis.tables import COUNT, INDEX, SHARED, Column, Table, layer_and_module
 from badit.baselines.neurons import top_neurons
-from badit.errors import BaditError
-from badit.trainer import answer_losses
+from badit.support.errors import BaditError
+from badit.training.trainer import answer_losses
 from badit.tuner.model import TaskBatches
 from badit.tuner.targets import PROJECTIONS, default_targets, is_quantised
 
-SKETCH_SIZE = 16384  # of each parameter's gradient; a cosine has a standard error of at most 1 / √SKETCH_SIZE
+SKETCH_SIZE = (
+    16384  # of each parameter's gradient; a cosine has a standard error of at most 1 / √SKETCH_SIZE
+)
 SHARE = 0.1  # of a layer's units: a task marks the strongest
 MOST_PAIRS = 1_000_000  # rows of the table gradient_pairs, about 60 MB
 
 Marks = Mapping[int, np.ndarray]  # by layer, which tasks mark its units, (T, U)
-Place = tuple[str, int, str]  # "weights" or "adapter", the layer, the module's name within the layer
+Place = tuple[
+    str, int, str
+]  # "weights" or "adapter", the layer, the module's name within the layer
 
 GRADIENT_PAIRS = Table("gradient_pairs", "task_a task_b layer module cosine magnitude_similarity")
 GRADIENT_OVERALL = Table(
@@ -94,7 +98,11 @@ COACTIVATION_PAIRS = Table(
 
 
 def measure_interference(
-    model: nn.Module, batches: TaskBatches, gates: PromptGates | None = None, *, progress: bool = False
+    model: nn.Module,
+    batches: TaskBatches,
+    gates: PromptGates | None = None,
+    *,
+    progress: bool = False,
 ) -> list[pd.DataFrame]:
     """Returns the gradient tables and the co-activation tables of "neurons", "parameters" and, with gates, "experts".
 
@@ -109,7 +117,9 @@ def measure_interference(
 
     def add(layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         sum_U = output.detach().flatten(0, -2).sum(dim=0, dtype=torch.float32)
-        outputs_TU.setdefault(layer, sum_U.new_zeros(len(tasks), len(sum_U)))[gradients.row // 2] += sum_U
+        outputs_TU.setdefault(layer, sum_U.new_zeros(len(tasks), len(sum_U)))[
+            gradients.row // 2
+        ] += sum_U
 
     with ExitStack() as hooks, torch.enable_grad():
         gradients = TaskGradients(model, sizes, SKETCH_SIZE, hooks)
@@ -121,12 +131,20 @@ def measure_interference(
                 gradients.row = 2 * number + index % 2
                 losses_L, _, _ = answer_losses(model, send_to_device(instance, parameter.device))
                 if not torch.isfinite(losses_L.mean()):
-                    reason = "the dtype may overflow: use float32" if len(losses_L) else "no answer tokens: remove it"
-                    raise BaditError(f"task {task}, instance {index}: the loss is not finite; {reason}")
+                    reason = (
+                        "the dtype may overflow: use float32"
+                        if len(losses_L)
+                        else "no answer tokens: remove it"
+                    )
+                    raise BaditError(
+                        f"task {task}, instance {index}: the loss is not finite; {reason}"
+                    )
                 losses_L.mean().backward()
                 positions_T[number] += instance["input_ids"].numel()
                 bar.update()
-    neurons = {layer: outputs_TU[layer].cpu() / positions_T[:, None] for layer in sorted(outputs_TU)}
+    neurons = {
+        layer: outputs_TU[layer].cpu() / positions_T[:, None] for layer in sorted(outputs_TU)
+    }
     marked = {"neurons": _strongest(neurons), "parameters": _strongest(gradients.row_scores())}
     data = f"Measured on {len(sizes)} tasks with {span(sizes)} instances each."
     about_gradients = (
@@ -143,7 +161,10 @@ def measure_interference(
     if gates is not None:
         marked["experts"] = marked_experts(gates)
         about_units += " Experts: those whose mean gate over a task's prompts is above neutral."
-    return [*gradient_frames(tasks, gradients, about_gradients), *coactivation(tasks, marked, about_units)]
+    return [
+        *gradient_frames(tasks, gradients, about_gradients),
+        *coactivation(tasks, marked, about_units),
+    ]
 
 
 def _first_projections(model: nn.Module) -> list[nn.Module]:
@@ -152,7 +173,11 @@ def _first_projections(model: nn.Module) -> list[nn.Module]:
     found = []
     for name, module in model.named_modules():
         layer, below = layer_and_module(name)
-        if layer >= 0 and names & {name, below.rpartition(".")[2]} and not name.endswith(".base_layer"):
+        if (
+            layer >= 0
+            and names & {name, below.rpartition(".")[2]}
+            and not name.endswith(".base_layer")
+        ):
             found.append((layer, module))
     config: Any = model.config
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
@@ -165,7 +190,9 @@ def _first_projections(model: nn.Module) -> list[nn.Module]:
 
 def _strongest(scores: Mapping[int, torch.Tensor]) -> Marks:
     def marks(scores_TU: torch.Tensor) -> np.ndarray:
-        return torch.stack([top_neurons({"units": scores_U}, SHARE)["units"] for scores_U in scores_TU]).numpy()
+        return torch.stack(
+            [top_neurons({"units": scores_U}, SHARE)["units"] for scores_U in scores_TU]
+        ).numpy()
 
     return {layer: marks(scores_TU) for layer, scores_TU in scores.items()}
 
@@ -178,7 +205,9 @@ def marked_experts(gates: PromptGates) -> Marks:
     return {layer: of_layer.reshape(len(of_layer), -1) for layer, of_layer in by_layer.items()}
 
 
-def coactivation(tasks: Sequence[str], marked: Mapping[str, Marks], about: str) -> list[pd.DataFrame]:
+def coactivation(
+    tasks: Sequence[str], marked: Mapping[str, Marks], about: str
+) -> list[pd.DataFrame]:
     """Returns the tables coactivation, coactivation_tasks and coactivation_pairs, from the marks by kind of unit."""
     counts, by_task, pairs = [], [], []
     order = sorted(range(len(tasks)), key=tasks.__getitem__)
@@ -188,20 +217,37 @@ def coactivation(tasks: Sequence[str], marked: Mapping[str, Marks], about: str) 
         # Marked units, and units that two tasks mark, observed and by chance.
         total_T, both_2TT = np.zeros(len(tasks)), np.zeros((2, len(tasks), len(tasks)))
         for layer, marked_TU in layers.items():
-            tasks_U, sizes_T, units = marked_TU.sum(axis=0), marked_TU.sum(axis=1), marked_TU.shape[1]
+            tasks_U, sizes_T, units = (
+                marked_TU.sum(axis=0),
+                marked_TU.sum(axis=1),
+                marked_TU.shape[1],
+            )
             shares = np.bincount(tasks_U, minlength=len(tasks) + 1) / units
             chances = np.ones(1)  # probabilities of 0, 1, …, T marks
             for size in sizes_T:
                 chances = np.convolve(chances, [1 - size / units, size / units])
-            counts += [(kind, layer, k, *row) for k, row in enumerate(zip(shares, chances, strict=True))]
-            exclusive_T, universal = (marked_TU & (tasks_U == 1)).sum(axis=1), (tasks_U == len(tasks)).sum()
+            counts += [
+                (kind, layer, k, *row) for k, row in enumerate(zip(shares, chances, strict=True))
+            ]
+            exclusive_T, universal = (
+                (marked_TU & (tasks_U == 1)).sum(axis=1),
+                (tasks_U == len(tasks)).sum(),
+            )
             of_tasks = zip(tasks, sizes_T, exclusive_T, strict=True)
-            by_task += [(kind, task, layer, size, exclusive, universal) for task, size, exclusive in of_tasks]
+            by_task += [
+                (kind, task, layer, size, exclusive, universal)
+                for task, size, exclusive in of_tasks
+            ]
             total_T += sizes_T
-            both_2TT += np.stack([marked_TU.astype(float) @ marked_TU.T, np.outer(sizes_T, sizes_T) / units])
+            both_2TT += np.stack(
+                [marked_TU.astype(float) @ marked_TU.T, np.outer(sizes_T, sizes_T) / units]
+            )
         with np.errstate(invalid="ignore"):  # NaN where neither task marks a unit
             overlap_TT, chance_TT = both_2TT / (total_T[:, None] + total_T - both_2TT)
-        pairs += [(kind, tasks[a], tasks[b], overlap_TT[a, b], chance_TT[a, b]) for a, b in combinations(order, 2)]
+        pairs += [
+            (kind, tasks[a], tasks[b], overlap_TT[a, b], chance_TT[a, b])
+            for a, b in combinations(order, 2)
+        ]
     rows = {COACTIVATION: counts, COACTIVATION_TASKS: by_task, COACTIVATION_PAIRS: pairs}
     return [table.frame(of_table, about) for table, of_table in rows.items()]
 
@@ -217,7 +263,11 @@ def measured_parameters(model: nn.Module) -> Iterator[tuple[Place, nn.Parameter,
         layer, below = layer_and_module(name)
         of_adapter = own != "" and own in name
         # A quantised weight has no gradient.
-        if layer >= 0 and isinstance(module, (nn.Linear, Conv1D)) and not (of_adapter or is_quantised(module)):
+        if (
+            layer >= 0
+            and isinstance(module, (nn.Linear, Conv1D))
+            and not (of_adapter or is_quantised(module))
+        ):
             weight: Any = module.weight
             yield ("weights", layer, below), weight, 0 if isinstance(module, Conv1D) else 1
     for name, parameter in model.named_parameters() if own else ():
@@ -233,15 +283,22 @@ class TaskGradients:
     half-task ``row``. ``instances`` is each task's number of instances, which alternate between its two halves.
     """
 
-    def __init__(self, model: nn.Module, instances: Sequence[int], sketch_size: int, hooks: ExitStack) -> None:
-        self.counts_T2 = torch.tensor([[n - n // 2, n // 2] for n in instances], dtype=torch.float64)
+    def __init__(
+        self, model: nn.Module, instances: Sequence[int], sketch_size: int, hooks: ExitStack
+    ) -> None:
+        self.counts_T2 = torch.tensor(
+            [[n - n // 2, n // 2] for n in instances], dtype=torch.float64
+        )
         self.row = 0
         self.sketches: dict[Place, list[SketchedSums]] = {}
         self._squares: dict[int, list[torch.Tensor]] = {}  # by layer, (T, U) of each weight
         generator = torch.Generator().manual_seed(0)
         model.requires_grad_(False)
         for place, p, in_dim in measured_parameters(model):
-            sketch, squares_TU = SketchedSums(p.numel(), 2 * len(instances), sketch_size, generator, p.device), None
+            sketch, squares_TU = (
+                SketchedSums(p.numel(), 2 * len(instances), sketch_size, generator, p.device),
+                None,
+            )
             self.sketches.setdefault(place, []).append(sketch)
             if in_dim is not None:
                 squares_TU = torch.zeros(len(instances), p.shape[1 - in_dim], device=p.device)
@@ -250,7 +307,9 @@ class TaskGradients:
             hooks.callback(p.requires_grad_(True).register_post_accumulate_grad_hook(take).remove)
 
     @torch.no_grad()
-    def _take(self, sketch: "SketchedSums", squares_TU: Any, in_dim: int | None, parameter: torch.Tensor) -> None:
+    def _take(
+        self, sketch: "SketchedSums", squares_TU: Any, in_dim: int | None, parameter: torch.Tensor
+    ) -> None:
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad.float(), None
         sketch.add(self.row, gradient.flatten())
@@ -259,10 +318,17 @@ class TaskGradients:
 
     def grams(self) -> tuple[list[Place], torch.Tensor]:
         """Returns the places that have a gradient, weights first, and the half-tasks' inner products (P, R, R)."""
-        grams: dict[Place, Any] = {place: sum(each.gram() for each in self.sketches[place]) for place in self.sketches}
-        places = sorted((place for place in grams if grams[place].any()), key=lambda p: (p[0] != "weights", p[1]))
+        grams: dict[Place, Any] = {
+            place: sum(each.gram() for each in self.sketches[place]) for place in self.sketches
+        }
+        places = sorted(
+            (place for place in grams if grams[place].any()),
+            key=lambda p: (p[0] != "weights", p[1]),
+        )
         if not places:
-            raise BaditError("model: no weights with a gradient; load it without quantisation or with an adapter")
+            raise BaditError(
+                "model: no weights with a gradient; load it without quantisation or with an adapter"
+            )
         gram_PRR = torch.stack([grams[place] for place in places])
         if not gram_PRR.isfinite().all():
             raise BaditError("model.dtype: the gradients are not finite; use bfloat16 or float32")
@@ -271,28 +337,43 @@ class TaskGradients:
     def row_scores(self) -> dict[int, torch.Tensor]:
         """Returns, by layer, the mean squared gradient of each row of its weights over each task's instances (T, U)."""
         counts_T1 = self.counts_T2.sum(dim=1, keepdim=True).float()
-        return {layer: torch.cat(self._squares[layer], dim=1).cpu() / counts_T1 for layer in sorted(self._squares)}
+        return {
+            layer: torch.cat(self._squares[layer], dim=1).cpu() / counts_T1
+            for layer in sorted(self._squares)
+        }
 
 
 class SketchedSums:
     """Sums of vectors (N = length), each a sketch of at most M = size numbers. If N is at most M, they are exact."""
 
-    def __init__(self, length: int, sums: int, size: int, generator: torch.Generator, device: Any = None) -> None:
+    def __init__(
+        self, length: int, sums: int, size: int, generator: torch.Generator, device: Any = None
+    ) -> None:
         self.sums_RM = torch.zeros(sums, min(length, size), device=device)
-        self._shifts, self._run_signs, self._signs_M = [0], [1], torch.ones_like(self.sums_RM[0])  # exact
+        self._shifts, self._run_signs, self._signs_M = (
+            [0],
+            [1],
+            torch.ones_like(self.sums_RM[0]),
+        )  # exact
         if length > size:
             runs = -(-length // size)
             # The shifts repeat after M runs, which are 268 million coordinates for M = 16384.
-            self._shifts = torch.randperm(size, generator=generator).repeat(-(-runs // size))[:runs].tolist()
+            self._shifts = (
+                torch.randperm(size, generator=generator).repeat(-(-runs // size))[:runs].tolist()
+            )
             self._run_signs = (2 * torch.randint(2, (runs,), generator=generator) - 1).tolist()
-            self._signs_M = (2 * torch.randint(2, (size,), generator=generator) - 1).to(self.sums_RM)
+            self._signs_M = (2 * torch.randint(2, (size,), generator=generator) - 1).to(
+                self.sums_RM
+            )
 
     def add(self, index: int, vector_N: torch.Tensor) -> None:
         """Adds a float32 vector to the sum with this index."""
         # 2 M buckets, so that a shifted run is contiguous. Then the second half is added to the first.
         size = len(self._signs_M)
         buckets = self._signs_M.new_zeros(2 * size)
-        for run, shift, sign in zip(vector_N.split(size), self._shifts, self._run_signs, strict=True):
+        for run, shift, sign in zip(
+            vector_N.split(size), self._shifts, self._run_signs, strict=True
+        ):
             buckets[shift : shift + len(run)].addcmul_(run, self._signs_M[: len(run)], value=sign)
         self.sums_RM[index] += buckets[:size] + buckets[size:]
 
@@ -332,7 +413,9 @@ def agreement(
     return of_pairs, {"norm": norm_PT, "reliability": reliability_PT.clamp(-1, 1)}
 
 
-def gradient_frames(tasks: Sequence[str], gradients: TaskGradients, about: str) -> list[pd.DataFrame]:
+def gradient_frames(
+    tasks: Sequence[str], gradients: TaskGradients, about: str
+) -> list[pd.DataFrame]:
     """Returns gradient_overall, gradient_summary, gradient_tasks, and gradient_pairs up to ``MOST_PAIRS`` rows."""
     order = sorted(range(len(tasks)), key=tasks.__getitem__)
     pairs_2E = torch.tensor(order)[torch.triu_indices(len(order), len(order), offset=1)]
@@ -342,11 +425,15 @@ def gradient_frames(tasks: Sequence[str], gradients: TaskGradients, about: str) 
     places = pd.DataFrame(found, columns=["parameters", "layer", "module"])
     kinds = pd.DataFrame({"parameters": places["parameters"].unique()})
     # Inner products of whole gradients are sums over the places.
-    of_kind = [gram_PRR[(places["parameters"] == kind).tolist()].sum(dim=0) for kind in kinds["parameters"]]
+    of_kind = [
+        gram_PRR[(places["parameters"] == kind).tolist()].sum(dim=0) for kind in kinds["parameters"]
+    ]
     pairs_by_place, tasks_by_place = agreement(gram_PRR, gradients.counts_T2, pairs_2E)
     pairs_by_kind, tasks_by_kind = agreement(torch.stack(of_kind), gradients.counts_T2, pairs_2E)
 
-    def crossed(rows: pd.DataFrame, columns: pd.DataFrame, values: Mapping[str, torch.Tensor]) -> pd.DataFrame:
+    def crossed(
+        rows: pd.DataFrame, columns: pd.DataFrame, values: Mapping[str, torch.Tensor]
+    ) -> pd.DataFrame:
         flat = {name: each.flatten().numpy() for name, each in values.items()}
         return rows.merge(columns, how="cross").assign(**flat)
 
@@ -359,7 +446,9 @@ def gradient_frames(tasks: Sequence[str], gradients: TaskGradients, about: str) 
     }
     frames = {
         GRADIENT_OVERALL: crossed(kinds, pairs, pairs_by_kind),
-        GRADIENT_SUMMARY: places.assign(**{name: each.nanmean(dim=1).numpy() for name, each in means.items()}),
+        GRADIENT_SUMMARY: places.assign(
+            **{name: each.nanmean(dim=1).numpy() for name, each in means.items()}
+        ),
         GRADIENT_TASKS: crossed(kinds, single, tasks_by_kind),
     }
     if (rows := len(places) * len(pairs)) <= MOST_PAIRS:

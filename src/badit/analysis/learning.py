@@ -22,18 +22,22 @@ from tqdm import tqdm
 
 from badit.analysis.gates import active_experts
 from badit.analysis.tables import COUNT, EXPERT, INDEX, TEXT, Column, Table, layer_and_module
-from badit.errors import BaditError, explained
+from badit.comparison.results import SINGLE_TASK, load_results, paired
+from badit.evaluation.scores import read_scores
 from badit.method import ExpertAngles, cosine_gram
 from badit.method import expert_angles as angles_of
-from badit.results import SINGLE_TASK, load_results, paired, read_scores
-from badit.run import AnyPath, Run
-from badit.trainer import answer_losses
+from badit.runs.folder import AnyPath, Run
+from badit.support.errors import BaditError, explained
+from badit.training.trainer import answer_losses
 from badit.tuner.model import TaskBatches
 
 EXPERT_ANGLES = Table(
     "expert_angles",
     "step layer module",
-    step=Column("step of the regrouping or of the log line; the last step for held-out; null if unknown", COUNT),
+    step=Column(
+        "step of the regrouping or of the log line; the last step for held-out; null if unknown",
+        COUNT,
+    ),
     measured=Column(
         "before or after: the grouping before or after this step's regrouping, on the following steps; training: a "
         "method without regrouping; held-out: the trained adapter on data that it was not trained on",
@@ -50,7 +54,10 @@ COMPONENT_FLOW = Table(
     step=Column("step of the regrouping", INDEX),
     from_expert=Column("the expert before, counted from 0", EXPERT),
     to_expert=Column("the expert after, counted from 0", EXPERT),
-    components=Column("number of components that moved from from_expert to to_expert; rows with 0 are omitted", COUNT),
+    components=Column(
+        "number of components that moved from from_expert to to_expert; rows with 0 are omitted",
+        COUNT,
+    ),
 )
 TRANSFER = Table(
     "transfer",
@@ -72,10 +79,15 @@ _FIX = "delete the file to skip it"
 
 def _logged(run: Run, path: Path) -> Iterator[tuple[tuple, dict[str, Any]]]:
     for line in run.log(path):
-        yield (line["step"], *layer_and_module(line["module"].rpartition(".")[0])), line  # without the adapter's name
+        yield (
+            (line["step"], *layer_and_module(line["module"].rpartition(".")[0])),
+            line,
+        )  # without the adapter's name
 
 
-def expert_angles(run: Run, held_out: Mapping[tuple[int, str], Sequence[float | None]] | None = None) -> pd.DataFrame:
+def expert_angles(
+    run: Run, held_out: Mapping[tuple[int, str], Sequence[float | None]] | None = None
+) -> pd.DataFrame:
     """Returns the angles that the run logged, and those of the trained adapter on held-out data if given."""
     regroups = any(True for _ in run.log(run.regroupings_path))
     path = run.regroupings_path if regroups else run.angles_path
@@ -90,9 +102,17 @@ def expert_angles(run: Run, held_out: Mapping[tuple[int, str], Sequence[float | 
         for place, line in _logged(run, path):
             for measured, prefix in prefixes.items():
                 # An angle is missing if no step followed the regrouping, and null if there was no pair.
-                rows.append((*place, measured, *(line.get(prefix + field) for field in ExpertAngles._fields)))
+                rows.append(
+                    (
+                        *place,
+                        measured,
+                        *(line.get(prefix + field) for field in ExpertAngles._fields),
+                    )
+                )
         rows += [(step, *place, "held-out", *angles) for place, angles in (held_out or {}).items()]
-        return EXPERT_ANGLES.checked([row for row in rows if any(angle is not None for angle in row[4:])], about)
+        return EXPERT_ANGLES.checked(
+            [row for row in rows if any(angle is not None for angle in row[4:])], about
+        )
 
 
 def component_flow(run: Run) -> pd.DataFrame:
@@ -107,20 +127,30 @@ def component_flow(run: Run) -> pd.DataFrame:
 
 
 @torch.enable_grad()
-def held_out_angles(model: Any, batches: TaskBatches, *, progress: bool = False) -> dict[tuple[int, str], list]:
+def held_out_angles(
+    model: Any, batches: TaskBatches, *, progress: bool = False
+) -> dict[tuple[int, str], list]:
     """Returns, for each module whose experts do not share A, the angles between their gradients over all batches.
 
     Afterwards, only these experts' A and B require a gradient.
     """
-    experts = [one for one in active_experts(model) if not one.layer.badit_config[one.adapter].shares_A]
+    experts = [
+        one for one in active_experts(model) if not one.layer.badit_config[one.adapter].shares_A
+    ]
     everything = [batch for of_task in batches.values() for batch in of_task if experts]
-    parameters = [p for one in experts for p in (one.layer.badit_A[one.adapter], one.layer.badit_B[one.adapter])]
+    parameters = [
+        p
+        for one in experts
+        for p in (one.layer.badit_A[one.adapter], one.layer.badit_B[one.adapter])
+    ]
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
     model.requires_grad_(False)
     nn.ParameterList(parameters).requires_grad_(True)
     for batch in tqdm(everything, desc="Angles", unit="batch", disable=not progress, leave=False):
         losses_L, _, _ = answer_losses(model, send_to_device(batch, model.device))
-        for total, gradient in zip(sums, torch.autograd.grad(losses_L.sum(), parameters), strict=True):
+        for total, gradient in zip(
+            sums, torch.autograd.grad(losses_L.sum(), parameters), strict=True
+        ):
             total += gradient
     angles = {}
     for one, grad_A_NI, grad_B_ON in zip(experts, sums[::2], sums[1::2], strict=True):
@@ -135,10 +165,16 @@ def transfer(run: Run) -> pd.DataFrame:
     scores = read_scores(run.scores_path)
     order, matrix = scores.get("order") or [], scores.get("matrix") or []
     if {len(matrix), *map(len, matrix)} != {len(order)}:
-        raise BaditError(f"{run.scores_path}: matrix: needs a row and a column per task of order; score the run again")
+        raise BaditError(
+            f"{run.scores_path}: matrix: needs a row and a column per task of order; score the run again"
+        )
     places = product(enumerate(order, start=1), order)
-    rows = [(*stage, task, score) for (stage, task), score in zip(places, chain(*matrix), strict=True)]
-    return TRANSFER.frame(rows, "Rouge-L on every task after each stage of a run that learns its tasks in sequence.")
+    rows = [
+        (*stage, task, score) for (stage, task), score in zip(places, chain(*matrix), strict=True)
+    ]
+    return TRANSFER.frame(
+        rows, "Rouge-L on every task after each stage of a run that learns its tasks in sequence."
+    )
 
 
 def task_gap(path: AnyPath) -> pd.DataFrame:
@@ -148,7 +184,11 @@ def task_gap(path: AnyPath) -> pd.DataFrame:
     pairs = pd.concat([paired(scores, method, method + SINGLE_TASK) for method in results.methods])
     of_task = pairs.groupby(["method", "task"], sort=False)
     means = of_task.agg(single=("score_other", "mean"), multi=("score", "mean")).reset_index()
-    how = "all tasks mixed" if results.protocol == "mixed" else "all tasks one after another, scored after the last"
+    how = (
+        "all tasks mixed"
+        if results.protocol == "mixed"
+        else "all tasks one after another, scored after the last"
+    )
     return TASK_GAP.frame(
         means.assign(gap=means["single"] - means["multi"]),
         f"Difference between one model per task and one model for all tasks: Rouge-L of each method trained on each "

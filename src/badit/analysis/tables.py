@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, Strict, create_model
 
-from badit.errors import explained
-from badit.files import read_json, refuse_other_format, write_text
+from badit.support.errors import explained
+from badit.support.files import read_json, refuse_other_format, write_text
 
 FORMAT = 1
 
@@ -26,7 +26,9 @@ TEXT = Annotated[str, Strict()]
 NUMBER = Annotated[float, Strict(), Field(allow_inf_nan=False)] | None
 INDEX = Annotated[int, Strict(), Field(ge=-(2**53), le=2**53)]
 COUNT = INDEX | None
-EXPERT = Annotated[int, Strict(), Field(ge=0, lt=1024)]  # bounded: figures have a row or column per expert
+EXPERT = Annotated[
+    int, Strict(), Field(ge=0, lt=1024)
+]  # bounded: figures have a row or column per expert
 
 
 class Column(NamedTuple):
@@ -40,14 +42,26 @@ SHARED = {
     "task": Column("the task's name", TEXT),
     "task_a": Column("a task's name", TEXT),
     "task_b": Column("the name of another task, later in alphabetical order", TEXT),
-    "layer": Column("index of the transformer layer, from 0; −1 for an adapter's parameters outside the layers", INDEX),
-    "module": Column('name within the layer, such as mlp.gate_proj; the last part is "adapter" for an adapter', TEXT),
+    "layer": Column(
+        "index of the transformer layer, from 0; −1 for an adapter's parameters outside the layers",
+        INDEX,
+    ),
+    "module": Column(
+        'name within the layer, such as mlp.gate_proj; the last part is "adapter" for an adapter',
+        TEXT,
+    ),
     "expert": Column("the expert, counted from 0", EXPERT),
     "kind": Column('"neurons", "parameters" (rows of weight matrices) or "experts"', TEXT),
-    "parameters": Column('"weights" (of the linear layers) or "adapter"; all modules together if none is named', TEXT),
+    "parameters": Column(
+        '"weights" (of the linear layers) or "adapter"; all modules together if none is named', TEXT
+    ),
     "cosine": Column("cosine of the two tasks' gradients"),
-    "magnitude_similarity": Column("2|a||b| / (|a|² + |b|²) of the two gradients: 1 for equal norms"),
-    "reliability": Column("cosine between the gradients of two halves of a task's instances; near 0 for pure noise"),
+    "magnitude_similarity": Column(
+        "2|a||b| / (|a|² + |b|²) of the two gradients: 1 for equal norms"
+    ),
+    "reliability": Column(
+        "cosine between the gradients of two halves of a task's instances; near 0 for pure noise"
+    ),
 }
 
 TABLES: dict[str, "Table"] = {}
@@ -61,9 +75,17 @@ class Table:
     """
 
     def __init__(self, name: str, first: str = "", **columns: Column | str) -> None:
-        own = {column: Column(each) if isinstance(each, str) else each for column, each in columns.items()}
-        self.name, self.columns = name, {column: own.get(column) or SHARED[column] for column in first.split()} | own
-        fields: dict[str, Any] = {column: (list[kind], ...) for column, (_, kind) in self.columns.items()}
+        own = {
+            column: Column(each) if isinstance(each, str) else each
+            for column, each in columns.items()
+        }
+        self.name, self.columns = (
+            name,
+            {column: own.get(column) or SHARED[column] for column in first.split()} | own,
+        )
+        fields: dict[str, Any] = {
+            column: (list[kind], ...) for column, (_, kind) in self.columns.items()
+        }
         self.values = create_model(name, **fields)
         TABLES[name] = self
 
@@ -75,13 +97,21 @@ class Table:
                 values = frame[name].astype("float64")
                 frame[name] = values.where(np.isfinite(values))
             else:
-                frame[name] = frame[name].astype("str" if kind is TEXT else "float64" if frame[name].hasnans else int)
-        frame.attrs = {"name": self.name, "about": about, "columns": {n: c.meaning for n, c in self.columns.items()}}
+                frame[name] = frame[name].astype(
+                    "str" if kind is TEXT else "float64" if frame[name].hasnans else int
+                )
+        frame.attrs = {
+            "name": self.name,
+            "about": about,
+            "columns": {n: c.meaning for n, c in self.columns.items()},
+        }
         return frame
 
     def checked(self, rows: Any, about: str, columns: Iterable[str] = ()) -> pd.DataFrame:
         """Returns :meth:`frame` of a file's rows with these columns, after checking the values' types and ranges."""
-        found = pd.DataFrame(rows, columns=list(columns or self.columns), dtype=object).to_dict("list")
+        found = pd.DataFrame(rows, columns=list(columns or self.columns), dtype=object).to_dict(
+            "list"
+        )
         return self.frame(self.values.model_validate(found).model_dump(), about)
 
 
@@ -96,8 +126,12 @@ def save_frame(frame: pd.DataFrame, folder: Path) -> Path:
             return value if kind is TEXT else None
         return float(f"{value:.6g}") if kind is NUMBER else int(value)
 
-    columns = [[plain(value, kind) for value in frame[name]] for name, (_, kind) in table.columns.items()]
-    rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in zip(*columns, strict=True))
+    columns = [
+        [plain(value, kind) for value in frame[name]] for name, (_, kind) in table.columns.items()
+    ]
+    rows = ",\n".join(
+        "  " + json.dumps(row, ensure_ascii=False) for row in zip(*columns, strict=True)
+    )
     head = json.dumps({"format": FORMAT, **frame.attrs}, indent=1, ensure_ascii=False)
     write_text(path, f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
     return path
@@ -113,7 +147,11 @@ def load_frame(path: Path) -> pd.DataFrame:
 
 def load_frames(folder: Path) -> dict[str, pd.DataFrame]:
     """Reads all tables of a folder, sorted by name."""
-    return {name: load_frame(folder / f"{name}.json") for name in sorted(TABLES) if (folder / f"{name}.json").is_file()}
+    return {
+        name: load_frame(folder / f"{name}.json")
+        for name in sorted(TABLES)
+        if (folder / f"{name}.json").is_file()
+    }
 
 
 def layer_and_module(name: str) -> tuple[int, str]:

@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from badit.baselines import baseline
-from badit.errors import BaditError
 from badit.method import prompt_mean
+from badit.support.errors import BaditError
 from badit.tuner.config import Count, CountOrZero, ExpertConfig, NotNegative, option
 from badit.tuner.layer import Buffers, ExpertLinear, Pair
 from badit.tuner.model import ExpertModel
@@ -50,7 +50,9 @@ class BranchConfig(ExpertConfig):
 
     #: One branch is trained at a time; not an option.
     num_experts: ClassVar[int] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
-    past_branches: CountOrZero = option(0, "Number of frozen branches; next_task() increases it by 1.")
+    past_branches: CountOrZero = option(
+        0, "Number of frozen branches; next_task() increases it by 1."
+    )
 
     @property
     def has_fixed_gates(self) -> bool:
@@ -120,12 +122,16 @@ class BranchLinear(ExpertLinear):
     def expert_of(self, adapter_name: str) -> torch.Tensor:
         """Returns the branch of each component, the frozen branches first."""
         config: BranchConfig = self.badit_config[adapter_name]
-        return torch.arange(config.past_branches + 1, device=self.device).repeat_interleave(config.r)
+        return torch.arange(config.past_branches + 1, device=self.device).repeat_interleave(
+            config.r
+        )
 
     @torch.no_grad()
     def next_task(self, adapter_name: str) -> None:
         """Appends a copy of the current branch to the frozen ones and initialises the branch again, as LoRA does."""
-        self.badit_A_past[adapter_name], self.badit_B_past[adapter_name] = self.factors(adapter_name)
+        self.badit_A_past[adapter_name], self.badit_B_past[adapter_name] = self.factors(
+            adapter_name
+        )
         self.badit_B[adapter_name].zero_()
         self.initialise(adapter_name)
 
@@ -140,7 +146,9 @@ class BranchLinear(ExpertLinear):
         if config.gate_cls is None:
             return torch.ones(config.past_branches + 1, device=x.device)
         forward_pass = self.routing.forward_pass()
-        weights_BK = (forward_pass.fresh if forward_pass.held is None else forward_pass.held).get(adapter_name)
+        weights_BK = (forward_pass.fresh if forward_pass.held is None else forward_pass.held).get(
+            adapter_name
+        )
         if weights_BK is None or x.ndim != 3 or len(x) != len(weights_BK):
             raise BaditError(
                 f"{self.name}: there are no gates for an input of shape {tuple(x.shape)}, since they are computed from "
@@ -148,7 +156,9 @@ class BranchLinear(ExpertLinear):
                 "filled with the same rows and adapter, or leave the layer out of target_modules"
             )
         if forward_pass.held is None and weights_BK.requires_grad and not torch.is_grad_enabled():
-            raise BaditError("gradient checkpointing: the gates would have no gradient; set use_reentrant=False")
+            raise BaditError(
+                "gradient checkpointing: the gates would have no gradient; set use_reentrant=False"
+            )
         return weights_BK.to(x.device)[:, None]
 
 
@@ -169,21 +179,39 @@ class BranchModel(ExpertModel):
         if config.gate_cls is None:
             return
         if self._is_encoder_decoder() or not hasattr(self.model, "get_input_embeddings"):
-            raise BaditError(f"{config.method} is for decoder-only language models; its gates need a prompt")
+            raise BaditError(
+                f"{config.method} is for decoder-only language models; its gates need a prompt"
+            )
         kept, embeddings = tuple(config.modules_to_save or ()), self.model.get_input_embeddings()
-        if any(name.endswith(kept) for name, module in self.model.named_modules() if module is embeddings):
-            raise BaditError("modules_to_save: remove the embeddings, which the gates of this method read")
+        if any(
+            name.endswith(kept)
+            for name, module in self.model.named_modules()
+            if module is embeddings
+        ):
+            raise BaditError(
+                "modules_to_save: remove the embeddings, which the gates of this method read"
+            )
 
-    def _create_and_replace(self, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         if peft_config.gate_cls is not None and adapter_name not in self.badit_gate:
             embeddings = self.model.get_input_embeddings()
             width, device = embeddings.weight.shape[1], embeddings.weight.device
-            is_reference = adapter_name == "ref" and self.peft_config.get("default") is peft_config  # of TRL
-            own = self.badit_gate["default"] if is_reference else peft_config.gate_cls(width, peft_config, device)
+            is_reference = (
+                adapter_name == "ref" and self.peft_config.get("default") is peft_config
+            )  # of TRL
+            own = (
+                self.badit_gate["default"]
+                if is_reference
+                else peft_config.gate_cls(width, peft_config, device)
+            )
             self.badit_gate[adapter_name] = copy.deepcopy(own)
             if self._embedding_hook is None:
                 self._embedding_hook = embeddings.register_forward_hook(self._compute_gates)
-                RoutingContext.of(self.model).hooks.append(self._embedding_hook)  # unload() removes it
+                RoutingContext.of(self.model).hooks.append(
+                    self._embedding_hook
+                )  # unload() removes it
         super()._create_and_replace(peft_config, adapter_name, *args, **kwargs)
 
     def _compute_gates(self, embeddings: nn.Module, args: tuple, output: torch.Tensor) -> None:
@@ -191,10 +219,14 @@ class BranchModel(ExpertModel):
         forward_pass = RoutingContext.of(self.model).forward_pass()
         if forward_pass.held is not None:
             return
-        for adapter_name in {name for layer in self.expert_layers() for name in layer.running_adapters}:
+        for adapter_name in {
+            name for layer in self.expert_layers() for name in layer.running_adapters
+        }:
             if (mask_BT := forward_pass.prompt_mask_BT) is not None:
                 gate = self.badit_gate[adapter_name]
-                forward_pass.fresh[adapter_name] = gate(mean_embedding(output, mask_BT).to(gate.key.dtype))
+                forward_pass.fresh[adapter_name] = gate(
+                    mean_embedding(output, mask_BT).to(gate.key.dtype)
+                )
 
     def _active_gates(self) -> list[Any]:
         return [self.badit_gate[name] for name in self.active_adapters if name in self.badit_gate]
@@ -205,7 +237,9 @@ class BranchModel(ExpertModel):
         for gate in self._active_gates():
             gate.next_task()
         for adapter_name in self.active_adapters:
-            config = copy.copy(self.peft_config[adapter_name])  # not the caller's object, which may start other models
+            config = copy.copy(
+                self.peft_config[adapter_name]
+            )  # not the caller's object, which may start other models
             config.past_branches += 1
             for layer in self.expert_layers():
                 if adapter_name in layer.badit_A:
@@ -218,7 +252,9 @@ class BranchModel(ExpertModel):
         self._train_gates_with_layers()
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(*args, **kwargs)  # PEFT restores requires_grad of the layers at the end
+        super().inject_adapter(
+            *args, **kwargs
+        )  # PEFT restores requires_grad of the layers at the end
         self._train_gates_with_layers()
 
     def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
@@ -232,7 +268,12 @@ class BranchModel(ExpertModel):
         self._train_gates_with_layers()
 
     def _train_gates_with_layers(self) -> None:
-        trained = {name for layer in self.expert_layers() for name, a_RI in layer.badit_A.items() if a_RI.requires_grad}
+        trained = {
+            name
+            for layer in self.expert_layers()
+            for name, a_RI in layer.badit_A.items()
+            if a_RI.requires_grad
+        }
         for name, gate in self.badit_gate.items():
             gate.requires_grad_(name in trained)
 
@@ -254,7 +295,9 @@ class OLoraModel(BranchModel):
                 config = self.peft_config[name]
                 if config.past_branches and config.orthogonality_weight:
                     overlap = (layer.badit_A_past[name] @ layer.badit_A[name].T).abs().sum()
-                    penalties.append((config.orthogonality_weight * overlap).to(attention_mask.device))
+                    penalties.append(
+                        (config.orthogonality_weight * overlap).to(attention_mask.device)
+                    )
         return torch.stack(penalties).sum() if penalties else None
 
 
@@ -265,7 +308,9 @@ class OLoraConfig(BranchConfig):
 
     method: ClassVar[str] = "BADIT_O_LORA"
 
-    orthogonality_weight: NotNegative = option(0.5, "Weight λ1 of the orthogonality penalty; 0 disables it.")
+    orthogonality_weight: NotNegative = option(
+        0.5, "Weight λ1 of the orthogonality penalty; 0 disables it."
+    )
 
 
 class SaptGate(BranchGate):

@@ -27,14 +27,16 @@ import torch.nn.functional as F
 
 from badit.baselines import baseline
 from badit.baselines.branches import BranchGate, BranchModel, GatedBranchConfig, mean_embedding
-from badit.errors import BaditError
+from badit.support.errors import BaditError
 from badit.tuner.config import option
 from badit.tuner.model import TaskBatches
 from badit.tuner.prompt import before_first_label
 
 _SHARE_OF_ENERGY = 0.995
 _TASKS_TO_FULL_SHARE = 15  # the share reaches 1 after this number of tasks
-_NEGLIGIBLE = 1e-5  # relative to the norm of all inputs: smaller values are float32's rounding errors
+_NEGLIGIBLE = (
+    1e-5  # relative to the norm of all inputs: smaller values are float32's rounding errors
+)
 
 
 class GainLoraGate(BranchGate):
@@ -66,7 +68,9 @@ class GainLoraGate(BranchGate):
             return
         size = len(self.key)
         if self.seen_by_key.trace() > size - 0.5:  # a projector's trace is its rank
-            problem = f"the earlier tasks' prompts take up all {size} dimensions of GainLoRA's gates"
+            problem = (
+                f"the earlier tasks' prompts take up all {size} dimensions of GainLoRA's gates"
+            )
             raise BaditError(f"{problem}, so there is none for another task; train on fewer tasks")
         random_D = torch.randn_like(self.key)
         self.key.copy_(F.normalize(random_D - random_D @ self.seen_by_key, dim=0))
@@ -77,7 +81,9 @@ class GainLoraGate(BranchGate):
         z_ND = self._inputs(prompt_ND)["key"]
         _, _, vh = torch.linalg.svd((z_ND - z_ND @ self.seen_by_key).double(), full_matrices=False)
         # Projected a second time, because rounding leaves a part along the earlier tasks' z.
-        self.key.copy_(F.normalize(vh[0].to(self.key) - vh[0].to(self.key) @ self.seen_by_key, dim=0))
+        self.key.copy_(
+            F.normalize(vh[0].to(self.key) - vh[0].to(self.key) @ self.seen_by_key, dim=0)
+        )
 
     @torch.no_grad()
     def end_task(self, prompt_ND: torch.Tensor) -> None:
@@ -86,7 +92,11 @@ class GainLoraGate(BranchGate):
         share = _SHARE_OF_ENERGY + (1 - _SHARE_OF_ENERGY) * (earlier / _TASKS_TO_FULL_SHARE)
         for name, inputs in self._inputs(prompt_ND).items():
             inputs = inputs.double().T @ inputs.double() if self.of_covariance else inputs
-            setattr(self, f"seen_by_{name}", grown_projector(self.get_buffer(f"seen_by_{name}"), inputs, share))
+            setattr(
+                self,
+                f"seen_by_{name}",
+                grown_projector(self.get_buffer(f"seen_by_{name}"), inputs, share),
+            )
 
     def _inputs(self, prompt_ND: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns the inputs of the current task's G1, G2 and key: p0 (N, D), SiLU(G1 p0) (N, H) and z (N, D)."""
@@ -100,7 +110,9 @@ class GainLoraGate(BranchGate):
             tensor.sub_((tensor - before[name]) @ self.get_buffer(f"seen_by_{name}"))
 
 
-def grown_projector(projector_DD: torch.Tensor, inputs_ND: torch.Tensor, share: float) -> torch.Tensor:
+def grown_projector(
+    projector_DD: torch.Tensor, inputs_ND: torch.Tensor, share: float
+) -> torch.Tensor:
     """Returns the projector P = M Mᵀ (D, D) with the fewest new columns in M that make it hold the share of ‖inputs‖².
 
     They are leading right singular vectors of inputs (I − P); energy already in P counts (arXiv 2103.09762, eq. 8, 9).
@@ -120,7 +132,9 @@ class GainLoraModel(BranchModel):
         embeddings, rows = self.model.get_input_embeddings(), []
         for batch in itertools.chain(*batches.values()):
             prompt_mask_BT = before_first_label(batch["labels"], batch["attention_mask"])
-            rows.append(mean_embedding(embeddings(batch["input_ids"].to(self.device)), prompt_mask_BT))
+            rows.append(
+                mean_embedding(embeddings(batch["input_ids"].to(self.device)), prompt_mask_BT)
+            )
         return torch.cat(rows)
 
     def start_task(self, batches: TaskBatches) -> None:
@@ -132,7 +146,10 @@ class GainLoraModel(BranchModel):
             gate.end_task(self._prompts_of(batches).to(gate.key))
 
     def before_update(self) -> None:
-        self._before = [{name: p.detach().clone() for name, p in g.named_parameters()} for g in self._active_gates()]
+        self._before = [
+            {name: p.detach().clone() for name, p in g.named_parameters()}
+            for g in self._active_gates()
+        ]
 
     def after_update(self) -> None:
         for gate, before in zip(self._active_gates(), self._before, strict=True):

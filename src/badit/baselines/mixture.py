@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from badit.baselines import baseline
-from badit.errors import BaditError
 from badit.method import SingularTriples, expert_factors, expert_gates, top_singular_triples
+from badit.support.errors import BaditError
 from badit.tuner.config import Count, ExpertConfig, NotNegative, Positive, option
 from badit.tuner.layer import ExpertLinear
 from badit.tuner.model import ExpertModel
@@ -68,7 +68,12 @@ class MixtureLinear(ExpertLinear):
         config = self.badit_config[adapter_name]
         logits_K = F.linear(x, self.badit_router[adapter_name]).float()
         # Gradient checkpointing recomputes the layer in the backward pass, after the loss has been computed.
-        if config.balance_weight and self.training and torch.is_grad_enabled() and not inside_backward():
+        if (
+            config.balance_weight
+            and self.training
+            and torch.is_grad_enabled()
+            and not inside_backward()
+        ):
             self.router_logits[adapter_name] = logits_K
         return config.gates(logits_K)
 
@@ -89,14 +94,20 @@ class MixtureModel(ExpertModel):
                     continue
                 if adapter_name not in kept:
                     fix = "with gradient checkpointing set use_reentrant=False, or set balance_weight=0"
-                    raise BaditError(f"{layer.name}: has seen no training pass, so there is no balance loss; {fix}")
+                    raise BaditError(
+                        f"{layer.name}: has seen no training pass, so there is no balance loss; {fix}"
+                    )
                 logits_LK = kept[adapter_name].flatten(0, -2)
                 if len(logits_LK) != attention_mask.numel():
-                    sizes = f"{len(logits_LK)} positions, but the batch has {attention_mask.numel()}"
+                    sizes = (
+                        f"{len(logits_LK)} positions, but the batch has {attention_mask.numel()}"
+                    )
                     fix = "exclude it from the targets, or set balance_weight=0"
                     raise BaditError(f"{layer.name}: sees {sizes}; {fix}")
                 logits_LK = logits_LK[attention_mask.flatten().bool().to(logits_LK.device)]
-                losses.append(config.imbalance(logits_LK).to(attention_mask.device) * config.balance_weight)
+                losses.append(
+                    config.imbalance(logits_LK).to(attention_mask.device) * config.balance_weight
+                )
         return torch.stack(losses).sum() if losses else None
 
 
@@ -140,13 +151,17 @@ class GoatConfig(MixtureConfig):
     r: Count = option(32, "Total rank; each expert has rank r / num_experts.")
     lora_alpha: Positive = option(256, "LoRA's alpha; the scaling is lora_alpha / r.")
     top_k: int = option(2, "Number of experts per token.")
-    rho: Positive = option(10.0, "The experts are initialised with 1/rho of their part of the weight.")
+    rho: Positive = option(
+        10.0, "The experts are initialised with 1/rho of their part of the weight."
+    )
     balance_weight: NotNegative = option(1e-3, "Weight of the balance loss; 0 disables it.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.r % self.num_experts:
-            raise BaditError(f"r = {self.r}, GOAT's total rank, must be a multiple of num_experts = {self.num_experts}")
+            raise BaditError(
+                f"r = {self.r}, GOAT's total rank, must be a multiple of num_experts = {self.num_experts}"
+            )
 
     @property
     def num_components(self) -> int:
@@ -160,10 +175,14 @@ class GoatConfig(MixtureConfig):
         rank, chunk = self.r // self.num_experts, min(weight_OI.shape) // self.num_experts
         if rank > chunk:
             found = f"a weight of shape {tuple(weight_OI.shape)} has {chunk} directions for each of {self.num_experts}"
-            raise BaditError(f"{found} experts, too few for r = {self.r}; use at most r = {chunk * self.num_experts}")
+            raise BaditError(
+                f"{found} experts, too few for r = {self.r}; use at most r = {chunk * self.num_experts}"
+            )
         u, s, vh = top_singular_triples(weight_OI, min(weight_OI.shape), method="exact")
         chosen_N = [k * chunk + i for k in range(self.num_experts) for i in range(rank)]
-        return expert_factors(SingularTriples(u[:, chosen_N], s[chosen_N], vh[chosen_N]), self.scaling * self.rho)
+        return expert_factors(
+            SingularTriples(u[:, chosen_N], s[chosen_N], vh[chosen_N]), self.scaling * self.rho
+        )
 
     def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:
         """Returns K · Σ_k f_k p_k: f_k is the share of positions that choose expert k, p_k its mean softmax value."""

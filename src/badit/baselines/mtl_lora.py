@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from badit.baselines import baseline
-from badit.errors import BaditError, nearest
 from badit.method import expert_gates
+from badit.support.errors import BaditError, nearest
 from badit.tuner.config import Count, ExpertConfig, Positive, option
 from badit.tuner.layer import ExpertLinear, Pair
 from badit.tuner.model import ExpertModel
@@ -54,9 +54,13 @@ class MtlLoraLinear(ExpertLinear):
 
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         config: MtlLoraConfig = self.badit_config[adapter_name]
-        gates_MK = expert_gates(self.badit_task_logits[adapter_name].float() / config.temperature, kind="softmax")
+        gates_MK = expert_gates(
+            self.badit_task_logits[adapter_name].float() / config.temperature, kind="softmax"
+        )
         gates_BK = gates_MK[self._tasks_of_rows(adapter_name, x)]
-        return gates_BK.unflatten(0, (-1, *[1] * (x.ndim - 2)))  # the same at all positions of a row
+        return gates_BK.unflatten(
+            0, (-1, *[1] * (x.ndim - 2))
+        )  # the same at all positions of a row
 
     def hidden(self, adapter_name: str, x: torch.Tensor, a_PI: torch.Tensor) -> torch.Tensor:
         """Returns Λ_t A x (B, …, R)."""
@@ -72,11 +76,15 @@ class MtlLoraLinear(ExpertLinear):
     def _tasks_of_rows(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         tasks_B = self.routing.forward_pass().row_tasks.get(adapter_name)
         if tasks_B is None:
-            raise BaditError("MTL-LoRA needs each row's task: run it within badit.tuner.hooks_of(model).rows_of(names)")
+            raise BaditError(
+                "MTL-LoRA needs each row's task: run it within badit.tuner.hooks_of(model).rows_of(names)"
+            )
         if len(tasks_B) != len(x):
             fix = "name one task per row (each beam and each returned sequence is a row)"
             problem = f"sees {len(x)} rows, but {len(tasks_B)} tasks are given"
-            raise BaditError(f"{self.name}: {problem}; {fix}, or leave the layer out of target_modules")
+            raise BaditError(
+                f"{self.name}: {problem}; {fix}, or leave the layer out of target_modules"
+            )
         return tasks_B.to(x.device)
 
 
@@ -88,18 +96,24 @@ class MtlLoraModel(ExpertModel):
     def _refuse_unsuitable(self, config: "MtlLoraConfig") -> None:
         tasks = config.tasks
         if not tasks or len(set(tasks)) < len(tasks):
-            raise BaditError(f"method.tasks: must list every task to be trained on once, by name, got {tasks!r:.60}")
+            raise BaditError(
+                f"method.tasks: must list every task to be trained on once, by name, got {tasks!r:.60}"
+            )
 
     @contextmanager
     def rows_of(self, tasks: Sequence[str] | None) -> Iterator[None]:
         """Sets the task of every row for the active adapters; BaditError if an adapter does not have a task."""
-        running = {name: layer.device for layer in self.expert_layers() for name in layer.running_adapters}
+        running = {
+            name: layer.device for layer in self.expert_layers() for name in layer.running_adapters
+        }
         names, row_tasks = tasks or (), {}  # without names, the layers raise BaditError
         for adapter_name, device in running.items():
             known = self.peft_config[adapter_name].tasks
             if unknown := [name for name in names if name not in known]:
                 hint = nearest(unknown[0], known)
-                raise BaditError(f"the adapter has no task {unknown[0]!r}{hint}; its config lists its tasks")
+                raise BaditError(
+                    f"the adapter has no task {unknown[0]!r}{hint}; its config lists its tasks"
+                )
             indices = [known.index(name) for name in names]
             row_tasks[adapter_name] = torch.tensor(indices, dtype=torch.long, device=device)
         routing = RoutingContext.of(self.model)
@@ -122,5 +136,7 @@ class MtlLoraConfig(ExpertConfig):
     num_experts: Count = option(3, "Number of B's.")
     r: Count = option(8, "Rank of A and of each B.")
     lora_alpha: Positive = option(64, "LoRA's alpha; the scaling is lora_alpha / r.")
-    temperature: Positive = option(0.1, "Temperature of the softmax that weights the B's; lower is sharper.")
+    temperature: Positive = option(
+        0.1, "Temperature of the softmax that weights the B's; lower is sharper."
+    )
     tasks: list[str] | None = option(None, "Names of the tasks; required to create an adapter.")

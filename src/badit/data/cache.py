@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from badit.errors import explained
-from badit.files import cache_folder, sync
+from badit.support.errors import explained
+from badit.support.files import cache_folder, sync
 
 _FORMAT = 7  # version of the cache files; increase it whenever their content changes
 ROWS_AT_A_TIME = 5_000
@@ -27,7 +27,9 @@ Indices = Sequence[int] | np.ndarray
 class Items(Sequence[Item]):
     """A sequence of items in rows of an Arrow table, in memory or mapped; ``make`` creates an item when it is read."""
 
-    def __init__(self, table: pa.Table, rows: Indices, make: Callable[[dict[str, Any]], Item]) -> None:
+    def __init__(
+        self, table: pa.Table, rows: Indices, make: Callable[[dict[str, Any]], Item]
+    ) -> None:
         self.table, self.rows, self._make = table, np.asarray(rows, dtype=np.int64), make
         self._batches = table.to_batches()
         self._starts = np.cumsum([0, *map(len, self._batches)])
@@ -49,7 +51,9 @@ class Items(Sequence[Item]):
 
     def column(self, name: str) -> list[Any]:
         """Returns the values of one column, in the order of the items."""
-        return [value for batch in self._selected_batches() for value in batch.column(name).to_pylist()]
+        return [
+            value for batch in self._selected_batches() for value in batch.column(name).to_pylist()
+        ]
 
     def select(self, indices: Indices) -> Self:
         selected = copy(self)
@@ -59,7 +63,11 @@ class Items(Sequence[Item]):
     def _selected_batches(self) -> Iterator[pa.RecordBatch]:
         """Yields the rows in order, one table batch at a time (pa.Table.take would copy the whole table)."""
         numbers = np.searchsorted(self._starts, self.rows, side="right") - 1
-        for part in np.split(np.arange(len(self)), np.flatnonzero(np.diff(numbers)) + 1) if len(self) else ():
+        for part in (
+            np.split(np.arange(len(self)), np.flatnonzero(np.diff(numbers)) + 1)
+            if len(self)
+            else ()
+        ):
             number = numbers[part[0]]
             yield self._batches[number].take(pa.array(self.rows[part] - self._starts[number]))
 
@@ -70,7 +78,9 @@ def arrow_table(schema: pa.Schema, rows: Iterator[dict[str, Any]], key: Any = No
     ``rows`` generates the rows, and is not run if the cache has the table. ``key`` has the JSON values that determine
     the content; None keeps the table in memory.
     """
-    batches = (pa.RecordBatch.from_pylist(chunk, schema=schema) for chunk in chunks(rows, ROWS_AT_A_TIME))
+    batches = (
+        pa.RecordBatch.from_pylist(chunk, schema=schema) for chunk in chunks(rows, ROWS_AT_A_TIME)
+    )
     if key is None:
         return pa.Table.from_batches(batches, schema=schema)
     name = hashlib.sha256(json.dumps([_FORMAT, key]).encode()).hexdigest()[:32]
@@ -81,7 +91,10 @@ def arrow_table(schema: pa.Schema, rows: Iterator[dict[str, Any]], key: Any = No
             if not path.is_file():
                 partial = path.with_suffix(".partial")
                 try:
-                    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+                    with (
+                        pa.OSFile(str(partial), "wb") as file,
+                        pa.ipc.new_file(file, schema) as writer,
+                    ):
                         for batch in batches:
                             writer.write_batch(batch)
                     sync(partial)

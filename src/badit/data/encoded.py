@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 _pc: Any = pyarrow.compute  # its functions are created at import
 _LARGE = 20_000  # minimum number of training instances for the cache
 _SCHEMA = pa.schema(
-    [("task", pa.string()), ("id", pa.string()), ("prompt_length", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
+    [
+        ("task", pa.string()),
+        ("id", pa.string()),
+        ("prompt_length", pa.int32()),
+        ("input_ids", pa.list_(pa.int32())),
+    ]
 )
 
 
@@ -73,7 +78,9 @@ def encode_tasks(
             for chunk in cache.chunks(((task, one) for task in tasks for one in task.train), 1_000):
                 yield from encode_examples(tokenizer, chunk, **options)
                 bar.update(len(chunk))
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # so that a later fork causes no warning
+        os.environ.setdefault(
+            "TOKENIZERS_PARALLELISM", "false"
+        )  # so that a later fork causes no warning
 
     return Examples(cache.arrow_table(_SCHEMA, rows(), key), order, with_labels)
 
@@ -97,18 +104,28 @@ class AnswerCollator:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        rows = [{**example, "attention_mask": [1] * len(example["input_ids"])} for example in examples]
+        rows = [
+            {**example, "attention_mask": [1] * len(example["input_ids"])} for example in examples
+        ]
         batch: dict[str, Any] = {}
-        for name, fill in (("input_ids", self.pad_token_id or 0), ("attention_mask", 0), ("labels", IGNORED_LABEL)):
+        for name, fill in (
+            ("input_ids", self.pad_token_id or 0),
+            ("attention_mask", 0),
+            ("labels", IGNORED_LABEL),
+        ):
             if name in rows[0]:
                 tensors = [torch.tensor(row[name], dtype=torch.long) for row in rows]
-                batch[name] = pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=self.side)
+                batch[name] = pad_sequence(
+                    tensors, batch_first=True, padding_value=fill, padding_side=self.side
+                )
         if self.with_tasks:
             batch["tasks"] = [example["task"] for example in examples]
         return batch
 
 
-def batches_by_task(examples: Any, collate: AnswerCollator, batch_size: int) -> dict[str, DataLoader]:
+def batches_by_task(
+    examples: Any, collate: AnswerCollator, batch_size: int
+) -> dict[str, DataLoader]:
     """Returns the batches of each task, grouped by the examples' `task`; the order of the examples is kept."""
     import torch
     from torch.utils.data import DataLoader, Subset
@@ -117,5 +134,11 @@ def batches_by_task(examples: Any, collate: AnswerCollator, batch_size: int) -> 
     groups: dict[str, list[int]] = defaultdict(list)
     for index, task in enumerate(tasks):
         groups[task].append(index)
-    options: dict[str, Any] = {"collate_fn": collate, "generator": torch.Generator()}  # keeps torch's random state
-    return {task: DataLoader(Subset(examples, group), batch_size, **options) for task, group in groups.items()}
+    options: dict[str, Any] = {
+        "collate_fn": collate,
+        "generator": torch.Generator(),
+    }  # keeps torch's random state
+    return {
+        task: DataLoader(Subset(examples, group), batch_size, **options)
+        for task, group in groups.items()
+    }

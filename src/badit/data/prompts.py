@@ -12,13 +12,22 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from badit.data.tasks import Instance, Messages, Task
-from badit.errors import BaditError, explained, refuse_unknown
+from badit.support.errors import BaditError, explained, refuse_unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PromptEncoding = Literal[
-    "def", "def+pos1", "def+pos2", "def+pos3", "def+pos4", "def+pos5", "def+pos6", "def+pos7", "def+pos8", "def+pos9"
+    "def",
+    "def+pos1",
+    "def+pos2",
+    "def+pos3",
+    "def+pos4",
+    "def+pos5",
+    "def+pos6",
+    "def+pos7",
+    "def+pos8",
+    "def+pos9",
 ]
 ChatTemplate = Literal["auto", "always", "never"]
 
@@ -61,7 +70,9 @@ def build_prompt(task: Task, instance: Instance, encoding: PromptEncoding = "def
 
 def prompt_text(task: Task, instance: Instance, encoding: PromptEncoding = "def") -> str:
     """Returns the whole text of an instance's prompt with its chat history, before truncation and the chat template."""
-    return "".join([*(content for _, content in instance.history), *build_prompt(task, instance, encoding)[:3]])
+    return "".join(
+        [*(content for _, content in instance.history), *build_prompt(task, instance, encoding)[:3]]
+    )
 
 
 def own_input(text: str) -> str:
@@ -83,7 +94,10 @@ def encode_prompts(
     the tokenizer has a template, "always" requires a template, "never" uses the plain text.
     """
     pieces = [Prompt("", prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
-    texts, histories = ["".join(prompt[:3]) for prompt in pieces], [prompt.history for prompt in pieces]
+    texts, histories = (
+        ["".join(prompt[:3]) for prompt in pieces],
+        [prompt.history for prompt in pieces],
+    )
     # In ASCII text a token has at least one character, so most texts need no tokenising to show that they fit.
     short = [text.isascii() and len(text) < max_source_tokens for text in texts]
     unsure = [i for i, history in enumerate(histories) if history or not short[i]]
@@ -97,7 +111,9 @@ def encode_prompts(
         if templated:
             texts[i] = _rendered(tokenizer, turns, add_generation_prompt=True)
             if text.strip() not in texts[i]:
-                raise BaditError(f"chat_template: the rendered prompt lacks the message text; {_TEMPLATE_FIX}")
+                raise BaditError(
+                    f"chat_template: the rendered prompt lacks the message text; {_TEMPLATE_FIX}"
+                )
         elif history:
             texts[i] = "".join(f"{role}: {content}\n\n" for role, content in turns) + "assistant: "
         elif prompt.is_message and not text[-1:].isspace():
@@ -105,7 +121,9 @@ def encode_prompts(
     # BOS is added here, since some tokenizers would also append EOS to the prompt. Chat templates add BOS themselves.
     bos: list[Any] = [tokenizer.bos_token_id]
     adds_bos = not templated and tokenizer("")["input_ids"][:1] == bos
-    return [bos + ids if adds_bos and ids[:1] != bos else ids for ids in token_ids(tokenizer, texts)]
+    return [
+        bos + ids if adds_bos and ids[:1] != bos else ids for ids in token_ids(tokenizer, texts)
+    ]
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Messages, **options: Any) -> str:
@@ -122,15 +140,21 @@ def _truncated(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, most: int) ->
 
     for before, text in ((prompt.head, prompt.input), ("", prompt.head)):
         if fits(before + prompt.tail):  # bisect the number of characters to cut from the end
-            cut = bisect_left(range(len(text)), True, 1, key=lambda cut: fits(before + text[:-cut] + prompt.tail))
+            cut = bisect_left(
+                range(len(text)), True, 1, key=lambda cut: fits(before + text[:-cut] + prompt.tail)
+            )
             return before + text[:-cut] + prompt.tail
-    raise BaditError(f"max_source_tokens: {most} is too small for the end of the prompt, {prompt.tail!r}; increase it")
+    raise BaditError(
+        f"max_source_tokens: {most} is too small for the end of the prompt, {prompt.tail!r}; increase it"
+    )
 
 
 def _recent_messages(tokenizer: PreTrainedTokenizerBase, history: Messages, most: int) -> Messages:
     """Returns the messages before the first user message if they fit in `most` tokens, and the latest that also fit."""
     lengths = [len(ids) for ids in token_ids(tokenizer, [content for _, content in history])]
-    users = [i for i, (role, _) in enumerate(history) if role == "user"]  # many templates require one of these first
+    users = [
+        i for i, (role, _) in enumerate(history) if role == "user"
+    ]  # many templates require one of these first
     first = next(iter(users), len(history))
     before = history[:first] if sum(lengths[:first]) <= most else ()
     left = most - sum(lengths[: len(before)])
@@ -140,14 +164,20 @@ def _recent_messages(tokenizer: PreTrainedTokenizerBase, history: Messages, most
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate = "auto") -> int:
     """Returns the token that ends an answer: the first added token after the template's assistant message, or EOS."""
     if uses_template(tokenizer, chat_template):
-        _, found, after = _rendered(tokenizer, (("user", "QUESTION"), ("assistant", "ANSWER"))).rpartition("ANSWER")
+        _, found, after = _rendered(
+            tokenizer, (("user", "QUESTION"), ("assistant", "ANSWER"))
+        ).rpartition("ANSWER")
         added = tokenizer.added_tokens_decoder
         # Text between the message and that token, such as Llama 2's space, has no added tokens.
-        if found and (ends := [token for token in token_ids(tokenizer, [after])[0] if token in added]):
+        if found and (
+            ends := [token for token in token_ids(tokenizer, [after])[0] if token in added]
+        ):
             return ends[0]
     end: Any = tokenizer.eos_token_id
     if end is None:
-        raise BaditError("tokenizer: has neither an end-of-turn nor an EOS token; set its eos_token")
+        raise BaditError(
+            "tokenizer: has neither an end-of-turn nor an EOS token; set its eos_token"
+        )
     return end
 
 
@@ -169,13 +199,19 @@ def encode_examples(
         `prompt_length` in tokens, and the names `task` and `id`.
     """
     sources = [build_prompt(task, instance, encoding) for task, instance in pairs]
-    prompts = encode_prompts(tokenizer, sources, max_source_tokens=max_source_tokens, chat_template=chat_template)
+    prompts = encode_prompts(
+        tokenizer, sources, max_source_tokens=max_source_tokens, chat_template=chat_template
+    )
     answers = token_ids(tokenizer, [instance.outputs[0] for _, instance in pairs])
     end = end_of_turn_id(tokenizer, chat_template)
     examples = []
     for (task, one), prompt, answer in zip(pairs, prompts, answers, strict=True):
         ids = [*prompt, *answer[:max_answer_tokens], end]
-        examples.append(with_labels({"task": task.name, "id": one.id, "prompt_length": len(prompt), "input_ids": ids}))
+        examples.append(
+            with_labels(
+                {"task": task.name, "id": one.id, "prompt_length": len(prompt), "input_ids": ids}
+            )
+        )
     return examples
 
 
@@ -196,7 +232,11 @@ def uses_template(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplat
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Returns the token ids of texts without special tokens."""
     # verbose=False: no warning about texts longer than the model's context window; they are truncated later.
-    options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    options: dict[str, Any] = {
+        "add_special_tokens": False,
+        "return_attention_mask": False,
+        "verbose": False,
+    }
     return tokenizer(list(texts), **options)["input_ids"] if texts else []  # pyright: ignore[reportReturnType]
 
 
@@ -209,9 +249,18 @@ def answer_rows(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, list[di
     rows = []
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message:
-            raise BaditError(f"messages: message {number} must have a role, such as user or assistant: {message!r:.60}")
+            raise BaditError(
+                f"messages: message {number} must have a role, such as user or assistant: {message!r:.60}"
+            )
         if message["role"] == "assistant":
             if number == 0:
-                raise BaditError("messages: the first is an assistant message; put a user or system message before it")
-            rows.append({"prompt": [dict(before) for before in messages[:number]], "completion": [dict(message)]})
+                raise BaditError(
+                    "messages: the first is an assistant message; put a user or system message before it"
+                )
+            rows.append(
+                {
+                    "prompt": [dict(before) for before in messages[:number]],
+                    "completion": [dict(message)],
+                }
+            )
     return rows

@@ -19,11 +19,23 @@ from pydantic import BaseModel, Field
 
 from badit.data import cache
 from badit.data.rows import SUFFIXES, Format, Record, Source, read_rows
-from badit.data.tasks import SPLITS, Demonstration, FirstString, Instance, Outputs, Split, Strings, Task, resolve_names
-from badit.errors import BaditError, explained, refuse_unknown
-from badit.files import inside, lines_of, parse_json, read_json, read_text
+from badit.data.tasks import (
+    SPLITS,
+    Demonstration,
+    FirstString,
+    Instance,
+    Outputs,
+    Split,
+    Strings,
+    Task,
+    resolve_names,
+)
+from badit.support.errors import BaditError, explained, refuse_unknown
+from badit.support.files import inside, lines_of, parse_json, read_json, read_text
 
-OFFICIAL_TEST_INSTANCES = 100  # the official evaluation scores the first 100 instances of a test task
+OFFICIAL_TEST_INSTANCES = (
+    100  # the official evaluation scores the first 100 instances of a test task
+)
 _LARGE = 4 * 2**20  # bytes; sources of at least this size are kept in the cache
 _TEXT = pa.string()
 _SCHEMA = pa.schema({  # "about": JSON of the task's other fields, only in its first row
@@ -55,7 +67,9 @@ def load_tasks(source: str | Path | Source, *, tasks: Sequence[str] | None = Non
 
 
 def load_sources(
-    sources: Sequence[Source], wanted: Sequence[str] | None = None, weights: Mapping[str, float] | None = None
+    sources: Sequence[Source],
+    wanted: Sequence[str] | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> list[Task]:
     """Reads the tasks of several sources, with ``wanted`` as ``tasks`` in :func:`load_tasks`.
 
@@ -67,10 +81,14 @@ def load_sources(
         path = Path(source.path)
         if len(sources) > 1 and not source.task and _split_in(path, source) and path.is_file():
             fix = f"give the folder or a pattern such as {path.parent}/*"
-            raise BaditError(f"data.source: {source.path} is named after a split, not a task; {fix}, or set its task")
+            raise BaditError(
+                f"data.source: {source.path} is named after a split, not a task; {fix}, or set its task"
+            )
         for task in _read(source, wanted if len(sources) == 1 and not weights else None):
             if task.name in found:
-                raise BaditError(f"data.source: {source.path} has task {task.name} of another source; set a new task")
+                raise BaditError(
+                    f"data.source: {source.path} has task {task.name} of another source; set a new task"
+                )
             found[task.name] = task.model_copy(update={"weight": source.weight})
     names = sorted(found) if wanted is None else resolve_names(wanted, found)
     for key, weight in (weights or {}).items():
@@ -86,11 +104,15 @@ def _read(where: Source, wanted: Sequence[str] | None) -> list[Task]:
         where.refuse_row_options()
         return builtin_tasks()
     if where.format == "builtin":
-        raise BaditError(f"source: must be 'builtin' with format 'builtin', not {str(where.path)!r:.60}")
+        raise BaditError(
+            f"source: must be 'builtin' with format 'builtin', not {str(where.path)!r:.60}"
+        )
     where.refuse_missing()
     path, found = Path(where.path), None
     with explained(where.path, action="read"):
-        is_saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))  # by save_to_disk
+        is_saved = any(
+            (path / name).is_file() for name in ("dataset_dict.json", "state.json")
+        )  # by save_to_disk
         if is_saved or not (path.exists() or has_magic(str(where.path))):
             found = _of_data_sets(where, path)
         elif path.is_dir() and where.format != "jsonl":
@@ -116,13 +138,18 @@ def builtin_tasks() -> list[Task]:
     for name, about in sorted(suite["tasks"].items()):
         first, second, *scored = suite["examples"][name].items()
         shots = [{"input": text, "output": answer} for text, answer in (first, second)]
-        rows = [{"id": f"{name}-{i}", "input": text, "outputs": answer} for i, (text, answer) in enumerate(scored)]
+        rows = [
+            {"id": f"{name}-{i}", "input": text, "outputs": answer}
+            for i, (text, answer) in enumerate(scored)
+        ]
         parts = {"demonstrations": shots, "train": rows[:160], "test": rows[160:]}
         tasks.append(Task.model_validate({"name": name, **about, **parts}))
     return tasks
 
 
-def _build_tasks(where: Source, files: Sequence[Path], records: Iterable[Record], about: Any = None) -> list[Task]:
+def _build_tasks(
+    where: Source, files: Sequence[Path], records: Iterable[Record], about: Any = None
+) -> list[Task]:
     """Builds tasks from records. Records of large files come from the cache if the files have not changed.
 
     A record without an id gets "<task>-<its index among the task's records>". ``about`` has other JSON values that
@@ -131,7 +158,14 @@ def _build_tasks(where: Source, files: Sequence[Path], records: Iterable[Record]
     stats = [(file, file.stat()) for file in files]
     key = None
     if sum(stat.st_size for _, stat in stats) >= _LARGE:
-        key = [where.task, where.instruction, dict(where.columns), dict(where.splits), where.turns, about]
+        key = [
+            where.task,
+            where.instruction,
+            dict(where.columns),
+            dict(where.splits),
+            where.turns,
+            about,
+        ]
         key += [(os.path.abspath(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -139,10 +173,16 @@ def _build_tasks(where: Source, files: Sequence[Path], records: Iterable[Record]
         for task, about, split, fields in records:
             if fields["id"] is None:
                 fields["id"] = f"{task}-{counts[task]}"
-            if fields.get("instruction") == (definitions.setdefault(task, about["definition"]) or ""):
+            if fields.get("instruction") == (
+                definitions.setdefault(task, about["definition"]) or ""
+            ):
                 fields["instruction"] = None
             instance = Instance(**fields)
-            own = {"about": None if counts[task] else json.dumps(about), "split": split, "hash": instance.hash}
+            own = {
+                "about": None if counts[task] else json.dumps(about),
+                "split": split,
+                "hash": instance.hash,
+            }
             counts[task] += 1
             yield {"task": task, **own, **instance.model_dump()}
 
@@ -166,7 +206,9 @@ def _official(where: Source, path: Path, wanted: Sequence[str] | None) -> list[T
     }
     if where.format == "superni" or (where.format == "auto" and not found):
         folder = path / "tasks" if (path / "tasks").is_dir() else path
-        files, others = (_row_files(folder, suffixes, where) for suffixes in ((".json",), SUFFIXES[1:]))
+        files, others = (
+            _row_files(folder, suffixes, where) for suffixes in ((".json",), SUFFIXES[1:])
+        )
         is_rows = not files or others or _holds_rows(files[0]) or _split_in(files[0], where)
         if is_rows and where.format != "superni":
             return None
@@ -185,18 +227,34 @@ def _official(where: Source, path: Path, wanted: Sequence[str] | None) -> list[T
                 if split := first if index < OFFICIAL_TEST_INSTANCES else rest:
                     yield name, about, split, one.model_dump()
 
-    return _build_tasks(where, [one for _, one, *_ in parts], records(), [(name, *split) for name, _, *split in parts])
+    return _build_tasks(
+        where,
+        [one for _, one, *_ in parts],
+        records(),
+        [(name, *split) for name, _, *split in parts],
+    )
 
 
 def _split_lists(root: Path, files: Sequence[Path]) -> dict[str, Any]:
     """Returns, by task, the split of its first 100 instances and that of the others (None: not used)."""
-    parent = next((base / "splits" for base in (root, root.absolute().parent) if (base / "splits").is_dir()), None)
+    parent = next(
+        (base / "splits" for base in (root, root.absolute().parent) if (base / "splits").is_dir()),
+        None,
+    )
     if parent is None:
         return {file.stem: ("test", "train") for file in files}
-    folders = [parent / "default"] if (parent / "default").is_dir() else [f for f in parent.iterdir() if f.is_dir()]
+    folders = (
+        [parent / "default"]
+        if (parent / "default").is_dir()
+        else [f for f in parent.iterdir() if f.is_dir()]
+    )
     if len(folders) != 1:
-        raise BaditError(f"{parent}: has {len(folders)} split lists and no 'default'; keep only one")
-    train, test = (read_text(folders[0] / f"{split}_tasks.txt").split() for split in ("train", "test"))
+        raise BaditError(
+            f"{parent}: has {len(folders)} split lists and no 'default'; keep only one"
+        )
+    train, test = (
+        read_text(folders[0] / f"{split}_tasks.txt").split() for split in ("train", "test")
+    )
     if both := sorted({*train} & {*test}):
         raise BaditError(f"{root}: task {both[0]!r:.60} is in both split lists; keep it in one")
     return {**dict.fromkeys(train, ("train", "train")), **dict.fromkeys(test, ("test", None))}
@@ -225,21 +283,33 @@ def _of_rows(where: Source, path: Path) -> list[Task]:
     elif path.exists():
         files = [path] if path.is_file() and path.suffix in SUFFIXES else []
     else:
-        files = sorted(Path(name) for name in glob(str(where.path), recursive=True) if Path(name).is_file())
+        files = sorted(
+            Path(name) for name in glob(str(where.path), recursive=True) if Path(name).is_file()
+        )
 
     def records() -> Iterator[Record]:
         origins: dict[str, Path] = {}
-        by_name = len(files) > 1 and bool(where.splits) and any(_split_in(file, where) for file in files)
+        by_name = (
+            len(files) > 1 and bool(where.splits) and any(_split_in(file, where) for file in files)
+        )
         for file in files:
             split = _split_in(file, where) if len(files) > 1 else None
             if by_name and split is None:
                 continue
             folder = os.path.dirname(os.path.abspath(file))  # of a link, not of its target
             task = where.task or (os.path.basename(folder) if split else file.stem)
-            origin, strict = file.parent if split else file, file.suffix in (".json", ".jsonl") and not where.columns
+            origin, strict = (
+                file.parent if split else file,
+                file.suffix in (".json", ".jsonl") and not where.columns,
+            )
             for record in read_rows(_rows_in(file), split, task, where, strict=strict):
-                if record[0] == task != where.task and (other := origins.setdefault(task, origin)) != origin:
-                    raise BaditError(f"{origin}: task '{task}' is also in {other}; rename one, or set data.task")
+                if (
+                    record[0] == task != where.task
+                    and (other := origins.setdefault(task, origin)) != origin
+                ):
+                    raise BaditError(
+                        f"{origin}: task '{task}' is also in {other}; rename one, or set data.task"
+                    )
                 yield record
 
     return _build_tasks(where, files, records())
@@ -248,7 +318,9 @@ def _of_rows(where: Source, path: Path) -> list[Task]:
 def _row_files(folder: Path, suffixes: Iterable[str], where: Source) -> list[Path]:
     """Returns the files with these suffixes, sorted by split (train, validation, test, none) and name."""
     files = [file for file in folder.iterdir() if file.suffix in suffixes and file.is_file()]
-    return sorted(files, key=lambda file: ([*SPLITS, None].index(_split_in(file, where)), file.name))
+    return sorted(
+        files, key=lambda file: ([*SPLITS, None].index(_split_in(file, where)), file.name)
+    )
 
 
 def _split_in(file: Path, where: Source) -> Split | None:
@@ -268,29 +340,42 @@ def _rows_in(file: Path) -> Iterator[tuple[str, Any]]:
         from datasets import load_dataset
 
         with explained(file, action="read", any_error=True):
-            rows = load_dataset(file.suffix[1:], data_files=escape(str(file)), split="train", streaming=True)
+            rows = load_dataset(
+                file.suffix[1:], data_files=escape(str(file)), split="train", streaming=True
+            )
         yield from _rows_of(rows, str(file))
     elif file.suffix in (".csv", ".tsv"):
         csv.field_size_limit(2**31 - 1)  # in characters; the default is 131,072
-        with explained(file, action="read", any_error=True), file.open(encoding="utf-8-sig", newline="") as stream:
+        with (
+            explained(file, action="read", any_error=True),
+            file.open(encoding="utf-8-sig", newline="") as stream,
+        ):
             names = stream.readline()
-            separator = "\t" if file.suffix == ".tsv" else ";" if ";" in names and "," not in names else ","
+            separator = (
+                "\t" if file.suffix == ".tsv" else ";" if ";" in names and "," not in names else ","
+            )
             stream.seek(0)
             reader = csv.DictReader(stream, delimiter=separator, strict=True)
             for name, count in Counter(reader.fieldnames or ()).items():
                 if count > 1 and name:
-                    raise BaditError(f"{file}: column {name!r:.60} occurs {count} times; rename or remove the others")
+                    raise BaditError(
+                        f"{file}: column {name!r:.60} occurs {count} times; rename or remove the others"
+                    )
             quotes = 'write " within a value as "", and the value in quotes'
             try:
                 for number, row in enumerate(reader, start=1):
                     if None in row:
                         fix = "quote values that contain the separator"
-                        raise BaditError(f"{file}: row {number} has more values than the first line has names; {fix}")
+                        raise BaditError(
+                            f"{file}: row {number} has more values than the first line has names; {fix}"
+                        )
                     if separator == "\t" and any("\t" in value for value in row.values() if value):
                         raise BaditError(f"{file}: row {number} has a tab within quotes; {quotes}")
                     yield f"{file}: row {number}", row
             except csv.Error as error:
-                raise BaditError(f"{file}: after line {reader.line_num}: {error}; {quotes}") from None
+                raise BaditError(
+                    f"{file}: after line {reader.line_num}: {error}; {quotes}"
+                ) from None
     elif _holds_rows(file):
         for number, row in enumerate(parse_json(read_text(file), file=file), start=1):
             yield f"{file}: item {number}", row
@@ -308,7 +393,11 @@ def _rows_of(rows: Any, place: str) -> Iterator[tuple[str, Any]]:
     labels = {name: column.names for name, column in features.items() if hasattr(column, "int2str")}
     # Without images, audio and video, also inside other columns: their values may name any file or URL.
     other = re.compile(r"\b(?!(Value|ClassLabel|List|LargeList|Json)\()\w+\(")
-    kept = [name for name, kind in features.items() if not (require_decoding(kind) and other.search(str(kind)))]
+    kept = [
+        name
+        for name, kind in features.items()
+        if not (require_decoding(kind) and other.search(str(kind)))
+    ]
     rows = rows.select_columns(kept) if len(kept) < len(features) else rows
     with explained(place, action="read", any_error=True):
         for number, row in enumerate(rows, start=1):
@@ -329,14 +418,26 @@ def _of_data_sets(where: Source, path: Path) -> list[Task]:
         with explained(path, action="read", any_error=True):
             for file in (*path.rglob("dataset_dict.json"), *path.rglob("state.json")):
                 about = read_json(file)
-                for name in (*about.get("splits", ()), *(each["filename"] for each in about.get("_data_files", ()))):
-                    if not ((place := inside(path, file.parent / name)).is_dir() or place.is_file()):
-                        raise BaditError(f"{place}: is missing, or not a regular file; save the dataset again")
+                for name in (
+                    *about.get("splits", ()),
+                    *(each["filename"] for each in about.get("_data_files", ())),
+                ):
+                    if not (
+                        (place := inside(path, file.parent / name)).is_dir() or place.is_file()
+                    ):
+                        raise BaditError(
+                            f"{place}: is missing, or not a regular file; save the dataset again"
+                        )
             found = load_from_disk(str(path)).with_format(None)
     else:
         name, _, configuration = str(where.path).partition(":")
         fix = "give the path of a file or folder, 'builtin', or the name of a dataset on the hub"
-        with explained(f"{where.path}: no such file or folder", action="loaded from the hub", fix=fix, any_error=True):
+        with explained(
+            f"{where.path}: no such file or folder",
+            action="loaded from the hub",
+            fix=fix,
+            any_error=True,
+        ):
             found = load_dataset(name, configuration or None)
     if isinstance(found, Dataset):  # without named splits, but its rows can have a column ``split``
         parts: list[tuple[Any, Split | None, str]] = [(found, None, str(where.path))]
@@ -345,10 +446,16 @@ def _of_data_sets(where: Source, path: Path) -> list[Task]:
         for split in where.splits:
             refuse_unknown(f"{where.path}: data.splits", split, by_name)
         splits = [split for split in by_name if not where.splits or split in where.splits]
-        if len(by_name) > 1 and (unknown := [split for split in splits if not where.split_of(split)]):
+        if len(by_name) > 1 and (
+            unknown := [split for split in splits if not where.split_of(split)]
+        ):
             fix = f"choose the splits to read, such as data.splits.{unknown[0]}=train"
-            raise BaditError(f"{where.path}: unknown split {unknown[0]!r:.60}; found: {', '.join(by_name)}; {fix}")
-        parts = [(by_name[split], where.split_of(split), f"{where.path}: {split}") for split in splits]
+            raise BaditError(
+                f"{where.path}: unknown split {unknown[0]!r:.60}; found: {', '.join(by_name)}; {fix}"
+            )
+        parts = [
+            (by_name[split], where.split_of(split), f"{where.path}: {split}") for split in splits
+        ]
     name = where.task or os.path.basename(os.path.abspath(path)).partition(":")[0]
 
     def records() -> Iterator[Record]:

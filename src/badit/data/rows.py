@@ -13,14 +13,21 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from badit.data.tasks import Messages, Split, Strings, TaskName
-from badit.errors import BaditError, explained, nearest
+from badit.support.errors import BaditError, explained, nearest
 
 Format = Literal["auto", "sapt", "superni", "jsonl", "builtin"]
 Turns = Literal["last", "all"]
 
 #: A parsed instance: the task's name, the task's fields, the split, and the instance's fields.
 Record = tuple[str, Mapping[str, Any], Split, dict[str, Any]]
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")  # of files; all but the first always hold rows
+SUFFIXES = (
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".arrow",
+)  # of files; all but the first always hold rows
 #: Names of splits in datasets, and the split that each stands for.
 SPLIT_NAMES: dict[str, Any] = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval"), "validation"
@@ -44,10 +51,16 @@ class Source:
     validation or test; rows of other splits are then not read.
     """
 
-    path: str | Path  # "builtin", a file, a folder, a pattern with *, or a hub dataset: org/name or org/name:CONFIG
+    path: (
+        str | Path
+    )  # "builtin", a file, a folder, a pattern with *, or a hub dataset: org/name or org/name:CONFIG
     format: Format = "auto"  # the layout of a folder
-    task: str | None = None  # of all rows (default: the task that a row names, or the name of the file or dataset)
-    instruction: str | None = None  # of rows without one (default: none; a row's input is then the whole prompt)
+    task: str | None = (
+        None  # of all rows (default: the task that a row names, or the name of the file or dataset)
+    )
+    instruction: str | None = (
+        None  # of rows without one (default: none; a row's input is then the whole prompt)
+    )
     columns: Mapping[str, str] = field(default_factory=dict)
     splits: Mapping[str, Split] = field(default_factory=dict)  # default: SPLIT_NAMES
     turns: Turns = "last"  # the answers of a chat to train: "all" makes one instance with its own prompt for each
@@ -60,17 +73,29 @@ class Source:
     def refuse_missing(self) -> None:
         """Raises BaditError if the path does not exist and is not 'builtin', a pattern or the name of a hub dataset."""
         path = str(self.path)
-        on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", path) and Path(path).suffix not in SUFFIXES
+        on_hub = (
+            re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", path)
+            and Path(path).suffix not in SUFFIXES
+        )
         if path != "builtin" and not has_magic(path) and not on_hub and not Path(path).exists():
-            raise BaditError(f"data.source: {path}: no such file or folder; give a path or 'builtin'")
+            raise BaditError(
+                f"data.source: {path}: no such file or folder; give a path or 'builtin'"
+            )
 
     def refuse_row_options(self) -> None:
         """Raises BaditError if an option is set that only rows can have; for sources with other layouts."""
-        given = {"task": self.task, "instruction": self.instruction, "columns": self.columns, "splits": self.splits}
+        given = {
+            "task": self.task,
+            "instruction": self.instruction,
+            "columns": self.columns,
+            "splits": self.splits,
+        }
         for name, is_set in (given | {"turns": self.turns != "last"}).items():
             if is_set:
                 fix = "remove it, or set it in the entries of other sources"
-                raise BaditError(f"data.{name}: does not apply to {self.path}, whose tasks are not rows; {fix}")
+                raise BaditError(
+                    f"data.{name}: does not apply to {self.path}, whose tasks are not rows; {fix}"
+                )
 
 
 class _Row(BaseModel):
@@ -84,7 +109,12 @@ class _Row(BaseModel):
 
 
 def read_rows(
-    rows: Iterable[tuple[str, Any]], file_split: Split | None, name: str, where: Source, *, strict: bool
+    rows: Iterable[tuple[str, Any]],
+    file_split: Split | None,
+    name: str,
+    where: Source,
+    *,
+    strict: bool,
 ) -> Iterator[Record]:
     """Yields the instances of rows. ``name`` is the default task; the default split is ``file_split`` or train.
 
@@ -102,11 +132,20 @@ def read_rows(
                     own = one.instruction or ""
                     if own != definitions.setdefault(one.task, own) and strict:
                         fix = "use one per task, or keep several with data.columns.instruction=instruction"
-                        raise BaditError(f"instruction: differs from other rows of task '{one.task}'; {fix}")
+                        raise BaditError(
+                            f"instruction: differs from other rows of task '{one.task}'; {fix}"
+                        )
                     if file_split and one.split not in (None, file_split):
-                        raise BaditError(f"split: must be '{file_split}', as in the file's name; change one of them")
+                        raise BaditError(
+                            f"split: must be '{file_split}', as in the file's name; change one of them"
+                        )
                     instance = one.model_dump(exclude={"task", "split"}) | {"instruction": own}
-                    yield one.task, {"definition": one.instruction}, file_split or one.split or "train", instance
+                    yield (
+                        one.task,
+                        {"definition": one.instruction},
+                        file_split or one.split or "train",
+                        instance,
+                    )
         except BaditError as error:
             raise BaditError(f"{place}: {error}") from None
 
@@ -116,23 +155,37 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     if not isinstance(row, Mapping):
         raise BaditError(f"must be an object with keys, not {row!r:.60}")
     if missing := [column for column in where.columns.values() if column not in row]:
-        raise BaditError(f"data.columns: there is no column {missing[0]!r:.60}; found: {', '.join(map(str, row))}")
+        raise BaditError(
+            f"data.columns: there is no column {missing[0]!r:.60}; found: {', '.join(map(str, row))}"
+        )
     renamed = {key: row[column] for key, column in where.columns.items()}
     kept = {key: value for key, value in row.items() if key not in where.columns.values()}
     present = {key: value for key, value in {**kept, **renamed}.items() if value is not None}
-    row = {key: str(value) if isinstance(value, int | float) else value for key, value in present.items()}
+    row = {
+        key: str(value) if isinstance(value, int | float) else value
+        for key, value in present.items()
+    }
     split = str(row.get("split") or "")
     if split and where.splits and split not in where.splits:
         return
     if "output" in renamed and renamed["output"] is None:
         fix = "remove the row, or choose other splits with data.splits"
-        raise BaditError(f"{where.columns['output']}: has no answer (in a dataset with class labels: -1); {fix}")
+        raise BaditError(
+            f"{where.columns['output']}: has no answer (in a dataset with class labels: -1); {fix}"
+        )
     if "outputs" in row:
         if "output" in row and not where.columns:
-            raise BaditError("output, outputs: a row has one of them; remove the other, or set data.columns")
+            raise BaditError(
+                "output, outputs: a row has one of them; remove the other, or set data.columns"
+            )
         row = {"output": row["outputs"], **row}
-    own_task, is_mapped = row.get("task", row.get("task_name")), bool(where.columns.keys() & {"input", "output"})
-    instruction = (row.get("instruction") if "instruction" in where.columns else None) or where.instruction
+    own_task, is_mapped = (
+        row.get("task", row.get("task_name")),
+        bool(where.columns.keys() & {"input", "output"}),
+    )
+    instruction = (
+        row.get("instruction") if "instruction" in where.columns else None
+    ) or where.instruction
     lost = ["context", "history", "tools", "functions"]  # keys that no form of row uses
     keys, unused = tuple(map(str, row)), ["system", "prompt", *lost]
     expected = ["split"] + ["instruction"] * ("task" in row) + ["task"] * (not where.task)
@@ -140,7 +193,11 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         _refuse_near(key, keys)
     if not is_mapped and (chat := _chat_of(row)) is not None:
         # Next to messages, a prompt repeats the first one in some public datasets.
-        found, pair, unused = list(_answers(chat, where.turns)), ("messages",), ["instruction", *lost]
+        found, pair, unused = (
+            list(_answers(chat, where.turns)),
+            ("messages",),
+            ["instruction", *lost],
+        )
     elif "instruction" in row and "output" in row:
         others = [key for key in row if key not in _KEYS]
         if strict and "task" in row and others:
@@ -152,29 +209,48 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         else:  # Alpaca: each row has its own instruction, which becomes part of its input
             content = f"{text}\n\n{content}" if text and content != "" else text or content
         found, pair = [((), content, row["output"])], ("instruction", "input")
-    elif pair := next((one for one in _PAIRS if row.keys() >= {*one} and (one[0] == "input" or not is_mapped)), ()):
+    elif pair := next(
+        (one for one in _PAIRS if row.keys() >= {*one} and (one[0] == "input" or not is_mapped)), ()
+    ):
         own = row.get("instruction") or instruction
-        if own != instruction and pair[0] in ("input", "question"):  # other inputs are whole prompts
-            fix = f"name the columns with data.columns.input={pair[0]} data.columns.output={pair[1]}"
+        if own != instruction and pair[0] in (
+            "input",
+            "question",
+        ):  # other inputs are whole prompts
+            fix = (
+                f"name the columns with data.columns.input={pair[0]} data.columns.output={pair[1]}"
+            )
             raise BaditError(f"instruction: not used in a row with {pair[0]} and {pair[1]}; {fix}")
         found = [((), row[pair[0]], row[pair[1]])]
     else:
         for key in () if is_mapped else row.keys() & {"messages", "conversations"}:
             raise BaditError(f"{key}: must be a list of messages, not {row[key]!r:.60}")
-        if empty := [key for key in kept if kept[key] is None and key in ("outputs", *(pair[1] for pair in _PAIRS))]:
+        if empty := [
+            key
+            for key in kept
+            if kept[key] is None and key in ("outputs", *(pair[1] for pair in _PAIRS))
+        ]:
             raise BaditError(f"{empty[0]}: has no answer; remove the row")
         _refuse_near("output", keys)
         fix = "name the columns with data.columns.input=COLUMN data.columns.output=COLUMN"
         raise BaditError(f"unknown form of row: found {', '.join(map(str, row)):.200}; {fix}")
     for key in () if where.columns else unused:
         if row.get(key) and key not in pair:
-            raise BaditError(f"{key}: not used in a row with {' and '.join(pair)}; remove it, or set data.columns")
+            raise BaditError(
+                f"{key}: not used in a row with {' and '.join(pair)}; remove it, or set data.columns"
+            )
     identity = str(row.get("id", "")) or None
     task = where.task or (name if own_task is None else own_task)
-    about: dict[str, Any] = {"task": task, "split": where.split_of(split) or split or None, "instruction": instruction}
+    about: dict[str, Any] = {
+        "task": task,
+        "split": where.split_of(split) or split or None,
+        "instruction": instruction,
+    }
     for number, (history, content, outputs) in enumerate(found):
         own_id = f"{identity}-{number}" if identity and number else identity
-        yield _Row.model_validate(about | {"id": own_id, "history": history, "input": content, "output": outputs})
+        yield _Row.model_validate(
+            about | {"id": own_id, "history": history, "input": content, "output": outputs}
+        )
 
 
 @lru_cache  # most rows have the same keys
@@ -202,16 +278,23 @@ def _answers(messages: Sequence[Any], turns: Turns) -> Iterator[tuple[Messages, 
         raise BaditError("messages: there is no assistant message; add an answer")
     for number in answered if turns == "all" else answered[-1:]:
         if (before := chat[number - 1][0] if number else "nothing") != "user":
-            raise BaditError(f"messages.{number}: an assistant message must follow a user message, not {before!r:.60}")
+            raise BaditError(
+                f"messages.{number}: an assistant message must follow a user message, not {before!r:.60}"
+            )
         yield chat[: number - 1], chat[number - 1][1], chat[number][1]
 
 
 def _message(number: int, message: Any) -> tuple[str, str]:
     fields = message if isinstance(message, Mapping) else {}
-    role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
+    role, content = (
+        fields.get("role", fields.get("from")),
+        fields.get("content", fields.get("value")),
+    )
     if isinstance(content, list):
         with suppress(TypeError, LookupError):  # not all parts are text
             content = "".join(part["text"] for part in content)
     if not isinstance(role, str) or not isinstance(content, str) or fields.get("tool_calls"):
-        raise BaditError(f"messages.{number}: must have a role and text as content, and no tool calls; remove the row")
+        raise BaditError(
+            f"messages.{number}: must have a role and text as content, and no tool calls; remove the row"
+        )
     return _ROLES.get(role, role), content

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from badit.data.cache import Item, Items
-from badit.errors import BaditError, nearest
+from badit.support.errors import BaditError, nearest
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -30,7 +30,9 @@ SAPT_ORDERS = {
 
 def file_safe(name: str) -> str:
     """Returns the task's name; ValueError unless it is a valid file name without a path."""
-    too_long = len(name) > 120 or len(name.encode()) > 240  # file systems allow 255 bytes, suffix included
+    too_long = (
+        len(name) > 120 or len(name.encode()) > 240
+    )  # file systems allow 255 bytes, suffix included
     if too_long or not re.match(r"[^.\s]", name) or not name.isprintable() or {*"/\\"} & {*name}:
         fix = "use at most 120 characters (240 bytes), no leading dot or space, __ for a slash, no control character"
         raise ValueError(f"{name!r:.60} cannot be a file name; {fix}")
@@ -49,7 +51,10 @@ def _as_texts(value: Any) -> Any:
 
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_texts)]
 FirstString = Annotated[
-    str, BeforeValidator(lambda value: next(iter(value), "") if isinstance(value, list | tuple) else value)
+    str,
+    BeforeValidator(
+        lambda value: next(iter(value), "") if isinstance(value, list | tuple) else value
+    ),
 ]
 Outputs = Annotated[Strings, Field(min_length=1)]
 Messages = tuple[tuple[str, str], ...]  # (role, content) of each
@@ -84,22 +89,34 @@ class Demonstration(BaseModel, frozen=True):
 
 
 def _column(instances: Sequence[Instance], name: str) -> list[Any]:
-    return instances.column(name) if isinstance(instances, Items) else [getattr(one, name) for one in instances]
+    return (
+        instances.column(name)
+        if isinstance(instances, Items)
+        else [getattr(one, name) for one in instances]
+    )
 
 
 def _selected(instances: Sequence[Instance], indices: Sequence[int]) -> Sequence[Instance]:
-    return instances.select(indices) if isinstance(instances, Items) else tuple(instances[index] for index in indices)
+    return (
+        instances.select(indices)
+        if isinstance(instances, Items)
+        else tuple(instances[index] for index in indices)
+    )
 
 
 def _distinct_ids(instances: Sequence[Instance]) -> Sequence[Instance]:
     ids = Counter(_column(instances, "id"))
     if len(ids) < len(instances):
-        raise ValueError(f"two instances have the id {ids.most_common(1)[0][0]!r:.60}; give each its own")
+        raise ValueError(
+            f"two instances have the id {ids.most_common(1)[0][0]!r:.60}; give each its own"
+        )
     return instances
 
 
 # A table has one column for each field of Instance, and a column for its hash.
-Instances = Annotated[Items | tuple[Instance, ...], Field(union_mode="left_to_right"), AfterValidator(_distinct_ids)]
+Instances = Annotated[
+    Items | tuple[Instance, ...], Field(union_mode="left_to_right"), AfterValidator(_distinct_ids)
+]
 
 
 class Task(BaseModel, frozen=True, extra="forbid", arbitrary_types_allowed=True):
@@ -148,10 +165,19 @@ def hold_out(tasks: Iterable[Task], per_task: int, seed: int) -> list[Task]:
             indices, chats, held = range(len(task.train)), _same_chat(task.train), set[int]()
             for index in _shuffled(indices, f"hold_out/{seed}/{task.name}"):
                 chat = chats.get(index, [index])
-                if len(held) < per_task and index not in held and len(held) + len(chat) <= len(indices) // 4:
+                if (
+                    len(held) < per_task
+                    and index not in held
+                    and len(held) + len(chat) <= len(indices) // 4
+                ):
                     held.update(chat)
-            parts = {"validation": sorted(held), "train": [index for index in indices if index not in held]}
-            task = task.model_copy(update={name: _selected(task.train, part) for name, part in parts.items()})
+            parts = {
+                "validation": sorted(held),
+                "train": [index for index in indices if index not in held],
+            }
+            task = task.model_copy(
+                update={name: _selected(task.train, part) for name, part in parts.items()}
+            )
         after.append(task)
     return after
 
@@ -173,7 +199,9 @@ def _same_chat(instances: Sequence[Instance]) -> dict[int, list[int]]:
     counts = Counter(chat_turns)
     for index, turns in enumerate(chat_turns):
         starts = (turns[:count] for count in range(2, len(turns)))
-        chats[next((start for start in starts if 0 < counts[start] <= counts[turns]), turns)].append(index)
+        chats[
+            next((start for start in starts if 0 < counts[start] <= counts[turns]), turns)
+        ].append(index)
     return {index: chat for chat in chats.values() for index in chat}
 
 
@@ -185,7 +213,9 @@ def limit(tasks: Iterable[Task], train: int | None, test: int | None, seed: int)
     limited = []
     for task in tasks:
         kept = sorted(_shuffled(range(len(task.train)), f"limit/{seed}/{task.name}")[:train])
-        limited.append(task.model_copy(update={"train": _selected(task.train, kept), "test": task.test[:test]}))
+        limited.append(
+            task.model_copy(update={"train": _selected(task.train, kept), "test": task.test[:test]})
+        )
     return limited
 
 
@@ -194,7 +224,9 @@ def mixture(tasks: Sequence[Task], seed: int) -> list[int]:
     return _shuffled(range(sum(len(task.train) for task in tasks)), f"mixture/{seed}")
 
 
-def quotas(tasks: Sequence[Task], *, balanced: bool = False, temperature: float = 1.0) -> dict[str, int] | None:
+def quotas(
+    tasks: Sequence[Task], *, balanced: bool = False, temperature: float = 1.0
+) -> dict[str, int] | None:
     """Returns the number of training instances of each task per epoch; their sum stays about the same.
 
     A task with n instances and weight w gets a share proportional to w · n^(1/temperature), or to w if ``balanced``.
@@ -227,21 +259,29 @@ def ordered(tasks: Sequence[Task], order: str | Sequence[str]) -> list[Task]:
         names = resolve_names(order, by_name, field="data.order")
     elif order in SAPT_ORDERS:
         by_number = {_number(name): name for name in sorted(by_name)}
-        names = [by_number[str(number)] for number in SAPT_ORDERS[order] if str(number) in by_number]
+        names = [
+            by_number[str(number)] for number in SAPT_ORDERS[order] if str(number) in by_number
+        ]
     elif match := re.fullmatch(r"seeded-([0-9]{1,18})", order):
         names = _shuffled(sorted(by_name), f"order/{int(match[1])}")
     else:
         known = f"{nearest(order, [*SAPT_ORDERS, 'seeded-0'])}; known: sapt-1, sapt-2, seeded-N, a list of names"
         raise BaditError(f"data.order: unknown order {order!r:.60}{known}")
     if missing := by_name.keys() - names:
-        raise BaditError(f"data.order: does not contain task {min(missing)}; add it, or remove it from data.tasks")
+        raise BaditError(
+            f"data.order: does not contain task {min(missing)}; add it, or remove it from data.tasks"
+        )
     return [by_name[name] for name in names]
 
 
-def resolve_names(wanted: Sequence[str], names: Iterable[str], *, field: str = "tasks") -> list[str]:
+def resolve_names(
+    wanted: Sequence[str], names: Iterable[str], *, field: str = "tasks"
+) -> list[str]:
     """Returns the full names of the `wanted` names or number prefixes, such as "task363" or "363", in their order."""
     if isinstance(wanted, str):
-        raise BaditError(f"{field}: must be a list of names, such as [{wanted!r:.60}], not one string")
+        raise BaditError(
+            f"{field}: must be a list of names, such as [{wanted!r:.60}], not one string"
+        )
     known, resolved = sorted(names), []
     for name in map(str, wanted):
         digits = re.fullmatch(r"(?:task)?(\d+)", name)

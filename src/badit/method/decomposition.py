@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 
-from badit.errors import BaditError, refuse_unknown
+from badit.support.errors import BaditError, refuse_unknown
 
 SvdMethod = Literal["auto", "exact", "randomized"]
 
@@ -37,7 +37,12 @@ class SingularTriples(NamedTuple):
 
 
 def top_singular_triples(
-    weight_OI: torch.Tensor, rank: int, *, method: SvdMethod = "auto", tolerance: float = 1e-3, seed: int = 0
+    weight_OI: torch.Tensor,
+    rank: int,
+    *,
+    method: SvdMethod = "auto",
+    tolerance: float = 1e-3,
+    seed: int = 0,
 ) -> SingularTriples:
     """Returns the ``rank`` largest singular triples in float32; the largest-magnitude entry of every u is positive.
 
@@ -53,7 +58,9 @@ def top_singular_triples(
         BaditError: if the weight is not 2-D or not finite, the rank is out of range, or the method is unknown.
     """
     if weight_OI.ndim != 2:
-        raise BaditError(f"only a 2-D weight can be decomposed, got one of shape {tuple(weight_OI.shape)}")
+        raise BaditError(
+            f"only a 2-D weight can be decomposed, got one of shape {tuple(weight_OI.shape)}"
+        )
     if not 1 <= rank <= min(weight_OI.shape):
         raise BaditError(
             f"num_experts × r = {rank} singular triples do not fit a weight of shape {tuple(weight_OI.shape)}: "
@@ -66,11 +73,15 @@ def top_singular_triples(
     w_OI = weight_OI.detach().to(torch.float32)
     if not torch.isfinite(torch.stack(w_OI.aminmax())).all():  # a single pass, which propagates NaN
         raise BaditError("the weight holds NaN or infinite values; it cannot be decomposed")
-    exact = method == "exact" or (method == "auto" and min(w_OI.shape) <= max(_EXACT_UP_TO, 4 * rank))
+    exact = method == "exact" or (
+        method == "auto" and min(w_OI.shape) <= max(_EXACT_UP_TO, 4 * rank)
+    )
     u_ON, s_N, vh_NI = _exact_svd(w_OI, rank) if exact else _randomized(w_OI, rank, tolerance, seed)
     peak_N = u_ON.gather(0, u_ON.abs().argmax(dim=0, keepdim=True)).squeeze(0)
     sign_N = torch.where(peak_N < 0, -1.0, 1.0)
-    return SingularTriples((u_ON * sign_N).contiguous(), s_N.contiguous(), (vh_NI * sign_N[:, None]).contiguous())
+    return SingularTriples(
+        (u_ON * sign_N).contiguous(), s_N.contiguous(), (vh_NI * sign_N[:, None]).contiguous()
+    )
 
 
 def expert_factors(triples: SingularTriples, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +103,9 @@ def expert_directions(triples: SingularTriples) -> tuple[torch.Tensor, torch.Ten
     return triples.vh_NI / math.sqrt(3), torch.zeros_like(triples.u_ON)
 
 
-def compress(a_RI: torch.Tensor, b_OR: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+def compress(
+    a_RI: torch.Tensor, b_OR: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """Returns the rank-P factors whose product is closest to B A (Eckart & Young 1936); splits singular values evenly.
 
     They are A (P, I) and B (O, P) in float32, followed by the Frobenius norms of the truncation error and of B A.
@@ -118,7 +131,9 @@ def _exact_svd(w_OI: torch.Tensor, rank: int) -> SingularTriples:
         if s_N[-1] > _GRAM_DOWN_TO * s_N[0]:
             short_SN = vectors_SS[:, -rank:].flip(1)
             long_NL = short_SN.T @ wide_SL / s_N[:, None]
-            u_ON, vh_NI = (short_SN, long_NL) if wide_SL.shape == w_OI.shape else (long_NL.T, short_SN.T)
+            u_ON, vh_NI = (
+                (short_SN, long_NL) if wide_SL.shape == w_OI.shape else (long_NL.T, short_SN.T)
+            )
             return SingularTriples(u_ON.float(), s_N.float(), vh_NI.float())
     u, s, vh = torch.linalg.svd(w_OI, full_matrices=False)
     return SingularTriples(u[:, :rank], s[:rank], vh[:rank])
@@ -138,7 +153,11 @@ def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> S
     block = min(rank + _OVERSAMPLING, *w_OI.shape)
     generator = torch.Generator(device="cpu").manual_seed(seed)
     new_IP = torch.randn(w_OI.shape[1], block, generator=generator).to(w_OI.device)
-    u_OM, v_IM, r_MM = w_OI.new_empty(w_OI.shape[0], 0), w_OI.new_empty(w_OI.shape[1], 0), w_OI.new_empty(0, 0)
+    u_OM, v_IM, r_MM = (
+        w_OI.new_empty(w_OI.shape[0], 0),
+        w_OI.new_empty(w_OI.shape[1], 0),
+        w_OI.new_empty(0, 0),
+    )
     for _ in range(_MAX_PASSES):
         q_OP, _ = _new_directions(u_OM, w_OI @ new_IP)
         new_IP, r_MP = _new_directions(v_IM, w_OI.T @ q_OP)
@@ -158,7 +177,9 @@ def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> S
     return SingularTriples(u_ON, s_N * unit, vh_NI)
 
 
-def _new_directions(basis_DM: torch.Tensor, new_DP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _new_directions(
+    basis_DM: torch.Tensor, new_DP: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns q_DP and r_M'P with new = [basis, q] r and orthonormal [basis, q]; two passes correct rounding errors."""
     within_MP = basis_DM.T @ new_DP
     q_DP, r_PP = torch.linalg.qr(new_DP - basis_DM @ within_MP)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from badit.errors import BaditError, refuse_unknown
+from badit.support.errors import BaditError, refuse_unknown
 
 Solver = Literal["swap", "paper"]
 # (tensor, "max" or "sum") -> the tensor, reduced over the processes that hold the shards.
@@ -35,7 +35,9 @@ _MAX_ROUNDS = 50
 
 
 def cosine_gram(
-    grad_A_NI: torch.Tensor, grad_B_ON: torch.Tensor, over_shards: OverShards = lambda tensor, operation: tensor
+    grad_A_NI: torch.Tensor,
+    grad_B_ON: torch.Tensor,
+    over_shards: OverShards = lambda tensor, operation: tensor,
 ) -> torch.Tensor:
     """Returns G_NN = [⟨ĝ_i, ĝ_j⟩] of the components' gradients in float32 on the gradients' device.
 
@@ -61,7 +63,11 @@ def cosine_gram(
 
 def _peaks(x_ND: torch.Tensor) -> torch.Tensor:
     """Returns the largest magnitude in every row; 0 for an empty shard."""
-    return torch.linalg.vector_norm(x_ND, ord=float("inf"), dim=-1) if x_ND.shape[-1] else x_ND.sum(dim=-1)
+    return (
+        torch.linalg.vector_norm(x_ND, ord=float("inf"), dim=-1)
+        if x_ND.shape[-1]
+        else x_ND.sum(dim=-1)
+    )
 
 
 def grouping_objective(gram_NN: np.ndarray, labels_N: np.ndarray) -> float:
@@ -94,23 +100,43 @@ def group_components(
         BaditError: if the Gram matrix is not finite or not N × N, the labels are unbalanced, or the solver is unknown.
     """
     refuse_unknown("solver", solver, get_args(Solver))
-    gram_NN, current_N = np.asarray(gram_NN, dtype=np.float64), np.asarray(current_N, dtype=np.int64)
+    gram_NN, current_N = (
+        np.asarray(gram_NN, dtype=np.float64),
+        np.asarray(current_N, dtype=np.int64),
+    )
     if gram_NN.shape != (len(current_N), len(current_N)):
-        raise BaditError(f"the Gram matrix has shape {gram_NN.shape}, but there are {len(current_N)} labels")
+        raise BaditError(
+            f"the Gram matrix has shape {gram_NN.shape}, but there are {len(current_N)} labels"
+        )
     if not np.isfinite(gram_NN).all():
-        raise BaditError("the Gram matrix of the components' gradients holds NaN or infinite values")
+        raise BaditError(
+            "the Gram matrix of the components' gradients holds NaN or infinite values"
+        )
     gram_NN = (gram_NN + gram_NN.T) / 2
-    sizes_K = np.bincount(current_N) if len(current_N) and current_N.min() >= 0 else np.zeros(1, dtype=np.int64)
+    sizes_K = (
+        np.bincount(current_N)
+        if len(current_N) and current_N.min() >= 0
+        else np.zeros(1, dtype=np.int64)
+    )
     if sizes_K.min() < 1 or sizes_K.min() != sizes_K.max():
-        raise BaditError(f"every expert must hold the same number of components, got sizes {sizes_K.tolist()}")
+        raise BaditError(
+            f"every expert must hold the same number of components, got sizes {sizes_K.tolist()}"
+        )
     num_experts, swaps = len(sizes_K), solver == "swap"
     rng = np.random.default_rng(seed)
-    random = [rng.permutation(np.sort(current_N)) for _ in range(restarts if swaps else max(1, restarts))]
-    starts = [_until_stable(gram_NN, x_N, num_experts, _centroid_similarity, balanced=swaps) for x_N in random]
+    random = [
+        rng.permutation(np.sort(current_N)) for _ in range(restarts if swaps else max(1, restarts))
+    ]
+    starts = [
+        _until_stable(gram_NN, x_N, num_experts, _centroid_similarity, balanced=swaps)
+        for x_N in random
+    ]
     if swaps:
         candidates = list(_swap_until_optimal(gram_NN, np.stack([current_N, *starts]), num_experts))
     else:
-        candidates = [_until_stable(gram_NN, start_N, num_experts, _polar_similarity) for start_N in starts]
+        candidates = [
+            _until_stable(gram_NN, start_N, num_experts, _polar_similarity) for start_N in starts
+        ]
     present = grouping_objective(gram_NN, current_N)
     best_N = max(candidates, key=lambda labels_N: grouping_objective(gram_NN, labels_N))
     if grouping_objective(gram_NN, best_N) - present <= _MIN_RELATIVE_GAIN * max(1.0, abs(present)):
@@ -138,7 +164,9 @@ class ExpertAngles(NamedTuple):
 
     def defined(self) -> dict[str, float | None]:
         """Returns the fields by name, with None for NaN, which JSON does not have."""
-        return {field: value if np.isfinite(value) else None for field, value in self._asdict().items()}
+        return {
+            field: value if np.isfinite(value) else None for field, value in self._asdict().items()
+        }
 
 
 def expert_angles(gram_NN: np.ndarray, labels_N: np.ndarray) -> ExpertAngles:
@@ -150,7 +178,12 @@ def expert_angles(gram_NN: np.ndarray, labels_N: np.ndarray) -> ExpertAngles:
     gram_NN = np.clip(gram_NN / np.fmax(norm_NN, 1e-12), -1.0, 1.0)
     same_NN = labels_N[:, None] == labels_N[None, :]
     intra, inter = gram_NN[pair_NN & same_NN], gram_NN[pair_NN & ~same_NN]
-    values = np.degrees(np.arccos(intra)), np.degrees(np.arccos(inter)), np.abs(intra), np.abs(inter)
+    values = (
+        np.degrees(np.arccos(intra)),
+        np.degrees(np.arccos(inter)),
+        np.abs(intra),
+        np.abs(inter),
+    )
     return ExpertAngles(*(float(each.mean()) if each.size else float("nan") for each in values))
 
 
@@ -174,7 +207,10 @@ def _until_stable(
         similarity_NK = similarity(onehot_NK, gram_NN @ onehot_NK)
         new_N = similarity_NK.argmax(axis=1)
         if balanced:  # the largest total similarity with equally many components per expert (exact)
-            new_N = linear_sum_assignment(np.repeat(similarity_NK, size, axis=1), maximize=True)[1] // size
+            new_N = (
+                linear_sum_assignment(np.repeat(similarity_NK, size, axis=1), maximize=True)[1]
+                // size
+            )
         if np.array_equal(new_N, labels_N):
             break
         labels_N = new_N
@@ -215,17 +251,27 @@ def _swap_until_optimal(gram_NN: np.ndarray, starts_SN: np.ndarray, num_experts:
         move_SKRK = (sums_SKRK - (own_SKR - diagonal_SKR)[..., None]) / 2
         there_SCRK = move_SKRK[s[:, None], changed_SC]
         back_SCKR = move_SKRK.transpose(0, 3, 1, 2)[s[:, None], changed_SC]
-        gain_SCRKR = there_SCRK[..., None] + back_SCKR[:, :, None] - gram_SKRKR[s[:, None], changed_SC]
-        best_SKK[s[:, None], changed_SC] = best_SKK[s[:, None], :, changed_SC] = gain_SCRKR.max(axis=2).max(axis=-1)
+        gain_SCRKR = (
+            there_SCRK[..., None] + back_SCKR[:, :, None] - gram_SKRKR[s[:, None], changed_SC]
+        )
+        best_SKK[s[:, None], changed_SC] = best_SKK[s[:, None], :, changed_SC] = gain_SCRKR.max(
+            axis=2
+        ).max(axis=-1)
         best_SKK[:, k, k] = 0.0
         a, b = np.divmod(best_SKK.reshape(starts, -1).argmax(axis=1), num_experts)
         improves_S = best_SKK[s, a, b] > noise / 4
         if 2 * improves_S.sum() <= starts:
             break
-        gain_SRR = move_SKRK[s, a, :, b][:, :, None] + move_SKRK[s, b, :, a][:, None] - gram_SKRKR[s, a, :, b]
+        gain_SRR = (
+            move_SKRK[s, a, :, b][:, :, None]
+            + move_SKRK[s, b, :, a][:, None]
+            - gram_SKRKR[s, a, :, b]
+        )
         i, j = np.divmod(gain_SRR.reshape(starts, -1).argmax(axis=1), size)
         i, j = a * size + i, b * size + j
-        j = np.where(improves_S, j, i)  # in a converged grouping, a component is swapped with itself
+        j = np.where(
+            improves_S, j, i
+        )  # in a converged grouping, a component is swapped with itself
         exchange_SN = gram_SNN[s, j] - gram_SNN[s, i]
         sums_SNK[s, :, a] += exchange_SN
         sums_SNK[s, :, b] -= exchange_SN

@@ -48,17 +48,27 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # a tensor of A and the corresponding 
 # (…, N, N), and w₁ and w₂ "weights" (…, 2).
 Moments = dict[str, torch.Tensor]
 
-_TINY = 1e-60  # matrices up to this norm count as zero; above it, inverse roots are finite in float32
+_TINY = (
+    1e-60  # matrices up to this norm count as zero; above it, inverse roots are finite in float32
+)
 _CONVERGED = 1e-3
 _LARGEST_CHANGE = 0.1  # relative change of ΔW in a step of A
 
 
 def no_moments(x_ND: torch.Tensor) -> Moments:
     """Returns the moments before the first step, for a factor given as rows."""
-    zero_ND, leading, (components, length) = torch.zeros_like(x_ND), x_ND.shape[:-2], x_ND.shape[-2:]
+    zero_ND, leading, (components, length) = (
+        torch.zeros_like(x_ND),
+        x_ND.shape[:-2],
+        x_ND.shape[-2:],
+    )
     exact = partial(x_ND.new_zeros, dtype=_accumulation_dtype(x_ND))
     sizes = {"features": (1, length), "second": (components, components), "weights": (2,)}
-    return {"basis": zero_ND, "first": zero_ND, **{name: exact((*leading, *sizes[name])) for name in sizes}}
+    return {
+        "basis": zero_ND,
+        "first": zero_ND,
+        **{name: exact((*leading, *sizes[name])) for name in sizes},
+    }
 
 
 def orthogonal_updates(
@@ -85,7 +95,9 @@ def orthogonal_updates(
         over_shards: reduces tensors of 4 N² and 2 N² numbers per layer over the processes that hold the other shards.
     """
     beta_1, beta_2 = betas
-    products = [p for x, own in zip(factors, moments, strict=True) for p in (x @ x.mT, x @ own["basis"].mT)]
+    products = [
+        p for x, own in zip(factors, moments, strict=True) for p in (x @ x.mT, x @ own["basis"].mT)
+    ]
     products_NN = over_shards(torch.stack(products), "sum").to(_accumulation_dtype(products[0]))
     # From here on, N × N matrices of A and B are stacked: (2, …, N, N).
     root_NN = inverse_root(products_NN[0::2], floor)
@@ -115,7 +127,9 @@ def orthogonal_updates(
     escaped = (_trace(last_NN) - _trace(moved_NN)).clamp_min(0) / last_NN.shape[-1]
     moved_NN.diagonal(dim1=-2, dim2=-1).add_(escaped.unsqueeze(-1))
     second_NN = (beta_2 * moved_NN + (1 - beta_2) * square_NN) * has_frame[..., None, None]
-    whiten_NN = inverse_root(second_NN, floor) * ((1 - beta_1) * second_weight.sqrt())[..., None, None]
+    whiten_NN = (
+        inverse_root(second_NN, floor) * ((1 - beta_1) * second_weight.sqrt())[..., None, None]
+    )
     unframe_NN = frame_NN / torch.where(first_weight > 0, first_weight, 1.0)[..., None, None]
     product = (products_NN[0] * products_NN[2]).sum((-2, -1)).clamp_min(0).sqrt()  # the norm of B A
     largest = _LARGEST_CHANGE / math.sqrt(lengths[0] * last_NN.shape[-1]) / max(lr, 1e-30) * product
@@ -123,9 +137,15 @@ def orthogonal_updates(
 
     updates, after = [], []
     for index, (x_ND, h_ND, own) in enumerate(zip(factors, scaled, moments, strict=True)):
-        first_ND = _times(beta_1 * transport_NN[index], own["first"]) + _times(whiten_NN[index], h_ND)
+        first_ND = _times(beta_1 * transport_NN[index], own["first"]) + _times(
+            whiten_NN[index], h_ND
+        )
         updates.append(_times(unframe_NN[index], first_ND))
-        of_D = {"basis": _times(root_NN[index], x_ND), "first": first_ND, "features": features[index]}
+        of_D = {
+            "basis": _times(root_NN[index], x_ND),
+            "first": first_ND,
+            "features": features[index],
+        }
         after.append({**of_D, "second": second_NN[index], "weights": weights_2[index]})
     return (updates[0], updates[1]), (after[0], after[1])
 

@@ -28,14 +28,18 @@ GateKind = Literal["clusters", "mean_one", "softmax"]
 RouterInput = Literal["mean", "standardised"]
 
 _NORM = 8.0  # x̂'s mean norm, which sets how fast a router's gates diverge. On SmolLM2, 7 was best of 2.4 to 24.
-_LEAST_WEIGHT = 0.02  # a batch's minimum weight in the moments; batches fade within hundreds of steps
+_LEAST_WEIGHT = (
+    0.02  # a batch's minimum weight in the moments; batches fade within hundreds of steps
+)
 _CODE_TEMPERATURE = 0.1
 _STARTS, _ITERATIONS = 5, 30  # of k-means
 
 
 def _without_autocast(x: torch.Tensor) -> torch.autocast:
     """Disables 16-bit products of x, with which training and inference could find different nearest centroids."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # autocast does not know "meta"
+    return torch.autocast(
+        "cpu" if x.is_meta else x.device.type, enabled=False
+    )  # autocast does not know "meta"
 
 
 def prompt_mean(x_BTI: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tensor:
@@ -63,7 +67,9 @@ def segment_means(
     return sums_SI.index_add(0, segment_BT.flatten(), weighted_BTI.flatten(0, 1)).to(x_BTI.dtype)
 
 
-def batch_moments(x_BI: torch.Tensor, add_up: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> torch.Tensor:
+def batch_moments(
+    x_BI: torch.Tensor, add_up: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+) -> torch.Tensor:
     """Returns mean and variance (2, I) over a batch of prompts in float32; ``add_up`` sums a tensor over ranks.
 
     A row of zeros has no prompt, such as padding in packed rows, and does not count. Without any prompt they are NaN.
@@ -72,10 +78,14 @@ def batch_moments(x_BI: torch.Tensor, add_up: Callable[[torch.Tensor], torch.Ten
     counts_B1 = x_BI.any(dim=1, keepdim=True).float()
     total = add_up(torch.cat([x_BI.sum(dim=0), counts_B1.sum(dim=0)]))
     mean_I = total[:-1] / total[-1]
-    return torch.stack([mean_I, add_up(((x_BI - mean_I) * counts_B1).square().sum(dim=0)) / total[-1]])
+    return torch.stack(
+        [mean_I, add_up(((x_BI - mean_I) * counts_B1).square().sum(dim=0)) / total[-1]]
+    )
 
 
-def updated_moments(moments_2I: torch.Tensor, batches: torch.Tensor, new_2I: torch.Tensor) -> torch.Tensor:
+def updated_moments(
+    moments_2I: torch.Tensor, batches: torch.Tensor, new_2I: torch.Tensor
+) -> torch.Tensor:
     """Returns μ and v (2, I) with batch number ``batches`` = n added: its moments ``new_2I`` weigh max(1/n, 1/50)."""
     weight = (1 / batches).clamp_min(_LEAST_WEIGHT)
     between_I = weight * (1 - weight) * (new_2I[0] - moments_2I[0]).square()
@@ -101,7 +111,11 @@ def prompt_centroids(x_SI: torch.Tensor, clusters: int) -> torch.Tensor:
     """
     x_SI = x_SI.float().cpu()
     unit_SI = F.normalize(x_SI[x_SI.any(dim=1)], dim=1)
-    best, best_CI, generator = -math.inf, unit_SI.new_zeros(clusters, x_SI.shape[1]), torch.Generator().manual_seed(0)
+    best, best_CI, generator = (
+        -math.inf,
+        unit_SI.new_zeros(clusters, x_SI.shape[1]),
+        torch.Generator().manual_seed(0),
+    )
     for _ in range(_STARTS if len(unit_SI) else 0):
         chosen_C = torch.randint(len(unit_SI), (1,), generator=generator, device="cpu")
         while len(chosen_C) < clusters:
@@ -112,7 +126,9 @@ def prompt_centroids(x_SI: torch.Tensor, clusters: int) -> torch.Tensor:
         for _ in range(_ITERATIONS):
             nearest_S = (unit_SI @ centroids_CI.T).argmax(dim=1)
             sums_CI = torch.zeros_like(centroids_CI).index_add(0, nearest_S, unit_SI)
-            centroids_CI = torch.where(sums_CI.any(dim=1, keepdim=True), F.normalize(sums_CI, dim=1), centroids_CI)
+            centroids_CI = torch.where(
+                sums_CI.any(dim=1, keepdim=True), F.normalize(sums_CI, dim=1), centroids_CI
+            )
         total = float((unit_SI @ centroids_CI.T).amax(dim=1).sum())
         if total > best:
             best, best_CI = total, centroids_CI
@@ -125,13 +141,17 @@ def random_codes(clusters: int, num_experts: int) -> torch.Tensor:
     return torch.softmax(weights_CK / _CODE_TEMPERATURE, dim=1)
 
 
-def cluster_gates(x: torch.Tensor, centroids_CI: torch.Tensor, codes_CK: torch.Tensor) -> torch.Tensor:
+def cluster_gates(
+    x: torch.Tensor, centroids_CI: torch.Tensor, codes_CK: torch.Tensor
+) -> torch.Tensor:
     """Returns gates (…, K): for every x̂ (…, I) the code of the centroid with the largest cosine."""
     with _without_autocast(x):
         return codes_CK.float()[F.linear(x.float(), centroids_CI.float()).argmax(dim=-1)]
 
 
-def expert_gates(logits: torch.Tensor, *, kind: GateKind = "mean_one", top_k: int | None = None) -> torch.Tensor:
+def expert_gates(
+    logits: torch.Tensor, *, kind: GateKind = "mean_one", top_k: int | None = None
+) -> torch.Tensor:
     """Returns gates (..., K) from router logits (..., K).
 
     With ``top_k`` the softmax runs over the k largest logits (on ties, the lower index); the sum stays K ("mean_one")

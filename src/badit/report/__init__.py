@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from badit.errors import BaditError, explained, status
-from badit.files import write_text
+from badit.support.errors import BaditError, explained, status
+from badit.support.files import write_text
 
 _CIVIDIS = ["#00204d", "#213d6b", "#555b6c", "#7b7a77", "#a59c74", "#d3c064", "#ffe945"]
 _RANGES = {
@@ -82,15 +82,34 @@ def chart_config(mode: Literal["light", "dark"]) -> dict[str, Any]:
     first, faint, line = ranges["category"][0], ink["faint"], ink["line"]
     quiet = {"labelColor": faint, "titleColor": ink["text"]}
     quiet |= {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": 500}
-    axis = {"titlePadding": 10, "gridOpacity": 0.6, "ticks": False, "labelPadding": 6, "labelLimit": 150}
-    legend = {"titleLimit": 260, "orient": "top", "gradientThickness": 10, "gradientLength": 180, "labelLimit": 170}
-    symbols = {"symbolStrokeWidth": 2, "symbolOpacity": 1, "symbolBaseFillColor": faint, "symbolBaseStrokeColor": faint}
+    axis = {
+        "titlePadding": 10,
+        "gridOpacity": 0.6,
+        "ticks": False,
+        "labelPadding": 6,
+        "labelLimit": 150,
+    }
+    legend = {
+        "titleLimit": 260,
+        "orient": "top",
+        "gradientThickness": 10,
+        "gradientLength": 180,
+        "labelLimit": 170,
+    }
+    symbols = {
+        "symbolStrokeWidth": 2,
+        "symbolOpacity": 1,
+        "symbolBaseFillColor": faint,
+        "symbolBaseStrokeColor": faint,
+    }
     return {
         "font": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif",
         "background": "transparent",
         "view": {"stroke": None},
         "style": {
-            "matrix": {"fill": ink["empty"]},  # a missing value, such as the diagonal, must not look like 0
+            "matrix": {
+                "fill": ink["empty"]
+            },  # a missing value, such as the diagonal, must not look like 0
             "reference": {"color": faint, "strokeDash": [2, 4]},
             "interval": {"color": first},
         },
@@ -101,5 +120,10 @@ def chart_config(mode: Literal["light", "dark"]) -> dict[str, Any]:
         "text": {"color": ink["text"]},
         "axis": {**quiet, **axis, "domainColor": line, "gridColor": line},
         "axisBand": {"domain": False, "grid": False},
-        "legend": {**quiet, **legend, **symbols, "layout": {"top": {"direction": "vertical", "anchor": "start"}}},
+        "legend": {
+            **quiet,
+            **legend,
+            **symbols,
+            "layout": {"top": {"direction": "vertical", "anchor": "start"}},
+        },
     }

@@ -21,20 +21,23 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from badit import __version__
+from badit.comparison.results import RESULTS
+from badit.comparison.tables import method_table
 from badit.data import own_input
-from badit.errors import explained
-from badit.files import is_number, read_json, read_text, write_bytes
-from badit.metrics import METRICS, Prediction, exact_match, rouge_l
-from badit.recipe import to_yaml
-from badit.render import UNKNOWN, method_table, number, score_text
+from badit.evaluation.metrics import METRICS, Prediction, exact_match, rouge_l, score_text
+from badit.recipe.schema import to_yaml
 from badit.report import chart_config, charts
 from badit.report.figures import FIGURES, Figure
 from badit.report.sources import Source, together
-from badit.results import RESULTS
+from badit.support.errors import explained
+from badit.support.files import is_number, read_json, read_text, write_bytes
+from badit.support.text import UNKNOWN, number
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _VEGA_LITE = alt.SCHEMA_VERSION.rpartition(".")[0]  # such as v6.4
-_NOT_IN_XML = re.compile(r"\\+(?:u00[01].|ufff[ef])|(?<!\\)\\[bf]")  # in JSON; vl-convert would abort the process
+_NOT_IN_XML = re.compile(
+    r"\\+(?:u00[01].|ufff[ef])|(?<!\\)\\[bf]"
+)  # in JSON; vl-convert would abort the process
 
 
 class Block(NamedTuple):
@@ -56,32 +59,46 @@ class Block(NamedTuple):
     @property
     def specification(self) -> dict[str, Any]:
         """The chart's Vega-Lite specification without colours, which the page sets. Screen readers read its title."""
-        content = json.loads(_NOT_IN_XML.sub("\ufffd", json.dumps(self.content.to_dict(validate=False))))
+        content = json.loads(
+            _NOT_IN_XML.sub("\ufffd", json.dumps(self.content.to_dict(validate=False)))
+        )
         content |= {"autosize": {"type": "fit-x", "contains": "padding"}, "width": "container"}
         content["description"] = f"{self.title}. {self.caption}".strip()
         return {key: value for key, value in content.items() if key not in ("config", "$schema")}
 
 
 # The command that measures what a run lacks in a section.
-_COMMANDS: dict[str, str] = dict.fromkeys(("gradients", "units", "geometry", "atlas"), "badit analyze")
+_COMMANDS: dict[str, str] = dict.fromkeys(
+    ("gradients", "units", "geometry", "atlas"), "badit analyze"
+)
 _COMMANDS |= {"scores": "badit evaluate", "samples": "badit evaluate"}
 
 
 def sections_of(sources: Sequence[Source]) -> dict[str, list[Block]]:
     """Returns the blocks of each section. The template has the sections' titles and texts."""
     shown = [together(sources), *sources]
-    found = {"overview": [*_overview(sources)], "samples": [*_samples(sources)], "settings": [*_settings(sources)]}
+    found = {
+        "overview": [*_overview(sources)],
+        "samples": [*_samples(sources)],
+        "settings": [*_settings(sources)],
+    }
     for figure in FIGURES:
         found.setdefault(figure.section, []).extend(_drawn(figure, shown))
-    return {section: [*blocks, *_notes(section, sources, blocks)] for section, blocks in found.items()}
+    return {
+        section: [*blocks, *_notes(section, sources, blocks)] for section, blocks in found.items()
+    }
 
 
 def render(title: str, sections: Mapping[str, Sequence[Block]]) -> str:
     """Returns the page's HTML."""
     scripts = [_library(), read_text(_TEMPLATES / "page.js")]
-    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    hashes = [
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts
+    ]
     options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    templates = Environment(loader=PackageLoader("badit.report"), undefined=StrictUndefined, **options)
+    templates = Environment(
+        loader=PackageLoader("badit.report"), undefined=StrictUndefined, **options
+    )
     templates.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return templates.get_template("page.html.j2").render(
         title=title,
@@ -98,19 +115,33 @@ def render(title: str, sections: Mapping[str, Sequence[Block]]) -> str:
 def export_figures(sections: Mapping[str, Sequence[Block]], folder: Path) -> None:
     """Writes NAME.svg and NAME.pdf for every figure, with the page's initial choices, on white."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**chart_config("light"), "font": "Helvetica, Arial, sans-serif", "background": "white"}
+    config = {
+        **chart_config("light"),
+        "font": "Helvetica, Arial, sans-serif",
+        "background": "white",
+    }
     widths = {"full": 520, "half": 340, "square": 400}  # in pixels of 1/72 inch
-    for block in (block for blocks in sections.values() for block in blocks if block.kind == "figure"):
+    for block in (
+        block for blocks in sections.values() for block in blocks if block.kind == "figure"
+    ):
         content = {**block.specification, "width": widths[block.width]}
-        with explained(folder / block.name, action="drawn", any_error=True):  # names such as "constructor"
-            svg = vl_convert.vegalite_to_svg(content, vl_version=_VEGA_LITE, config=config, allowed_base_urls=[])
+        with explained(
+            folder / block.name, action="drawn", any_error=True
+        ):  # names such as "constructor"
+            svg = vl_convert.vegalite_to_svg(
+                content, vl_version=_VEGA_LITE, config=config, allowed_base_urls=[]
+            )
         for suffix, data in ((".svg", svg.encode()), (".pdf", vl_convert.svg_to_pdf(svg))):
             write_bytes(folder / (block.name + suffix), data)
 
 
 def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
     """Yields the figure of each source that has its table; figures of several sources share their colour scale."""
-    frames = {i: source.frames[figure.table] for i, source in enumerate(sources) if figure.table in source.frames}
+    frames = {
+        i: source.frames[figure.table]
+        for i, source in enumerate(sources)
+        if figure.table in source.frames
+    }
     drawn = [figure.draw(frame) for frame in frames.values()]
     charts.share_limits(drawn)
     caption = " ".join(str(figure.draw.__doc__).split())
@@ -119,7 +150,9 @@ def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
             continue
         label = sources[i].label if len(sources) > 2 else ""
         slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[:40]
-        name = figure.draw.__name__.replace("_", "-") + (f"-{i}-{slug}".rstrip("-") if label else "")
+        name = figure.draw.__name__.replace("_", "-") + (
+            f"-{i}-{slug}".rstrip("-") if label else ""
+        )
         kind = "table" if isinstance(content, pd.DataFrame) else "figure"
         width = "half" if len(frames) > 1 and kind == "figure" else figure.width
         yield Block(kind, figure.title, content, name, caption, width, frame.attrs["file"], label)
@@ -131,11 +164,19 @@ def _notes(section: str, sources: Sequence[Source], blocks: Sequence[Block]) -> 
     command = _COMMANDS.get(section, "")
     for run in sources:
         if section == "scores" and run.results and "methods" not in run.frames:
-            reasons = [note for note in method_table(run.results).notes if note.startswith(("missing", "failed"))]
+            reasons = [
+                note
+                for note in method_table(run.results).notes
+                if note.startswith(("missing", "failed"))
+            ]
             yield Block("note", "; ".join([f"{run.prefix}no run has finished", *reasons]), "")
         # Sources without a recipe are folders of `badit analyze --output`.
         own = [run, *(one for one in sources if not one.config and not one.results)]
-        analysed = any(frame.attrs["file"].startswith("analysis/") for one in own for frame in one.frames.values())
+        analysed = any(
+            frame.attrs["file"].startswith("analysis/")
+            for one in own
+            for frame in one.frames.values()
+        )
         measured = analysed or any(block.source in ("", run.label) for block in blocks)
         scored = run.scores is not None if section == "scores" else bool(blocks)
         lacking = {"badit analyze": not measured, "badit evaluate": bool(run.config) and not scored}
@@ -146,9 +187,14 @@ def _notes(section: str, sources: Sequence[Source], blocks: Sequence[Block]) -> 
 
 
 def _overview(sources: Sequence[Source]) -> Iterator[Block]:
-    facts = pd.DataFrame({source.label: _facts(source) for source in sources}, dtype=object).fillna(UNKNOWN)
+    facts = pd.DataFrame({source.label: _facts(source) for source in sources}, dtype=object).fillna(
+        UNKNOWN
+    )
     table = facts.reset_index(names="run", allow_duplicates=True)  # a source's label may be "run"
-    files = {RESULTS if source.results else "scores.json, config.yaml, environment.json" for source in sources}
+    files = {
+        RESULTS if source.results else "scores.json, config.yaml, environment.json"
+        for source in sources
+    }
     if len(table):
         yield Block("table", "Summary", table, "facts", file=", ".join(sorted(files)))
 
@@ -176,7 +222,14 @@ def _facts(source: Source) -> dict[str, str]:
             facts[name.replace("_", " ")] = number(value, ".0f")
     if is_number(values.get("training.seconds")):
         facts["training time"] = f"{number(values['training.seconds'] / 60)} min"
-    settings = ["model.name", "method.name", "method.num_experts", "method.r", "data.source", "training.learning_rate"]
+    settings = [
+        "model.name",
+        "method.name",
+        "method.num_experts",
+        "method.r",
+        "data.source",
+        "training.learning_rate",
+    ]
     return facts | {key: str(values[key]) for key in settings if values.get(key) is not None}
 
 
@@ -188,11 +241,17 @@ def _samples(sources: Sequence[Source]) -> Iterator[Block]:
             models[name] = run
     content = {}
     for task in dict.fromkeys(task for run in models.values() for task in run.predictions):
-        answers = [(name, run.predictions[task]) for name, run in models.items() if task in run.predictions]
-        shared = [instance for instance in answers[0][1] if all(instance in own for _, own in answers)]
+        answers = [
+            (name, run.predictions[task]) for name, run in models.items() if task in run.predictions
+        ]
+        shared = [
+            instance for instance in answers[0][1] if all(instance in own for _, own in answers)
+        ]
         count = min(6 if len(answers) <= 3 else 3, len(shared))
         chosen = [shared[i * len(shared) // count] for i in range(count)]
-        content[task] = [_sample([(name, own[instance]) for name, own in answers]) for instance in chosen]
+        content[task] = [
+            _sample([(name, own[instance]) for name, own in answers]) for instance in chosen
+        ]
     if content:
         caption = "Questions are the instances' own inputs; long ones are cut at the start."
         yield Block("samples", "", content, caption=caption, file="predictions/")
@@ -207,7 +266,11 @@ def _sample(answers: Sequence[tuple[str, Prediction]]) -> dict[str, Any]:
         verdict = "right" if right else "partly right" if score >= 50 else "wrong"
         shown.append((model, answer.prediction, verdict, f"Rouge-L {number(score, '.0f')}"))
     references = [*dict.fromkeys(first.references)][:4]
-    return {"question": own_input(first.prompt) or first.prompt, "references": references, "answers": shown}
+    return {
+        "question": own_input(first.prompt) or first.prompt,
+        "references": references,
+        "answers": shown,
+    }
 
 
 def _settings(sources: Sequence[Source]) -> Iterator[Block]:
@@ -226,7 +289,9 @@ def _settings(sources: Sequence[Source]) -> Iterator[Block]:
         for method, cell in cells.items():
             keys = ("learning_rate", "seed", "order", "config", "environment")
             shown = {key: value for key in keys if (value := cell.get(key)) not in (None, {})}
-            with explained(source.folder / RESULTS, action="shown", any_error=True):  # nested too deeply
+            with explained(
+                source.folder / RESULTS, action="shown", any_error=True
+            ):  # nested too deeply
                 text = to_yaml(shown, sort_keys=False, width=100)
             yield Block("details", source.prefix + method, text, file=RESULTS)
 

@@ -19,16 +19,16 @@ import numpy as np
 import pandas as pd
 
 from badit.analysis.learning import component_flow, expert_angles, task_gap, transfer
+from badit.comparison.results import RESULTS, Results, load_results
+from badit.comparison.tables import method_table
 from badit.data import own_input
-from badit.errors import BaditError
-from badit.evaluate import read_predictions
-from badit.files import inside, is_number, refuse_links
-from badit.metrics import Prediction, rouge_l
-from badit.recipe import read_values
-from badit.render import method_table
-from badit.results import RESULTS, Results, load_results
-from badit.run import Run
-from badit.statistics import paired_bootstrap
+from badit.evaluation.metrics import Prediction, rouge_l
+from badit.evaluation.scoring import read_predictions
+from badit.evaluation.statistics import paired_bootstrap
+from badit.recipe.schema import read_values
+from badit.runs.folder import Run
+from badit.support.errors import BaditError
+from badit.support.files import inside, is_number, refuse_links
 
 # Tables with pairs of tasks and their column of similarities, and the tables that are shown as matrices in this order.
 _ORDERED = {
@@ -64,16 +64,25 @@ class Source:
     @cached_property
     def members(self) -> "list[tuple[str, Source]]":
         """The run itself, or a comparison's scored runs whose folders still exist, each with its method's name."""
-        from badit.compare import Cell
+        from badit.comparison.compare import Cell
 
         if self.results is None:
             return [(self.label, self)]
         methods, cells = self.results.methods, self.results.cells
-        done = cells.loc[(cells["status"] == "done") & cells["selected"], ["method", "learning_rate", "seed", "order"]]
+        done = cells.loc[
+            (cells["status"] == "done") & cells["selected"],
+            ["method", "learning_rate", "seed", "order"],
+        ]
         rows = done.astype(object).where(done.notna(), None).to_numpy().tolist()
-        runs = [(row[0], str(Cell(*row))) for row in sorted(rows, key=lambda row: methods.index(row[0]))]
-        folders = [(method, Source(at, inside(self.folder, self.folder / at))) for method, at in runs]
-        return [(self.prefix + method, source) for method, source in folders if source.folder.is_dir()]
+        runs = [
+            (row[0], str(Cell(*row))) for row in sorted(rows, key=lambda row: methods.index(row[0]))
+        ]
+        folders = [
+            (method, Source(at, inside(self.folder, self.folder / at))) for method, at in runs
+        ]
+        return [
+            (self.prefix + method, source) for method, source in folders if source.folder.is_dir()
+        ]
 
     @cached_property
     def predictions(self) -> Mapping[str, Mapping[str, Prediction]]:
@@ -81,7 +90,9 @@ class Source:
         found: dict[str, dict[str, Prediction]] = {}
         folder = Run.at(self.folder).predictions_path
         for answer in read_predictions(folder) if any(folder.glob("[!.]*.jsonl")) else ():
-            instance = str((answer.instance_id, own_input(answer.prompt)[:80], answer.references))  # the end may be cut
+            instance = str(
+                (answer.instance_id, own_input(answer.prompt)[:80], answer.references)
+            )  # the end may be cut
             found.setdefault(answer.task, {})[instance] = answer
         return found
 
@@ -93,15 +104,24 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
     folders = [Path(path).parent if Path(path).name == RESULTS else Path(path) for path in paths]
     for path, folder in zip(paths, folders, strict=True):
         if not any((folder / name).exists() for name in (RESULTS, "config.yaml", "analysis")):
-            raise BaditError(f"{path}: has no config.yaml, results.json or analysis; name a run or comparison folder")
+            raise BaditError(
+                f"{path}: has no config.yaml, results.json or analysis; name a run or comparison folder"
+            )
         if folders.count(folder) > 1:
             raise BaditError(f"{folder}: is given more than once; name each folder once")
         refuse_links(folder)
     # The shortest path endings that differ between all folders.
     parts = [folder.resolve().parts for folder in folders]
-    ends = (["/".join(each[-length:]) for each in parts] for length in range(1, max(map(len, parts)) + 1))
-    labels = next((labels for labels in ends if len(set(labels)) == len(labels)), [*map(str, folders)])
-    sources = [_read(folder, label, len(labels) > 1) for folder, label in zip(folders, labels, strict=True)]
+    ends = (
+        ["/".join(each[-length:]) for each in parts]
+        for length in range(1, max(map(len, parts)) + 1)
+    )
+    labels = next(
+        (labels for labels in ends if len(set(labels)) == len(labels)), [*map(str, folders)]
+    )
+    sources = [
+        _read(folder, label, len(labels) > 1) for folder, label in zip(folders, labels, strict=True)
+    ]
     _order_tasks(sources)
     return sources
 
@@ -112,18 +132,31 @@ def together(sources: Sequence[Source]) -> Source:
     runs = [member for source in sources for member in source.members]
     logs = []
     for series, run in runs:
-        logs += [{**line, "series": series, "run": run.label} for line in Run.at(run.folder).log(Path("metrics.jsonl"))]
+        logs += [
+            {**line, "series": series, "run": run.label}
+            for line in Run.at(run.folder).log(Path("metrics.jsonl"))
+        ]
     for name, key in (("losses", "loss"), ("held_out_losses", "eval_loss")):
-        losses = [{**line, "loss": line[key]} for line in logs if is_number(line["step"]) and is_number(line.get(key))]
-        shared.add(name, pd.DataFrame(losses, columns=["step", "loss", "series", "run"]), "metrics.jsonl")
+        losses = [
+            {**line, "loss": line[key]}
+            for line in logs
+            if is_number(line["step"]) and is_number(line.get(key))
+        ]
+        shared.add(
+            name, pd.DataFrame(losses, columns=["step", "loss", "series", "run"]), "metrics.jsonl"
+        )
     if scored := [source for source in sources if source.scores is not None]:
         frames = [cast(pd.DataFrame, source.scores).assign(run=source.label) for source in scored]
         shared.add("scores", pd.concat(frames, ignore_index=True), "scores.json")
         first, rows = _rouge_l(scored[0]), []
-        for run in scored[1:]:  # paired differences to the first run, over the instances that both answered
+        for run in scored[
+            1:
+        ]:  # paired differences to the first run, over the instances that both answered
             pairs = (_rouge_l(run).reindex(first.index) - first).dropna()
             if len(pairs) and run.config.get("method") != {"name": "base"}:
-                found = paired_bootstrap({str(task): each.to_numpy()[None] for task, each in pairs.groupby(level=0)})
+                found = paired_bootstrap(
+                    {str(task): each.to_numpy()[None] for task, each in pairs.groupby(level=0)}
+                )
                 rows.append([run.label, found.mean, found.low, found.high, scored[0].label])
         shared.add("differences", pd.DataFrame(rows, columns=_DIFFERENCES), "predictions/")
     for frame in shared.frames.values():  # so that a series has the same colour in all figures
@@ -141,18 +174,35 @@ def _read(folder: Path, label: str, several: bool) -> Source:
     for name, frame in run.tables.items():
         source.add(name, frame, f"analysis/{name}.json")
     if run.config_path.is_file():
-        source.config = read_values(run.config_path)  # not validated: recipes of other versions may have other keys
+        source.config = read_values(
+            run.config_path
+        )  # not validated: recipes of other versions may have other keys
     source.environment = run.known_environment
     if (folder / RESULTS).is_file():
         source.results = results = load_results(folder)
         table = method_table(results)
-        table.texts.attrs = {"strong": [(i, table.texts.columns[j]) for i, j in table.best], "notes": table.notes}
+        table.texts.attrs = {
+            "strong": [(i, table.texts.columns[j]) for i, j in table.best],
+            "notes": table.notes,
+        }
         source.add("methods", table.texts, RESULTS)
         numbers = table.numbers.rename(columns=lambda name: name.removeprefix("difference_"))
-        trained = numbers["method"].isin(results.cells.loc[results.cells["learning_rate"].notna(), "method"])
-        source.add("differences", numbers[trained].assign(reference=results.reference)[_DIFFERENCES].dropna(), RESULTS)
-        scores = results.scores.assign(run=pd.Categorical(results.scores["method"], results.scored_methods))
-        means = scores.groupby(["run", "task", "metric"], observed=True)[["score", "n"]].mean().reset_index()
+        trained = numbers["method"].isin(
+            results.cells.loc[results.cells["learning_rate"].notna(), "method"]
+        )
+        source.add(
+            "differences",
+            numbers[trained].assign(reference=results.reference)[_DIFFERENCES].dropna(),
+            RESULTS,
+        )
+        scores = results.scores.assign(
+            run=pd.Categorical(results.scores["method"], results.scored_methods)
+        )
+        means = (
+            scores.groupby(["run", "task", "metric"], observed=True)[["score", "n"]]
+            .mean()
+            .reset_index()
+        )
         source.add("scores", means.astype({"run": str}), RESULTS)
         source.add("task_gap", task_gap(folder), RESULTS)
     elif run.scores_path.is_file():
@@ -163,7 +213,11 @@ def _read(folder: Path, label: str, several: bool) -> Source:
     if "labels" in next(run.log(run.regroupings_path), {"labels": []}):
         flow = component_flow(run)
         source.add("component_flow", flow, run.regroupings_path.name)
-        source.add("expert_angles", expert_angles(run), (run.regroupings_path if len(flow) else run.angles_path).name)
+        source.add(
+            "expert_angles",
+            expert_angles(run),
+            (run.regroupings_path if len(flow) else run.angles_path).name,
+        )
     pairs, overall = (source.frames.get(name) for name in ("gradient_pairs", "gradient_overall"))
     cosines = [] if overall is None else [overall.assign(layer="all", module="all")]
     if pairs is not None:
@@ -177,8 +231,14 @@ def _read(folder: Path, label: str, several: bool) -> Source:
 
 
 def _rouge_l(run: Source) -> pd.Series:
-    answers = {(task, instance): each for task, own in run.predictions.items() for instance, each in own.items()}
-    scores = {place: rouge_l(answer.prediction, answer.references) for place, answer in answers.items()}
+    answers = {
+        (task, instance): each
+        for task, own in run.predictions.items()
+        for instance, each in own.items()
+    }
+    scores = {
+        place: rouge_l(answer.prediction, answer.references) for place, answer in answers.items()
+    }
     return pd.Series(scores, dtype=float)
 
 
@@ -192,7 +252,9 @@ def _order_tasks(sources: Sequence[Source]) -> None:
                 columns = [each for each in ("task", *_PAIR) if each in frame]
                 tasks = list(dict.fromkeys(task for each in columns for task in frame[each]))
                 known = sorted(tasks, key=[*order, *tasks].index)
-                source.frames[name] = frame.assign(**{each: pd.Categorical(frame[each], known) for each in columns})
+                source.frames[name] = frame.assign(
+                    **{each: pd.Categorical(frame[each], known) for each in columns}
+                )
 
 
 def by_similarity(pairs: pd.DataFrame, column: str) -> list[str]:
@@ -200,12 +262,18 @@ def by_similarity(pairs: pd.DataFrame, column: str) -> list[str]:
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
 
-    shown = pairs[pairs["parameters"] == shown_parameters(pairs)] if "parameters" in pairs else pairs
+    shown = (
+        pairs[pairs["parameters"] == shown_parameters(pairs)] if "parameters" in pairs else pairs
+    )
     tasks = sorted({*shown["task_a"], *shown["task_b"]})
     if len(tasks) < 3:
         return tasks
     # If a pair has several kinds, the first is used. A damaged file may contain values outside −1 to 1.
-    half = shown.drop_duplicates(_PAIR).pivot(index="task_a", columns="task_b", values=column).clip(-1, 1)
+    half = (
+        shown.drop_duplicates(_PAIR)
+        .pivot(index="task_a", columns="task_b", values=column)
+        .clip(-1, 1)
+    )
     similarity = half.combine_first(half.T).reindex(index=tasks, columns=tasks)
     similarity_TT = similarity.fillna(np.nan_to_num(half.stack().mean())).to_numpy()
     distance_TT = similarity_TT.max() - similarity_TT

@@ -9,4 +9,12 @@ from badit.tuner.model import BaditModel, Hooks, hooks_of, register
 
 register(BaditConfig, BaditModel)
 
-__all__ = ["BaditConfig", "BaditLinear", "BaditModel", "ExpertConfig", "ExpertLinear", "Hooks", "hooks_of"]
+__all__ = [
+    "BaditConfig",
+    "BaditLinear",
+    "BaditModel",
+    "ExpertConfig",
+    "ExpertLinear",
+    "Hooks",
+    "hooks_of",
+]

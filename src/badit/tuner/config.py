@@ -10,9 +10,14 @@ from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from pydantic import Field, Strict, TypeAdapter, ValidationError
 
-from badit.errors import BaditError, problems
-from badit.method.decomposition import SvdMethod, expert_directions, expert_factors, top_singular_triples
+from badit.method.decomposition import (
+    SvdMethod,
+    expert_directions,
+    expert_factors,
+    top_singular_triples,
+)
 from badit.method.routing import GateKind, RouterInput
+from badit.support.errors import BaditError, problems
 
 # The version of an adapter's files. Increase it with a change that older releases would read wrongly.
 # tests/tuner/formats has an adapter of each version.
@@ -46,7 +51,11 @@ def option(default: Any, help: str) -> Any:
 def described(kind: Any) -> list[tuple[str, Any, str]]:
     """Returns the name, default and help text of each option of a configuration, badit's or PEFT's."""
     return [
-        (each.name, each.default_factory() if callable(each.default_factory) else each.default, each.metadata["help"])
+        (
+            each.name,
+            each.default_factory() if callable(each.default_factory) else each.default,
+            each.metadata["help"],
+        )
         for each in dataclasses.fields(kind)
         if each.init and "help" in each.metadata
     ]
@@ -77,7 +86,9 @@ class ExpertConfig(PeftConfig):
 
     method: ClassVar[str]  # the method's name in PEFT's registry, in capitals
     needs_tasks: ClassVar[bool] = False  # the task of every row must be set with Hooks.rows_of
-    needs_whole_weights: ClassVar[bool] = False  # does not work with sharded weights (FSDP, DeepSpeed)
+    needs_whole_weights: ClassVar[bool] = (
+        False  # does not work with sharded weights (FSDP, DeepSpeed)
+    )
     shares_A: ClassVar[bool] = False  # all experts share one A of r rows
     top_k = None  # methods with gates of only the top_k experts override it with an option
     gates = None  # BaditConfig overrides it with an option
@@ -85,24 +96,38 @@ class ExpertConfig(PeftConfig):
     num_experts: Count = option(8, "Number of experts, K.")
     r: Count = option(4, "Rank of each expert; the adapter's total rank is num_experts × r.")
     lora_alpha: Positive = option(32, "LoRA's alpha; the scaling is lora_alpha / r.")
-    lora_dropout: Dropout = option(0.05, "Dropout probability of the adapter's input, in training only.")
+    lora_dropout: Dropout = option(
+        0.05, "Dropout probability of the adapter's input, in training only."
+    )
     target_modules: list[str] | str | None = option(
         None,
         "Names of the modules to adapt, a regex, or 'all-linear'. Default: the MLP's gate projection (as in the "
         "paper), or its first projection if it has no gate; q_proj and v_proj if all MLPs are fused MoE experts.",
     )
-    exclude_modules: list[str] | str | None = option(None, "Names of the modules not to adapt, or a regex.")
-    modules_to_save: list[str] | None = option(None, "Additional modules to train in full and save with the adapter.")
-    layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to adapt (default: all).")
-    layers_pattern: list[str] | str | None = option(None, "Name of the layer list that layers_to_transform indexes.")
-    format_version: int = option(FORMAT, "Version of the adapter's files, set by badit; newer versions are refused.")
+    exclude_modules: list[str] | str | None = option(
+        None, "Names of the modules not to adapt, or a regex."
+    )
+    modules_to_save: list[str] | None = option(
+        None, "Additional modules to train in full and save with the adapter."
+    )
+    layers_to_transform: list[int] | int | None = option(
+        None, "Indices of the layers to adapt (default: all)."
+    )
+    layers_pattern: list[str] | str | None = option(
+        None, "Name of the layer list that layers_to_transform indexes."
+    )
+    format_version: int = option(
+        FORMAT, "Version of the adapter's files, set by badit; newer versions are refused."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(FORMAT_FIELD, self.format_version, Count)
         if self.format_version > FORMAT:
             known = f"this badit reads formats up to {FORMAT}: pip install --upgrade badit"
-            raise BaditError(f"{FORMAT_FIELD}: the adapter has format {self.format_version}, {known}")
+            raise BaditError(
+                f"{FORMAT_FIELD}: the adapter has format {self.format_version}, {known}"
+            )
         self.format_version = FORMAT  # adapters of earlier formats are saved in the current one
         self.peft_type = peft_type(self.method)
         for name in ("target_modules", "exclude_modules"):
@@ -112,9 +137,13 @@ class ExpertConfig(PeftConfig):
         if self.top_k is not None:
             check("top_k", self.top_k, Annotated[int, Strict(), Field(ge=1, le=self.num_experts)])
         if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise BaditError("layers_pattern: needs layers_to_transform, the layers' indices; set both or neither")
+            raise BaditError(
+                "layers_pattern: needs layers_to_transform, the layers' indices; set both or neither"
+            )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise BaditError("layers_to_transform: needs a list of names in target_modules, or a regex without it")
+            raise BaditError(
+                "layers_to_transform: needs a list of names in target_modules, or a regex without it"
+            )
 
     @property
     def scaling(self) -> float:
@@ -185,7 +214,9 @@ class BaditConfig(ExpertConfig):
         "init_weights='bad', gates with sum 1 change the model at step 0. Default: 'clusters'; 'mean_one' with "
         "routing='token', router_input='mean', top_k, init_weights='bad', target_parameters or a single expert.",
     )
-    num_clusters: Count = option(16, "Clusters of prompts per layer; in recipes of up to 8 mixed tasks, their number.")
+    num_clusters: Count = option(
+        16, "Clusters of prompts per layer; in recipes of up to 8 mixed tasks, their number."
+    )
     top_k: int | None = option(
         None,
         "Use only the k largest gates (default: all). With k = 1 the gate is constant, so the router does not learn. "
@@ -196,14 +227,20 @@ class BaditConfig(ExpertConfig):
         "'lora': random A and zero B. 'directions': A has the weight's top right singular vectors, scaled like LoRA's "
         "A; B is zero. 'bad': the paper's BAD, the top singular triples with their magnitudes in A and B.",
     )
-    svd_method: SvdMethod = option("auto", "'exact', 'randomized', or 'auto' (randomized for large weights).")
-    svd_tolerance: Positive = option(1e-3, "Largest relative residual ‖Wv − σu‖/σ of a triple of the randomized SVD.")
+    svd_method: SvdMethod = option(
+        "auto", "'exact', 'randomized', or 'auto' (randomized for large weights)."
+    )
+    svd_tolerance: Positive = option(
+        1e-3, "Largest relative residual ‖Wv − σu‖/σ of a triple of the randomized SVD."
+    )
     target_parameters: list[str] | None = option(
         None,
         "Names of fused weights of MoE experts to adapt, such as 'experts.gate_up_proj'. Each matrix has its own "
         "experts and gates. If target_modules is not set, nothing else is adapted.",
     )
-    bias: Literal["none", "all", "badit_only"] = option("none", "Biases to train: 'none', 'all' or 'badit_only'.")
+    bias: Literal["none", "all", "badit_only"] = option(
+        "none", "Biases to train: 'none', 'all' or 'badit_only'."
+    )
 
     @classmethod
     def paper(cls, **options: Any) -> Self:
@@ -217,24 +254,42 @@ class BaditConfig(ExpertConfig):
         return super().check_kwargs(**{FORMAT_FIELD: 1, **kept})
 
     def __post_init__(self) -> None:
-        if self.init_weights is True or self.format_version == 1:  # of a release with the paper's defaults
+        if (
+            self.init_weights is True or self.format_version == 1
+        ):  # of a release with the paper's defaults
             self.init_weights = "bad" if self.init_weights is True else self.init_weights
             self.router_input = self.router_input or "mean"
         super().__post_init__()
         if self.router_input is None:
             self.router_input = "standardised" if self.routing == "prompt" else "mean"
         if self.gates is None:
-            needs_router = self.router_input == "mean" or self.init_weights == "bad" or self.num_experts == 1
-            self.gates = "mean_one" if needs_router or self.top_k or self.target_parameters else "clusters"
+            needs_router = (
+                self.router_input == "mean" or self.init_weights == "bad" or self.num_experts == 1
+            )
+            self.gates = (
+                "mean_one" if needs_router or self.top_k or self.target_parameters else "clusters"
+            )
         if self.router_input == "standardised" and self.routing != "prompt":
-            raise BaditError("router_input: 'standardised' needs routing='prompt'; use router_input='mean'")
-        if self.gates == "clusters" and (self.router_input != "standardised" or self.top_k is not None):
-            raise BaditError("gates: 'clusters' needs routing='prompt', router_input='standardised' and no top_k")
-        if self.target_parameters and (self.routing != "prompt" or self.layers_to_transform is not None):
-            raise BaditError("target_parameters: needs routing='prompt', and full names instead of layers_to_transform")
+            raise BaditError(
+                "router_input: 'standardised' needs routing='prompt'; use router_input='mean'"
+            )
+        if self.gates == "clusters" and (
+            self.router_input != "standardised" or self.top_k is not None
+        ):
+            raise BaditError(
+                "gates: 'clusters' needs routing='prompt', router_input='standardised' and no top_k"
+            )
+        if self.target_parameters and (
+            self.routing != "prompt" or self.layers_to_transform is not None
+        ):
+            raise BaditError(
+                "target_parameters: needs routing='prompt', and full names instead of layers_to_transform"
+            )
         # Older versions of PEFT save biases only for the methods that they know by name.
         if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
-            raise BaditError("bias must be 'none' with PEFT before 0.21, which saves no trained biases; upgrade PEFT")
+            raise BaditError(
+                "bias must be 'none' with PEFT before 0.21, which saves no trained biases; upgrade PEFT"
+            )
 
     @property
     def subtracted_share(self) -> float:
@@ -244,5 +299,11 @@ class BaditConfig(ExpertConfig):
         if self.init_weights == "lora":
             return None
         method, tolerance = self.svd_method, self.svd_tolerance
-        triples = top_singular_triples(weight_OI, self.num_components, method=method, tolerance=tolerance)
-        return expert_factors(triples, self.scaling) if self.init_weights == "bad" else expert_directions(triples)
+        triples = top_singular_triples(
+            weight_OI, self.num_components, method=method, tolerance=tolerance
+        )
+        return (
+            expert_factors(triples, self.scaling)
+            if self.init_weights == "bad"
+            else expert_directions(triples)
+        )

@@ -21,11 +21,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from badit.errors import BaditError
-from badit.gradients import gathered
-from badit.method import batch_moments, expert_gates, prompt_mean, segment_means, standardised, updated_moments
+from badit.method import (
+    batch_moments,
+    expert_gates,
+    prompt_mean,
+    segment_means,
+    standardised,
+    updated_moments,
+)
 from badit.method.routing import cluster_gates, prompt_centroids, random_codes
+from badit.support.errors import BaditError
 from badit.tuner.config import BaditConfig
+from badit.tuner.distributed import gathered
 from badit.tuner.prompt import RoutingContext
 from badit.tuner.targets import FusedExpert, weight_as_used
 
@@ -49,13 +56,17 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
     badit_A0: Buffers
     badit_B0: Buffers
 
-    def __init__(self, base_layer: Any, name: str, routing: RoutingContext, adapter_name: str, config: Any) -> None:
+    def __init__(
+        self, base_layer: Any, name: str, routing: RoutingContext, adapter_name: str, config: Any
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.name = name
         self.routing = routing
         names = ("nf", "nx") if isinstance(base_layer, Conv1D) else ("out_features", "in_features")
-        self.out_features, self.in_features = (getattr(base_layer, name) for name in names)  # the weight may be packed
+        self.out_features, self.in_features = (
+            getattr(base_layer, name) for name in names
+        )  # the weight may be packed
         self.badit_config: dict[str, Any] = {}
         self.badit_dropout = nn.ModuleDict()
         for parameters in self.adapter_layer_names:
@@ -71,16 +82,24 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         self.badit_config[adapter_name] = config
         rows_of_A = config.r if config.shares_A else config.num_components
         self.badit_A[adapter_name] = nn.Parameter(torch.zeros(rows_of_A, self.in_features))
-        self.badit_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, config.num_components))
+        self.badit_B[adapter_name] = nn.Parameter(
+            torch.zeros(self.out_features, config.num_components)
+        )
         if config.gates != "clusters" and "badit_router" in self.adapter_layer_names:
-            self.badit_router[adapter_name] = nn.Parameter(torch.zeros(config.num_experts, self.in_features))
+            self.badit_router[adapter_name] = nn.Parameter(
+                torch.zeros(config.num_experts, self.in_features)
+            )
         if config.subtracted_share:
             self.badit_A0[adapter_name] = torch.zeros(config.num_components, self.in_features)
             self.badit_B0[adapter_name] = torch.zeros(self.out_features, config.num_components)
-        self.badit_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.badit_dropout[adapter_name] = (
+            nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        )
         # TRL adds "ref", the reference of a preference loss, but copies only some of default's tensors to it.
         is_reference = adapter_name == "ref" and self.badit_config.get("default") is config
-        if not is_reference and (not self.badit_A[adapter_name].is_meta or self.weight_OI.is_meta):  # else to be loaded
+        if not is_reference and (
+            not self.badit_A[adapter_name].is_meta or self.weight_OI.is_meta
+        ):  # else to be loaded
             self.initialise(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
@@ -151,7 +170,9 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
     def component_gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """Returns the gates (…, N) of the components: each has the gate of its expert."""
         config = self.badit_config[adapter_name]
-        return self.gates(adapter_name, x).repeat_interleave(config.num_components // config.num_experts, dim=-1)
+        return self.gates(adapter_name, x).repeat_interleave(
+            config.num_components // config.num_experts, dim=-1
+        )
 
     def factors(self, adapter_name: str) -> Pair:
         """Returns A (R, I) and B (O, N); a method may add frozen factors to the trained ones."""
@@ -181,7 +202,11 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
     @property
     def running_adapters(self) -> list[str]:
         """The adapters that the next forward pass applies."""
-        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.badit_A]
+        return (
+            []
+            if self.disable_adapters
+            else [name for name in self.active_adapters if name in self.badit_A]
+        )
 
     @property
     def weight_OI(self) -> torch.Tensor:
@@ -197,7 +222,9 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
     def batch_shape(self) -> torch.Size:
         """Returns the shape (B, T) of the current batch; BaditError if it is not known."""
         if (shape := self.routing.forward_pass().shape) is None:
-            raise BaditError(f"{self.name}: unknown batch shape; pass input_ids to the model or omit target_parameters")
+            raise BaditError(
+                f"{self.name}: unknown batch shape; pass input_ids to the model or omit target_parameters"
+            )
         return shape
 
     @property
@@ -223,9 +250,13 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         if not config.subtracted_share:
             return a_RI, b_OR
         a0_NI, b0_ON = (factor.to(dtype) for factor in self.kept_factors(adapter_name))
-        return torch.cat([a_RI, a0_NI]), torch.cat([b_OR, -config.scaling * config.subtracted_share * b0_ON], dim=1)
+        return torch.cat([a_RI, a0_NI]), torch.cat(
+            [b_OR, -config.scaling * config.subtracted_share * b0_ON], dim=1
+        )
 
-    def get_delta_weight(self, adapter_name: str, gates_K: torch.Tensor | None = None) -> torch.Tensor:
+    def get_delta_weight(
+        self, adapter_name: str, gates_K: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Returns what the adapter adds to the base weight at fixed gates (default: all 1), in that weight's layout."""
         a_PI, b_OP = self.frozen_factors(adapter_name, gates_K)
         delta_OI = b_OP @ a_PI
@@ -233,7 +264,9 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Returns whether PEFT's ``convert_to_lora`` may use :meth:`get_delta_weight`."""
-        return self.badit_config[adapter_name].has_fixed_gates and not isinstance(self.get_base_layer(), FusedExpert)
+        return self.badit_config[adapter_name].has_fixed_gates and not isinstance(
+            self.get_base_layer(), FusedExpert
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Always raises BaditError."""
@@ -254,7 +287,13 @@ class BaditLinear(ExpertLinear):
     badit_centroids (C, I) and badit_codes (C, K), their gates; the moments are then those of :meth:`cluster`.
     """
 
-    exact_buffers = ("badit_expert_of", "badit_moments", "badit_batches", "badit_centroids", "badit_codes")
+    exact_buffers = (
+        "badit_expert_of",
+        "badit_moments",
+        "badit_batches",
+        "badit_centroids",
+        "badit_codes",
+    )
     other_param_names = (*ExpertLinear.other_param_names, *exact_buffers)
 
     badit_expert_of: Buffers
@@ -272,14 +311,18 @@ class BaditLinear(ExpertLinear):
 
     def update_layer(self, adapter_name: str, config: BaditConfig) -> None:
         self.gate_sums.pop(adapter_name, None)  # of an earlier adapter of this name
-        self.badit_expert_of[adapter_name] = torch.arange(config.num_experts).repeat_interleave(config.r)
+        self.badit_expert_of[adapter_name] = torch.arange(config.num_experts).repeat_interleave(
+            config.r
+        )
         if config.router_input == "standardised":
             self.badit_moments[adapter_name] = torch.zeros(2, self.in_features)
             self.badit_batches[adapter_name] = torch.zeros(())
         if config.gates == "clusters":
             self.routing.unclustered.append((self, adapter_name))
             self.badit_centroids[adapter_name] = torch.zeros(config.num_clusters, self.in_features)
-            self.badit_codes[adapter_name] = torch.ones(config.num_clusters, config.num_experts) / config.num_experts
+            self.badit_codes[adapter_name] = (
+                torch.ones(config.num_clusters, config.num_experts) / config.num_experts
+            )
         super().update_layer(adapter_name, config)
 
     # A cast of the model, or PEFT's to the base layer's dtype, changes neither dtypes nor values of the exact buffers.
@@ -293,10 +336,15 @@ class BaditLinear(ExpertLinear):
 
     @contextmanager
     def _exact(self) -> Iterator[None]:
-        before = [(buffers, dict(buffers)) for buffers in (getattr(self, name) for name in self.exact_buffers)]
+        before = [
+            (buffers, dict(buffers))
+            for buffers in (getattr(self, name) for name in self.exact_buffers)
+        ]
         yield
         for buffers, values in before:
-            buffers.update({name: v.to(buffers[name].device) for name, v in values.items() if not v.is_meta})
+            buffers.update(
+                {name: v.to(buffers[name].device) for name, v in values.items() if not v.is_meta}
+            )
 
     def expert_of(self, adapter_name: str) -> torch.Tensor:
         return self.badit_expert_of[adapter_name]
@@ -305,7 +353,9 @@ class BaditLinear(ExpertLinear):
         return self.gates(adapter_name, x)[..., self.expert_of(adapter_name)]
 
     def _reads_prompt(self) -> bool:
-        return any(self.badit_config[adapter].routing == "prompt" for adapter in self.running_adapters)
+        return any(
+            self.badit_config[adapter].routing == "prompt" for adapter in self.running_adapters
+        )
 
     def _stored(self, adapter_name: str) -> dict[str, Any] | None:
         """During a ``generate`` routed by prompt, factors and gates stay the same from the first new token on."""
@@ -326,21 +376,35 @@ class BaditLinear(ExpertLinear):
             gates = forward_pass.held.get(self._key(adapter_name))
             if gates is None:
                 fix = "fill it with the adapter active, or use routing='token'"
-                raise BaditError(f"this cache was filled without the adapter, so it has no gates for its prompt; {fix}")
-            if (rows := len(gates)) != (present := len(x) if self.tokens_P is None else self.batch_shape()[0]):
-                raise BaditError(f"this cache was filled with a batch of {rows} rows, but the batch now has {present}")
+                raise BaditError(
+                    f"this cache was filled without the adapter, so it has no gates for its prompt; {fix}"
+                )
+            if (rows := len(gates)) != (
+                present := len(x) if self.tokens_P is None else self.batch_shape()[0]
+            ):
+                raise BaditError(
+                    f"this cache was filled with a batch of {rows} rows, but the batch now has {present}"
+                )
             return gates.to(x.device)
         mask_BT, segments = forward_pass.prompt
         if mask_BT is None:  # the whole input is the prompt
             mask_BT = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-            return self._route_prompts(adapter_name, prompt_mean(x, mask_BT)[:, None] if x.ndim == 3 else x)
+            return self._route_prompts(
+                adapter_name, prompt_mean(x, mask_BT)[:, None] if x.ndim == 3 else x
+            )
         if self.tokens_P is None and (x.ndim != 3 or x.shape[:2] != mask_BT.shape):
-            shapes = f"the input has shape {tuple(x.shape)}, but the batch has {tuple(mask_BT.shape)}"
-            raise BaditError(f"{self.name}: {shapes}; leave it out of target_modules, or use routing='token'")
+            shapes = (
+                f"the input has shape {tuple(x.shape)}, but the batch has {tuple(mask_BT.shape)}"
+            )
+            raise BaditError(
+                f"{self.name}: {shapes}; leave it out of target_modules, or use routing='token'"
+            )
         mask_BT = mask_BT.to(x.device)
         of_BT = None if segments is None else segments.of_BT.to(x.device)
         number = len(mask_BT) if segments is None else segments.number
-        if (tokens_P := self.tokens_P) is not None:  # the mean over the prompt's tokens that reach the matrix
+        if (
+            tokens_P := self.tokens_P
+        ) is not None:  # the mean over the prompt's tokens that reach the matrix
             of_P = tokens_P // mask_BT.shape[1] if of_BT is None else of_BT.flatten()[tokens_P]
             means_SI = segment_means(x[None], mask_BT.flatten()[tokens_P][None], of_P[None], number)
         elif of_BT is not None:
@@ -359,15 +423,28 @@ class BaditLinear(ExpertLinear):
     def cluster(self, adapter_name: str, means_SI: torch.Tensor) -> None:
         """Sets moments, centroids and codes from x̄ (S, I) of training prompts; on all ranks, those of rank 0."""
         config, codes_CK = self.badit_config[adapter_name], self.badit_codes[adapter_name]
-        means_SI = means_SI.nan_to_num(0.0, 0.0, 0.0)  # NaN in one prompt would reach the moments of all features
-        moments_2I = batch_moments(means_SI).nan_to_num(0.0)  # without any prompt, as for some experts of an MoE
-        moments_2I[1] *= moments_2I[1].sum() > 1e-10 * moments_2I[0].square().sum()  # equal prompts differ by rounding
+        means_SI = means_SI.nan_to_num(
+            0.0, 0.0, 0.0
+        )  # NaN in one prompt would reach the moments of all features
+        moments_2I = batch_moments(means_SI).nan_to_num(
+            0.0
+        )  # without any prompt, as for some experts of an MoE
+        moments_2I[1] *= (
+            moments_2I[1].sum() > 1e-10 * moments_2I[0].square().sum()
+        )  # equal prompts differ by rounding
         centroids_CI = prompt_centroids(standardised(means_SI, moments_2I), len(codes_CK))
         # Fewer prompts than clusters give equal centroids; rounding must not choose between their codes.
         first_equal_C = (centroids_CI @ centroids_CI.T > 1 - 1e-5).int().argmax(dim=1)
         codes_CK = random_codes(*codes_CK.shape)[first_equal_C]
-        found = {"moments": gathered(moments_2I), "centroids": gathered(centroids_CI), "codes": gathered(codes_CK)}
-        for name in [adapter_name, *(["ref"] if self.badit_config.get("ref") is config else [])]:  # TRL's, a copy
+        found = {
+            "moments": gathered(moments_2I),
+            "centroids": gathered(centroids_CI),
+            "codes": gathered(codes_CK),
+        }
+        for name in [
+            adapter_name,
+            *(["ref"] if self.badit_config.get("ref") is config else []),
+        ]:  # TRL's, a copy
             self.badit_batches[name].fill_(1)
             for part, of_ranks in found.items():
                 getattr(self, f"badit_{part}")[name].copy_(of_ranks[0])
@@ -376,37 +453,58 @@ class BaditLinear(ExpertLinear):
         if self.badit_config[adapter_name].router_input == "mean":
             return self._route(adapter_name, x)
         if self.routing.prompt_means is not None:
-            self.routing.prompt_means[self._key(adapter_name)].append(x.flatten(0, -2).float().cpu())
+            self.routing.prompt_means[self._key(adapter_name)].append(
+                x.flatten(0, -2).float().cpu()
+            )
         moments_2I, batches = self.badit_moments[adapter_name], self.badit_batches[adapter_name]
         router = self.badit_router.get(adapter_name)
         forward_pass = self.routing.forward_pass()
         if self.routing.runs_again():
             # Gradient checkpointing: the prompts are already counted, and later passes may have changed the moments.
             moments_2I = forward_pass.moments.get(self._key(adapter_name), moments_2I)
-        elif self.training and forward_pass.begun_with_gradients and router is not None and router.requires_grad:
+        elif (
+            self.training
+            and forward_pass.begun_with_gradients
+            and router is not None
+            and router.requires_grad
+        ):
             with torch.no_grad():
                 new_2I = batch_moments(x.detach().flatten(0, -2), _sum_over_ranks)
-                usable = new_2I.isfinite().all()  # otherwise an overflow would remain in the moments
+                usable = (
+                    new_2I.isfinite().all()
+                )  # otherwise an overflow would remain in the moments
                 batches += usable
                 known_2I = moments_2I.float()
                 updated_2I = updated_moments(known_2I, batches.float().clamp_min(1), new_2I)
                 moments_2I.copy_(torch.where(usable, updated_2I, known_2I))
-            if not torch.compiler.is_compiling():  # the layer's name would make every layer compile separately
+            if (
+                not torch.compiler.is_compiling()
+            ):  # the layer's name would make every layer compile separately
                 forward_pass.moments[self._key(adapter_name)] = moments_2I.clone()
         return self._route(adapter_name, standardised(x, moments_2I.float()))
 
     def _route(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         config = self.badit_config[adapter_name]
         if config.gates == "clusters":
-            gates = cluster_gates(x, self.badit_centroids[adapter_name], self.badit_codes[adapter_name])
+            gates = cluster_gates(
+                x, self.badit_centroids[adapter_name], self.badit_codes[adapter_name]
+            )
         else:
             logits = F.linear(x, self.badit_router[adapter_name]).float()
             gates = expert_gates(logits, kind=config.gates, top_k=config.top_k)
         if self.training and torch.is_grad_enabled():
-            by_prompt = config.routing == "prompt"  # padding of packed rows has no prompt: its input is zero
-            counts = x.detach().any(dim=-1, keepdim=True).to(gates) if by_prompt else torch.ones_like(gates[..., :1])
+            by_prompt = (
+                config.routing == "prompt"
+            )  # padding of packed rows has no prompt: its input is zero
+            counts = (
+                x.detach().any(dim=-1, keepdim=True).to(gates)
+                if by_prompt
+                else torch.ones_like(gates[..., :1])
+            )
             sums = torch.cat([gates.detach() * counts, counts], dim=-1).flatten(0, -2).sum(dim=0)
-            self.gate_sums[adapter_name] = sums + self.gate_sums.get(adapter_name, torch.zeros_like(sums))
+            self.gate_sums[adapter_name] = sums + self.gate_sums.get(
+                adapter_name, torch.zeros_like(sums)
+            )
         return gates
 
 
@@ -422,4 +520,6 @@ def _refuse_broken_labels(layer: BaditLinear, _: Any) -> None:
         expected = sorted(list(range(config.num_experts)) * config.r)
         if not labels_N.is_meta and sorted(labels_N.tolist()) != expected:
             each = f"does not give each of the {config.num_experts} experts {config.r} components"
-            raise BaditError(f"{layer.name}: badit_expert_of of {adapter_name!r} {each}; the file is damaged")
+            raise BaditError(
+                f"{layer.name}: badit_expert_of of {adapter_name!r} {each}; the file is damaged"
+            )

@@ -12,16 +12,27 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import nn
 
-from badit.errors import BaditError
-from badit.gradients import is_divided_by_zero3
+from badit.support.errors import BaditError
 from badit.tuner.config import BaditConfig, ExpertConfig, peft_type
+from badit.tuner.distributed import is_divided_by_zero3
 from badit.tuner.layer import BaditLinear, ExpertLinear
 from badit.tuner.prompt import IGNORED_LABEL, RoutingContext
-from badit.tuner.targets import chosen_targets, join_experts, keep_in_place, refuse_unsuitable_layer, split_experts
+from badit.tuner.targets import (
+    chosen_targets,
+    join_experts,
+    keep_in_place,
+    refuse_unsuitable_layer,
+    split_experts,
+)
 
 # Batches by task.
 TaskBatches = Mapping[str, Any]
-_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # keyword arguments of packed rows
+_PACKING = (
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)  # keyword arguments of packed rows
 
 
 class Hooks:
@@ -82,7 +93,9 @@ class ExpertModel(Hooks, BaseTuner):
             self._refuse_unsuitable(config)
         except ValueError:
             # PEFT has already stored the configuration; remove it if it is refused.
-            del self.peft_config[next(name for name, known in reversed(self.peft_config.items()) if known is config)]
+            del self.peft_config[
+                next(name for name, known in reversed(self.peft_config.items()) if known is config)
+            ]
             raise
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
@@ -91,7 +104,9 @@ class ExpertModel(Hooks, BaseTuner):
         peft_config.target_modules = targets = chosen_targets(self.model, peft_config)
         if targets is None:
             kind = model_config["model_type"]
-            raise BaditError(f"Please specify `target_modules`: name the modules to adapt in a {kind}")
+            raise BaditError(
+                f"Please specify `target_modules`: name the modules to adapt in a {kind}"
+            )
 
         def is_in(names: Iterable[str], target: str) -> bool:
             return any(f".{name}".endswith(f".{target}") for name in names)
@@ -100,10 +115,14 @@ class ExpertModel(Hooks, BaseTuner):
         modules = [name.removesuffix(".base_layer") for name, _ in self.model.named_modules()]
         for target in getattr(peft_config, "target_parameters", None) or ():
             if not is_in(fused, target):
-                raise BaditError(f"target_parameters: the model has no fused weight {target!r}; see named_parameters()")
+                raise BaditError(
+                    f"target_parameters: the model has no fused weight {target!r}; see named_parameters()"
+                )
         for target in targets if isinstance(targets, set) else ():
             if is_in(fused, target) and not is_in(modules, target):
-                raise BaditError(f"target_modules: {target} is a fused weight: name it in target_parameters")
+                raise BaditError(
+                    f"target_modules: {target} is a fused weight: name it in target_parameters"
+                )
         return peft_config
 
     def _refuse_unsuitable(self, config: Any) -> None:
@@ -126,10 +145,14 @@ class ExpertModel(Hooks, BaseTuner):
             name = f"{current_key.rpartition('.')[0]}.{parameter_name}"
             matrices = split_experts(target, parameter_name, name, RoutingContext.of(self.model))
             for index, matrix in enumerate(matrices):
-                self._create_and_replace(peft_config, adapter_name, matrix, str(index), matrices, f"{name}.{index}")
+                self._create_and_replace(
+                    peft_config, adapter_name, matrix, str(index), matrices, f"{name}.{index}"
+                )
             return
         if isinstance(target, BaseTunerLayer) and type(target) is not self.tuner_layer_cls:
-            raise BaditError(f"{current_key}: has another method's adapter; call unload() on the model with it first")
+            raise BaditError(
+                f"{current_key}: has another method's adapter; call unload() on the model with it first"
+            )
         if isinstance(target, ExpertLinear):
             for name in (*target.adapter_layer_names, *target.other_param_names):
                 if adapter_name in (replaced := getattr(target, name)):
@@ -138,7 +161,9 @@ class ExpertModel(Hooks, BaseTuner):
             return
         refuse_unsuitable_layer(target, current_key, peft_config.method)
         layer_cls: Any = self.tuner_layer_cls
-        layer = layer_cls(target, current_key, RoutingContext.of(self.model), adapter_name, peft_config)
+        layer = layer_cls(
+            target, current_key, RoutingContext.of(self.model), adapter_name, peft_config
+        )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -158,7 +183,9 @@ class ExpertModel(Hooks, BaseTuner):
         """Raises BaditError for ``adapter_names``: otherwise PEFT would ignore that rows have different adapters."""
         if kwargs.get("adapter_names") is not None:
             method = self.peft_config[self.active_adapters[0]].method
-            raise BaditError(f"adapter_names: {method} cannot mix adapters within a batch; set_adapter between batches")
+            raise BaditError(
+                f"adapter_names: {method} cannot mix adapters within a batch; set_adapter between batches"
+            )
         yield
 
     def _check_merge_allowed(self) -> None:
@@ -179,13 +206,21 @@ class BaditModel(ExpertModel):
         model is wrapped or sharded; the clusters are those of rank 0. BaditError if a layer gets no prompts.
         """
         if not isinstance(batches, Mapping):
-            raise BaditError("start_task: needs the batches of each task, such as {'all': dataloader}")
+            raise BaditError(
+                "start_task: needs the batches of each task, such as {'all': dataloader}"
+            )
         routing = RoutingContext.of(self.model)
         if not (new := routing.without_clusters()):
             return
         if is_divided_by_zero3(self.model):
-            raise BaditError("start_task: DeepSpeed has divided the weights; load the model before you set up ZeRO-3")
-        of_each = 32 * max(layer.badit_config[name].num_clusters for layer, name in new) // max(1, len(batches))
+            raise BaditError(
+                "start_task: DeepSpeed has divided the weights; load the model before you set up ZeRO-3"
+            )
+        of_each = (
+            32
+            * max(layer.badit_config[name].num_clusters for layer, name in new)
+            // max(1, len(batches))
+        )
         means = routing.prompt_means = defaultdict(list)
         modes = {module: module.training for module in self.modules()}
         self.eval()
@@ -202,7 +237,9 @@ class BaditModel(ExpertModel):
             for module, mode in modes.items():
                 module.training = mode
         if missed := [layer.name for layer, name in new if f"{layer.name}.{name}" not in means]:
-            raise BaditError(f"start_task: no batch reaches {missed[0]}; pass other batches, or use gates='mean_one'")
+            raise BaditError(
+                f"start_task: no batch reaches {missed[0]}; pass other batches, or use gates='mean_one'"
+            )
         for layer, name in new:
             layer.cluster(name, torch.cat(means.pop(f"{layer.name}.{name}")))
 
@@ -212,20 +249,36 @@ class BaditModel(ExpertModel):
         device = next(self.model.parameters()).device
         tensors = {name: each.to(device) for name, each in parts if isinstance(each, torch.Tensor)}
         if getattr(tensors.get("input_ids"), "ndim", 0) != 2:
-            raise BaditError("start_task: a batch must be a dict of tensors, as in training; or use gates='mean_one'")
+            raise BaditError(
+                "start_task: a batch must be a dict of tensors, as in training; or use gates='mean_one'"
+            )
         if all(len(each) == len(batch["input_ids"]) for each in tensors.values() if each.ndim > 1):
-            tensors = {name: each[:rows] if each.ndim > 1 else each for name, each in tensors.items()}
+            tensors = {
+                name: each[:rows] if each.ndim > 1 else each for name, each in tensors.items()
+            }
         if "labels" not in tensors and "completion_mask" in tensors:  # as in TRL's preference data
-            tensors["labels"] = tensors["input_ids"].where(tensors["completion_mask"].bool(), IGNORED_LABEL)
+            tensors["labels"] = tensors["input_ids"].where(
+                tensors["completion_mask"].bool(), IGNORED_LABEL
+            )
         mask_BT, segments = RoutingContext.of(self.model).describe(self.model, tensors).prompt
-        options = {**batch, **tensors, "labels": None, "use_cache": False, "logits_to_keep": 1}  # saves memory
+        options = {
+            **batch,
+            **tensors,
+            "labels": None,
+            "use_cache": False,
+            "logits_to_keep": 1,
+        }  # saves memory
         known = {*inspect.signature(self.model.forward).parameters, *_PACKING}
-        self.model(**{name: options[name] for name in options if name in known}, prompt_mask=mask_BT)
+        self.model(
+            **{name: options[name] for name in options if name in known}, prompt_mask=mask_BT
+        )
         return len(tensors["input_ids"]) if segments is None else segments.number
 
     def _refuse_unsuitable(self, config: BaditConfig) -> None:
         if config.routing == "prompt" and self._is_encoder_decoder():
-            raise BaditError("routing: 'prompt' is for decoder-only models; use routing='token' for an encoder-decoder")
+            raise BaditError(
+                "routing: 'prompt' is for decoder-only models; use routing='token' for an encoder-decoder"
+            )
 
 
 def register(config_cls: Any, model_cls: Any) -> None:
@@ -233,7 +286,9 @@ def register(config_cls: Any, model_cls: Any) -> None:
     name = config_cls.method.lower()
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type(config_cls.method))
     if registered is None:
-        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
+        register_peft_method(
+            name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix
+        )
     elif registered is not config_cls:
         known = f"a PEFT method named {name!r} is already registered by {registered.__module__}"
         raise BaditError(f"{known}; uninstall that package or this one")

@@ -28,11 +28,15 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from badit.errors import BaditError
+from badit.support.errors import BaditError
 
 IGNORED_LABEL = -100
 _HELD = "badit_gates"
-_CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of releases of transformers 5; an output may have two
+_CACHE_NAMES = (
+    "cache",
+    "past_key_values",
+    "cache_params",
+)  # of releases of transformers 5; an output may have two
 
 
 class Segments(NamedTuple):
@@ -52,8 +56,12 @@ class ForwardPass:
     held: dict[str, torch.Tensor] | None = None
     shape: torch.Size | None = None  # of the batch, (B, T)
     fills_cache: bool = True  # decoding may follow, so layers store their gates in `fresh`
-    stored: dict[str, Any] | None = None  # what layers store for the next pass of a generation with the same cache
-    row_tasks: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by adapter, the index (B) of each row's task
+    stored: dict[str, Any] | None = (
+        None  # what layers store for the next pass of a generation with the same cache
+    )
+    row_tasks: Mapping[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # by adapter, the index (B) of each row's task
     # Whether gradients are enabled at the start; gradient checkpointing may run the layers without them.
     begun_with_gradients: bool = field(default_factory=torch.is_grad_enabled)
     # By layer, the moments that standardised its prompts, for recomputation by gradient checkpointing.
@@ -71,7 +79,9 @@ class ForwardPass:
         mask_BT, segments = self.prompt
         if segments is not None:
             fix = "set packing=False and padding_free=False"
-            raise BaditError(f"a packed batch holds several prompts in one row, but this method reads one; {fix}")
+            raise BaditError(
+                f"a packed batch holds several prompts in one row, but this method reads one; {fix}"
+            )
         return mask_BT
 
 
@@ -90,11 +100,15 @@ class RoutingContext:
         self._warned: set[str] = set()
         # Each returns whether its layer needs the prompt mask, which must be computed before a compiled layer runs.
         self.mask_readers: list[Callable[[], bool]] = []
-        self.unclustered: list[tuple[Any, str]] = []  # layers and adapters that may have no clusters of prompts
+        self.unclustered: list[
+            tuple[Any, str]
+        ] = []  # layers and adapters that may have no clusters of prompts
         self.hooks: list[Any] = []
         self._generate: Callable[..., Any] | None = None  # the model's own attribute, if it had one
         self.row_tasks: Mapping[str, torch.Tensor] = {}  # of the next forward passes
-        self.prompt_means: dict[str, list[torch.Tensor]] | None = None  # while they are collected: by layer, x̄ (B, I)
+        self.prompt_means: dict[str, list[torch.Tensor]] | None = (
+            None  # while they are collected: by layer, x̄ (B, I)
+        )
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
@@ -116,7 +130,12 @@ class RoutingContext:
         return context
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_running", "_last_training_pass", "_stored", "_thread")  # not of copies of the model
+        own = (
+            "_running",
+            "_last_training_pass",
+            "_stored",
+            "_thread",
+        )  # not of copies of the model
         return vars(self) | dict.fromkeys(own)
 
     def detach(self, model: nn.Module) -> None:
@@ -134,14 +153,30 @@ class RoutingContext:
         scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
         if scale not in (None, 1) and self._reads_prompt():
             fix = "leave it out, or use routing='token'"
-            raise BaditError(f"guidance_scale: generates from an unconditional prompt too, which has no gates; {fix}")
+            raise BaditError(
+                f"guidance_scale: generates from an unconditional prompt too, which has no gates; {fix}"
+            )
         own = self._generate or partial(type(model).generate, model)
-        given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
+        given = (
+            kwargs.get("inputs_embeds"),
+            *args[:1],
+            kwargs.get("input_ids"),
+            kwargs.get("inputs"),
+        )
         lengths = [value.shape[1] for value in given if isinstance(value, torch.Tensor)]
-        outer, thread = (self._generation_prompt_length, self._stored, self._thread), threading.get_ident()
+        outer, thread = (
+            (self._generation_prompt_length, self._stored, self._thread),
+            threading.get_ident(),
+        )
         if self._thread not in (None, thread):
-            raise BaditError("generate: another thread uses this model, and the gates are kept per model; use a lock")
-        self._generation_prompt_length, self._stored, self._thread = next(iter(lengths), None), ({}, {}), thread
+            raise BaditError(
+                "generate: another thread uses this model, and the gates are kept per model; use a lock"
+            )
+        self._generation_prompt_length, self._stored, self._thread = (
+            next(iter(lengths), None),
+            ({}, {}),
+            thread,
+        )
         try:
             return own(*args, **kwargs)
         finally:
@@ -169,9 +204,13 @@ class RoutingContext:
         """Raises BaditError if the decoder is called by itself, since its gates would depend on padding and answers."""
         if self._running is None and not inside_backward() and self._reads_prompt():
             fix = "call the whole model, or use routing='token'"
-            raise BaditError(f"the model's decoder was called by itself, so the prompt is not known; {fix}")
+            raise BaditError(
+                f"the model's decoder was called by itself, so the prompt is not known; {fix}"
+            )
 
-    def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _enter(
+        self, model: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         if getattr(model, "_is_replica", False):
             fix = "start with accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU"
             raise BaditError(f"nn.DataParallel: its threads would share one routing context; {fix}")
@@ -183,17 +222,23 @@ class RoutingContext:
             self._last_training_pass = self._running
             if self.unclustered and any(layer.training for layer, _ in self.without_clusters()):
                 fix = "before training, call hooks_of(model).start_task({'all': batches}) with the PeftModel"
-                raise BaditError(f"gates='clusters': the prompts have no clusters yet; {fix}, or use gates='mean_one'")
+                raise BaditError(
+                    f"gates='clusters': the prompts have no clusters yet; {fix}, or use gates='mean_one'"
+                )
         if self._running.held is None and self._reads_prompt():
             _ = self._running.prompt  # a cached property: computed here
         return args, kwargs
 
     def without_clusters(self) -> list[tuple[Any, str]]:
         """Returns the running layers and adapters without clusters; looks at each once, as it waits for the device."""
-        present = [one for one in dict.fromkeys(self.unclustered) if one[1] in one[0].badit_codes]  # else deleted
+        present = [
+            one for one in dict.fromkeys(self.unclustered) if one[1] in one[0].badit_codes
+        ]  # else deleted
         running = [one for one in present if one[1] in one[0].running_adapters]
         # On the meta device there are only shapes, so no clusters are missing.
-        clustered = {one for one in running if (count := one[0].badit_batches[one[1]]).is_meta or count}
+        clustered = {
+            one for one in running if (count := one[0].badit_batches[one[1]]).is_meta or count
+        }
         self.unclustered = [one for one in present if one not in clustered]
         return [one for one in running if one not in clustered]
 
@@ -211,7 +256,9 @@ class RoutingContext:
                 if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                     tensor.register_hook(recall)
         cache = _cache(kwargs)
-        if cache is None and isinstance(output, Mapping):  # use_cache=True without a cache: the model created one
+        if cache is None and isinstance(
+            output, Mapping
+        ):  # use_cache=True without a cache: the model created one
             cache = _cache(output)
         elif cache is None and isinstance(output, tuple):  # return_dict=False
             cache = next((part for part in output if hasattr(part, "get_seq_length")), None)
@@ -223,18 +270,30 @@ class RoutingContext:
     def describe(self, model: nn.Module, batch: Mapping[str, Any]) -> ForwardPass:
         """Returns what the layers need to know about a forward pass of a batch, the model's keyword arguments."""
         cache = _cache(batch)
-        tokens: Any = batch.get("inputs_embeds") if batch.get("input_ids") is None else batch["input_ids"]
+        tokens: Any = (
+            batch.get("inputs_embeds") if batch.get("input_ids") is None else batch["input_ids"]
+        )
         shape = tokens.shape[:2] if isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 else None
         if (mask_BT := batch.get("prompt_mask")) is not None:
             tokens, shape = mask_BT, mask_BT.shape
         elif type(cache).__name__ == "PagedAttentionCache" and self._reads_prompt():
-            raise BaditError("generate_batch: does not store a prompt's gates; call generate, or use routing='token'")
+            raise BaditError(
+                "generate_batch: does not store a prompt's gates; call generate, or use routing='token'"
+            )
         elif cached := _length(cache):
             held, length = getattr(cache, _HELD, {}), self._generation_prompt_length
             # During ``generate``, several positions are a part of the prompt or candidate tokens of the answer.
-            if held and shape is not None and shape[1] > 1 and (length is None or cached < length - 1):
+            if (
+                held
+                and shape is not None
+                and shape[1] > 1
+                and (length is None or cached < length - 1)
+            ):
                 fix = "for gates of the whole text, call cache.reset() and pass all of it"
-                self.warn_once("text is added to a filled cache, which keeps the gates of its first prompt", fix)
+                self.warn_once(
+                    "text is added to a filled cache, which keeps the gates of its first prompt",
+                    fix,
+                )
             if self._stored is not None and self._stored[0] is not held:
                 self._stored = held, {}
             return ForwardPass(held=held, shape=shape, stored=self._stored and self._stored[1])
@@ -242,11 +301,15 @@ class RoutingContext:
             return ForwardPass()
         # Only small tensors are kept for later: neither the embeddings nor the cache.
         names = "prompt_mask", "attention_mask", "labels", "position_ids", "cu_seq_lens_q"
-        find_prompt = partial(self._prompt, model, {name: batch.get(name) for name in names}, shape, tokens.device)
+        find_prompt = partial(
+            self._prompt, model, {name: batch.get(name) for name in names}, shape, tokens.device
+        )
         fills_cache = cache is not None or batch.get("use_cache") is not False
         return ForwardPass(find_prompt, shape=shape, fills_cache=fills_cache)
 
-    def _prompt(self, model: Any, batch: Any, shape: torch.Size, device: Any) -> tuple[torch.Tensor, Segments | None]:
+    def _prompt(
+        self, model: Any, batch: Any, shape: torch.Size, device: Any
+    ) -> tuple[torch.Tensor, Segments | None]:
         segments = _segments(batch, shape, device)
         if batch["prompt_mask"] is not None:
             return batch["prompt_mask"].bool(), segments
@@ -255,7 +318,9 @@ class RoutingContext:
             labels_BT = None  # a classifier: the whole row is the prompt
         elif labels_BT is None and model.training and torch.is_grad_enabled():
             fix = "pass the model labels (-100 on the prompt) or prompt_mask= (batch, positions)"
-            self.warn_once("a language model is trained without labels, so the gates depend on all tokens", fix)
+            self.warn_once(
+                "a language model is trained without labels, so the gates depend on all tokens", fix
+            )
         mask_BT = _attended(batch["attention_mask"], shape, device)
         if isinstance(labels_BT, torch.Tensor) and labels_BT.shape == mask_BT.shape:
             prompt_BT = before_first_label(labels_BT, mask_BT, segments)
@@ -273,17 +338,25 @@ class RoutingContext:
             )
         return mask_BT & (torch.arange(mask_BT.shape[1], device=device) < prompt_length), None
 
-    def _warn_of_labels(self, labels_BT: torch.Tensor, prompt_BT: torch.Tensor, segments: Segments | None) -> None:
+    def _warn_of_labels(
+        self, labels_BT: torch.Tensor, prompt_BT: torch.Tensor, segments: Segments | None
+    ) -> None:
         """Warns if the labels do not separate the prompt from the answer."""
-        rows_BT = torch.arange(len(labels_BT), device=labels_BT.device)[:, None].expand(labels_BT.shape)
+        rows_BT = torch.arange(len(labels_BT), device=labels_BT.device)[:, None].expand(
+            labels_BT.shape
+        )
         of_P = (rows_BT if segments is None else segments.of_BT).flatten()
         labelled_P = (labels_BT != IGNORED_LABEL).flatten()
         starts_P = labelled_P.clone()
         starts_P[1:] &= ~labelled_P[:-1] | (of_P[1:] != of_P[:-1])
-        prompts_S, answers_S = (of_P[each_P].bincount(minlength=1) for each_P in (prompt_BT.flatten(), starts_P))
+        prompts_S, answers_S = (
+            of_P[each_P].bincount(minlength=1) for each_P in (prompt_BT.flatten(), starts_P)
+        )
         if int(prompts_S.masked_fill(answers_S == 0, 2).min()) <= 1:
             fix = "set labels to -100 on the prompt (TRL: completion_only_loss or assistant_only_loss)"
-            self.warn_once("labels begin at the first token, so the gates depend on that token only", fix)
+            self.warn_once(
+                "labels begin at the first token, so the gates depend on that token only", fix
+            )
         elif int(answers_S.max()) > 1:
             problem = "a row has several answers, and all of them have the gates of the text before the first"
             self.warn_once(problem, "give each answer its own row (badit.data.answer_rows)")
@@ -292,7 +365,13 @@ class RoutingContext:
 def cache_of(output: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the cache in the output of a model or of ``generate``, as a keyword argument of the next call."""
     known = output.keys()  # transformers' outputs warn if an earlier name is looked up
-    return dict([(name, output[name]) for name in _CACHE_NAMES if name in known and output[name] is not None][:1])
+    return dict(
+        [
+            (name, output[name])
+            for name in _CACHE_NAMES
+            if name in known and output[name] is not None
+        ][:1]
+    )
 
 
 def select_rows(cache: Mapping[str, Any], rows_R: torch.Tensor) -> bool:
@@ -317,7 +396,11 @@ def drop_last(cache: Mapping[str, Any], count: int) -> bool:
 def _with_layers_of(cache: Mapping[str, Any], *kinds: type) -> Any:
     """Returns the cache itself if it has only layers of these classes, else None. Subclasses may have other states."""
     kept = next(iter(cache.values()), None)
-    return kept if type(kept) is DynamicCache and all(type(layer) in kinds for layer in kept.layers) else None
+    return (
+        kept
+        if type(kept) is DynamicCache and all(type(layer) in kinds for layer in kept.layers)
+        else None
+    )
 
 
 def inside_backward() -> bool:
@@ -335,11 +418,15 @@ def before_first_label(
         return attended_BT.bool() & (labelled_BT.cumsum(dim=1) == 0)
     of_P, labelled_P = segments.of_BT.flatten(), labelled_BT.flatten()
     labelled_P[1:] &= of_P[1:] == of_P[:-1]
-    labels_S = labelled_P.new_zeros(segments.number, dtype=torch.long).index_add(0, of_P, labelled_P.long())
+    labels_S = labelled_P.new_zeros(segments.number, dtype=torch.long).index_add(
+        0, of_P, labelled_P.long()
+    )
     before_S = labels_S.cumsum(dim=0) - labels_S
     # A segment without labels is padding, unless none has any.
     is_prompt_S = (labels_S > 0) | ~labelled_P.any()
-    return attended_BT.bool() & ((labelled_P.cumsum(dim=0) == before_S[of_P]) & is_prompt_S[of_P]).view_as(labels_BT)
+    return attended_BT.bool() & (
+        (labelled_P.cumsum(dim=0) == before_S[of_P]) & is_prompt_S[of_P]
+    ).view_as(labels_BT)
 
 
 def _cache(batch: Mapping[str, Any]) -> Any:
@@ -370,7 +457,10 @@ def _attended(attention_mask: Any, shape: torch.Size, device: torch.device) -> t
         own_BT = attention_mask[:, 0].diagonal(dim1=1, dim2=2)[:, :length]
         own_BT = own_BT if own_BT.dtype == torch.bool else own_BT == 0
         return own_BT.expand(batch, -1)
-    kind, fix = type(attention_mask).__name__, "pass prompt_mask= (batch, positions), or use routing='token'"
+    kind, fix = (
+        type(attention_mask).__name__,
+        "pass prompt_mask= (batch, positions), or use routing='token'",
+    )
     raise BaditError(f"cannot find the prompt with an attention mask of type {kind}; {fix}")
 
 
@@ -380,7 +470,11 @@ def _segments(batch: Mapping[str, Any], shape: torch.Size, device: torch.device)
     starts_BT = torch.zeros(shape, dtype=torch.bool, device=device)
     if isinstance(ends, torch.Tensor):
         starts_BT.view(-1)[ends[ends < starts_BT.numel()].to(device)] = True
-    elif batch["attention_mask"] is None and isinstance(position_ids, torch.Tensor) and position_ids.ndim == 2:
+    elif (
+        batch["attention_mask"] is None
+        and isinstance(position_ids, torch.Tensor)
+        and position_ids.ndim == 2
+    ):
         starts_BT |= (position_ids == 0).to(device)
     else:
         return None  # before anything waits for the device

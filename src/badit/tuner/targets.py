@@ -15,17 +15,33 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from badit.errors import BaditError
+from badit.support.errors import BaditError
 
 # The MLP's gate projection (as in the paper) or first projection; if all MLPs are fused, LoRA's default targets.
-PROJECTIONS = ("gate_proj", "gate_up_proj", "up_proj", "fc1", "c_fc", "fc_in", "dense_h_to_4h", "w1", "wi_0", "wi")
-_PATTERNS = (*(rf"(?!.*(attn|attention|router|norm)).*\.{name}" for name in PROJECTIONS), r".*\.(q_proj|v_proj)")
+PROJECTIONS = (
+    "gate_proj",
+    "gate_up_proj",
+    "up_proj",
+    "fc1",
+    "c_fc",
+    "fc_in",
+    "dense_h_to_4h",
+    "w1",
+    "wi_0",
+    "wi",
+)
+_PATTERNS = (
+    *(rf"(?!.*(attn|attention|router|norm)).*\.{name}" for name in PROJECTIONS),
+    r".*\.(q_proj|v_proj)",
+)
 _SPLIT = "split_"  # prefix of the list of a fused weight's matrices
 
 
 def default_targets(model: Any) -> set[str] | None:
     """Returns the default target modules, or None if not every layer of the decoder (or encoder-decoder) has them."""
-    is_whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_decoder")
+    is_whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(
+        model, "get_decoder"
+    )
     decoder = model if is_whole else model.get_decoder()
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
     layers = {}  # module name -> layer name
@@ -49,7 +65,11 @@ def chosen_targets(model: Any, config: Any) -> set[str] | None:
     layers = config.layers_to_transform
     if found and layers is not None:  # PEFT does not apply it to full names
         chosen = {layers} if isinstance(layers, int) else set(layers)
-        found = {name for name in found if not (index := re.search(r"\.(\d+)\.", name)) or int(index[1]) in chosen}
+        found = {
+            name
+            for name in found
+            if not (index := re.search(r"\.(\d+)\.", name)) or int(index[1]) in chosen
+        }
     return found
 
 
@@ -68,7 +88,9 @@ class FusedExpert(nn.Module):
 
     def __init__(self, experts: nn.Module, parameter: str, index: int) -> None:
         super().__init__()
-        self.__dict__["experts"] = experts  # not registered as a submodule, because it contains this module
+        self.__dict__["experts"] = (
+            experts  # not registered as a submodule, because it contains this module
+        )
         self.parameter, self.index = parameter, index
         self.out_features, self.in_features = self.weight.shape
 
@@ -91,7 +113,9 @@ def split_experts(experts: Any, parameter: str, name: str, routing: Any) -> nn.M
     weights = ("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj")
     known = hasattr(experts, "is_transposed") and parameter in weights
     if not known or not getattr(experts, parameter).is_floating_point():
-        raise BaditError(f"{name}: is not a fused weight of MoE experts that can be adapted; change target_parameters")
+        raise BaditError(
+            f"{name}: is not a fused weight of MoE experts that can be adapted; change target_parameters"
+        )
     if not hasattr(experts, _SPLIT + parameter):
         for each in weights:
             matrices = (FusedExpert(experts, each, index) for index in range(experts.num_experts))
@@ -105,7 +129,9 @@ def base_layer(model: nn.Module, name: str) -> Any:
     """Returns the module of this name; for EXPERTS.PARAMETER.INDEX, the matrix with this index of a fused weight."""
     weight, _, index = name.rpartition(".")
     experts, _, parameter = weight.rpartition(".")
-    if index.isdigit() and isinstance(getattr(model.get_submodule(experts), parameter, None), nn.Parameter):
+    if index.isdigit() and isinstance(
+        getattr(model.get_submodule(experts), parameter, None), nn.Parameter
+    ):
         return FusedExpert(model.get_submodule(experts), parameter, int(index))
     return model.get_submodule(name)
 
@@ -131,7 +157,9 @@ def _forward(
     counts = choices_C.bincount(minlength=self.num_experts).tolist()
     decodes = self.routing.forward_pass().held is not None
     result = torch.zeros_like(hidden_states)
-    for (first, last), choice_P in zip(zip(*lists, strict=True), order_C.split(counts), strict=True):
+    for (first, last), choice_P in zip(
+        zip(*lists, strict=True), order_C.split(counts), strict=True
+    ):
         # Experts without tokens run too: decoding needs their gates, and in training all ranks need the same gradients.
         if decodes and not len(choice_P):
             continue
@@ -170,7 +198,9 @@ def keep_in_place(model: nn.Module) -> None:
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             fix = "load the model again, and add the adapter before you evaluate it"
-            raise BaditError(f"{name}: has been evaluated on a CPU, where bitsandbytes reorders 4-bit weights; {fix}")
+            raise BaditError(
+                f"{name}: has been evaluated on a CPU, where bitsandbytes reorders 4-bit weights; {fix}"
+            )
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
@@ -180,8 +210,16 @@ def refuse_unsuitable_layer(layer: nn.Module, name: str, method: str) -> None:
     kind = type(layer).__name__
     if hasattr(layer, "qweight"):
         fix = "use the unquantised model, or quantise it with bitsandbytes or torchao"
-        raise BaditError(f"{name} is a {kind}, quantised by GPTQ or AWQ: {method} cannot read its weight; {fix}")
+        raise BaditError(
+            f"{name} is a {kind}, quantised by GPTQ or AWQ: {method} cannot read its weight; {fix}"
+        )
     if not isinstance(layer, (nn.Linear, Conv1D, FusedExpert)):
-        raise BaditError(f"{name} is a {kind}; {method} adapts nn.Linear and Conv1D: change target_modules")
-    if not is_quantised(layer) and (layer.weight.itemsize == 1 or not layer.weight.is_floating_point()):
-        raise BaditError(f"{name}: weights of type {layer.weight.dtype} are not supported; change target_modules")
+        raise BaditError(
+            f"{name} is a {kind}; {method} adapts nn.Linear and Conv1D: change target_modules"
+        )
+    if not is_quantised(layer) and (
+        layer.weight.itemsize == 1 or not layer.weight.is_floating_point()
+    ):
+        raise BaditError(
+            f"{name}: weights of type {layer.weight.dtype} are not supported; change target_modules"
+        )

@@ -1,0 +1,1 @@
+"""Comparisons: methods × learning rates × seeds × orders."""

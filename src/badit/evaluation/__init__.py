@@ -1,0 +1,1 @@
+"""Answers, metrics, scores and statistics."""

@@ -1,0 +1,1 @@
+"""Exports: a run as a plain LoRA or a merged model."""

@@ -1,0 +1,61 @@
+"""Axolotl plugin: ``plugins: [badit.integrations.axolotl.BaditPlugin]``, ``adapter: badit`` and options under ``badit``."""
+
+from typing import Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin  # pyright: ignore[reportMissingImports]
+from peft import PeftModel, get_peft_model
+from pydantic import BaseModel
+
+from badit.support.errors import BaditError
+from badit.training.regrouping import RegroupCallback
+from badit.tuner import BaditConfig, hooks_of
+
+
+class BaditSection(BaseModel):
+    """The key ``badit``: options of ``BaditConfig``, and ``regroup`` with options of ``RegroupCallback`` (for DOG)."""
+
+    badit: dict[str, Any] = {}
+
+
+class BaditPlugin(BasePlugin):
+    """Trains a BADIT adapter, or continues the one in ``lora_model_dir``."""
+
+    def register(self, cfg: Any) -> None:
+        if cfg.get("adapter") == "badit" and cfg.get(
+            "merge_lora"
+        ):  # Axolotl would write the base model and only warn
+            raise BaditError(
+                "merge-lora: a BADIT adapter has no single weight to merge into; load it with PEFT"
+            )
+
+    def get_input_args(self) -> str:
+        return f"{__name__}.BaditSection"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        return [AdapterCapabilities(name="badit")]
+
+    def load_adapter(
+        self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
+    ) -> Any:
+        """Returns the adapted model and its configuration; with ``config_only`` (DPO) TRL adapts the model itself."""
+        if cfg.adapter != "badit":
+            return None
+        options = {name: value for name, value in cfg.badit.items() if name != "regroup"}
+        config = BaditConfig(**{"task_type": "CAUSAL_LM", **options})
+        if config_only:
+            return None, config
+        if cfg.lora_model_dir:
+            model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference)
+            return model, model.active_peft_config
+        return get_peft_model(model, config), config
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        if cfg.adapter != "badit":
+            return []
+        hooks_of(trainer.model).start_task({"all": trainer.get_train_dataloader()})
+        regroup = cfg.badit.get("regroup")
+        return (
+            []
+            if regroup in (None, False)
+            else [RegroupCallback(**({} if regroup is True else regroup))]
+        )

@@ -1,0 +1,1 @@
+"""Recipes: the schema, reading and overriding them, and the training arguments."""

@@ -1,0 +1,1 @@
+"""Errors, files and the environment: what every other room uses."""
