@@ -24,7 +24,7 @@ import pandas as pd
 from fixed_gates import batches_of, loaded, measured
 
 import badit
-from badit.evaluation.statistics import paired_bootstrap
+from badit.metrics.statistics import paired_bootstrap
 from badit.support.environment import environment
 from badit.support.files import read_json, write_json
 from badit.training.fit import fit, make_plan
@@ -84,7 +84,7 @@ def train(tasks: int) -> None:
                 "config": run.recipe.model_dump(mode="json", exclude={"output"}),
                 "environment": environment(),
             }
-            write_json(result, {**about, "losses": losses_of(run, exported=name != "lora")})
+            write_json(result, {**about, "losses": losses_of(badit.Run(run), exported=name != "lora")})
 
 
 def losses_of(run: badit.Run, *, exported: bool) -> dict[str, dict[str, list[float]]]:

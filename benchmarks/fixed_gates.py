@@ -22,8 +22,8 @@ import badit
 from badit.analysis.gates import GATES_FILE
 from badit.data import AnswerCollator, batches_by_task
 from badit.evaluation.scoring import prompt_losses
-from badit.evaluation.statistics import paired_bootstrap
 from badit.export.exporting import Export
+from badit.metrics.statistics import paired_bootstrap
 from badit.support.environment import environment
 from badit.support.files import read_json, write_json
 from badit.training.fit import base_model, encoded

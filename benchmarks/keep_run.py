@@ -14,8 +14,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from badit.api import Run
 from badit.recipe.schema import build_recipe, dump_recipe
-from badit.runs.folder import Run
 from badit.support.files import read_jsonl, write_text
 
 RESULTS = Path(__file__).parent / "results"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 
 from badit.comparison.results import load_results, paired_differences
-from badit.evaluation.metrics import METRICS
-from badit.evaluation.statistics import paired_bootstrap
+from badit.metrics.answers import METRICS
+from badit.metrics.statistics import paired_bootstrap
 
 RESULTS = Path(__file__).parent / "results"
 

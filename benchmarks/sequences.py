@@ -13,7 +13,7 @@ from statistics import mean, stdev
 import pandas as pd
 
 from badit.comparison.results import SINGLE_TASK, load_results, paired_differences
-from badit.evaluation.statistics import paired_bootstrap
+from badit.metrics.statistics import paired_bootstrap
 from badit.support.files import read_json
 
 FOLDER = Path(__file__).parent / "results" / "evidence-sequence-cpu"

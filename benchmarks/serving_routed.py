@@ -34,8 +34,8 @@ from peft import PeftModel
 import badit
 from badit.data import Instance, Task
 from badit.evaluation.generation import generate_answers
-from badit.evaluation.metrics import rouge_l
 from badit.integrations.proxy import Router
+from badit.metrics.answers import rouge_l
 from badit.models.loading import resolve_model
 from badit.support.environment import environment
 from badit.support.files import write_json

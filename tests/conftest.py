@@ -20,9 +20,9 @@ import transformers
 import yaml
 from hypothesis import settings
 
+from badit.api import Run
 from badit.cli.app import main
 from badit.recipe.schema import build_recipe
-from badit.runs.folder import Run
 from badit.training.fit import fit
 from comparison.cells import InlineCell, compare_module
 from data.examples import CHATML, make_tokenizer

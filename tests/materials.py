@@ -5,7 +5,7 @@ import json
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from badit.evaluation.metrics import mean_scores
+from badit.metrics.answers import mean_scores
 from data.examples import CHATML, make_tokenizer
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from badit import BaditConfig
-from badit.evaluation.statistics import paired_bootstrap
+from badit.metrics.statistics import paired_bootstrap
 from badit.tuner import BaditModel
 from training.trainers import PAPER
 from tuner.helpers import gradients, randomise

@@ -13,7 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 
-from badit.support.errors import BaditError, explained, one_line, show
+from badit.support.console import one_line, show
+from badit.support.errors import BaditError, explained
 
 FULL = r"place: cannot be written, the disk (or a quota) is full; free some space and run the same command again"
 READ_ONLY = (

@@ -9,6 +9,7 @@ import sys
 import pytest
 from transformers import TrainingArguments
 
+from badit.api import Run
 from badit.comparison.compare import Grid
 from badit.recipe.arguments import RENAMED_ARGUMENTS, TrainingSection, argument_names
 from badit.recipe.schema import (
@@ -20,7 +21,6 @@ from badit.recipe.schema import (
     load_recipe,
     merged,
 )
-from badit.runs.folder import Run
 from badit.support.errors import BaditError
 from badit.training.methods import build_method
 from docs.pages import ROOT

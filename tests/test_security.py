@@ -16,7 +16,7 @@ from badit.cli.app import app, main
 from badit.integrations.lm_eval import BaditLM
 from badit.models.loading import load_base_model
 from badit.recipe.schema import Recipe, build_recipe, dump_recipe
-from badit.support.errors import status
+from badit.support.console import status
 from badit.support.files import write_json
 from badit.training.checkpoints import last_checkpoint
 from evaluation.test_results import mixed, unscored

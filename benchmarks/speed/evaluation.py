@@ -21,8 +21,8 @@ from badit import load_base_model
 from badit.cli.app import quiet_libraries
 from badit.data import AnswerCollator, Task
 from badit.evaluation.generation import generate_answers
-from badit.evaluation.metrics import METRICS
 from badit.evaluation.scoring import prompt_losses, score_model
+from badit.metrics.answers import METRICS
 from badit.recipe.schema import Recipe, build_recipe
 from badit.training.fit import encoded
 

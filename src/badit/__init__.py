@@ -19,14 +19,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from badit.api import Run, analyze, plan, table, train
     from badit.comparison.compare import compare
     from badit.comparison.results import load_results, summarise
     from badit.data import load_tasks
-    from badit.evaluation.scoring import train
     from badit.models.loading import load_base_model
     from badit.recipe.schema import load_recipe
     from badit.report import write_report
-    from badit.runs.folder import Run, analyze, plan, table
     from badit.support.errors import BaditError
     from badit.training.optimizers import OrthogonalUpdates, lora_plus_groups
     from badit.training.regrouping import RegroupCallback, Regrouper
@@ -36,14 +35,13 @@ __version__ = "0.1.0"
 
 # The public names of each module.
 _NAMES = {
+    "api": ["Run", "analyze", "plan", "table", "train"],
     "comparison.compare": ["compare"],
     "comparison.results": ["load_results", "summarise"],
     "data": ["load_tasks"],
-    "evaluation.scoring": ["train"],
     "models.loading": ["load_base_model"],
     "recipe.schema": ["load_recipe"],
     "report": ["write_report"],
-    "runs.folder": ["Run", "analyze", "plan", "table"],
     "support.errors": ["BaditError"],
     "training.optimizers": ["OrthogonalUpdates", "lora_plus_groups"],
     "training.regrouping": ["RegroupCallback", "Regrouper"],
@@ -61,7 +59,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'badit' has no attribute {name!r}")
-    from badit.support.errors import quiet_notices
+    from badit.support.console import quiet_notices
 
     quiet_notices()
     return getattr(import_module(_HOMES[name]), name)

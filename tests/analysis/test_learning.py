@@ -14,8 +14,8 @@ from badit.analysis.learning import (
     task_gap,
     transfer,
 )
-from badit.evaluation.metrics import mean_scores
-from badit.runs.folder import Run
+from badit.api import Run
+from badit.metrics.answers import mean_scores
 from badit.support.files import write_json
 from data.examples import write_rows
 from materials import comparison, results_cell, write_results

@@ -10,8 +10,8 @@ import yaml
 
 from badit import BaditError, Run, load_results, summarise, worker
 from badit.cli.app import main
-from badit.evaluation.metrics import METRICS
-from badit.evaluation.statistics import FORMS, continual_scores
+from badit.metrics.answers import METRICS
+from badit.metrics.statistics import FORMS, continual_scores
 from badit.recipe.schema import build_recipe
 from badit.support.files import read_json
 from badit.training.methods import AdapterMethod, NeuronMethod

@@ -16,15 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from badit import BaditConfig, Run, generation
 from badit.data import AnswerCollator, Instance, Task
 from badit.evaluation.generation import generate_answers, stream_answer
-from badit.evaluation.metrics import METRICS, Prediction
-from badit.evaluation.scoring import (
-    evaluate,
-    prompt_losses,
-    read_predictions,
-    score_model,
-    write_predictions,
-)
+from badit.evaluation.scoring import evaluate, prompt_losses, score_model
+from badit.metrics.answers import METRICS, Prediction
 from badit.recipe.schema import build_recipe
+from badit.runs.predictions import read_predictions, write_predictions
 from badit.training.fit import encoded
 from data.examples import make_tokenizer
 from refusals import refuses

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nltk.stem.porter import PorterStemmer
 
-from badit.evaluation.metrics import exact_match, normalize_answer, rouge_l
+from badit.metrics.answers import exact_match, normalize_answer, rouge_l
 from refusals import refuses
 
 WORDS = [

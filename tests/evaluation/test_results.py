@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from badit.comparison.results import load_results, summarise, task_means
-from badit.evaluation.scores import read_scores, scores_frame
+from badit.runs.scores import read_scores, scores_frame
 from materials import comparison, results_cell, write_results
 from refusals import refuses
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from badit.evaluation.statistics import FORMS, continual_scores, paired_bootstrap
+from badit.metrics.statistics import FORMS, continual_scores, paired_bootstrap
 from refusals import refuses
 
 RNG = np.random.default_rng(7)
@@ -83,7 +83,7 @@ def test_share_not_positive_counts_resamples_without_an_advantage():
 def test_result_does_not_depend_on_task_order_or_chunk_size(monkeypatch):
     original = paired_bootstrap(TASKS)
     assert paired_bootstrap(dict(reversed(TASKS.items()))) == original
-    monkeypatch.setattr("badit.evaluation.statistics._CHUNK", 400)
+    monkeypatch.setattr("badit.metrics.statistics._CHUNK", 400)
     assert paired_bootstrap(TASKS) == original
 
 

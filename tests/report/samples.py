@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 from badit.analysis.tables import TABLES, save_frame
-from badit.evaluation.metrics import METRICS, mean_scores
+from badit.metrics.answers import METRICS, mean_scores
 from data.examples import write_rows
 from materials import comparison, results_cell, write_results
 

@@ -15,8 +15,8 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+from badit.api import Run
 from badit.cli.app import main
-from badit.runs.folder import Run
 from badit.support.files import read_jsonl
 from badit.training.checkpoints import last_checkpoint
 from training.ranks import forked

@@ -6,10 +6,10 @@ from unittest.mock import Mock
 import pytest
 from safetensors.torch import load_file
 
+from badit.api import Run
 from badit.data import AnswerCollator
 from badit.evaluation.scoring import prompt_losses
 from badit.recipe.schema import build_recipe
-from badit.runs.folder import Run
 from badit.training.checkpoints import step_of
 from badit.training.fit import encoded, fit, load_run, make_plan
 from badit.training.trainer import AnswerTrainer

@@ -11,10 +11,10 @@ from transformers import Trainer, TrainingArguments
 
 import reference
 from badit import BaditConfig, RegroupCallback, Regrouper
+from badit.api import Run
 from badit.baselines.mixture import LoraMoeConfig
 from badit.data import AnswerCollator
 from badit.method import expert_angles, grouping_objective
-from badit.runs.folder import Run
 from badit.support.files import read_jsonl
 from badit.training.methods import build_method
 from badit.training.regrouping import STATE_FILE, AngleLog, RegroupOptions, trainable_adapters

@@ -14,8 +14,9 @@ import torch
 
 from analysis.naive_experts import batched, losses
 from badit import BaditError, Run, models
+from badit.api import train
 from badit.comparison.compare import Grid
-from badit.evaluation.scoring import evaluate, train, validation_loss
+from badit.evaluation.scoring import evaluate, validation_loss
 from badit.recipe.schema import build_recipe
 from badit.support.files import read_json, read_jsonl, write_json
 from badit.training.fit import base_model, encoded, fit, load_run, make_plan

@@ -6,7 +6,7 @@ import torch
 from badit import BaditError, Run
 from badit.baselines import BASELINES
 from badit.evaluation.scoring import evaluate
-from badit.evaluation.statistics import FORMS, continual_scores
+from badit.metrics.statistics import FORMS, continual_scores
 from badit.recipe.schema import build_recipe
 from badit.support.files import read_json, write_json
 from badit.training.checkpoints import last_checkpoint

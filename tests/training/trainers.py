@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
 
 from badit import BaditConfig, Run
+from badit.api import train
 from badit.data import AnswerCollator
-from badit.evaluation.scores import read_scores
-from badit.evaluation.scoring import train
+from badit.runs.scores import read_scores
 from badit.support.files import read_json
 from badit.training.fit import fit
 from badit.training.methods import AdapterMethod

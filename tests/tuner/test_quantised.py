@@ -9,10 +9,10 @@ from peft import PeftModel
 from torch import nn
 from torch.testing import assert_close
 
+from badit.api import Run
 from badit.evaluation.scoring import evaluate
 from badit.models.loading import Quantisation, load_base_model
 from badit.recipe.schema import build_recipe
-from badit.runs.folder import Run
 from badit.training.fit import make_plan
 from badit.tuner.targets import refuse_unsuitable_layer
 from materials import make_material

@@ -27,7 +27,7 @@ from badit.analysis.tables import TABLES, save_frame
 from badit.comparison.results import RESULTS
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_sources
 from badit.recipe.schema import DataSection, Recipe, build_recipe
-from badit.runs.folder import AnyPath, Run
+from badit.runs.folder import AnyPath, RunFolder
 from badit.support.environment import environment, peak_memory
 from badit.support.errors import BaditError, explained
 from badit.support.files import exclusive, inside, read_json, refuse_links, write_json
@@ -68,7 +68,7 @@ def analyze(
         save_frame(frame, output / "analysis")
         return output
     if is_run:
-        recipe = Run(folder, trust_remote_code=trust_remote_code).trusted_recipe()
+        recipe = RunFolder(folder, trust_remote_code=trust_remote_code).trusted_recipe()
     elif data is None:
         raise BaditError(
             f"{target}: not a run's folder; to analyze a base model, set its tasks with --data"
@@ -87,7 +87,7 @@ def analyze(
     # The run's folder relative to the output folder, so that both can be moved together.
     measured = os.path.relpath(folder.resolve(), output.resolve()) if is_run else target
     settings = {"target": measured, "data": data, "instances": instances}
-    weights = checksums(Run.at(folder).adapter_path if is_run else folder, "*safetensors*")
+    weights = checksums(RunFolder.at(folder).adapter_path if is_run else folder, "*safetensors*")
     settings |= {"weights": weights, "tasks": task_fingerprints(tasks)}
     record = (
         read_json(path)
@@ -130,12 +130,12 @@ def _parts(
     recipe: Recipe, chosen: Prompts, progress: bool
 ) -> dict[str, Callable[[], list[pd.DataFrame]]]:
     """Loads the model and returns, by part, the function that measures the part's tables."""
-    run = Run.at(recipe.output)
+    run = RunFolder.at(recipe.output)
     model, tokenizer = load_run(run, recipe)
     if not build_method(
         recipe.method
     ).trains:  # so that the report finds a base model's recipe and environment
-        Run.prepare(recipe)
+        RunFolder.prepare(recipe)
         if not run.environment_path.is_file():
             write_json(run.environment_path, environment())
     pairs = [(task, instance) for task, instances in chosen for instance in instances]

@@ -25,7 +25,7 @@ from badit.analysis.tables import Table, layer_and_module
 from badit.data import AnswerCollator, Task, batches_by_task
 from badit.method import prompt_mean
 from badit.recipe.schema import Recipe
-from badit.runs.folder import RECORD, Run
+from badit.runs.folder import RECORD, RunFolder
 from badit.support.errors import BaditError, nearest
 from badit.support.files import is_number, read_json, refuse_links, write_json
 from badit.training.fit import encoded, model_dtype, model_fingerprint, task_fingerprints
@@ -173,7 +173,7 @@ def gates_frame(gates: PromptGates) -> pd.DataFrame:
 
 
 def task_gates(
-    run: Run,
+    run: RunFolder,
     model: Any,
     tokenizer: Any,
     recipe: Recipe,

@@ -23,10 +23,10 @@ from tqdm import tqdm
 from badit.analysis.gates import active_experts
 from badit.analysis.tables import COUNT, EXPERT, INDEX, TEXT, Column, Table, layer_and_module
 from badit.comparison.results import SINGLE_TASK, load_results, paired
-from badit.evaluation.scores import read_scores
 from badit.method import ExpertAngles, cosine_gram
 from badit.method import expert_angles as angles_of
-from badit.runs.folder import AnyPath, Run
+from badit.runs.folder import AnyPath, RunFolder
+from badit.runs.scores import read_scores
 from badit.support.errors import BaditError, explained
 from badit.training.trainer import answer_losses
 from badit.tuner.model import TaskBatches
@@ -77,7 +77,7 @@ TASK_GAP = Table(
 _FIX = "delete the file to skip it"
 
 
-def _logged(run: Run, path: Path) -> Iterator[tuple[tuple, dict[str, Any]]]:
+def _logged(run: RunFolder, path: Path) -> Iterator[tuple[tuple, dict[str, Any]]]:
     for line in run.log(path):
         yield (
             (line["step"], *layer_and_module(line["module"].rpartition(".")[0])),
@@ -86,7 +86,7 @@ def _logged(run: Run, path: Path) -> Iterator[tuple[tuple, dict[str, Any]]]:
 
 
 def expert_angles(
-    run: Run, held_out: Mapping[tuple[int, str], Sequence[float | None]] | None = None
+    run: RunFolder, held_out: Mapping[tuple[int, str], Sequence[float | None]] | None = None
 ) -> pd.DataFrame:
     """Returns the angles that the run logged, and those of the trained adapter on held-out data if given."""
     regroups = any(True for _ in run.log(run.regroupings_path))
@@ -115,7 +115,7 @@ def expert_angles(
         )
 
 
-def component_flow(run: Run) -> pd.DataFrame:
+def component_flow(run: RunFolder) -> pd.DataFrame:
     """Returns how many components each regrouping moved from one expert to another, and how many stayed."""
     about = "Number of components that each regrouping moved between experts, including those that stayed."
     rows = []
@@ -160,7 +160,7 @@ def held_out_angles(
     return angles
 
 
-def transfer(run: Run) -> pd.DataFrame:
+def transfer(run: RunFolder) -> pd.DataFrame:
     """Returns the score matrix of a sequential run from its scores."""
     scores = read_scores(run.scores_path)
     order, matrix = scores.get("order") or [], scores.get("matrix") or []

@@ -20,8 +20,9 @@ from badit.data import Task, hold_out, limit, load_sources, prompt_text
 from badit.models.loading import device, load_tokenizer
 from badit.recipe.arguments import argument_names, fixed_reason
 from badit.recipe.schema import Recipe, build_recipe, parse_yaml, section_of, to_yaml
-from badit.runs.folder import Run
-from badit.support.errors import BaditError, status
+from badit.runs.folder import RunFolder
+from badit.support.console import status
+from badit.support.errors import BaditError
 from badit.support.files import read_text
 from badit.support.text import counted, text_table
 from badit.training.fit import Plan, encoded, make_plan, model_dtype, training_arguments
@@ -116,7 +117,7 @@ def check(recipe: Recipe) -> list[str]:
             lambda: load_tokenizer(**section.model_dump(exclude={"dtype", "quantisation"}))
         )
     names = [task.name for task in plan.tasks] if plan else []
-    tried(lambda: Run.at(recipe.output).belongs_to(recipe))
+    tried(lambda: RunFolder.at(recipe.output).belongs_to(recipe))
     applied = tried(lambda: on_skeleton(recipe, names, dtype=model_dtype(recipe)))
     if errors:
         raise BaditError(*dict.fromkeys("\n".join(errors).split("\n")))

@@ -21,16 +21,9 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.types import NonNegativeInt, Port, PositiveInt
 
 from badit import __version__
-from badit.runs.folder import Run, analyze, table
-from badit.support.errors import (
-    BaditError,
-    explained,
-    is_main_process,
-    quiet_notices,
-    say,
-    show,
-    status,
-)
+from badit.api import Run, analyze, table
+from badit.support.console import is_main_process, quiet_notices, say, show, status
+from badit.support.errors import BaditError, explained
 from badit.support.files import lines_of, read_json, write_text
 
 app = App(
@@ -81,7 +74,7 @@ def train(
                 *_load("badit.authoring.recipes").check(made),
             ]
         )
-    run = _load("badit.evaluation.scoring").train(made, allow_changed_inputs=allow_changed_inputs)
+    run = _load("badit.api").train(made, allow_changed_inputs=allow_changed_inputs)
     return (
         f"{_load('badit.comparison.tables').score_table(run.scores)}\n\nRun: {run.path}"
         if is_main_process()
@@ -354,9 +347,7 @@ def _shown_export(run: Run, exported: Any, options: dict[str, Any]) -> str:
 
 _derive(analyze, _shown_tables, "badit.analysis")
 _derive(table, lambda path, text, options: text, "badit.comparison.tables")
-_derive(
-    Run.evaluate, lambda run, scores, options: _load("badit.evaluation.scores").score_table(scores)
-)
+_derive(Run.evaluate, lambda run, scores, options: _load("badit.runs.scores").score_table(scores))
 _derive(Run.export, _shown_export)
 _derive(Run.push, lambda run, address, options: address)
 

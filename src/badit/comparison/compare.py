@@ -30,13 +30,14 @@ import torch
 from badit.comparison.results import FORMAT, RESULTS, SINGLE_TASK, Results, load_results
 from badit.comparison.worker import error_of, progress, start_cell
 from badit.data import ordered
-from badit.evaluation.metrics import METRICS, mean_scores
-from badit.evaluation.scores import read_scores
-from badit.evaluation.statistics import both_forms
+from badit.metrics.answers import METRICS, mean_scores
+from badit.metrics.statistics import both_forms
 from badit.models.loading import device, warn_of_slow_dtype
 from badit.recipe.schema import Recipe, RecipeLike, build_recipe, make_recipe, merged
-from badit.runs.folder import ERROR, Run
-from badit.support.errors import BaditError, explained, refuse_unknown, say, status
+from badit.runs.folder import ERROR, RunFolder
+from badit.runs.scores import read_scores
+from badit.support.console import say, status
+from badit.support.errors import BaditError, explained, refuse_unknown
 from badit.support.files import exclusive, inside, read_json, write_json
 from badit.training.fit import joint_training, keep_inputs, make_plan, task_fingerprints
 from badit.training.methods import build_method, on_skeleton
@@ -230,9 +231,9 @@ class Grid:
             values["data"]["tasks"] = [cell.task]
         return build_recipe(values)
 
-    def run_of(self, cell: Cell) -> Run:
+    def run_of(self, cell: Cell) -> RunFolder:
         output = Path(self.recipe.output)
-        return Run.at(inside(output, output / str(cell)))
+        return RunFolder.at(inside(output, output / str(cell)))
 
 
 @contextmanager
@@ -246,7 +247,7 @@ def _named(key: str) -> Iterator[None]:
 def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     """Returns the tasks' names and each method's trainable parameters; BaditError if the comparison cannot run."""
     section, counts, output = grid.section, dict[str, int](), grid.recipe.output
-    if Run.at(output).config_path.is_file():
+    if RunFolder.at(output).config_path.is_file():
         raise BaditError(
             f"{output}: contains a run; choose another output=FOLDER for the comparison"
         )
@@ -304,7 +305,7 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
             for cell in (*grid.chosen(name, rate, tasks), *trials):
                 if grid.run_of(cell).config_path.is_file():
                     recipe = grid.recipe_of(cell)
-                    run, data = Run.prepare(recipe), recipe.data.model_dump_json()
+                    run, data = RunFolder.prepare(recipe), recipe.data.model_dump_json()
                     if data not in fingerprints:
                         fingerprints[data] = task_fingerprints(make_plan(recipe).tasks)
                     keep_inputs(run, fingerprints[data])
@@ -468,7 +469,7 @@ class _Comparison:
 
     def _run_cell(self, cell: Cell, *, score: bool) -> None:
         """Runs a cell unless it is done. Its error, if any, is written to its folder."""
-        run = Run.prepare(self._grid.recipe_of(cell))
+        run = RunFolder.prepare(self._grid.recipe_of(cell))
         if (run.instances_path if score else run.validation_path).is_file():
             return
         threads = gpu = None  # a single job uses all cores and GPUs
@@ -501,7 +502,7 @@ class _Comparison:
 def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ()) -> dict[str, Any]:
     """Returns one cell of results.json, from one run or, under a name with a suffix, from single-task runs."""
 
-    def runs_alone(tasks: Sequence[str]) -> list[Run]:
+    def runs_alone(tasks: Sequence[str]) -> list[RunFolder]:
         return [grid.run_of(replace(cell, order=None, task=task)) for task in tasks]
 
     runs = runs_alone(tasks) or [grid.run_of(cell)]
@@ -551,7 +552,7 @@ def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ())
     return entry
 
 
-def _validation_loss(run: Run) -> float | None:
+def _validation_loss(run: RunFolder) -> float | None:
     """Returns the validation loss: infinity if the cell failed, None if it has not ended."""
     if run.validation_path.is_file():
         with explained(

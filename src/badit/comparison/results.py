@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from pydantic import AliasPath, Field
 
-from badit.evaluation.metrics import METRICS
-from badit.evaluation.scores import LARGEST, Checked, InstanceScores, Scores, Transfer
-from badit.evaluation.statistics import DECIMALS, FORMS, Difference, Form, paired_bootstrap
+from badit.metrics.answers import METRICS
+from badit.metrics.statistics import DECIMALS, FORMS, Difference, Form, paired_bootstrap
+from badit.runs.scores import LARGEST, Checked, InstanceScores, Scores, Transfer
 from badit.support.errors import BaditError, explained, refuse_unknown
 from badit.support.files import read_json, refuse_links, refuse_other_format
 
@@ -85,7 +85,7 @@ class Results:
         instances: as ``scores``, per instance, for cells that store them: method, seed, order, task, metric, instance
             (its index within the task), score.
         continual: for the same cells of a sequential comparison: method, seed, order, form, forgetting,
-            backward_transfer, forward_transfer, see :func:`badit.evaluation.statistics.continual_scores`.
+            backward_transfer, forward_transfer, see :func:`badit.metrics.statistics.continual_scores`.
     """
 
     protocol: str
@@ -189,13 +189,13 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
     Args:
         results: the results of a comparison.
         metric: the metric of ranks and differences.
-        form: the definition of forgetting and transfer, see :func:`badit.evaluation.statistics.continual_scores`.
+        form: the definition of forgetting and transfer, see :func:`badit.metrics.statistics.continual_scores`.
 
     Returns:
         ``method``; ``runs`` (seeds, or seeds x task orders); ``learning_rate`` (text); ``trainable_parameters``;
         ``NAME_mean`` and ``NAME_std`` (over runs, divisor n - 1, missing for a single run), where NAME is a metric
         (averaged over tasks), ``forgetting``, ``backward_transfer`` or ``forward_transfer``; ``difference_NAME`` to the
-        reference, where NAME is a field of :class:`badit.evaluation.statistics.Difference`; ``level``, True if the method is
+        reference, where NAME is a field of :class:`badit.metrics.statistics.Difference`; ``level``, True if the method is
         equivalent to the reference within the metric's margin; ``rank`` by mean score; ``task_rank``, the mean of the
         ranks on the single tasks; ``seconds``, the median; ``peak_memory_gib``, the maximum.
     """

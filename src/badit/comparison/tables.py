@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from badit.comparison.results import Results, summarise, task_means
-from badit.evaluation.metrics import METRICS, score_text
-from badit.support.errors import one_line
+from badit.metrics.answers import METRICS, score_text
+from badit.support.console import one_line
 from badit.support.text import UNKNOWN, number, text_table
 
 _escape_markdown = partial(re.compile(r"([\\`*_|<>\[\]~$&])").sub, r"\\\1")

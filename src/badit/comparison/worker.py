@@ -9,7 +9,7 @@ import threading
 import traceback
 from pathlib import Path
 
-from badit.runs.folder import ERROR, LOG, Run
+from badit.runs.folder import ERROR, LOG, RunFolder
 from badit.support.errors import BaditError, explained, first_line
 from badit.support.files import exclusive, write_json, write_text
 
@@ -90,14 +90,15 @@ def _stop_at_end_of_input() -> None:
 def run_cell(folder: Path, *, score: bool) -> int:
     """Runs a cell and returns the exit code of the process; an error is written to ``error.txt`` in the folder."""
     try:
-        from badit.evaluation.metrics import instance_scores
-        from badit.evaluation.scoring import read_predictions, train, validation_loss
+        from badit.evaluation.scoring import train_and_score, validation_loss
+        from badit.metrics.answers import instance_scores
+        from badit.runs.predictions import read_predictions
         from badit.training.fit import fit
 
         with explained(folder), exclusive(folder):
-            run = Run(folder)
+            run = RunFolder(folder)
             if score:
-                train(run.recipe)
+                train_and_score(run.recipe)
                 write_json(
                     run.instances_path, instance_scores(read_predictions(run.predictions_path))
                 )

@@ -3,11 +3,9 @@
 A run's scores are in ``scores.json``. The scored answers are in ``predictions/``, one file per task.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -18,19 +16,20 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from peft import PeftModel
-from pydantic import TypeAdapter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from badit.data import AnswerCollator, Instance, Task, batches_by_task
 from badit.evaluation.generation import generate_answers
-from badit.evaluation.metrics import Prediction, instance_scores, mean_scores
-from badit.evaluation.scores import read_scores
-from badit.evaluation.statistics import both_forms
 from badit.hub.card import write_run_card
-from badit.recipe.schema import Recipe, RecipeLike, Split, make_recipe
-from badit.runs.folder import Run
-from badit.support.errors import BaditError, explained, is_main_process, refuse_unknown, say
-from badit.support.files import copy_folder, exclusive, inside, read_jsonl, write_json, write_text
+from badit.metrics.answers import Prediction, instance_scores, mean_scores
+from badit.metrics.statistics import both_forms
+from badit.recipe.schema import Recipe, Split, make_recipe
+from badit.runs.folder import RunFolder
+from badit.runs.predictions import write_predictions
+from badit.runs.scores import read_scores
+from badit.support.console import is_main_process, say
+from badit.support.errors import BaditError, explained, refuse_unknown
+from badit.support.files import copy_folder, exclusive, write_json
 from badit.training.fit import (
     changed_inputs,
     encoded,
@@ -44,48 +43,30 @@ from badit.training.trainer import answer_losses
 from badit.tuner.prompt import IGNORED_LABEL, cache_of, drop_last
 
 
-def train(
-    recipe: RecipeLike | None = None,
-    /,
-    *,
-    progress: bool = True,
-    allow_changed_inputs: bool = False,
-    **values: Any,
-) -> Run:
-    """Trains and scores a recipe, or resumes an interrupted run. Finished work is not repeated.
+def train_and_score(
+    recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = False
+) -> None:
+    """Trains a recipe and scores the run, or resumes it; finished work is not repeated.
 
-    Args:
-        recipe: a file, a Recipe or plain values (default: the default recipe).
-        progress: show progress bars on stderr.
-        allow_changed_inputs: resume the run even if its data or base weights have changed, and record the change.
-        values: override the recipe's values, such as ``training={"num_train_epochs": 2}`` and ``output="runs/mine"``.
-
-    Returns:
-        The run, with its scores. With several processes (accelerate, torchrun), only rank 0 scores.
-
-    Raises:
-        BaditError: invalid input, or the output folder has a run of another recipe.
+    With several processes all of them train, and only rank 0 scores. Errors as of :func:`badit.train`.
     """
-    made = make_recipe(recipe, values)
-    lock = (
-        exclusive(Path(made.output)) if is_main_process() else nullcontext()
-    )  # rank 0 locks it for all processes
-    with explained(made.output), lock:
-        run = fit(
-            made, progress=progress and is_main_process(), allow_changed_inputs=allow_changed_inputs
-        )
+    # Rank 0 locks the folder for all processes.
+    lock = exclusive(Path(recipe.output)) if is_main_process() else nullcontext()
+    show_progress = progress and is_main_process()
+    with explained(recipe.output), lock:
+        run = fit(recipe, progress=show_progress, allow_changed_inputs=allow_changed_inputs)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        if is_main_process():
-            if run.scores_path.is_file():
-                write_run_card(run)  # an interrupted run may have scores but no card
-            else:
-                evaluate(run, progress=progress, resume=True)
-    return Run(made.output, check=is_main_process(), trust_remote_code=made.model.trust_remote_code)
+        if not is_main_process():
+            return
+        if run.scores_path.is_file():
+            write_run_card(run)  # an interrupted run may have scores but no card
+        else:
+            evaluate(run, progress=progress, resume=True)
 
 
 def evaluate(
-    run: Run,
+    run: RunFolder,
     *,
     split: Split | None = None,
     batch_size: int | None = None,
@@ -97,7 +78,7 @@ def evaluate(
     The recipe's own split is written to ``scores.json`` and ``predictions/``, another split to ``scores-SPLIT.json``
     and ``predictions-SPLIT/``. On its own split, a sequence of tasks is scored after each task, and the scores include
     the matrix of these scores. On another split, only the final model is scored. With ``resume``, stages that
-    already have scores are not scored again. Errors as of :meth:`badit.Run.evaluate`.
+    already have scores are not scored again. Errors as of :meth:`badit.RunFolder.evaluate`.
     """
     if split is not None:
         refuse_unknown("split", split, get_args(Split))
@@ -162,7 +143,7 @@ def score_model(
     All tasks are decoded together, so that batches hold prompts of similar length. ``answer``, if given, maps the token
     ids of prompts to answers. The model then generates nothing, and the NLL is not measured.
 
-    Returns the scores in the format of :func:`badit.evaluation.metrics.mean_scores`, and the predictions, in the order of the
+    Returns the scores in the format of :func:`badit.metrics.answers.mean_scores`, and the predictions, in the order of the
     tasks; BaditError if a prompt is empty.
     """
     pairs: list[tuple[Task, Instance]] = [
@@ -227,34 +208,6 @@ def score_model(
     return mean_scores(instance_scores(predictions)), predictions
 
 
-def write_predictions(folder: Path, predictions: Iterable[Prediction]) -> None:
-    """Writes `<task>.jsonl` for each task, one prediction per line, and deletes the files of other tasks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files: dict[Path, list[str]] = {}
-    for prediction in predictions:
-        line = json.dumps(asdict(prediction), ensure_ascii=False)
-        files.setdefault(folder / f"{prediction.task}.jsonl", []).append(line + "\n")
-    for file, lines in files.items():
-        write_text(inside(folder, file), "".join(lines))
-    for other in set(folder.glob("*.jsonl")) - files.keys():
-        other.unlink()
-
-
-def read_predictions(folder: str | Path) -> list[Prediction]:
-    """Returns the predictions that `write_predictions` wrote to a folder, sorted by task name, then in file order.
-
-    BaditError if there are no such files, or a line is not a prediction.
-    """
-    predictions, form = [], TypeAdapter(Prediction)
-    for file in sorted(Path(folder).glob("[!.]*.jsonl")):
-        for number, fields in enumerate(read_jsonl(file), start=1):
-            with explained(f"{file}: line {number}", fix="evaluate the run again"):
-                predictions.append(form.validate_python(fields))
-    if not predictions:
-        raise BaditError(f"predictions {folder}: the folder has no .jsonl files; evaluate the run")
-    return predictions
-
-
 @torch.no_grad()
 def prompt_losses(
     model: Any, batches: Iterable[Mapping[str, Any]]
@@ -269,7 +222,7 @@ def prompt_losses(
     return torch.cat(sums).numpy(), torch.cat(counts).numpy()
 
 
-def validation_loss(run: Run) -> None:
+def validation_loss(run: RunFolder) -> None:
     """Measures the NLL of the answers per token on the validation split and writes it to ``validation.json``.
 
     Learning rates are chosen by this loss. It needs only forward passes and is far less noisy than generated answers.

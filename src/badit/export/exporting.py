@@ -39,14 +39,15 @@ from badit.analysis.gates import (
 )
 from badit.data.prompts import end_of_turn_id
 from badit.data.tasks import Task, resolve_names
-from badit.evaluation.scores import read_scores
 from badit.evaluation.scoring import evaluate, score_model
 from badit.hub.card import CARD, hub_id, model_card
 from badit.method.decomposition import compress
 from badit.models.loading import device, load_base_model, resolve_model
 from badit.recipe.schema import Recipe
-from badit.runs.folder import RECORD, AnyPath, Run
-from badit.support.errors import BaditError, explained, refuse_unknown, status
+from badit.runs.folder import RECORD, AnyPath, RunFolder
+from badit.runs.scores import read_scores
+from badit.support.console import status
+from badit.support.errors import BaditError, explained, refuse_unknown
 from badit.support.files import (
     OWNER,
     exclusive,
@@ -115,7 +116,7 @@ class Export:
 
 
 def export(
-    run: Run,
+    run: RunFolder,
     output: AnyPath,
     *,
     task: str | None = None,
@@ -125,7 +126,7 @@ def export(
     merged: bool = False,
     progress: bool = True,
 ) -> Export:
-    """Writes a run's adapter as a plain LoRA or a merged model; see :meth:`badit.Run.export`.
+    """Writes a run's adapter as a plain LoRA or a merged model; see :meth:`badit.RunFolder.export`.
 
     ``output`` must be new, empty or an earlier export. The LoRA equals the adapter with fixed gates exactly, unless
     ``rank`` is below the exact rank or the exact rank is above 512, vLLM's maximum. It is then compressed by SVD.
@@ -263,7 +264,7 @@ def _compressed(factors: Factors, rank: int | None) -> tuple[Factors, dict[str, 
 
 
 def score_export(
-    run: Run, done: Export, *, engine: str = "transformers", progress: bool = True
+    run: RunFolder, done: Export, *, engine: str = "transformers", progress: bool = True
 ) -> dict[str, Any]:
     """Loads an export as other tools do, scores it, writes its ``scores.json`` and returns the content.
 
@@ -393,7 +394,7 @@ def _refuse_other_files(folder: Path) -> None:
 
 
 def _mean_gates(
-    run: Run,
+    run: RunFolder,
     model: Any,
     tokenizer: Any,
     tasks: Mapping[str, Task],

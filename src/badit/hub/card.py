@@ -16,11 +16,12 @@ from typing import Any
 import pandas as pd
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from badit.evaluation.scores import read_scores
 from badit.models.loading import BUILT_IN, BUILT_IN_HUB_ID, HUB_ID
 from badit.recipe.schema import Recipe
-from badit.runs.folder import RECORD, Run
-from badit.support.errors import BaditError, explained, one_line, status
+from badit.runs.folder import RECORD, RunFolder
+from badit.runs.scores import read_scores
+from badit.support.console import one_line, status
+from badit.support.errors import BaditError, explained
 from badit.support.files import read_json, read_text, write_text
 from badit.training.checkpoints import checksums
 from badit.training.methods import AdapterMethod, build_method
@@ -59,14 +60,14 @@ def _licence(recipe: Recipe, *, online: bool = False) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def write_run_card(run: Run) -> None:
+def write_run_card(run: RunFolder) -> None:
     """Writes the card into a run's ``adapter`` folder, if the run has an adapter."""
     if run.adapter_path.is_dir() and isinstance(build_method(run.recipe.method), AdapterMethod):
         write_text(run.adapter_path / CARD, model_card(run))
 
 
 def model_card(
-    run: Run,
+    run: RunFolder,
     *,
     export: Mapping[str, Any] | None = None,
     address: str | None = None,
@@ -107,7 +108,7 @@ def model_card(
     return str(card) + "\n"
 
 
-def _training(run: Run, recipe: Recipe) -> dict[str, Any]:
+def _training(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     sources = [entry["path"] for entry in recipe.data.entries]
     training = recipe.training.model_dump(exclude=_WITHOUT_EFFECT, exclude_none=True)
     rows = {
@@ -149,7 +150,7 @@ def _text(value: Any) -> str:
     return html.escape(_MARKUP.sub(r"\\\1", shown), quote=False)
 
 
-def refuse_other_weights(run: Run, records: Mapping[Path, Mapping[str, Any]]) -> None:
+def refuse_other_weights(run: RunFolder, records: Mapping[Path, Mapping[str, Any]]) -> None:
     """Raises BaditError if an export, given with its ``export.json``, is not of the run's present weights."""
     own = checksums(run.adapter_path, "*.safetensors")
     for export, record in records.items():
@@ -159,8 +160,8 @@ def refuse_other_weights(run: Run, records: Mapping[Path, Mapping[str, Any]]) ->
             )
 
 
-def push_to_hub(source: Run, repository: str, *, private: bool) -> str:
-    """Uploads a run's adapter, or an export whose run still exists, with its card; see :meth:`badit.Run.push`.
+def push_to_hub(source: RunFolder, repository: str, *, private: bool) -> str:
+    """Uploads a run's adapter, or an export whose run still exists, with its card; see :meth:`badit.RunFolder.push`.
 
     Only files that badit wrote are uploaded, and no links. The uploaded files name no folders or users of this
     machine. Files of an existing repository are replaced.
@@ -170,7 +171,7 @@ def push_to_hub(source: Run, repository: str, *, private: bool) -> str:
     run, folder, record = source, source.path, None
     if (folder / RECORD).is_file():
         record = read_json(folder / RECORD)
-        run = Run(folder.resolve() / str(record.get("run")))
+        run = RunFolder(folder.resolve() / str(record.get("run")))
         refuse_other_weights(run, {folder: record})
         names: Any = record.get("files")
         if not isinstance(names, list) or not all(

@@ -23,7 +23,7 @@ from badit.data import AnswerCollator
 from badit.data.prompts import IGNORED_LABEL, uses_template, with_labels
 from badit.models.loading import device as accelerator
 from badit.models.loading import resolve_model
-from badit.runs.folder import Run
+from badit.runs.folder import RunFolder
 from badit.support.errors import BaditError, explained
 from badit.training.fit import load_run
 from badit.training.methods import build_method
@@ -79,7 +79,7 @@ class BaditLM(_HFLM):
                 raise BaditError(
                     "model_args: a run has its own adapter; remove peft, or use pretrained instead of run"
                 )
-            folder = Run(run, trust_remote_code=trust_remote_code)
+            folder = RunFolder(run, trust_remote_code=trust_remote_code)
             recipe = folder.trusted_recipe()
             if task is None and build_method(recipe.method).needs_tasks:
                 raise BaditError(

@@ -40,8 +40,9 @@ from badit.integrations.studio.server import (
     listen,
     run_until_ended,
 )
-from badit.runs.folder import RECORD, Run
-from badit.support.errors import BaditError, explained, show
+from badit.runs.folder import RECORD, RunFolder
+from badit.support.console import show
+from badit.support.errors import BaditError, explained
 from badit.support.files import read_json, refuse_links
 from badit.training.fit import load_run
 from badit.training.methods import build_method
@@ -57,7 +58,7 @@ class Router:
     BaditError if the run's gates do not depend on the prompt, or the folder has no exports of its tasks and weights.
     """
 
-    def __init__(self, run: Run, exports: str | Path | None) -> None:
+    def __init__(self, run: RunFolder, exports: str | Path | None) -> None:
         self.run, recipe = run, run.trusted_recipe()
         method = build_method(recipe.method)
         if method.needs_tasks or getattr(method.config, "has_fixed_gates", True):
@@ -133,7 +134,7 @@ def _gram(one: Experts) -> torch.Tensor:
     return (of_expert_NK.T @ ((b_ON.T @ b_ON) * (a_NI @ a_NI.T)) @ of_expert_NK).cpu()
 
 
-def serve(run: Run, exports: str | None, *, url: str, port: int) -> None:
+def serve(run: RunFolder, exports: str | None, *, url: str, port: int) -> None:
     """Serves a run in front of the vLLM server at ``url`` until Ctrl-C or SIGTERM; port 0 uses a free port."""
     with explained("--url", action="used", any_error=True):
         if httpx2.URL(url).scheme not in ("http", "https"):

@@ -20,7 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from badit.support.errors import BaditError, explained, nearest, refuse_unknown, say, status
+from badit.support.console import say, status
+from badit.support.errors import BaditError, explained, nearest, refuse_unknown
 from badit.support.files import cache_folder, read_json, remove, replace_folder
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from pydantic import (
 )
 from pydantic.functional_validators import AfterValidator, field_validator, model_validator
 
-from badit.support.errors import nearest, problems, status
+from badit.support.console import status
+from badit.support.errors import nearest, problems
 
 # The largest integer that every library accepts. Seeds are at least 0, because numpy refuses negative ones.
 LARGEST = 2**31 - 1

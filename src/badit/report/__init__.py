@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from badit.support.errors import BaditError, explained, status
+from badit.support.console import status
+from badit.support.errors import BaditError, explained
 from badit.support.files import write_text
 
 _CIVIDIS = ["#00204d", "#213d6b", "#555b6c", "#7b7a77", "#a59c74", "#d3c064", "#ffe945"]

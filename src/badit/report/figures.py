@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from badit.comparison.tables import best_of
-from badit.evaluation.metrics import METRICS, score_text
+from badit.metrics.answers import METRICS, score_text
 from badit.report import charts
 from badit.report.sources import shown_parameters
 from badit.support.text import UNKNOWN, number

@@ -24,7 +24,7 @@ from badit import __version__
 from badit.comparison.results import RESULTS
 from badit.comparison.tables import method_table
 from badit.data import own_input
-from badit.evaluation.metrics import METRICS, Prediction, exact_match, rouge_l, score_text
+from badit.metrics.answers import METRICS, Prediction, exact_match, rouge_l, score_text
 from badit.recipe.schema import to_yaml
 from badit.report import chart_config, charts
 from badit.report.figures import FIGURES, Figure

@@ -22,11 +22,11 @@ from badit.analysis.learning import component_flow, expert_angles, task_gap, tra
 from badit.comparison.results import RESULTS, Results, load_results
 from badit.comparison.tables import method_table
 from badit.data import own_input
-from badit.evaluation.metrics import Prediction, rouge_l
-from badit.evaluation.scoring import read_predictions
-from badit.evaluation.statistics import paired_bootstrap
+from badit.metrics.answers import Prediction, rouge_l
+from badit.metrics.statistics import paired_bootstrap
 from badit.recipe.schema import read_values
-from badit.runs.folder import Run
+from badit.runs.folder import RunFolder
+from badit.runs.predictions import read_predictions
 from badit.support.errors import BaditError
 from badit.support.files import inside, is_number, refuse_links
 
@@ -88,7 +88,7 @@ class Source:
     def predictions(self) -> Mapping[str, Mapping[str, Prediction]]:
         """The answers by task and instance; empty if none are saved. An id alone may be another data's row number."""
         found: dict[str, dict[str, Prediction]] = {}
-        folder = Run.at(self.folder).predictions_path
+        folder = RunFolder.at(self.folder).predictions_path
         for answer in read_predictions(folder) if any(folder.glob("[!.]*.jsonl")) else ():
             instance = str(
                 (answer.instance_id, own_input(answer.prompt)[:80], answer.references)
@@ -134,7 +134,7 @@ def together(sources: Sequence[Source]) -> Source:
     for series, run in runs:
         logs += [
             {**line, "series": series, "run": run.label}
-            for line in Run.at(run.folder).log(Path("metrics.jsonl"))
+            for line in RunFolder.at(run.folder).log(Path("metrics.jsonl"))
         ]
     for name, key in (("losses", "loss"), ("held_out_losses", "eval_loss")):
         losses = [
@@ -170,7 +170,7 @@ def shown_parameters(frame: pd.DataFrame) -> str:
 
 
 def _read(folder: Path, label: str, several: bool) -> Source:
-    source, run = Source(label, folder, f"{label}: " if several else ""), Run.at(folder)
+    source, run = Source(label, folder, f"{label}: " if several else ""), RunFolder.at(folder)
     for name, frame in run.tables.items():
         source.add(name, frame, f"analysis/{name}.json")
     if run.config_path.is_file():
@@ -206,8 +206,9 @@ def _read(folder: Path, label: str, several: bool) -> Source:
         source.add("scores", means.astype({"run": str}), RESULTS)
         source.add("task_gap", task_gap(folder), RESULTS)
     elif run.scores_path.is_file():
-        source.scores = run.scores
-        if "matrix" in source.scores.attrs:
+        scores = run.scores
+        source.scores = scores
+        if "matrix" in scores.attrs:
             source.add("transfer", transfer(run), run.scores_path.name)
     # The log of a committed result has only means over modules, without labels.
     if "labels" in next(run.log(run.regroupings_path), {"labels": []}):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from badit.support.errors import one_line
+from badit.support.console import one_line
 
 UNKNOWN = "–"
 

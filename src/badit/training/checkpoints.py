@@ -24,7 +24,8 @@ import torch
 from accelerate.utils import patch_environment
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from badit.support.errors import BaditError, is_main_process, say
+from badit.support.console import is_main_process, say
+from badit.support.errors import BaditError
 from badit.support.files import read_json, replace_folder, write_json
 from badit.tuner.distributed import any_of_all
 

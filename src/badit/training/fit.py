@@ -24,9 +24,10 @@ from badit.data.tasks import Instance, Task, mixture, ordered
 from badit.models.loading import Dtype, device, fast_dtype, load_base_model, warn_of_slow_dtype
 from badit.recipe.arguments import argument_names
 from badit.recipe.schema import Recipe, Split
-from badit.runs.folder import Run
+from badit.runs.folder import RunFolder
+from badit.support.console import is_main_process, say, status
 from badit.support.environment import environment, peak_memory
-from badit.support.errors import BaditError, explained, is_main_process, say, status
+from badit.support.errors import BaditError, explained
 from badit.support.files import copy_folder, replace_folder, write_json
 from badit.training.attention import fast_on_short_sequences
 from badit.training.checkpoints import STAGING, Checkpoints, discard, last_checkpoint, safe_resuming
@@ -52,9 +53,9 @@ class Plan:
         return f"Plan({len(self.tasks)} tasks, {counts})"
 
     @property
-    def stages(self) -> list[tuple[Run, list[Task]]]:
+    def stages(self) -> list[tuple[RunFolder, list[Task]]]:
         """The parts with their own results, and their tasks: all tasks of a mixed run, or one task of a sequence."""
-        run = Run.at(self.recipe.output)
+        run = RunFolder.at(self.recipe.output)
         if not self.recipe.data.order:
             return [(run, self.tasks)]
         folder, width = (
@@ -62,7 +63,7 @@ class Plan:
             max(2, len(str(len(self.tasks)))),
         )  # sorted names are in training order
         return [
-            (Run.at(folder / f"{i:0{width}}-{task.name}"), [task])
+            (RunFolder.at(folder / f"{i:0{width}}-{task.name}"), [task])
             for i, task in enumerate(self.tasks, start=1)
         ]
 
@@ -122,7 +123,7 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
     return Plan(recipe, tasks, method)
 
 
-def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = False) -> Run:
+def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = False) -> RunFolder:
     """Trains a recipe without scoring it. A sequence of tasks is trained one after another, each with its own result.
 
     The caller locks the run's folder. Under accelerate or torchrun all processes train, and only rank 0 writes it.
@@ -132,7 +133,7 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
     trackers_of(recipe.training)
     dtype = model_dtype(recipe)  # reads the model's configuration, before anything is written
     # Only rank 0 writes; the other ranks wait for it in the first training step.
-    run = Run.prepare(recipe) if is_main_process() else Run.at(recipe.output)
+    run = RunFolder.prepare(recipe) if is_main_process() else RunFolder.at(recipe.output)
     if is_main_process() and not run.environment_path.is_file():
         write_json(run.environment_path, {**environment(), "dtype": dtype, "mixture": plan.mixture})
     keep_inputs(run, task_fingerprints(plan.tasks), allow_changed_inputs)
@@ -173,7 +174,9 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
 
     transformers.set_seed(seed)
     base, tokenizer = base_model(recipe, dtype="float32" if method.trains_base_weights else None)
-    keep_inputs(Run.at(recipe.output), {BASE_MODEL: model_fingerprint(base)}, allow_changed_inputs)
+    keep_inputs(
+        RunFolder.at(recipe.output), {BASE_MODEL: model_fingerprint(base)}, allow_changed_inputs
+    )
     with status(f"preparing the model for {method.name}"):
         if number == 0:
             model = method.apply(base, [task.name for task in plan.tasks])
@@ -267,7 +270,7 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
     unset_hf_deepspeed_config()  # otherwise the next model, for scoring or the next stage, would be sharded too
 
 
-def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False) -> None:
+def keep_inputs(run: RunFolder, found: Mapping[str, str], allow_changed: bool = False) -> None:
     """Records the inputs' fingerprints in environment.json; BaditError if one changed, unless ``allow_changed``."""
     if (
         not is_main_process()
@@ -292,7 +295,7 @@ def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False)
         write_json(run.environment_path, updated)
 
 
-def changed_inputs(run: Run, found: Mapping[str, str]) -> list[str]:
+def changed_inputs(run: RunFolder, found: Mapping[str, str]) -> list[str]:
     """Returns the names of changed inputs of a run; ``found`` has either all of its tasks or the base model."""
     known: dict[str, str] = run.known_environment.get("inputs", {})
     kind = {name for name in known if (name == BASE_MODEL) == (BASE_MODEL in found)}
@@ -468,7 +471,7 @@ def model_dtype(recipe: Recipe) -> Dtype:
     return fast_dtype(device()) if recipe.model.dtype == "fast" else recipe.model.dtype
 
 
-def load_run(run: Run, recipe: Recipe | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
+def load_run(run: RunFolder, recipe: Recipe | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
     """Returns a run's model, with its trained weights if the method trains, for inference, and the tokenizer.
 
     ``run`` may be a stage's folder if the run's ``recipe`` is given. BaditError if the adapter is missing or damaged.
@@ -477,7 +480,7 @@ def load_run(run: Run, recipe: Recipe | None = None) -> tuple[Any, PreTrainedTok
     method = build_method(recipe.method)
     if not method.trains:
         return base_model(recipe)
-    whole = Run.at(recipe.output)
+    whole = RunFolder.at(recipe.output)
     if not run.adapter_path.is_dir():
         command = shlex.join(["badit", "train", str(whole.config_path), f"output={whole.path}"])
         raise BaditError(f"{run.path}: has no adapter yet; finish its training with: {command}")

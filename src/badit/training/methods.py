@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from badit.baselines import BASELINES, Baseline, neurons
 from badit.models.loading import load_skeleton
 from badit.recipe.schema import Recipe
-from badit.runs.folder import Run
+from badit.runs.folder import RunFolder
 from badit.support.errors import BaditError, explained, first_line, nearest
 from badit.support.files import read_json
 from badit.training.regrouping import TOP_K_REFUSED, AngleLog, RegroupCallback, RegroupOptions
@@ -111,7 +111,7 @@ class Method:
     def before_training(self, model: Any, batches: TaskBatches) -> None:
         """Called before training, also before that of a resumed run, with the training batches of each task."""
 
-    def callbacks(self, run: Run) -> list[TrainerCallback]:
+    def callbacks(self, run: RunFolder) -> list[TrainerCallback]:
         return []
 
     def trainer(self, **arguments: Any) -> AnswerTrainer:
@@ -193,7 +193,7 @@ class AdapterMethod(Method):
         model.peft_config["default"].base_model_name_or_path = base_model
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
 
-    def callbacks(self, run: Run) -> list[TrainerCallback]:
+    def callbacks(self, run: RunFolder) -> list[TrainerCallback]:
         if self.regroup is not None:
             return [RegroupCallback(**self.regroup, log_path=run.regroupings_path)]
         # One expert, or experts that share one A, have no angles.

@@ -27,7 +27,8 @@ from transformers import TrainerCallback
 from badit.method.grouping import Solver, expert_angles, group_components, grouping_objective
 from badit.recipe.arguments import PositiveSteps
 from badit.runs.folder import AnyPath
-from badit.support.errors import BaditError, explained, say
+from badit.support.console import say
+from badit.support.errors import BaditError, explained
 from badit.support.files import append_to_log, rewind_log
 from badit.training.checkpoints import checkpoint_being_written, resumed_checkpoint
 from badit.tuner.config import Count, CountOrZero, Fraction, check, check_options, option

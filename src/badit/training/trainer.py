@@ -36,7 +36,8 @@ from transformers.integrations.integration_utils import (
 )
 
 from badit.recipe.arguments import TrainingSection
-from badit.support.errors import BaditError, explained, is_main_process, say
+from badit.support.console import is_main_process, say
+from badit.support.errors import BaditError, explained
 from badit.support.files import append_to_log, rewind_log
 from badit.training.checkpoints import step_of
 from badit.training.optimizers import OrthogonalUpdates, lora_plus_groups

@@ -23,8 +23,9 @@ from badit.analysis.tables import layer_and_module, load_frame
 from badit.data import Task
 from badit.evaluation.generation import stream_answer
 from badit.export.exporting import KEEPS_BASE
-from badit.runs.folder import Run
-from badit.support.errors import BaditError, refuse_unknown, say
+from badit.runs.folder import RunFolder
+from badit.support.console import say
+from badit.support.errors import BaditError, refuse_unknown
 from badit.training.fit import base_model, encoded_texts, load_run, make_plan
 from badit.training.methods import AdapterMethod, build_method
 
@@ -52,7 +53,7 @@ class Question(BaseModel, extra="forbid", frozen=True):
 class Session:
     """A loaded run. Its model is switched between the sides, so it answers one question at a time; others wait."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunFolder) -> None:
         self.run, self.recipe = run, run.trusted_recipe()
         self.method = build_method(self.recipe.method)
         if not isinstance(self.method, AdapterMethod):

@@ -19,8 +19,9 @@ from typing import Any
 
 from badit.integrations.studio import Question, Session
 from badit.report import chart_config
-from badit.runs.folder import Run
-from badit.support.errors import BaditError, explained, show
+from badit.runs.folder import RunFolder
+from badit.support.console import show
+from badit.support.errors import BaditError, explained
 from badit.support.files import read_json
 
 try:
@@ -57,7 +58,7 @@ _HEADERS = {
 }
 
 
-def serve(run: Run, *, port: int, browser: bool) -> None:
+def serve(run: RunFolder, *, port: int, browser: bool) -> None:
     """Serves the page of a run until Ctrl-C or SIGTERM and prints its address; port 0 uses a free port."""
     with listen(port) as listening:
         session = Session(run)

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from badit.evaluation.metrics import METRICS, score_text
-from badit.evaluation.statistics import Form
+from badit.metrics.answers import METRICS, score_text
+from badit.metrics.statistics import Form
 from badit.support.errors import explained
 from badit.support.files import read_json
 from badit.support.text import text_table

@@ -56,7 +56,7 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 class Metric:
     """A metric of answers, from 0 to ``most``. ``score`` returns None if an answer has no score.
 
-    ``label`` and ``decimals`` are for tables; ``margin`` is for equivalence, see :class:`badit.evaluation.statistics.Difference`.
+    ``label`` and ``decimals`` are for tables; ``margin`` is for equivalence, see :class:`badit.metrics.statistics.Difference`.
     """
 
     label: str
