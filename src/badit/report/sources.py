@@ -24,7 +24,7 @@ from badit.comparison.tables import method_table
 from badit.data import own_input
 from badit.metrics.answers import Prediction, rouge_l
 from badit.metrics.statistics import paired_bootstrap
-from badit.recipe.schema import read_values
+from badit.recipe.loading import read_values
 from badit.runs.folder import RunFolder
 from badit.runs.predictions import read_predictions
 from badit.support.errors import BaditError

@@ -70,42 +70,6 @@ class RunFolder:
             return f"{about}<p>not scored yet</p>"
         return about + self.scores.pivot(index="task", columns="metric", values="score").round(2).to_html()
 
-    @classmethod
-    def prepare(cls, recipe: Recipe) -> Self:
-        """Creates the recipe's output folder, or reuses it if it has a run of the same recipe; else BaditError."""
-        from badit.recipe.schema import dump_recipe
-
-        run = cls(recipe.output, check=False, trust_remote_code=recipe.model.trust_remote_code)
-        if not run.belongs_to(recipe):
-            run.path.mkdir(parents=True, exist_ok=True)
-            run.environment_path.unlink(missing_ok=True)
-            write_text(run.config_path, dump_recipe(recipe))
-        return run
-
-    def belongs_to(self, recipe: Recipe) -> bool:
-        """Returns whether the folder has a run that began to train the recipe; BaditError if it has other files."""
-        from badit.recipe.schema import differing_keys
-
-        refuse_links(self.path)
-
-        def has_only(*allowed: Path) -> bool:
-            # A process that is killed in its first write leaves the owner file and a .partial file.
-            files = (path for path in self.path.rglob("*") if path.suffix != ".partial" and not path.is_dir())
-            return all(path in (self.path / OWNER, *allowed) for path in files)
-
-        record = self.config_path, self.environment_path
-        if all(path.is_file() for path in record) and has_only(*record, self.path / ERROR, self.path / LOG):
-            return False
-        if self.config_path.is_file():
-            mine, its = (one.model_dump(mode="json", exclude={"output", "compare"}) for one in (self.recipe, recipe))
-            if keys := differing_keys(mine, its):
-                other = f"holds a run of another recipe (it differs in {', '.join(keys[:5])})"
-                raise BaditError(f"{self.path}: {other}; choose another output=FOLDER, or remove the folder")
-            return True
-        if self.path.exists() and not (self.path.is_dir() and has_only()):
-            raise BaditError(f"{self.path}: exists and is not a run's folder; choose another output=FOLDER")
-        return False
-
     def trusted_recipe(self) -> Recipe:
         """Returns the recipe; BaditError if its model runs its own Python code and the caller does not allow this."""
         recipe = self.recipe
@@ -118,7 +82,7 @@ class RunFolder:
     @property
     def recipe(self) -> Recipe:
         """The recipe of the run. Its ``output`` is the current folder of the run."""
-        from badit.recipe.schema import load_config
+        from badit.recipe.saved import load_config
 
         return load_config(self.config_path).model_copy(update={"output": str(self.path)})
 
