@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from badit.support.errors import BaditError, explained, refuse_unknown
-from badit.support.files import OWNER, read_json, read_jsonl, refuse_links, write_text
+from badit.support.errors import BaditError, explained
+from badit.support.files import read_json, read_jsonl, refuse_links
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,23 +29,39 @@ class RunFolder:
     If the recipe has ``model.trust_remote_code``, loading the model needs ``trust_remote_code`` here too.
     """
 
-    def __init__(self, path: AnyPath, *, check: bool = True, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, path: AnyPath, *, check: bool = True, trust_remote_code: bool = False
+    ) -> None:
         self.path, self.trust_remote_code = Path(path), trust_remote_code
         self.config_path = self.path / "config.yaml"  # the resolved recipe
         self.environment_path = self.path / "environment.json"  # see the property environment
         self.metrics_path = self.path / "metrics.jsonl"  # one line per logged step
-        self.scores_path = self.path / "scores.json"  # {"rouge_l", "rouge_l_instances", …, "tasks": {name: {…}}}
+        self.scores_path = (
+            self.path / "scores.json"
+        )  # {"rouge_l", "rouge_l_instances", …, "tasks": {name: {…}}}
         self.predictions_path = self.path / "predictions"  # one .jsonl per task
-        self.instances_path = self.path / "instances.json"  # of a comparison: {task: {metric: [value per instance]}}
-        self.validation_path = self.path / "validation.json"  # of a comparison: the loss that selects the learning rate
-        self.adapter_path = self.path / "adapter"  # in PEFT's format; of a sequence of tasks, after the last one
+        self.instances_path = (
+            self.path / "instances.json"
+        )  # of a comparison: {task: {metric: [value per instance]}}
+        self.validation_path = (
+            self.path / "validation.json"
+        )  # of a comparison: the loss that selects the learning rate
+        self.adapter_path = (
+            self.path / "adapter"
+        )  # in PEFT's format; of a sequence of tasks, after the last one
         self.checkpoints_path = self.path / "checkpoints"  # from which an interrupted run resumes
         self.regroupings_path = self.path / "regroupings.jsonl"  # the log of regroupings (DOG)
-        self.angles_path = self.path / "angles.jsonl"  # angles between experts, in runs without regrouping
+        self.angles_path = (
+            self.path / "angles.jsonl"
+        )  # angles between experts, in runs without regrouping
         self.analysis_path = self.path / "analysis"  # the tables of `badit analyze`, one .json each
-        self.gates_path = self.path / "gates.json"  # mean gates per task, measured by `badit export` or `studio`
+        self.gates_path = (
+            self.path / "gates.json"
+        )  # mean gates per task, measured by `badit export` or `studio`
         if check and not self.config_path.is_file() and not (self.path / RECORD).is_file():
-            raise BaditError(f"{self.path}: has no config.yaml, so it is not a run; create one: badit train RECIPE")
+            raise BaditError(
+                f"{self.path}: has no config.yaml, so it is not a run; create one: badit train RECIPE"
+            )
         if check:
             refuse_links(self.path)
 
@@ -68,7 +83,10 @@ class RunFolder:
         about = f"<p>{escape(repr(self.recipe))}</p>"
         if not self.scores_path.is_file():
             return f"{about}<p>not scored yet</p>"
-        return about + self.scores.pivot(index="task", columns="metric", values="score").round(2).to_html()
+        return (
+            about
+            + self.scores.pivot(index="task", columns="metric", values="score").round(2).to_html()
+        )
 
     def trusted_recipe(self) -> Recipe:
         """Returns the recipe; BaditError if its model runs its own Python code and the caller does not allow this."""
@@ -103,7 +121,9 @@ class RunFolder:
 
         from badit.runs.predictions import read_predictions
 
-        return pd.DataFrame([vars(prediction) for prediction in read_predictions(self.predictions_path)])
+        return pd.DataFrame(
+            [vars(prediction) for prediction in read_predictions(self.predictions_path)]
+        )
 
     @property
     def metrics(self) -> pd.DataFrame:
@@ -130,7 +150,9 @@ class RunFolder:
         content = read_json(self.environment_path)
         for part in ("inputs", "training"):
             if not isinstance(content.get(part, {}), dict):
-                raise BaditError(f"{self.environment_path}: {part}: must be an object; restore it, or train again")
+                raise BaditError(
+                    f"{self.environment_path}: {part}: must be an object; restore it, or train again"
+                )
         return content
 
     @property
