@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from analysis.naive_experts import batched, losses
-from badit import BaditError, Run, models
+from badit import BaditError, Run
 from badit.api import train
 from badit.comparison.grid import Grid
+from badit.models import loading as models
 from badit.recipe.loading import build_recipe
 from badit.runs.resolved import resolve
 from badit.support.files import read_json, read_jsonl, write_json
@@ -311,7 +312,7 @@ def test_run_applies_scheduler_and_chat_template_options(recipe_values):
     train_and_score(recipe)
     run = Run(recipe.output)
     assert run.metrics["learning_rate"].tolist() == [0.01, 0.01]
-    assert run.recipe == recipe
+    assert run.recipe == resolve(recipe).recipe
     assert not run.predictions["prompt"].str.contains("<|im_start|>", regex=False).any()
 
 
