@@ -2,13 +2,13 @@
 
     W0 = s · Σ_k B_k A_k + Ŵ,     B_k = U_[k] √(Σ_[k]/s),   A_k = √(Σ_[k]/s) V_[k]ᵀ
 
-where [k] is the k-th group of r triples among the top N = K·r singular triples and s = lora_alpha / r
-is LoRA's scaling. Singular values are split as in PiSSA. The paper writes A_k B_k for what LoRA calls
-B_k A_k; the code uses LoRA's letters.
+where [k] is the k-th group of r triples among the top N = K·r singular triples and s = lora_alpha /
+r is LoRA's scaling. Singular values are split as in PiSSA. The paper writes A_k B_k for what LoRA
+calls B_k A_k; the code uses LoRA's letters.
 
 Shape suffixes: O/I = out/in features, N = components (K experts of rank r), P = N plus oversampling
-(in ``compress``: the new rank), M = the columns of all blocks of P, D = O or I, S/L = the shorter and
-the longer side.
+(in ``compress``: the new rank), M = the columns of all blocks of P, D = O or I, S/L = the shorter
+and the longer side.
 """
 
 import math
@@ -106,8 +106,8 @@ def expert_factors(triples: SingularTriples, scaling: float) -> tuple[torch.Tens
 def expert_directions(triples: SingularTriples) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the experts' directions without their magnitudes: A_NI = Vᵀ/√3, B_ON = 0.
 
-    1/√3 is the expected norm of a row of LoRA's random A. B is zero, so no gate scales a part of the
-    pretrained weight. This initialisation is not in the paper.
+    1/√3 is the expected norm of a row of LoRA's random A. B is zero, so no gate scales a part of
+    the pretrained weight. This initialisation is not in the paper.
     """
     return triples.vh_NI / math.sqrt(3), torch.zeros_like(triples.u_ON)
 
@@ -118,8 +118,8 @@ def compress(
     """Returns the rank-P factors whose product is closest to B A (Eckart & Young 1936).
 
     They are A (P, I) and B (O, P) in float32, with half of each singular value, followed by the
-    Frobenius norms of the truncation error and of B A. Components beyond the largest possible rank of
-    B A are zero.
+    Frobenius norms of the truncation error and of B A. Components beyond the largest possible rank
+    of B A are zero.
     """
     # In float64: the SVD of the small core matrix between two QR factorisations.
     q_OC, core_CR = torch.linalg.qr(b_OR.double())

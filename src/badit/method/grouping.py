@@ -1,7 +1,7 @@
-"""DOG: dynamically orthogonal grouping of rank-1 components by their gradients (paper, section on DOG).
+"""DOG: dynamically orthogonal grouping of components by their gradients (paper, section on DOG).
 
-Component i is the pair (row i of A, column i of B); ĝ_i is its concatenated, normalised gradient. DOG
-searches for the assignment Π ∈ {0,1}^{N×K} with exactly r components per expert that maximises
+Component i is the pair (row i of A, column i of B); ĝ_i is its concatenated, normalised gradient.
+DOG searches for the assignment Π ∈ {0,1}^{N×K} with exactly r components per expert that maximises
 
     Σ_k ‖Σ_i π_ik ĝ_i‖²  =  tr(Πᵀ G Π),     G = [⟨ĝ_i, ĝ_j⟩].
 
@@ -14,10 +14,11 @@ matrix, and inner products of sharded gradients are sums over the shards.
 * swapping i ∈ a with j ∈ b changes the objective by
   2(S_ib − S_ia + S_ja − S_jb) + 2(G_ii + G_jj) − 4 G_ij, S = GΠ
 
-The default solver ends with swaps, because k-means and the paper's loop can stop where a single swap
-still improves.
+The default solver ends with swaps, because k-means and the paper's loop can stop where a single
+swap still improves.
 
-Shape suffixes: N = components, K = experts, I/O = in/out features. Solvers run in float64 on the CPU.
+Shape suffixes: N = components, K = experts, I/O = in/out features. Solvers run in float64 on the
+CPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,14 +50,15 @@ def cosine_gram(
 
     Args:
         grad_A_NI, grad_B_ON: the gradients, or this process's shards of them: some columns of A and
-            some rows of B. Leading dimensions, the same for both, are layers; each layer has its own
-            Gram matrix.
+            some rows of B. Leading dimensions, the same for both, are layers; each layer has its
+            own Gram matrix.
         over_shards: reduces tensors of N and N² numbers over the processes that hold the other
             shards.
     """
     a_NI = grad_A_NI.detach().float()
     b_NO = grad_B_ON.detach().float().mT
-    # Divide by the peak before multiplying: squares of small or large gradients underflow or overflow.
+    # Divide by the peak before multiplying: squares of small or large gradients underflow or
+    # overflow.
     peak_N = over_shards(torch.maximum(_peaks(a_NI), _peaks(b_NO)), "max")
     peak_N1 = torch.where(peak_N > 0, peak_N, 1.0).unsqueeze(-1)
     a_NI = a_NI / peak_N1
@@ -170,8 +172,8 @@ def match_labels(labels_N: np.ndarray, reference_N: np.ndarray) -> np.ndarray:
 class ExpertAngles(NamedTuple):
     """Mean angles in degrees between components' gradients (paper, Fig. 4), and mean |cos|.
 
-    They are NaN if there is no pair. A mean angle hides opposite directions: cosines of +0.9 and −0.9
-    average to 90°.
+    They are NaN if there is no pair. A mean angle hides opposite directions: cosines of +0.9 and
+    −0.9 average to 90°.
     """
 
     intra_degrees: float
@@ -257,9 +259,9 @@ def _polar_similarity(onehot_NK: np.ndarray, sums_NK: np.ndarray) -> np.ndarray:
 def _swap_until_optimal(gram_NN: np.ndarray, starts_SN: np.ndarray, num_experts: int) -> np.ndarray:
     """Swaps the best pair of components in each of S groupings until no single swap improves it.
 
-    Components are sorted by expert, so that a group is a slice; R = components per expert, C = experts
-    of the last swap. All groupings are swapped together; once half of them have converged, the others
-    continue without them.
+    Components are sorted by expert, so that a group is a slice; R = components per expert, C =
+    experts of the last swap. All groupings are swapped together; once half of them have converged,
+    the others continue without them.
     """
     starts, components = starts_SN.shape
     size = components // num_experts
@@ -308,7 +310,7 @@ def _swap_until_optimal(gram_NN: np.ndarray, starts_SN: np.ndarray, num_experts:
 def _update_best_gains(
     best_SKK: np.ndarray, changed_SC: np.ndarray, move_SKRK: np.ndarray, gram_SKRKR: np.ndarray
 ) -> None:
-    """Updates the largest gain of a swap between each two experts, after these C experts changed."""
+    """Updates the largest gain of a swap between two experts, after these C experts changed."""
     rows = np.arange(len(best_SKK))[:, None]
     there_SCRK = move_SKRK[rows, changed_SC]
     back_SCKR = move_SKRK.transpose(0, 3, 1, 2)[rows, changed_SC]
