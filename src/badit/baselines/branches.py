@@ -35,7 +35,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from badit.baselines import baseline
 from badit.method import prompt_mean
@@ -58,10 +58,6 @@ class BranchConfig(ExpertConfig):
     past_branches: CountOrZero = option(
         0, "Number of frozen branches; next_task() increases it by 1."
     )
-
-    @property
-    def has_router(self) -> bool:
-        return False
 
     @property
     def has_fixed_gates(self) -> bool:
@@ -99,7 +95,7 @@ class BranchGate(nn.Module):
         for weight in (self.down, self.up):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
-    def of_all_tasks(self, name: str) -> torch.Tensor:
+    def of_all_tasks(self, name: str) -> Tensor:
         """Returns a tensor named in ``kept`` for all tasks, (K, …)."""
         return torch.cat([self.get_buffer(self.kept[name]), self.get_parameter(name)[None]])
 
@@ -120,7 +116,6 @@ class BranchLinear(ExpertLinear):
     badit_A_past (P, I) and badit_B_past (O, P) are saved buffers.
     """
 
-    adapter_layer_names = ("badit_A", "badit_B")
     other_param_names = (*ExpertLinear.other_param_names, "badit_A_past", "badit_B_past")
 
     badit_A_past: Buffers
@@ -139,7 +134,7 @@ class BranchLinear(ExpertLinear):
         past_B_OP = self.badit_B_past[adapter_name]
         return torch.cat([past_A_PI, a_RI]), torch.cat([past_B_OP, b_OR], dim=1)
 
-    def expert_of(self, adapter_name: str) -> torch.Tensor:
+    def expert_of(self, adapter_name: str) -> Tensor:
         """Returns the branch of each component, the frozen branches first."""
         config: BranchConfig = self.badit_config[adapter_name]
         branches = torch.arange(config.past_branches + 1, device=self.device)
@@ -154,7 +149,7 @@ class BranchLinear(ExpertLinear):
         self.badit_B[adapter_name].zero_()
         self.initialise(adapter_name)
 
-    def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def gates(self, adapter_name: str, x: Tensor) -> Tensor:
         """Returns a (B, 1, K) of this pass or on its cache; ones (K) without a gate."""
         config: BranchConfig = self.badit_config[adapter_name]
         if config.gate_cls is None:
@@ -217,7 +212,7 @@ class BranchModel(ExpertModel):
                 RoutingContext.of(self.model).hooks.append(self._embedding_hook)
         super()._create_and_replace(peft_config, adapter_name, *args, **kwargs)
 
-    def _compute_gates(self, embeddings: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    def _compute_gates(self, embeddings: nn.Module, args: tuple, output: Tensor) -> None:
         """Computes the weights of a pass.
 
         Outside of the layers, because gradient checkpointing would recompute them there.
@@ -281,7 +276,7 @@ class BranchModel(ExpertModel):
             gate.requires_grad_(name in trained)
 
 
-def mean_embedding(embeddings_BTD: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tensor:
+def mean_embedding(embeddings_BTD: Tensor, prompt_mask_BT: Tensor) -> Tensor:
     """Returns p0 (B, D) in at least float32.
 
     It is detached: the gate is trained, the embeddings are not.
@@ -293,7 +288,7 @@ def mean_embedding(embeddings_BTD: torch.Tensor, prompt_mask_BT: torch.Tensor) -
 class OLoraModel(BranchModel):
     """Branches with a penalty on the overlap of the current branch with the earlier ones."""
 
-    def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
+    def extra_loss(self, attention_mask: Tensor) -> Tensor | None:
         """Returns λ1 · Σ_{i<t} Σ |A_i A_tᵀ|, summed over layers; None without earlier branches."""
         penalties = []
         for layer in self.expert_layers():
@@ -330,7 +325,7 @@ class SaptGate(BranchGate):
         self.norm_bias = nn.Parameter(torch.zeros(width, device=device))
         self.start_key()
 
-    def forward(self, prompt_BD: torch.Tensor) -> torch.Tensor:
+    def forward(self, prompt_BD: Tensor) -> Tensor:
         silu_BD = F.silu(prompt_BD @ self.down.T @ self.up.T)
         query_BD = F.layer_norm(silu_BD, self.key.shape, self.norm_weight, self.norm_bias)
         scores_BK = query_BD @ self.of_all_tasks("key").T / math.sqrt(len(self.key))

@@ -30,6 +30,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from badit.baselines import baseline
 from badit.baselines.branches import BranchGate, BranchModel, GatedBranchConfig, mean_embedding
@@ -49,9 +50,9 @@ class GainLoraGate(BranchGate):
 
     kept: ClassVar[dict[str, str]] = {"key": "past_keys", "down": "past_down", "up": "past_up"}
 
-    seen_by_down: torch.Tensor  # the projector P of G1, (D, D)
-    seen_by_up: torch.Tensor  # of G2, (H, H)
-    seen_by_key: torch.Tensor  # of the key, (D, D)
+    seen_by_down: Tensor  # the projector P of G1, (D, D)
+    seen_by_up: Tensor  # of G2, (H, H)
+    seen_by_key: Tensor  # of the key, (D, D)
 
     def __init__(self, width: int, config: "GainLoraConfig", device: torch.device) -> None:
         super().__init__(width, config, device)
@@ -60,7 +61,7 @@ class GainLoraGate(BranchGate):
         self.of_covariance = config.energy == "covariance"
         self.start_key()
 
-    def forward(self, prompt_BD: torch.Tensor) -> torch.Tensor:
+    def forward(self, prompt_BD: Tensor) -> Tensor:
         hidden_BKH = F.silu(torch.einsum("bd,khd->bkh", prompt_BD, self.of_all_tasks("down")))
         z_BKD = F.silu(torch.einsum("bkh,kdh->bkd", hidden_BKH, self.of_all_tasks("up")))
         cosine_BK = F.cosine_similarity(z_BKD, self.of_all_tasks("key"), dim=-1)
@@ -83,7 +84,7 @@ class GainLoraGate(BranchGate):
         self._set_key(torch.randn_like(self.key))
 
     @torch.no_grad()
-    def start_task(self, prompt_ND: torch.Tensor) -> None:
+    def start_task(self, prompt_ND: Tensor) -> None:
         """Sets the key to the leading direction of z orthogonal to the earlier tasks' z."""
         z_ND = self._inputs(prompt_ND)["key"]
         new_ND = z_ND - z_ND @ self.seen_by_key
@@ -91,12 +92,12 @@ class GainLoraGate(BranchGate):
         # Projected a second time, because rounding leaves a part along the earlier tasks' z.
         self._set_key(vh[0].to(self.key))
 
-    def _set_key(self, direction_D: torch.Tensor) -> None:
+    def _set_key(self, direction_D: Tensor) -> None:
         projected_D = direction_D - direction_D @ self.seen_by_key
         self.key.copy_(F.normalize(projected_D, dim=0))
 
     @torch.no_grad()
-    def end_task(self, prompt_ND: torch.Tensor) -> None:
+    def end_task(self, prompt_ND: Tensor) -> None:
         """Extends the projectors by the inputs of G1, G2 and the key for this task's prompts."""
         earlier_tasks = min(len(self.get_buffer("past_keys")), _TASKS_TO_FULL_SHARE)
         missing_share = (1 - _SHARE_OF_ENERGY) * (earlier_tasks / _TASKS_TO_FULL_SHARE)
@@ -107,7 +108,7 @@ class GainLoraGate(BranchGate):
             grown = grown_projector(projector, inputs, _SHARE_OF_ENERGY + missing_share)
             setattr(self, f"seen_by_{name}", grown)
 
-    def _inputs(self, prompt_ND: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _inputs(self, prompt_ND: Tensor) -> dict[str, Tensor]:
         """Returns the inputs of the current task's G1, G2 and key.
 
         They are p0 (N, D), SiLU(G1 p0) (N, H) and z (N, D).
@@ -116,15 +117,13 @@ class GainLoraGate(BranchGate):
         return {"down": prompt_ND, "up": hidden_NH, "key": F.silu(hidden_NH @ self.up.T)}
 
     @torch.no_grad()
-    def project_update(self, before: Mapping[str, torch.Tensor]) -> None:
+    def project_update(self, before: Mapping[str, Tensor]) -> None:
         """Subtracts the part of each update since ``before`` that acts on earlier tasks' inputs."""
         for name, tensor in self.named_parameters():
             tensor.sub_((tensor - before[name]) @ self.get_buffer(f"seen_by_{name}"))
 
 
-def grown_projector(
-    projector_DD: torch.Tensor, inputs_ND: torch.Tensor, share: float
-) -> torch.Tensor:
+def grown_projector(projector_DD: Tensor, inputs_ND: Tensor, share: float) -> Tensor:
     """Returns the projector P = M Mᵀ (D, D) that holds the share of ‖inputs‖².
 
     It has the fewest possible new columns in M. They are leading right singular vectors of
@@ -143,7 +142,7 @@ def grown_projector(
 class GainLoraModel(BranchModel):
     """Branches whose gates read each task's prompts and project each optimizer step's update."""
 
-    def _prompts_of(self, batches: TaskBatches) -> torch.Tensor:
+    def _prompts_of(self, batches: TaskBatches) -> Tensor:
         embeddings = self.model.get_input_embeddings()
         prompts = []
         for batch in itertools.chain(*batches.values()):

@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from badit.baselines import baseline
 from badit.method import SingularTriples, expert_factors, expert_gates, top_singular_triples
@@ -49,7 +49,7 @@ class MixtureConfig(ExpertConfig):
 
     balance_weight = 0.0  # methods with a balance loss (`imbalance`) override it with an option
 
-    def gates(self, logits: torch.Tensor) -> torch.Tensor:
+    def gates(self, logits: Tensor) -> Tensor:
         """Returns the experts' gates (…, K), with sum 1, from the router's logits (…, K)."""
         return expert_gates(logits, kind="softmax", top_k=self.top_k)
 
@@ -57,22 +57,32 @@ class MixtureConfig(ExpertConfig):
 class MixtureLinear(ExpertLinear):
     """A layer that routes each position.
 
-    It stores the router's logits of the last training pass for the balance loss.
+    It trains badit_router (K, I), and stores its logits of the last training pass for the balance
+    loss.
     """
+
+    adapter_layer_names = (*ExpertLinear.adapter_layer_names, "badit_router")
+
+    badit_router: nn.ParameterDict
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.router_logits: dict[str, torch.Tensor] = {}
+        self.router_logits: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"router_logits": {}}  # for copies of the model
+
+    def update_layer(self, adapter_name: str, config: MixtureConfig) -> None:
+        router_KI = torch.zeros(config.num_experts, self.in_features)
+        self.badit_router[adapter_name] = nn.Parameter(router_KI)
+        super().update_layer(adapter_name, config)
 
     @torch.no_grad()
     def initialise(self, adapter_name: str) -> None:
         super().initialise(adapter_name)
         nn.init.kaiming_uniform_(self.badit_router[adapter_name], a=math.sqrt(5))
 
-    def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def gates(self, adapter_name: str, x: Tensor) -> Tensor:
         config = self.badit_config[adapter_name]
         logits = F.linear(x, self.badit_router[adapter_name]).float()
         # Gradient checkpointing recomputes the layer in the backward pass, after the loss.
@@ -81,7 +91,7 @@ class MixtureLinear(ExpertLinear):
             self.router_logits[adapter_name] = logits
         return config.gates(logits)
 
-    def take_logits(self, adapter_name: str, attention_mask: torch.Tensor) -> torch.Tensor:
+    def take_logits(self, adapter_name: str, attention_mask: Tensor) -> Tensor:
         """Removes and returns the logits (L, K) of the last training pass at attended positions."""
         logits = self.router_logits.pop(adapter_name, None)
         if logits is None:
@@ -103,7 +113,7 @@ class MixtureModel(ExpertModel):
 
     tuner_layer_cls = MixtureLinear
 
-    def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
+    def extra_loss(self, attention_mask: Tensor) -> Tensor | None:
         """Returns the last training pass's weighted balance loss, summed over layers."""
         losses = []
         for layer in self.expert_layers():
@@ -125,7 +135,7 @@ class LoraMoeConfig(MixtureConfig):
 
     balance_weight: NotNegative = option(0.0, "Weight of the balance loss; 0 disables it.")
 
-    def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:
+    def imbalance(self, logits_LK: Tensor) -> Tensor:
         """Returns Var(Z) / mean(Z)² (population variance).
 
         Z_k is the sum of expert k's gates over the positions. The paper multiplies Z by 1 ± δ,
@@ -178,7 +188,7 @@ class GoatConfig(MixtureConfig):
     def subtracted_share(self) -> float:
         return 1 / self.num_experts
 
-    def initial_factors(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def initial_factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         directions = min(weight_OI.shape)
         rank = self.r // self.num_experts
         chunk = directions // self.num_experts
@@ -193,7 +203,7 @@ class GoatConfig(MixtureConfig):
         triples = SingularTriples(u[:, chosen_N], s[chosen_N], vh[chosen_N])
         return expert_factors(triples, self.scaling * self.rho)
 
-    def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:
+    def imbalance(self, logits_LK: Tensor) -> Tensor:
         """Returns K · Σ_k f_k p_k.
 
         f_k is the share of positions that choose expert k, p_k its mean softmax value.

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from badit.baselines import baseline
 from badit.method import expert_gates
@@ -40,7 +40,7 @@ from badit.tuner.model import ExpertModel
 class MtlLoraLinear(ExpertLinear):
     """Trains badit_A (R, I), badit_B (O, N), badit_lambda (M, R, R), badit_task_logits (M, K)."""
 
-    adapter_layer_names = ("badit_A", "badit_B", "badit_lambda", "badit_task_logits")
+    adapter_layer_names = (*ExpertLinear.adapter_layer_names, "badit_lambda", "badit_task_logits")
 
     badit_lambda: nn.ParameterDict
     badit_task_logits: nn.ParameterDict
@@ -58,7 +58,7 @@ class MtlLoraLinear(ExpertLinear):
         super().initialise(adapter_name)
         nn.init.kaiming_uniform_(self.badit_task_logits[adapter_name], a=math.sqrt(5))
 
-    def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def gates(self, adapter_name: str, x: Tensor) -> Tensor:
         """Returns the gates (B, 1, …, K): the same at all positions of a row."""
         config: MtlLoraConfig = self.badit_config[adapter_name]
         logits_MK = self.badit_task_logits[adapter_name].float() / config.temperature
@@ -66,18 +66,18 @@ class MtlLoraLinear(ExpertLinear):
         gates_BK = gates_MK[self._tasks_of_rows(adapter_name, x)]
         return gates_BK.unflatten(0, (-1, *[1] * (x.ndim - 2)))
 
-    def hidden(self, adapter_name: str, x: torch.Tensor, a_PI: torch.Tensor) -> torch.Tensor:
+    def hidden(self, adapter_name: str, x: Tensor, a_PI: Tensor) -> Tensor:
         """Returns Λ_t A x (B, …, R)."""
         lambda_BRR = self.badit_lambda[adapter_name][self._tasks_of_rows(adapter_name, x)]
         return torch.einsum("b...i,boi->b...o", super().hidden(adapter_name, x, a_PI), lambda_BRR)
 
-    def frozen_factors(self, adapter_name: str, gates_K: torch.Tensor | None = None) -> Pair:
+    def frozen_factors(self, adapter_name: str, gates_K: Tensor | None = None) -> Pair:
         """Returns A' = Λ_t A (R, I) and B' (O, R) for the task set with MtlLoraModel.rows_of."""
         a_RI, b_OR = super().frozen_factors(adapter_name, gates_K)
         (task,) = self._tasks_of_rows(adapter_name, a_RI[:1])
         return self.badit_lambda[adapter_name][task].to(a_RI) @ a_RI, b_OR
 
-    def _tasks_of_rows(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def _tasks_of_rows(self, adapter_name: str, x: Tensor) -> Tensor:
         tasks_B = self.routing.forward_pass().row_tasks.get(adapter_name)
         if tasks_B is None:
             raise BaditError(
@@ -128,7 +128,7 @@ class MtlLoraModel(ExpertModel):
             routing.row_tasks = outer
 
 
-def _indices(names: Sequence[str], tasks: list[str]) -> torch.Tensor:
+def _indices(names: Sequence[str], tasks: list[str]) -> Tensor:
     """Returns the index of each name in an adapter's tasks."""
     for name in names:
         if name not in tasks:
@@ -155,7 +155,3 @@ class MtlLoraConfig(ExpertConfig):
         0.1, "Temperature of the softmax that weights the B's; lower is sharper."
     )
     tasks: list[str] | None = option(None, "Names of the tasks; required to create an adapter.")
-
-    @property
-    def has_router(self) -> bool:
-        return False

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -62,7 +62,7 @@ class Mlp(NamedTuple):
 
 def neuron_scores(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """Returns the mean of |∂L/∂ω_j · ω_j| (F,), in float32 on the CPU, by the name of each MLP.
 
     ``batches`` have ``input_ids``, ``attention_mask`` and ``labels`` (−100 except on the answers),
@@ -70,10 +70,10 @@ def neuron_scores(
     """
     mlps = _mlps(model)
     totals: dict[str, Any] = dict.fromkeys(mlps, 0)
-    outputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     positions = 0
 
-    def keep(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def keep(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         # In a frozen model, the first one would not require a gradient.
         outputs[name] = args[0].requires_grad_()
 
@@ -94,7 +94,7 @@ def neuron_scores(
     return {name: total_F / positions for name, total_F in totals.items()}
 
 
-def _sum_of_losses(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
+def _sum_of_losses(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
     """Returns the sum of the examples' mean cross-entropies.
 
     An example's activations affect only its own loss.
@@ -108,7 +108,7 @@ def _sum_of_losses(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Te
     return (losses_L / labelled_BT.sum(dim=1)[rows_L]).sum()
 
 
-def top_neurons(scores: Mapping[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
+def top_neurons(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     """Returns masks (F,) of the ``share`` of all neurons with the highest scores, at least one.
 
     The share is above 0 and at most 1.
@@ -121,7 +121,7 @@ def top_neurons(scores: Mapping[str, torch.Tensor], share: float) -> dict[str, t
     return dict(zip(scores, masks, strict=True))
 
 
-def train_only(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> None:
+def train_only(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
     """Freezes all parameters except the masks' (F,) neurons.
 
     Hooks set the gradients of other rows and columns to zero. The optimizer must have
@@ -137,13 +137,13 @@ def train_only(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> Non
             parameter.register_hook(partial(_without, frozen))
 
 
-def _without(frozen: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+def _without(frozen: Tensor, gradient: Tensor) -> Tensor:
     # The model may be moved to another device after the hook is set.
     return gradient.masked_fill(frozen.to(gradient.device), 0)
 
 
 def trained_parameters(
-    model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = None
+    model: PreTrainedModel, masks: Mapping[str, Tensor] | None = None
 ) -> dict[str, int]:
     """Returns how many entries of each parameter :func:`train_only` trains, by name.
 

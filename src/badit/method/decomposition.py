@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from badit.support.errors import BaditError, refuse_unknown
 
@@ -34,13 +35,13 @@ _MAX_BLOCKS = 8
 class SingularTriples(NamedTuple):
     """The N largest singular triples by descending σ: W ≈ u_ON diag(s_N) vh_NI (all float32)."""
 
-    u_ON: torch.Tensor
-    s_N: torch.Tensor
-    vh_NI: torch.Tensor
+    u_ON: Tensor
+    s_N: Tensor
+    vh_NI: Tensor
 
 
 def top_singular_triples(
-    weight_OI: torch.Tensor,
+    weight_OI: Tensor,
     rank: int,
     *,
     method: SvdMethod = "auto",
@@ -91,7 +92,7 @@ def top_singular_triples(
     return SingularTriples(u_ON.contiguous(), s_N.contiguous(), vh_NI.contiguous())
 
 
-def expert_factors(triples: SingularTriples, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+def expert_factors(triples: SingularTriples, scaling: float) -> tuple[Tensor, Tensor]:
     """Returns A_NI = √(Σ/s) Vᵀ and B_ON = U √(Σ/s): both factors have half of each singular value.
 
     s · B_ON @ A_NI is exactly the top-N part of the weight, for any scaling s. Both factors of
@@ -103,7 +104,7 @@ def expert_factors(triples: SingularTriples, scaling: float) -> tuple[torch.Tens
     return a_NI, b_ON
 
 
-def expert_directions(triples: SingularTriples) -> tuple[torch.Tensor, torch.Tensor]:
+def expert_directions(triples: SingularTriples) -> tuple[Tensor, Tensor]:
     """Returns the experts' directions without their magnitudes: A_NI = Vᵀ/√3, B_ON = 0.
 
     1/√3 is the expected norm of a row of LoRA's random A. B is zero, so no gate scales a part of
@@ -112,9 +113,7 @@ def expert_directions(triples: SingularTriples) -> tuple[torch.Tensor, torch.Ten
     return triples.vh_NI / math.sqrt(3), torch.zeros_like(triples.u_ON)
 
 
-def compress(
-    a_RI: torch.Tensor, b_OR: torch.Tensor, rank: int
-) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+def compress(a_RI: Tensor, b_OR: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
     """Returns the rank-P factors whose product is closest to B A (Eckart & Young 1936).
 
     They are A (P, I) and B (O, P) in float32, with half of each singular value, followed by the
@@ -143,7 +142,7 @@ def _refuse_rank(rank: int, shape: torch.Size) -> None:
         )
 
 
-def _exact_svd(w_OI: torch.Tensor, rank: int) -> SingularTriples:
+def _exact_svd(w_OI: Tensor, rank: int) -> SingularTriples:
     if w_OI.is_cpu:  # where eigenvectors of a Gram matrix are faster than an SVD
         triples = _svd_of_gram(w_OI, rank)
         if triples is not None:
@@ -152,7 +151,7 @@ def _exact_svd(w_OI: torch.Tensor, rank: int) -> SingularTriples:
     return SingularTriples(u[:, :rank], s[:rank], vh[:rank])
 
 
-def _svd_of_gram(w_OI: torch.Tensor, rank: int) -> SingularTriples | None:
+def _svd_of_gram(w_OI: Tensor, rank: int) -> SingularTriples | None:
     """Decomposes the shorter side's float64 Gram matrix; None if σ_N is too small to be precise."""
     is_wide = w_OI.shape[0] <= w_OI.shape[1]
     if not is_wide:
@@ -170,7 +169,7 @@ def _svd_of_gram(w_OI: torch.Tensor, rank: int) -> SingularTriples | None:
     return SingularTriples(long_NL.T.float(), s_N.float(), short_SN.T.float())
 
 
-def _randomized_svd(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> SingularTriples:
+def _randomized_svd(w_OI: Tensor, rank: int, tolerance: float, seed: int) -> SingularTriples:
     """Runs block Krylov iteration with Rayleigh–Ritz until every residual is small.
 
     Musco & Musco 2015, arXiv 1504.05477. The Ritz triples come from the span of all blocks so far,
@@ -213,7 +212,7 @@ def _randomized_svd(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) 
     return SingularTriples(u_ON, s_N * unit, vh_NI)
 
 
-def _power_of_two(w_OI: torch.Tensor) -> torch.Tensor:
+def _power_of_two(w_OI: Tensor) -> Tensor:
     """Returns a power of two of about the weight's largest magnitude: dividing by it is exact.
 
     Without it, squares of very small or large weights underflow or overflow in float32.
@@ -223,9 +222,7 @@ def _power_of_two(w_OI: torch.Tensor) -> torch.Tensor:
     return peak / (2 * torch.frexp(peak).mantissa)
 
 
-def _new_directions(
-    basis_DM: torch.Tensor, new_DP: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _new_directions(basis_DM: Tensor, new_DP: Tensor) -> tuple[Tensor, Tensor]:
     """Returns q_DP and r_M'P with new = [basis, q] r and orthonormal [basis, q]."""
     within_MP = basis_DM.T @ new_DP
     q_DP, r_PP = torch.linalg.qr(new_DP - basis_DM @ within_MP)

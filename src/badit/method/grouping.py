@@ -28,22 +28,21 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 from badit.support.errors import BaditError, refuse_unknown
 
 Solver = Literal["swap", "paper"]
 # (tensor, "max" or "sum") -> the tensor, reduced over the processes that hold the shards.
-OverShards = Callable[[torch.Tensor, Literal["max", "sum"]], torch.Tensor]
+OverShards = Callable[[Tensor, Literal["max", "sum"]], Tensor]
 
 _MIN_RELATIVE_GAIN = 1e-6  # a new grouping with a smaller gain is rejected as rounding noise
 _MAX_ROUNDS = 50
 
 
 def cosine_gram(
-    grad_A_NI: torch.Tensor,
-    grad_B_ON: torch.Tensor,
-    over_shards: OverShards = lambda tensor, operation: tensor,
-) -> torch.Tensor:
+    grad_A_NI: Tensor, grad_B_ON: Tensor, over_shards: OverShards = lambda tensor, operation: tensor
+) -> Tensor:
     """Returns G_NN = [⟨ĝ_i, ĝ_j⟩] of the components' gradients in float32 on the gradients' device.
 
     A component whose gradient is zero or not finite has a zero row and column.
@@ -73,7 +72,7 @@ def cosine_gram(
     return torch.where(usable_NN, products_NN / norm_NN, 0.0)
 
 
-def _peaks(x_ND: torch.Tensor) -> torch.Tensor:
+def _peaks(x_ND: Tensor) -> Tensor:
     """Returns the largest magnitude in every row; 0 for an empty shard."""
     if not x_ND.shape[-1]:
         return x_ND.sum(dim=-1)

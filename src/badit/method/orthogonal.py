@@ -50,13 +50,14 @@ import math
 from functools import lru_cache, partial
 
 import torch
+from torch import Tensor
 
 from badit.method.grouping import OverShards
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # a tensor of A and the corresponding one of B
+Pair = tuple[Tensor, Tensor]  # a tensor of A and the corresponding one of B
 # A factor's optimizer state: its own frame Q "basis" and M "first" (…, N, D), c "features"
 # (…, 1, D), V "second" (…, N, N), and w₁ and w₂ "weights" (…, 2).
-Moments = dict[str, torch.Tensor]
+Moments = dict[str, Tensor]
 
 # Matrices up to this norm count as zero; above it, inverse roots are finite in float32.
 _TINY = 1e-60
@@ -64,7 +65,7 @@ _CONVERGED = 1e-3
 _LARGEST_CHANGE = 0.1  # relative change of ΔW in a step of A
 
 
-def no_moments(x_ND: torch.Tensor) -> Moments:
+def no_moments(x_ND: Tensor) -> Moments:
     """Returns the moments before the first step, for a factor given as rows."""
     *layers, components, features = x_ND.shape
     zeros = partial(x_ND.new_zeros, dtype=_algebra_dtype(x_ND))
@@ -153,7 +154,7 @@ def orthogonal_updates(
 
 def _own_products(
     factors: Pair, moments: tuple[Moments, Moments], over_shards: OverShards
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Returns X Xᵀ and X Q'ᵀ (2, …, N, N) of both factors, where Q' is the factor's last frame."""
     products = []
     for x_ND, last in zip(factors, moments, strict=True):
@@ -162,7 +163,7 @@ def _own_products(
     return products_NN[0::2], products_NN[1::2]
 
 
-def _transported(second_NN: torch.Tensor, transport_NN: torch.Tensor) -> torch.Tensor:
+def _transported(second_NN: Tensor, transport_NN: Tensor) -> Tensor:
     """Returns P V Pᵀ + e·1."""
     moved_NN = transport_NN @ second_NN @ transport_NN.mT
     escaped = (_trace(second_NN) - _trace(moved_NN)).clamp_min(0) / second_NN.shape[-1]
@@ -170,14 +171,14 @@ def _transported(second_NN: torch.Tensor, transport_NN: torch.Tensor) -> torch.T
     return moved_NN
 
 
-def _limit(gram_NN: torch.Tensor, in_features: int, lr: float) -> torch.Tensor:
+def _limit(gram_NN: Tensor, in_features: int, lr: float) -> Tensor:
     """Returns A's limit l, from ‖B A‖² = ⟨A Aᵀ, Bᵀ B⟩."""
     product_norm = (gram_NN[0] * gram_NN[1]).sum((-2, -1)).clamp_min(0).sqrt()
     largest = _LARGEST_CHANGE / math.sqrt(in_features * gram_NN.shape[-1]) / max(lr, 1e-30)
     return (largest * product_norm).clamp_max(1)
 
 
-def inverse_root(gram_NN: torch.Tensor, floor: float = 1e-6) -> torch.Tensor:
+def inverse_root(gram_NN: Tensor, floor: float = 1e-6) -> Tensor:
     """Returns (C + floor·‖C‖·1)^(−1/2) of symmetric positive semi-definite matrices C (…, N, N).
 
     Zero if C is zero. ‖C‖ is the Frobenius norm. If C has eigenvalues below −floor·‖C‖, this root
@@ -215,19 +216,19 @@ def _scales(floor: float) -> list[float]:
     return scales
 
 
-def _times(small_NN: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
+def _times(small_NN: Tensor, x_ND: Tensor) -> Tensor:
     return small_NN.to(x_ND.dtype) @ x_ND
 
 
-def _each(number: torch.Tensor) -> torch.Tensor:
+def _each(number: Tensor) -> Tensor:
     """Returns a number per layer in the shape of its matrices, (…, 1, 1)."""
     return number[..., None, None]
 
 
-def _trace(matrix_NN: torch.Tensor) -> torch.Tensor:
+def _trace(matrix_NN: Tensor) -> Tensor:
     return matrix_NN.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def _algebra_dtype(tensor: torch.Tensor) -> torch.dtype:
+def _algebra_dtype(tensor: Tensor) -> torch.dtype:
     """Returns float64, or float32 on Apple's GPUs, which have no float64."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64

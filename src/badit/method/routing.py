@@ -25,6 +25,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 GateKind = Literal["clusters", "mean_one", "softmax"]
 RouterInput = Literal["mean", "standardised"]
@@ -38,13 +39,13 @@ _STARTS = 5  # of k-means
 _ITERATIONS = 30
 
 
-def _without_autocast(x: torch.Tensor) -> torch.autocast:
+def _without_autocast(x: Tensor) -> torch.autocast:
     """Disables 16-bit products of x: training and inference could find other nearest centroids."""
     kind = "cpu" if x.is_meta else x.device.type  # autocast does not know "meta"
     return torch.autocast(kind, enabled=False)
 
 
-def prompt_mean(x_BTI: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tensor:
+def prompt_mean(x_BTI: Tensor, prompt_mask_BT: Tensor) -> Tensor:
     """Returns x̄_BI, the mean of x over positions where the mask is true, in x's dtype.
 
     It is zero for a row without any.
@@ -58,8 +59,8 @@ def prompt_mean(x_BTI: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tens
 
 
 def segment_means(
-    x_BTI: torch.Tensor, prompt_mask_BT: torch.Tensor, segment_BT: torch.Tensor, segments: int
-) -> torch.Tensor:
+    x_BTI: Tensor, prompt_mask_BT: Tensor, segment_BT: Tensor, segments: int
+) -> Tensor:
     """Returns x̄_SI of packed rows: the mean of x over the masked positions of each segment.
 
     It is computed in at least float32 and returned in x's dtype; zero for a segment without masked
@@ -75,9 +76,7 @@ def segment_means(
     return sums_SI.index_add(0, segment_P, weighted_PI).to(x_BTI.dtype)
 
 
-def batch_moments(
-    x_BI: torch.Tensor, add_up: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
-) -> torch.Tensor:
+def batch_moments(x_BI: Tensor, add_up: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
     """Returns mean and variance (2, I) over a batch of prompts in float32.
 
     ``add_up`` sums a tensor over ranks. A row of zeros has no prompt, such as padding in packed
@@ -91,9 +90,7 @@ def batch_moments(
     return torch.stack([mean_I, squares_I / sums[-1]])
 
 
-def updated_moments(
-    moments_2I: torch.Tensor, batches: torch.Tensor, new_2I: torch.Tensor
-) -> torch.Tensor:
+def updated_moments(moments_2I: Tensor, batches: Tensor, new_2I: Tensor) -> Tensor:
     """Returns μ and v (2, I) with batch number n = ``batches`` added, of weight max(1/n, 1/50)."""
     weight = (1 / batches).clamp_min(_LEAST_WEIGHT)
     mean_I, variance_I = torch.lerp(moments_2I, new_2I, weight)
@@ -101,7 +98,7 @@ def updated_moments(
     return torch.stack([mean_I, variance_I + between_I])
 
 
-def standardised(x: torch.Tensor, moments_2I: torch.Tensor) -> torch.Tensor:
+def standardised(x: Tensor, moments_2I: Tensor) -> Tensor:
     """Returns x̂ (…, I) in x's dtype.
 
     It is 0 for a feature whose variance is 0, and for a row of zeros (no prompt).
@@ -115,7 +112,7 @@ def standardised(x: torch.Tensor, moments_2I: torch.Tensor) -> torch.Tensor:
     return (unit * (_NORM / math.sqrt(x.shape[-1]))).to(x.dtype) * has_prompt
 
 
-def prompt_centroids(x_SI: torch.Tensor, clusters: int) -> torch.Tensor:
+def prompt_centroids(x_SI: Tensor, clusters: int) -> Tensor:
     """Returns C centroids (C, I) of prompts, unit vectors in float32 on the CPU.
 
     Spherical k-means: of several starts with k-means++, the one with the largest sum of cosines is
@@ -144,7 +141,7 @@ def prompt_centroids(x_SI: torch.Tensor, clusters: int) -> torch.Tensor:
     return best_CI
 
 
-def _distant_rows(unit_SI: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+def _distant_rows(unit_SI: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Returns random rows (C, I), each drawn by its distance to the earlier ones (k-means++)."""
     chosen_C = torch.randint(len(unit_SI), (1,), generator=generator, device="cpu")
     while len(chosen_C) < count:
@@ -154,15 +151,13 @@ def _distant_rows(unit_SI: torch.Tensor, count: int, generator: torch.Generator)
     return unit_SI[chosen_C]
 
 
-def random_codes(clusters: int, num_experts: int) -> torch.Tensor:
+def random_codes(clusters: int, num_experts: int) -> Tensor:
     """Draws the codes (C, K) of a layer's clusters from torch's random state: gates with sum 1."""
     weights_CK = (2 * torch.rand(clusters, num_experts) - 1) / math.sqrt(num_experts)
     return torch.softmax(weights_CK / _CODE_TEMPERATURE, dim=1)
 
 
-def cluster_gates(
-    x: torch.Tensor, centroids_CI: torch.Tensor, codes_CK: torch.Tensor
-) -> torch.Tensor:
+def cluster_gates(x: Tensor, centroids_CI: Tensor, codes_CK: Tensor) -> Tensor:
     """Returns gates (…, K): for every x̂ (…, I) the code of the centroid with the largest cosine."""
     with _without_autocast(x):
         cosines = F.linear(x.float(), centroids_CI.float())  # times the norm of x̂
@@ -170,8 +165,8 @@ def cluster_gates(
 
 
 def expert_gates(
-    logits: torch.Tensor, *, kind: GateKind = "mean_one", top_k: int | None = None
-) -> torch.Tensor:
+    logits: Tensor, *, kind: GateKind = "mean_one", top_k: int | None = None
+) -> Tensor:
     """Returns gates (..., K) from router logits (..., K).
 
     With ``top_k`` the softmax runs over the k largest logits (on ties, the lower index); the sum

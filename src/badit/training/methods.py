@@ -32,7 +32,7 @@ from badit.support.files import read_json
 from badit.training.regrouping import TOP_K_REFUSED, AngleLog, RegroupCallback, RegroupOptions
 from badit.training.surgery import Surgery, SurgeryTrainer
 from badit.training.trainer import AnswerTrainer
-from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS, BaditConfig, described
+from badit.tuner.config import FORMAT_FIELD, BaditConfig, ExpertConfig, described
 from badit.tuner.distributed import parameter_count, rank_and_size
 from badit.tuner.model import TaskBatches, hooks_of
 from badit.tuner.targets import chosen_targets
@@ -136,11 +136,11 @@ class AdapterMethod(Method):
             config.fan_in_fan_out = True  # PEFT would set this too, with a warning
         if self.needs_tasks:
             config.tasks = list(tasks)
-        config.target_modules = chosen_targets(model, config)
-        if config.target_modules is None:
-            raise BaditError(
-                f"method.target_modules: name the modules to adapt in a {model.config.model_type}"
-            )
+        if not isinstance(config, ExpertConfig):  # whose targets the tuner chooses
+            config.target_modules = chosen_targets(model, config)
+            if config.target_modules is None:
+                fix = f"name the modules to adapt in a {model.config.model_type}"
+                raise BaditError(f"method.target_modules: {fix}")
         try:
             return get_peft_model(model, config)  # pyright: ignore[reportReturnType] (never a PeftMixedModel)
         except BaditError:
@@ -311,7 +311,7 @@ def _saved_config(path: Path, wanted: Any, shapes: Mapping[str, tuple[int, ...]]
         found = _fields(config) | {"peft_type": saved.get("peft_type")}
     except Exception as error:  # values of any type
         raise BaditError(f"{path}: {first_line(error)}") from None
-    if unknown := sorted(saved.keys() - expected.keys() - RETIRED_FIELDS):
+    if unknown := sorted(saved.keys() - expected.keys()):
         fix = "upgrade PEFT, or remove the line"
         raise BaditError(f"{path}: {unknown[0]!r:.60}: is unknown to this version of PEFT; {fix}")
     for key, value in (expected | {"peft_type": wanted.peft_type.value}).items():
@@ -382,8 +382,6 @@ def build_method(section: Mapping[str, Any]) -> Method:
             f"method.name: unknown method {name!r:.60}{nearest(name, NAMES)}; known: {', '.join(NAMES)}"
         )
     kind = KINDS[name]
-    for key in options.keys() & RETIRED_FIELDS:
-        raise BaditError(f"method.{key}: this option was removed and had no effect; delete it")
     for key in options.keys() & kind.fixed.keys():
         raise BaditError(
             f"method.{key}: is set by the method name {name} (to {kind.fixed[key]}); delete it"

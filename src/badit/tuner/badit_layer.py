@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from badit.method import (
     batch_moments,
@@ -30,12 +31,13 @@ from badit.tuner.prompt import Segments
 class BaditLinear(ExpertLinear):
     """An adapted layer of BADIT.
 
-    It also saves the labels badit_expert_of (N integers) and, if x̄ is standardised, badit_moments
-    (2, I), its mean and variance, and badit_batches, the number of batches in them. With clusters
-    of prompts it has no router, but badit_centroids (C, I) and badit_codes (C, K), their gates; the
-    moments are then those of :meth:`cluster`.
+    It also trains badit_router (K, I), and saves the labels badit_expert_of (N integers) and, if x̄
+    is standardised, badit_moments (2, I), its mean and variance, and badit_batches, the number of
+    batches in them. With clusters of prompts it has no router, but badit_centroids (C, I) and
+    badit_codes (C, K), their gates; the moments are then those of :meth:`cluster`.
     """
 
+    adapter_layer_names = (*ExpertLinear.adapter_layer_names, "badit_router")
     exact_buffers = (
         "badit_expert_of",
         "badit_moments",
@@ -45,6 +47,7 @@ class BaditLinear(ExpertLinear):
     )
     other_param_names = (*ExpertLinear.other_param_names, *exact_buffers)
 
+    badit_router: nn.ParameterDict
     badit_expert_of: Buffers
     badit_moments: Buffers
     badit_batches: Buffers
@@ -54,7 +57,7 @@ class BaditLinear(ExpertLinear):
     def __init__(self, *args: Any) -> None:
         # By adapter, for regrouping: the sums of its K gates in training and, as last entry, the
         # number of summands.
-        self.gate_sums: dict[str, torch.Tensor] = {}
+        self.gate_sums: dict[str, Tensor] = {}
         super().__init__(*args)
         self.routing.mask_readers.append(self._reads_prompt)
         self.register_load_state_dict_post_hook(_refuse_broken_labels)
@@ -71,6 +74,9 @@ class BaditLinear(ExpertLinear):
             codes_CK = torch.ones(config.num_clusters, config.num_experts) / config.num_experts
             self.badit_codes[adapter_name] = codes_CK
             self.badit_centroids[adapter_name] = torch.zeros(config.num_clusters, self.in_features)
+        else:
+            router_KI = torch.zeros(config.num_experts, self.in_features)
+            self.badit_router[adapter_name] = nn.Parameter(router_KI)
         super().update_layer(adapter_name, config)
 
     # A cast of the model, or PEFT's to the base layer's dtype, changes neither dtypes nor values of
@@ -93,15 +99,13 @@ class BaditLinear(ExpertLinear):
                 if not value.is_meta:
                     buffers[adapter] = value.to(buffers[adapter].device)
 
-    def expert_of(self, adapter_name: str) -> torch.Tensor:
+    def expert_of(self, adapter_name: str) -> Tensor:
         return self.badit_expert_of[adapter_name]
 
-    def component_gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def component_gates(self, adapter_name: str, x: Tensor) -> Tensor:
         return self.gates(adapter_name, x)[..., self.expert_of(adapter_name)]
 
-    def scaled_factors(
-        self, adapter_name: str, x: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def routed_factors(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns A, B and the scale of their components.
 
         During a ``generate`` routed by prompt, they stay the same from the first new token on and
@@ -109,20 +113,20 @@ class BaditLinear(ExpertLinear):
         """
         by_token = self.badit_config[adapter_name].routing == "token" or self.tokens_P is not None
         if by_token or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().scaled_factors(adapter_name, x)
+            return super().routed_factors(adapter_name, x)
         stored = self.routing.forward_pass().stored
         if stored is None:
-            return super().scaled_factors(adapter_name, x)
+            return super().routed_factors(adapter_name, x)
         key = self._key(adapter_name)
         if key not in stored:
-            a_PI, b_OM, scale = super().scaled_factors(adapter_name, x)
+            a_PI, b_OM, scale = super().routed_factors(adapter_name, x)
             if scale is not None and len(scale) == 1:  # one row, or the same gates in all rows
                 b_OM = b_OM * scale.flatten().to(b_OM.dtype)
                 scale = None
             stored[key] = (a_PI, b_OM, scale)
         return stored[key]
 
-    def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def gates(self, adapter_name: str, x: Tensor) -> Tensor:
         """Returns the gates for x (B, T, I).
 
         Their shape is (B, 1, K) for routing by prompt, (B, T, K) for routing by token and for
@@ -149,9 +153,7 @@ class BaditLinear(ExpertLinear):
             forward_pass.fresh[self._key(adapter_name)] = gates.detach()
         return gates
 
-    def _held_gates(
-        self, adapter_name: str, x: torch.Tensor, held: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def _held_gates(self, adapter_name: str, x: Tensor, held: dict[str, Tensor]) -> Tensor:
         """Returns the gates on the pass's cache."""
         gates = held.get(self._key(adapter_name))
         if gates is None:
@@ -167,9 +169,7 @@ class BaditLinear(ExpertLinear):
             )
         return gates.to(x.device)
 
-    def _prompt_means(
-        self, x: torch.Tensor, mask_BT: torch.Tensor, segments: Segments | None
-    ) -> torch.Tensor:
+    def _prompt_means(self, x: Tensor, mask_BT: Tensor, segments: Segments | None) -> Tensor:
         """Returns x̄ (S, I) of each row or, in packed rows, each segment."""
         tokens_P = self.tokens_P
         if tokens_P is None and (x.ndim != 3 or x.shape[:2] != mask_BT.shape):
@@ -188,7 +188,7 @@ class BaditLinear(ExpertLinear):
         mask_P = mask_BT.flatten()[tokens_P]
         return segment_means(x[None], mask_P[None], of_BT.flatten()[tokens_P][None], number)
 
-    def _route_prompts(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def _route_prompts(self, adapter_name: str, x: Tensor) -> Tensor:
         """Returns the gates (…, K) of prompts, for their x̄ (…, I)."""
         if self.badit_config[adapter_name].router_input == "mean":
             return self._route(adapter_name, x)
@@ -198,7 +198,7 @@ class BaditLinear(ExpertLinear):
         moments_2I = self._moments(adapter_name, x)
         return self._route(adapter_name, standardised(x, moments_2I.float()))
 
-    def _moments(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def _moments(self, adapter_name: str, x: Tensor) -> Tensor:
         """Returns the moments (2, I) for x̄ (…, I), which a training pass with a router updates."""
         moments_2I = self.badit_moments[adapter_name]
         forward_pass = self.routing.forward_pass()
@@ -222,7 +222,7 @@ class BaditLinear(ExpertLinear):
             forward_pass.moments[self._key(adapter_name)] = moments_2I.clone()
         return moments_2I
 
-    def _route(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def _route(self, adapter_name: str, x: Tensor) -> Tensor:
         """Returns the gates (…, K) for the input of the gates, x (…, I)."""
         config = self.badit_config[adapter_name]
         if config.gates == "clusters":
@@ -235,7 +235,7 @@ class BaditLinear(ExpertLinear):
             self._add_to_gate_sums(adapter_name, x, gates)
         return gates
 
-    def _add_to_gate_sums(self, adapter_name: str, x: torch.Tensor, gates: torch.Tensor) -> None:
+    def _add_to_gate_sums(self, adapter_name: str, x: Tensor, gates: Tensor) -> None:
         counts = torch.ones_like(gates[..., :1])
         if self.badit_config[adapter_name].routing == "prompt":
             # The padding of packed rows has no prompt: its input is zero.
@@ -250,7 +250,7 @@ class BaditLinear(ExpertLinear):
         return batches.is_meta or bool(batches)
 
     @torch.no_grad()
-    def cluster(self, adapter_name: str, means_SI: torch.Tensor) -> None:
+    def cluster(self, adapter_name: str, means_SI: Tensor) -> None:
         """Sets moments, centroids and codes from x̄ (S, I) of training prompts.
 
         All ranks get those of rank 0.
@@ -280,7 +280,7 @@ class BaditLinear(ExpertLinear):
         return f"{self.name}.{adapter_name}"
 
 
-def _sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:
+def _sum_over_ranks(sums: Tensor) -> Tensor:
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
     return sums

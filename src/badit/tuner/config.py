@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_type_hints
 
-import torch
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME
 from pydantic import Field, Strict, TypeAdapter, ValidationError
+from torch import Tensor
 
 from badit.method.decomposition import (
     SvdMethod,
@@ -188,11 +188,6 @@ class ExpertConfig(PeftConfig):
         return self.num_experts * self.r
 
     @property
-    def has_router(self) -> bool:
-        """Whether every adapted layer has a trained router (K, I)."""
-        return True
-
-    @property
     def has_fixed_gates(self) -> bool:
         """Whether no gate depends on the input, so the adapter equals a plain LoRA."""
         return self.num_experts == 1 and not self.needs_tasks
@@ -205,7 +200,7 @@ class ExpertConfig(PeftConfig):
         """
         return 0.0
 
-    def initial_factors(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def initial_factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
         """Returns A (N, I) and B (O, N) at step 0 for this base weight.
 
         None: LoRA's random A and zero B.
@@ -349,14 +344,10 @@ class BaditConfig(ExpertConfig):
             )
 
     @property
-    def has_router(self) -> bool:
-        return self.gates != "clusters"
-
-    @property
     def subtracted_share(self) -> float:
         return 1.0 if self.init_weights == "bad" else 0.0
 
-    def initial_factors(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def initial_factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.init_weights == "lora":
             return None
         triples = top_singular_triples(

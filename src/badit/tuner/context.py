@@ -17,7 +17,7 @@ from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from badit.support.errors import BaditError
@@ -41,25 +41,25 @@ class ForwardPass:
     """What the adapted layers need to know about one forward pass."""
 
     # Computes `prompt` when it is first read; nothing if the batch is not known.
-    find_prompt: Callable[[], tuple[torch.Tensor | None, Segments | None]] = lambda: (None, None)
+    find_prompt: Callable[[], tuple[Tensor | None, Segments | None]] = lambda: (None, None)
     shape: torch.Size | None = None  # of the batch, (B, T)
     # By layer (or adapter), the gates stored on the pass's cache; None if this pass computes them.
-    held: dict[str, torch.Tensor] | None = None
+    held: dict[str, Tensor] | None = None
     # By layer (or adapter), the gates that this pass computes, to be stored on its cache.
-    fresh: dict[str, torch.Tensor] = field(default_factory=dict)
+    fresh: dict[str, Tensor] = field(default_factory=dict)
     fills_cache: bool = True  # decoding may follow, so layers store their gates in `fresh`
     # What layers store for the next pass of a generation with the same cache; None: nothing.
     stored: dict[str, Any] | None = None
     # By adapter, the index (B) of each row's task.
-    row_tasks: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    row_tasks: Mapping[str, Tensor] = field(default_factory=dict)
     # Whether gradients are enabled at the start; gradient checkpointing may run layers without
     # them.
     begun_with_gradients: bool = field(default_factory=torch.is_grad_enabled)
     # By layer, the moments that standardised its prompts, for recomputation by checkpointing.
-    moments: dict[str, torch.Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
-    def prompt(self) -> tuple[torch.Tensor | None, Segments | None]:
+    def prompt(self) -> tuple[Tensor | None, Segments | None]:
         """The prompt mask (B, T) and the segments of packed rows.
 
         Without a mask, a layer's whole input is prompt.
@@ -67,7 +67,7 @@ class ForwardPass:
         return self.find_prompt()
 
     @property
-    def prompt_mask_BT(self) -> torch.Tensor | None:
+    def prompt_mask_BT(self) -> Tensor | None:
         """The prompt mask for methods with one set of gates per row; BaditError for packed rows."""
         mask_BT, segments = self.prompt
         if segments is not None:
@@ -85,7 +85,7 @@ class Generation:
     thread: int
     prompt_length: int | None
     # The gates on the cache, and what layers store as long as the cache has these gates.
-    held: dict[str, torch.Tensor] = field(default_factory=dict)
+    held: dict[str, Tensor] = field(default_factory=dict)
     stored: dict[str, Any] = field(default_factory=dict)
 
 
@@ -104,9 +104,9 @@ class RoutingContext:
         self.mask_readers: list[Callable[[], bool]] = []
         # Layers and adapters that may have no clusters of prompts.
         self.unclustered: list[tuple[Any, str]] = []
-        self.row_tasks: Mapping[str, torch.Tensor] = {}  # of the next forward passes
+        self.row_tasks: Mapping[str, Tensor] = {}  # of the next forward passes
         # While they are collected: by layer, x̄ (B, I) of each batch.
-        self.prompt_means: dict[str, list[torch.Tensor]] | None = None
+        self.prompt_means: dict[str, list[Tensor]] | None = None
         self.hooks: list[Any] = []
         self._generate: Callable[..., Any] | None = None  # the model's own attribute, if it had one
 
@@ -222,11 +222,11 @@ class RoutingContext:
         Several forward passes may precede one backward pass, which enters the latest first.
         """
 
-        def recall(gradient: torch.Tensor) -> None:
+        def recall(gradient: Tensor) -> None:
             self._last_training_pass = running
 
         for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(recall)
 
     def _refuse_training_without_clusters(self) -> None:
@@ -282,7 +282,7 @@ class RoutingContext:
         if tokens is None:
             tokens = batch.get("inputs_embeds")
         shape = None
-        if isinstance(tokens, torch.Tensor) and tokens.ndim >= 2:
+        if isinstance(tokens, Tensor) and tokens.ndim >= 2:
             shape = tokens.shape[:2]
         cache = cache_in(batch)
         if batch.get("prompt_mask") is not None:
@@ -325,7 +325,7 @@ class RoutingContext:
 
     def _find_prompt(
         self, model: Any, batch: Mapping[str, Any], shape: torch.Size, device: torch.device
-    ) -> tuple[torch.Tensor, Segments | None]:
+    ) -> tuple[Tensor, Segments | None]:
         segments = packed_segments(batch, shape, device)
         if batch["prompt_mask"] is not None:
             return batch["prompt_mask"].bool(), segments
@@ -338,7 +338,7 @@ class RoutingContext:
                 "pass the model labels (-100 on the prompt) or prompt_mask= (batch, positions)",
             )
         mask_BT = attended_positions(batch["attention_mask"], shape, device)
-        if isinstance(labels_BT, torch.Tensor) and labels_BT.shape == mask_BT.shape:
+        if isinstance(labels_BT, Tensor) and labels_BT.shape == mask_BT.shape:
             prompt_BT = before_first_label(labels_BT, mask_BT, segments)
             if not self._looked_at_labels:  # once, because it waits for the device
                 self._looked_at_labels = True
@@ -359,7 +359,7 @@ class RoutingContext:
         return mask_BT & (torch.arange(length, device=device) < prompt_length), None
 
     def _warn_of_labels(
-        self, labels_BT: torch.Tensor, prompt_BT: torch.Tensor, segments: Segments | None
+        self, labels_BT: Tensor, prompt_BT: Tensor, segments: Segments | None
     ) -> None:
         """Warns if the labels do not separate the prompt from the answer."""
         segments = segments or Segments.rows(labels_BT)
@@ -406,5 +406,5 @@ def _cache_of_output(output: Any) -> Any:
 def _input_length(args: tuple, kwargs: Mapping[str, Any]) -> int | None:
     """Returns the number of positions of the input of ``generate``."""
     inputs = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
-    lengths = [tensor.shape[1] for tensor in inputs if isinstance(tensor, torch.Tensor)]
+    lengths = [tensor.shape[1] for tensor in inputs if isinstance(tensor, Tensor)]
     return next(iter(lengths), None)

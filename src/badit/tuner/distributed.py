@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from badit.method.grouping import OverShards, cosine_gram
@@ -24,9 +24,7 @@ from badit.method.grouping import OverShards, cosine_gram
 _NUMBERS_AT_A_TIME = 2**23
 
 
-def component_grams(
-    factors: Sequence[tuple[nn.Parameter, nn.Parameter]],
-) -> list[torch.Tensor | None]:
+def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> list[Tensor | None]:
     """Returns the cosine Gram matrix (N, N) of each layer's reduced component gradients.
 
     It is the same on every process. ``factors`` are A (N, I) and B (O, N) of each layer; all
@@ -35,7 +33,7 @@ def component_grams(
     gradient gets None.
     """
     gradients = [(_reduced_gradient(a_NI), _reduced_gradient(b_ON)) for a_NI, b_ON in factors]
-    grams: list[torch.Tensor | None] = [None] * len(factors)
+    grams: list[Tensor | None] = [None] * len(factors)
     for indices in by_shape(gradients):
         grads_A, grads_B = zip(*(gradients[index] for index in indices), strict=True)
         # Row shards of A become column shards; each process communicates 1/W of A.
@@ -45,15 +43,13 @@ def component_grams(
     return grams
 
 
-def _reduced_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+def _reduced_gradient(parameter: nn.Parameter) -> Tensor | None:
     if _is_kept_by_deepspeed(parameter):
         return _deepspeed().safe_get_full_grad(parameter)
     return parameter.grad
 
 
-def by_shape(
-    pairs: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
-) -> Iterator[list[int]]:
+def by_shape(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> Iterator[list[int]]:
     """Yields the indices of complete pairs that can be stacked, in chunks of limited size.
 
     They have equal shapes, dtypes, devices and placements.
@@ -69,7 +65,7 @@ def by_shape(
             yield indices[start : start + together]
 
 
-def stacked(tensors: Sequence[torch.Tensor], features: int) -> torch.Tensor:
+def stacked(tensors: Sequence[Tensor], features: int) -> Tensor:
     """Stacks tensors of one shape to (L, …).
 
     Of DTensors, it returns only this process's shard along the dimension ``features``.
@@ -86,7 +82,7 @@ def placements_along(features: int, like: DTensor) -> list[Shard | Replicate]:
 
 
 def dtensor(
-    local: torch.Tensor, like: DTensor, placements: Sequence[Any], shape: Sequence[int]
+    local: Tensor, like: DTensor, placements: Sequence[Any], shape: Sequence[int]
 ) -> DTensor:
     """Returns a DTensor from this process's ``local`` part.
 
@@ -102,7 +98,7 @@ def dtensor(
     )
 
 
-def over_shards(like: torch.Tensor) -> OverShards:
+def over_shards(like: Tensor) -> OverShards:
     """Returns a function that all-reduces in place over the processes with shards of ``like``."""
     groups = []
     if isinstance(like, DTensor):
@@ -112,7 +108,7 @@ def over_shards(like: torch.Tensor) -> OverShards:
             if place.is_shard()
         ]
 
-    def combine(tensor: torch.Tensor, operation: Literal["max", "sum"]) -> torch.Tensor:
+    def combine(tensor: Tensor, operation: Literal["max", "sum"]) -> Tensor:
         for group in groups:
             reduction = getattr(torch.distributed.ReduceOp, operation.upper())
             torch.distributed.all_reduce(tensor, op=reduction, group=group)
@@ -122,7 +118,7 @@ def over_shards(like: torch.Tensor) -> OverShards:
 
 
 @torch.no_grad()
-def scale_columns(b_ON: nn.Parameter, scale_N: torch.Tensor) -> None:
+def scale_columns(b_ON: nn.Parameter, scale_N: Tensor) -> None:
     """Multiplies every column of a weight by a number in place.
 
     All processes must pass the same numbers.
@@ -137,7 +133,7 @@ def scale_columns(b_ON: nn.Parameter, scale_N: torch.Tensor) -> None:
         b_ON.mul_(scale_N.to(b_ON))
 
 
-def _scale_columns_in_deepspeed(b_ON: Any, scale_N: torch.Tensor) -> None:
+def _scale_columns_in_deepspeed(b_ON: Any, scale_N: Tensor) -> None:
     master_ON = _deepspeed().safe_get_full_fp32_param(b_ON)
     scaled_ON = master_ON * scale_N.to(master_ON)
     _deepspeed().safe_set_full_fp32_param(b_ON, scaled_ON)
@@ -149,7 +145,7 @@ def _scale_columns_in_deepspeed(b_ON: Any, scale_N: torch.Tensor) -> None:
         b_ON.all_gather([b_ON])
 
 
-def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
+def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
     """Returns a sharded model's trained parameters and buffers on the CPU.
 
     None if it is not sharded. All processes must call it.
@@ -218,7 +214,7 @@ def any_of_all(flag: bool) -> bool:
     return bool(gathered(torch.tensor(flag)).any())
 
 
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """Returns the tensors of all ranks, stacked to (ranks, …)."""
     _, processes = rank_and_size()
     if processes == 1:

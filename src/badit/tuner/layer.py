@@ -18,31 +18,30 @@ import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from badit.support.errors import BaditError
 from badit.tuner.context import RoutingContext
 from badit.tuner.targets import FusedExpert, weight_as_used
 
-Buffers = dict[str, torch.Tensor]  # the type of a BufferDict: buffers by adapter
-Pair = tuple[torch.Tensor, torch.Tensor]
+Buffers = dict[str, Tensor]  # the type of a BufferDict: buffers by adapter
+Pair = tuple[Tensor, Tensor]
 
 
 class ExpertLinear(nn.Module, BaseTunerLayer):
     """LoRA experts on ``nn.Linear`` or transformers' ``Conv1D``; methods override :meth:`gates`.
 
-    badit_A (R, I), badit_B (O, N) and badit_router (K, I) are trained; badit_A0 (N, I) and badit_B0
-    (O, N), the initial factors, are saved buffers. A method with other tensors lists them below.
+    badit_A (R, I) and badit_B (O, N) are trained; badit_A0 (N, I) and badit_B0 (O, N), the initial
+    factors, are saved buffers. A method with other tensors lists them below.
     PEFT saves only names with the ``badit_`` prefix.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("badit_A", "badit_B", "badit_router")
+    adapter_layer_names: tuple[str, ...] = ("badit_A", "badit_B")
     other_param_names: tuple[str, ...] = ("badit_config", "badit_dropout", "badit_A0", "badit_B0")
 
     badit_A: nn.ParameterDict
     badit_B: nn.ParameterDict
-    badit_router: nn.ParameterDict
     badit_A0: Buffers
     badit_B0: Buffers
 
@@ -75,9 +74,6 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         rows_of_A = config.r if config.shares_A else components
         self.badit_A[adapter_name] = nn.Parameter(torch.zeros(rows_of_A, self.in_features))
         self.badit_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, components))
-        if config.has_router:
-            router_KI = torch.zeros(config.num_experts, self.in_features)
-            self.badit_router[adapter_name] = nn.Parameter(router_KI)
         if config.subtracted_share:
             self.badit_A0[adapter_name] = torch.zeros(components, self.in_features)
             self.badit_B0[adapter_name] = torch.zeros(self.out_features, components)
@@ -110,12 +106,12 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
             self.badit_A0[adapter_name].copy_(a_NI)
             self.badit_B0[adapter_name].copy_(b_ON)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns y (…, O) = W x + s · (B (g ∘ A x) − share · B0 A0 x) for x (…, I)."""
         y = self.base_layer(x, *args, **kwargs)
         for adapter in self.running_adapters:
             x_in = self._with_positions(self._cast_input_dtype(x, self.badit_A[adapter].dtype))
-            a_PI, b_OM, scale = self.scaled_factors(adapter, x_in)
+            a_PI, b_OM, scale = self.routed_factors(adapter, x_in)
             hidden = self.hidden(adapter, self.badit_dropout[adapter](x_in), a_PI)
             if scale is not None:
                 # If the experts share A, each group of P columns of B takes all rows of A.
@@ -124,18 +120,24 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
             y = y + F.linear(hidden, b_OM).reshape(y.shape).to(y.dtype)
         return y
 
-    def scaled_factors(
-        self, adapter_name: str, x: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def routed_factors(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns A (P, I), B (O, M) and the scale (…, M) of their components for x (…, I).
 
-        The scale is s · g, and −s · share for the initial factors. None: B is already scaled.
+        Without a scale, B is already scaled.
+        """
+        gates = self.component_gates(adapter_name, x)
+        if self.tokens_P is not None:  # each token has the gates of its position
+            gates = gates.expand(*self.batch_shape(), -1).flatten(0, 1)[self.tokens_P]
+        return self.gated_factors(adapter_name, gates)
+
+    def gated_factors(self, adapter_name: str, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns A (P, I), B (O, M) and the scale (…, M) of their components for gates (…, N).
+
+        The scale is s · g, and −s · share for the initial factors.
         """
         config = self.badit_config[adapter_name]
         a_RI, b_ON = self.factors(adapter_name)
-        scale = config.scaling * self.component_gates(adapter_name, x)
-        if self.tokens_P is not None:  # each token has the gates of its position
-            scale = scale.expand(*self.batch_shape(), -1).flatten(0, 1)[self.tokens_P]
+        scale = config.scaling * gates
         if not config.subtracted_share:
             return a_RI, b_ON, scale
         # B0 A0 are N more components with a negative gate: two products instead of four.
@@ -153,21 +155,21 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         """Returns the initial factors A0 (N, I) and B0 (O, N) of an adapter that subtracts them."""
         return self.badit_A0[adapter_name], self.badit_B0[adapter_name]
 
-    def hidden(self, adapter_name: str, x: torch.Tensor, a_PI: torch.Tensor) -> torch.Tensor:
+    def hidden(self, adapter_name: str, x: Tensor, a_PI: Tensor) -> Tensor:
         """Returns A x (…, P), before the gates are applied."""
         return F.linear(x, a_PI)
 
-    def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def gates(self, adapter_name: str, x: Tensor) -> Tensor:
         """Returns the experts' gates (…, K) for an input x (…, I)."""
         raise NotImplementedError
 
-    def component_gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def component_gates(self, adapter_name: str, x: Tensor) -> Tensor:
         """Returns the gates (…, N) of the components: each has the gate of its expert."""
         config = self.badit_config[adapter_name]
         rank = config.num_components // config.num_experts
         return self.gates(adapter_name, x).repeat_interleave(rank, dim=-1)
 
-    def expert_of(self, adapter_name: str) -> torch.Tensor:
+    def expert_of(self, adapter_name: str) -> Tensor:
         """Returns the expert of each of the N components.
 
         The groups have equal sizes, and are in order unless they are regrouped.
@@ -176,7 +178,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         rank = config.num_components // config.num_experts
         return torch.arange(config.num_experts, device=self.device).repeat_interleave(rank)
 
-    def _with_positions(self, x: torch.Tensor) -> torch.Tensor:
+    def _with_positions(self, x: Tensor) -> Tensor:
         """Returns x as (B, T, I), also in a module whose input is (B·T, I), such as OPT's MLP."""
         if x.ndim != 2 or self.tokens_P is not None:
             return x
@@ -193,7 +195,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         return [name for name in self.active_adapters if name in self.badit_A]
 
     @property
-    def weight_OI(self) -> torch.Tensor:
+    def weight_OI(self) -> Tensor:
         """The base layer's weight as (out, in), dequantised if necessary."""
         return weight_as_used(self.get_base_layer())
 
@@ -204,7 +206,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         return weight.device
 
     @property
-    def tokens_P(self) -> torch.Tensor | None:
+    def tokens_P(self) -> Tensor | None:
         """For a matrix of a fused weight, the indices of its tokens in the flattened batch."""
         base_layer = self.get_base_layer()
         if isinstance(base_layer, FusedExpert):
@@ -222,28 +224,22 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         return shape
 
     @torch.no_grad()
-    def frozen_factors(self, adapter_name: str, gates_K: torch.Tensor | None = None) -> Pair:
+    def frozen_factors(self, adapter_name: str, gates_K: Tensor | None = None) -> Pair:
         """Returns the factors of the LoRA that equals the adapter at fixed gates (default: 1).
 
         A' = [A; A0] (P, I) and B' = s · [B diag(g), −share · B0] (O, P), in at least float32. If
         the experts share one A, their B's are summed, each multiplied by its gate.
         """
-        config = self.badit_config[adapter_name]
         dtype = torch.promote_types(self.badit_A[adapter_name].dtype, torch.float32)
-        a_RI, b_ON = (factor.to(dtype) for factor in self.factors(adapter_name))
-        scale_N = b_ON.new_full((b_ON.shape[1],), config.scaling)
+        expert_N = self.expert_of(adapter_name)
+        gates_N = torch.ones_like(expert_N, dtype=dtype)
         if gates_K is not None:
-            scale_N = scale_N * gates_K.to(scale_N)[self.expert_of(adapter_name)]
-        b_OR = (b_ON * scale_N).unflatten(1, (-1, len(a_RI))).sum(dim=1)
-        if not config.subtracted_share:
-            return a_RI, b_OR
-        a0_NI, b0_ON = (factor.to(dtype) for factor in self.kept_factors(adapter_name))
-        subtracted_ON = -config.scaling * config.subtracted_share * b0_ON
-        return torch.cat([a_RI, a0_NI]), torch.cat([b_OR, subtracted_ON], dim=1)
+            gates_N = gates_K.to(gates_N)[expert_N]
+        a_PI, b_OM, scale_M = self.gated_factors(adapter_name, gates_N)
+        b_OP = (b_OM.to(dtype) * scale_M).unflatten(1, (-1, len(a_PI))).sum(dim=1)
+        return a_PI.to(dtype), b_OP
 
-    def get_delta_weight(
-        self, adapter_name: str, gates_K: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def get_delta_weight(self, adapter_name: str, gates_K: Tensor | None = None) -> Tensor:
         """Returns what the adapter adds to the base weight at fixed gates (default: all 1).
 
         It is in the layout of that weight.

@@ -14,7 +14,7 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
-from torch import nn
+from torch import Tensor, nn
 
 from badit.support.errors import BaditError
 from badit.tuner.badit_layer import BaditLinear
@@ -65,7 +65,7 @@ class Hooks:
     def after_update(self) -> None:
         """Called immediately after every optimizer step."""
 
-    def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
+    def extra_loss(self, attention_mask: Tensor) -> Tensor | None:
         """Returns a scalar to add to the last pass's loss, or None.
 
         The mask (batch, positions) excludes padding.
@@ -271,9 +271,7 @@ class BaditModel(ExpertModel):
         if self._has_reference() and any(name == "default" for _, name in new):
             self._copy_to_reference()
 
-    def _prompt_means(
-        self, batches: TaskBatches, prompts_per_task: int
-    ) -> dict[str, list[torch.Tensor]]:
+    def _prompt_means(self, batches: TaskBatches, prompts_per_task: int) -> dict[str, list[Tensor]]:
         """Returns x̄ (B, I) of the first prompts of each task, batch by batch, for each layer."""
         routing = RoutingContext.of(self.model)
         means = routing.prompt_means = defaultdict(list)
@@ -310,13 +308,11 @@ class BaditModel(ExpertModel):
         self.model(**options, prompt_mask=mask_BT)
         return len(tensors["input_ids"]) if segments is None else segments.number
 
-    def _first_rows(self, batch: Any, rows: int) -> dict[str, torch.Tensor]:
+    def _first_rows(self, batch: Any, rows: int) -> dict[str, Tensor]:
         """Returns a batch's tensors on the model's device, cut to the first rows."""
         device = next(self.model.parameters()).device
         items = batch.items() if isinstance(batch, Mapping) else ()
-        tensors = {
-            name: value.to(device) for name, value in items if isinstance(value, torch.Tensor)
-        }
+        tensors = {name: value.to(device) for name, value in items if isinstance(value, Tensor)}
         if getattr(tensors.get("input_ids"), "ndim", 0) != 2:
             raise BaditError(
                 "start_task: a batch must be a dict of tensors, as in training; or use "

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from badit.support.errors import BaditError
@@ -32,11 +33,11 @@ _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 class Segments(NamedTuple):
     """The segments of packed rows, each a prompt with its answer."""
 
-    of_BT: torch.Tensor  # their numbers, from 0 in the batch
+    of_BT: Tensor  # their numbers, from 0 in the batch
     number: int
 
     @classmethod
-    def rows(cls, like_BT: torch.Tensor) -> "Segments":
+    def rows(cls, like_BT: Tensor) -> "Segments":
         """Returns the segments of rows that are not packed: one for each row."""
         rows = len(like_BT)
         of_B1 = torch.arange(rows, device=like_BT.device)[:, None]
@@ -44,8 +45,8 @@ class Segments(NamedTuple):
 
 
 def before_first_label(
-    labels_BT: torch.Tensor, attended_BT: torch.Tensor, segments: Segments | None = None
-) -> torch.Tensor:
+    labels_BT: Tensor, attended_BT: Tensor, segments: Segments | None = None
+) -> Tensor:
     """Returns the prompt of each row, or of each segment.
 
     It is the attended positions before the first predicted label.
@@ -67,9 +68,7 @@ def before_first_label(
     return attended_BT.bool() & prompt_P.view_as(labels_BT)
 
 
-def attended_positions(
-    attention_mask: Any, shape: torch.Size, device: torch.device
-) -> torch.Tensor:
+def attended_positions(attention_mask: Any, shape: torch.Size, device: torch.device) -> Tensor:
     """Returns the mask (B, T) of real tokens from a 2-D or a static cache's 4-D mask, or None."""
     rows, length = shape
     if isinstance(attention_mask, Mapping):  # one mask per type of attention, with equal diagonals
@@ -77,9 +76,9 @@ def attended_positions(
     if attention_mask is None:
         return torch.ones(rows, length, dtype=torch.bool, device=device)
     dimensions = getattr(attention_mask, "ndim", None)
-    if isinstance(attention_mask, torch.Tensor) and dimensions == 2:
+    if isinstance(attention_mask, Tensor) and dimensions == 2:
         return attention_mask[:, :length].bool()  # a mask for a whole static cache is longer
-    if isinstance(attention_mask, torch.Tensor) and dimensions == 4:
+    if isinstance(attention_mask, Tensor) and dimensions == 4:
         # Position t attends to itself unless it is padding.
         own_BT = attention_mask[:, 0].diagonal(dim1=1, dim2=2)[:, :length]
         if own_BT.dtype != torch.bool:  # a float mask adds 0 where attending is allowed
@@ -101,7 +100,7 @@ def packed_segments(
     ends = batch["cu_seq_lens_q"]
     position_ids = batch["position_ids"]
     starts_BT = torch.zeros(shape, dtype=torch.bool, device=device)
-    if isinstance(ends, torch.Tensor):
+    if isinstance(ends, Tensor):
         starts_BT.view(-1)[ends[ends < starts_BT.numel()].to(device)] = True
     elif batch["attention_mask"] is not None or getattr(position_ids, "ndim", None) != 2:
         return None  # before anything waits for the device
@@ -141,7 +140,7 @@ def cached_length(cache: Any) -> int:
         return int(cache.has_previous_state())
 
 
-def select_rows(cache: Mapping[str, Any], rows_R: torch.Tensor) -> bool:
+def select_rows(cache: Mapping[str, Any], rows_R: Tensor) -> bool:
     """Keeps only these rows (indices) of a cache and its gates.
 
     Returns False if the cache does not support it.

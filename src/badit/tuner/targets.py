@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.utils.integrations import dequantize_bnb_weight
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from badit.support.errors import BaditError
@@ -155,12 +155,12 @@ class FusedExpert(nn.Module):
         self.out_features, self.in_features = self.weight.shape
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Tensor:
         """The expert's matrix (out, in), a view."""
         weight = getattr(self.experts, self.parameter)[self.index]
         return weight.T if self.experts.is_transposed else weight
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         biases = getattr(self.experts, f"{self.parameter}_bias", None)
         bias = None if biases is None else biases[self.index]
         return F.linear(x, self.weight, bias)
@@ -214,8 +214,8 @@ def base_layer(model: nn.Module, name: str) -> Any:
 
 
 def _forward(
-    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """Returns the output (tokens, hidden) of the chosen experts, computed expert by expert.
 
     Sets ``tokens_P``: the indices, in the batch, of the tokens that the adapted layers receive.
@@ -248,7 +248,7 @@ def is_quantised(layer: nn.Module) -> bool:
     return kind.__name__ in _BITSANDBYTES or kind.__module__.startswith("torchao.")
 
 
-def weight_as_used(layer: nn.Module) -> torch.Tensor:
+def weight_as_used(layer: nn.Module) -> Tensor:
     """Returns the layer's weight as (out, in), dequantised; Conv1D stores it transposed."""
     weight: Any = layer.weight
     if type(weight).__name__ in _BITSANDBYTES:
