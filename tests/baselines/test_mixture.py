@@ -6,7 +6,7 @@ import torch
 import reference
 from badit.baselines.mixture import MixtureLinear
 from badit.data import AnswerCollator
-from badit.tuner.prompt import RoutingContext
+from badit.tuner.context import RoutingContext
 from baselines import naive
 from baselines.naive import MIXTURES, adapted, config
 from refusals import refuses

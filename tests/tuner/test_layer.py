@@ -6,9 +6,8 @@ import torch
 from peft import PeftModel
 
 import reference
-from badit.tuner import hooks_of
-from badit.tuner.layer import BaditLinear
-from badit.tuner.prompt import ForwardPass, RoutingContext
+from badit.tuner import BaditLinear, hooks_of
+from badit.tuner.context import ForwardPass, RoutingContext
 from refusals import refuses
 from tuner.helpers import CLUSTERS, KINDS, adapt, base_layer, config, layers, logits, randomise
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertForTokenClassification, DynamicCache, StaticCache
 
 from badit.analysis.gates import adapted_layers
-from badit.tuner.prompt import RoutingContext
+from badit.tuner.context import RoutingContext
 from refusals import refuses
 from tuner import helpers
 from tuner.helpers import (

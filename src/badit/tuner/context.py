@@ -80,13 +80,13 @@ class ForwardPass:
 
 @dataclass
 class Generation:
-    """A running ``generate``."""
+    """A running ``generate``; without values, none is running."""
 
-    thread: int
-    prompt_length: int | None
+    thread: int | None = None
+    prompt_length: int | None = None
     # The gates on the cache, and what layers store as long as the cache has these gates.
-    held: dict[str, Tensor] = field(default_factory=dict)
-    stored: dict[str, Any] = field(default_factory=dict)
+    held: dict[str, Tensor] | None = None
+    stored: dict[str, Any] | None = None
 
 
 class RoutingContext:
@@ -96,7 +96,7 @@ class RoutingContext:
         self._running: ForwardPass | None = None
         # Whose layers gradient checkpointing recomputes in the backward pass, after its end.
         self._last_training_pass: ForwardPass | None = None
-        self._generation: Generation | None = None
+        self._generation = Generation()
         self._looked_at_labels = False
         self._warned: set[str] = set()
         # Each returns whether its layer needs the prompt mask, which must be computed before a
@@ -144,7 +144,8 @@ class RoutingContext:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out of copies of the model what belongs to running passes."""
-        return vars(self) | dict.fromkeys(("_running", "_last_training_pass", "_generation"))
+        no_passes = {"_running": None, "_last_training_pass": None, "_generation": Generation()}
+        return vars(self) | no_passes
 
     # What layers ask for
 
@@ -259,12 +260,12 @@ class RoutingContext:
             )
         outer = self._generation
         thread = threading.get_ident()
-        if outer is not None and outer.thread != thread:
+        if outer.thread not in (None, thread):
             raise BaditError(
                 "generate: another thread uses this model, and the gates are kept per model; use a "
                 "lock"
             )
-        self._generation = Generation(thread, _input_length(args, kwargs))
+        self._generation = Generation(thread, _input_length(args, kwargs), stored={})
         generate = self._generate or partial(type(model).generate, model)
         try:
             return generate(*args, **kwargs)
@@ -278,7 +279,7 @@ class RoutingContext:
 
         ``batch`` has the model's keyword arguments.
         """
-        tokens = batch.get("input_ids")
+        tokens: Any = batch.get("input_ids")
         if tokens is None:
             tokens = batch.get("inputs_embeds")
         shape = None
@@ -295,7 +296,7 @@ class RoutingContext:
             )
         elif cached_length(cache):
             return self._describe_decoding(cache, shape)
-        if tokens is None or shape is None:
+        if shape is None:
             return ForwardPass()
         of_prompt = {name: batch.get(name) for name in _OF_PROMPT}
         return ForwardPass(
@@ -307,18 +308,15 @@ class RoutingContext:
     def _describe_decoding(self, cache: Any, shape: torch.Size | None) -> ForwardPass:
         held = getattr(cache, HELD, {})
         generation = self._generation
-        # During ``generate``, several positions are a part of its input or candidates of the
-        # answer.
-        prompt_length = None if generation is None else generation.prompt_length
+        # During ``generate``, several positions are a part of its input, or candidate tokens.
+        prompt_length = generation.prompt_length
         is_new_text = prompt_length is None or cached_length(cache) < prompt_length - 1
         if held and shape is not None and shape[1] > 1 and is_new_text:
             self._warn_once(
                 "text is added to a filled cache, which keeps the gates of its first prompt",
                 "for gates of the whole text, call cache.reset() and pass all of it",
             )
-        if generation is None:
-            return ForwardPass(shape=shape, held=held)
-        if generation.held is not held:
+        if generation.stored is not None and generation.held is not held:
             generation.held = held
             generation.stored = {}
         return ForwardPass(shape=shape, held=held, stored=generation.stored)
@@ -344,10 +342,9 @@ class RoutingContext:
                 self._looked_at_labels = True
                 self._warn_of_labels(labels_BT, prompt_BT, segments)
             return prompt_BT, segments
-        if self._generation is None or self._generation.prompt_length is None:
-            return mask_BT, segments
-
         prompt_length = self._generation.prompt_length
+        if prompt_length is None:
+            return mask_BT, segments
         length = mask_BT.shape[1]
         if length < prompt_length:
             raise BaditError(
