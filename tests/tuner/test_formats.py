@@ -1,4 +1,4 @@
-"""Saved adapters of the current format give the same outputs; those of other formats are refused."""
+"""Adapters of the current format give the same outputs as when saved; others are refused."""
 
 import json
 import shutil

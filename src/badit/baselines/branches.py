@@ -81,7 +81,7 @@ class BranchGate(nn.Module):
     """
 
     #: The tensors of which every task has its own, and the buffers with those of the earlier tasks.
-    kept: ClassVar[dict[str, str]] = {"key": "past_keys"}
+    of_each_task: ClassVar[dict[str, str]] = {"key": "past_keys"}
 
     def __init__(self, width: int, config: GatedBranchConfig, device: torch.device) -> None:
         super().__init__()
@@ -89,15 +89,15 @@ class BranchGate(nn.Module):
         self.key = nn.Parameter(torch.empty(width, device=device))
         self.down = nn.Parameter(torch.empty(hidden_size, width, device=device))
         self.up = nn.Parameter(torch.empty(width, hidden_size, device=device))
-        for name, past in self.kept.items():
+        for name, past in self.of_each_task.items():
             shape = (config.past_branches, *self.get_parameter(name).shape)
             self.register_buffer(past, torch.zeros(shape, device=device))
         for weight in (self.down, self.up):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
     def of_all_tasks(self, name: str) -> Tensor:
-        """Returns a tensor named in ``kept`` for all tasks, (K, …)."""
-        return torch.cat([self.get_buffer(self.kept[name]), self.get_parameter(name)[None]])
+        """Returns a tensor named in ``of_each_task`` for all tasks, (K, …)."""
+        return torch.cat([self.get_buffer(self.of_each_task[name]), self.get_parameter(name)[None]])
 
     def start_key(self) -> None:
         """Initialises the current task's key, uniformly in (−1, 1)."""
@@ -105,7 +105,7 @@ class BranchGate(nn.Module):
 
     def next_task(self) -> None:
         """Appends copies of the current task's tensors to the earlier ones; starts a new key."""
-        for name, past in self.kept.items():
+        for name, past in self.of_each_task.items():
             setattr(self, past, self.of_all_tasks(name).detach())
         self.start_key()
 

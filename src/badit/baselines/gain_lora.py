@@ -48,7 +48,11 @@ _NEGLIGIBLE = 1e-5
 class GainLoraGate(BranchGate):
     """One network and one key per task; ``down`` is G1, ``up`` is G2."""
 
-    kept: ClassVar[dict[str, str]] = {"key": "past_keys", "down": "past_down", "up": "past_up"}
+    of_each_task: ClassVar[dict[str, str]] = {
+        "key": "past_keys",
+        "down": "past_down",
+        "up": "past_up",
+    }
 
     seen_by_down: Tensor  # the projector P of G1, (D, D)
     seen_by_up: Tensor  # of G2, (H, H)

@@ -396,7 +396,7 @@ def _cache_of_output(output: Any) -> Any:
     if isinstance(output, Mapping):
         return cache_in(output)
     if isinstance(output, tuple):  # return_dict=False
-        return next((part for part in output if hasattr(part, "get_seq_length")), None)
+        return next((item for item in output if hasattr(item, "get_seq_length")), None)
     return None
 
 

@@ -70,10 +70,10 @@ def stacked(tensors: Sequence[Tensor], features: int) -> Tensor:
 
     Of DTensors, it returns only this process's shard along the dimension ``features``.
     """
-    whole = torch.stack(list(tensors))
-    if not isinstance(whole, DTensor):
-        return whole
-    return whole.redistribute(placements=placements_along(features + 1, whole)).to_local()
+    stack = torch.stack(list(tensors))
+    if not isinstance(stack, DTensor):
+        return stack
+    return stack.redistribute(placements=placements_along(features + 1, stack)).to_local()
 
 
 def placements_along(features: int, like: DTensor) -> list[Shard | Replicate]:

@@ -249,26 +249,26 @@ class BaditModel(ExpertModel):
             raise BaditError(
                 "start_task: needs the batches of each task, such as {'all': dataloader}"
             )
-        new = RoutingContext.of(self.model).without_clusters()
-        if not new:
+        unclustered = RoutingContext.of(self.model).without_clusters()
+        if not unclustered:
             return
         if is_divided_by_zero3(self.model):
             raise BaditError(
                 "start_task: DeepSpeed has divided the weights; load the model before you set up "
                 "ZeRO-3"
             )
-        clusters = max(layer.badit_config[name].num_clusters for layer, name in new)
+        clusters = max(layer.badit_config[name].num_clusters for layer, name in unclustered)
         prompts = _PROMPTS_PER_CLUSTER * clusters // max(1, len(batches))
         means = self._prompt_means(batches, max(1, prompts))
-        for layer, name in new:
+        for layer, name in unclustered:
             if f"{layer.name}.{name}" not in means:
                 raise BaditError(
                     f"start_task: no batch reaches {layer.name}; pass other batches, or use "
                     "gates='mean_one'"
                 )
-        for layer, name in new:
+        for layer, name in unclustered:
             layer.cluster(name, torch.cat(means.pop(f"{layer.name}.{name}")))
-        if self._has_reference() and any(name == "default" for _, name in new):
+        if self._has_reference() and any(name == "default" for _, name in unclustered):
             self._copy_to_reference()
 
     def _prompt_means(self, batches: TaskBatches, prompts_per_task: int) -> dict[str, list[Tensor]]:
