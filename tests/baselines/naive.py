@@ -34,9 +34,8 @@ SMALL = {
     "o-lora": {"r": 2, "lora_alpha": 4},
     **{name: {"r": 2, "lora_alpha": 4, "gate_hidden_size": 10} for name in GATED},
 }
-RANK = (
-    2  # rank of one expert in all of the above; the scaling is 2, but 16 for "badit standardised"
-)
+# Rank of one expert in all of the above; the scaling is 2, but 16 for "badit standardised".
+RANK = 2
 ROWS = ["rivers", "cities", "rivers"]
 FIRST, SECOND = (padded(random_rows(*[5] * 4, seed=seed)) for seed in (1, 2))  # rows of two tasks
 

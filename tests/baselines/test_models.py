@@ -93,9 +93,8 @@ def test_save_and_load_round_trip(tiny_model, tmp_path, monkeypatch, method, fam
     for low_memory in (False, True):
         with monkeypatch.context() as patch:
             for module in ("badit.baselines.mixture", "badit.tuner.config"):
-                patch.setattr(
-                    f"{module}.top_singular_triples", None
-                )  # loading computes no decomposition
+                # Loading computes no decomposition.
+                patch.setattr(f"{module}.top_singular_triples", None)
             loaded = PeftModel.from_pretrained(
                 tiny_model(family), tmp_path, low_cpu_mem_usage=low_memory
             ).eval()
@@ -120,9 +119,8 @@ def test_disabled_or_unloaded_model_is_bit_identical_to_base_model(tiny_model, m
     assert not torch.equal(expected, base)
     with model.disable_adapter():
         assert torch.equal(logits(model, rows=None), base)
-        model(
-            input_ids=IDS, position_ids=torch.zeros_like(IDS)
-        )  # packed rows are accepted without gates
+        # Packed rows are accepted without gates.
+        model(input_ids=IDS, position_ids=torch.zeros_like(IDS))
     assert torch.equal(logits(model), expected)
     unloaded = model.unload()
     plain = tiny_model(family)
@@ -233,9 +231,8 @@ def test_gradient_checkpointing_does_not_change_gradients(tiny_model, method, re
     start = copy.deepcopy(model.state_dict())
     expected = backward()
     assert expected.keys() == trainable(model)
-    model.load_state_dict(
-        start
-    )  # a training pass updates the moments of a standardised router input
+    # A training pass updates the moments of a standardised router input.
+    model.load_state_dict(start)
     helpers.enable_checkpointing(model, reentrant)
     if reentrant and method in (*GATED, "goat"):
         refuses("set use_reentrant=False", backward)

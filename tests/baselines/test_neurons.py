@@ -24,14 +24,10 @@ def naive_scores(model, data):
 
     They come from the gradients of zeros that are added to the neurons' outputs.
     """
-    last = re.compile(
-        r"(.*\.mlp)\.(c_proj|down_proj)"
-    )  # the name of an MLP, and of its last projection
-    lasts = {
-        match[1]: module
-        for name, module in model.named_modules()
-        if (match := last.fullmatch(name))
-    }
+    # The name of an MLP, and of its last projection.
+    last = re.compile(r"(.*\.mlp)\.(c_proj|down_proj)")
+    matches = {module: last.fullmatch(name) for name, module in model.named_modules()}
+    lasts = {match[1]: module for module, match in matches.items() if match}
     added = {}
     outputs = {}
     totals = {name: torch.zeros(WIDTH) for name in lasts}
@@ -42,7 +38,9 @@ def naive_scores(model, data):
         added[name] = torch.zeros_like(args[0], requires_grad=True)
         return args[0] + added[name]
 
-    handles = [last.register_forward_pre_hook(partial(probe, name)) for name, last in lasts.items()]
+    handles = [
+        module.register_forward_pre_hook(partial(probe, name)) for name, module in lasts.items()
+    ]
     for example in data:
         ids = torch.tensor([example["input_ids"]])
         labels = example["labels"]
@@ -117,9 +115,8 @@ def test_step_changes_only_the_selected_neurons(tiny_model, family):
     for name, parameter in model.named_parameters():
         mask = next((mask for layer, mask in masks.items() if name.startswith(f"{layer}.")), None)
         moved = parameter != before[name]
-        if (
-            mask is None or WIDTH not in moved.shape
-        ):  # the last projection's bias belongs to no neuron
+        # The last projection's bias belongs to no neuron.
+        if mask is None or WIDTH not in moved.shape:
             assert not moved.any(), name
             assert not parameter.requires_grad, name
         else:

@@ -113,9 +113,8 @@ def test_objective_and_angles_from_the_gram_equal_those_from_gradients(
     )
     angles = expert_angles(0.7 * gram, labels)
     expected = reference.angles(gradients, labels)
-    np.testing.assert_allclose(
-        angles[:2], expected[:2], atol=1e-4
-    )  # near ±1, arccos turns 1e-16 into 1e-6 degrees
+    # Near ±1, arccos turns 1e-16 into 1e-6 degrees.
+    np.testing.assert_allclose(angles[:2], expected[:2], atol=1e-4)
     np.testing.assert_allclose(angles[2:], expected[2:], atol=1e-9)
 
 

@@ -156,10 +156,9 @@ def test_components_move_in_orthogonal_directions_of_limited_length(components, 
         frame = torch.linalg.solve_triangular(
             torch.linalg.cholesky(other @ other.mT), other, upper=False
         )
-        in_frame, length = (
-            frame @ other.mT @ update,
-            update.shape[-1],
-        )  # from the change of ΔW, or of its transpose
+        # From the change of ΔW, or of its transpose.
+        in_frame = frame @ other.mT @ update
+        length = update.shape[-1]
         expected = length * torch.eye(components, dtype=A.dtype)
         torch.testing.assert_close(in_frame @ in_frame.mT, expected, rtol=0, atol=1e-4 * length)
     # The scale of a feature's gradients does not change A's update.
@@ -196,9 +195,8 @@ def test_inverse_root_equals_the_eigendecomposition(size, rank, seed, exponent, 
         np.testing.assert_allclose(
             root, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-30)
         )
-    negative = torch.diag(
-        torch.tensor([3.0, -4.0], dtype=torch.float64)
-    )  # has no root: treated as its norm times 1
+    # A matrix without a root is treated as its norm times 1.
+    negative = torch.diag(torch.tensor([3.0, -4.0], dtype=torch.float64))
     torch.testing.assert_close(
         inverse_root(negative), torch.eye(2).double() / 5**0.5, rtol=1e-5, atol=0
     )
@@ -213,7 +211,7 @@ def test_steps_do_not_depend_on_the_scale_of_the_loss(scale):
         torch.testing.assert_close(scaled, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("count", [2, 3])
 def test_sharded_updates_equal_unsharded_updates(count):
     A, B, gradients = problem((4, 7, 9), 0)
     steps = [(B.mT @ gradient, A @ gradient.mT) for gradient in gradients[:3]]

@@ -60,9 +60,8 @@ def test_prompt_and_segment_means_equal_the_reference(batch, positions, count, s
         np.testing.assert_allclose(mean.detach(), expected, rtol=1e-5, atol=1e-6)
     (means[0].sum() + means[1].sum()).backward()
     assert not x.grad[~mask].any()
-    with torch.autocast(
-        "cpu", dtype=torch.bfloat16
-    ):  # training finds the same clusters as inference
+    # Training finds the same clusters as inference.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(prompt_mean(x, mask), means[0])
     ones = torch.ones(1, 300 + seed % 700, 3)  # more than bfloat16 can count
     of_one = segment_means(
@@ -133,9 +132,8 @@ def test_centroids_find_separate_groups_and_are_at_a_fixed_point(groups, seed):
     np.testing.assert_allclose(
         gates[:, 0], reference.cluster_gates(x, centroids, codes.numpy()), rtol=1e-6
     )
-    torch.testing.assert_close(
-        prompt_centroids(rows[:1], 3), unit[:1].expand(3, 8)
-    )  # more clusters than prompts
+    # More clusters than prompts.
+    torch.testing.assert_close(prompt_centroids(rows[:1], 3), unit[:1].expand(3, 8))
     assert not prompt_centroids(torch.zeros(2, 5), 3).any()
 
 

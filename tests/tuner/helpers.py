@@ -57,11 +57,8 @@ def randomise(model, adapter="default", seed=0):
         return (size * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
 
     for layer in (layer for layer in layers(model) if adapter in layer.badit_A):
-        tensors = {
-            name: of[adapter]
-            for name in layer.adapter_layer_names
-            if adapter in (of := getattr(layer, name))
-        }
+        by_adapter = {name: getattr(layer, name) for name in layer.adapter_layer_names}
+        tensors = {name: of[adapter] for name, of in by_adapter.items() if adapter in of}
         for name, size in (("badit_A", 0.1), ("badit_B", 0.1), ("badit_lambda", 0.5)):
             if name in tensors:
                 tensors[name].add_(noise(tensors[name], size))
@@ -73,9 +70,8 @@ def randomise(model, adapter="default", seed=0):
             layer.badit_moments[adapter].copy_(noise(layer.badit_moments[adapter], 1.0).abs() + 0.5)
             layer.badit_batches[adapter].fill_(3)
         if adapter in getattr(layer, "badit_codes", ()):
-            layer.badit_moments[adapter][0] = (
-                0.0  # as in training, prompts differ in their direction from the mean
-            )
+            # As in training, prompts differ in their direction from the mean.
+            layer.badit_moments[adapter][0] = 0.0
             layer.badit_centroids[adapter].copy_(noise(layer.badit_centroids[adapter], 1.0))
             layer.badit_codes[adapter].copy_(noise(layer.badit_codes[adapter], 2.0).softmax(dim=1))
         if adapter in getattr(layer, "badit_expert_of", ()):

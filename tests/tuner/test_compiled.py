@@ -42,9 +42,8 @@ def test_regrouping_does_not_recompile_and_gradients_equal_eager(
         adapted(tiny_model("llama", num_hidden_layers=4), **options).train() for _ in range(2)
     )
     for layer in model.get_base_model().model.layers:
-        layer.compile(
-            backend="eager", fullgraph=True
-        )  # the test checks the graphs, not the generated code
+        # The test checks the graphs, not the generated code.
+        layer.compile(backend="eager", fullgraph=True)
     before = accumulated_gradients(model, micro_batches)
     accumulated_gradients(plain, micro_batches)
     # The first layer's input requires no gradient, the others' inputs do: two graphs for any number

@@ -44,9 +44,8 @@ EAGER = {"_attn_implementation": "eager"}
 def test_greedy_decoding_equals_teacher_forcing(
     tiny_model, family, overrides, options, monkeypatch
 ):
-    monkeypatch.setattr(
-        generic.logger, "warning_once", pytest.fail
-    )  # deprecated names of the cache
+    # A deprecated name of the cache would only be logged.
+    monkeypatch.setattr(generic.logger, "warning_once", pytest.fail)
     model = adapted(tiny_model(family, **overrides))
     ids, mask = padded(ROWS)
     assert torch.equal(generate(model, ids, mask, **options), greedy_by_hand(model, ids, mask, NEW))
@@ -131,9 +130,8 @@ def test_generate_continues_from_a_copied_prompt_cache(tiny_model, family):
     ids = torch.cat([padded(random_rows(6, 6))[0], torch.tensor([[7, 8], [9, 10]])], dim=1)
     with pytest.warns(UserWarning, match="keeps the gates of its first prompt"):
         generated = generate_from_copy(model, cache, ids)
-    assert torch.equal(
-        generate_from_copy(model, cache, ids), generated
-    )  # a second warning is an error
+    # A second warning is an error.
+    assert torch.equal(generate_from_copy(model, cache, ids), generated)
     assert torch.equal(generated[:, 8:], next_tokens(model, generated, 6)[:, 7:-1])
     mask = torch.ones_like(ids)
     with torch.no_grad():
@@ -156,9 +154,8 @@ def test_generation_of_a_recurrent_model_equals_one_full_pass(routing):
     ids = torch.tensor([[5, 6, 7, 8]])
     generated = generate(model, ids, torch.ones_like(ids))
     assert torch.equal(generated[:, 4:], next_tokens(model, generated, 4)[:, 3:-1])
-    for cache in cache_of(
-        model(ids, use_cache=True)
-    ).values():  # earlier releases of transformers: cache_params
+    # Earlier releases of transformers: cache_params.
+    for cache in cache_of(model(ids, use_cache=True)).values():
         cache.reset()
         reset = model(ids + 9, cache=cache, use_cache=True).logits
         torch.testing.assert_close(reset, model(ids + 9).logits, atol=1e-5, rtol=1e-5)

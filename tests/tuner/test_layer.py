@@ -161,9 +161,8 @@ def test_only_training_passes_update_moments_and_gate_sums():
     run(layer.to(torch.bfloat16), x.to(torch.bfloat16), mask)
     assert layer.badit_batches["default"] == 4
     assert layer.badit_moments["default"].isfinite().all()
-    layer.double().update_layer(
-        "default", config(num_experts=2, r=2)
-    )  # another adapter of this name
+    # Another adapter of this name.
+    layer.double().update_layer("default", config(num_experts=2, r=2))
     run(layer, x, mask)
 
 
@@ -182,9 +181,8 @@ def test_clusters_are_found_once_and_saved(tiny_model, tmp_path):
     assert not torch.equal(first.badit_codes["default"], second.badit_codes["default"])
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert model(**batches[0]).loss.requires_grad  # training changes none of them
-    hooks_of(model).start_task(
-        {"first": batches[:1]}
-    )  # another task of a sequence keeps the clusters
+    # Another task of a sequence keeps the clusters.
+    hooks_of(model).start_task({"first": batches[:1]})
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     replaced = adapt(tiny_model("llama"), **CLUSTERS)
     replaced.delete_adapter("default")
@@ -223,9 +221,8 @@ def test_clusters_have_the_moments_of_their_prompts_also_without_or_with_equal_p
     assert run(layer, x, mask).isfinite().all()
     layer.cluster("default", torch.randn(2, IN)[[0, 1, 0, 1, 1]])  # 4 clusters, 2 prompts
     assert len(layer.badit_codes["default"].unique(dim=0)) == 2
-    layer.cluster(
-        "default", torch.randn(IN) + 1e-7 * torch.randn(20, IN)
-    )  # one prompt, and rounding
+    # One prompt, and rounding.
+    layer.cluster("default", torch.randn(IN) + 1e-7 * torch.randn(20, IN))
     assert not layer.badit_centroids["default"].any()
 
 

@@ -43,7 +43,7 @@ def test_name_registered_by_another_package_is_refused(monkeypatch):
     )
 
 
-@pytest.mark.parametrize(("family", "more"), [("llama", "q_proj"), ("gpt2", "c_attn")])
+@pytest.mark.parametrize(("family", "second_module"), [("llama", "q_proj"), ("gpt2", "c_attn")])
 def test_adapters_are_switched_saved_separately_and_added(
     tiny_model, tmp_path, family, second_module
 ):
@@ -167,9 +167,8 @@ def test_auto_class_and_transformers_load_adapter_give_the_same_model(tiny_model
     # the routing.
     assert torch.equal(generate(plain, IDS, MASK, use_cache=False), tokens)
     assert torch.equal(generate(model.get_base_model(), IDS, MASK, use_cache=False), tokens)
-    for layer in layers(
-        plain
-    ):  # disable_adapters() of transformers 5.24 requires an unreleased PEFT
+    # Not with disable_adapters(), which in transformers 5.24 requires an unreleased PEFT.
+    for layer in layers(plain):
         layer.enable_adapters(False)
     assert torch.equal(logits(plain), logits(tiny_model(family)))
 

@@ -218,10 +218,8 @@ def test_packed_segments_have_their_own_prompts_from_labels_or_mask(tiny_model):
     expected = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0, 0]]).bool()
     labels = ids.masked_fill(expected, -100)
     positions_ = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    by_ends = {
-        "labels": labels,
-        "cu_seq_lens_q": torch.tensor([0, 4, 9, 9], dtype=torch.int32),
-    }  # for flash attention
+    # As for flash attention.
+    by_ends = {"labels": labels, "cu_seq_lens_q": torch.tensor([0, 4, 9, 9], dtype=torch.int32)}
     by_positions = {"labels": labels.repeat(2, 1), "position_ids": positions_.repeat(2, 1)}
     for rows, batch in (
         (1, by_ends),
@@ -241,9 +239,8 @@ def test_packed_segments_have_their_own_prompts_from_labels_or_mask(tiny_model):
         assert (
             not context.describe(model, {"input_ids": padded_ids, **padding}).prompt[0][:, 9:].any()
         )
-        refuses(
-            "packing=False and padding_free=False", getattr, forward_pass, "prompt_mask_BT"
-        )  # one set of gates per row
+        # Methods with one set of gates per row refuse packed rows.
+        refuses("packing=False and padding_free=False", getattr, forward_pass, "prompt_mask_BT")
 
 
 @pytest.mark.parametrize(

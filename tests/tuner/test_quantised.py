@@ -108,9 +108,8 @@ def test_training_lowers_the_loss_keeps_the_base_and_round_trips(load, tmp_path,
 def test_base_weights_repacked_for_the_cpu_are_refused(load):
     base = load("bnb-4bit").eval()
     with torch.no_grad():
-        base(
-            input_ids=IDS
-        )  # repacks the weight on a CPU with AVX-512 BF16; elsewhere the flag below simulates it
+        # Repacks the weight on a CPU with AVX-512 BF16; elsewhere the flag below simulates it.
+        base(input_ids=IDS)
     base.model.layers[1].mlp.gate_proj.weight.quant_state.packing_format_for_cpu = True
     refuses(r"has been evaluated on a CPU.*load the model again", adapt, base, num_experts=4)
 

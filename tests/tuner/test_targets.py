@@ -52,9 +52,8 @@ def test_default_targets_are_the_documented_ones_in_every_layer(family):
     config = AutoConfig.for_model(family)
     text = config.get_text_config()
     text.num_hidden_layers = 4
-    with suppress(
-        AttributeError, TypeError
-    ):  # some have none, or derive it from the number of layers
+    # Some have none, or derive it from the number of layers.
+    with suppress(AttributeError, TypeError):
         text.layer_types = text.layer_types[:4]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -293,10 +292,8 @@ def test_fused_experts_train_with_regrouping_and_export_to_plain_lora(tiny_model
     model = adapt(tiny_model(family), **options).train()
     optimizer = OrthogonalUpdates(model, lr=2e-3)
     regrouper = Regrouper(model, total_steps=8, every=4)
-    batch = {
-        "input_ids": IDS[:1, -5:],
-        "labels": LABELS[:1, -5:],
-    }  # so few tokens that some matrices receive none
+    # The tokens are so few that some matrices receive none.
+    batch = {"input_ids": IDS[:1, -5:], "labels": LABELS[:1, -5:]}
     losses = helpers.take_steps(
         optimizer, 8, lambda: model(**batch).loss, regrouper.after_backward, regrouper.step
     )
@@ -318,9 +315,8 @@ def test_fused_experts_train_with_regrouping_and_export_to_plain_lora(tiny_model
     factors = mixture_factors(model, fixed)
     plain = model.unload()
     write_adapter(tmp_path, factors, plain, "base")
-    if Version(peft.__version__) >= Version(
-        "0.21"
-    ):  # older versions cannot load even PEFT's own LoRAs of these models
+    # Older versions cannot load even PEFT's own LoRAs of these models.
+    if Version(peft.__version__) >= Version("0.21"):
         loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path)
         torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
     merge(plain, factors)
