@@ -90,6 +90,20 @@ def peft_type(name: str) -> PeftType:
     return PeftType[name]
 
 
+def _refuse_other_format(version: Any) -> None:
+    check(FORMAT_FIELD, version, Count)
+    if version > FORMAT:
+        raise BaditError(
+            f"{FORMAT_FIELD}: the adapter has format {version}, this badit reads formats up to "
+            f"{FORMAT}: pip install --upgrade badit"
+        )
+    if version < FORMAT:
+        raise BaditError(
+            f"{FORMAT_FIELD}: the adapter has format {version}, an older format that this version "
+            "does not read; train it again"
+        )
+
+
 @dataclass
 class ExpertConfig(PeftConfig):
     """LoRA experts of rank ``r`` in the target modules. Subclasses set ``method``, add fields."""
@@ -130,7 +144,7 @@ class ExpertConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._refuse_other_format()
+        _refuse_other_format(self.format_version)
         self.peft_type = peft_type(self.method)
         for name in ("target_modules", "exclude_modules"):
             names = getattr(self, name)
@@ -150,19 +164,6 @@ class ExpertConfig(PeftConfig):
                 "or a regex without it"
             )
 
-    def _refuse_other_format(self) -> None:
-        check(FORMAT_FIELD, self.format_version, Count)
-        if self.format_version > FORMAT:
-            raise BaditError(
-                f"{FORMAT_FIELD}: the adapter has format {self.format_version}, this badit reads "
-                f"formats up to {FORMAT}: pip install --upgrade badit"
-            )
-        if self.format_version < FORMAT:
-            raise BaditError(
-                f"{FORMAT_FIELD}: the adapter is of format {self.format_version}, an older format "
-                "that this version does not read; train it again"
-            )
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         """Reads a saved configuration; the messages of its errors begin with its file."""
@@ -174,8 +175,9 @@ class ExpertConfig(PeftConfig):
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Adds the format of the first adapters, which did not save it; called by PEFT."""
-        return super().check_kwargs(**{FORMAT_FIELD: 1, **kwargs})
+        """Refuses saved settings of another format; called by PEFT."""
+        _refuse_other_format(kwargs.get(FORMAT_FIELD, 1))  # the first adapters did not save it
+        return super().check_kwargs(**kwargs)
 
     @property
     def scaling(self) -> float:

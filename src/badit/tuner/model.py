@@ -156,7 +156,8 @@ class ExpertModel(Hooks, BaseTuner):
         refuse_misplaced_targets(self.model, peft_config)
         return peft_config
 
-    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
+    # PEFT passes these arguments.
+    def _create_and_replace(  # noqa: PLR0913 # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         peft_config: ExpertConfig,
         adapter_name: str,
