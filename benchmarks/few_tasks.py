@@ -84,7 +84,9 @@ def train(tasks: int) -> None:
                 "config": run.recipe.model_dump(mode="json", exclude={"output"}),
                 "environment": environment(),
             }
-            write_json(result, {**about, "losses": losses_of(badit.Run(run), exported=name != "lora")})
+            write_json(
+                result, {**about, "losses": losses_of(badit.Run(run), exported=name != "lora")}
+            )
 
 
 def losses_of(run: badit.Run, *, exported: bool) -> dict[str, dict[str, list[float]]]:

@@ -7,9 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from badit.data import Instance, Source, Task, build_prompt, encode_examples, quotas
-from badit.data.encoded import encode_tasks
-from badit.data.readers import load_sources, load_tasks
+from badit.data import (
+    Instance,
+    Source,
+    Task,
+    build_prompt,
+    encode_examples,
+    encode_tasks,
+    load_sources,
+    load_tasks,
+    quotas,
+)
+from badit.data.encoding import labels_of
 from data.examples import CHAT, CHATML, encode_prompt, make_tokenizer, refusal, write_rows
 from refusals import refuses
 
@@ -386,9 +395,9 @@ def test_large_data_is_parsed_and_encoded_once(tmp_path, monkeypatch):
     rows = [{**ROWS[i % 2 * 2], "input": f"country {i}"} for i in range(50)]
     path = write_rows(tmp_path / "rows.jsonl", *rows)
     small = load_tasks(path)
-    for module in ("readers", "encoded"):
+    for module in ("records", "examples"):
         monkeypatch.setattr(f"badit.data.{module}._LARGE", 1)
-    monkeypatch.setattr("badit.data.cache.ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr("badit.data.records._ROWS_PER_BATCH", 7)
     tokenizer, order = make_tokenizer(chat_template=CHATML), [*reversed(range(50))]
     tasks = load_tasks(path)
     examples = encode_tasks(tokenizer, tasks, {"max_answer_tokens": 5}, order)
@@ -401,7 +410,8 @@ def test_large_data_is_parsed_and_encoded_once(tmp_path, monkeypatch):
     ]
     pairs = [(task, instance) for task in small for instance in task.train]
     expected = encode_examples(tokenizer, [pairs[i] for i in order], max_answer_tokens=5)
-    assert list(examples) == [examples[i] for i in range(50)] == expected
+    assert list(examples) == [examples[i] for i in range(50)]
+    assert [{**example, "labels": labels_of(example)} for example in examples] == expected
     assert examples.lengths == [len(each["input_ids"]) for each in expected]
     assert examples.tasks == [each["task"] for each in expected]
     assert examples.largest_id == max(max(each["input_ids"]) for each in expected)
@@ -409,7 +419,7 @@ def test_large_data_is_parsed_and_encoded_once(tmp_path, monkeypatch):
     def fail_if_called(*arguments, **options):
         raise AssertionError("it is in the cache")
 
-    monkeypatch.setattr("badit.data.readers.read_rows", fail_if_called)
+    monkeypatch.setattr("badit.data.files.read_rows", fail_if_called)
     monkeypatch.setattr(
         encode_tasks.__globals__["encode_examples"], "__code__", fail_if_called.__code__
     )

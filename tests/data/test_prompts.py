@@ -7,16 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from badit.data.encoded import AnswerCollator, batches_by_task
-from badit.data.prompts import (
+from badit.data import (
+    AnswerCollator,
+    Instance,
     answer_rows,
+    batches_by_task,
     build_prompt,
     encode_examples,
-    end_of_turn_id,
     own_input,
     prompt_text,
 )
-from badit.data.tasks import Instance
+from badit.data.encoding import end_of_turn_id
 from data.examples import BRACKETS, CHAT, CHATML, UNMARKED, encode_prompt, make_task, make_tokenizer
 from refusals import refuses
 

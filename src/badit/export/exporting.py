@@ -37,8 +37,9 @@ from badit.analysis.gates import (
     read_gates,
     task_gates,
 )
-from badit.data.prompts import end_of_turn_id
-from badit.data.tasks import Task, resolve_names
+from badit.data.encoding import end_of_turn_id
+from badit.data.orders import resolve_names
+from badit.data.tasks import Task
 from badit.evaluation.scoring import evaluate, score_model
 from badit.hub.card import CARD, hub_id, model_card
 from badit.method.decomposition import compress

@@ -18,9 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.import_utils import is_liger_kernel_available
 
-from badit.data.encoded import AnswerCollator, Examples, batches_by_task, encode_tasks
-from badit.data.prompts import build_prompt, encode_examples, encode_prompts, end_of_turn_id
-from badit.data.tasks import Instance, Task, mixture, ordered
+from badit.data.encoding import encode_examples, encode_prompts, end_of_turn_id
+from badit.data.examples import AnswerCollator, Examples, batches_by_task, encode_tasks
+from badit.data.orders import ordered
+from badit.data.prompts import build_prompt
+from badit.data.sampling import mixture
+from badit.data.tasks import Instance, Task
 from badit.models.loading import Dtype, device, fast_dtype, load_base_model, warn_of_slow_dtype
 from badit.recipe.arguments import argument_names
 from badit.recipe.schema import Recipe, Split
