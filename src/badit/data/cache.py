@@ -26,7 +26,7 @@ def arrow_table(schema: pa.Schema, batches: Iterator[pa.RecordBatch], key: Any =
     values that determine the content; None keeps the table in memory. BaditError if the cache
     cannot be read or written.
     """
-    if key is None:
+    if key is None:  # small data, or data that no key determines
         return pa.Table.from_batches(batches, schema=schema)
 
     path = _path(key)
@@ -35,6 +35,7 @@ def arrow_table(schema: pa.Schema, batches: Iterator[pa.RecordBatch], key: Any =
         with FileLock(f"{path}.lock"):  # only one process writes the table
             if not path.is_file():
                 _write(path, schema, batches)
+    # A damaged file can raise any exception.
     with explained(path, action="read", fix="delete it", any_error=True):
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
@@ -55,4 +56,5 @@ def _write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> 
         sync(partial)
         partial.replace(path)
     finally:
+        # An error in the data, or an interruption, leaves it.
         partial.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Chats: the answers of their assistant messages, as instances and as rows for other trainers."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from badit.data.source import Turns
@@ -29,15 +30,13 @@ def answers(messages: Sequence[Any], turns: Turns) -> Iterator[Answer]:
         del numbers[:-1]
 
     for number in numbers:
-        role_before = "nothing"
-        if number:
-            role_before = chat[number - 1][0]
-        if role_before != "user":
+        *_, (role, text) = ("nothing", ""), *chat[:number]
+        if role != "user":
             raise BaditError(
                 f"messages.{number}: an assistant message must follow a user message, "
-                f"not {role_before!r:.60}"
+                f"not {role!r:.60}"
             )
-        yield Answer(chat[: number - 1], chat[number - 1][1], chat[number][1])
+        yield Answer(chat[: number - 1], text, chat[number][1])
 
 
 def _role_and_content(number: int, message: Any) -> tuple[str, str]:
@@ -48,7 +47,8 @@ def _role_and_content(number: int, message: Any) -> tuple[str, str]:
     role = fields.get("role", fields.get("from"))
     content = fields.get("content", fields.get("value"))
     if isinstance(content, list):
-        content = _joined_text(content)
+        with suppress(TypeError, LookupError):  # not all parts are text
+            content = "".join(part["text"] for part in content)
     if not isinstance(role, str) or not isinstance(content, str) or fields.get("tool_calls"):
         raise BaditError(
             f"messages.{number}: must have a role and text as content, and no tool calls; "
@@ -57,23 +57,14 @@ def _role_and_content(number: int, message: Any) -> tuple[str, str]:
     return _ROLES.get(role, role), content
 
 
-def _joined_text(parts: list[Any]) -> str | None:
-    """Returns the text of the parts of a message; None if not all are text."""
-    try:
-        return "".join(part["text"] for part in parts)
-    except (TypeError, LookupError):
-        return None
-
-
 def answer_rows(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
     """Converts a conversation to one row per assistant message.
 
-    Its messages are dicts with ``role`` and ``content``.
-
-    A row ``{"prompt": [messages before it], "completion": [the message]}`` has TRL's conversational
-    prompt–completion format, with the loss on the completion only. So the gates of each answer
-    depend on all messages before it.
+    The messages are dicts with ``role`` and ``content``. A row ``{"prompt": [messages before it],
+    "completion": [the message]}`` has TRL's conversational prompt–completion format, with the loss
+    on the completion only. So the gates of each answer depend on all messages before it.
     """
+    # All messages are checked first, also those after the last answer.
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message:
             raise BaditError(

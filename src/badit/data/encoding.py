@@ -49,6 +49,7 @@ def encode_examples(
         max_source_tokens=max_source_tokens,
         chat_template=chat_template,
     )
+    # Prompt and answer are tokenised separately, so the prompt's tokens are those of generation.
     answers = token_ids(tokenizer, [instance.outputs[0] for _, instance in pairs])
     end = end_of_turn_id(tokenizer, chat_template)
     examples = []
@@ -122,6 +123,7 @@ def _plain(prompt: Prompt) -> str:
     if prompt.history:
         turns = (*prompt.history, ("user", prompt.text))
         return "".join(f"{role}: {content}\n\n" for role, content in turns) + "assistant: "
+    # It separates the message from the answer.
     if prompt.is_message and not prompt.text[-1:].isspace():
         return prompt.text + "\n"
     return prompt.text
@@ -156,6 +158,7 @@ def _truncated_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, limit: i
     def fits(text: str) -> bool:
         return len(token_ids(tokenizer, [text])[0]) <= limit
 
+    # First the input is cut; if this is not enough, it is removed and the definition is cut.
     for before, text in ((prompt.head, prompt.input), ("", prompt.head)):
         if fits(before + prompt.tail):
             # Bisect the number of characters to cut from the end.
@@ -180,6 +183,7 @@ def _recent_messages(tokenizer: PreTrainedTokenizerBase, history: Messages, limi
     if sum(lengths[:first]) > limit:
         beginning = ()
     limit -= sum(lengths[: len(beginning)])
+    # The earliest user message from which all others fit.
     starts = (number for number in users if sum(lengths[number:]) <= limit)
     return beginning + history[next(starts, len(history)) :]
 

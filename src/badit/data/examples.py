@@ -72,12 +72,15 @@ def encode_tasks(
     ``options`` are those of :func:`encode_examples`. ``order`` has the order of the examples,
     as indices of the training instances numbered consecutively over the tasks.
     """
+    # Without a backend, a tokenizer has no text that determines it, so there is no cache.
     count = sum(len(task.train) for task in tasks)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     key = None
     if count >= _LARGE and backend is not None:
-        about = repr((backend.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map))
-        key = ["examples", about, dict(options), [task.fingerprint for task in tasks]]
+        tokenizer_text = repr(
+            (backend.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map)
+        )
+        key = ["examples", tokenizer_text, dict(options), [task.fingerprint for task in tasks]]
 
     def batches() -> Iterator[pa.RecordBatch]:
         from accelerate.utils import patch_environment

@@ -24,6 +24,7 @@ def read_files(source: Source, path: Path) -> list[Task]:
             suffixes = (".jsonl",)
         files = files_in(path, suffixes, source)
     elif path.exists():
+        # Other files have no rows.
         files = [file for file in (path,) if file.is_file() and file.suffix in SUFFIXES]
     else:
         matches = map(Path, glob(str(path), recursive=True))
@@ -52,6 +53,7 @@ def _rows(source: Source, files: Sequence[Path]) -> Iterator[Row]:
     splits: dict[Path, Split | None] = dict.fromkeys(files)
     if len(files) > 1:
         splits = {file: source.split_of_file(file) for file in files}
+    # With data.splits, names of files choose the files if any is named after a split.
     names_choose = source.splits and any(splits.values())
 
     origins: dict[str, Path] = {}
@@ -64,9 +66,11 @@ def _rows(source: Source, files: Sequence[Path]) -> Iterator[Row]:
             origin = file.parent
             # The folder of a link, not of its target.
             task = os.path.basename(os.path.dirname(os.path.abspath(file)))
+        # Other formats are often published datasets, with columns that badit does not need.
         strict = file.suffix in (".json", ".jsonl") and not source.columns
         for row in read_rows(_values(file), source, task, split, strict=strict):
             if row.task == task != source.task:
+                # Else two files or folders of one name would become one task.
                 other = origins.setdefault(task, origin)
                 if other != origin:
                     raise BaditError(
@@ -84,6 +88,7 @@ def _values(file: Path) -> PlacedRows:
 
     from datasets import load_dataset
 
+    # A damaged file can raise any exception.
     with explained(file, action="read", any_error=True):
         dataset = load_dataset(
             file.suffix[1:], data_files=escape(str(file)), split="train", streaming=True
@@ -99,6 +104,7 @@ def _csv_values(file: Path) -> PlacedRows:
         explained(file, action="read", any_error=True),
         file.open(encoding="utf-8-sig", newline="") as stream,
     ):
+        # Spreadsheets of some countries separate with semicolons.
         first_line = stream.readline()
         stream.seek(0)
         separator = ","

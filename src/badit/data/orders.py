@@ -34,6 +34,7 @@ def _names_in_order(names: list[str], order: str | Sequence[str]) -> list[str]:
     if not isinstance(order, str):
         return resolve_names(order, names, field="data.order")
     if order in _SAPT_ORDERS:
+        # Tasks that are not loaded are left out, as the order has all 15.
         by_number = {_number(name): name for name in names}
         numbers = map(str, _SAPT_ORDERS[order])
         return [by_number[number] for number in numbers if number in by_number]
@@ -62,6 +63,7 @@ def resolve_names(
 
     names = sorted(names)
     resolved = []
+    # Recipes may have numbers.
     for given_name in map(str, wanted):
         name = _resolved(given_name, names, field)
         if name in resolved:
@@ -74,6 +76,7 @@ def _resolved(wanted: str, names: list[str], field: str) -> str:
     """Returns the one name that a name or a number prefix stands for."""
     if wanted in names:
         return wanted
+    # "363", "0363" and "task363" stand for "task363_sst2".
     matches = []
     if digits := re.fullmatch(r"(?:task)?(\d+)", wanted):
         matches = [name for name in names if _number(name) == digits[1].lstrip("0")]

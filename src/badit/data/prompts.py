@@ -49,9 +49,11 @@ def build_prompt(task: Task, instance: Instance, encoding: PromptEncoding = "def
     definition = task.definition
     if instance.instruction is not None:
         definition = instance.instruction
+    # A blank instruction of an instance is none, but a blank definition keeps the template.
     if definition is None or instance.instruction == "":
         return Prompt("", instance.input, "", instance.history, is_message=True)
 
+    # The white space is that of the official evaluation.
     shots = int(encoding.removeprefix("def").removeprefix("+pos") or 0)
     head = "".join(
         f" Positive Example {number} -\nInput: {shot.input}\n Output: {shot.output}\n\n"
@@ -73,6 +75,8 @@ def prompt_text(task: Task, instance: Instance, encoding: PromptEncoding = "def"
 
 
 def own_input(text: str) -> str:
-    """Returns the instance's input from the text of its prompt; the whole text without "Input:
-    "."""
+    """Returns the instance's input from the text of its prompt.
+
+    It is the whole text if this has no "Input: ".
+    """
     return text.rpartition("Input: ")[2].partition("\nOutput:")[0].strip()

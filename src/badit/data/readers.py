@@ -109,6 +109,7 @@ def _read(source: Source, wanted: Sequence[str] | None) -> list[Task]:
 
 
 def _read_path(source: Source, path: Path, wanted: Sequence[str] | None) -> list[Task]:
+    # A path that does not exist is the name of a dataset on the hub.
     is_saved = any((path / name).is_file() for name in _SAVED)
     if is_saved or not (path.exists() or has_magic(str(path))):
         return read_dataset(source, path)

@@ -59,14 +59,16 @@ def build_tasks(
     Rows of large files come from the cache if the files have not changed. ``layout`` has other JSON
     values that determine the rows.
     """
+    # Only the names and splits of all rows are in memory; large tables are memory-mapped.
     table = arrow_table(_SCHEMA, _batches(rows), _cache_key(source, files, layout))
     places = table.select(["task", "about", "split"]).to_pandas()
     rows_by_split = places.groupby(["task", "split"]).indices
     instances = TableItems(table, range(len(table)), Instance.model_validate)
 
     tasks = []
-    for name, about in places.dropna()[["task", "about"]].itertuples(index=False):
-        fields = json.loads(about)
+    # The first row of each task has its fields.
+    for name, json_fields in places.dropna()[["task", "about"]].itertuples(index=False):
+        fields = json.loads(json_fields)
         for split in SPLITS:
             fields[split] = instances.select(rows_by_split.get((name, split), []))
         with explained(f"{source.path}: task '{name}'"):
@@ -76,6 +78,7 @@ def build_tasks(
 
 def _cache_key(source: Source, files: Sequence[Path], layout: Any) -> Any:
     """Returns what determines the rows of files; None if they are too small for the cache."""
+    # A changed file has another size or time of modification.
     stats = [(os.path.abspath(file), file.stat()) for file in files]
     if sum(stat.st_size for _, stat in stats) < _LARGE:
         return None
@@ -92,22 +95,25 @@ def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
     def table_row(row: Row) -> dict[str, Any]:
         number = counts[row.task]
         counts[row.task] += 1
-        about = None
+        task_fields = None
         if number == 0:
             definitions[row.task] = row.instruction
-            about = json.dumps({"definition": row.instruction, **row.task_fields})
+            task_fields = json.dumps({"definition": row.instruction, **row.task_fields})
         # A blank instruction is none; None stands for the definition, which may be another row's.
         instruction: str | None = row.instruction or ""
         if instruction == (definitions[row.task] or ""):
             instruction = None
+        identity = row.id
+        if identity is None:
+            identity = f"{row.task}-{number}"
         instance = Instance(
-            id=f"{row.task}-{number}" if row.id is None else row.id,
+            id=identity,
             input=row.input,
             outputs=row.outputs,
             instruction=instruction,
             history=row.history,
         )
-        place = {"task": row.task, "about": about, "split": row.split or "train"}
+        place = {"task": row.task, "about": task_fields, "split": row.split or "train"}
         return {**place, "hash": instance.hash, **dict(instance)}
 
     for chunk in chunks(map(table_row, rows), _ROWS_PER_BATCH):

@@ -32,6 +32,7 @@ def _with_validation(task: Task, per_task: int, seed: int) -> Task:
     indices = range(len(task.train))
     chats = _chats(task.train)
     held_out = set[int]()
+    # Each task has its own seed, so that other tasks do not change its choice.
     for index in shuffled(indices, f"hold_out/{seed}/{task.name}"):
         chat = chats.get(index, [index])
         if index not in held_out and len(held_out) + len(chat) <= len(indices) // 4:
@@ -57,6 +58,7 @@ def _chats(instances: Sequence[Instance]) -> dict[int, list[int]]:
     if not any(histories):
         return {}
 
+    # All messages of the user and the answers, to compare chats with their beginnings.
     inputs = column(instances, "input")
     answers = (outputs[0] for outputs in column(instances, "outputs"))
     turns_of_instances: list[tuple[str, ...]] = [
@@ -88,6 +90,7 @@ def limit(tasks: Iterable[Task], train: int | None, test: int | None, seed: int)
     limited = []
     for task in tasks:
         chosen = shuffled(range(len(task.train)), f"limit/{seed}/{task.name}")[:train]
+        # Both sets keep their order.
         splits = {"train": select(task.train, sorted(chosen)), "test": task.test[:test]}
         limited.append(task.model_copy(update=splits))
     return limited
@@ -113,6 +116,7 @@ def quotas(
     power = 1 / temperature
     if balanced:
         power = 0.0
+    # Shares by size, so that each instance is used once.
     if power == 1 and len({task.weight for task in tasks}) <= 1:
         return None
 

@@ -73,6 +73,7 @@ class Source:
 
     def refuse_missing(self) -> None:
         """Raises BaditError if the path is neither an existing file or folder nor another place."""
+        # An unknown path without a suffix of files may be org/name or org/name:CONFIG.
         path = str(self.path)
         is_on_hub = (
             re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", path)

@@ -74,7 +74,7 @@ def _rows(files: Sequence[_TaskFile]) -> Iterator[Row]:
         fields = content.model_dump(exclude={"instances"})
         for index, instance in enumerate(content.instances):
             split = first if index < OFFICIAL_TEST_INSTANCES else others
-            if split is None:
+            if split is None:  # of all that follow
                 break
             yield Row(task=task, split=split, task_fields=fields, **dict(instance))
 
@@ -85,6 +85,7 @@ def _official_files(source: Source, folder: Path) -> list[_TaskFile] | None:
     if not tasks_folder.is_dir():
         tasks_folder = folder
     files = files_in(tasks_folder, (".json",), source)
+    # A folder of rows may have the same suffix.
     if source.format == "auto":
         others = files_in(tasks_folder, SUFFIXES[1:], source)
         if not files or others or starts_with_list(files[0]) or source.split_of_file(files[0]):

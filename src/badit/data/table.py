@@ -34,6 +34,7 @@ class TableItems(Sequence[Item]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
+        # Not with pa.Table.slice, whose time grows with the number of batches.
         (item,) = self.select([index])
         return item
 
@@ -41,6 +42,7 @@ class TableItems(Sequence[Item]):
         for batch in self._selected_batches():
             yield from map(self._make, batch.to_pylist())
 
+    # Equal to any sequence of equal items, so that tasks of small and large data compare.
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 

@@ -41,6 +41,7 @@ def _first_text(value: Any) -> Any:
     return value
 
 
+# A task's name is also the name of files.
 TaskName = Annotated[str, AfterValidator(_file_safe)]
 # The official files use a string or a list of strings for the same field.
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_texts)]
@@ -66,6 +67,7 @@ class Instance(BaseModel, frozen=True):
     @property
     def hash(self) -> int:
         """A 64-bit hash of all fields."""
+        # Runs record the fingerprints of tasks, so it must not change.
         fields = (self.id, self.input, self.outputs, self.instruction, self.history)
         return int.from_bytes(hashlib.blake2b(repr(fields).encode(), digest_size=8).digest())
 
@@ -135,6 +137,7 @@ class Task(BaseModel, frozen=True, extra="forbid", arbitrary_types_allowed=True)
     @property
     def fingerprint(self) -> str:
         """A hash of the name, the definition, the demonstrations and all instances."""
+        # The hashes of instances are in their table, so that large data need not be read.
         digest = hashlib.sha256(repr((self.name, self.definition, self.demonstrations)).encode())
         for instances in (self.train, self.validation, self.test):
             digest.update(np.asarray(column(instances, "hash"), dtype=np.uint64).tobytes() + b"|")
