@@ -56,8 +56,9 @@ def resolve_names(
     `field`, if the list is empty or a name is unknown, ambiguous or repeated.
     """
     if isinstance(wanted, str):
-        fix = f"such as [{wanted!r:.60}], not one string"
-        raise BaditError(f"{field}: must be a list of names, {fix}")
+        raise BaditError(
+            f"{field}: must be a list of names, such as [{wanted!r:.60}], not one string"
+        )
     if not wanted:
         raise BaditError(f"{field}: the list is empty; add a task or omit the list")
 
@@ -90,7 +91,6 @@ def _resolved(wanted: str, names: list[str], field: str) -> str:
 
 
 def _number(name: str) -> str | None:
-    """Returns the number in a name such as "task073_commonsenseqa", without leading zeros, or
-    None."""
+    """Returns the number in a name such as "task073_commonsenseqa", without leading zeros."""
     match = re.fullmatch(r"task(\d+)(?:_.*)?", name)
     return match and match[1].lstrip("0")

@@ -35,23 +35,30 @@ def read_rows(
         try:
             with explained():
                 for row in _parsed(values, source, default_task, strict):
-                    instruction = row.instruction or ""
-                    first_instruction = instructions.setdefault(row.task, instruction)
-                    if strict and instruction != first_instruction:
-                        raise BaditError(
-                            f"instruction: differs from other rows of task '{row.task}'; use one "
-                            "per task, or keep several with "
-                            "data.columns.instruction=instruction"
-                        )
-                    if file_split and row.split not in (None, file_split):
-                        raise BaditError(
-                            f"split: must be '{file_split}', as in the file's name; "
-                            "change one of them"
-                        )
-                    row.split = file_split or row.split
+                    if strict:
+                        _refuse_second_instruction(row, instructions)
+                    if file_split:
+                        _set_split(row, file_split)
                     yield row
         except BaditError as error:
             raise BaditError(f"{place}: {error}") from None
+
+
+def _refuse_second_instruction(row: Row, instructions: dict[str, str]) -> None:
+    instruction = row.instruction or ""
+    if instruction != instructions.setdefault(row.task, instruction):
+        raise BaditError(
+            f"instruction: differs from other rows of task '{row.task}'; use one per task, or "
+            "keep several with data.columns.instruction=instruction"
+        )
+
+
+def _set_split(row: Row, file_split: Split) -> None:
+    if row.split not in (None, file_split):
+        raise BaditError(
+            f"split: must be '{file_split}', as in the file's name; change one of them"
+        )
+    row.split = file_split
 
 
 def _parsed(values: Any, source: Source, default_task: str, strict: bool) -> Iterator[Row]:

@@ -44,7 +44,8 @@ class Source:
         splits: maps names of splits (in rows, file names or datasets) to train, validation or test;
             rows of other splits are then not read. Default: the usual names, such as "dev".
         turns: the answers of a chat to train; "all" makes one instance with its own prompt for
-        each. weight: the weight of its tasks in a mixture.
+            each.
+        weight: the weight of its tasks in a mixture.
     """
 
     path: str | Path
@@ -80,8 +81,9 @@ class Source:
             and Path(path).suffix not in SUFFIXES
         )
         if path != "builtin" and not has_magic(path) and not is_on_hub and not Path(path).exists():
-            fix = "give a path or 'builtin'"
-            raise BaditError(f"data.source: {path}: no such file or folder; {fix}")
+            raise BaditError(
+                f"data.source: {path}: no such file or folder; give a path or 'builtin'"
+            )
 
     def refuse_row_options(self) -> None:
         """Raises BaditError if an option is set that only rows can have; for other layouts."""

@@ -51,11 +51,11 @@ Messages = tuple[tuple[str, str], ...]  # (role, content) of each
 
 
 class Instance(BaseModel, frozen=True):
-    """An input with one or more reference answers, which may be blank, as some of the published
-    benchmark are.
+    """An input with one or more reference answers.
 
-    `instruction` replaces the task's definition if instances have different instructions. `history`
-    has the earlier messages of a chat as (role, content); `input` is then the message to answer.
+    Answers may be blank, as some of the published benchmark are. `instruction` replaces the task's
+    definition if instances have different instructions. `history` has the earlier messages of a
+    chat as (role, content); `input` is then the message to answer.
     """
 
     id: str
