@@ -33,6 +33,7 @@ from fuzz.damage import (
 from materials import make_recipe
 from report.samples import Shape, write_run, write_sequence
 
+pytestmark = pytest.mark.slow
 SPLIT_NAMES = ("train", "validation", "test")
 LINES = [
     {

@@ -13,6 +13,8 @@ if find_spec("deepspeed") is None:
         allow_module_level=True,
     )
 
+pytestmark = pytest.mark.slow
+
 
 def test_two_processes_match_one_process_and_resume_bit_identically(
     recipe_values, tmp_path, processes, capsys

@@ -17,6 +17,7 @@ from materials import make_recipe
 from training import killed
 from training.trainers import contents
 
+pytestmark = pytest.mark.slow
 FULL = "cannot be written, the disk (or a quota) is full; free some space and run the same command again"
 READ_ONLY = "cannot be written, the file system is read-only; choose a folder that can be written"
 # The free space in kB to test each command with; None is a read-only disk. `make stress` tests more values.

@@ -15,6 +15,7 @@ from materials import make_recipe
 from training import killed
 from training.trainers import contents
 
+pytestmark = pytest.mark.slow
 KILLS = 20 if STRESS > 1 else 2
 # Twelve steps; checkpoints, log lines and regroupings have different periods.
 TRAINING = {

@@ -7,6 +7,8 @@ import pytest
 from training.launches import Launches, assert_same_run, assert_stops_and_resumes, losses
 from training.trainers import learned
 
+pytestmark = pytest.mark.slow
+
 
 def test_two_processes_match_one_process_and_resume_in_one_or_three(
     recipe_values, tmp_path, processes, capsys
