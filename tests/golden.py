@@ -67,7 +67,7 @@ def recipe(material: Path, output: Path, method: dict[str, Any], **data: Any) ->
 
 
 def train_method(name: str, material: Path, output: Path) -> dict[str, Any]:
-    """Trains a run; returns the loss of every step, the hash of the adapter, and each task's test NLL."""
+    """Trains a run; returns each step's loss, the adapter's hash, and each task's test NLL."""
     order = {"order": ["cities", "rivers"]} if name in SEQUENTIAL else {}
     run = badit.train(recipe(material, output, METHODS[name], **order), progress=False)
     logs = sorted(output.rglob("metrics.jsonl"))

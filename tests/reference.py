@@ -1,7 +1,7 @@
 """Reference implementations of the method's formulas in float64, for the tests.
 
-Arguments may be tensors or arrays; functions return arrays.
-Component i is row i of A (N, in) and column i of B (out, N); its gradient is the concatenation of both gradients.
+Arguments may be tensors or arrays; functions return arrays. Component i is row i of A (N, in) and
+column i of B (out, N); its gradient is the concatenation of both gradients.
 """
 
 import itertools
@@ -82,8 +82,8 @@ def best_exchange(gradients, labels):
 def polar_grouping(gradients, labels, num_experts, size, rounds=50):
     """Runs the paper's loop until the labels are stable, and returns the labels.
 
-    Targets: C (dimensions, K) holds the groups' sums, C = U Σ Vᵀ, Q = U Vᵀ. Assignment: max Σ_ik π_ik ⟨ĝ_i, q_k⟩ with
-    exactly ``size`` components per expert: every expert has ``size`` slots.
+    Targets: C (dimensions, K) holds the groups' sums, C = U Σ Vᵀ, Q = U Vᵀ. Assignment: max Σ_ik
+    π_ik ⟨ĝ_i, q_k⟩ with exactly ``size`` components per expert: every expert has ``size`` slots.
     """
     slots = np.repeat(np.arange(num_experts), size)
     for _ in range(rounds):
@@ -97,7 +97,7 @@ def polar_grouping(gradients, labels, num_experts, size, rounds=50):
 
 
 def angles(gradients, labels):
-    """Returns mean angles in degrees within and between experts, then mean |cos|; ignores zero gradients."""
+    """Returns mean angles (degrees) within and between experts, and mean |cos|, without zeros."""
     cosines = {True: [], False: []}
     for i, j in itertools.combinations(np.flatnonzero(gradients.any(axis=1)), 2):
         cosines[bool(labels[i] == labels[j])].append(
@@ -113,18 +113,18 @@ def angles(gradients, labels):
 
 # --- routing ---
 def segment_means(x, mask, segments, count):
-    """Returns the mean over the masked positions of each segment of packed rows; zero for a segment without any."""
+    """Returns the mean over the masked positions of each segment of packed rows, or zero."""
     rows_of = [float64(x)[np.asarray(mask & (segments == s))] for s in range(count)]
     return np.array([rows.sum(axis=0) / max(len(rows), 1) for rows in rows_of])
 
 
 def prompt_mean(x, mask):
-    """Returns x̄ (batch, features), the mean over positions where the mask is true; zeros for rows without any."""
+    """Returns x̄ (batch, features), the mean over the masked positions of a row, or zeros."""
     return segment_means(x, np.asarray(mask) == 1, np.indices(mask.shape)[0], len(mask))
 
 
 def prompt_moments(batches):
-    """Returns mean and variance (features) over batches of prompts; the n-th batch weighs max(1/n, 1/50)."""
+    """Returns mean and variance (features) of prompts; the n-th batch weighs max(1/n, 1/50)."""
     mean = variance = np.zeros(np.shape(batches[0])[1])
     for n, batch in enumerate(batches, start=1):
         weight = max(1 / n, 0.02)
@@ -137,13 +137,13 @@ def prompt_moments(batches):
 
 
 def standardised(x, mean, variance):
-    """Returns x̂: features standardised and scaled to a mean norm of 8; 0 where the variance or the whole row is 0."""
+    """Returns x̂: features standardised and scaled to a mean norm of 8; 0 where undefined."""
     unit = (float64(x) - mean) / np.sqrt(np.where(variance > 0, variance, np.inf))
     return 8 / math.sqrt(len(mean)) * unit * float64(x).any(axis=-1, keepdims=True)
 
 
 def expert_gates(logits, kind="mean_one", top_k=None):
-    """Returns gates (..., K): softmax over the ``top_k`` largest logits (on ties, lower index), times K if mean_one."""
+    """Returns gates (..., K): softmax over the ``top_k`` largest logits, times K if mean_one."""
     logits = float64(logits)
     gates = np.zeros_like(logits)
     for where in np.ndindex(*logits.shape[:-1]):
@@ -207,7 +207,7 @@ class OrthogonalFactor:
 
 
 def orthogonal_step(A, B, grad_A, grad_B, of_A, of_B, lr, betas, floor=1e-6):
-    """Returns A (N, in) and B (out, N) after one step; changes the moments ``of_A`` and ``of_B`` in place."""
+    """Returns A (N, in) and B (out, N) after one step; changes the moments in place."""
     A, B, grad_A, grad_B = map(float64, (A, B, grad_A, grad_B))
     largest = 0.1 * math.sqrt(float(((B @ A) ** 2).sum())) / (lr * math.sqrt(A.size))
     update_A = min(1.0, largest) * of_A.update(B.T, grad_A, *betas, floor)

@@ -1,4 +1,4 @@
-"""Optimizers with all kinds of adapters, in a loop and in other libraries' trainers; and invalid input."""
+"""Optimizers with all kinds of adapters, in a loop and in other libraries' trainers."""
 
 import io
 from functools import partial

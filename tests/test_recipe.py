@@ -181,7 +181,8 @@ def test_all_errors_are_reported_at_once_without_importing_torch(tmp_path):
     text += "method: {name: badit, num_expert: 8, regroup: {evry: 2}}\n"
     text += "compare: {methods: {a: {name: lroa}, b: {name: mtl-lora, r: 2, seeds: [0]}}}"
     path = write_recipes(tmp_path, own=text)
-    code = f"import sys; from badit.cli.app import main; main(['train', {str(path)!r}]); print('torch' in sys.modules)"
+    code = f"import sys; from badit.cli.app import main; main(['train', {str(path)!r}]); "
+    code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
     assert sorted(line.removeprefix(f"badit: {path}: ") for line in done.stderr.splitlines()) == [
@@ -299,10 +300,7 @@ def test_run_recipes_of_earlier_formats_keep_their_defaults(tmp_path):
 def test_invalid_files_are_one_line_errors(tmp_path):
     for text, message in (
         (b"training: [", "line 1.*: cannot be read as YAML"),
-        (
-            b"- a\n- b\n",
-            "must contain 'key: value' lines, not a list; for a data file, write a recipe with badit init",
-        ),
+        (b"- a\n- b\n", "must contain 'key: value' lines, not a list"),
         (b"\xff\xfe", "not UTF-8 at byte 0"),
         (b"!!python/object/apply:os.system ['true']", "cannot be read as YAML"),
         (b"a: " + b"[" * 1000, "cannot be read as YAML"),
@@ -326,7 +324,8 @@ def test_invalid_files_are_one_line_errors(tmp_path):
 def test_recipe_extends_another_key_by_key(tmp_path):
     path = write_recipes(
         tmp_path,
-        base="{method: {name: badit, r: 2, regroup: {every: 5, stop: 1}}, training: {max_steps: 4, warmup_steps: 0.1}}",
+        base="method: {name: badit, r: 2, regroup: {every: 5, stop: 1}}\n"
+        "training: {max_steps: 4, warmup_steps: 0.1}",
         middle="{extends: base.yaml, training: {max_steps: 5}, output: b}",
         own="{extends: middle.yaml, method: {num_experts: 3, regroup: {every: 7}}, output: c}",
     )

@@ -13,6 +13,8 @@ from badit.cli.app import app, main
 from badit.recipe.schema import load_recipe
 from badit.support.files import read_json
 
+MAIN = "from badit.cli.app import main; main"
+
 
 def test_every_command_and_parameter_has_help(command):
     shown = command("--help")
@@ -27,8 +29,8 @@ def test_every_command_and_parameter_has_help(command):
     ("statement", "heavy"),
     [
         ("import badit", "numpy torch transformers peft pydantic"),
-        ("from badit.cli.app import main; main(['train', 'superni-cpu', 'data.source=nowhere.csv'])", "torch transformers"),
-        *((f"from badit.cli.app import main; main({words!r})", "torch transformers peft pydantic")
+        (f"{MAIN}(['train', 'superni-cpu', 'data.source=nowhere.csv'])", "torch transformers"),
+        *((f"{MAIN}({words!r})", "torch transformers peft pydantic")
           for words in (["--help"], ["train", "--help"], ["--version"])),
     ],
 )  # fmt: skip

@@ -143,7 +143,7 @@ def _ctrl_c_interrupts():
 
 @pytest.mark.usefixtures("_ctrl_c_interrupts")
 def test_interrupted_search_stops_cells_and_selects_no_rate(values, monkeypatch):
-    """Two methods in parallel: Ctrl-C while one of them searches its last rate must not select a rate."""
+    """Ctrl-C while one of two methods searches its last rate must not select a rate."""
     values["compare"]["learning_rates"] = [0.001, 0.01]
     waiting, stopped, lines = threading.Event(), [], []
 

@@ -24,7 +24,7 @@ class Page:
         return re.findall(rf"^```{language}\n(.*?)^```", self.text, flags=re.DOTALL | re.MULTILINE)
 
     def commands(self) -> list[list[str]]:
-        """Returns the arguments of each ``badit`` command in the page's shell blocks or the recipe's comments."""
+        """Returns the arguments of the ``badit`` commands in shell blocks or comments."""
         blocks = self.blocks("sh")
         if self.path.endswith(".yaml"):
             header = "\n".join(re.findall(r"^# *(.*)", self.text, flags=re.MULTILINE))

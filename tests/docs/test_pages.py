@@ -1,4 +1,4 @@
-"""Checks the documentation against the code: commands, recipes, quoted numbers, tables, messages, sections."""
+"""Checks the documentation against the code: commands, recipes, numbers, tables, messages."""
 
 import ast
 import json

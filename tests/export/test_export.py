@@ -1,4 +1,4 @@
-"""Exports are a run's fixed mixture and load without badit; frozen factors are checked layer by layer."""
+"""Exports are a run's fixed mixture, checked layer by layer, and load without badit."""
 
 import fcntl
 import json

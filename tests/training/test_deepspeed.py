@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO in two processes on the CPU: training and resuming. `make stress` installs DeepSpeed."""
+"""DeepSpeed ZeRO in two processes on the CPU: training and resuming (`make stress`)."""
 
 from importlib.util import find_spec
 

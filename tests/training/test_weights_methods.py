@@ -1,4 +1,4 @@
-"""Runs of methods that train base weights (full fine-tuning, task neurons), gradient surgery, LoRA on fused experts."""
+"""Runs that train base weights, use gradient surgery, or adapt fused experts."""
 
 import json
 
