@@ -8,8 +8,9 @@ from unittest.mock import Mock
 import pytest
 import yaml
 
-from badit import BaditError, Run, load_results, summarise, worker
+from badit import BaditError, Run, load_results, summarise
 from badit.cli.app import main
+from badit.comparison import worker
 from badit.metrics.answers import METRICS
 from badit.metrics.statistics import FORMS, continual_scores
 from badit.recipe.schema import build_recipe
