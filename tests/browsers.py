@@ -58,14 +58,14 @@ def requests(browser):
     """Returns the requests since the log was last read, without those of the browser itself."""
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    return [each["request"] for each in sent if not each["documentURL"].startswith("chrome")]
+    return [page["request"] for page in sent if not page["documentURL"].startswith("chrome")]
 
 
-def until(condition, what):
+def until(condition, description):
     """Waits until the condition is true and returns its value."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         if result := condition():
             return result
         time.sleep(0.05)
-    raise AssertionError(f"never: {what}")
+    raise AssertionError(f"never: {description}")

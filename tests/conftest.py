@@ -213,5 +213,5 @@ def pytest_terminal_summary(terminalreporter):
         for report in reports
         if getattr(report, "when", "") == "teardown"
     ]
-    if total := sum(each.get(COUNTED, 0) for each in properties):
+    if total := sum(report_properties.get(COUNTED, 0) for report_properties in properties):
         terminalreporter.write_line(f"{total:,} {COUNTED}")

@@ -139,11 +139,11 @@ def main() -> int:
     if sys.argv[1:] == ["record"]:
         FILE.write_text(json.dumps(found, indent=1) + "\n")
         return 0
-    known = json.loads(FILE.read_text())
+    recorded = json.loads(FILE.read_text())
     pairs = [
-        (f"{part}.{name}", known[part][name], found[part].get(name))
-        for part in known
-        for name in known[part]
+        (f"{part}.{name}", recorded[part][name], found[part].get(name))
+        for part in recorded
+        for name in recorded[part]
     ]
     different = [pair for pair in pairs if pair[1] != pair[2]]
     for name, was, new in different:

@@ -43,7 +43,7 @@ def unit_gradients(grad_A, grad_B):
 
 def cosine_gram(grad_A, grad_B):
     unit = unit_gradients(grad_A, grad_B)
-    return np.array([[float(np.dot(one, other)) for other in unit] for one in unit])
+    return np.array([[float(np.dot(row, other)) for other in unit] for row in unit])
 
 
 def objective(gradients, labels):

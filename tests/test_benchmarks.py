@@ -68,8 +68,8 @@ def test_loop_implementations_match_outputs_and_gradients(per_sequence):
 
     output, wide = output_and_gradients()
     load_script("speed/loops")["use_loops"](model, per_sequence=per_sequence)
-    found, usual = output_and_gradients()
-    torch.testing.assert_close(found, output, rtol=1e-4, atol=1e-5)
+    looped, usual = output_and_gradients()
+    torch.testing.assert_close(looped, output, rtol=1e-4, atol=1e-5)
     assert usual.keys() == wide.keys()
     for name, gradient in wide.items():  # sums whose terms cancel keep the rounding errors
         torch.testing.assert_close(

@@ -63,8 +63,8 @@ def test_paper_recipes_have_the_papers_settings_and_differ_only_by_model():
         keys = set(differing_keys(recipes[PAPER[0]].model_dump(), recipe.model_dump()))
         assert keys <= {"model.name", "training.gradient_checkpointing", "output"}
     badit = {"name": "badit", "num_experts": 8, "r": 4, "lora_alpha": 32, "lora_dropout": 0.05}
-    own = {"target_modules": ["gate_proj"], "regroup": {"every": 0.1, "stop": 0.5}}
-    assert recipe.method == {**badit, **own, "init_weights": "bad", "router_input": "mean"}
+    options = {"target_modules": ["gate_proj"], "regroup": {"every": 0.1, "stop": 0.5}}
+    assert recipe.method == {**badit, **options, "init_weights": "bad", "router_input": "mean"}
     assert recipe.training.num_train_epochs == 10  # docs/paper-index.md has the other values
 
 
@@ -178,20 +178,20 @@ def test_shipped_recipes_are_loaded_and_extended_by_name(tmp_path, monkeypatch, 
 
 
 def test_training_arguments_are_forwarded_or_refused_with_a_reason():
-    given = {
+    arguments = {
         "optim": "sgd",
         "adam_beta1": 0.8,
         "lr_scheduler_type": "polynomial",
         "neftune_noise_alpha": None,
     }
-    given |= {
+    arguments |= {
         "save_strategy": "epoch",
         "fsdp_config": {"min_num_params": 1},
         "debug": "",
         "dataloader_num_workers": 2,
     }
-    forwarded = build_recipe({"training": given}).training.model_dump(include=argument_names())
-    assert given.items() <= forwarded.items()
+    forwarded = build_recipe({"training": arguments}).training.model_dump(include=argument_names())
+    assert arguments.items() <= forwarded.items()
     assert "max_skipped_steps" not in forwarded
     fields = [field for field in dataclasses.fields(TrainingArguments) if field.init]
     others = [field for field in fields if field.name not in TrainingSection.model_fields]
@@ -216,14 +216,15 @@ def test_training_arguments_are_forwarded_or_refused_with_a_reason():
 
 @pytest.mark.parametrize("old", RENAMED_ARGUMENTS)
 def test_renamed_arguments_are_refused_in_recipes_but_read_from_runs(tmp_path, old):
-    new, value = RENAMED_ARGUMENTS[old], {"scheduler": "linear", "deterministic": True}.get(old, 1)
+    current = RENAMED_ARGUMENTS[old]
+    value = {"scheduler": "linear", "deterministic": True}.get(old, 1)
     refuses(
-        rf"training\.{old}: is now called {new}, as in transformers$",
+        rf"training\.{old}: is now called {current}, as in transformers$",
         build_recipe,
         {"training": {old: value}},
     )
     (tmp_path / "config.yaml").write_text(f"training: {{{old}: {value}, max_steps: null}}")
-    assert load_config(tmp_path / "config.yaml") == build_recipe({"training": {new: value}})
+    assert load_config(tmp_path / "config.yaml") == build_recipe({"training": {current: value}})
 
 
 def test_run_recipe_keeps_strings_that_look_like_numbers_and_options_that_are_tuples(

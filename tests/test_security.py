@@ -178,17 +178,17 @@ def test_run_folder_cannot_enable_trust_remote_code(verb, model_with_code, tmp_p
     (run / "config.yaml").write_text(
         dump_recipe(build_recipe({"model": section, "method": {"name": "base"}}))
     )
-    more = {
+    arguments = {
         "generate": ["Hello"],
         "studio": ["--port=0"],
         "serve": ["--port=0"],
         "export": ["-o", "x"],
     }.get(verb, [])
-    assert "allow it with --trust-remote-code" in command(verb, run, *more, code=2)
+    assert "allow it with --trust-remote-code" in command(verb, run, *arguments, code=2)
     assert not (tmp_path / "ran").exists()
     if verb == "export":
         assert "is a run of the unchanged base model" in command(
-            verb, run, *more, "--trust-remote-code", code=2
+            verb, run, *arguments, "--trust-remote-code", code=2
         )
     refuses("allow it with --trust-remote-code", BaditLM, run=run)
 

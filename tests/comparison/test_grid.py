@@ -127,9 +127,9 @@ def test_cell_recipe_changes_only_the_fields_of_the_cell():
     )
 )
 def test_long_orders_have_short_and_distinct_names(orders):
-    one, other = map(order_name, orders)
-    assert one != other
-    assert len(one) <= 80
+    name, other = map(order_name, orders)
+    assert name != other
+    assert len(name) <= 80
     assert order_name(["task1000_x", "task1001_y", "cities"]) == "task1000-task1001-cities"
     assert order_name(["task1_b", "task1_a"]) == "task1_b-task1_a", (
         "the numbers alone do not tell them apart"
@@ -255,8 +255,8 @@ def test_lowest_rate_within_the_margin_is_selected_and_ties_keep_the_start():
 
 @given(LOSSES, st.data())
 def test_search_returns_the_best_rate_tried_and_tries_its_neighbours(losses, data):
-    found, tried = walk(losses, data.draw(st.integers(0, len(losses) - 1)))
+    chosen, tried = walk(losses, data.draw(st.integers(0, len(losses) - 1)))
     finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
     assert len(tried) == len(set(tried))
-    assert finite[found] == min(finite[rung] for rung in tried)
-    assert {found - 1, found + 1} & set(range(len(losses))) <= set(tried)
+    assert finite[chosen] == min(finite[rung] for rung in tried)
+    assert {chosen - 1, chosen + 1} & set(range(len(losses))) <= set(tried)

@@ -31,7 +31,7 @@ class Page:
             blocks = [
                 re.sub(r" {2,}.*", "", header)
             ]  # two or more spaces separate a command from its explanation
-        found = []
+        parsed = []
         for block in blocks:
             # A statement continues after a backslash or within quotes.
             for statement in re.findall(r'(?:"[^"]*"|\\\n|[^"\n])+', block):
@@ -40,8 +40,9 @@ class Page:
                     r"^(?:accelerate launch|torchrun) .*?-m badit ", "badit ", statement
                 )
                 if statement.startswith("badit "):
-                    found.append(shlex.split(statement.replace("\\\n", "\n"), comments=True)[1:])
-        return found
+                    words = shlex.split(statement.replace("\\\n", "\n"), comments=True)
+                    parsed.append(words[1:])
+        return parsed
 
     def __str__(self) -> str:
         return self.path
@@ -51,7 +52,7 @@ def pages(*patterns: str) -> list[Page]:
     """Returns the pages that match the patterns (default: all Markdown pages for users)."""
     files = [
         file
-        for one in patterns or ("*.md", "docs/*.md", "recipes/README.md")
-        for file in ROOT.glob(one)
+        for pattern in patterns or ("*.md", "docs/*.md", "recipes/README.md")
+        for file in ROOT.glob(pattern)
     ]
     return [Page(str(file.relative_to(ROOT))) for file in sorted(files)]

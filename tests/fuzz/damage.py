@@ -179,11 +179,11 @@ def damaged_bytes(draw, content):
     end = min(len(content), start + draw(st.integers(1, 40)))
     flipped = content[:start] + bytes([draw(st.integers(0, 255))]) + content[start + 1 :]
     inserted = content[:start] + draw(st.sampled_from(_INSERTED)) + content[start:]
-    parts = [content[:start], flipped, inserted, inserted]
-    parts += [content[:start] + content[end:], content[:end] + content[start:]]
+    damages = [content[:start], flipped, inserted, inserted]
+    damages += [content[:start] + content[end:], content[:end] + content[start:]]
     wholes = [b"\xef\xbb\xbf" + content, content * 2, b"", b"\n" * 50, content[::-1]]
     wholes += [content.replace(b"\n", b"\r\n"), content.decode("utf-8", "replace").encode("utf-16")]
-    return draw(st.sampled_from([*parts, draw(st.sampled_from(wholes))]))
+    return draw(st.sampled_from([*damages, draw(st.sampled_from(wholes))]))
 
 
 def damaged(value, form):
