@@ -76,7 +76,7 @@ def train(
         )
     run = _load("badit.api").train(made, allow_changed_inputs=allow_changed_inputs)
     return (
-        f"{_load('badit.comparison.tables').score_table(run.scores)}\n\nRun: {run.path}"
+        f"{_load('badit.runs.scores').score_table(run.scores)}\n\nRun: {run.path}"
         if is_main_process()
         else None
     )
