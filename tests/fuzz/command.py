@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 
 from badit.cli.app import main
 
-# The factor for the number of cases: 1 in `make test`, larger in `make stress`.
+# The factor for the number of cases: 1 in `make test-slow`, larger in `make stress`.
 STRESS = int(os.environ.get("BADIT_STRESS", "1"))
 _HANG_SECONDS = 300  # far longer than any case takes on a busy machine
 COUNTED = "cases of broken input"

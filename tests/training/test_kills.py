@@ -1,7 +1,7 @@
 """Runs that are killed, interrupted or out of disk space resume to bit-identical files.
 
 ``make stress`` kills a run at 20 random steps, its first 20 file operations and 20 random ones,
-``make test`` at two.
+``make test-slow`` at two.
 """
 
 import random
