@@ -187,7 +187,7 @@ def test_lora_on_a_mixture_of_experts_model_is_loaded_again(
     recipe = build_recipe(
         recipe_values, [f"model.name={tmp_path / 'moe'}", "training.max_steps=1", *options]
     )
-    run = fit(recipe, progress=False)
+    run = Run(fit(recipe, progress=False))
     assert run.load()
     settings = run.adapter_path / "adapter_config.json"
     write_json(settings, read_json(settings) | {"target_parameters": 5})
