@@ -9,11 +9,12 @@ import pytest
 import yaml
 
 from badit import BaditError
-from badit.cli.app import app, main
+from badit.cli import main
+from badit.cli.app import app
 from badit.recipe.loading import load_recipe
 from badit.support.files import read_json
 
-MAIN = "from badit.cli.app import main; main"
+MAIN = "from badit.cli import main; main"
 
 
 def test_every_command_and_parameter_has_help(command):
