@@ -72,11 +72,8 @@ dist: $(VENV)/.dev  ## source distribution and wheel, in dist/
 # environment's packages on the path.
 LOWEST_HUB_PEFT := $(filter huggingface-hub% peft%,$(LOWEST))
 LOWEST_PEFT := $(VENV)/$(subst ==,-,$(firstword $(LOWEST_HUB_PEFT))-$(lastword $(LOWEST_HUB_PEFT)))
-# Tests of files, processes, gradients, prompts and trackers, which use nothing that differs between PEFT's releases.
-NOT_OF_PEFT := tuner/test_compiled tuner/test_prompt $(addprefix training/test_,attention checkpoints disks gradients held_out \
-  kills no_sync numerics regroup reliability sequential several_processes surgery trackers trainer weights_methods)
 test-lowest-peft: $(VENV)/.dev $(LOWEST_PEFT)
-	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(NOT_OF_PEFT:%=--ignore tests/%.py) $(ADAPTER_TESTS)
+	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(ADAPTER_TESTS)
 
 $(LOWEST_PEFT): $(VENV)/.dev
 	rm -rf $@

@@ -289,7 +289,7 @@ def test_commands_escape_control_characters(recipe_values, tmp_path, capsys):
         for node in ast.walk(tree)
         if ast.unparse(node) == "print"
     }
-    assert printing == {"errors.py"}
+    assert printing == {"console.py"}
     codes = "x\x1b[2J\x07\u202e"
     folder = tmp_path / codes
     (folder / "checkpoint-5").mkdir(parents=True)

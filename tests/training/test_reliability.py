@@ -103,6 +103,7 @@ def test_refused_process_does_not_remove_a_new_folder_of_another_process(tmp_pat
     assert folder.is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(STRESS))
 def test_second_process_on_the_same_folder_is_refused(
     attempt, recipe_file, recipe_values, tmp_path, processes
