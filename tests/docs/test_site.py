@@ -55,9 +55,7 @@ def test_formulas_are_mathml(site):
 
 
 def test_code_options_and_recipes_are_included_from_the_source(site):
-    assert "def expert_gates(logits: torch.Tensor" in re.sub(
-        r"<[^>]+>", "", (site / "method.html").read_text()
-    )
+    assert "def expert_gates(" in re.sub(r"<[^>]+>", "", (site / "method.html").read_text())
     options = (site / "options.html").read_text()
     assert all(
         f"<code>{name}</code>" in options
