@@ -124,7 +124,7 @@ def test_demo_compares_and_writes_a_report(
     recipe.write_text(
         yaml.safe_dump(recipe_values | {"compare": {"methods": methods, "seeds": [0]}})
     )
-    monkeypatch.setattr("badit.recipe.schema.shipped_recipes", lambda: {"demo": recipe})
+    monkeypatch.setattr("badit.recipe.loading.shipped_recipes", lambda: {"demo": recipe})
     assert main(["demo", f"output={output}", "training.max_steps=2"]) == int(fails)
     shown = capsys.readouterr().out
     assert ("no finished run: lora" in shown) == fails
