@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from badit.report import charts, figures
-from badit.report.figures import FIGURES
-from badit.report.page import export_figures, sections_of
+from badit.report import charts
+from badit.report.figures import SECTIONS, experts, interference, scores
+from badit.report.page import export_figures
+from badit.report.sections import sections_of
 from badit.report.sources import read_sources
 from materials import comparison, results_cell, write_results
 from refusals import refuses
@@ -38,7 +39,7 @@ def cell_values(chart, key):
 
 def test_gradient_cosines_are_means_for_the_chosen_layer_and_module(monkeypatch):
     pairs, overall = FRAMES["gradient_pairs"], FRAMES["gradient_overall"]
-    chart, alone = figures.gradient_cosines(COSINES), figures.gradient_cosines(PAIRS)
+    chart, alone = interference.gradient_cosines(COSINES), interference.gradient_cosines(PAIRS)
     for chart_, key, rows in (
         (chart, "all|all", overall),
         (
@@ -59,16 +60,16 @@ def test_gradient_cosines_are_means_for_the_chosen_layer_and_module(monkeypatch)
         assert cell_values(chart_, key) == pytest.approx(both, abs=1e-4)
     # Above MOST_VALUES, a layer or a module can be chosen, but not both.
     monkeypatch.setattr(charts, "MOST_VALUES", 30)
-    keys = [key for key in chart_values(figures.gradient_cosines(COSINES)) if "|" in key]
+    keys = [key for key in chart_values(interference.gradient_cosines(COSINES)) if "|" in key]
     assert {"all" in key.split("|") for key in keys} == {True}
-    assert cell_values(figures.unit_overlaps(FRAMES["coactivation_pairs"]), "neurons"), (
+    assert cell_values(interference.unit_overlaps(FRAMES["coactivation_pairs"]), "neurons"), (
         "no option for all"
     )
 
 
 def test_shared_units_and_expert_angles_are_means_over_layers_and_modules():
     frame = FRAMES["coactivation"]
-    found = chart_values(figures.shared_units(frame)).set_index(["tasks", "series"])
+    found = chart_values(interference.shared_units(frame)).set_index(["tasks", "series"])
     rows = frame.query("kind == 'neurons' and tasks == 2")
     for series, shares in (("measured", rows["share"]), ("by chance", rows["chance"])):
         expected = [shares.mean(), shares.iloc[1]]
@@ -79,7 +80,7 @@ def test_shared_units_and_expert_angles_are_means_over_layers_and_modules():
         "units that no task marks are left out"
     )
     frame = FRAMES["expert_angles"]
-    found = chart_values(figures.expert_angles(frame)).set_index(["step", "measured", "group"])
+    found = chart_values(experts.expert_angles(frame)).set_index(["step", "measured", "group"])
     rows = frame.query("step == 40 and measured == 'after'")
     expected = [rows["within_degrees"].mean(), rows.query("layer == 1")["within_degrees"].mean()]
     values = found.loc[(40, "after regrouping", "within experts"), ["all", "1"]]
@@ -88,7 +89,7 @@ def test_shared_units_and_expert_angles_are_means_over_layers_and_modules():
 
 def test_component_flow_is_normalised_per_row():
     frame = FRAMES["component_flow"]
-    cells = cell_values(figures.component_flow(frame), "all|40")
+    cells = cell_values(experts.component_flow(frame), "all|40")
     for expert, rows in frame.query("step == 40").groupby("from_expert"):
         moved = (
             rows.groupby("to_expert")["components"]
@@ -107,7 +108,7 @@ def test_gradient_pairs_are_limited_and_long_loss_curves_are_averaged():
     frame = pairs.assign(
         cosine=np.linspace(-1, 1, len(pairs)), parameters="adapter", corrected_cosine=np.nan
     )
-    table = figures.gradient_pairs(frame.assign(magnitude_similarity=1.0))
+    table = interference.gradient_pairs(frame.assign(magnitude_similarity=1.0))
     assert (len(table), table["cosine"].iloc[0], table["cosine"].iloc[-1]) == (
         120,
         "−1.000",
@@ -117,7 +118,7 @@ def test_gradient_pairs_are_limited_and_long_loss_curves_are_averaged():
     points = pd.DataFrame(
         {"series": "a", "run": "a", "step": range(1, 1001), "loss": np.arange(1.0, 1001.0)}
     )
-    (records,) = figures.loss_curves(points).to_dict()["datasets"].values()
+    (records,) = scores.loss_curves(points).to_dict()["datasets"].values()
     assert len(records) == 250
     assert records[0] == {"series": "a", "run": "a", "step": 4, "loss": 2.5}
     assert records[-1]["step"] == 1000
@@ -125,7 +126,7 @@ def test_gradient_pairs_are_limited_and_long_loss_curves_are_averaged():
 
 def test_scores_table_ends_with_means_and_marks_the_best():
     rows = [("mean over tasks", "x", 1.0), ("b", "x", 4.0), ("mean over tasks", "y", 2.0)]
-    table = figures.scores_table(
+    table = scores.scores_table(
         pd.DataFrame(rows, columns=["task", "run", "score"]).assign(metric="rouge_l", n=8)
     )
     assert table["x: Rouge-L"].tolist() == ["1.0", "4.0", "2.5"]
@@ -145,9 +146,9 @@ def test_every_figure_has_a_caption_a_valid_schema_and_svg_and_pdf_exports(tmp_p
         write_comparison(tmp_path / "all"),
     ]
     found = [block for blocks in sections_of(read_sources(runs)).values() for block in blocks]
-    assert {figure.title for figure in FIGURES} - {block.title for block in found} == {
-        "Cosine of weight gradients"
-    }
+    assert {figure.title for figures in SECTIONS.values() for figure in figures} - {
+        block.title for block in found
+    } == {"Cosine of weight gradients"}
     blocks = [block for block in found if block.kind == "figure"]
     captioned = [block for block in blocks if block.caption]
     assert {block.title for block in captioned} == {block.title for block in blocks}

@@ -8,9 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.analysis.tables import save_frame
-from badit.report.charts import as_text, number, short_task_names
-from badit.report.sources import by_similarity, read_sources, together
+from badit.report.charts import as_text, short_task_names
+from badit.report.shared_frames import together
+from badit.report.sources import read_sources
+from badit.report.task_order import by_similarity
 from badit.support.files import read_jsonl
+from badit.support.text import number
 from data.examples import write_rows
 from refusals import refuses
 from report.samples import OTHER, SMALL, TASKS, tables, write_comparison, write_run, write_sequence
