@@ -9,8 +9,9 @@ from peft import LoraConfig, get_peft_model
 
 from analysis import naive_experts as naive
 from analysis.naive_experts import BATCHES, METHODS, ROWS, TASKS
-from badit.analysis.gates import active_experts, changed_gates, gates_frame, prompt_gates
-from badit.analysis.interference import coactivation, marked_experts
+from badit.analysis.coactivation import coactivation, marked_experts
+from badit.analysis.experts import active_experts, changed_gates
+from badit.analysis.gates import gates_frame, prompt_gates
 from badit.baselines.branches import OLoraConfig
 from refusals import refuses
 from tuner import helpers

@@ -11,7 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from analysis import naive_interference as naive
-from badit.analysis import interference
+from badit.analysis import gradients, interference
+from badit.analysis.coactivation import coactivation
+from badit.analysis.sketches import SketchedSums
 from badit.analysis.tables import layer_and_module
 from refusals import refuses
 from tuner.helpers import adapted
@@ -25,7 +27,7 @@ VECTORS = st.lists(
 
 def sketched(vectors_RN, size, seed):
     """Returns the sketches of several vectors."""
-    sketch = interference.SketchedSums(
+    sketch = SketchedSums(
         len(vectors_RN[0]), len(vectors_RN), size, torch.Generator().manual_seed(seed)
     )
     for i, vector_N in enumerate(vectors_RN):
@@ -75,7 +77,7 @@ def test_agreement_matches_naive_formulas(of_a, of_b):
     instances = [torch.tensor(of).double() for of in (of_a, of_b[:4])]
     sums_R = torch.stack([of[half::2].sum(dim=0) for of in instances for half in (0, 1)])
     counts_T2, pairs_2E = torch.tensor([[3.0, 2.0], [2.0, 2.0]]).double(), torch.tensor([[0], [1]])
-    of_pairs, of_tasks = interference.agreement((sums_R @ sums_R.T)[None], counts_T2, pairs_2E)
+    of_pairs, of_tasks = gradients.agreement((sums_R @ sums_R.T)[None], counts_T2, pairs_2E)
     found = of_pairs | of_tasks
     assert not any(
         (found[name].abs() > 1).any() for name in ("cosine", "corrected_cosine", "reliability")
@@ -133,9 +135,7 @@ def test_large_sketches_match_naive_tables(tiny_model, kind, monkeypatch):
     expected_places = {
         id(parameters[name]): place for place, names in places.items() for name in names
     }
-    assert {
-        id(p): place for place, p, _ in interference.measured_parameters(model)
-    } == expected_places
+    assert {id(p): place for place, p, _ in gradients.measured_parameters(model)} == expected_places
     assert layer_and_module("base_model.adapter") == (-1, "adapter"), "outside of the layers"
     assert len([place for place in places if place[0] == "weights"]) == 2 * (
         4 if kind == "gpt2" else 7
@@ -162,7 +162,7 @@ def test_large_sketches_match_naive_tables(tiny_model, kind, monkeypatch):
         assert_same_rows(tables[name], rows)
     assert "strongest 0.2 of the units" in tables["coactivation"].attrs["about"]
     assert tables["gradient_summary"]["conflict_rate"].nunique() > 1, "the rates must differ"
-    monkeypatch.setattr("badit.analysis.interference.MOST_PAIRS", len(tables["gradient_pairs"]) - 1)
+    monkeypatch.setattr("badit.analysis.gradients.MOST_PAIRS", len(tables["gradient_pairs"]) - 1)
     without = interference_tables(model, examples, sketch_size=10**4)
     assert without.keys() == tables.keys() - {"gradient_pairs"}
     assert f"{len(tables['gradient_pairs'])} rows" in without["gradient_summary"].attrs["about"]
@@ -210,14 +210,14 @@ def test_hooks_and_gradients_are_removed_and_nonfinite_losses_are_refused(tiny_m
 
 def test_at_most_one_gradient_is_stored_and_sketches_have_a_bounded_size(tiny_model):
     model, held = tiny_model("llama"), []
-    parameters = [parameter for _, parameter, _ in interference.measured_parameters(model)]
+    parameters = [parameter for _, parameter, _ in gradients.measured_parameters(model)]
     for p in parameters:
         p.register_post_accumulate_grad_hook(
             lambda _: held.append(sum(q.grad is not None for q in model.parameters()))
         )
     interference_tables(model, naive.make_examples({"a": 2, "b": 1}))
     assert held == [1] * (3 * len(parameters))
-    sketches = interference.TaskGradients(model, [1] * 50, 8, ExitStack()).sketches.values()
+    sketches = gradients.TaskGradients(model, [1] * 50, 8, ExitStack()).sketches.values()
     sizes = [sketch.sums_RM.numel() for of_place in sketches for sketch in of_place]
     assert sum(sizes) <= len(parameters) * 2 * 50 * 8
 
@@ -231,7 +231,7 @@ def test_coactivation_matches_naive_counts(data):
         k: torch.tensor([of_task[k] for of_task in marks.values()]).numpy()
         for k in range(len(widths))
     }
-    frames = interference.coactivation(list(marks), {"experts": marked, "neurons": marked}, "about")
+    frames = coactivation(list(marks), {"experts": marked, "neurons": marked}, "about")
     for frame, rows in zip(frames, naive.coactivation("experts", marks).values(), strict=True):
         assert_same_rows(frame, rows + [["neurons", *row[1:]] for row in rows])
     for _, of_layer in frames[0].groupby(["kind", "layer"]):
