@@ -1,6 +1,7 @@
-"""Sketches, task gradients and shared units against autograd, loops, enumeration and the stated errors."""
+"""Sketches, task gradients and shared units against autograd, loops and the stated errors."""
 
 import math
+from collections import Counter
 from contextlib import ExitStack
 
 import pytest
@@ -57,10 +58,10 @@ def test_sketch_is_linear_with_one_signed_bucket_per_coordinate(length, size, se
 
 @pytest.mark.parametrize("kind", ["noise", "column", "row", "constant"])
 def test_inner_products_are_unbiased_with_bounded_variance(kind):
-    """Two gradients of a weight (60, 32): correlated noise, optionally with a strong column or row, or an offset."""
+    """Two gradients of a weight (60, 32): correlated noise, a strong column or row, an offset."""
     a, b = torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(3))
     strong = torch.ones(60, 32)
-    # 32 divides the sketch size below: without shifts, a column would use only two of the 64 buckets.
+    # 32 divides the sketch size: without shifts, a column would use only two of the 64 buckets.
     strong[{"column": (slice(None), 5), "row": 7}.get(kind, slice(0))] = 50
     shift = 20 if kind == "constant" else 0
     a, b = (a * strong + shift).flatten(), ((0.5 * a + b) * strong - shift).flatten()
@@ -78,9 +79,9 @@ def test_agreement_matches_naive_formulas(of_a, of_b):
     sums_R = torch.stack([of[half::2].sum(dim=0) for of in instances for half in (0, 1)])
     counts_T2, pairs_2E = torch.tensor([[3.0, 2.0], [2.0, 2.0]]).double(), torch.tensor([[0], [1]])
     of_pairs, of_tasks = gradients.agreement((sums_R @ sums_R.T)[None], counts_T2, pairs_2E)
-    found = of_pairs | of_tasks
+    values = of_pairs | of_tasks
     assert not any(
-        (found[name].abs() > 1).any() for name in ("cosine", "corrected_cosine", "reliability")
+        (values[name].abs() > 1).any() for name in ("cosine", "corrected_cosine", "reliability")
     )
     a, b = (of.mean(dim=0) for of in instances)
     if min(float(v.norm()) for v in (a, b, *sums_R)) <= 1e-3:
@@ -88,11 +89,11 @@ def test_agreement_matches_naive_formulas(of_a, of_b):
     expected = {"cosine": naive.cosine(a, b), "magnitude_similarity": naive.magnitude(a, b)}
     if min(abs(float(sums_R[0] @ sums_R[1])), abs(float(sums_R[2] @ sums_R[3]))) > 1e-6:
         expected["corrected_cosine"] = naive.corrected(*instances)
-    assert {name: float(found[name][0, 0]) for name in expected} == pytest.approx(
+    assert {name: float(values[name][0, 0]) for name in expected} == pytest.approx(
         expected, abs=1e-6, nan_ok=True
     )
-    assert float(found["norm"][0, 0]) == pytest.approx(float(a.norm()), abs=1e-6)
-    assert float(found["reliability"][0, 1]) == pytest.approx(naive.cosine(*sums_R[2:]), abs=1e-6)
+    assert float(values["norm"][0, 0]) == pytest.approx(float(a.norm()), abs=1e-6)
+    assert float(values["reliability"][0, 1]) == pytest.approx(naive.cosine(*sums_R[2:]), abs=1e-6)
 
 
 def interference_tables(model, examples, sketch_size=16384):
@@ -122,8 +123,8 @@ def assert_same_rows(frame, expected):
     for row, twin in zip(
         sorted(naive.rows(frame), key=key), sorted(expected, key=key), strict=True
     ):
-        known = [None if value != value else value for value in twin]  # NaN: undefined
-        assert row == pytest.approx(known, abs=1e-4), (row, twin)
+        twin = [None if value != value else value for value in twin]  # NaN: undefined
+        assert row == pytest.approx(twin, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "badit", "lora"])
@@ -137,12 +138,9 @@ def test_large_sketches_match_naive_tables(tiny_model, kind, monkeypatch):
     }
     assert {id(p): place for place, p, _ in gradients.measured_parameters(model)} == expected_places
     assert layer_and_module("base_model.adapter") == (-1, "adapter"), "outside of the layers"
-    assert len([place for place in places if place[0] == "weights"]) == 2 * (
-        4 if kind == "gpt2" else 7
-    )
-    assert len([place for place in places if place[0] == "adapter"]) == 2 * (
-        kind in ("badit", "lora")
-    )
+    counts = Counter(place[0] for place in places)
+    assert counts["weights"] == 2 * (4 if kind == "gpt2" else 7)
+    assert counts["adapter"] == 2 * (kind in ("badit", "lora"))
     with torch.no_grad():
         tables = interference_tables(model, examples, sketch_size=10**4)
     scores = {

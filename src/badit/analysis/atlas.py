@@ -53,7 +53,6 @@ NEAREST_PROMPTS = Table(
     "expert rank task",
     rank=Column("1 for the prompt with the highest score", INDEX),
     instance=Column("the instance's id in the task", TEXT),
-    score="mean over modules of the standardised gate",
     prompt=Column(f"the first {_SHOWN_CHARACTERS} characters of the instance's own input", TEXT),
 )
 ABILITIES = Table(
@@ -146,8 +145,7 @@ def nearest_prompts(gates: PromptGates, prompts: Prompts) -> pd.DataFrame:
         nearest = np.argsort(-scores_P, kind="stable")[:_NEAREST]
         for rank, p in enumerate(nearest, start=1):
             task, instance = instances[p]
-            shown = instance.input[:_SHOWN_CHARACTERS]
-            rows.append((expert, rank, task, instance.id, scores_P[p], shown))
+            rows.append((expert, rank, task, instance.id, instance.input[:_SHOWN_CHARACTERS]))
     return NEAREST_PROMPTS.frame(
         rows,
         f"The {_NEAREST} of {len(instances)} prompts with the largest gates for each expert. A "

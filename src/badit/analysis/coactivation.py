@@ -48,7 +48,6 @@ COACTIVATION_PAIRS = Table(
     "kind task_a task_b",
     overlap="units of all layers that both tasks mark, divided by units that either task marks "
     "(Jaccard)",
-    chance="the same if the tasks marked units independently: p / (2 − p) if both mark the share p",
 )
 
 
@@ -167,19 +166,12 @@ def _by_task(tasks: Sequence[str], marked_TU: np.ndarray) -> Iterator[tuple]:
 
 
 def _overlaps(tasks: Sequence[str], layers: Marks) -> Iterator[tuple]:
-    """Yields each pair of tasks with the Jaccard overlap of their units, and chance."""
-    total_T = np.zeros(len(tasks))
-    both_TT = np.zeros((len(tasks), len(tasks)))
-    by_chance_TT = np.zeros_like(both_TT)
-    for marked_TU in layers.values():
-        sizes_T = marked_TU.sum(axis=1)
-        total_T += sizes_T
-        both_TT += marked_TU.astype(float) @ marked_TU.T
-        by_chance_TT += np.outer(sizes_T, sizes_T) / marked_TU.shape[1]
-    sum_TT = total_T[:, None] + total_T
+    """Yields each pair of tasks with the Jaccard overlap of their units in all layers."""
+    marked_TU = np.concatenate([*layers.values()], axis=1).astype(float)
+    both_TT = marked_TU @ marked_TU.T
+    sizes_T = marked_TU.sum(axis=1)
     with np.errstate(invalid="ignore"):  # NaN where neither task marks a unit
-        overlap_TT = both_TT / (sum_TT - both_TT)
-        chance_TT = by_chance_TT / (sum_TT - by_chance_TT)
+        overlap_TT = both_TT / (sizes_T[:, None] + sizes_T - both_TT)
     order = sorted(range(len(tasks)), key=tasks.__getitem__)
     for a, b in combinations(order, 2):
-        yield tasks[a], tasks[b], overlap_TT[a, b], chance_TT[a, b]
+        yield tasks[a], tasks[b], overlap_TT[a, b]

@@ -45,10 +45,7 @@ _GROWTH = 1.2
 Gates = Mapping[str, Sequence[float]]
 
 GATES = Table(
-    "gates",
-    "task layer module expert",
-    mean="mean gate over the task's prompts; 1 is neutral",
-    std="standard deviation over the task's prompts (divisor n − 1)",
+    "gates", "task layer module expert", mean="mean gate over the task's prompts; 1 is neutral"
 )
 
 
@@ -117,17 +114,15 @@ def _gates_of_prompts(
 
 
 def gates_frame(gates: PromptGates) -> pd.DataFrame:
-    """Returns each task's gates in each module: mean and standard deviation over its prompts."""
-    stds = []
-    for gates_PMK in gates.by_task.values():
-        # A single prompt has no standard deviation.
-        undefined_MK = np.full_like(gates_PMK[0], np.nan)
-        stds.append(gates_PMK.std(axis=0, ddof=1) if len(gates_PMK) > 1 else undefined_MK)
-    places = product(gates.by_task, gates.modules, range(gates.means.shape[-1]))
-    numbers = zip(places, gates.means.ravel(), np.ravel(stds), strict=True)
+    """Returns each task's mean gates in each module."""
+    means_TMK = gates.means
+    places = product(gates.by_task, gates.modules, range(means_TMK.shape[-1]))
     prompts = span([len(gates_PMK) for gates_PMK in gates.by_task.values()])
     return GATES.frame(
-        [(task, *module, expert, mean, std) for (task, module, expert), mean, std in numbers],
+        [
+            (task, *module, expert, mean)
+            for (task, module, expert), mean in zip(places, means_TMK.ravel(), strict=True)
+        ],
         f"Gates of {prompts} prompts of each of {len(gates.by_task)} tasks, divided by their mean "
         "over the experts: 1 is neutral, and the number of experts means that only one expert is "
         "used.",

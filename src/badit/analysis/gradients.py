@@ -42,8 +42,6 @@ GRADIENT_SUMMARY = Table(
     "gradient_summary",
     "layer module parameters",
     conflict_rate="share of the pairs of tasks whose gradients have a negative cosine",
-    mean_cosine="mean cosine over the pairs of tasks",
-    mean_magnitude_similarity="mean of 2|a||b| / (|a|² + |b|²) over the pairs of tasks",
     reliability=f"{SHARED['reliability'].meaning}; mean over tasks",
 )
 GRADIENT_TASKS = Table(
@@ -214,16 +212,12 @@ def gradient_frames(
     pairs_by_place, tasks_by_place = agreement(gram_PRR, counts_T2, pairs_2E)
     cosine_PE = pairs_by_place["cosine"]
     conflicts_PE = (cosine_PE < 0).double().masked_fill(cosine_PE.isnan(), torch.nan)
-    means = {
-        "conflict_rate": conflicts_PE,
-        "mean_cosine": cosine_PE,
-        "mean_magnitude_similarity": pairs_by_place["magnitude_similarity"],
-        "reliability": tasks_by_place["reliability"],
-    }
-    summary = {name: values.nanmean(dim=1).numpy() for name, values in means.items()}
     frames = {
         GRADIENT_OVERALL: _crossed(kinds, pairs, pairs_by_kind),
-        GRADIENT_SUMMARY: places.assign(**summary),
+        GRADIENT_SUMMARY: places.assign(
+            conflict_rate=conflicts_PE.nanmean(dim=1).numpy(),
+            reliability=tasks_by_place["reliability"].nanmean(dim=1).numpy(),
+        ),
         GRADIENT_TASKS: _crossed(kinds, single, tasks_by_kind),
     }
     rows = len(places) * len(pairs)
