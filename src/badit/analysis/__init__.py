@@ -162,14 +162,14 @@ def _measure(
             held_out = held_out_angles(model, batches, progress=progress)
         return [expert_angles(run, held_out), component_flow(run), *atlas]
 
-    parts = {"interference": interference, "experts": experts}
+    measurements = {"interference": interference, "experts": experts}
     if recipe.data.order is None:
-        parts["learning"] = list  # no tables
+        measurements["learning"] = list  # no tables
     elif run.scores_path.is_file():
         # Otherwise a later analysis measures it, once the run is scored.
-        parts["learning"] = lambda: [transfer(run)]
-    for part, measure in parts.items():
-        if part not in record.finished:
+        measurements["learning"] = lambda: [transfer(run)]
+    for name, measure in measurements.items():
+        if name not in record.finished:
             began = time.monotonic()
             frames = measure()
-            record.add(part, frames, time.monotonic() - began)
+            record.add(name, frames, time.monotonic() - began)

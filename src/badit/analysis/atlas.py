@@ -239,9 +239,9 @@ def expert_abilities(
 
         change_T = change_TK[:, expert]
         mean = change_T.mean()
-        most = change_T.max()
+        largest = change_T.max()
         hurt: list[int] = []
-        if most >= _NO_CHANGE and most - mean > _LEAST_LEAD * mean:
+        if largest >= _NO_CHANGE and largest - mean > _LEAST_LEAD * mean:
             hurt = _standing_out(change_T, error_TK[:, expert])
         names = (", ".join(tasks[t] for t in chosen) for chosen in (drawn, hurt))
         rows.append((expert, *names, gate_T.mean(), spread, mean))
@@ -282,6 +282,7 @@ def ability_recovery(
     sets = [set(names) for names in abilities]
     overlap_TT = np.array([[len(a & b) / len(a | b) for b in sets] for a in sets])
     tasks = np.arange(len(sets))
+    # The observed order comes first, and counts as a permutation.
     copies_RT = np.tile(tasks, (_PERMUTATIONS, 1))
     permuted_RT = np.random.default_rng(_SEED).permuted(copies_RT, axis=1)
     order_RT = np.vstack([tasks, permuted_RT])
@@ -291,6 +292,7 @@ def ability_recovery(
     similarity_1E = similarity_TT[first_E, second_E][None]
     correlation_R = _standardised(overlap_RE) @ _standardised(similarity_1E)[0]
 
+    # A task is not its own neighbour.
     others_TT = np.where(np.eye(len(tasks), dtype=bool), -np.inf, similarity_TT)
     neighbour_RT = order_RT[:, others_TT.argmax(axis=1)]
     related_R = (overlap_TT > 0)[order_RT, neighbour_RT].mean(axis=1)

@@ -71,6 +71,7 @@ class NeuronOutputs:
         if layer not in self._sums_TU:
             self._sums_TU[layer] = sum_U.new_zeros(len(self.positions_T), len(sum_U))
         self._sums_TU[layer][self.task] += sum_U
+        # All layers see the same positions, so one layer counts them.
         if layer == 0:
             self.positions_T[self.task] += len(output_NU)
 
@@ -94,6 +95,7 @@ def _first_projections(model: nn.Module) -> list[nn.Module]:
         if name in names or below.rpartition(".")[2] in names:
             projections.append((layer, module))
     config: Any = model.config
+    # Another order, or several projections in a layer, would mix up the layers of the tables.
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if not projections or [layer for layer, _ in projections] != list(range(layers)):
         problem = f"co-activation cannot be measured for type {config.model_type}"
@@ -123,7 +125,7 @@ def marked_experts(gates: PromptGates) -> Marks:
 
 
 def coactivation(
-    tasks: Sequence[str], marked: Mapping[str, Marks], about: str
+    tasks: Sequence[str], marked: Mapping[str, Marks], description: str
 ) -> list[pd.DataFrame]:
     """Returns the tables of co-activation from the marks by kind of unit.
 
@@ -139,9 +141,9 @@ def coactivation(
         if layers:
             pairs += [(kind, *row) for row in _overlaps(tasks, layers)]
     return [
-        COACTIVATION.frame(counts, about),
-        COACTIVATION_TASKS.frame(of_tasks, about),
-        COACTIVATION_PAIRS.frame(pairs, about),
+        COACTIVATION.frame(counts, description),
+        COACTIVATION_TASKS.frame(of_tasks, description),
+        COACTIVATION_PAIRS.frame(pairs, description),
     ]
 
 
@@ -149,6 +151,7 @@ def _counts(marked_TU: np.ndarray) -> Iterator[tuple]:
     """Yields the numbers of tasks 0, 1, …, T, with the share of units that they mark, and chance."""
     tasks, units = marked_TU.shape
     shares = np.bincount(marked_TU.sum(axis=0), minlength=tasks + 1) / units
+    # The number of marks is a sum of independent ones, so its distribution is their convolution.
     chances = np.ones(1)
     for size in marked_TU.sum(axis=1):
         chances = np.convolve(chances, [1 - size / units, size / units])

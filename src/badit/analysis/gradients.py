@@ -94,6 +94,7 @@ class TaskGradients:
         self.row = 0
         self.sketches: dict[Place, list[SketchedSums]] = {}
         self._squares: dict[int, list[torch.Tensor]] = {}  # by layer, (T, U) of each weight
+        # A fixed seed, so that a repeated analysis has the same tables.
         generator = torch.Generator().manual_seed(0)
         model.requires_grad_(False)
         for place, parameter, in_dim in measured_parameters(model):
@@ -189,7 +190,7 @@ def agreement(
 
 
 def gradient_frames(
-    tasks: Sequence[str], gradients: TaskGradients, about: str
+    tasks: Sequence[str], gradients: TaskGradients, description: str
 ) -> list[pd.DataFrame]:
     """Returns gradient_overall, gradient_summary, gradient_tasks and gradient_pairs.
 
@@ -224,11 +225,11 @@ def gradient_frames(
     if rows <= MOST_PAIRS:
         frames[GRADIENT_PAIRS] = _crossed(places, pairs, pairs_by_place)
     else:
-        about += (
+        description += (
             " The table of every pair of tasks in every module is left out, because it has "
             f"{rows:,} rows."
         )
-    return [table.frame(frame, about) for table, frame in frames.items()]
+    return [table.frame(frame, description) for table, frame in frames.items()]
 
 
 def _crossed(

@@ -47,6 +47,7 @@ def measure_interference(
         for number, (task, instances) in enumerate(batches.items()):
             neurons.task = number
             for index, instance in enumerate(instances):
+                # The instances of a task alternate between its two halves.
                 gradients.row = 2 * number + index % 2
                 inputs = send_to_device(instance, parameter.device)
                 _loss(model, inputs, f"task {task}, instance {index}").backward()
@@ -83,6 +84,7 @@ def measure_interference(
 def _loss(model: nn.Module, inputs: Any, name: str) -> torch.Tensor:
     """Returns the mean loss of an instance's answer; BaditError if it is not finite."""
     losses_L, _, _ = answer_losses(model, inputs)
+    # Each instance counts equally, whatever the length of its answer.
     loss = losses_L.mean()
     if not torch.isfinite(loss):
         reason = "the dtype may overflow: use float32"

@@ -97,6 +97,7 @@ def expert_angles(run: RunFolder, held_out: Angles | None = None) -> pd.DataFram
                 angles = [line.get(prefix + name) for name in ExpertAngles._fields]
                 rows.append((*place, measured, *angles))
         if held_out:
+            # At the last step, the end of the logged curves.
             training = run.known_environment.get("training") or {}
             step = training.get("steps")
             rows += [(step, *place, "held-out", *angles) for place, angles in held_out.items()]
@@ -145,6 +146,7 @@ def held_out_angles(model: Any, batches: TaskBatches, *, progress: bool = False)
     parameters: list[torch.Tensor] = []
     for layer, adapter in experts:
         parameters += [layer.badit_A[adapter], layer.badit_B[adapter]]
+    # The gradients of all other parameters would only cost time and memory.
     model.requires_grad_(False)
     nn.ParameterList(parameters).requires_grad_(True)
 
@@ -190,7 +192,7 @@ def task_gap(path: AnyPath) -> pd.DataFrame:
     The models are trained on that task alone and on all tasks.
     """
     results = load_results(path)
-    scores = results.scores.loc[results.scores["metric"] == "rouge_l"]
+    scores = results.scores.query("metric == 'rouge_l'")
     pairs = pd.concat([paired(scores, method, method + SINGLE_TASK) for method in results.methods])
     means = (
         pairs.groupby(["method", "task"], sort=False)

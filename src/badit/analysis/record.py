@@ -35,24 +35,25 @@ class Record:
         fix = f"delete {files} to measure again, or choose another --output"
         with explained(self.tables, action="resumed", fix=fix, any_error=True):
             self.content = read_json(self.path)
+            # Tables of other settings must not be mixed with new ones.
             if self.content["settings"] != settings:
                 problem = "belongs to another run, model or data, or to other settings"
                 raise BaditError(f"{self.tables}: {problem}; {fix}")
-            for part, details in self.content["parts"].items():
-                if all((self.tables / f"{name}.json").is_file() for name in details["tables"]):
-                    self.finished[part] = details
+            for name, details in self.content["parts"].items():
+                if all((self.tables / f"{table}.json").is_file() for table in details["tables"]):
+                    self.finished[name] = details
 
     @property
     def is_complete(self) -> bool:
         return self.finished.keys() >= PARTS
 
-    def add(self, part: str, frames: Sequence[pd.DataFrame], seconds: float) -> None:
+    def add(self, name: str, frames: Sequence[pd.DataFrame], seconds: float) -> None:
         """Saves the tables of a part, without those that have no rows, and records the part."""
         frames = [frame for frame in frames if len(frame)]
         for frame in frames:
             save_frame(frame, self.tables)
         # Recorded after the tables are written, so that an interrupted part is measured again.
-        self.finished[part] = {
+        self.finished[name] = {
             "tables": [frame.attrs["name"] for frame in frames],
             "seconds": round(seconds, 1),
             "peak_memory_gib": peak_memory(),

@@ -84,10 +84,10 @@ class Table:
         self.values = create_model(name, **fields)
         TABLES[name] = self
 
-    def frame(self, rows: Any, about: str) -> pd.DataFrame:
+    def frame(self, rows: Any, description: str) -> pd.DataFrame:
         """Returns a frame of this table from any data that DataFrame accepts.
 
-        ``about`` says how it was measured.
+        ``description`` says how it was measured.
         """
         frame = pd.DataFrame(rows, columns=list(self.columns))
         for name, (_, kind) in self.columns.items():
@@ -99,14 +99,14 @@ class Table:
             else:
                 frame[name] = frame[name].astype(int)
         meanings = {name: meaning for name, (meaning, _) in self.columns.items()}
-        frame.attrs = {"name": self.name, "about": about, "columns": meanings}
+        frame.attrs = {"name": self.name, "about": description, "columns": meanings}
         return frame
 
-    def checked(self, rows: Any, about: str, columns: Iterable[str] = ()) -> pd.DataFrame:
+    def checked(self, rows: Any, description: str, columns: Iterable[str] = ()) -> pd.DataFrame:
         """Returns :meth:`frame` of a file's rows, after checking the values' types and ranges."""
         columns = list(columns or self.columns)
         values = pd.DataFrame(rows, columns=columns, dtype=object).to_dict("list")
-        return self.frame(self.values.model_validate(values).model_dump(), about)
+        return self.frame(self.values.model_validate(values).model_dump(), description)
 
 
 def save_frame(frame: pd.DataFrame, folder: Path) -> Path:

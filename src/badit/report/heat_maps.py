@@ -65,6 +65,7 @@ def heat_map(cells: pd.DataFrame, look: Look, choices: Sequence[alt.Parameter] =
     if is_mean.any():
         limit = f"limits[{choices[0].name} === '{ALL}' ? 0 : 1]"
 
+    # Only short names fit side by side.
     upright = max(map(len, columns.values()), default=0) > 3
     angle = -90 if upright else 0
     base = base.encode(

@@ -123,8 +123,9 @@ def _samples_of_task(task: str, models: Mapping[str, Source]) -> list[dict[str, 
     shared = [
         instance for instance in first if all(instance in by_model for by_model in answers.values())
     ]
-    most = 6 if len(answers) <= 3 else 3
-    count = min(most, len(shared))
+    # Many models make a sample long. The samples are spread over the task's instances.
+    limit = 6 if len(answers) <= 3 else 3
+    count = min(limit, len(shared))
     chosen = [shared[i * len(shared) // count] for i in range(count)]
     return [
         _sample({name: by_instance[instance] for name, by_instance in answers.items()})

@@ -55,6 +55,7 @@ def _differences(scored: Sequence[Source]) -> pd.DataFrame:
     for source in scored[1:]:
         differences = _rouge_l(source).reindex(reference_scores.index) - reference_scores
         differences = differences.dropna()
+        # The untuned model is not one of the trained methods that are compared.
         if differences.empty or source.config.get("method") == {"name": "base"}:
             continue
         by_task = {

@@ -133,9 +133,9 @@ def _folder_of(path: Path) -> Path:
 
 def _labels(folders: Sequence[Path]) -> list[str]:
     """Returns the shortest path endings that differ between all folders."""
-    parts_of_folders = [folder.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, parts_of_folders)) + 1):
-        labels = ["/".join(parts[-length:]) for parts in parts_of_folders]
+    paths = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, paths)) + 1):
+        labels = ["/".join(names[-length:]) for names in paths]
         if len(set(labels)) == len(labels):
             return labels
     return [str(folder) for folder in folders]
@@ -168,8 +168,7 @@ def _add_comparison(source: Source) -> None:
     texts.attrs["notes"] = table.notes
     source.add("methods", texts, RESULTS)
 
-    cells = results.cells
-    trained = cells.loc[cells["learning_rate"].notna(), "method"]
+    trained = results.cells.dropna(subset="learning_rate")["method"]
     numbers = table.numbers[table.numbers["method"].isin(trained)]
     differences = numbers.rename(columns=lambda name: name.removeprefix("difference_"))
     differences = differences.assign(reference=results.reference)[DIFFERENCE_COLUMNS]

@@ -48,7 +48,7 @@ def by_similarity(pairs: pd.DataFrame, column: str) -> list[str]:
     from scipy.spatial.distance import squareform
 
     if "parameters" in pairs:
-        pairs = pairs.loc[pairs["parameters"] == shown_parameters(pairs)]
+        pairs = of_shown_parameters(pairs)
     tasks = sorted({*pairs["task_a"], *pairs["task_b"]})
     if len(tasks) < 3:
         return tasks
@@ -66,6 +66,9 @@ def by_similarity(pairs: pd.DataFrame, column: str) -> list[str]:
     return [tasks[leaf] for leaf in leaves_list(tree)]
 
 
-def shown_parameters(frame: pd.DataFrame) -> str:
-    """Returns the parameters whose gradients are shown: "adapter" if any, otherwise "weights"."""
-    return min(frame["parameters"])
+def of_shown_parameters(frame: pd.DataFrame) -> pd.DataFrame:
+    """Returns the rows of the parameters whose gradients are shown.
+
+    These are those of the adapter if there are any, otherwise the weights.
+    """
+    return frame.query("parameters == parameters.min()")

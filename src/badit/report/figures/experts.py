@@ -61,7 +61,7 @@ def _by_step(frame: pd.DataFrame, unit: str, title: str, *, zero: bool) -> Any:
     values = values.dropna(subset=["value"])
     if values.empty:
         return None
-    choices = [all_or_one(rows[rows["layer"] >= 0], "layer")]
+    choices = [all_or_one(rows.query("layer >= 0"), "layer")]
     base, _ = chart_by_choice(values, ["step", "measured", "group"], choices)
     base = base.encode(
         step_axis(), alt.Y("value:Q").title(title).scale(zero=zero), colour("group", labels)
@@ -92,8 +92,9 @@ def component_flow(frame: pd.DataFrame) -> Any:
     on the diagonal stayed. At most twelve regroupings are shown."""
     steps = np.unique(frame["step"])
     count = min(len(steps), _MOST_REGROUPINGS)
+    # Evenly spaced, with the first and the last one.
     steps = steps[np.linspace(0, len(steps) - 1, count).astype(int)]
-    rows = with_all(frame[frame["step"].isin(steps)], "layer")
+    rows = with_all(frame.query("step in @steps"), "layer")
     moves = rows.groupby(["layer", "step", "from_expert", "to_expert"])["components"].sum()
     counts = moves.unstack(fill_value=0)
     shares = counts.div(counts.sum(axis="columns"), axis="rows").stack()
@@ -108,7 +109,7 @@ def component_flow(frame: pd.DataFrame) -> Any:
         written=True,
     )
     step = choice("step", map(str, steps), [f"step {step}" for step in steps])
-    return heat_map(cells, look, [all_or_one(frame[frame["layer"] >= 0], "layer"), step])
+    return heat_map(cells, look, [all_or_one(frame.query("layer >= 0"), "layer"), step])
 
 
 GEOMETRY = [

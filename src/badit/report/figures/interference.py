@@ -24,7 +24,7 @@ from badit.report.charts import (
     with_all,
 )
 from badit.report.heat_maps import Look, cells_of_pairs, heat_map
-from badit.report.task_order import shown_parameters
+from badit.report.task_order import of_shown_parameters
 
 _PAIRS_AT_EACH_END = 60
 
@@ -33,21 +33,21 @@ def gradient_cosines(frame: pd.DataFrame) -> Any:
     """Blue pairs of tasks agree, orange pairs conflict. Gradients are those of the adapter's
     parameters, or of the model's weights if there is no adapter. For all layers and all modules,
     all gradients form one vector; otherwise the mean cosine is shown."""
-    shown = frame[frame["parameters"] == shown_parameters(frame)]
-    is_overall = shown["layer"] == ALL
-    overall = shown[is_overall]
-    single = shown[~is_overall]
+    shown = of_shown_parameters(frame)
+    overall = shown.query(f"layer == '{ALL}'")
+    single = shown.query(f"layer != '{ALL}'")
     means = with_all(single, "layer", "module")
     if len(overall):
-        is_partial = (means["layer"] != ALL) | (means["module"] != ALL)
-        means = pd.concat([overall, means[is_partial]])
+        # The mean of all layers and modules would hide the cosine of whole gradients.
+        partial = means.query(f"layer != '{ALL}' or module != '{ALL}'")
+        means = pd.concat([overall, partial])
     choices = [all_or_one(single, "layer"), all_or_one(single, "module")]
     return heat_map(cells_of_pairs(means, "cosine"), Look("cosine"), choices)
 
 
 def gradient_cosines_weights(frame: pd.DataFrame) -> Any:
     """Cosines of the gradients of the base model's weights, without the adapter's parameters."""
-    weights = frame[frame["parameters"] != shown_parameters(frame)]
+    weights = frame.query("parameters != parameters.min()")
     if weights.empty:
         return None
     return gradient_cosines(weights)
@@ -66,8 +66,8 @@ def reliability_by_layer(frame: pd.DataFrame) -> Any:
 
 def _by_layer(frame: pd.DataFrame, column: str, form: str) -> Any:
     """Returns a chart of a column of ``gradient_summary`` over the layers, a line per module."""
-    is_shown = (frame["layer"] >= 0) & frame[column].notna()
-    rows = frame.loc[is_shown, ["layer", "module", "parameters", column]]
+    columns = ["layer", "module", "parameters", column]
+    rows = frame.query("layer >= 0")[columns].dropna()
     if rows.empty:
         return None
     base = chart_of(rows, chosen="parameters").encode(
@@ -83,7 +83,7 @@ def _by_layer(frame: pd.DataFrame, column: str, form: str) -> Any:
     )
     lines = base.mark_line(strokeWidth=1.8, tooltip=None)
     # With many layers, points would hide the line, but their tooltips are still needed.
-    few = rows["layer"].nunique() <= 12
+    few = len(set(rows["layer"])) <= 12
     size, opacity = (25, 1) if few else (60, 0)
     points = base.mark_point(filled=True, size=size, opacity=opacity)
     chart = (lines + points).add_params(choice("parameters", sorted(rows["parameters"])))
@@ -94,8 +94,7 @@ def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
     """The corrected cosine removes the noise of few instances (a dash: too noisy). The magnitude
     similarity is 1 for gradients with equal norms. Of more than 120 pairs, those in the middle are
     left out."""
-    is_shown = (frame["parameters"] == shown_parameters(frame)) & frame["cosine"].notna()
-    rows = frame[is_shown].sort_values("cosine")
+    rows = of_shown_parameters(frame).dropna(subset="cosine").sort_values("cosine")
     lowest = rows[:_PAIRS_AT_EACH_END]
     highest = rows[_PAIRS_AT_EACH_END:][-_PAIRS_AT_EACH_END:]
     rows = pd.concat([lowest, highest]).rename(columns={"task_a": "task", "task_b": "other_task"})
@@ -129,7 +128,7 @@ GRADIENTS = [
 def shared_units(frame: pd.DataFrame) -> Any:
     """Bars above the dashed line mean more sharing than by chance. Units that no task marks are not
     shown."""
-    rows = frame[(frame["tasks"] > 0) & (frame["layer"] >= 0)]
+    rows = frame.query("tasks > 0 and layer >= 0")
     if rows.empty:
         return None
     series = ["measured", "by chance"]

@@ -101,7 +101,7 @@ def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
     table["instances"] = [*(number(count, ".0f") for count in instances), ""]
     strong = []
     for name, metric in METRICS.items():
-        rows = frame[frame["metric"] == name]
+        rows = frame.query("metric == @name")
         if rows.empty:
             continue
         scores = rows.pivot_table("score", "task", "run", sort=False).reindex(tasks)
@@ -216,6 +216,7 @@ def transfer(frame: pd.DataFrame) -> Any:
     """Each row is the model after one more task. Scores that decrease down a column show
     forgetting."""
     rows = frame.sort_values("stage", kind="stable")
+    # The columns have the order of the rows, so that the diagonal is the task learnt last.
     tasks = list(dict.fromkeys([*rows["trained_task"], *rows["task"]]))
     rows["task"] = pd.Categorical(rows["task"], tasks)
     look = Look(
