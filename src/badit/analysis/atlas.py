@@ -9,6 +9,7 @@ permutations, E = task pairs.
 """
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -179,7 +180,7 @@ def expert_losses(
         sums_P, counts_P = prompt_losses(model, batches_of_task)
         sums = [sums_P]
         for expert in range(experts[0].number):
-            with _disabled(experts, expert):
+            with changed_gates(experts, partial(_without, expert)):
                 sums.append(prompt_losses(model, batches_of_task)[0])
         sums_SP = np.stack(sums)
         tokens = counts_P.sum()
@@ -196,14 +197,11 @@ def expert_losses(
     return np.stack(losses), np.stack(errors)
 
 
-def _disabled(experts: Sequence[Experts], expert: int) -> Any:
-    """Returns a context in which an expert's gates are 0 in all layers."""
-
-    def change(layer: Experts, gates: torch.Tensor) -> torch.Tensor:
-        is_disabled_K = torch.arange(layer.number, device=gates.device) == expert
-        return gates.masked_fill(is_disabled_K, 0.0)
-
-    return changed_gates(experts, change)
+def _without(expert: int, layer: Experts, gates: torch.Tensor) -> torch.Tensor:
+    """Returns the gates (..., K) of a layer with that of one expert set to 0."""
+    gates = gates.clone()
+    gates[..., expert] = 0.0
+    return gates
 
 
 def _losses_frame(tasks: Sequence[str], losses_TS: np.ndarray) -> pd.DataFrame:
@@ -233,14 +231,14 @@ def expert_abilities(
     for expert in range(change_TK.shape[1]):
         gate_T = gate_TK[:, expert]
         spread = np.ptp(gate_T)
-        drawn: list[int] = []
+        drawn = []
         if spread >= _LEAST_SPREAD:
             drawn = _standing_out(gate_T, gate_error_TK[:, expert])
 
         change_T = change_TK[:, expert]
         mean = change_T.mean()
         largest = change_T.max()
-        hurt: list[int] = []
+        hurt = []
         if largest >= _NO_CHANGE and largest - mean > _LEAST_LEAD * mean:
             hurt = _standing_out(change_T, error_TK[:, expert])
         names = (", ".join(tasks[t] for t in chosen) for chosen in (drawn, hurt))

@@ -68,9 +68,8 @@ class NeuronOutputs:
     def _add(self, layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         output_NU = output.detach().flatten(0, -2)
         sum_U = output_NU.sum(dim=0, dtype=torch.float32)
-        if layer not in self._sums_TU:
-            self._sums_TU[layer] = sum_U.new_zeros(len(self.positions_T), len(sum_U))
-        self._sums_TU[layer][self.task] += sum_U
+        zeros_TU = sum_U.new_zeros(len(self.positions_T), len(sum_U))
+        self._sums_TU.setdefault(layer, zeros_TU)[self.task] += sum_U
         # All layers see the same positions, so one layer counts them.
         if layer == 0:
             self.positions_T[self.task] += len(output_NU)
@@ -87,7 +86,7 @@ def _first_projections(model: nn.Module) -> list[nn.Module]:
     If they are adapted, these are the adapter layers, whose outputs include the adapter.
     """
     names = default_targets(model) or set()
-    projections: list[tuple[int, nn.Module]] = []
+    projections = []
     for name, module in model.named_modules():
         layer, below = layer_and_module(name)
         if layer < 0 or name.endswith(".base_layer"):
@@ -106,10 +105,10 @@ def _first_projections(model: nn.Module) -> list[nn.Module]:
 
 def strongest(scores: Mapping[int, torch.Tensor], share: float) -> Marks:
     """Marks the ``share`` of each layer's units with a task's highest scores (T, U)."""
-    marks: dict[int, np.ndarray] = {}
+    marks = {}
     for layer, scores_TU in scores.items():
-        marks_TU = [top_neurons({"units": scores_U}, share)["units"] for scores_U in scores_TU]
-        marks[layer] = torch.stack(marks_TU).numpy()
+        masks = [top_neurons({"units": scores_U}, share)["units"] for scores_U in scores_TU]
+        marks[layer] = torch.stack(masks).numpy()
     return marks
 
 
@@ -117,7 +116,7 @@ def marked_experts(gates: PromptGates) -> Marks:
     """Marks the experts of a layer's modules whose mean gate over a task's prompts is above 1."""
     layers_M = np.array([layer for layer, _ in gates.modules])
     marked_TMK = gates.means > 1 + _ROUNDING
-    marks: dict[int, np.ndarray] = {}
+    marks = {}
     for layer in np.unique(layers_M).tolist():
         of_layer_TMK = marked_TMK[:, layers_M == layer]
         marks[layer] = of_layer_TMK.reshape(len(marked_TMK), -1)
@@ -131,9 +130,7 @@ def coactivation(
 
     These are coactivation, coactivation_tasks and coactivation_pairs.
     """
-    counts: list[tuple] = []
-    of_tasks: list[tuple] = []
-    pairs: list[tuple] = []
+    counts, of_tasks, pairs = [], [], []
     for kind, layers in marked.items():
         for layer, marked_TU in layers.items():
             counts += [(kind, layer, *row) for row in _counts(marked_TU)]
@@ -148,7 +145,7 @@ def coactivation(
 
 
 def _counts(marked_TU: np.ndarray) -> Iterator[tuple]:
-    """Yields the numbers of tasks 0, 1, …, T, with the share of units that they mark, and chance."""
+    """Yields the numbers of tasks 0, 1, …, T, with the share of units they mark, and chance."""
     tasks, units = marked_TU.shape
     shares = np.bincount(marked_TU.sum(axis=0), minlength=tasks + 1) / units
     # The number of marks is a sum of independent ones, so its distribution is their convolution.

@@ -143,7 +143,7 @@ def held_out_angles(model: Any, batches: TaskBatches, *, progress: bool = False)
     ]
     if not experts:
         return {}
-    parameters: list[torch.Tensor] = []
+    parameters = []
     for layer, adapter in experts:
         parameters += [layer.badit_A[adapter], layer.badit_B[adapter]]
     # The gradients of all other parameters would only cost time and memory.
