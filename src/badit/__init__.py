@@ -7,8 +7,8 @@
     trainer = Trainer(model, TrainingArguments(learning_rate=2e-3), ...)
     hooks_of(model).start_task({"all": trainer.get_train_dataloader()})
 
-The commands are also available from Python: ``train``, ``compare``, ``analyze``, and the methods of :class:`badit.Run`.
-Names are imported on first use, so ``import badit`` is fast.
+The commands are also available from Python: ``train``, ``compare``, ``analyze``, and the methods of
+:class:`badit.Run`. Names are imported on first use, so ``import badit`` is fast.
 """
 
 from __future__ import annotations
@@ -50,10 +50,28 @@ _NAMES = {
 _HOMES = {name: f"badit.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "BaditConfig", "BaditError", "BaditModel", "OrthogonalUpdates", "RegroupCallback", "Regrouper", "Run",
-    "__version__", "analyze", "compare", "hooks_of", "load_base_model", "load_recipe", "load_results",
-    "load_tasks", "lora_plus_groups", "plan", "summarise", "table", "train", "write_report",
-]  # fmt: skip
+    "BaditConfig",
+    "BaditError",
+    "BaditModel",
+    "OrthogonalUpdates",
+    "RegroupCallback",
+    "Regrouper",
+    "Run",
+    "__version__",
+    "analyze",
+    "compare",
+    "hooks_of",
+    "load_base_model",
+    "load_recipe",
+    "load_results",
+    "load_tasks",
+    "lora_plus_groups",
+    "plan",
+    "summarise",
+    "table",
+    "train",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -66,7 +84,8 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keeps a public function accessible after the submodule of the same name is imported and set as an attribute."""
+    """Keeps a public function accessible after the submodule of the same name is imported and set
+    as an attribute."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):
