@@ -213,5 +213,5 @@ def test_unanswerable_questions_and_unusable_runs_are_refused(
         ("full", "trains no adapter"),
         ("badit", "has no adapter yet; finish its training"),
     ):
-        (tmp_path / "config.yaml").write_text(json.dumps({"method": {"name": method}}))
+        (tmp_path / "config.yaml").write_text(json.dumps({"format": 5, "method": {"name": method}}))
         refuses(message, Session, Run(tmp_path))
