@@ -31,14 +31,18 @@ from badit.analysis.record import Record
 from badit.analysis.tables import save_frame
 from badit.comparison.results import RESULTS
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_sources
-from badit.recipe.schema import DataSection, Recipe, build_recipe
+from badit.recipe.loading import build_recipe
+from badit.recipe.method import resolve_method
+from badit.recipe.schema import DataSection
+from badit.runs.fingerprints import task_fingerprints
 from badit.runs.folder import AnyPath, RunFolder
+from badit.runs.resolved import ResolvedRun, open_run
 from badit.support.environment import environment
 from badit.support.errors import BaditError
 from badit.support.files import exclusive, inside, refuse_links, write_json
 from badit.training.checkpoints import checksums
-from badit.training.fit import encoded, load_run, make_plan, task_fingerprints
-from badit.training.methods import build_method
+from badit.training.encoding import encoded
+from badit.training.loading import load_run
 
 
 def analyze(
@@ -67,17 +71,15 @@ def analyze(
         _analyze_comparison(folder, data, output)
         return output
 
-    run = RunFolder.at(folder)
+    weights = folder
     if is_run:
-        run = RunFolder(folder, trust_remote_code=trust_remote_code)
-        recipe = run.trusted_recipe()
+        run = open_run(RunFolder(folder, trust_remote_code=trust_remote_code))
+        weights = run.folder.adapter_path
     else:
-        recipe = _base_recipe(target, data, output)
-    trains = build_method(recipe.method).trains
-    tasks = _tasks(recipe, data, trains)
-    prompts = [(task, _measured_instances(task, instances, trains)) for task in tasks]
+        run = _base_model_run(target, data, output)
+    tasks = _tasks(run, data)
+    prompts = [(task, _measured_instances(task, instances, run.method.trains)) for task in tasks]
 
-    weights = run.adapter_path if is_run else folder
     settings = {
         # Relative to the output folder, so that both can be moved together.
         "target": os.path.relpath(folder.resolve(), output.resolve()) if is_run else target,
@@ -89,7 +91,7 @@ def analyze(
     record = Record(output, settings, with_recipe=not is_run)
     if not record.is_complete:
         with exclusive(output):
-            _measure(record, recipe, prompts, trains, progress)
+            _measure(record, run, prompts, progress)
     return output
 
 
@@ -103,18 +105,19 @@ def _analyze_comparison(folder: Path, data: str | None, output: Path) -> None:
     save_frame(frame, output / "analysis")
 
 
-def _base_recipe(model: str, data: str | None, output: Path) -> Recipe:
+def _base_model_run(model: str, data: str | None, output: Path) -> ResolvedRun:
     if data is None:
         fix = "to analyze a base model, set its tasks with --data"
         raise BaditError(f"{model}: not a run's folder; {fix}")
     values = {"model": {"name": model}, "data": {"source": data}, "method": {"name": "base"}}
-    return build_recipe({**values, "output": str(output)})
+    recipe = build_recipe({**values, "output": str(output)})
+    return ResolvedRun(RunFolder.at(output), recipe, resolve_method(recipe.method))
 
 
-def _tasks(recipe: Recipe, data: str | None, trains: bool) -> Sequence[Task]:
-    if data is None and trains:
-        return make_plan(recipe).tasks
-    section = recipe.data
+def _tasks(run: ResolvedRun, data: str | None) -> Sequence[Task]:
+    if data is None and run.method.trains:
+        return run.tasks
+    section = run.recipe.data
     if data is not None:
         section = DataSection(source=data)  # pyright: ignore[reportCallIssue]
     return load_sources(section.sources(), section.tasks)
@@ -132,19 +135,17 @@ def _measured_instances(task: Task, count: int, trains: bool) -> Sequence[Instan
     raise BaditError(f"data: task {task.name} {problem}; add some or leave the task out")
 
 
-def _measure(
-    record: Record, recipe: Recipe, prompts: Prompts, trains: bool, progress: bool
-) -> None:
+def _measure(record: Record, run: ResolvedRun, prompts: Prompts, progress: bool) -> None:
     """Loads the model, and measures and saves the parts that are not finished."""
-    run = RunFolder.at(recipe.output)
-    model, tokenizer = load_run(run, recipe)
-    if not trains:
+    folder = run.folder
+    model, tokenizer = load_run(run)
+    if not run.method.trains:
         # So that the report finds a base model's recipe and environment.
-        RunFolder.prepare(recipe)
-        if not run.environment_path.is_file():
-            write_json(run.environment_path, environment())
+        run.prepare_folder()
+        if not folder.environment_path.is_file():
+            write_json(folder.environment_path, environment())
     pairs = [(task, instance) for task, instances in prompts for instance in instances]
-    examples = encoded(tokenizer, recipe, pairs, model)
+    examples = encoded(tokenizer, run.recipe, pairs, model)
     collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
     batches = batches_by_task(examples, collate, batch_size=4)
     one_by_one = batches_by_task(examples, collate, batch_size=1)
@@ -160,14 +161,14 @@ def _measure(
         held_out = None
         if all(instances[0] not in task.train[:1] for task, instances in prompts):
             held_out = held_out_angles(model, batches, progress=progress)
-        return [expert_angles(run, held_out), component_flow(run), *atlas]
+        return [expert_angles(folder, held_out), component_flow(folder), *atlas]
 
     measurements = {"interference": interference, "experts": experts}
-    if recipe.data.order is None:
+    if run.recipe.data.order is None:
         measurements["learning"] = list  # no tables
-    elif run.scores_path.is_file():
+    elif folder.scores_path.is_file():
         # Otherwise a later analysis measures it, once the run is scored.
-        measurements["learning"] = lambda: [transfer(run)]
+        measurements["learning"] = lambda: [transfer(folder)]
     for name, measure in measurements.items():
         if name not in record.finished:
             began = time.monotonic()

@@ -22,7 +22,7 @@ from badit.analysis.experts import Experts, active_experts, changed_gates
 from badit.analysis.gates import PromptGates, gates_frame
 from badit.analysis.tables import INDEX, TEXT, Column, Table
 from badit.data import Instance, Task
-from badit.evaluation.scoring import prompt_losses
+from badit.evaluation.losses import prompt_losses
 from badit.tuner.model import TaskBatches
 
 _NEAREST = 5

@@ -9,7 +9,7 @@ import pandas as pd
 from badit.comparison.results import RESULTS, Results
 from badit.data import own_input
 from badit.metrics.answers import METRICS, Prediction, exact_match, rouge_l, score_text
-from badit.recipe.schema import to_yaml
+from badit.recipe.yaml_text import to_yaml
 from badit.report.blocks import Block, figure_blocks, notes
 from badit.report.figures import SECTIONS
 from badit.report.shared_frames import together

@@ -24,7 +24,7 @@ from badit.comparison.results import RESULTS, Results, load_results
 from badit.comparison.tables import method_table
 from badit.data import own_input
 from badit.metrics.answers import Prediction
-from badit.recipe.schema import read_values
+from badit.recipe.loading import read_values
 from badit.report.charts import ALL
 from badit.report.task_order import order_tasks
 from badit.runs.folder import RunFolder
