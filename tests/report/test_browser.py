@@ -9,6 +9,7 @@ from badit.report import write_report
 from browsers import emulate, requests, until
 from report.samples import Shape, save_tables, write_run
 
+pytestmark = pytest.mark.slow
 MARKUP = "<img src=x onerror='window.ran = true'><script>window.ran = true</script>"
 
 

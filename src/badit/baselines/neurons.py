@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from badit.data.prompts import IGNORED_LABEL
+from badit.data.encoding import IGNORED_LABEL
 from badit.support.errors import BaditError
 from badit.tuner.config import Count, Share, check_options, option
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import badit.baselines  # noqa: F401 (registers the baselines with PEFT)
 from badit.data import AnswerCollator
-from badit.data.prompts import IGNORED_LABEL, uses_template, with_labels
+from badit.data.encoding import IGNORED_LABEL, uses_template
 from badit.models.loading import device as accelerator
 from badit.models.loading import resolve_model
 from badit.runs.folder import RunFolder
@@ -149,9 +149,7 @@ class BaditLM(_HFLM):
                 )
             ids = [*(context or [self.prefix_token_id]), *continuation][-(self.max_length + 1) :]
             examples.append(
-                with_labels(
-                    {"input_ids": ids, "prompt_length": len(ids) - size, "task": self._task}
-                )
+                {"input_ids": ids, "prompt_length": len(ids) - size, "task": self._task}
             )
         collate = AnswerCollator(self.tokenizer.pad_token_id, with_tasks=self._task is not None)
         batch: Any = send_to_device(collate(examples), self.device)

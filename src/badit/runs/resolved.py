@@ -13,7 +13,8 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME
 
-from badit.data.tasks import Task, ordered
+from badit.data.orders import ordered
+from badit.data.tasks import Task
 from badit.recipe.method import ResolvedMethod, resolve_method
 from badit.recipe.saved import differing_keys, dump_recipe
 from badit.recipe.schema import Recipe, Split
