@@ -39,8 +39,8 @@ EXPERT_ANGLES = Table(
         COUNT,
     ),
     measured=Column(
-        "before or after: the grouping before or after this step's regrouping, on the following steps; training: a "
-        "method without regrouping; held-out: the trained adapter on data that it was not trained on",
+        "before or after: the grouping before or after this step's regrouping, on the following steps; held-out: the "
+        "trained adapter on data that it was not trained on",
         TEXT,
     ),
     within_degrees="mean angle between components of one expert, in degrees",
@@ -89,18 +89,15 @@ def expert_angles(
     run: RunFolder, held_out: Mapping[tuple[int, str], Sequence[float | None]] | None = None
 ) -> pd.DataFrame:
     """Returns the angles that the run logged, and those of the trained adapter on held-out data if given."""
-    regroups = any(True for _ in run.log(run.regroupings_path))
-    path = run.regroupings_path if regroups else run.angles_path
-    prefixes = {"before": "previous_", "after": ""} if regroups else {"training": ""}
     step = (run.known_environment.get("training") or {}).get("steps") if held_out else None
     about = (
         "Angles between the gradients of components of one expert (within) and of two experts (between), means over "
         "pairs. The groupings before and after a regrouping are both measured on the steps after it."
     )
     rows = []
-    with explained(path, fix=_FIX, any_error=True):
-        for place, line in _logged(run, path):
-            for measured, prefix in prefixes.items():
+    with explained(run.regroupings_path, fix=_FIX, any_error=True):
+        for place, line in _logged(run, run.regroupings_path):
+            for measured, prefix in (("before", "previous_"), ("after", "")):
                 # An angle is missing if no step followed the regrouping, and null if there was no pair.
                 rows.append(
                     (

@@ -212,13 +212,8 @@ def _read(folder: Path, label: str, several: bool) -> Source:
             source.add("transfer", transfer(run), run.scores_path.name)
     # The log of a committed result has only means over modules, without labels.
     if "labels" in next(run.log(run.regroupings_path), {"labels": []}):
-        flow = component_flow(run)
-        source.add("component_flow", flow, run.regroupings_path.name)
-        source.add(
-            "expert_angles",
-            expert_angles(run),
-            (run.regroupings_path if len(flow) else run.angles_path).name,
-        )
+        source.add("component_flow", component_flow(run), run.regroupings_path.name)
+        source.add("expert_angles", expert_angles(run), run.regroupings_path.name)
     pairs, overall = (source.frames.get(name) for name in ("gradient_pairs", "gradient_overall"))
     cosines = [] if overall is None else [overall.assign(layer="all", module="all")]
     if pairs is not None:

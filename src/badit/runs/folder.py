@@ -42,7 +42,6 @@ class RunFolder:
         self.adapter_path = self.path / "adapter"  # in PEFT's format; of a sequence of tasks, after the last one
         self.checkpoints_path = self.path / "checkpoints"  # from which an interrupted run resumes
         self.regroupings_path = self.path / "regroupings.jsonl"  # the log of regroupings (DOG)
-        self.angles_path = self.path / "angles.jsonl"  # angles between experts, in runs without regrouping
         self.analysis_path = self.path / "analysis"  # the tables of `badit analyze`, one .json each
         self.gates_path = self.path / "gates.json"  # mean gates per task, measured by `badit export` or `studio`
         if check and not self.config_path.is_file() and not (self.path / RECORD).is_file():

@@ -29,7 +29,7 @@ from badit.recipe.schema import Recipe
 from badit.runs.folder import RunFolder
 from badit.support.errors import BaditError, explained, first_line, nearest
 from badit.support.files import read_json
-from badit.training.regrouping import TOP_K_REFUSED, AngleLog, RegroupCallback, RegroupOptions
+from badit.training.regrouping import TOP_K_REFUSED, RegroupCallback, RegroupOptions
 from badit.training.surgery import Surgery, SurgeryTrainer
 from badit.training.trainer import AnswerTrainer
 from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS, BaditConfig, described
@@ -194,11 +194,9 @@ class AdapterMethod(Method):
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
 
     def callbacks(self, run: RunFolder) -> list[TrainerCallback]:
-        if self.regroup is not None:
-            return [RegroupCallback(**self.regroup, log_path=run.regroupings_path)]
-        # One expert, or experts that share one A, have no angles.
-        has_angles = getattr(self.config, "num_experts", 1) > 1 and not self.config.shares_A
-        return [AngleLog(run.angles_path)] if has_angles else []
+        if self.regroup is None:
+            return []
+        return [RegroupCallback(**self.regroup, log_path=run.regroupings_path)]
 
 
 class SurgeryMethod(AdapterMethod):

@@ -7,7 +7,7 @@ place, so the optimizer's moments stay valid. (The cosine does not depend on los
 A regrouping changes the model's output if a moved component's old and new expert have different gates. ``rescale``
 keeps the change small: it multiplies the component's column of B by the ratio of these experts' mean gates.
 
-The angles between experts (paper, Fig. 4) are logged with the regroupings, or by :class:`AngleLog` if there are none.
+The angles between experts (paper, Fig. 4) are logged with the regroupings.
 """
 
 import json
@@ -39,14 +39,13 @@ from badit.tuner.distributed import (
     rank_and_size,
     scale_columns,
 )
-from badit.tuner.layer import BaditLinear, ExpertLinear
+from badit.tuner.layer import BaditLinear
 
 TOP_K_REFUSED = "regrouping would move components into experts that top_k switches off; remove top_k, or do not regroup"
 STATE_FILE = "badit_regroup.safetensors"
-_ANGLES_FILE = "badit_angles.safetensors"
 _RESCALE_LIMIT = 4.0  # limits the factor of a weight if an expert's mean gate is near zero
 
-Place = tuple[ExpertLinear, str]  # a layer and the name of one of its adapters
+Place = tuple[BaditLinear, str]  # a layer and the name of one of its adapters
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,9 @@ class RegroupOptions:
         return range(every, math.floor(round(self.stop * total_steps, 6)) + 1, every)
 
 
-def trainable_adapters(
-    model: nn.Module, kind: type[ExpertLinear] = BaditLinear
-) -> Iterator[tuple[str, Place]]:
-    """Yields (name, (layer, adapter)) of every trainable adapter in layers of class ``kind``, in the model's order."""
-    for layer in (module for module in model.modules() if isinstance(module, kind)):
+def trainable_adapters(model: nn.Module) -> Iterator[tuple[str, Place]]:
+    """Yields (name, (layer, adapter)) of every trainable BADIT adapter, in the model's order."""
+    for layer in (module for module in model.modules() if isinstance(module, BaditLinear)):
         for adapter, factor in layer.badit_A.items():
             if factor.requires_grad:
                 yield f"{layer.name}.{adapter}", (layer, adapter)
@@ -136,11 +133,7 @@ class Windows:
 
     def _pop_gates(self) -> list[torch.Tensor | None]:
         """Returns each layer's sums of gates since the last call."""
-        places = self.layers.values()
-        return [
-            one.gate_sums.pop(adapter, None) if isinstance(one, BaditLinear) else None
-            for one, adapter in places
-        ]
+        return [layer.gate_sums.pop(adapter, None) for layer, adapter in self.layers.values()]
 
     def mean_grams(self) -> dict[str, np.ndarray]:
         """Returns the mean Gram matrices on the CPU, without those of windows without steps."""
@@ -419,47 +412,6 @@ class RegroupCallback(TrainerCallback):
             return {}
         self._taken = dict(metrics)
         return {f"regroup/{name}": value for name, value in metrics.items()}
-
-
-class AngleLog(TrainerCallback):
-    """Logs a line per layer and window of ``every`` steps: step, module, window_steps and fields of ExpertAngles."""
-
-    def __init__(self, path: Path, every: int = 20) -> None:
-        self._log, self.every, self.windows = path, every, Windows({})
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.windows = Windows(
-            dict(trainable_adapters(kwargs["model"], ExpertLinear)), kwargs.get("optimizer")
-        )
-        if state.global_step:
-            self.windows.load(resumed_checkpoint(args, state) / _ANGLES_FILE)
-        if state.is_world_process_zero:
-            rewind_log(self._log, state.global_step)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.windows.after_backward()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every and state.global_step != state.max_steps:
-            return
-        # All ranks have the same sums; only rank 0 writes.
-        for name, gram_NN in (
-            self.windows.mean_grams().items() if state.is_world_process_zero else ()
-        ):
-            layer, adapter = self.windows.layers[name]
-            angles = expert_angles(gram_NN, layer.expert_of(adapter).cpu().numpy()).defined()
-            line = {
-                "step": state.global_step,
-                "module": name,
-                "window_steps": self.windows.steps[name],
-            }
-            append_to_log(self._log, {**line, **angles})
-        self.windows.restart()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.windows.save(
-            checkpoint_being_written(args, state) / _ANGLES_FILE, write=args.should_save
-        )
 
 
 def _means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
