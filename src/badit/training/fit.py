@@ -31,8 +31,8 @@ from badit.support.errors import BaditError, explained
 from badit.support.files import copy_folder, replace_folder, write_json
 from badit.training.attention import fast_on_short_sequences
 from badit.training.checkpoints import STAGING, Checkpoints, discard, last_checkpoint, safe_resuming
+from badit.training.logs import MetricsLog, ProgressBar, trackers_of, tracking
 from badit.training.methods import Method, build_method
-from badit.training.trainer import MetricsLog, ProgressBar, trackers_of, tracking
 from badit.tuner import hooks_of
 from badit.tuner.distributed import parameter_count, whole_weights
 
