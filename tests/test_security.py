@@ -12,10 +12,13 @@ import pytest
 import transformers
 
 import badit.tuner
-from badit.cli.app import app, main
+from badit.cli import main
+from badit.cli.app import app
 from badit.integrations.lm_eval import BaditLM
 from badit.models.loading import load_base_model
-from badit.recipe.schema import Recipe, build_recipe, dump_recipe
+from badit.recipe.loading import build_recipe
+from badit.recipe.saved import dump_recipe
+from badit.recipe.schema import Recipe
 from badit.support.console import status
 from badit.support.files import write_json
 from badit.training.checkpoints import last_checkpoint
@@ -285,7 +288,7 @@ def test_commands_escape_control_characters(recipe_values, tmp_path, capsys):
         for node in ast.walk(tree)
         if ast.unparse(node) == "print"
     }
-    assert printing == {"errors.py"}
+    assert printing == {"console.py"}
     codes = "x\x1b[2J\x07\u202e"
     folder = tmp_path / codes
     (folder / "checkpoint-5").mkdir(parents=True)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from badit.tuner.layer import BaditLinear
+from badit.tuner import BaditLinear
 
 
 def use_loops(model: nn.Module, *, per_sequence: bool) -> None:

@@ -10,8 +10,7 @@ from scipy.special import log_softmax
 
 import reference
 from analysis.naive_interference import batched, make_examples
-from badit.tuner import hooks_of
-from badit.tuner.layer import BaditLinear
+from badit.tuner import BaditLinear, hooks_of
 from baselines import naive as mixtures
 from baselines.naive import TASKS
 from tuner import helpers

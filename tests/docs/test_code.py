@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from badit import Run, analyze
-from badit.cli.app import main
-from badit.export.exporting import export
+from badit.cli import main
 from docs.pages import ROOT, Page, pages
+from steps import export
 
 QUICKSTART = Page(
     "docs/quickstart.md"

@@ -183,5 +183,5 @@ def test_run_without_an_adapter_is_refused(tmp_path):
         ("full", "export .* --merged"),
         ("badit", "no adapter yet"),
     ):
-        (tmp_path / "config.yaml").write_text(json.dumps({"method": {"name": name}}))
+        (tmp_path / "config.yaml").write_text(json.dumps({"format": 5, "method": {"name": name}}))
         refuses(message, badit.Run(tmp_path).push, "org/tuned")

@@ -23,7 +23,7 @@ from trl import (
 from badit import BaditConfig, BaditError, RegroupCallback
 from badit.data import answer_rows
 from badit.support.files import read_jsonl
-from badit.tuner.layer import BaditLinear
+from badit.tuner import BaditLinear
 from data.examples import CHATML, make_tokenizer
 from training.trainers import QUIET
 

@@ -14,30 +14,24 @@ The angles between experts (paper, Fig. 4) are logged with the regroupings.
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from badit.method.grouping import Solver, expert_angles, group_components, grouping_objective
-from badit.recipe.arguments import PositiveSteps
+from badit.method.grouping import expert_angles, group_components, grouping_objective
 from badit.runs.folder import AnyPath
 from badit.support.console import say
 from badit.support.errors import BaditError
 from badit.support.files import append_to_log, rewind_log
 from badit.training.checkpoints import checkpoint_being_written, resumed_checkpoint
 from badit.training.windows import Windows, trainable_adapters
-from badit.tuner.config import Count, CountOrZero, Fraction, check, check_options, option
+from badit.tuner.config import TOP_K_REFUSED, Count, RegroupOptions, check
 from badit.tuner.distributed import gathered, rank_and_size, scale_columns
 
-TOP_K_REFUSED = (
-    "regrouping would move components into experts that top_k switches off; remove top_k, or do "
-    "not regroup"
-)
 STATE_FILE = "badit_regroup.safetensors"
 _RESCALE_LIMIT = 4.0  # limits the factor of a weight if an expert's mean gate is near zero
 _METRICS = (
@@ -47,40 +41,6 @@ _METRICS = (
     "intra_degrees",
     "inter_degrees",
 )
-
-
-@dataclass(frozen=True)
-class RegroupOptions:
-    """When and how to regroup. Each regrouping uses the mean Gram matrix of the steps since the previous one."""
-
-    every: PositiveSteps = option(
-        20, "Optimizer steps between regroupings; below 1, a fraction of the run."
-    )
-    stop: Fraction = option(0.9, "Fraction of the run after which regrouping stops.")
-    solver: Solver = option(
-        "swap", "'swap': balanced k-means, then exact swaps; 'paper': the paper's iteration."
-    )
-    restarts: CountOrZero = option(10, "Number of random starts of the solver.")
-    rescale: bool = option(
-        True, "Multiply moved components by the ratio of their old and new experts' mean gates."
-    )
-
-    #: As in the paper's code: once in each of ten epochs, during the first half of training.
-    PAPER: ClassVar[dict[str, Any]] = {
-        "every": 0.1,
-        "stop": 0.5,
-        "solver": "paper",
-        "restarts": 10,
-        "rescale": False,
-    }
-
-    def __post_init__(self) -> None:
-        check_options(self, "regroup.")
-
-    def due(self, total_steps: int) -> range:
-        """Returns the steps of a run after which it regroups."""
-        every = int(self.every) if self.every >= 1 else max(1, round(self.every * total_steps))
-        return range(every, math.floor(round(self.stop * total_steps, 6)) + 1, every)
 
 
 class Regrouper:
