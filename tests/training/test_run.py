@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from analysis.naive_experts import batched, losses
-from badit import BaditError, Run, models
+from badit import BaditError, Run
 from badit.api import train
 from badit.comparison.compare import Grid
 from badit.evaluation.scoring import evaluate, validation_loss
+from badit.models import devices as models
 from badit.recipe.schema import build_recipe
 from badit.support.files import read_json, read_jsonl, write_json
 from badit.training.fit import base_model, encoded, fit, load_run, make_plan

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from badit.api import Run
 from badit.evaluation.scoring import evaluate
-from badit.models.loading import Quantisation, load_base_model
+from badit.models import Quantisation, load_base_model
 from badit.recipe.schema import build_recipe
 from badit.training.fit import make_plan
 from badit.tuner.targets import refuse_unsuitable_layer
@@ -140,7 +140,7 @@ def test_unsupported_quantisation_is_refused(recipe_values, model_folder, monkey
         model_folder,
         quantisation="bnb-8",
     )
-    monkeypatch.setattr("badit.models.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("badit.models.quantisation.find_spec", lambda name: None)
     refuses(
         r"needs bitsandbytes: pip install 'badit\[q",
         load_base_model,

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from badit import BaditConfig, OrthogonalUpdates, Regrouper
 from badit.analysis.gates import adapted_layers, changed_gates, prompt_gates
 from badit.export.exporting import merge, mixture_factors, write_adapter
-from badit.models.loading import load_base_model
+from badit.models import load_base_model
 from badit.tuner.targets import base_layer, default_targets
 from docs.pages import Page
 from refusals import refuses

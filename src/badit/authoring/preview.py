@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from badit.data.prompts import encode_examples, prompt_text, token_ids
-from badit.models.loading import load_tokenizer
+from badit.models import load_tokenizer
 from badit.recipe.schema import Recipe
 from badit.support.console import one_line
 from badit.support.text import counted, text_table

@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 from badit.comparison.compare import Grid
 from badit.comparison.compare import check as check_grid
 from badit.data import Task, hold_out, limit, load_sources, prompt_text
-from badit.models.loading import device, load_tokenizer
+from badit.models import device, load_tokenizer
 from badit.recipe.arguments import argument_names, fixed_reason
 from badit.recipe.schema import Recipe, build_recipe, parse_yaml, section_of, to_yaml
 from badit.runs.folder import RunFolder

@@ -297,7 +297,7 @@ def _shown_export(run: Run, exported: Any, options: dict[str, Any]) -> str:
     """Returns the export's facts, the commands that serve it, and the score difference of its gates, if measured."""
     from badit.export.exporting import SCORES, cost_table
     from badit.hub.card import hub_id
-    from badit.models.loading import resolve_model
+    from badit.models import resolve_model
 
     section, folder = run.recipe.model, shlex.quote(str(exported.folder))
     base, on_hub = resolve_model(section.name), hub_id(run.recipe)

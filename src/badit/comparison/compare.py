@@ -32,7 +32,7 @@ from badit.comparison.worker import error_of, progress, start_cell
 from badit.data import ordered
 from badit.metrics.answers import METRICS, mean_scores
 from badit.metrics.statistics import both_forms
-from badit.models.loading import device, warn_of_slow_dtype
+from badit.models import device, warn_of_slow_dtype
 from badit.recipe.schema import Recipe, RecipeLike, build_recipe, make_recipe, merged
 from badit.runs.folder import ERROR, RunFolder
 from badit.runs.scores import read_scores

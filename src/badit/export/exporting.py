@@ -42,7 +42,7 @@ from badit.data.tasks import Task, resolve_names
 from badit.evaluation.scoring import evaluate, score_model
 from badit.hub.card import CARD, hub_id, model_card
 from badit.method.decomposition import compress
-from badit.models.loading import device, load_base_model, resolve_model
+from badit.models import device, load_base_model, resolve_model
 from badit.recipe.schema import Recipe
 from badit.runs.folder import RECORD, AnyPath, RunFolder
 from badit.runs.scores import read_scores

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from badit.models.loading import BUILT_IN, BUILT_IN_HUB_ID, HUB_ID
+from badit.models import BUILT_IN, BUILT_IN_HUB_ID, HUB_ID
 from badit.recipe.schema import Recipe
 from badit.runs.folder import RECORD, RunFolder
 from badit.runs.scores import read_scores

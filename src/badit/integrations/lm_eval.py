@@ -21,8 +21,8 @@ from tqdm import tqdm
 import badit.baselines  # noqa: F401 (registers the baselines with PEFT)
 from badit.data import AnswerCollator
 from badit.data.prompts import IGNORED_LABEL, uses_template, with_labels
-from badit.models.loading import device as accelerator
-from badit.models.loading import resolve_model
+from badit.models import device as accelerator
+from badit.models import resolve_model
 from badit.runs.folder import RunFolder
 from badit.support.errors import BaditError, explained
 from badit.training.fit import load_run

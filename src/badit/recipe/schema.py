@@ -26,7 +26,7 @@ from badit.data.prompts import ChatTemplate, PromptEncoding
 from badit.data.rows import SUFFIXES, Format, Source, Turns
 from badit.data.tasks import Split as DataSplit
 from badit.data.tasks import Task, hold_out, limit, quotas
-from badit.models.loading import Quantisation
+from badit.models import Quantisation
 from badit.recipe.arguments import (
     LARGEST,
     RENAMED_ARGUMENTS,

@@ -1,6 +1,6 @@
 """Numbers and tables as text."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Container, Sequence
 from typing import Any
 
 import pandas as pd
@@ -11,7 +11,10 @@ UNKNOWN = "–"
 
 
 def number(value: Any, form: str = ".1f", sign: str = "-") -> str:
-    """Formats a number: -1234.5 as "−1,234.5". A rounded zero has no minus sign; a missing number is a dash."""
+    """Formats a number: -1234.5 as "−1,234.5".
+
+    A rounded zero has no minus sign. A missing number is a dash.
+    """
     return UNKNOWN if pd.isna(value) else f"{value:{sign}z,{form}}".replace("-", "−")
 
 
@@ -21,13 +24,18 @@ def counted(number: int, noun: str) -> str:
 
 
 def text_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Set[int] | None = None
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Container[int] | None = None
 ) -> str:
-    """Returns a table with aligned columns; those in ``right`` (default: all but the first) are right-aligned."""
+    """Returns a table with aligned columns.
+
+    The columns in ``right`` (default: all but the first) are right-aligned.
+    """
+    if right is None:
+        right = range(1, len(header))
     columns = []
     for i, cells in enumerate(zip(header, *rows, strict=True)):
-        texts = [*map(one_line, cells)]
-        width = max(map(len, texts))
-        align = str.rjust if (i in right if right is not None else i) else str.ljust
-        columns.append([align(text, width) for text in (texts[0], "─" * width, *texts[1:])])
+        title, *texts = map(one_line, cells)
+        width = max(map(len, (title, *texts)))
+        align = str.rjust if i in right else str.ljust
+        columns.append([align(text, width) for text in (title, "─" * width, *texts)])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))

@@ -21,7 +21,7 @@ from transformers.utils.import_utils import is_liger_kernel_available
 from badit.data.encoded import AnswerCollator, Examples, batches_by_task, encode_tasks
 from badit.data.prompts import build_prompt, encode_examples, encode_prompts, end_of_turn_id
 from badit.data.tasks import Instance, Task, mixture, ordered
-from badit.models.loading import Dtype, device, fast_dtype, load_base_model, warn_of_slow_dtype
+from badit.models import Dtype, device, fast_dtype, load_base_model, warn_of_slow_dtype
 from badit.recipe.arguments import argument_names
 from badit.recipe.schema import Recipe, Split
 from badit.runs.folder import RunFolder

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from badit.baselines import BASELINES, Baseline, neurons
-from badit.models.loading import load_skeleton
+from badit.models import load_skeleton
 from badit.recipe.schema import Recipe
 from badit.runs.folder import RunFolder
 from badit.support.errors import BaditError, explained, first_line, nearest
