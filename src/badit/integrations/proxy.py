@@ -31,7 +31,7 @@ from torch.nn.functional import one_hot
 from badit.analysis.gates import GATES_FILE, Experts, adapted_layers, mean_gates, read_gates
 from badit.data.prompts import IGNORED_LABEL
 from badit.export.exporting import NOT_A_LORA, beyond_lora, mixture_factors, write_adapter
-from badit.hub.card import refuse_other_weights
+from badit.hub.upload import refuse_other_weights
 from badit.integrations.studio.server import (
     HOST,
     LOCAL_HOSTS,
