@@ -1,7 +1,6 @@
 """File operations: strict reading, writing, and protection against links out of a folder."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest

@@ -4,7 +4,6 @@ import base64
 import json
 from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 from starlette.applications import Starlette
@@ -129,7 +128,7 @@ def test_push_errors_are_one_line(run, hub, monkeypatch):
         push,
         "org/tuned",
     )
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    monkeypatch.setattr("badit.hub.upload.get_token", lambda: None)
     refuses("hf auth login or set HF_TOKEN", push, "org/tuned")
     assert hub.files == {}
 

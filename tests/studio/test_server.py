@@ -11,8 +11,9 @@ from contextlib import closing
 import httpx2
 import pytest
 
-from badit.integrations.studio import MAX_CHARACTERS, MAX_NEW_TOKENS, server
 from badit.integrations.studio.server import MAX_BODY, application
+from badit.integrations.studio.session import MAX_CHARACTERS, MAX_NEW_TOKENS
+from badit.integrations.web import listen
 from badit.support.errors import BaditError
 from studio.conftest import BADIT, served
 
@@ -241,7 +242,7 @@ def test_studio_serves_until_interrupted(trained):
 def test_errors_are_one_line_and_reported_before_a_model_is_loaded(monkeypatch, command, tmp_path):
     run = str(tmp_path)
     (tmp_path / "config.yaml").touch()
-    with server.listen(0) as taken:
+    with listen(0) as taken:
         host, port = taken.getsockname()
         assert host == "127.0.0.1", "only this machine can reach it"
         in_use = f"--port: {port} cannot be used (Address already in use); use another port, or 0"
@@ -251,7 +252,7 @@ def test_errors_are_one_line_and_reported_before_a_model_is_loaded(monkeypatch, 
             (["no-run", "--port=0"], "no-run: has no config.yaml"),
         ):
             assert command("studio", *arguments, code=2).startswith(f"badit: {expected}")
-    monkeypatch.delitem(sys.modules, "badit.integrations.studio.server")
+    monkeypatch.delitem(sys.modules, "badit.integrations.web")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "module uvicorn is not installed; run pip install 'badit[studio]'" in command(
         "studio", "no-run", code=2

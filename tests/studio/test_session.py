@@ -12,7 +12,7 @@ from badit.analysis.gates import prompt_gates
 from badit.api import Run
 from badit.data import AnswerCollator, batches_by_task
 from badit.evaluation.generation import generate_answers
-from badit.integrations.studio import Question, Session, mixed
+from badit.integrations.studio.session import Question, Session, mixed
 from badit.support.errors import refuse_unknown
 from badit.training.fit import encoded
 from badit.tuner import hooks_of

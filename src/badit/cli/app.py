@@ -202,6 +202,7 @@ def studio(
         run: a run's folder, of any method that trains an adapter.
         browser: open the page in the browser.
     """
+    _load("badit.integrations.web")  # names the extra if it is missing
     _load("badit.integrations.studio.server").serve(
         Run(run, trust_remote_code=trust_remote_code), port=port, browser=browser
     )
@@ -226,7 +227,7 @@ def serve(
             nearest one. By default each prompt gets a LoRA with its own gates, which vLLM must be allowed to load.
         url: the address of the vLLM server.
     """
-    _load("badit.integrations.studio.server")  # names the extra, which both need, if it is missing
+    _load("badit.integrations.web")  # names the extra if it is missing
     _load("badit.integrations.proxy").serve(
         Run(run, trust_remote_code=trust_remote_code), exports, url=url, port=port
     )
