@@ -38,7 +38,9 @@ def hub_id(recipe: Recipe) -> str | None:
     name = recipe.model.name
     if name == BUILT_IN:
         return BUILT_IN_HUB_ID
-    return name if HUB_ID.fullmatch(name) and not Path(name).expanduser().is_dir() else None
+    if HUB_ID.fullmatch(name) and not Path(name).expanduser().is_dir():
+        return name
+    return None
 
 
 def base_licence(recipe: Recipe, *, online: bool = False) -> str | None:
@@ -91,12 +93,12 @@ def model_card(
         text=_text,
         address=address,
         recipe=recipe,
-        registers=".".join(module.split(".")[:2]) if needs_badit else "",
-        built_in=BUILT_IN if recipe.model.name == BUILT_IN else "",
+        registers=needs_badit and ".".join(module.split(".")[:2]),
+        built_in=recipe.model.name == BUILT_IN,
         shown_base=_text(hub_id(recipe) or Path(recipe.model.name).name),
         export=export,
         merged=metadata.library_name == "transformers",
-        scores=read_scores(run.scores_path) if run.scores_path.is_file() else None,
+        scores=run.scores_path.is_file() and read_scores(run.scores_path),
         training=_training(run, recipe),
     )
     return f"{card}\n"
@@ -132,7 +134,9 @@ def _training(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     rows |= pd.json_normalize({"method": recipe.method}).to_dict("records")[0]
     options = recipe.training.model_dump(exclude=_WITHOUT_EFFECT, exclude_none=True)
     for name, value in options.items():
-        rows[name] = _last_part(value) if isinstance(value, str) else value
+        if isinstance(value, str):
+            value = _last_part(value)
+        rows[name] = value
 
     environment = run.known_environment
     for name in ("trainable_parameters", "steps", "tokens"):

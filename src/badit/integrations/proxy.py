@@ -96,17 +96,21 @@ class _Proxy:
         content = await json_body(request, MAX_BODY, programs=True)
 
         async def forward(scope: Scope, receive: Receive, send: Send) -> None:
-            async with ending_with(request), await self._lora_for(request, content) as name:
-                asked = {"json": {**content, "model": name}, "headers": _key(request)}
-                async with self.vllm.http.stream("POST", request.url.path, **asked) as answer:
-                    headers = {
-                        "content-type": answer.headers.get("content-type", ""),
-                        "x-badit-adapter": quote(name),
-                    }
-                    response = StreamingResponse(answer.aiter_raw(), answer.status_code, headers)
-                    # After the start, an error can only end the connection.
-                    with suppress(httpx2.HTTPError):
-                        await response(scope, receive, send)
+            async with (
+                ending_with(request),
+                await self._lora_for(request, content) as lora,
+                self.vllm.http.stream(
+                    "POST", request.url.path, json={**content, "model": lora}, headers=_key(request)
+                ) as answer,
+            ):
+                headers = {
+                    "content-type": answer.headers.get("content-type", ""),
+                    "x-badit-adapter": quote(lora),
+                }
+                response = StreamingResponse(answer.aiter_raw(), answer.status_code, headers)
+                # After the start, an error can only end the connection.
+                with suppress(httpx2.HTTPError):
+                    await response(scope, receive, send)
 
         return forward
 

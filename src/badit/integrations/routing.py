@@ -76,8 +76,10 @@ class Router:
         BaditError for invalid ids.
         """
         vocabulary = range(self.model.get_input_embeddings().num_embeddings)
-        # bool is a subclass of int.
-        if not isinstance(ids, list) or any(type(i) is not int or i not in vocabulary for i in ids):
+        if not isinstance(ids, list) or not all(
+            type(token) is int and token in vocabulary  # bool is a subclass of int
+            for token in ids
+        ):
             raise BaditError(
                 "prompt: must be one text or the token ids of one; "
                 "name a model to send several prompts"
@@ -93,7 +95,8 @@ class Router:
             "attention_mask": torch.ones_like(input_ids),
             "labels": torch.full_like(input_ids, IGNORED_LABEL),  # no answer
         }
-        return torch.tensor([*mean_gates(self.model, [batch]).values()])
+        gates = mean_gates(self.model, [batch])
+        return torch.tensor([gates[module] for module in self.modules])
 
     def nearest(self, gates_MK: torch.Tensor) -> str:
         """Returns the export whose weights are nearest to those of the gates."""
@@ -110,12 +113,12 @@ class Router:
 
 def _refuse_unroutable(run: RunFolder, method: Any) -> None:
     if method.needs_tasks or getattr(method.config, "has_fixed_gates", True):
-        problem = f"the gates of {method.name} do not depend on the prompt; serve its export"
-        raise BaditError(f"{run.path}: {problem}")
+        raise BaditError(
+            f"{run.path}: the gates of {method.name} do not depend on the prompt; serve its export"
+        )
     options = beyond_lora(method.config)
     if options:
-        problem = f"method.{options[0]}: {NOT_A_LORA}, which vLLM cannot load"
-        raise BaditError(f"{run.path}: {problem}")
+        raise BaditError(f"{run.path}: method.{options[0]}: {NOT_A_LORA}, which vLLM cannot load")
 
 
 @torch.no_grad()
@@ -123,5 +126,6 @@ def _gram(adapted: Experts) -> torch.Tensor:
     """Returns G (K, K) of a layer, without the factor s²."""
     a_RI, b_ON = (factor.float() for factor in adapted.layer.factors(adapted.adapter))
     a_NI = a_RI.repeat(b_ON.shape[1] // len(a_RI), 1)
+    gram_NN = (b_ON.T @ b_ON) * (a_NI @ a_NI.T)
     of_expert_NK = one_hot(adapted.layer.expert_of(adapted.adapter)).float()
-    return (of_expert_NK.T @ ((b_ON.T @ b_ON) * (a_NI @ a_NI.T)) @ of_expert_NK).cpu()
+    return (of_expert_NK.T @ gram_NN @ of_expert_NK).cpu()

@@ -25,12 +25,12 @@ class BaditError(ValueError):
     """
 
     def __init__(self, *messages: str) -> None:
-        lines = map(one_line, messages)
-        super().__init__(
-            "\n".join(
-                line if len(line) <= 1200 else f"{line[:800]} … {line[-300:]}" for line in lines
-            )
-        )
+        lines = []
+        for line in map(one_line, messages):
+            if len(line) > 1200:
+                line = f"{line[:800]} … {line[-300:]}"
+            lines.append(line)
+        super().__init__("\n".join(lines))
 
 
 @contextmanager
@@ -53,24 +53,23 @@ def explained(
     except (BaditError, BrokenPipeError):  # a closed stdout is not an error
         raise
     except Exception as error:
-        file = _file_of(error)
+        file = str(getattr(error, "filename", None) or "")
         place = str(where) or file
-        problem = _explanation(error, action, f": {file}" if file not in ("", place) else "")
+        problem = _explanation(error, action, file if file != place else "")
         if problem is None:
             if not any_error:
                 raise
             problem = f"cannot be {action} ({first_line(error)})"
-        message = f"{place}: {problem}" if place else problem
-        raise BaditError(f"{message}; {fix}" if fix else message) from error
-
-
-def _file_of(error: Exception) -> str:
-    file = getattr(error, "filename", None)
-    return os.fsdecode(file) if isinstance(file, str | bytes | os.PathLike) else ""
+        message = ": ".join(filter(None, [place, problem]))
+        if fix:
+            message += f"; {fix}"
+        raise BaditError(message) from error
 
 
 def _explanation(error: Any, action: str, file: str) -> str | None:
     """Describes an exception, None if it is unknown; ``file`` is added to errors of the system."""
+    if file:
+        file = f": {file}"
     for classes, pattern, text in _EXPLANATIONS:
         if _is(error, classes) and re.search(pattern, str(error)):
             if callable(text):
@@ -84,9 +83,8 @@ def _is(error: object, names: str) -> bool:
     """Returns whether an exception is of one of the classes "module:class class"."""
     module, _, classes = names.partition(":")
     # A library that is not imported cannot raise an exception.
-    return isinstance(
-        error, tuple(getattr(sys.modules.get(module), name, ()) for name in classes.split())
-    )
+    library = sys.modules.get(module)
+    return isinstance(error, tuple(getattr(library, name, ()) for name in classes.split()))
 
 
 def _invalid_value(error: Any) -> str:
@@ -231,19 +229,20 @@ def first_line(error: BaseException) -> str:
     return next(lines, type(error).__name__)[:200].rstrip(" .:")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, choices: Iterable[str]) -> str:
     """Returns a hint for a misspelt name, `` (did you mean 'x'?)``, or an empty string."""
-    similar = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean '{similar[0]}'?)" if similar else ""
+    similar = difflib.get_close_matches(str(name), list(choices), n=1)
+    if not similar:
+        return ""
+    return f" (did you mean '{similar[0]}'?)"
 
 
-def refuse_unknown(field: str, value: object, known: Iterable[str]) -> None:
-    """Raises BaditError if the value is unknown.
+def refuse_unknown(field: str, value: object, choices: Iterable[str]) -> None:
+    """Raises BaditError if the value is none of the choices.
 
-    The message names the field, the nearest and all known values.
+    The message names the field, the nearest and all choices.
     """
-    known = list(known)
-    if value not in known:
-        raise BaditError(
-            f"{field}: unknown {value!r:.60}{nearest(str(value), known)}; known: {', '.join(known)}"
-        )
+    choices = list(choices)
+    if value not in choices:
+        hint = nearest(str(value), choices)
+        raise BaditError(f"{field}: unknown {value!r:.60}{hint}; known: {', '.join(choices)}")

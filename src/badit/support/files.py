@@ -112,12 +112,12 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             yield read_json(path, line[:-1], number)
 
 
-def refuse_other_format(content: Mapping[str, Any], path: Path, known: int) -> None:
-    """Raises BaditError unless ``known`` is the ``format`` of a file, its structure's version."""
-    version = content.get("format")
-    if version is True or version != known:
+def refuse_other_format(content: Mapping[str, Any], path: Path, version: int) -> None:
+    """Raises BaditError unless a file's ``format``, the version of its structure, is ``version``."""
+    file_version = content.get("format")
+    if file_version is True or file_version != version:
         raise BaditError(
-            f"{path}: format: is {version!r:.60}, this badit version reads {known}: "
+            f"{path}: format: is {file_version!r:.60}, this badit version reads {version}: "
             "pip install --upgrade badit, or create the file again"
         )
 

@@ -15,12 +15,16 @@ def number(value: Any, form: str = ".1f", sign: str = "-") -> str:
 
     A rounded zero has no minus sign. A missing number is a dash.
     """
-    return UNKNOWN if pd.isna(value) else f"{value:{sign}z,{form}}".replace("-", "−")
+    if pd.isna(value):
+        return UNKNOWN
+    return f"{value:{sign}z,{form}}".replace("-", "−")
 
 
 def counted(number: int, noun: str) -> str:
     """Returns a number with its noun, in the plural unless it is 1."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    if number != 1:
+        noun += "s"
+    return f"{number:,} {noun}"
 
 
 def text_table(
@@ -37,5 +41,7 @@ def text_table(
         title, *texts = map(one_line, cells)
         width = max(map(len, (title, *texts)))
         align = str.rjust if i in right else str.ljust
-        columns.append([align(text, width) for text in (title, "─" * width, *texts)])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+        rule = "─" * width
+        columns.append([align(text, width) for text in (title, rule, *texts)])
+    lines = zip(*columns, strict=True)
+    return "\n".join("  ".join(line).rstrip() for line in lines)

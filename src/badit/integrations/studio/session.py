@@ -207,8 +207,8 @@ class Session:
         def show_text(text: str) -> None:
             nonlocal shows_gates
             if shows_gates:  # the prompt's forward pass has set the gates before the first token
-                gates_MK = np.stack([gates[module].numpy() for module in self.modules])
-                show("gates", {"side": side, **self._compared(gates_MK.astype(float))})
+                gates_MK = np.stack([gates[module] for module in self.modules])
+                show("gates", {"side": side, **self._compared(gates_MK)})
                 shows_gates = False
             show("text", {"side": side, "text": text})
 
@@ -237,13 +237,13 @@ class Session:
 @contextmanager
 def mixed(
     experts: Sequence[Experts], by_hand: Sequence[float] | None = None
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Iterator[dict[str, np.ndarray]]:
     """A context in which prompts are answered with their own gates, or with gates set by hand.
 
     ``by_hand`` has the gates (K) for all layers. Yields, by adapted module, the gates (K) of the
     first forward pass (the prompt), averaged over its positions.
     """
-    gates_of_prompt: dict[str, torch.Tensor] = {}
+    gates_of_prompt: dict[str, np.ndarray] = {}
 
     def mixing(adapted: Experts, gates: torch.Tensor) -> torch.Tensor:
         # The neutral gate depends on the method: 1, or 1/K if its gates sum to 1. The sum of a
@@ -251,9 +251,10 @@ def mixed(
         neutral = gates.mean(dim=-1, keepdim=True).round(decimals=6)
         if by_hand is not None:
             gates = neutral * torch.tensor(by_hand).to(gates)
-        if adapted.layer.name not in gates_of_prompt:
+        module = adapted.layer.name
+        if module not in gates_of_prompt:
             mean_K = (gates / neutral).flatten(0, -2).mean(dim=0)
-            gates_of_prompt[adapted.layer.name] = mean_K.cpu()
+            gates_of_prompt[module] = mean_K.double().cpu().numpy()
         return gates
 
     with changed_gates(experts, mixing):
