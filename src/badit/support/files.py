@@ -113,7 +113,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def refuse_other_format(content: Mapping[str, Any], path: Path, version: int) -> None:
-    """Raises BaditError unless a file's ``format``, the version of its structure, is ``version``."""
+    """Raises BaditError unless ``version`` is the ``format`` of a file, its structure's version."""
     file_version = content.get("format")
     if file_version is True or file_version != version:
         raise BaditError(
