@@ -25,9 +25,10 @@ from fixed_gates import batches_of, loaded, measured
 
 import badit
 from badit.metrics.statistics import paired_bootstrap
+from badit.runs.resolved import resolve
 from badit.support.environment import environment
 from badit.support.files import read_json, write_json
-from badit.training.fit import fit, make_plan
+from badit.training.fit import fit
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "few-tasks"
@@ -84,16 +85,16 @@ def train(tasks: int) -> None:
                 "config": run.recipe.model_dump(mode="json", exclude={"output"}),
                 "environment": environment(),
             }
-            write_json(result, {**about, "losses": losses_of(badit.Run(run), exported=name != "lora")})
+            write_json(
+                result, {**about, "losses": losses_of(badit.Run(run), exported=name != "lora")}
+            )
 
 
 def losses_of(run: badit.Run, *, exported: bool) -> dict[str, dict[str, list[float]]]:
     recipe = run.recipe
     model, tokenizer = run.load()
     held_out = [
-        (task, one)
-        for task in make_plan(recipe, split="validation").tasks
-        for one in task.validation
+        (task, one) for task in resolve(recipe, split="validation").tasks for one in task.validation
     ]
     batches = batches_of(recipe, model, tokenizer, held_out)
     losses = {"run": {task: measured(model, batches[task]) for task in batches}}

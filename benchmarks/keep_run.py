@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from badit.api import Run
-from badit.recipe.schema import build_recipe, dump_recipe
+from badit.recipe.loading import build_recipe
+from badit.recipe.saved import dump_recipe
 from badit.support.files import read_jsonl, write_text
 
 RESULTS = Path(__file__).parent / "results"

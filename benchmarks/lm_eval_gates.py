@@ -23,7 +23,7 @@ import badit
 from badit.integrations.lm_eval import BaditLM
 from badit.support.environment import environment
 from badit.support.files import write_json
-from badit.training.fit import encoded_texts
+from badit.training.encoding import encoded_texts
 
 RESULTS = Path(__file__).parent / "results" / "lm-eval"
 CHOICES = 4

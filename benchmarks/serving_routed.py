@@ -39,7 +39,8 @@ from badit.metrics.answers import rouge_l
 from badit.models import resolve_model
 from badit.support.environment import environment
 from badit.support.files import write_json
-from badit.training.fit import base_model, encoded
+from badit.training.encoding import encoded
+from badit.training.loading import load_base
 
 RESULTS = Path(__file__).parent / "results" / "serving-routed.json"
 PORT = 8765
@@ -64,7 +65,7 @@ def main() -> None:
         pairs = [
             (task, instance) for task in badit.plan(run.recipe).tasks for instance in task.test
         ]
-        base, tokenizer = base_model(run.recipe)
+        base, tokenizer = load_base(run.recipe)
         examples = encoded(tokenizer, run.recipe, pairs, base)
         prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
         content = answered(run, router, loras, pairs, prompts, base, tokenizer)

@@ -22,12 +22,12 @@ from hypothesis import settings
 
 from badit.api import Run
 from badit.cli.app import main
-from badit.recipe.schema import build_recipe
-from badit.training.fit import fit
+from badit.recipe.loading import build_recipe
 from comparison.cells import InlineCell, compare_module
 from data.examples import CHATML, make_tokenizer
 from fuzz.command import COUNTED
 from materials import make_material, make_recipe, write_tasks
+from steps import fit
 
 settings.register_profile("badit", deadline=None, max_examples=50)
 settings.load_profile("badit")

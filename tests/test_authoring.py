@@ -8,14 +8,17 @@ import jsonschema
 import pytest
 import yaml
 
-from badit.authoring.recipes import check, first_recipe, recipe_keys, schema
-from badit.recipe.schema import CompareSection, Recipe, build_recipe, load_recipe, shipped_recipes
+from badit.authoring.dry_run import check
+from badit.authoring.first_recipe import first_recipe
+from badit.authoring.keys import recipe_keys, schema
+from badit.recipe.loading import build_recipe, load_recipe, shipped_recipes
+from badit.recipe.method import NAMES
+from badit.recipe.schema import CompareSection, Recipe
 from badit.support.files import read_jsonl
-from badit.training.fit import fit
-from badit.training.methods import NAMES, build_method
-from badit.training.regrouping import RegroupOptions
+from badit.tuner.config import RegroupOptions
 from data.examples import write_rows
 from refusals import refuses
+from steps import fit, method_of
 
 
 @pytest.mark.parametrize(
@@ -43,7 +46,7 @@ def test_first_recipe_matches_the_data(
     )
     assert recipe.prompt.max_answer_tokens == (150 if method == "badit" else 50)
     for compared in recipe.compare.methods.values():
-        build_method(compared.model_extra)
+        method_of(compared.model_extra)
     assert all(len(line) <= 110 for line in path.read_text().splitlines())
     shown = command("train", path, "--dry-run", f"model.name={material / 'model'}")
     assert re.search(r"^about [\d.]+ GiB of memory for .*activations [\d.]+", shown, re.MULTILINE)

@@ -9,25 +9,24 @@ import sys
 import pytest
 from transformers import TrainingArguments
 
-from badit.api import Run
-from badit.comparison.compare import Grid
+from badit.comparison.grid import Grid
+from badit.data import Instance, Task
 from badit.recipe.arguments import RENAMED_ARGUMENTS, TrainingSection, argument_names
-from badit.recipe.schema import (
-    build_recipe,
-    differing_keys,
-    dump_recipe,
-    expand_source,
-    load_config,
-    load_recipe,
-    merged,
-)
+from badit.recipe.loading import build_recipe, load_recipe, merged, method_words
+from badit.recipe.method import NAMES, options_of
+from badit.recipe.saved import differing_keys, dump_recipe
+from badit.recipe.schema import expand_source
+from badit.runs.resolved import resolve
 from badit.support.errors import BaditError
-from badit.training.methods import build_method
 from docs.pages import ROOT
 from refusals import refuses
+from steps import method_of
 
 RECIPES = [path.relative_to(ROOT) for path in sorted((ROOT / "recipes").glob("**/*.yaml"))]
 PAPER = [path for path in RECIPES if path.parent.name == "paper"]
+
+
+INSTANCE = Instance(id="0", input="Lima", outputs=("Peru",))
 
 
 def header(path):
@@ -50,7 +49,7 @@ def test_shipped_recipes_are_valid_listed_and_show_their_command():
     assert sorted(linked) == sorted(str(path.relative_to("recipes")) for path in RECIPES)
     for path in RECIPES:
         recipe = load_recipe(ROOT / path)
-        build_method(recipe.method)
+        method_of(recipe.method)
         assert recipe.compare is None or Grid(recipe).recipe is recipe
         assert load_recipe(path.relative_to("recipes").with_suffix("")) == recipe
         assert f"badit train {path}" in "\n".join(header(path))
@@ -58,10 +57,6 @@ def test_shipped_recipes_are_valid_listed_and_show_their_command():
     assert comparison.compare.methods["badit"].model_extra == comparison.method, (
         "badit train must run a cell"
     )
-    for path in (ROOT / "benchmarks/results").glob("**/config.yaml"):
-        assert load_config(path).training.per_device_train_batch_size > 0, (
-            "recipes of earlier runs must be readable"
-        )
 
 
 def test_paper_recipes_have_the_papers_settings_and_differ_only_by_model():
@@ -247,15 +242,13 @@ def test_training_arguments_are_forwarded_or_refused_with_a_reason():
 
 
 @pytest.mark.parametrize("old", RENAMED_ARGUMENTS)
-def test_renamed_arguments_are_refused_in_recipes_but_read_from_runs(tmp_path, old):
+def test_renamed_arguments_are_refused(old):
     new, value = RENAMED_ARGUMENTS[old], {"scheduler": "linear", "deterministic": True}.get(old, 1)
     refuses(
         rf"training\.{old}: is now called {new}, as in transformers$",
         build_recipe,
         {"training": {old: value}},
     )
-    (tmp_path / "config.yaml").write_text(f"training: {{{old}: {value}, max_steps: null}}")
-    assert load_config(tmp_path / "config.yaml") == build_recipe({"training": {new: value}})
 
 
 def test_run_recipe_keeps_strings_that_look_like_numbers_and_options_that_are_tuples(
@@ -264,36 +257,12 @@ def test_run_recipe_keeps_strings_that_look_like_numbers_and_options_that_are_tu
     monkeypatch.setenv("HOME", str(tmp_path))
     method = {"name": "lora", "target_modules": ("gate_proj",)}
     recipe = build_recipe({"data": {"tasks": ["1e5"]}, "method": method, "output": "~/run"})
-    run = Run.prepare(recipe)
-    assert run.path == tmp_path / "run"
-    assert run.recipe.data == recipe.data
-    assert Run.prepare(recipe).path == run.path
-
-
-def test_run_recipes_of_earlier_formats_keep_their_defaults(tmp_path):
-    path, former = (
-        tmp_path / "config.yaml",
-        {"init_weights": "bad", "router_input": "mean", "regroup": {}},
-    )
-    for method, meant in (
-        ("{name: badit, r: 2}", {**former, "name": "badit", "r": 2}),
-        ("{init_weights: true, regroup: null}", {**former, "init_weights": True, "regroup": None}),
-        ("{name: badit, preset: paper}", {"name": "badit", "preset": "paper"}),
-        ("{name: lora}", {"name": "lora"}),
-        ("{r: 2}\nformat: 2", {"init_weights": "directions", "gates": "mean_one", "r": 2}),
-        ("{top_k: 2, init_weights: lora}\nformat: 2", {"top_k": 2, "init_weights": "lora"}),
-        ("{r: 2}\nformat: 3", {"init_weights": "directions", "r": 2}),
-    ):
-        path.write_text(f"method: {method}")
-        assert load_config(path).method == meant
-        path.write_text(dump_recipe(load_config(path)))
-        assert load_config(path).method == load_recipe(path).method == meant
-    path.write_text("format: 4\ntraining: {dataloader_drop_last: true, seed: 3}")  # removed later
-    assert load_config(path).training.seed == 3
-    path.write_text("format: 5")
-    refuses(
-        r"config.yaml: format: is 5, this badit version reads 4: pip install", load_config, path
-    )
+    tasks = [Task(name="1e5", definition=None, train=[INSTANCE], test=[INSTANCE])]
+    run = resolve(recipe, tasks)
+    run.prepare_folder()
+    assert run.folder.path == tmp_path / "run"
+    assert run.folder.recipe.data == recipe.data
+    assert resolve(recipe, tasks).has_begun()
 
 
 def test_invalid_files_are_one_line_errors(tmp_path):
@@ -382,3 +351,11 @@ def test_environment_variables_in_the_source_are_expanded(monkeypatch):
         expand_source,
         "${NO_TASKS}/superni",
     )
+
+
+def test_table_of_method_names_and_options_is_complete():
+    words = method_words()
+    assert words["names"] == NAMES
+    options = {key.rpartition(".")[2] for name in NAMES for key, _, _ in options_of(name)}
+    # Options of other releases of PEFT are in the table too.
+    assert options <= set(words["options"])

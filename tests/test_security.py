@@ -15,7 +15,9 @@ import badit.tuner
 from badit.cli.app import app, main
 from badit.integrations.lm_eval import BaditLM
 from badit.models import load_base_model
-from badit.recipe.schema import Recipe, build_recipe, dump_recipe
+from badit.recipe.loading import build_recipe
+from badit.recipe.saved import dump_recipe
+from badit.recipe.schema import Recipe
 from badit.support.console import status
 from badit.support.files import write_json
 from badit.training.checkpoints import last_checkpoint

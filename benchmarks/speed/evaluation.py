@@ -20,11 +20,13 @@ from workload import MODEL, data_options, fast_dtypes
 from badit import load_base_model
 from badit.cli.app import quiet_libraries
 from badit.data import AnswerCollator, Task
+from badit.evaluation.answers import score_model
 from badit.evaluation.generation import generate_answers
-from badit.evaluation.scoring import prompt_losses, score_model
+from badit.evaluation.losses import prompt_losses
 from badit.metrics.answers import METRICS
-from badit.recipe.schema import Recipe, build_recipe
-from badit.training.fit import encoded
+from badit.recipe.loading import build_recipe
+from badit.recipe.schema import Recipe
+from badit.training.encoding import encoded
 
 BATCH, NEW, PER_TASK = 16, 50, 5
 

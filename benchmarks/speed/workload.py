@@ -13,8 +13,8 @@ from torch import nn
 
 from badit import BaditConfig, load_base_model
 from badit.models import fast_dtype
-from badit.recipe.schema import build_recipe
-from badit.training.fit import encoded
+from badit.recipe.loading import build_recipe
+from badit.training.encoding import encoded
 from badit.training.trainer import answer_losses
 
 MODEL = "smollm2-135m"

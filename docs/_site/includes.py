@@ -53,7 +53,7 @@ def beginning(path: str) -> str:
 
 def options(name: str, other: str | None = None) -> str:
     """A table of the fields of a dataclass or a pydantic model, but those that ``other`` has alike."""
-    from badit.authoring.recipes import as_yaml
+    from badit.authoring.keys import as_yaml
 
     known = list(_fields(_imported(other))) if other else []
     fields = [field for field in _fields(_imported(name)) if field not in known]
@@ -71,7 +71,7 @@ def _imported(name: str) -> Any:
 
 
 def _fields(kind: Any) -> Iterator[tuple[str, Any, str]]:
-    from badit.authoring.recipes import described_section
+    from badit.authoring.keys import described_section
     from badit.tuner.config import described
 
     if dataclasses.is_dataclass(kind):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from badit.comparison.results import load_results, summarise
     from badit.data import load_tasks
     from badit.models import load_base_model
-    from badit.recipe.schema import load_recipe
+    from badit.recipe.loading import load_recipe
     from badit.report import write_report
     from badit.support.errors import BaditError
     from badit.training.optimizers import OrthogonalUpdates, lora_plus_groups
@@ -40,7 +40,7 @@ _NAMES = {
     "comparison.results": ["load_results", "summarise"],
     "data": ["load_tasks"],
     "models": ["load_base_model"],
-    "recipe.schema": ["load_recipe"],
+    "recipe.loading": ["load_recipe"],
     "report": ["write_report"],
     "support.errors": ["BaditError"],
     "training.optimizers": ["OrthogonalUpdates", "lora_plus_groups"],

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from badit.export.exporting import Export
     from badit.recipe.schema import RecipeLike
-    from badit.training.fit import Plan
+    from badit.runs.resolved import ResolvedRun
 
 
 class Run(RunFolder):
@@ -40,9 +40,10 @@ class Run(RunFolder):
 
     def load(self) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Loads the base model with the run's trained weights, for inference, and the tokenizer."""
-        from badit.training.fit import load_run
+        from badit.runs.resolved import open_run
+        from badit.training.loading import load_run
 
-        return load_run(self)
+        return load_run(open_run(self))
 
     def evaluate(
         self,
@@ -67,9 +68,14 @@ class Run(RunFolder):
             BaditError: the run does not exist, its adapter is missing or damaged, or the split has no instances.
         """
         from badit.evaluation.scoring import evaluate
+        from badit.recipe.loading import make_recipe
+        from badit.runs.resolved import open_run
         from badit.runs.scores import scores_frame
 
-        return scores_frame(evaluate(self, split=split, batch_size=batch_size, progress=progress))
+        run = open_run(self)
+        if batch_size is not None:
+            run.recipe = make_recipe(run.recipe, {"evaluation": {"batch_size": batch_size}})
+        return scores_frame(evaluate(run, split=split, progress=progress))
 
     def generate(
         self,
@@ -95,32 +101,15 @@ class Run(RunFolder):
             batch_size: number of prompts decoded at a time.
             progress: show a progress bar on stderr.
         """
-        from badit.data import load_sources
-        from badit.evaluation.generation import generate_answers
-        from badit.training.fit import encoded_texts
-        from badit.training.methods import build_method
+        from badit.evaluation.prompts import answer_texts
+        from badit.runs.resolved import open_run
 
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not all(text.strip() for text in texts):
-            raise BaditError("the prompt is empty")
-        recipe = self.trusted_recipe()
-        if task is None and build_method(recipe.method).needs_tasks:
-            raise BaditError(
-                f"{self.path}: {recipe.method['name']} needs the name of a task; add --task TASK"
-            )
-        found = None if task is None else load_sources(recipe.data.sources(), [task])[0]
-        if found is not None and found.has_several_instructions and not raw:
-            raise BaditError(
-                f"--task: {found.name} has several instructions; give whole prompts, with --raw"
-            )
-        model, tokenizer = self.load()
-        ids = encoded_texts(tokenizer, recipe, texts, found, model, max_new_tokens, raw=raw)
-        tasks = None if found is None else [found.name] * len(texts)
-        answers = generate_answers(
-            model,
-            tokenizer,
-            ids,
-            tasks=tasks,
+        answers = answer_texts(
+            open_run(self),
+            texts,
+            task=task,
+            raw=raw,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             progress=progress,
@@ -136,11 +125,14 @@ class Run(RunFolder):
         progress: bool = True,
     ) -> dict[str, pd.DataFrame]:
         """Measures the run; see :func:`analyze`."""
-        options: dict[str, Any] = {
-            "progress": progress,
-            "trust_remote_code": self.trust_remote_code,
-        }
-        return analyze(self.path, data=data, instances=instances, output=output, **options)
+        return analyze(
+            self.path,
+            data=data,
+            instances=instances,
+            output=output,
+            progress=progress,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     def export(
         self,
@@ -173,20 +165,17 @@ class Run(RunFolder):
         Raises:
             BaditError: the run or task does not exist, the output is in use, or the method cannot be exported.
         """
-        from badit.export.exporting import export, score_export
+        from badit.export.exporting import ExportOptions, export
+        from badit.export.scoring import score_export
+        from badit.runs.resolved import open_run
 
         if engine != "transformers" and not score:
             raise BaditError("--engine: generates the answers to score; add --score, or remove it")
-        choices: dict[str, Any] = {
-            "task": task,
-            "all_tasks": all_tasks,
-            "gates": gates,
-            "rank": rank,
-            "merged": merged,
-        }
-        exported = export(self, output, **choices, progress=progress)
+        run = open_run(self)
+        options = ExportOptions(task, all_tasks, gates, rank, merged)
+        exported = export(run, output, options, progress=progress)
         if score:
-            score_export(self, exported, engine=engine, progress=progress)
+            score_export(run, exported, engine=engine, progress=progress)
         return exported
 
     def push(self, repository: str, *, private: bool = False) -> str:
@@ -232,20 +221,27 @@ def train(
         BaditError: invalid input, or the output folder has a run of another recipe.
     """
     from badit.evaluation.scoring import train_and_score
-    from badit.recipe.schema import make_recipe
+    from badit.recipe.loading import make_recipe
+    from badit.runs.resolved import resolve
 
-    made = make_recipe(recipe, values)
-    train_and_score(made, progress=progress, allow_changed_inputs=allow_changed_inputs)
-    trusts_code = made.model.trust_remote_code
-    return Run(made.output, check=is_main_process(), trust_remote_code=trusts_code)
+    run = resolve(make_recipe(recipe, values))
+    train_and_score(run, progress=progress, allow_changed_inputs=allow_changed_inputs)
+    return Run(
+        run.folder.path,
+        check=is_main_process(),
+        trust_remote_code=run.recipe.model.trust_remote_code,
+    )
 
 
-def plan(recipe: RecipeLike | None = None, /, **values: Any) -> Plan:
-    """Validates a recipe and its data, and returns its tasks and method. Loads no model. BaditError if invalid."""
-    from badit.recipe.schema import make_recipe
-    from badit.training.fit import make_plan
+def plan(recipe: RecipeLike | None = None, /, **values: Any) -> ResolvedRun:
+    """Returns a recipe with every default, its tasks and its method; BaditError if invalid.
 
-    return make_plan(make_recipe(recipe, values))
+    Loads no model.
+    """
+    from badit.recipe.loading import make_recipe
+    from badit.runs.resolved import resolve
+
+    return resolve(make_recipe(recipe, values))
 
 
 def analyze(
@@ -280,10 +276,8 @@ def analyze(
     from badit.analysis.tables import load_frames
 
     source = None if data is None else os.fspath(data)
-    return load_frames(
-        analyze(os.fspath(target), source, instances, output, progress, trust_remote_code)
-        / "analysis"
-    )
+    folder = analyze(os.fspath(target), source, instances, output, progress, trust_remote_code)
+    return load_frames(folder / "analysis")
 
 
 def table(
@@ -317,20 +311,18 @@ def table(
 
     refuse_unknown("--format", format, FORMATS)
     refuse_unknown("--metric", metric, METRICS)
-    found = load_results(results)
-    found = replace(found, reference=reference or found.reference)
-    refuse_unknown("--reference", found.reference, found.methods)
-    sequence = found.protocol == "sequential" and not by_task
-    if released and not sequence:
-        raise BaditError(
-            "--released: valid only for a sequential comparison and without --by-task; omit it"
-        )
-    if reference and by_task:
-        raise BaditError("--reference: a table by task has no differences; omit it")
-    if metric != "rouge_l" and sequence:
-        raise BaditError(
-            "--metric: forgetting and transfer are measured in Rouge-L; omit it, or add --by-task"
-        )
-    return FORMATS[format](
-        task_table(found, metric) if by_task else method_table(found, metric, released)
-    )
+    loaded = load_results(results)
+    loaded = replace(loaded, reference=reference or loaded.reference)
+    refuse_unknown("--reference", loaded.reference, loaded.methods)
+    is_sequential = loaded.protocol == "sequential"
+    if released and (by_task or not is_sequential):
+        valid = "valid only for a sequential comparison and without --by-task"
+        raise BaditError(f"--released: {valid}; omit it")
+    if by_task:
+        if reference:
+            raise BaditError("--reference: a table by task has no differences; omit it")
+        return FORMATS[format](task_table(loaded, metric))
+    if metric != "rouge_l" and is_sequential:
+        problem = "forgetting and transfer are measured in Rouge-L"
+        raise BaditError(f"--metric: {problem}; omit it, or add --by-task")
+    return FORMATS[format](method_table(loaded, metric, released))

@@ -5,11 +5,11 @@ import torch
 from peft import LoraConfig
 
 from badit.baselines import BASELINES
-from badit.recipe.schema import build_recipe
-from badit.training.fit import fit, load_run
-from badit.training.methods import AdapterMethod, build_method
+from badit.recipe.loading import build_recipe
+from badit.training.methods import AdapterMethod
 from baselines.naive import SMALL, logits
 from refusals import refuses
+from steps import fit, load_run, method_of
 from training.trainers import learned
 from tuner.helpers import IDS
 
@@ -87,7 +87,7 @@ def test_config_errors_are_one_line():
             r"method.r = 12, GOAT's total rank, must be a multiple of num_experts = 8",
         ),
     ):
-        refuses(message, build_method, method)
+        refuses(message, method_of, method)
 
 
 @pytest.mark.parametrize("name", FROM_PEFT)
@@ -95,7 +95,7 @@ def test_config_errors_are_one_line():
 def test_peft_baselines_adapt_first_mlp_projection_and_start_as_base_model(
     tiny_model, name, family
 ):
-    method = build_method({"name": name, **OPTIONS[name], "fan_in_fan_out": family == "gpt2"})
+    method = method_of({"name": name, **OPTIONS[name], "fan_in_fan_out": family == "gpt2"})
     if (name, family) == ("olora", "gpt2"):
         refuses(
             r"olora cannot adapt this model's Conv1D layers.*use pissa instead",

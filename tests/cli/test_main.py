@@ -10,7 +10,7 @@ import yaml
 
 from badit import BaditError
 from badit.cli.app import app, main
-from badit.recipe.schema import load_recipe
+from badit.recipe.loading import load_recipe
 from badit.support.files import read_json
 
 

@@ -8,11 +8,13 @@ from unittest.mock import Mock
 import pytest
 import yaml
 
-from badit import BaditError, Run, load_results, summarise, worker
+from badit import BaditError, Run, load_results, summarise
 from badit.cli.app import main
+from badit.comparison import worker
 from badit.metrics.answers import METRICS
 from badit.metrics.statistics import FORMS, continual_scores
-from badit.recipe.schema import build_recipe
+from badit.recipe.loading import build_recipe
+from badit.runs.resolved import resolve
 from badit.support.files import read_json
 from badit.training.methods import AdapterMethod, NeuronMethod
 from comparison.cells import (
@@ -132,7 +134,8 @@ def test_finished_comparison_is_reused_and_other_recipes_are_refused(searched, m
 def test_failed_cell_does_not_stop_others_and_is_retried(values, inline, monkeypatch):
     values["compare"]["methods"] = {"neurons": {"name": "task-neurons"}, **LORA}
     run = {**values, "output": f"{values['output']}-of-a-run"}
-    Run.prepare(build_recipe({key: value for key, value in run.items() if key != "compare"}))
+    alone = {key: value for key, value in run.items() if key != "compare"}
+    resolve(build_recipe(alone)).prepare_folder()
     refuses("of-a-run: contains a run; choose another output=FOLDER", compared, run)
     lines = []
     with monkeypatch.context() as patch:

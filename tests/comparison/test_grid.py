@@ -8,13 +8,17 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from badit import BaditError, Run, load_base_model
+from badit import BaditError, load_base_model
 from badit.baselines import BASELINES
-from badit.comparison.compare import Cell, Grid, check, find_rate, order_name
-from badit.recipe.schema import build_recipe, dump_recipe
-from badit.training.methods import build_method
+from badit.comparison.checks import check
+from badit.comparison.grid import Cell, Grid, order_name
+from badit.comparison.rates import find_rate
+from badit.recipe.loading import build_recipe
+from badit.recipe.saved import dump_recipe
+from badit.runs.resolved import resolve
 from comparison.cells import LORA, comparison_values
 from refusals import refuses
+from steps import method_of
 
 METHODS = {**LORA, "badit-no-dog": {"name": "badit", "regroup": None}, "base": {"name": "base"}}
 LADDER = [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3]
@@ -145,7 +149,7 @@ def test_invalid_options_are_refused_in_one_line():
         ),
         (
             {"methods": {"lora": {"name": "lroa"}}},
-            r"compare\.methods\.lora: method\.name: unknown method 'lroa'",
+            r"compare\.methods\.lora\.name: unknown method 'lroa'",
         ),
         (
             {"learning_rates": [1e-4, 1e-3]},
@@ -185,8 +189,8 @@ def test_compare_section_is_required_by_comparisons_and_ignored_by_runs(tmp_path
     refuses(r"compare\.methods: field required", build_recipe, {"compare": {}})
     compared = build_recipe({"output": str(tmp_path / "run"), "compare": {"methods": METHODS}})
     assert "compare" not in yaml.safe_load(dump_recipe(compared))
-    Run.prepare(build_recipe({"output": str(tmp_path / "run")}))
-    Run.prepare(compared)
+    resolve(build_recipe({"output": str(tmp_path / "run")})).prepare_folder()
+    resolve(compared).prepare_folder()
 
 
 def checked(material, methods, **compare):
@@ -203,7 +207,7 @@ def test_skeleton_and_real_model_have_equal_parameter_counts(material):
     real = {}
     for name, section in sections.items():
         base = load_base_model(material / "model", dtype="float32")[0]
-        model = build_method(section).apply(base, ["cities", "rivers"])
+        model = method_of(section).apply(base, ["cities", "rivers"])
         real[name] = sum(
             parameter.numel() for parameter in model.parameters() if parameter.requires_grad
         )

@@ -13,7 +13,8 @@ import yaml
 
 from badit import Run, load_results
 from badit.comparison.worker import error_of, start_cell
-from badit.recipe.schema import build_recipe
+from badit.recipe.loading import build_recipe
+from badit.runs.resolved import resolve
 from badit.support.files import read_json
 from badit.training.checkpoints import last_checkpoint
 from comparison.cells import LORA, FakeProcess, by_status, compare_module, compared
@@ -66,7 +67,9 @@ def test_seeds_of_a_method_run_in_parallel_and_cells_get_the_free_gpu(values, mo
 
 
 def test_errors_of_killed_cells_are_explained(values):
-    folder = Run.prepare(build_recipe({**values, "compare": None})).path
+    run = resolve(build_recipe({**values, "compare": None}))
+    run.prepare_folder()
+    folder = run.folder.path
     with start_cell(folder, score=True, threads=None, device=None) as process:
         process.send_signal(signal.SIGKILL)
         assert error_of(folder, process.wait()) == "killed by SIGKILL (out of memory?)"

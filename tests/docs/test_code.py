@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from badit import Run, analyze
 from badit.cli.app import main
-from badit.export.exporting import export
 from docs.pages import ROOT, Page, pages
+from steps import export
 
 QUICKSTART = Page(
     "docs/quickstart.md"

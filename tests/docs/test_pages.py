@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from badit.cli.app import app
-from badit.recipe.schema import build_recipe, load_recipe
-from badit.training.methods import build_method
+from badit.recipe.loading import build_recipe, load_recipe
 from docs.pages import RESULTS, ROOT, Page, pages
+from steps import method_of
 
 WITH_COMMANDS = [page for page in [*pages(), *pages("recipes/**/*.yaml")] if page.commands()]
 _NUMBER = re.compile(r"(\d+\.(\d+))<!-- ([\w/.-]+):([^>]+?) -->")
@@ -26,7 +26,7 @@ def test_commands_parse_and_their_recipes_are_valid(page):
         _, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
         given = bound.arguments
         if str(given.get("recipe", "")).startswith("recipes/"):
-            build_method(load_recipe(ROOT / given["recipe"], given.get("overrides", ())).method)
+            method_of(load_recipe(ROOT / given["recipe"], given.get("overrides", ())).method)
 
 
 @pytest.mark.parametrize("page", pages(), ids=str)
@@ -56,7 +56,7 @@ def test_yaml_blocks_are_valid_recipes(page):
         recipe = build_recipe(content)
         compared = recipe.compare.methods.values() if recipe.compare else ()
         for section in [recipe.method, *(entry.model_extra or {} for entry in compared)]:
-            build_method(section)
+            method_of(section)
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if _NUMBER.search(page.text)], ids=str)

@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from badit import BaditConfig, RegroupCallback
 from badit.baselines import BASELINES
 from badit.baselines.neurons import NeuronOptions
-from badit.recipe.schema import CompareSection, Recipe, load_recipe
-from badit.training.regrouping import RegroupOptions
-from badit.tuner.config import FORMAT_FIELD, ExpertConfig
+from badit.recipe.loading import load_recipe
+from badit.recipe.schema import CompareSection, Recipe
+from badit.tuner.config import FORMAT_FIELD, ExpertConfig, RegroupOptions
 from docs.pages import ROOT, Page
 
 # Rows: an option, its default and, for recipe keys, the value in the paper's recipes.

@@ -7,7 +7,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from badit.runs.predictions import read_predictions, write_predictions
 from peft import get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -16,13 +15,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from badit import BaditConfig, Run, generation
 from badit.data import AnswerCollator, Instance, Task
+from badit.evaluation.answers import score_model
 from badit.evaluation.generation import generate_answers, stream_answer
-from badit.evaluation.scoring import evaluate, prompt_losses, score_model
+from badit.evaluation.losses import prompt_losses
 from badit.metrics.answers import METRICS, Prediction
-from badit.recipe.schema import build_recipe
-from badit.training.fit import encoded
+from badit.recipe.loading import build_recipe
+from badit.runs.predictions import read_predictions, write_predictions
+from badit.training.encoding import encoded
 from data.examples import make_tokenizer
 from refusals import refuses
+from steps import evaluate
 from tuner.helpers import adapted, greedy_by_hand, randomise
 
 RECIPE = build_recipe(

@@ -19,25 +19,20 @@ from transformers import AutoModelForCausalLM
 import reference
 from badit.analysis.gates import adapted_layers, changed_gates, mean_gates
 from badit.data import AnswerCollator, batches_by_task
-from badit.evaluation.scoring import evaluate
-from badit.export.exporting import (
-    Export,
-    beyond_lora,
-    export,
-    merge,
-    mixture_factors,
-    score_export,
-    write_adapter,
-)
-from badit.recipe.schema import build_recipe
+from badit.export.adapter import write_adapter
+from badit.export.exporting import Export
+from badit.export.factors import beyond_lora, merge, mixture_factors
+from badit.recipe.loading import build_recipe
+from badit.runs.resolved import resolve
 from badit.support.files import OWNER, read_json
-from badit.training.fit import encoded, fit, load_run, make_plan
+from badit.training.encoding import encoded
 from badit.tuner import BaditConfig, hooks_of
 from badit.tuner.targets import short_module_names
 from baselines import naive as baselines
 from export.contract import check_adapter
 from materials import make_material, make_recipe
 from refusals import refuses
+from steps import evaluate, export, fit, load_run, score_export
 from training.trainers import PAPER
 from tuner.helpers import FAMILIES, adapt, adapted, layers, logits
 
@@ -161,7 +156,7 @@ def test_task_gates_are_the_mean_over_its_training_prompts(trained, tmp_path):
     recipe = run.trusted_recipe()
     model, tokenizer = load_run(run)
     means = {}
-    for task in make_plan(recipe).tasks:
+    for task in resolve(recipe).tasks:
         examples = encoded(tokenizer, recipe, [(task, instance) for instance in task.train], None)
         batches = batches_by_task(
             examples, AnswerCollator(0, with_tasks=True), 1

@@ -13,8 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from badit.recipe.schema import build_recipe
-from badit.training.fit import fit
+from badit.recipe.loading import build_recipe
 from data.examples import write_rows
 from data.test_readers import OFFICIAL as RECORD
 from evaluation.test_results import cell, mixed, sequential
@@ -32,6 +31,7 @@ from fuzz.damage import (
 )
 from materials import make_recipe
 from report.samples import Shape, write_run, write_sequence
+from steps import fit
 
 SPLIT_NAMES = ("train", "validation", "test")
 LINES = [

@@ -14,7 +14,7 @@ from badit.data import AnswerCollator, batches_by_task
 from badit.evaluation.generation import generate_answers
 from badit.integrations.studio.session import Question, Session, mixed
 from badit.support.errors import refuse_unknown
-from badit.training.fit import encoded
+from badit.training.encoding import encoded
 from badit.tuner import hooks_of
 from refusals import refuses
 from studio.conftest import BADIT

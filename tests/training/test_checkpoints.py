@@ -7,10 +7,10 @@ import signal
 import pytest
 import torch
 
-from badit.recipe.schema import build_recipe
+from badit.recipe.loading import build_recipe
 from badit.training.checkpoints import SEAL, STAGING, Checkpoints, last_checkpoint, seal
-from badit.training.fit import fit
 from refusals import refuses
+from steps import fit
 from test_security import Mark
 from training.trainers import assert_same, fit_until, learned
 

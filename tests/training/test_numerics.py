@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from badit import Run
-from badit.recipe.schema import build_recipe
+from badit.recipe.loading import build_recipe
+from badit.runs.resolved import resolve
 from badit.support.files import read_jsonl
-from badit.training.fit import fit, make_plan
 from badit.training.methods import AdapterMethod
 from badit.training.regrouping import RegroupCallback
 from badit.training.trainer import AnswerTrainer
 from refusals import refuses
+from steps import fit
 from training.trainers import adapted, fit_until, learned, make_trainer, on, with_callbacks
 
 
@@ -68,7 +69,7 @@ def test_loss_decreases_and_experts_are_float32_in_every_precision(recipe_values
     }
     if dtype == "float16":
         full = build_recipe({**recipe_values, "method": {"name": "full"}}, overrides)
-        refuses(r"model\.dtype: base weights cannot be trained in float16", make_plan, full)
+        refuses(r"model\.dtype: base weights cannot be trained in float16", resolve, full)
 
 
 def break_loss(monkeypatch, steps):
@@ -122,7 +123,7 @@ def test_too_many_non_finite_steps_stop_the_run_and_name_the_batch(recipe_values
     named = said.partition("the batch has instances ")[2].partition(";")[0].split(", ")
     assert len(named) == 4
     assert set(named) <= {
-        f"{task.name}/{each.id}" for task in make_plan(recipe).tasks for each in task.train
+        f"{task.name}/{each.id}" for task in resolve(recipe).tasks for each in task.train
     }
     fit(recipe, progress=False)
     short = build_recipe(recipe_values, ["training.max_steps=6", f"output={recipe.output}-short"])

@@ -19,13 +19,15 @@ from badit.cli.app import main
 from badit.comparison.worker import start_cell
 from badit.data import Task
 from badit.data.prompts import Prompt
-from badit.recipe.schema import build_recipe
+from badit.recipe.loading import build_recipe
+from badit.runs.fingerprints import keep_inputs
 from badit.support.files import OWNER, exclusive
-from badit.training.fit import keep_inputs, refuse_beyond_model
+from badit.training import encoding
+from badit.training.encoding import refuse_beyond_model
 from fuzz.command import STRESS
 from refusals import refuses
 from training import killed
-from training.trainers import assert_same, change_tensors, fit_until, learned, train_module
+from training.trainers import assert_same, change_tensors, fit_until, learned
 
 HOLD = "import sys; from pathlib import Path; from badit.support.files import exclusive\nwith exclusive(Path(sys.argv[1])):\n"
 
@@ -202,11 +204,9 @@ def test_run_with_changed_tasks_or_base_weights_is_refused(
 
 def test_generate_for_a_task_uses_the_prompt_format_of_training(run, recipe_values, monkeypatch):
     seen = []
-    encode = train_module.encode_prompts
+    encode = encoding.encode_prompts
     monkeypatch.setattr(
-        train_module,
-        "encode_prompts",
-        lambda t, new, **kw: seen.extend(new) or encode(t, new, **kw),
+        encoding, "encode_prompts", lambda t, new, **kw: seen.extend(new) or encode(t, new, **kw)
     )
     trained_with = run.predictions.query("task == 'cities'")["prompt"].iloc[0]
     instance = load_tasks(recipe_values["data"]["source"], tasks=["cities"])[0].test[0]

@@ -1,7 +1,6 @@
 """Helpers for small trainings: data, callbacks that observe or stop them, and comparisons of their results."""
 
 from contextlib import contextmanager
-from importlib import import_module
 from unittest.mock import patch
 
 import pytest
@@ -15,11 +14,10 @@ from badit.api import train
 from badit.data import AnswerCollator
 from badit.runs.scores import read_scores
 from badit.support.files import read_json
-from badit.training.fit import fit
 from badit.training.methods import AdapterMethod
 from badit.training.trainer import AnswerTrainer
+from steps import fit
 
-train_module = import_module("badit.training.fit")  # badit.train is the function
 PAPER = {"init_weights": "bad", "router_input": "mean"}
 QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
 

@@ -10,13 +10,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from badit.api import Run
-from badit.evaluation.scoring import evaluate
 from badit.models import Quantisation, load_base_model
-from badit.recipe.schema import build_recipe
-from badit.training.fit import make_plan
+from badit.recipe.loading import build_recipe
+from badit.runs.resolved import resolve
 from badit.tuner.targets import refuse_unsuitable_layer
 from materials import make_material
 from refusals import refuses
+from steps import evaluate
 from training.trainers import train_and_score
 from tuner.helpers import adapt, layers, take_steps
 
@@ -133,7 +133,7 @@ def test_unsupported_quantisation_is_refused(recipe_values, model_folder, monkey
     full = build_recipe(
         {**recipe_values, "method": {"name": "full"}}, ["model.quantisation=bnb-8bit"]
     )
-    refuses(r"model\.quantisation: full cannot train quantised base weights", make_plan, full)
+    refuses(r"model\.quantisation: full cannot train quantised base weights", resolve, full)
     refuses(
         "unknown 'bnb-8' .did you mean 'bnb-8bit'",
         load_base_model,

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from badit import BaditConfig, OrthogonalUpdates, Regrouper
 from badit.analysis.gates import adapted_layers, changed_gates, prompt_gates
-from badit.export.exporting import merge, mixture_factors, write_adapter
+from badit.export.adapter import write_adapter
+from badit.export.factors import merge, mixture_factors
 from badit.models import load_base_model
 from badit.tuner.targets import base_layer, default_targets
 from docs.pages import Page

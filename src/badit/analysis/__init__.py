@@ -26,14 +26,18 @@ from badit.analysis.learning import (
 from badit.analysis.tables import TABLES, save_frame
 from badit.comparison.results import RESULTS
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_sources
-from badit.recipe.schema import DataSection, Recipe, build_recipe
+from badit.recipe.loading import build_recipe
+from badit.recipe.method import resolve_method
+from badit.recipe.schema import DataSection
+from badit.runs.fingerprints import task_fingerprints
 from badit.runs.folder import AnyPath, RunFolder
+from badit.runs.resolved import ResolvedRun, open_run
 from badit.support.environment import environment, peak_memory
 from badit.support.errors import BaditError, explained
 from badit.support.files import exclusive, inside, read_json, refuse_links, write_json
 from badit.training.checkpoints import checksums
-from badit.training.fit import encoded, load_run, make_plan, task_fingerprints
-from badit.training.methods import build_method
+from badit.training.encoding import encoded
+from badit.training.loading import load_run
 
 
 def analyze(
@@ -68,7 +72,7 @@ def analyze(
         save_frame(frame, output / "analysis")
         return output
     if is_run:
-        recipe = RunFolder(folder, trust_remote_code=trust_remote_code).trusted_recipe()
+        run = open_run(RunFolder(folder, trust_remote_code=trust_remote_code))
     elif data is None:
         raise BaditError(
             f"{target}: not a run's folder; to analyze a base model, set its tasks with --data"
@@ -76,12 +80,11 @@ def analyze(
     else:
         values = {"model": {"name": target}, "data": {"source": data}, "method": {"name": "base"}}
         recipe = build_recipe({**values, "output": str(output)})
-    trained = build_method(recipe.method).trains
-    section = recipe.data if data is None else DataSection(source=data)  # pyright: ignore[reportCallIssue]
+        run = ResolvedRun(RunFolder.at(output), recipe, resolve_method(recipe.method))
+    trained = run.method.trains
+    section = run.recipe.data if data is None else DataSection(source=data)  # pyright: ignore[reportCallIssue]
     tasks = (
-        make_plan(recipe).tasks
-        if data is None and trained
-        else load_sources(section.sources(), section.tasks)
+        run.tasks if data is None and trained else load_sources(section.sources(), section.tasks)
     )
     chosen = [(task, _chosen(task, instances, trained=trained)) for task in tasks]
     # The run's folder relative to the output folder, so that both can be moved together.
@@ -109,7 +112,7 @@ def analyze(
     if done.keys() >= {"interference", "experts", "learning"}:
         return output
     with exclusive(output):
-        for part, measure in _parts(recipe, chosen, progress).items():
+        for part, measure in _parts(run, chosen, progress).items():
             if part in done:
                 continue
             began = time.monotonic()
@@ -127,15 +130,13 @@ def analyze(
 
 
 def _parts(
-    recipe: Recipe, chosen: Prompts, progress: bool
+    resolved: ResolvedRun, chosen: Prompts, progress: bool
 ) -> dict[str, Callable[[], list[pd.DataFrame]]]:
     """Loads the model and returns, by part, the function that measures the part's tables."""
-    run = RunFolder.at(recipe.output)
-    model, tokenizer = load_run(run, recipe)
-    if not build_method(
-        recipe.method
-    ).trains:  # so that the report finds a base model's recipe and environment
-        RunFolder.prepare(recipe)
+    run, recipe = resolved.folder, resolved.recipe
+    model, tokenizer = load_run(resolved)
+    if not resolved.method.trains:  # so that the report finds a base model's recipe and environment
+        resolved.prepare_folder()
         if not run.environment_path.is_file():
             write_json(run.environment_path, environment())
     pairs = [(task, instance) for task, instances in chosen for instance in instances]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from badit.analysis.gates import PromptGates, active_experts, changed_gates, gates_frame
 from badit.analysis.tables import INDEX, TEXT, Column, Table
 from badit.data import Instance, Task
-from badit.evaluation.scoring import prompt_losses
+from badit.evaluation.losses import prompt_losses
 from badit.tuner.model import TaskBatches
 
 _NEAREST = 5

@@ -25,10 +25,12 @@ from badit.analysis.tables import Table, layer_and_module
 from badit.data import AnswerCollator, Task, batches_by_task
 from badit.method import prompt_mean
 from badit.recipe.schema import Recipe
+from badit.runs.fingerprints import model_fingerprint, task_fingerprints
 from badit.runs.folder import RECORD, RunFolder
 from badit.support.errors import BaditError, nearest
 from badit.support.files import is_number, read_json, refuse_links, write_json
-from badit.training.fit import encoded, model_dtype, model_fingerprint, task_fingerprints
+from badit.training.encoding import encoded
+from badit.training.loading import model_dtype
 from badit.training.trainer import answer_losses
 from badit.tuner.layer import ExpertLinear
 from badit.tuner.model import TaskBatches

@@ -68,15 +68,11 @@ def train(
     """
     made = _read_recipe(recipe, overrides)
     if dry_run:
-        return "\n".join(
-            [
-                _load("badit.recipe.schema").dump_recipe(made),
-                *_load("badit.authoring.recipes").check(made),
-            ]
-        )
+        shown = _load("badit.recipe.saved").dump_recipe(made)
+        return "\n".join([shown, *_load("badit.authoring.dry_run").check(made)])
     run = _load("badit.api").train(made, allow_changed_inputs=allow_changed_inputs)
     return (
-        f"{_load('badit.comparison.tables').score_table(run.scores)}\n\nRun: {run.path}"
+        f"{_load('badit.runs.scores').score_table(run.scores)}\n\nRun: {run.path}"
         if is_main_process()
         else None
     )
@@ -99,7 +95,7 @@ def compare(
     """
     made = _read_recipe(recipe, overrides)
     if dry_run:
-        return "\n".join(_load("badit.authoring.recipes").check_comparison(made))
+        return "\n".join(_load("badit.authoring.dry_run").check_comparison(made))
     # SIGTERM (from a batch system) is handled like Ctrl-C: the cells run in separate sessions and must be stopped too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     results = _load("badit.comparison.compare").compare(made, jobs=jobs)
@@ -144,7 +140,9 @@ def init(data: str = "builtin", *overrides: str, output: Output = "recipe.yaml")
     """
     if Path(output).exists():
         raise BaditError(f"{output}: already exists; choose another --output")
-    write_text(Path(output), _load("badit.authoring.recipes").first_recipe(data, output, overrides))
+    write_text(
+        Path(output), _load("badit.authoring.first_recipe").first_recipe(data, output, overrides)
+    )
     return f"Recipe: {output}\nNext: badit train {shlex.quote(output)} --dry-run"
 
 
@@ -156,7 +154,7 @@ def keys(prefix: str = "", *, schema: bool = False) -> str:
         prefix: print only the keys that start with this, such as training or method.r.
         schema: print a JSON schema of all keys, for editors, instead.
     """
-    authoring = _load("badit.authoring.recipes")
+    authoring = _load("badit.authoring.keys")
     if schema:
         return json.dumps(authoring.schema(), indent=2, ensure_ascii=False)
     found = [row for row in authoring.recipe_keys() if row[0].startswith(prefix)]
@@ -177,7 +175,7 @@ def tasks(source: str, *overrides: str, show: NonNegativeInt = 0) -> str:
         overrides: key=value, such as data.columns.input=text or data.format=superni.
         show: number of training prompts per task to print in the model's input format, with token statistics.
     """
-    from badit.recipe.schema import build_recipe, load_recipe, shipped_recipes
+    from badit.recipe.loading import build_recipe, load_recipe, shipped_recipes
 
     is_recipe = Path(source).suffix in (".yaml", ".yml") or (
         source in shipped_recipes() and not Path(source).exists()
@@ -296,7 +294,8 @@ def _shown_tables(target: str, tables: Any, options: dict[str, Any]) -> str:
 
 def _shown_export(run: Run, exported: Any, options: dict[str, Any]) -> str:
     """Returns the export's facts, the commands that serve it, and the score difference of its gates, if measured."""
-    from badit.export.exporting import SCORES, cost_table
+    from badit.export.exporting import SCORES
+    from badit.export.scoring import cost_table
     from badit.hub.card import hub_id
     from badit.models import resolve_model
 
@@ -418,13 +417,13 @@ def demo(*overrides: Overrides) -> str | int:
 
     The same command resumes an interrupted demo. To start over, remove the output folder.
     """
-    return compare(str(_load("badit.recipe.schema").shipped_recipes()["demo"]), *overrides)
+    return compare(str(_load("badit.recipe.loading").shipped_recipes()["demo"]), *overrides)
 
 
 def _read_recipe(path: str, overrides: Sequence[str]) -> Any:
     """Reads a recipe and checks that its data exists, so that errors are reported before the slow imports."""
     with status("reading the recipe"):
-        made = _load("badit.recipe.schema").load_recipe(path, overrides)
+        made = _load("badit.recipe.loading").load_recipe(path, overrides)
         for source in made.data.sources():
             source.refuse_missing()
     return made

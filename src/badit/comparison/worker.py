@@ -68,7 +68,7 @@ def error_of(folder: Path, code: int) -> str | None:
     return error.read_text(encoding="utf-8").strip()
 
 
-def progress(folder: Path) -> str:
+def progress_of(folder: Path) -> str:
     """Returns the last progress bar in a cell's log, without the bar itself."""
     log = folder / LOG
     bars = _BAR.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
@@ -90,20 +90,23 @@ def _stop_at_end_of_input() -> None:
 def run_cell(folder: Path, *, score: bool) -> int:
     """Runs a cell and returns the exit code of the process; an error is written to ``error.txt`` in the folder."""
     try:
-        from badit.evaluation.scoring import train_and_score, validation_loss
+        from badit.evaluation.losses import validation_loss
+        from badit.evaluation.scoring import train_and_score
         from badit.metrics.answers import instance_scores
         from badit.runs.predictions import read_predictions
+        from badit.runs.resolved import open_run
         from badit.training.fit import fit
 
         with explained(folder), exclusive(folder):
-            run = RunFolder(folder)
+            # The recipe comes from the comparison's own process.
+            run = open_run(RunFolder(folder, trust_remote_code=True))
             if score:
-                train_and_score(run.recipe)
-                write_json(
-                    run.instances_path, instance_scores(read_predictions(run.predictions_path))
-                )
+                train_and_score(run)
+                scores = instance_scores(read_predictions(run.folder.predictions_path))
+                write_json(run.folder.instances_path, scores)
             else:
-                validation_loss(fit(run.recipe))
+                fit(run)
+                validation_loss(run)
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -16,12 +16,12 @@ import pandas as pd
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from badit.models import BUILT_IN, BUILT_IN_HUB_ID, HUB_ID
+from badit.recipe.method import resolve_method
 from badit.recipe.schema import Recipe
 from badit.runs.folder import RunFolder
 from badit.runs.scores import read_scores
 from badit.support.console import one_line
 from badit.support.files import read_text, write_text
-from badit.training.methods import AdapterMethod, build_method
 
 CARD = "README.md"
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -63,7 +63,7 @@ def base_licence(recipe: Recipe, *, online: bool = False) -> str | None:
 
 def write_run_card(run: RunFolder) -> None:
     """Writes the card into a run's ``adapter`` folder, if the run has an adapter."""
-    if run.adapter_path.is_dir() and isinstance(build_method(run.recipe.method), AdapterMethod):
+    if run.adapter_path.is_dir() and resolve_method(run.recipe.method).config is not None:
         write_text(run.adapter_path / CARD, model_card(run))
 
 
@@ -85,7 +85,7 @@ def model_card(
     recipe = run.recipe
     metadata = _metadata(recipe, export, licence)
     # The import of badit.tuner or badit.baselines registers the method with PEFT.
-    module = type(build_method(recipe.method).config).__module__
+    module = type(resolve_method(recipe.method).config).__module__
     needs_badit = export is None and module.startswith("badit.")
     card = ModelCard.from_template(
         metadata,

@@ -13,12 +13,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from badit.hub.card import CARD, base_licence, hub_id, model_card
 from badit.models import HUB_ID
+from badit.recipe.method import resolve_method
 from badit.runs.folder import RECORD, RunFolder
 from badit.support.console import status
 from badit.support.errors import BaditError, explained
 from badit.support.files import read_json
 from badit.training.checkpoints import checksums
-from badit.training.methods import AdapterMethod, build_method
 
 _VISIBLE = re.compile(r"[^./\\\0][^/\\\0]*")  # the name of a visible file directly in the folder
 
@@ -98,11 +98,11 @@ def _export_files(folder: Path) -> _Upload:
 
 
 def _adapter_files(run: RunFolder) -> _Upload:
-    method = build_method(run.recipe.method)
+    method = resolve_method(run.recipe.method)
     if not method.trains:
         problem = "is a run of the unchanged base model; there is nothing to push"
         raise BaditError(f"{run.path}: {problem}")
-    if not isinstance(method, AdapterMethod):
+    if method.config is None:
         fix = f"run badit export {shlex.quote(str(run.path))} --merged -o FOLDER and push FOLDER"
         raise BaditError(f"{run.path}: {method.name} trains the base weights; {fix}")
     if not run.adapter_path.is_dir():

@@ -30,9 +30,9 @@ from badit.data.prompts import IGNORED_LABEL, uses_template, with_labels
 from badit.models import device as accelerator
 from badit.models import resolve_model
 from badit.runs.folder import RunFolder
+from badit.runs.resolved import open_run
 from badit.support.errors import BaditError, explained
-from badit.training.fit import load_run
-from badit.training.methods import build_method
+from badit.training.loading import load_run
 from badit.training.trainer import answer_losses
 from badit.tuner import hooks_of
 
@@ -181,14 +181,13 @@ class BaditLM(_HFLM):
         return hooks_of(self.model).rows_of(None if self._task is None else [self._task] * rows)
 
 
-def _load(run: RunFolder, task: str | None, device: str | None) -> tuple[Any, Any]:
+def _load(folder: RunFolder, task: str | None, device: str | None) -> tuple[Any, Any]:
     """Loads a run's model and tokenizer."""
-    recipe = run.trusted_recipe()
-    if task is None and build_method(recipe.method).needs_tasks:
-        name = recipe.method["name"]
-        raise BaditError(f"model_args: {name} needs the name of a task; add task=NAME")
-    model, tokenizer = load_run(run, recipe)
-    if uses_template(tokenizer, recipe.prompt.chat_template):
+    run = open_run(folder)
+    if task is None and run.method.needs_tasks:
+        raise BaditError(f"model_args: {run.method.name} needs the name of a task; add task=NAME")
+    model, tokenizer = load_run(run)
+    if uses_template(tokenizer, run.recipe.prompt.chat_template):
         logging.getLogger(__name__).info(
             "Trained in the model's chat format: use --apply_chat_template."
         )

@@ -18,13 +18,15 @@ from torch.nn.functional import one_hot
 
 from badit.analysis.gates import GATES_FILE, Experts, adapted_layers, mean_gates, read_gates
 from badit.data.prompts import IGNORED_LABEL
-from badit.export.exporting import NOT_A_LORA, beyond_lora, mixture_factors, write_adapter
+from badit.export.adapter import write_adapter
+from badit.export.factors import NOT_A_LORA, beyond_lora, mixture_factors
 from badit.hub.upload import refuse_other_weights
+from badit.recipe.method import ResolvedMethod
 from badit.runs.folder import RECORD, RunFolder
+from badit.runs.resolved import open_run
 from badit.support.errors import BaditError
 from badit.support.files import read_json, refuse_links
-from badit.training.fit import load_run
-from badit.training.methods import build_method
+from badit.training.loading import load_run
 
 _MAX_TOKENS = 1024 * 1024  # of a prompt, for models without a limit of positions
 
@@ -43,11 +45,11 @@ class Router:
     """
 
     def __init__(self, run: RunFolder, exports: str | Path | None) -> None:
-        recipe = run.trusted_recipe()
-        _refuse_unroutable(run, build_method(recipe.method))
+        resolved = open_run(run)
+        _refuse_unroutable(run, resolved.method)
         self.run = run
-        self.base = recipe.model.name
-        self.model: Any = load_run(run, recipe)[0]
+        self.base = resolved.recipe.model.name
+        self.model: Any = load_run(resolved)[0]
         self.layers = adapted_layers(self.model)
         self.modules = [adapted.layer.name for adapted in self.layers]
         self.exports: list[str] = []
@@ -111,7 +113,7 @@ class Router:
         write_adapter(folder, factors, self.model.get_base_model(), self.base)
 
 
-def _refuse_unroutable(run: RunFolder, method: Any) -> None:
+def _refuse_unroutable(run: RunFolder, method: ResolvedMethod) -> None:
     if method.needs_tasks or getattr(method.config, "has_fixed_gates", True):
         raise BaditError(
             f"{run.path}: the gates of {method.name} do not depend on the prompt; serve its export"

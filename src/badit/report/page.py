@@ -25,7 +25,7 @@ from badit.comparison.results import RESULTS
 from badit.comparison.tables import method_table
 from badit.data import own_input
 from badit.metrics.answers import METRICS, Prediction, exact_match, rouge_l, score_text
-from badit.recipe.schema import to_yaml
+from badit.recipe.yaml_text import to_yaml
 from badit.report import chart_config, charts
 from badit.report.figures import FIGURES, Figure
 from badit.report.sources import Source, together

@@ -19,12 +19,13 @@ import numpy as np
 import pandas as pd
 
 from badit.analysis.learning import component_flow, expert_angles, task_gap, transfer
+from badit.analysis.tables import load_frames
 from badit.comparison.results import RESULTS, Results, load_results
 from badit.comparison.tables import method_table
 from badit.data import own_input
 from badit.metrics.answers import Prediction, rouge_l
 from badit.metrics.statistics import paired_bootstrap
-from badit.recipe.schema import read_values
+from badit.recipe.loading import read_values
 from badit.runs.folder import RunFolder
 from badit.runs.predictions import read_predictions
 from badit.support.errors import BaditError
@@ -171,7 +172,7 @@ def shown_parameters(frame: pd.DataFrame) -> str:
 
 def _read(folder: Path, label: str, several: bool) -> Source:
     source, run = Source(label, folder, f"{label}: " if several else ""), RunFolder.at(folder)
-    for name, frame in run.tables.items():
+    for name, frame in load_frames(run.analysis_path).items():
         source.add(name, frame, f"analysis/{name}.json")
     if run.config_path.is_file():
         source.config = read_values(

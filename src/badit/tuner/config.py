@@ -1,6 +1,7 @@
 """The configurations of adapters: BaditConfig, and ExpertConfig, the base class that it shares with the baselines."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_type_hints
@@ -16,8 +17,10 @@ from badit.method.decomposition import (
     expert_factors,
     top_singular_triples,
 )
+from badit.method.grouping import Solver
 from badit.method.routing import GateKind, RouterInput
 from badit.support.errors import BaditError, problems
+from badit.support.steps import PositiveSteps
 
 # The version of an adapter's files. Increase it with a change that older releases would read wrongly.
 # tests/tuner/formats has an adapter of each version.
@@ -307,3 +310,40 @@ class BaditConfig(ExpertConfig):
             if self.init_weights == "bad"
             else expert_directions(triples)
         )
+
+
+TOP_K_REFUSED = "regrouping would move components into experts that top_k switches off; remove top_k, or do not regroup"
+
+
+@dataclass(frozen=True)
+class RegroupOptions:
+    """When and how to regroup. Each regrouping uses the mean Gram matrix of the steps since the previous one."""
+
+    every: PositiveSteps = option(
+        20, "Optimizer steps between regroupings; below 1, a fraction of the run."
+    )
+    stop: Fraction = option(0.9, "Fraction of the run after which regrouping stops.")
+    solver: Solver = option(
+        "swap", "'swap': balanced k-means, then exact swaps; 'paper': the paper's iteration."
+    )
+    restarts: CountOrZero = option(10, "Number of random starts of the solver.")
+    rescale: bool = option(
+        True, "Multiply moved components by the ratio of their old and new experts' mean gates."
+    )
+
+    #: As in the paper's code: once in each of ten epochs, during the first half of training.
+    PAPER: ClassVar[dict[str, Any]] = {
+        "every": 0.1,
+        "stop": 0.5,
+        "solver": "paper",
+        "restarts": 10,
+        "rescale": False,
+    }
+
+    def __post_init__(self) -> None:
+        check_options(self, "regroup.")
+
+    def due(self, total_steps: int) -> range:
+        """Returns the steps of a run after which it regroups."""
+        every = int(self.every) if self.every >= 1 else max(1, round(self.every * total_steps))
+        return range(every, math.floor(round(self.stop * total_steps, 6)) + 1, every)
