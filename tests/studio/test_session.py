@@ -13,6 +13,8 @@ from badit.api import Run
 from badit.data import AnswerCollator, batches_by_task
 from badit.evaluation.generation import generate_answers
 from badit.integrations.studio.session import Question, Session, mixed
+from badit.recipe.loading import build_recipe
+from badit.recipe.saved import dump_recipe
 from badit.support.errors import refuse_unknown
 from badit.training.encoding import encoded
 from badit.tuner import hooks_of
@@ -213,5 +215,6 @@ def test_unanswerable_questions_and_unusable_runs_are_refused(
         ("full", "trains no adapter"),
         ("badit", "has no adapter yet; finish its training"),
     ):
-        (tmp_path / "config.yaml").write_text(json.dumps({"method": {"name": method}}))
+        recipe = build_recipe({"method": {"name": method}})
+        (tmp_path / "config.yaml").write_text(dump_recipe(recipe))
         refuses(message, Session, Run(tmp_path))
