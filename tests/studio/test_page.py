@@ -1,4 +1,4 @@
-"""The studio page in a browser: streamed answers, sliders that send gates, escaped text, and the phone layout."""
+"""The studio page in a browser: streamed answers, gates, escaped text, and the phone layout."""
 
 import json
 
