@@ -84,6 +84,7 @@ def refuse_other_weights(run: RunFolder, records: Mapping[Path, Mapping[str, Any
 
 def _export_files(folder: Path) -> _Upload:
     record = read_json(folder / RECORD)
+    # The run's path in the record is relative to the export's folder.
     run = RunFolder(folder.resolve() / str(record.get("run")))
     refuse_other_weights(run, {folder: record})
     names: Any = record.get("files")

@@ -84,6 +84,7 @@ class _Proxy:
     def __init__(self, router: Router, vllm: VllmClient) -> None:
         self.router = router
         self.vllm = vllm
+        # Measuring the gates of a prompt changes methods of the run's model.
         self.one_at_a_time = anyio.CapacityLimiter(1)
 
     async def models(self, request: Request) -> Response:
@@ -105,7 +106,7 @@ class _Proxy:
             ):
                 headers = {
                     "content-type": answer.headers.get("content-type", ""),
-                    "x-badit-adapter": quote(lora),
+                    "x-badit-adapter": quote(lora),  # headers are ASCII
                 }
                 response = StreamingResponse(answer.aiter_raw(), answer.status_code, headers)
                 # After the start, an error can only end the connection.
@@ -130,6 +131,7 @@ class _Proxy:
     async def _token_ids(self, request: Request, content: dict[str, Any]) -> Any:
         """Returns the token ids of a prompt. vLLM tokenises chats and texts."""
         if request.url.path.endswith("/chat/completions"):
+            # vLLM does not know the model "auto".
             chat = {**content, "model": None, "prompt": None}
             return await self.vllm.tokenize(chat, _key(request))
         prompt = content.get("prompt")

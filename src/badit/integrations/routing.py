@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import one_hot
 
-from badit.analysis.gates import GATES_FILE, Experts, adapted_layers, mean_gates, read_gates
+from badit.analysis.gates import GATES_FILE, adapted_layers, mean_gates, read_gates
 from badit.data.prompts import IGNORED_LABEL
 from badit.export.adapter import write_adapter
 from badit.export.factors import NOT_A_LORA, beyond_lora, mixture_factors
@@ -27,6 +27,7 @@ from badit.runs.resolved import open_run
 from badit.support.errors import BaditError
 from badit.support.files import read_json, refuse_links
 from badit.training.loading import load_run
+from badit.tuner.layer import ExpertLinear
 
 _MAX_TOKENS = 1024 * 1024  # of a prompt, for models without a limit of positions
 
@@ -51,13 +52,13 @@ class Router:
         self.base = resolved.recipe.model.name
         self.model: Any = load_run(resolved)[0]
         self.layers = adapted_layers(self.model)
-        self.modules = [adapted.layer.name for adapted in self.layers]
+        self.modules = [layer.name for layer, _ in self.layers]
         self.exports: list[str] = []
         if exports is not None:
             self._read_exports(Path(exports))
 
     def _read_exports(self, folder: Path) -> None:
-        refuse_links(folder)
+        refuse_links(folder)  # the folder may be untrusted
         files = sorted(folder.glob(f"*/{GATES_FILE}"))
         if not files:
             run = str(self.run.path)
@@ -70,7 +71,7 @@ class Router:
         self.gates_TMK = torch.tensor(
             [[gates[module] for module in self.modules] for gates in gates_of_exports]
         )
-        self.gram_MKK = torch.stack([_gram(adapted) for adapted in self.layers])
+        self.gram_MKK = torch.stack([_gram(layer, adapter) for layer, adapter in self.layers])
 
     def gates(self, ids: Any) -> torch.Tensor:
         """Returns the gates (M, K) of a prompt's token ids, averaged over its positions.
@@ -124,10 +125,11 @@ def _refuse_unroutable(run: RunFolder, method: ResolvedMethod) -> None:
 
 
 @torch.no_grad()
-def _gram(adapted: Experts) -> torch.Tensor:
+def _gram(layer: ExpertLinear, adapter: str) -> torch.Tensor:
     """Returns G (K, K) of a layer, without the factor s²."""
-    a_RI, b_ON = (factor.float() for factor in adapted.layer.factors(adapted.adapter))
+    a_RI, b_ON = (factor.float() for factor in layer.factors(adapter))
+    # Experts that share A have one A for several blocks of B.
     a_NI = a_RI.repeat(b_ON.shape[1] // len(a_RI), 1)
     gram_NN = (b_ON.T @ b_ON) * (a_NI @ a_NI.T)
-    of_expert_NK = one_hot(adapted.layer.expert_of(adapted.adapter)).float()
+    of_expert_NK = one_hot(layer.expert_of(adapter)).float()
     return (of_expert_NK.T @ gram_NN @ of_expert_NK).cpu()

@@ -29,10 +29,11 @@ class VllmClient:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.http = httpx2.AsyncClient(
             base_url=self.url,
-            trust_env=False,
+            trust_env=False,  # HTTP_PROXY is for other servers
+            # The bytes of a response are forwarded as they are.
             headers={"accept-encoding": "identity"},
             limits=httpx2.Limits(),  # no limit on connections
-            timeout=httpx2.Timeout(10, read=None),
+            timeout=httpx2.Timeout(10, read=None),  # an answer can take long
         )
 
     async def ask(

@@ -73,9 +73,9 @@ def server(web: Starlette) -> uvicorn.Server:
     config = uvicorn.Config(
         web,
         lifespan="on",
-        ws="none",
+        ws="none",  # no WebSockets
         headers=list(_HEADERS.items()),
-        proxy_headers=False,
+        proxy_headers=False,  # nobody may set another client's address
         server_header=False,
         log_level="warning",
         access_log=False,

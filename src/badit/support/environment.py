@@ -65,11 +65,10 @@ def _commit() -> str | None:
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    try:
-        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return output.stdout.strip()
+    with suppress(OSError, subprocess.SubprocessError):
+        git = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return git.stdout.strip()
+    return None
 
 
 def _processor() -> str:

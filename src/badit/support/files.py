@@ -200,7 +200,7 @@ def replace_folder(partial: Path, final: Path) -> None:
         if path.is_file():  # safetensors creates files that only the owner can read
             path.chmod(partial.stat().st_mode & 0o666)
         sync(path)
-    remove(final)
+    remove(final)  # os.replace does not replace a folder with files
     os.replace(partial, final)
     sync(final.parent)
 

@@ -77,6 +77,7 @@ class Session:
         try:
             self.tasks = {task.name: task for task in resolved.tasks}
         except BaditError as error:
+            # Prompts can be answered without the data, unless the method needs their task.
             if self.method.needs_tasks:
                 raise
             self.remark = f"The run's tasks cannot be loaded: {error}"
@@ -87,9 +88,9 @@ class Session:
             # Initialisations such as PiSSA's change the base weights, also for a disabled adapter.
             self.base = load_base(self.recipe)[0]
         self.experts = active_experts(self.model)
-        self.modules = [adapted.layer.name for adapted in self.experts]
+        self.modules = [layer.name for layer, _ in self.experts]
         self.number_of_experts = self.experts[0].number if self.experts else 0
-        self._free = threading.Lock()
+        self._free = threading.Lock()  # held while the model is used
         #: The mean gates (M, K) of each task; None until they are measured.
         self.task_gates: dict[str, np.ndarray] | None = None
 
@@ -117,6 +118,7 @@ class Session:
                 by_task[name] = gates_MK / gates_MK.mean(axis=1, keepdims=True)
                 time.sleep(_PAUSE)
         except BaditError as error:
+            # The page works without them: it then shows no nearest tasks.
             say(f"badit: the tasks' gates cannot be measured: {error}")
         self.task_gates = by_task
 
