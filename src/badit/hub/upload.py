@@ -38,7 +38,7 @@ def push_to_hub(source: RunFolder, repository: str, *, private: bool) -> str:
 
     Only files that badit wrote are uploaded, and no links. The uploaded files name no folders or
     users of this machine. Files of an existing repository are replaced. See
-    :meth:`badit.RunFolder.push`.
+    :meth:`badit.Run.push`.
     """
     if (source.path / RECORD).is_file():
         upload = _export_files(source.path)
