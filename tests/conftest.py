@@ -21,7 +21,7 @@ import yaml
 from hypothesis import settings
 
 from badit.api import Run
-from badit.cli.app import main
+from badit.cli import main
 from badit.recipe.loading import build_recipe
 from comparison.cells import InlineCell, compare_module
 from data.examples import CHATML, make_tokenizer

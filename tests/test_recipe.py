@@ -176,7 +176,7 @@ def test_all_errors_are_reported_at_once_without_importing_torch(tmp_path):
     text += "method: {name: badit, num_expert: 8, regroup: {evry: 2}}\n"
     text += "compare: {methods: {a: {name: lroa}, b: {name: mtl-lora, r: 2, seeds: [0]}}}"
     path = write_recipes(tmp_path, own=text)
-    code = f"import sys; from badit.cli.app import main; main(['train', {str(path)!r}]); print('torch' in sys.modules)"
+    code = f"import sys; from badit.cli import main; main(['train', {str(path)!r}]); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
     assert sorted(line.removeprefix(f"badit: {path}: ") for line in done.stderr.splitlines()) == [

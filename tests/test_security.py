@@ -12,7 +12,8 @@ import pytest
 import transformers
 
 import badit.tuner
-from badit.cli.app import app, main
+from badit.cli import main
+from badit.cli.app import app
 from badit.integrations.lm_eval import BaditLM
 from badit.models import load_base_model
 from badit.recipe.loading import build_recipe

@@ -17,7 +17,7 @@ from peft import get_peft_model
 from workload import EXPERTS, RANK, TARGETS, base
 
 from badit import BaditConfig
-from badit.cli.app import quiet_libraries
+from badit.cli.entry import quiet_libraries
 from badit.method import top_singular_triples
 
 ROWS, COLUMNS, WANTED = 4096, 14336, 32

@@ -25,7 +25,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from workload import EXPERTS, RANK, TARGETS, adapted, base, data_options, fast_dtypes, instances
 
 from badit import RegroupCallback, load_base_model
-from badit.cli.app import quiet_libraries
+from badit.cli.entry import quiet_libraries
 from badit.data import AnswerCollator
 from badit.training.trainer import AnswerTrainer
 

@@ -18,7 +18,7 @@ from measure import in_turns, keep, options, ratio
 from workload import MODEL, data_options, fast_dtypes
 
 from badit import load_base_model
-from badit.cli.app import quiet_libraries
+from badit.cli.entry import quiet_libraries
 from badit.data import AnswerCollator, Task
 from badit.evaluation.answers import score_model
 from badit.evaluation.generation import generate_answers

@@ -18,7 +18,7 @@ from measure import in_turns, keep, options, ratio
 from torch import nn
 from workload import adapted, batch, fast_dtypes, training_step
 
-from badit.cli.app import quiet_libraries
+from badit.cli.entry import quiet_libraries
 from badit.training.optimizers import OrthogonalUpdates, lora_plus_groups
 
 ROWS, TOKENS = 4, 320

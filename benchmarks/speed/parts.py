@@ -28,7 +28,7 @@ from workload import (
 )
 
 from badit import BaditConfig, hooks_of, load_base_model
-from badit.cli.app import quiet_libraries
+from badit.cli.entry import quiet_libraries
 from badit.data import AnswerCollator
 
 ROWS, TOKENS = 4, 320

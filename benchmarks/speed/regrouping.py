@@ -23,7 +23,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from workload import adapted, batch, fast_dtypes, training_step
 
 from badit import RegroupCallback
-from badit.cli.app import quiet_libraries
+from badit.cli.entry import quiet_libraries
 from badit.method import cosine_gram, group_components
 
 EVERY = 20

@@ -17,7 +17,7 @@ from typing import Any
 from measure import in_turns, keep, options, own_peak_memory, peak_memory_of
 from workload import adapted, base, batch, fast_dtypes, training_step
 
-from badit.cli.app import quiet_libraries
+from badit.cli.entry import quiet_libraries
 from badit.training.methods import training_method
 
 START = {"experts": 8, "rank": 4, "rows": 4, "tokens": 320}

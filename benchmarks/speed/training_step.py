@@ -15,7 +15,7 @@ import torch
 from measure import in_turns, keep, matmul_peak, options, own_peak_memory, peak_memory_of, ratio
 from workload import ADAPTERS, adapted, base, batch, fast_dtypes, training_step
 
-from badit.cli.app import quiet_libraries
+from badit.cli.entry import quiet_libraries
 
 ROWS, TOKENS = 4, 320
 

@@ -20,7 +20,7 @@ from typing import Any
 from links import ROOT, moved
 from mkdocs.exceptions import PluginError
 
-from badit.cli.app import quiet_libraries
+from badit.cli.entry import quiet_libraries
 
 _COMMENT = re.compile(r"<!-- (code|beginning|options): (.+?) -->")
 

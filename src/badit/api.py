@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 class Run(RunFolder):
     """A run, given by its folder, with the operations on it.
 
-    BaditError if the folder has neither a run nor an export (for push), or if a link leads out of it.
-    If the recipe has ``model.trust_remote_code``, loading the model needs ``trust_remote_code`` here too.
+    BaditError if the folder has neither a run nor an export (for push), or if a link leads out of
+    it. If the recipe has ``model.trust_remote_code``, loading the model needs ``trust_remote_code``
+    here too.
     """
 
     @property
@@ -58,14 +59,16 @@ class Run(RunFolder):
 
         Args:
             split: the split to score (default: the recipe's).
-            batch_size: number of prompts decoded at a time (default: the recipe's); a smaller one needs less memory.
+            batch_size: number of prompts decoded at a time (default: the recipe's); a smaller one
+                needs less memory.
             progress: show a progress bar on stderr.
 
         Returns:
             The scores: task, metric, score (0 to 100), n.
 
         Raises:
-            BaditError: the run does not exist, its adapter is missing or damaged, or the split has no instances.
+            BaditError: the run does not exist, its adapter is missing or damaged, or the split has
+                no instances.
         """
         from badit.evaluation.scoring import evaluate
         from badit.recipe.loading import make_recipe
@@ -89,14 +92,17 @@ class Run(RunFolder):
     ) -> Any:
         """Answers prompts with a run's adapter, by greedy decoding; BaditError for an empty prompt.
 
-        Every call loads the model: pass all prompts at once, or keep the model returned by :meth:`load`.
+        Every call loads the model: pass all prompts at once, or keep the model returned by
+        :meth:`load`.
 
         Args:
-            prompts: one text, for which one answer is returned, or a list of texts, for a list of answers.
-            task: name or number of a task of the run's data; the texts are then inputs, and are formatted as in the
-                task's training prompts.
-            raw: use the texts unchanged as prompts, without the line break that ends whole prompts in training without
-                a chat template; also with ``task``, for methods that need the task of every row.
+            prompts: one text, for which one answer is returned, or a list of texts, for a list of
+                answers.
+            task: name or number of a task of the run's data; the texts are then inputs, and are
+                formatted as in the task's training prompts.
+            raw: use the texts unchanged as prompts, without the line break that ends whole prompts
+                in training without a chat template; also with ``task``, for methods that need the
+                task of every row.
             max_new_tokens: maximum number of tokens of an answer.
             batch_size: number of prompts decoded at a time.
             progress: show a progress bar on stderr.
@@ -149,21 +155,26 @@ class Run(RunFolder):
     ) -> Export:
         """Write a run as a plain LoRA or a merged model, for PEFT, vLLM and llama.cpp.
 
-        Gates that depend on the prompt are fixed. The result loads without badit; docs/serving.md has the commands.
+        Gates that depend on the prompt are fixed. The result loads without badit; docs/serving.md
+        has the commands.
 
         Args:
             output: the folder to write.
-            task: fix the gates to this task's mean (default: the mean over the tasks, refused for clusters of prompts).
+            task: fix the gates to this task's mean (default: the mean over the tasks, refused for
+                clusters of prompts).
             all_tasks: write one adapter per task, in subfolders named after the tasks.
             gates: fix the gates to those of a file, such as an export's gates.json.
             rank: compress to this rank (default: the exact rank, at most 512).
-            merged: write a complete model instead of an adapter. Quantised base weights are refused.
+            merged: write a complete model instead of an adapter. Quantised base weights are
+                refused.
             score: also score the export on the run's split, and write its scores.json.
-            engine: the library that generates the answers to score; vllm must be installed separately.
+            engine: the library that generates the answers to score; vllm must be installed
+                separately.
             progress: show progress bars on stderr.
 
         Raises:
-            BaditError: the run or task does not exist, the output is in use, or the method cannot be exported.
+            BaditError: the run or task does not exist, the output is in use, or the method cannot
+                be exported.
         """
         from badit.export.exporting import ExportOptions, export
         from badit.export.scoring import score_export
@@ -191,7 +202,8 @@ class Run(RunFolder):
             The URL of the repository.
 
         Raises:
-            BaditError: there is nothing to upload, you are not logged in, or the hub refuses the upload.
+            BaditError: there is nothing to upload, you are not logged in, or the hub refuses the
+                upload.
         """
         from badit.hub.upload import push_to_hub
 
@@ -211,8 +223,10 @@ def train(
     Args:
         recipe: a file, a Recipe or plain values (default: the default recipe).
         progress: show progress bars on stderr.
-        allow_changed_inputs: resume the run even if its data or base weights have changed, and record the change.
-        values: override the recipe's values, such as ``training={"num_train_epochs": 2}`` and ``output="runs/mine"``.
+        allow_changed_inputs: resume the run even if its data or base weights have changed, and
+            record the change.
+        values: override the recipe's values, such as ``training={"num_train_epochs": 2}`` and
+            ``output="runs/mine"``.
 
     Returns:
         The run, with its scores. With several processes (accelerate, torchrun), only rank 0 scores.
@@ -259,18 +273,21 @@ def analyze(
     The same command resumes an interrupted analysis.
 
     Args:
-        target: a run's folder, a comparison's folder, or a base model (with --data) such as smollm2-135m.
+        target: a run's folder, a comparison's folder, or a base model (with --data) such as
+            smollm2-135m.
         data: tasks to measure on: a folder, a .jsonl file, or 'builtin' (default: the run's own).
         instances: number of instances per task, at least 2 (not used with a comparison).
         output: the folder to write to (default: the target; for a base model, runs/analysis).
         progress: show progress bars on stderr.
-        trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
+        trust_remote_code: run the base model's own Python code, if the run's recipe allows this
+            too.
 
     Returns:
         The tables by name.
 
     Raises:
-        BaditError: the run or model does not exist, the data is invalid, or the folder has tables of other settings.
+        BaditError: the run or model does not exist, the data is invalid, or the folder has tables
+            of other settings.
     """
     from badit.analysis import analyze
     from badit.analysis.tables import load_frames
@@ -296,14 +313,16 @@ def table(
         format: the format of the table. LaTeX is a booktabs tabular, CSV has full precision.
         metric: the metric of differences, ranks and --by-task: rouge_l, exact_match or nll.
         by_task: print a row per task and a column per method.
-        released: compute forgetting and transfer as SAPT's released code does, of a sequential comparison.
+        released: compute forgetting and transfer as SAPT's released code does, of a sequential
+            comparison.
         reference: the method that the others are compared with (default: the comparison's own).
 
     Returns:
         The text, which the command prints.
 
     Raises:
-        BaditError: the file is missing or damaged, or an option is unknown or not valid for the protocol.
+        BaditError: the file is missing or damaged, or an option is unknown or not valid for the
+            protocol.
     """
     from badit.comparison.results import load_results
     from badit.comparison.tables import FORMATS, method_table, task_table

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from badit import BaditError
-from badit.cli.app import app, main
+from badit.cli import main
+from badit.cli.app import app
 from badit.recipe.loading import load_recipe
 from badit.support.files import read_json
 
@@ -27,8 +28,8 @@ def test_every_command_and_parameter_has_help(command):
     ("statement", "heavy"),
     [
         ("import badit", "numpy torch transformers peft pydantic"),
-        ("from badit.cli.app import main; main(['train', 'superni-cpu', 'data.source=nowhere.csv'])", "torch transformers"),
-        *((f"from badit.cli.app import main; main({words!r})", "torch transformers peft pydantic")
+        ("from badit.cli import main; main(['train', 'superni-cpu', 'data.source=nowhere.csv'])", "torch transformers"),
+        *((f"from badit.cli import main; main({words!r})", "torch transformers peft pydantic")
           for words in (["--help"], ["train", "--help"], ["--version"])),
     ],
 )  # fmt: skip

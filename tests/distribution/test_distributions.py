@@ -34,7 +34,7 @@ def test_the_wheel_is_the_package_and_no_more(tmp_path):
     assert f"{INFO}/licenses/LICENSE" in wheel.namelist()
     assert (
         wheel.read(f"{INFO}/entry_points.txt").decode()
-        == "[console_scripts]\nbadit = badit.cli.app:main\n"
+        == "[console_scripts]\nbadit = badit.cli:main\n"
     )
 
 

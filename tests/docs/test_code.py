@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from badit import Run, analyze
-from badit.cli.app import main
+from badit.cli import main
 from docs.pages import ROOT, Page, pages
 from steps import export
 

@@ -13,8 +13,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from badit import BaditConfig, Run, generation
+from badit import BaditConfig, Run
 from badit.data import AnswerCollator, Instance, Task
+from badit.evaluation import generation
 from badit.evaluation.answers import score_model
 from badit.evaluation.generation import generate_answers, stream_answer
 from badit.evaluation.losses import prompt_losses

@@ -267,9 +267,8 @@ def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(
         16,
         320,
     ]
-    monkeypatch.setattr(
-        sys.modules["badit.export.exporting"], "VLLM_RANKS", (1, 8)
-    )  # as if rank 12 could not be served
+    for module in ("exporting", "factors"):  # as if rank 12 could not be served
+        monkeypatch.setattr(sys.modules[f"badit.export.{module}"], "VLLM_RANKS", (1, 8))
     forced = export(run, tmp_path / "forced")
     assert (forced.rank, forced.record["exact_rank"], forced.max_lora_rank) == (8, 12, 8)
     assert forced.record["relative_error"]["modules"]

@@ -7,7 +7,7 @@ import signal
 
 from hypothesis import HealthCheck, settings
 
-from badit.cli.app import main
+from badit.cli import main
 
 # The factor for the number of cases: 1 in `make test`, larger in `make stress`.
 STRESS = int(os.environ.get("BADIT_STRESS", "1"))

@@ -5,7 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import badit.report
-from badit.cli.app import _report_if_possible
+from badit.cli.app import write_report_if_possible
 from badit.report import write_report
 from refusals import refuses
 from report.samples import (
@@ -249,7 +249,7 @@ def test_report_command_output_errors_and_missing_extra(tmp_path, monkeypatch, c
             output,
             figures=folder,
         )
-    assert _report_if_possible([run], run / "report.html") == f"Report: {run / 'report.html'}"
+    assert write_report_if_possible([run], run / "report.html") == f"Report: {run / 'report.html'}"
     monkeypatch.setattr(
         badit.report, "find_spec", lambda name: None if name == "altair" else object()
     )
@@ -257,4 +257,4 @@ def test_report_command_output_errors_and_missing_extra(tmp_path, monkeypatch, c
         command("report", run, code=2)
         == "badit: the report needs its extra: pip install 'badit[report]'"
     )
-    assert "pip install 'badit[report]'" in _report_if_possible([run], page)
+    assert "pip install 'badit[report]'" in write_report_if_possible([run], page)

@@ -16,7 +16,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 import badit.analysis
 import badit.evaluation.scoring
 import badit.export.exporting  # noqa: F401
-from badit.cli.app import main
+from badit.cli import main
 from training.trainers import on, with_callbacks
 
 STEP_EVENTS = ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end")

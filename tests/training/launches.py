@@ -16,7 +16,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from badit.api import Run
-from badit.cli.app import main
+from badit.cli import main
 from badit.support.files import read_jsonl
 from badit.training.checkpoints import last_checkpoint
 from training.ranks import forked

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from badit.cli.app import main
+from badit.cli import main
 from training.trainers import on, with_callbacks
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import pytest
 import yaml
 
-from badit.cli.app import main
+from badit.cli import main
 from fuzz.command import STRESS
 from materials import make_recipe
 from training import killed

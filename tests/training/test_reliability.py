@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from badit import Run, load_tasks
-from badit.cli.app import main
+from badit.cli import main
 from badit.comparison.worker import start_cell
 from badit.data import Task
 from badit.data.prompts import Prompt

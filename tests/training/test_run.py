@@ -312,7 +312,7 @@ def test_run_applies_scheduler_and_chat_template_options(recipe_values):
     train_and_score(recipe)
     run = Run(recipe.output)
     assert run.metrics["learning_rate"].tolist() == [0.01, 0.01]
-    assert run.recipe == recipe
+    assert run.recipe == resolve(recipe).recipe
     assert not run.predictions["prompt"].str.contains("<|im_start|>", regex=False).any()
 
 

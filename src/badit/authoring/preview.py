@@ -1,4 +1,4 @@
-"""``badit tasks``: the tasks of a recipe's data, their mixture, and prompts in the model's format."""
+"""``badit tasks``: the tasks of a recipe, their mixture, and prompts in the model's format."""
 
 from collections import Counter
 from collections.abc import Sequence

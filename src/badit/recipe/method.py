@@ -95,14 +95,14 @@ class ResolvedMethod:
 
     def refuse_recipe(self, recipe: Recipe) -> None:
         """Raises BaditError if another section of the recipe conflicts with the method."""
+        if self.trains_base_weights:
+            self._refuse_adapter_settings(recipe)
         uses_deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
         if recipe.training.optimizer == "orthogonal" and uses_deepspeed:
             problem = "orthogonal cannot run with DeepSpeed; use FSDP2, DDP, adamw or lora+"
             raise BaditError(f"training.optimizer: {problem}")
         if self.name in SURGERY:
             self._refuse_single_tasks(recipe)
-        if self.trains_base_weights:
-            self._refuse_adapter_settings(recipe)
         if KINDS[self.name].trains == "neurons" and recipe.training.weight_decay:
             problem = f"must be 0 with {self.name}; it would change frozen neurons too"
             raise BaditError(f"training.weight_decay: {problem}")

@@ -85,7 +85,8 @@ class DataSection(Section):
 
     source: PathText | list[PathText | SourceSection] = Field(
         "builtin",
-        description="'builtin', file, folder, glob, hub dataset, or list of these; $VARIABLES are expanded",
+        description="'builtin', file, folder, glob, hub dataset, or list of these; $VARIABLES are "
+        "expanded",
     )
     format: Format = Field("auto", description="layout of a folder; auto detects it")
     task: TaskName | None = Field(
@@ -124,7 +125,8 @@ class DataSection(Section):
     )
     order: str | list[TaskName] | None = Field(
         None,
-        description="train tasks one after another: sapt-1, sapt-2, seeded-N or a list of names; null: mix them",
+        description="train tasks one after another: sapt-1, sapt-2, seeded-N or a list of names; "
+        "null: mix them",
     )
     seed: CountOrZero = Field(
         0, description="for choosing instances; not training.seed, so runs can share data"
@@ -149,12 +151,14 @@ class DataSection(Section):
         shared = self.model_dump(
             include={"format", "task", "instruction", "columns", "splits", "turns"}
         )
-        return [
-            Source(**{**shared, **own, "path": expand_source(own["path"])}) for own in self.entries
-        ]
+        sources = []
+        for entry in self.entries:
+            path = expand_source(entry["path"])
+            sources.append(Source(**{**shared, **entry, "path": path}))
+        return sources
 
     def load(self) -> list[Task]:
-        """Returns the tasks with their training, validation and test instances; BaditError if they are invalid."""
+        """Returns the tasks with all their instances; BaditError if they are invalid."""
         from badit.data import load_sources
 
         tasks = load_sources(self.sources(), self.tasks, self.weights)
@@ -166,7 +170,10 @@ class DataSection(Section):
         return limit(tasks, self.train_per_task, self.test_per_task, self.seed)
 
     def quotas(self, tasks: Sequence[Task]) -> dict[str, int] | None:
-        """Returns the number of training instances per task in an epoch, or None if each is used once."""
+        """Returns the number of training instances per task in an epoch.
+
+        None if each instance is used once.
+        """
         return quotas(tasks, balanced=self.sampling == "balanced", temperature=self.temperature)
 
 
@@ -229,12 +236,13 @@ class CompareSection(Section):
     )
     learning_rates: list[float] | None = Field(
         None,
-        description="ascending rates to search for each method, starting at training.learning_rate, by the loss on "
-        "held-out training instances; null: all methods use training.learning_rate",
+        description="ascending rates to search for each method, starting at training.learning_rate,"
+        " by the loss on held-out training instances; null: all methods use training.learning_rate",
     )
     search: dict[str, Any] | None = Field(
         None,
-        description="recipe values for the search only, to make it cheaper, such as {data: {train_per_task: 30}}",
+        description="recipe values for the search only, to make it cheaper, such as {data: "
+        "{train_per_task: 30}}",
     )
     budget: str | None = Field(
         None, description="the method whose trainable-parameter count the others must match"
@@ -247,7 +255,10 @@ class CompareSection(Section):
     @field_validator("learning_rates")
     @classmethod
     def _ascending(cls, rates: list[float] | None) -> list[float] | None:
-        if rates is not None and (not rates or sorted(set(rates)) != rates or rates[0] <= 0):
+        if rates is None:
+            return None
+        is_ascending = bool(rates) and sorted(set(rates)) == rates
+        if not is_ascending or rates[0] <= 0:
             raise ValueError("must be positive and ascending, such as [2.5e-4, 5e-4, 1e-3]")
         return rates
 
@@ -279,12 +290,11 @@ RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 
 
 def expand_source(source: str) -> str:
-    """Returns ``data.source`` with $VARIABLES and ~ expanded; BaditError if a variable is not set."""
+    """Returns ``data.source`` with $VARIABLES and ~ expanded; BaditError if one is not set."""
     expanded = os.path.expandvars(source)
-    if missing := re.search(r"\$\{?(\w+)", expanded):
-        problem = (
-            f"the environment variable {missing[1]} is not set; set it, or use data.source=PATH"
-        )
+    unset = re.search(r"\$\{?(\w+)", expanded)
+    if unset:
+        problem = f"the environment variable {unset[1]} is not set; set it, or use data.source=PATH"
         raise BaditError(f"data.source: {problem}")
     if not expanded.strip():
         raise BaditError(
