@@ -174,6 +174,13 @@ def test_questions_are_answered_while_task_gates_are_measured(trained):
     np.testing.assert_equal(quiet.task_gates, busy.task_gates)
 
 
+def test_measuring_ends_when_stopped(trained):
+    session = Session(trained(BADIT))
+    session.stop()
+    session.measure()
+    assert session.unmeasured
+
+
 def test_run_without_its_data_still_answers(trained, task_file):
     run = trained(BADIT, task_file)
     task_file.unlink()

@@ -44,12 +44,17 @@ def serve(run: RunFolder, *, port: int, browser: bool) -> None:
     """
     with listen(port) as listening:
         session = Session(run)
-        # The page can be used meanwhile. A daemon thread does not delay the exit.
-        threading.Thread(target=session.measure, daemon=True).start()
-        show(f"Studio: {address(listening)}   (Ctrl-C stops it)")
-        if browser and _has_display():
-            webbrowser.open(address(listening))
-        run_until_ended(application(session), listening)
+        # The page can be used meanwhile. Python would abort if it ended during a computation.
+        measuring = threading.Thread(target=session.measure)
+        measuring.start()
+        try:
+            show(f"Studio: {address(listening)}   (Ctrl-C stops it)")
+            if browser and _has_display():
+                webbrowser.open(address(listening))
+            run_until_ended(application(session), listening)
+        finally:
+            session.stop()
+            measuring.join()
 
 
 def _has_display() -> bool:

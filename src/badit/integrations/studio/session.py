@@ -91,6 +91,7 @@ class Session:
         self.modules = [layer.name for layer, _ in self.experts]
         self.number_of_experts = self.experts[0].number if self.experts else 0
         self._free = threading.Lock()  # held while the model is used
+        self._stopped = threading.Event()
         #: The mean gates (M, K) of each task; None until they are measured.
         self.task_gates: dict[str, np.ndarray] | None = None
 
@@ -103,7 +104,7 @@ class Session:
     def measure(self) -> None:
         """Measures the tasks' gates, or reads them from the run's folder.
 
-        Questions can be answered meanwhile.
+        Questions can be answered meanwhile. :meth:`stop` ends it after the current task.
         """
         if not self.unmeasured:
             return
@@ -112,15 +113,20 @@ class Session:
         by_task: dict[str, np.ndarray] = {}
         try:
             for name in names:
+                if self._stopped.wait(_PAUSE):
+                    return
                 with self._free:
                     _, gates = next(measured)
                 gates_MK = np.array([gates[module] for module in self.modules])
                 by_task[name] = gates_MK / gates_MK.mean(axis=1, keepdims=True)
-                time.sleep(_PAUSE)
         except BaditError as error:
             # The page works without them: it then shows no nearest tasks.
             say(f"badit: the tasks' gates cannot be measured: {error}")
         self.task_gates = by_task
+
+    def stop(self) -> None:
+        """Ends :meth:`measure`, in another thread, after the current task."""
+        self._stopped.set()
 
     def about(self) -> dict[str, Any]:
         """Returns what the page shows about the run before the first question."""
