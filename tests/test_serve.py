@@ -51,8 +51,14 @@ def vllm(run, tmp_path):
     control a stream's second chunk.
     """
     _, tokenizer = load_base(run.recipe)
-    server = SimpleNamespace(asked=[], loaded=[], removed_too_early=False, copies=tmp_path)
-    server.goes_on, server.ended = threading.Event(), threading.Event()
+    server = SimpleNamespace(
+        asked=[],
+        loaded=[],
+        removed_too_early=False,
+        copies=tmp_path,
+        goes_on=threading.Event(),
+        ended=threading.Event(),
+    )
 
     async def tokenize(request):
         content = await request.json()

@@ -1,4 +1,4 @@
-"""Every baseline as a recipe's method: options, error messages, and a run from training to loading."""
+"""Every baseline as a recipe's method: options, errors, and a run from training to loading."""
 
 import pytest
 import torch
@@ -24,7 +24,8 @@ NOT_BELOW = "input should be greater than or equal to"
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_loaded_run_matches_trained_model(recipe_values, monkeypatch, name):
-    trained, apply = [], AdapterMethod.apply
+    trained = []
+    apply = AdapterMethod.apply
     monkeypatch.setattr(
         AdapterMethod, "apply", lambda *given: trained.append(apply(*given)) or trained[0]
     )

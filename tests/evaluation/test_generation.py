@@ -21,6 +21,7 @@ from badit.evaluation.generation import generate_answers, stream_answer
 from badit.evaluation.losses import prompt_losses
 from badit.metrics.answers import METRICS, Prediction
 from badit.recipe.loading import build_recipe
+from badit.recipe.saved import dump_recipe
 from badit.runs.predictions import read_predictions, write_predictions
 from badit.training.encoding import encoded
 from data.examples import make_tokenizer
@@ -338,6 +339,7 @@ def test_invalid_predictions_and_unknown_splits_are_refused(tmp_path):
         refuses(message, read_predictions, tmp_path)
     refuses(r"no \.jsonl files", read_predictions, tmp_path / "empty")
     message = r"split: unknown 'tests' \(did you mean 'test'\?\); known: test, validation"
+    (tmp_path / "config.yaml").write_text(dump_recipe(build_recipe({})))
     refuses(message, evaluate, Run.at(tmp_path), split="tests")
 
 

@@ -1,4 +1,4 @@
-"""Regrouping in a Trainer and in a plain loop: partitions, logged angles, changed tensors, saved state, refusals."""
+"""Regrouping in a Trainer and in a plain loop: partitions, angles, weights, state, refusals."""
 
 import numpy as np
 import pytest
@@ -128,7 +128,7 @@ def test_the_last_step_of_a_fraction_is_due():
 
 @pytest.mark.parametrize("rescale", [False, True])
 def test_regrouping_changes_weights_only_with_rescale(tiny_model, tmp_path, rescale):
-    """Without rescale no weight changes; with it B changes, but the delta weight at the mean gates does not."""
+    """Without rescale no weight changes; with it B changes, but not the delta at the mean gates."""
     model = adapted(tiny_model("llama"))
     regroup = RegroupCallback(every=6, rescale=rescale)
     seen, gates = [], {}

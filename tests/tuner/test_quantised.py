@@ -1,4 +1,4 @@
-"""Experts on quantised base weights: initialised from the dequantised weights, trained and saved; the base is kept."""
+"""Experts on quantised base weights: initialised from the dequantised weights, trained, saved."""
 
 from importlib.util import find_spec
 from typing import get_args
@@ -44,16 +44,16 @@ def load(model_folder):
 
 def stored(model):
     """Returns the base model's tensors as they are stored, packed bytes and scales."""
-    kept = {}
+    tensors = {}
     for name, value in model.state_dict().items():
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        parts = {"": value} if type(value) is torch.Tensor else vars(value)
-        kept |= {
-            f"{plain}{key}": part.clone()
-            for key, part in parts.items()
-            if isinstance(part, torch.Tensor)
+        by_name = {"": value} if type(value) is torch.Tensor else vars(value)
+        tensors |= {
+            f"{plain}{key}": tensor.clone()
+            for key, tensor in by_name.items()
+            if isinstance(tensor, torch.Tensor)
         }
-    return {name: part for name, part in kept.items() if "badit_" not in name}
+    return {name: tensor for name, tensor in tensors.items() if "badit_" not in name}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,9 +108,8 @@ def test_training_lowers_the_loss_keeps_the_base_and_round_trips(load, tmp_path,
 def test_base_weights_repacked_for_the_cpu_are_refused(load):
     base = load("bnb-4bit").eval()
     with torch.no_grad():
-        base(
-            input_ids=IDS
-        )  # repacks the weight on a CPU with AVX-512 BF16; elsewhere the flag below simulates it
+        # Repacks the weight on a CPU with AVX-512 BF16; elsewhere the flag below simulates it.
+        base(input_ids=IDS)
     base.model.layers[1].mlp.gate_proj.weight.quant_state.packing_format_for_cpu = True
     refuses(r"has been evaluated on a CPU.*load the model again", adapt, base, num_experts=4)
 

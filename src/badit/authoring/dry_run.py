@@ -15,7 +15,9 @@ from badit.comparison.checks import check as check_grid
 from badit.comparison.grid import Grid
 from badit.data import Task, prompt_text
 from badit.models import device, load_tokenizer
+from badit.recipe.method import resolve_method
 from badit.recipe.schema import Recipe
+from badit.runs.folder import RunFolder
 from badit.runs.resolved import ResolvedRun, resolve
 from badit.support.console import status
 from badit.support.errors import BaditError
@@ -48,15 +50,23 @@ def check(recipe: Recipe) -> list[str]:
     with status(f"checking {recipe.model.name}"):
         options = recipe.model.model_dump(exclude={"dtype", "quantisation"})
         tokenizer = tried(lambda: load_tokenizer(**options))
+    # Also with invalid data, so that all problems are reported at once.
+    checked = run or tried(lambda: _without_tasks(recipe))
     applied = None
-    if run is not None:
-        checked = run
+    if checked is not None:
         tried(lambda: training_arguments(checked, Path(recipe.output), 0))
-        tried(checked.has_begun)
         applied = tried(lambda: _on_skeleton(checked))
+    if run is not None:
+        tried(run.has_begun)
     if problems or run is None or applied is None:
         raise BaditError(*dict.fromkeys(problems))
     return _DryRun(run, tokenizer, *applied).lines()
+
+
+def _without_tasks(recipe: Recipe) -> ResolvedRun:
+    run = ResolvedRun(RunFolder.at(recipe.output), recipe, resolve_method(recipe.method))
+    run.tasks = []
+    return run
 
 
 def _on_skeleton(run: ResolvedRun) -> tuple[Method, Any]:

@@ -7,7 +7,8 @@ from statistics import median
 from typing import Any
 
 from badit.data import Task
-from badit.data.prompts import encode_examples, prompt_text, token_ids
+from badit.data.encoding import encode_examples, token_ids
+from badit.data.prompts import prompt_text
 from badit.models import load_tokenizer
 from badit.recipe.schema import PromptSection, Recipe
 from badit.support.console import one_line

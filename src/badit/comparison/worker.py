@@ -122,11 +122,10 @@ def _run(folder: Path, score: bool) -> None:
     from badit.evaluation.scoring import train_and_score
     from badit.metrics.answers import instance_scores
     from badit.runs.predictions import read_predictions
-    from badit.runs.resolved import open_run
+    from badit.runs.resolved import resolve
     from badit.training.fit import fit
 
-    # The recipe comes from the comparison, whose user has allowed the model's code.
-    run = open_run(RunFolder(folder, trust_remote_code=True))
+    run = resolve(RunFolder(folder).recipe)
     if score:
         train_and_score(run)
         scores = instance_scores(read_predictions(run.folder.predictions_path))

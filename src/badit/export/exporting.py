@@ -18,7 +18,7 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from badit.analysis.gates import GATES_FILE, PROMPTS_PER_TASK, Gates, read_gates, task_gates
-from badit.data.tasks import resolve_names
+from badit.data.orders import resolve_names
 from badit.export.adapter import write_adapter
 from badit.export.factors import (
     NOT_A_LORA,

@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from badit.data.prompts import end_of_turn_id
+from badit.data.encoding import end_of_turn_id
 from badit.evaluation.answers import Answer, score_model
 from badit.evaluation.scoring import evaluate
 from badit.export.exporting import SCORES, Export

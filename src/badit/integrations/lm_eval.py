@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import badit.baselines  # noqa: F401 (registers the baselines with PEFT)
 from badit.data import AnswerCollator
-from badit.data.prompts import IGNORED_LABEL, uses_template, with_labels
+from badit.data.encoding import IGNORED_LABEL, uses_template
 from badit.models import device as accelerator
 from badit.models import resolve_model
 from badit.runs.folder import RunFolder
@@ -144,7 +144,7 @@ class BaditLM(_HFLM):
 
     def _scored(self, requests: Sequence[Request]) -> list[Score]:
         """Scores one batch. The gates of each row depend on its context only."""
-        examples = [with_labels(self._example(*request)) for request in requests]
+        examples = [self._example(*request) for request in requests]
         collate = AnswerCollator(self.tokenizer.pad_token_id, with_tasks=self._task is not None)
         batch: Any = send_to_device(collate(examples), self.device)
         # The last token is predicted but not an input: it is masked, and needs no position.

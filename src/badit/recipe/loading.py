@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from badit.data.rows import SUFFIXES
+from badit.data.source import SUFFIXES
 from badit.recipe.arguments import TrainingSection
 from badit.recipe.schema import ComparedMethod, Recipe, RecipeLike, section_of
 from badit.recipe.yaml_text import parse_yaml

@@ -14,10 +14,12 @@ from pydantic import (
     field_validator,
 )
 
-from badit.data.prompts import ChatTemplate, PromptEncoding
-from badit.data.rows import Format, Source, Turns
+from badit.data.encoding import ChatTemplate
+from badit.data.prompts import PromptEncoding
+from badit.data.sampling import hold_out, limit, quotas
+from badit.data.source import Format, Source, Turns
 from badit.data.tasks import Split as DataSplit
-from badit.data.tasks import Task, hold_out, limit, quotas
+from badit.data.tasks import Task
 from badit.models import Quantisation
 from badit.recipe.arguments import LARGEST, Count, CountOrZero, Section, TrainingSection
 from badit.support.errors import BaditError

@@ -4,14 +4,17 @@ Training, evaluation, comparison, analysis and export receive one, and derive no
 folder of a run has the resolved recipe as config.yaml.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from peft.utils import CONFIG_NAME
 
-from badit.data.tasks import Task, ordered
+from badit.data.orders import ordered
+from badit.data.tasks import Task
 from badit.recipe.method import ResolvedMethod, resolve_method
 from badit.recipe.saved import differing_keys, dump_recipe
 from badit.recipe.schema import Recipe, Split
@@ -104,7 +107,7 @@ class ResolvedRun:
         return False
 
     def _refuse_other_recipe(self) -> None:
-        saved = _with_method_defaults(self.folder.recipe, self.tasks)[0]
+        saved, _ = _with_method_defaults(self.folder.recipe, self.tasks)
         excluded = {"output", "compare"}
         keys = differing_keys(
             saved.model_dump(mode="json", exclude=excluded),
@@ -162,9 +165,9 @@ def resolve(recipe: Recipe, tasks: list[Task] | None = None) -> ResolvedRun:
     method.refuse_recipe(recipe)
     if tasks is None:
         tasks = read_tasks(recipe)
-    recipe, method = _with_method_defaults(recipe, tasks)
     trusts_code = recipe.model.trust_remote_code
     folder = RunFolder(recipe.output, check=False, trust_remote_code=trusts_code)
+    recipe, method = _with_method_defaults(recipe, tasks, _saved_clusters(folder))
     run = ResolvedRun(folder, recipe, method)
     run.tasks = tasks
     run.refuse_untrainable()
@@ -203,14 +206,31 @@ def read_tasks(recipe: Recipe) -> list[Task]:
     return tasks
 
 
-def _with_method_defaults(recipe: Recipe, tasks: list[Task]) -> tuple[Recipe, ResolvedMethod]:
-    """Returns a recipe whose method section has every option, and the method."""
+def _saved_clusters(folder: RunFolder) -> dict[str, Any]:
+    """Returns the number of clusters of the run in a folder, if it has one.
+
+    It stays when the run is resumed, also if tasks were added to the data since.
+    """
+    if not folder.config_path.is_file():
+        return {}
+    refuse_links(folder.path)
+    method = folder.recipe.method
+    return {key: method[key] for key in ("num_clusters",) if key in method}
+
+
+def _with_method_defaults(
+    recipe: Recipe, tasks: list[Task], saved: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Recipe, ResolvedMethod]:
+    """Returns a recipe whose method section has every option, and the method.
+
+    ``saved`` has the defaults that the run was begun with.
+    """
     section = dict(recipe.method)
     method = resolve_method(section)
     trained = sum(bool(task.train) for task in tasks)
     is_mixed = recipe.data.order is None
     if method.name == "badit" and is_mixed and 0 < trained <= _ONE_CLUSTER_PER_TASK:
-        section.setdefault("num_clusters", trained)
+        section.setdefault("num_clusters", saved.get("num_clusters", trained))
         method = resolve_method(section)
     return recipe.model_copy(update={"method": dict(method.section)}), method
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from badit.data.encoded import Examples
-from badit.data.prompts import build_prompt, encode_examples, encode_prompts
+from badit.data.encoding import encode_examples, encode_prompts
+from badit.data.examples import Examples
+from badit.data.prompts import build_prompt
 from badit.data.tasks import Instance, Task
 from badit.recipe.schema import Recipe
 from badit.support.errors import BaditError

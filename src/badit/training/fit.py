@@ -13,8 +13,9 @@ import transformers
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from badit.data.encoded import AnswerCollator, Examples, batches_by_task, encode_tasks
-from badit.data.tasks import Task, mixture
+from badit.data.examples import AnswerCollator, Examples, batches_by_task, encode_tasks
+from badit.data.sampling import mixture
+from badit.data.tasks import Task
 from badit.runs.fingerprints import BASE_MODEL, keep_inputs, model_fingerprint, task_fingerprints
 from badit.runs.resolved import ResolvedRun
 from badit.support.console import is_main_process, say, status

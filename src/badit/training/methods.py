@@ -32,6 +32,7 @@ from badit.training.regrouping import AngleLog, RegroupCallback
 from badit.training.saved_adapters import saved_config, tensor_shapes
 from badit.training.surgery import Surgery, SurgeryTrainer
 from badit.training.trainer import AnswerTrainer
+from badit.tuner.config import ExpertConfig
 from badit.tuner.distributed import parameter_count, rank_and_size
 from badit.tuner.model import TaskBatches, hooks_of
 from badit.tuner.targets import chosen_targets
@@ -96,10 +97,11 @@ class AdapterMethod(Method):
             _fit_to_conv1d(config, model)
         if self.resolved.needs_tasks:
             config.tasks = list(tasks)
-        config.target_modules = chosen_targets(model, config)
-        if config.target_modules is None:
-            fix = f"name the modules to adapt in a {model.config.model_type}"
-            raise BaditError(f"method.target_modules: {fix}")
+        if not isinstance(config, ExpertConfig):  # whose targets the tuner chooses
+            config.target_modules = chosen_targets(model, config)
+            if config.target_modules is None:
+                fix = f"name the modules to adapt in a {model.config.model_type}"
+                raise BaditError(f"method.target_modules: {fix}")
         try:
             return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
         except BaditError:

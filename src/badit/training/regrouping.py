@@ -28,6 +28,7 @@ from badit.support.console import say
 from badit.support.errors import BaditError, explained
 from badit.support.files import append_to_log, rewind_log
 from badit.training.checkpoints import checkpoint_being_written, resumed_checkpoint
+from badit.tuner.badit_layer import BaditLinear
 from badit.tuner.config import TOP_K_REFUSED, Count, RegroupOptions, check
 from badit.tuner.distributed import (
     before_step,
@@ -36,7 +37,7 @@ from badit.tuner.distributed import (
     rank_and_size,
     scale_columns,
 )
-from badit.tuner.layer import BaditLinear, ExpertLinear
+from badit.tuner.layer import ExpertLinear
 
 STATE_FILE = "badit_regroup.safetensors"
 _ANGLES_FILE = "badit_angles.safetensors"

@@ -42,13 +42,11 @@ def saved_config(path: Path, wanted: Any, shapes: Shapes) -> Any:
     """
     saved = read_json(path)
     expected = _fields(wanted)
-    unknown = sorted(saved.keys() - expected.keys())
-    if unknown:
-        fix = "upgrade PEFT, or remove the line"
-        raise BaditError(f"{path}: {unknown[0]!r:.60}: is unknown to this version of PEFT; {fix}")
     config_class = type(wanted)
     try:
-        config = config_class(**config_class.check_kwargs(**saved))
+        settings = config_class.check_kwargs(**saved)  # refuses other formats
+        _refuse_unknown(settings.keys() - expected.keys())
+        config = config_class(**settings)
         values = _fields(config) | {"peft_type": saved.get("peft_type")}
     except Exception as error:  # the values can have any type
         raise BaditError(f"{path}: {first_line(error)}") from None
@@ -61,6 +59,12 @@ def saved_config(path: Path, wanted: Any, shapes: Shapes) -> Any:
     _refuse_regex(path, config.target_modules, wanted.target_modules)
     _refuse_sizes(path, config, shapes)
     return config
+
+
+def _refuse_unknown(settings: set[str]) -> None:
+    if settings:
+        fix = "upgrade PEFT, or remove the line"
+        raise BaditError(f"{min(settings)!r:.60}: is unknown to this version of PEFT; {fix}")
 
 
 def _fields(config: Any) -> dict[str, Any]:
