@@ -1,13 +1,13 @@
 """Measures the default with few tasks, by its number of clusters (docs/experiments/few-tasks.md).
 
     export BADIT_SUPERNI=/path/to/superni
-    python benchmarks/few_tasks.py 3        # trains and measures the runs with three tasks; resumable
+    python benchmarks/few_tasks.py 3    # runs with three tasks; resumable
     python benchmarks/few_tasks.py 5
     python benchmarks/few_tasks.py table    # prints the results
 
-Each run's losses are in results/few-tasks/TASKS-METHOD-SEED.json: the NLL per answer token of every held-out training
-instance with the run's own gates ("run") and, with clusters, with the mean gates of its task ("task"), as
-`badit export --all-tasks` writes them and PEFT loads them.
+Each run's losses are in results/few-tasks/TASKS-METHOD-SEED.json: the NLL per answer token of every
+held-out training instance with the run's own gates ("run") and, with clusters, with the mean gates
+of its task ("task"), as `badit export --all-tasks` writes them and PEFT loads them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SEEDS = range(3)
 
 
 def methods(tasks: int) -> dict[str, dict[str, Any]]:
-    """Returns the methods by name, with the learning rates of the experiment that the recipe belongs to."""
+    """Returns the methods by name, with the learning rates of the recipe's experiment."""
     lora = {
         "method": {"name": "lora", "r": 34, "lora_alpha": 272, "lora_dropout": 0.05},
         "rate": 1e-3,
@@ -85,9 +85,8 @@ def train(tasks: int) -> None:
                 "config": run.recipe.model_dump(mode="json", exclude={"output"}),
                 "environment": environment(),
             }
-            write_json(
-                result, {**about, "losses": losses_of(badit.Run(run), exported=name != "lora")}
-            )
+            losses = losses_of(badit.Run(run), exported=name != "lora")
+            write_json(result, {**about, "losses": losses})
 
 
 def losses_of(run: badit.Run, *, exported: bool) -> dict[str, dict[str, list[float]]]:

@@ -2,9 +2,10 @@
 
     python benchmarks/fixed_gates.py runs/evidence-cpu/badit/lr-0.002/seed-{1,2,3}
 
-For each run: the NLL per answer token of every instance with the run's own gates, with the mean gates over all tasks
-(one LoRA) and with the mean gates of its task (a LoRA per task), as `badit export` writes them and PEFT loads them.
-Writes results/fixed-gates.json after each run and continues from there. Question: docs/experiments/fixed-gates.md.
+For each run: the NLL per answer token of every instance with the run's own gates, with the mean
+gates over all tasks (one LoRA) and with the mean gates of its task (a LoRA per task), as `badit
+export` writes them and PEFT loads them. Writes results/fixed-gates.json after each run and
+continues from there. Question: docs/experiments/fixed-gates.md.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def losses_of(run: badit.Run, instances: int) -> dict[str, dict[str, list[float]]]:
-    """Returns the NLL of the first instances of each task with the gates of the "run", the "mean" and the "task"."""
+    """Returns the NLL of each task's first instances with the gates of a way: run, mean or task."""
     recipe = run.recipe
     tasks = badit.plan(recipe).tasks
     with TemporaryDirectory() as folder:
@@ -104,7 +105,7 @@ def loaded(recipe: Any, exported: Export) -> PeftModel:
 
 
 def mean_export(run: badit.Run, of_task: Mapping[str, Export], folder: Path) -> Export:
-    """Exports a run with the mean of the gates of its exports per task; `badit export` refuses this for clusters."""
+    """Exports a run with its exports' mean gates, also clusters, which `badit export` refuses."""
     gates = [read_json(each.folder / GATES_FILE) for each in of_task.values()]
     write_json(
         folder / "mean.json",
@@ -114,7 +115,7 @@ def mean_export(run: badit.Run, of_task: Mapping[str, Export], folder: Path) -> 
 
 
 def costs(runs: dict[str, Any], way: str) -> dict[str, float]:
-    """Returns the mean difference of a way to the runs' own gates, over tasks, with its interval."""
+    """Returns the mean difference to the runs' own gates, over tasks, with its interval."""
     tasks = next(iter(runs.values()))["run"]
     differences = {
         t: np.array([np.subtract(of[way][t], of["run"][t]) for of in runs.values()]) for t in tasks

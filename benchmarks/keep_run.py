@@ -2,8 +2,9 @@
 
     python benchmarks/keep_run.py runs/mine mine/badit
 
-Copies configuration, environment, metrics, raw scores, regroupings by step and all analysis tables but the largest to
-benchmarks/results/mine/badit. The adapter and the predictions stay in the run's folder.
+Copies configuration, environment, metrics, raw scores, regroupings by step and all analysis tables
+but the largest to benchmarks/results/mine/badit. The adapter and the predictions stay in the run's
+folder.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LEFT_OUT = "gradient_pairs.json"  # the largest table: one row per pair of tasks
 
 
 def keep(run: Run, name: str) -> Path:
-    """Copies a run's small files; the recipe's output path, specific to one machine, becomes ``runs/NAME``."""
+    """Copies a run's small files; the output path in the recipe becomes ``runs/NAME``."""
     target = RESULTS / name
     target.mkdir(parents=True, exist_ok=True)
     tables = [

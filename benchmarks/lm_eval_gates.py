@@ -2,9 +2,9 @@
 
     python benchmarks/lm_eval_gates.py runs/demo/badit/lr-0.002/seed-0      # a run of `badit demo`
 
-Each test instance of the run's tasks becomes a question with up to four choices: its answer and other answers of its
-task. With `badit` the gates depend only on the prompt; with `hf` also on the choice and, in a batch, on the padding.
-Writes results/lm-eval/RUN.json.
+Each test instance of the run's tasks becomes a question with up to four choices: its answer and
+other answers of its task. With `badit` the gates depend only on the prompt; with `hf` also on the
+choice and, in a batch, on the padding. Writes results/lm-eval/RUN.json.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
 def questions(
     run: badit.Run, model: Any, tokenizer: Any, instances: int
 ) -> Iterator[tuple[Tokens, list[Tokens]]]:
-    """Yields prompts in the run's training format, each with its choices. The first choice is correct."""
+    """Yields prompts in the run's training format, each with its choices, the correct one first."""
     recipe = run.recipe
     # All test instances, because a recipe may limit their number.
     for task in badit.plan(recipe, data={"test_per_task": None}).tasks:
@@ -90,7 +90,7 @@ def likelihoods(scorer: Any, asked: Sequence[tuple[Tokens, list[Tokens]]]) -> li
 
 
 def compared(own: list[list[float]], reference: list[list[float]]) -> dict[str, float]:
-    """Returns the accuracy in %; mean and largest difference to the reference in nats; changed choices in %."""
+    """Returns accuracy in %, mean and largest difference to the reference, changed choices in %."""
     changes = [
         abs(a - b)
         for ours, theirs in zip(own, reference, strict=True)

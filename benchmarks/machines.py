@@ -1,4 +1,4 @@
-"""The effect of the machine on stage C: LoRA's seeds trained and scored on two machines, paired by seed and instance.
+"""LoRA's seeds of stage C trained and scored on two machines, paired by seed and instance.
 
     python benchmarks/machines.py
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""noise.py [RESULTS [METRIC]]: what the difference between each method and the reference depends on.
+"""noise.py [RESULTS [METRIC]]: the noise of the difference between each method and the reference.
 
-Prints the mean paired difference and its standard errors: by the choice of seeds, by the choice of test instances, and
-by single scores (the part that neither a seed nor an instance explains), from an analysis of variance per task. `all`
-is the root of the sum of their squares. `bootstrap` is the standard error that the pigeonhole bootstrap of `badit
-table` expects. It counts single scores three times (Owen 2007, doi:10.1214/07-AOAS122), so its intervals are too wide.
-`t interval` is the paired 95 % t interval over the seeds, for these test instances.
+Prints the mean paired difference and its standard errors: by the choice of seeds, by the choice of
+test instances, and by single scores (the part that neither a seed nor an instance explains), from
+an analysis of variance per task. `all` is the root of the sum of their squares. `bootstrap` is the
+standard error that the pigeonhole bootstrap of `badit table` expects. It counts single scores three
+times (Owen 2007, doi:10.1214/07-AOAS122), so its intervals are too wide. `t interval` is the paired
+95 % t interval over the seeds, for these test instances.
 """
 
 import sys
@@ -27,7 +28,7 @@ def by_run(tasks_SN: list[np.ndarray]) -> np.ndarray:
 
 
 def components(tasks_SN: list[np.ndarray]) -> dict[str, float]:
-    """Returns the mean of differences (S seeds, N instances) of each task over all tasks, and its standard errors."""
+    """Returns the mean over all tasks of differences (S seeds, N instances), and its errors."""
     runs, weight = len(tasks_SN[0]), 1 / len(tasks_SN) ** 2
     by_seed = by_run(tasks_SN).var(ddof=1) / runs
     by_instance = single = 0.0
@@ -36,7 +37,8 @@ def components(tasks_SN: list[np.ndarray]) -> dict[str, float]:
         rest_SN = task_SN - own_N - task_SN.mean(axis=1, keepdims=True) + task_SN.mean()
         by_instance += weight * own_N.var(ddof=1) / count
         single += weight * (rest_SN**2).sum() / ((runs - 1) * (count - 1)) / (runs * count)
-    # The variances by seed and by instance contain that of single scores. Below it, they are taken as 0.
+    # The variances by seed and by instance contain that of single scores. Below it, they are taken
+    # as 0.
     parts = {
         "seeds": max(0.0, by_seed - single),
         "instances": max(0.0, by_instance - single),
@@ -50,7 +52,7 @@ def components(tasks_SN: list[np.ndarray]) -> dict[str, float]:
 
 
 def t_interval(tasks_SN: list[np.ndarray]) -> tuple[float, float]:
-    """Returns the 95 % t interval of the mean difference over the seeds, for these test instances."""
+    """Returns the 95 % t interval of the mean difference over seeds, for these instances."""
     means_S = by_run(tasks_SN)
     return stats.t.interval(0.95, len(means_S) - 1, means_S.mean(), stats.sem(means_S))
 

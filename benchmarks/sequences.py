@@ -1,9 +1,9 @@
-"""Numbers of stage D that `badit table` does not print: differences by order, the final NLL, and forward transfer.
+"""Numbers of stage D that `badit table` lacks: differences by order, final NLL, forward transfer.
 
     python benchmarks/sequences.py
 
-Forward transfer is measured against LoRA trained on single tasks with the same seed, for every method.
-Question and rule: docs/experiments/harness-d.md
+Forward transfer is measured against LoRA trained on single tasks with the same seed, for every
+method. Question and rule: docs/experiments/harness-d.md
 """
 
 from dataclasses import replace
@@ -64,7 +64,8 @@ def main() -> None:
         for cell in cells:
             own = [alone[cell["seed"]][task]["rouge_l"] for task in cell["tasks"]]
             forward.append(mean(cell["matrix"][j][j] - score for j, score in enumerate(own)))
-        spread = f"NLL {mean(nll):.3f} ± {stdev(nll):.3f}, forward transfer {mean(forward):+.1f} ± {stdev(forward):.1f}"
+        spread = f"NLL {mean(nll):.3f} ± {stdev(nll):.3f}, "
+        spread += f"forward transfer {mean(forward):+.1f} ± {stdev(forward):.1f}"
         print(f"{method}: {spread} over {len(cells)} runs")
 
 

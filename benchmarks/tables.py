@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""tables.py: writes the tables of comparisons in the documentation again, from the results under benchmarks/results.
+"""tables.py: updates the tables of comparisons in the documentation from benchmarks/results.
 
-Such a table is between two comments. The first one names the results file and the options of `badit table`, or of
-`noise.py` in a comment that begins with `noise:`. Two options are of this script: `methods=NAME,NAME` keeps these
-methods and their single-task runs, and `times=no` omits the times and the memory, for runs on several machines.
+Such a table is between two comments. The first one names the results file and the options of `badit
+table`, or of `noise.py` in a comment that begins with `noise:`. Two options are of this script:
+`methods=NAME,NAME` keeps these methods and their single-task runs, and `times=no` omits the times
+and the memory, for runs on several machines.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from badit.comparison.tables import FORMATS, Table, method_table
 ROOT = Path(__file__).parents[1]
 NOISE = runpy.run_path(str(Path(__file__).with_name("noise.py")))["table"]
 TABLE = re.compile(
-    r"(<!-- (table|noise): (\S+\.json)((?: \w+=\S+)*) -->\n)(?:(?!<!-- end).)*(<!-- end of table -->)",
+    r"(<!-- (table|noise): (\S+\.json)((?: \w+=\S+)*) -->\n)"
+    r"(?:(?!<!-- end).)*(<!-- end of table -->)",
     flags=re.DOTALL,
 )
 TIMES = ["time (s)", "GiB"]  # the last columns of a table of methods

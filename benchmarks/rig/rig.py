@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
 """Method trials on a real LLM at a tenth of the cost of a full run.
 
-The lower layers of SmolLM2 are frozen; their output is computed once and cached. Adapters are on gate_proj of the
-upper layers only. A run of 2,500 examples takes about five minutes on one core. Learning rates are chosen on `val`
-(held out of each task's training data). `test` is read once, by the final command of a stage.
+The lower layers of SmolLM2 are frozen; their output is computed once and cached. Adapters are on
+gate_proj of the upper layers only. A run of 2,500 examples takes about five minutes on one core.
+Learning rates are chosen on `val` (held out of each task's training data). `test` is read once, by
+the final command of a stage.
 
     rig.py --name lora_1e-3 --lr 1e-3
     rig.py --name dirs_orth --init dirs --opt orthogonal --lr 2e-3 --seed 1
-    summary.py benchmarks/results/rig-a lora_adamw lora_orthogonal   # paired over instances, by method and seed
+    summary.py benchmarks/results/rig-a lora_adamw lora_orthogonal   # paired, by method and seed
 
-Adapter: y = W x + s · B (g ∘ A x) [− s · B0 A0 x for --init bad].   Shapes: A (N, I), B (O, N), a gate g per component.
+Adapter: y = W x + s · B (g ∘ A x) [− s · B0 A0 x for --init bad].
+Shapes: A (N, I), B (O, N), a gate g per component.
 """
 
-# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 import argparse
 import glob
@@ -230,7 +233,7 @@ for task, folder in enumerate(folders):
 
 @torch.no_grad()
 def trunk(examples, tag):
-    """Returns the frozen lower layers' output for every example (T, D), from the cache if available."""
+    """Returns the frozen lower layers' output for every example (T, D), possibly cached."""
     seed = a.data_seed if tag == "train" else ""
     key = f"{tag}-{a.layers}-{a.train}-{a.held}-{a.max_tokens}-{a.tasks.replace(',', '.')}-{seed}"
     file = f"{a.out}/cache/{key}.pt"
@@ -264,7 +267,7 @@ if a.only:
 
 
 def losses(examples, hidden, ks):
-    """Returns the NLL of every answer token, whether the token was the most likely one, and its row."""
+    """Returns, by answer token, the NLL, whether it was the most likely token, and its row."""
     h = nn.utils.rnn.pad_sequence([hidden[k] for k in ks], batch_first=True)
     labels, prompt = torch.full(h.shape[:2], -100), torch.zeros(h.shape[:2])
     for row, k in enumerate(ks):
@@ -327,7 +330,7 @@ steps = a.epochs * math.ceil(len(train) / a.batch)
 
 
 def regroup():
-    """Regroups with badit's DOG. With --must-pay, undoes a grouping that the next window's Gram does not favour."""
+    """Regroups with DOG; with --must-pay, undoes a grouping that the next Gram does not favour."""
     for x in adapted:
         gram = x.gram.double().numpy()
         if a.must_pay and x.former is not None:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Stage A of the rig experiments (docs/experiments/rig-a.md): run every cell without a result, one at a time.
+"""Stage A of the rig (docs/experiments/rig-a.md): runs every cell without a result, one at a time.
 
     python benchmarks/rig/stage_a.py search      # learning rates, on a third of the training data
-    python benchmarks/rig/stage_a.py finals      # five seeds per cell (three with gates), on all training data
+    python benchmarks/rig/stage_a.py finals      # five seeds (three with gates), on all data
 
 An interrupted run leaves no result and is repeated. Results go to benchmarks/results/rig-a.
 """
@@ -40,7 +40,8 @@ ADAPTERS = {
 ADAPTERS["component-fixed"] = [*ADAPTERS["component"], "--fixed-projection"]
 # The optimizers and seeds of cells with gates (the second change in docs/experiments/rig-a.md).
 GATED, GATED_SEEDS = ("adamw", "orthogonal"), range(3)
-# A cell whose search was a near tie; it also runs at the other learning rate (the third change there).
+# A cell whose search was a near tie; it also runs at the other learning rate (the third change
+# there).
 SECOND_RATE = ("expert", "orthogonal", 2e-3)
 Cell = tuple[str, str]
 SEARCH = ["--train", "100"]
@@ -67,7 +68,7 @@ def run(name: str, options: list[str]) -> float:
 
 
 def search(adapter: str, optimizer: str) -> tuple[float, float]:
-    """Returns the best learning rate and its held-out NLL. Extends the grid by factors of two while an end is best."""
+    """Returns the best learning rate and its held-out NLL; extends the grid at its ends."""
     options, ladder = OPTIMIZERS[optimizer]
     losses: dict[float, float] = {}
 
@@ -83,7 +84,7 @@ def search(adapter: str, optimizer: str) -> tuple[float, float]:
 
 
 def finals(cells: list[Cell], found: dict[Cell, tuple[float, float]], seeds: range) -> None:
-    """Runs the cells at their best learning rates, seed by seed; of LoRA+, only the better ratio."""
+    """Runs the cells at their best learning rates, seed by seed, LoRA+ with its better ratio."""
     plus = min(("lora+4", "lora+16"), key=lambda optimizer: found["lora", optimizer][1])
     for seed, (adapter, optimizer) in itertools.product(seeds, cells):
         if optimizer == plus or not optimizer.startswith("lora+"):

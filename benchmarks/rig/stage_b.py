@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Gates on the rig (docs/experiments/rig-b.md): the router's rate, half of the experts without gates, component gates.
+"""Gates on the rig (docs/experiments/rig-b.md): router's rate, half of the experts, components.
 
 python benchmarks/rig/stage_b.py OPTIMIZER
 """

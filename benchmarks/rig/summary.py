@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """summary.py OUT REFERENCE METHOD…: summarise runs, selected by the prefix of their names.
 
-Prints the difference of each method to the reference, paired over instances and seeds, with a 95 % interval from
-resampling seeds and, within tasks, instances.
+Prints the difference of each method to the reference, paired over instances and seeds, with a 95 %
+interval from resampling seeds and, within tasks, instances.
 """
 
 import glob

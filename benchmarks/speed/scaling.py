@@ -2,9 +2,9 @@
 
     python benchmarks/speed/scaling.py
 
-Seconds and peak memory of a step on SmolLM2-135M, one quantity varied at a time from 8 experts of rank 4 and 4 rows of
-320 tokens. The number of tasks does not affect BADIT, which has no parameters per task. The baseline for tasks is
-MTL-LoRA, which has one matrix per task.
+Seconds and peak memory of a step on SmolLM2-135M, one quantity varied at a time from 8 experts of
+rank 4 and 4 rows of 320 tokens. The number of tasks does not affect BADIT, which has no parameters
+per task. The baseline for tasks is MTL-LoRA, which has one matrix per task.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The workload of the speed benchmarks: SmolLM2-135M with adapters, a batch, and a training step."""
+"""The workload of the speed benchmarks: SmolLM2-135M with adapters, a batch, a training step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def base(dtype: str) -> Any:
 
 
 def adapted(name: str, dtype: str, *, experts: int = EXPERTS, rank: int = RANK) -> nn.Module:
-    """Returns SmolLM2 in training mode with rank ``experts · rank`` on every MLP's gate projection, as in the paper."""
+    """Returns SmolLM2 in training mode with rank ``experts · rank`` on every gate_proj."""
     model = base(dtype)
     if name == "lora":
         width = experts * rank
@@ -72,7 +72,7 @@ def batch(
 
 
 def training_step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """Returns a step: forward pass, loss on the answers, backward pass and AdamW, the same for every adapter."""
+    """Returns a step: forward pass, loss on the answers, backward pass and AdamW."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> None:

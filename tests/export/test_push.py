@@ -19,7 +19,7 @@ from studio.conftest import BADIT, served
 
 @pytest.fixture(autouse=True)
 def hub(monkeypatch):
-    """A local server that answers the client like the hub. Every file is part of the commit request."""
+    """A local server that answers the client like the hub, with files in the commit request."""
     here = SimpleNamespace(private=None, files={}, status=200)
 
     async def answer(request):

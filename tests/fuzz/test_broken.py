@@ -1,4 +1,4 @@
-"""Damaged files and the commands that read them: each command succeeds or prints one-line errors."""
+"""Damaged files and the commands that read them, which succeed or print one-line errors."""
 
 import json
 import shutil
@@ -33,6 +33,7 @@ from materials import make_recipe
 from report.samples import Shape, write_run, write_sequence
 from steps import fit
 
+pytestmark = pytest.mark.slow
 SPLIT_NAMES = ("train", "validation", "test")
 LINES = [
     {
@@ -65,14 +66,13 @@ METHODS = {
 SHAPE = Shape(
     tasks=("task1_a", "task2_b"), layers=2, modules=("mlp.gate_proj",), experts=2, steps=(20,)
 )
-ANGLES = {
+REGROUPING = {
     "step": 10,
     "module": "model.layers.0.mlp.gate_proj.default",
+    "previous_labels": [0, 0, 1, 1],
+    "labels": [0, 1, 0, 1],
     "intra_degrees": 70.0,
     "inter_degrees": 91.0,
-}
-REGROUPING = ANGLES | {"previous_labels": [0, 0, 1, 1], "labels": [0, 1, 0, 1]}
-REGROUPING |= {
     "intra_abs_cos": 0.4,
     "inter_abs_cos": 0.1,
     "previous_intra_degrees": None,
@@ -108,13 +108,13 @@ def write(contents, folder, material=None):
 
 def run_files(folder, material):
     write_run(folder / "analysed", SHAPE)
-    for name, lines in (("regroupings", [REGROUPING]), ("angles", [ANGLES])):
-        write_run(folder / name, SHAPE, analysed=False)
-        (folder / name / f"{name}.jsonl").write_bytes(as_lines(lines))
+    write_run(folder / "regroupings", SHAPE, analysed=False)
+    (folder / "regroupings" / "regroupings.jsonl").write_bytes(as_lines([REGROUPING]))
     write_sequence(folder / "sequence", SHAPE)
 
 
-# A function that writes valid files, the files to damage, the commands that read them, and the number of cases.
+# A function that writes valid files, the files to damage, the commands that read them, and the
+# number of cases.
 Subject = namedtuple("Subject", "make broken commands cases", defaults=[40])
 
 
@@ -156,8 +156,8 @@ REPORTS = {
         "metrics.jsonl",
         "scores.json",
         "regroupings.jsonl",
+        "predictions/task1_a.jsonl",
     ],
-    "angles": ["angles.jsonl", "predictions/task1_a.jsonl"],
     "sequence": ["scores.json"],
 }
 ADAPTER = ["adapter_model.safetensors", "adapter_config.json"]
@@ -205,7 +205,7 @@ def _counted(request, tiny_built_in):
 
 @pytest.fixture(scope="module")
 def valid(material, tmp_path_factory):
-    """A function that replaces a folder by a copy of a subject's valid files, which are written once."""
+    """A function that replaces a folder by a copy of a subject's valid files."""
     made = {}
 
     def put(name, folder):
@@ -339,7 +339,7 @@ def test_every_recipe_field_with_unusual_values(valid, tmp_path, monkeypatch, fi
 
 
 def yaml_bomb(first, each):
-    """Returns YAML whose aliases expand to millions of values: each line refers nine times to the previous one."""
+    """Returns YAML in which each line has nine aliases of the previous one."""
     lines = [
         f"{name}: &{name} {each.replace('_', ', '.join([f'*{old}'] * 9))}"
         for old, name in pairwise("abcdefghi")

@@ -1,4 +1,4 @@
-"""Gram matrices of sharded gradients equal those of whole ones; DeepSpeed's gradients are read before its step."""
+"""Gram matrices of sharded gradients; DeepSpeed's gradients are read before its step."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -64,7 +64,7 @@ def test_batched_layers_give_the_same_grams_as_single_layers(monkeypatch, at_a_t
 
 @pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])  # ZeRO-1 and -2; ZeRO-3
 def test_gradients_and_weights_are_accessed_through_deepspeed(monkeypatch, mark):
-    """Stubs DeepSpeed's accessors (test_deepspeed.py runs DeepSpeed) and its fp32 weights by parameter id."""
+    """Stubs DeepSpeed's accessors (test_deepspeed.py runs DeepSpeed itself)."""
     masters = {}
     stub = SimpleNamespace(
         safe_get_full_grad=lambda parameter: parameter.kept_gradient,
