@@ -140,7 +140,7 @@ class Run(RunFolder):
             trust_remote_code=self.trust_remote_code,
         )
 
-    def export(
+    def export(  # noqa: PLR0913 (the options of badit export)
         self,
         output: AnyPath,
         *,
