@@ -4,20 +4,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 import reference
 from badit import BaditConfig, RegroupCallback, Regrouper
-from badit.api import Run
-from badit.baselines.mixture import LoraMoeConfig
 from badit.data import AnswerCollator
 from badit.method import expert_angles, grouping_objective
 from badit.support.files import read_jsonl
-from badit.training.regrouping import STATE_FILE, AngleLog, trainable_adapters
-from badit.tuner import ExpertLinear
+from badit.training.regrouping import STATE_FILE, trainable_adapters
 from badit.tuner.config import RegroupOptions
 from refusals import refuses
 from steps import method_of
@@ -29,7 +25,7 @@ BATCHES = 12
 
 def gradients_into(steps, model):
     """A callback that appends each step's gradients of A and B, by layer, to ``steps``."""
-    layers = list(trainable_adapters(model, ExpertLinear))
+    layers = list(trainable_adapters(model))
 
     def keep(state, keywords):
         steps.append(
@@ -89,35 +85,6 @@ def test_log_has_partition_by_mean_gram_and_angles_of_next_window(tiny_model, tm
     assert {
         name: layer.expert_of(adapter).tolist() for name, (layer, adapter) in layers.items()
     } == last
-
-
-@pytest.mark.parametrize("config_class", [LoraMoeConfig, BaditConfig.paper])
-def test_angle_log_has_angles_of_the_mean_gram_of_each_window(tiny_model, tmp_path, config_class):
-    steps, path = [], tmp_path / "angles.jsonl"
-    model = get_peft_model(tiny_model("llama"), config_class(num_experts=3, r=2))
-    make_trainer(model, tmp_path, [gradients_into(steps, model), AngleLog(path, every=5)]).train()
-    lines = list(read_jsonl(path))
-    assert [(line["step"], line["window_steps"]) for line in lines[::2]] == [
-        (5, 5),
-        (10, 5),
-        (12, 2),
-    ]
-    for line in lines:
-        gram_NN = mean_gram(steps[line["step"] - line["window_steps"] : line["step"]], line)
-        expected = expert_angles(gram_NN, np.repeat(np.arange(3), 2))._asdict()
-        assert {key: line[key] for key in expected} == pytest.approx(expected, abs=0.05)
-
-
-def test_methods_whose_experts_have_no_angles_log_none(tmp_path):
-    for method, count in (
-        ("badit", 1),
-        ("loramoe", 1),
-        ("hydralora", 0),
-        ("lora", 0),
-        ("gainlora", 0),
-    ):
-        assert len(method_of({"name": method}).callbacks(Run.at(tmp_path))) == count
-    assert not method_of({"name": "badit", "num_experts": 1}).callbacks(Run.at(tmp_path))
 
 
 def test_the_last_step_of_a_fraction_is_due():
