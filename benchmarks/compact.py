@@ -63,6 +63,7 @@ def is_of(cell: dict[str, Any], name: str) -> bool:
 def cell_of(run: RunFolder, method: str) -> dict[str, Any]:
     """Returns the cell of a run's folder, in the form of results.json."""
     config = yaml.safe_load(run.config_path.read_text(encoding="utf-8"))
+    config.pop("format", None)  # so that it is a recipe
     training = config["training"] if "training" in run.known_environment else {}
     validation = read_if_exists(run.validation_path)
     return {

@@ -26,7 +26,6 @@ import badit
 from badit.metrics.statistics import paired_bootstrap
 from badit.support.environment import environment
 from badit.support.files import append_to_log, read_jsonl
-from badit.training.fit import fit, make_plan
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "few-tasks" / "results.jsonl"
@@ -77,7 +76,7 @@ def train(tasks: int) -> None:
             "output": f"runs/few-tasks/{name}",
         }
         texts = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-        run = badit.Run(fit(badit.load_recipe(RECIPE, texts)))
+        run = badit.train(badit.load_recipe(RECIPE, texts))
         result = {
             "name": name,
             "config": run.recipe.model_dump(mode="json", exclude={"output"}),
@@ -90,8 +89,9 @@ def train(tasks: int) -> None:
 def losses_of(run: badit.Run, *, exported: bool) -> dict[str, Losses]:
     recipe = run.recipe
     model, tokenizer = run.load()
-    tasks = make_plan(recipe, split="validation").tasks
-    held_out = [(task, instance) for task in tasks for instance in task.validation]
+    held_out = [
+        (task, instance) for task in badit.plan(recipe).tasks for instance in task.validation
+    ]
     batches = batches_of(recipe, model, tokenizer, held_out)
     losses = {"run": {task: measured(model, batches[task]) for task in batches}}
     if exported:

@@ -20,12 +20,13 @@ from peft import PeftModel
 import badit
 from badit.analysis.gates import GATES_FILE
 from badit.data import AnswerCollator, batches_by_task
-from badit.evaluation.scoring import prompt_losses
+from badit.evaluation.losses import prompt_losses
 from badit.export.exporting import Export
 from badit.metrics.statistics import paired_bootstrap
 from badit.support.environment import environment
 from badit.support.files import read_json, write_json
-from badit.training.fit import base_model, encoded
+from badit.training.encoding import encoded
+from badit.training.loading import load_base
 
 RESULTS = Path(__file__).parent / "results" / "fixed-gates.json"
 BATCH_SIZE = 10
@@ -98,7 +99,7 @@ def measured(model: Any, batches: list[Any]) -> list[float]:
 
 def loaded(recipe: Any, exported: Export) -> PeftModel:
     """Returns the base model with an export, as PEFT loads it."""
-    base, _ = base_model(recipe)
+    base, _ = load_base(recipe)
     return PeftModel.from_pretrained(base, str(exported.folder)).eval()
 
 

@@ -21,7 +21,7 @@ import badit
 from badit.integrations.lm_eval import BaditLM
 from badit.support.environment import environment
 from badit.support.files import write_json
-from badit.training.fit import encoded_texts
+from badit.training.encoding import encoded_texts
 
 RESULTS = Path(__file__).parent / "results" / "lm-eval"
 CHOICES = 4
@@ -51,7 +51,7 @@ def main() -> None:
 
     run = badit.Run(options.run)
     model, tokenizer = run.load()
-    questions = list(questions_of(run, model, tokenizer, options.instances))
+    questions = list(questions_of(run, tokenizer, options.instances))
     found = {}
     for name, (model_class, batch_size) in CLASSES.items():
         scorer = model_class(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
@@ -69,9 +69,7 @@ def main() -> None:
         print(name, values)
 
 
-def questions_of(
-    run: badit.Run, model: Any, tokenizer: Any, instances: int
-) -> Iterator[Question]:
+def questions_of(run: badit.Run, model: Any, tokenizer: Any, instances: int) -> Iterator[Question]:
     recipe = run.recipe
     # All test instances, because a recipe may limit their number.
     for task in badit.plan(recipe, data={"test_per_task": None}).tasks:
@@ -83,7 +81,7 @@ def questions_of(
                 tokenizer.encode(choice, add_special_tokens=False)
                 for choice in (instance.outputs[0], *wrong)
             ]
-            (prompt,) = encoded_texts(tokenizer, recipe, [instance.input], task, model, 0)
+            (prompt,) = encoded_texts(tokenizer, recipe, [instance.input], task)
             yield Question(prompt, choices)
 
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import badit
-from badit.recipe.schema import build_recipe
+from badit.recipe.loading import build_recipe
 
 parser = argparse.ArgumentParser()
 parser.add_argument(

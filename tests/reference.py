@@ -1,7 +1,7 @@
 """Reference implementations of the method's formulas in float64, for the tests.
 
-Arguments may be tensors or arrays; functions return arrays.
-Component i is row i of A (N, in) and column i of B (out, N); its gradient is the concatenation of both gradients.
+Arguments may be tensors or arrays; functions return arrays. Component i is row i of A (N, in) and
+column i of B (out, N); its gradient is the concatenation of both gradients.
 """
 
 import itertools
@@ -43,7 +43,7 @@ def unit_gradients(grad_A, grad_B):
 
 def cosine_gram(grad_A, grad_B):
     unit = unit_gradients(grad_A, grad_B)
-    return np.array([[float(np.dot(one, other)) for other in unit] for one in unit])
+    return np.array([[float(np.dot(row, other)) for other in unit] for row in unit])
 
 
 def objective(gradients, labels):
@@ -63,7 +63,8 @@ def best_objective(gradients, num_experts):
         sums = [gradients[group].sum(axis=0) for group in groups]
         rests = [[i for i in free if i not in group] for group in groups]
         return max(
-            float(total @ total) + best(rest) for total, rest in zip(sums, rests, strict=True)
+            float(total @ total) + best(remaining)
+            for total, remaining in zip(sums, rests, strict=True)
         )
 
     return best(range(len(gradients)))
@@ -82,8 +83,8 @@ def best_exchange(gradients, labels):
 def polar_grouping(gradients, labels, num_experts, size, rounds=50):
     """Runs the paper's loop until the labels are stable, and returns the labels.
 
-    Targets: C (dimensions, K) holds the groups' sums, C = U Σ Vᵀ, Q = U Vᵀ. Assignment: max Σ_ik π_ik ⟨ĝ_i, q_k⟩ with
-    exactly ``size`` components per expert: every expert has ``size`` slots.
+    Targets: C (dimensions, K) holds the groups' sums, C = U Σ Vᵀ, Q = U Vᵀ. Assignment: max Σ_ik
+    π_ik ⟨ĝ_i, q_k⟩ with exactly ``size`` components per expert: every expert has ``size`` slots.
     """
     slots = np.repeat(np.arange(num_experts), size)
     for _ in range(rounds):
@@ -97,7 +98,10 @@ def polar_grouping(gradients, labels, num_experts, size, rounds=50):
 
 
 def angles(gradients, labels):
-    """Returns mean angles in degrees within and between experts, then mean |cos|; ignores zero gradients."""
+    """Returns mean angles in degrees within and between experts, then mean |cos|.
+
+    Zero gradients are ignored.
+    """
     cosines = {True: [], False: []}
     for i, j in itertools.combinations(np.flatnonzero(gradients.any(axis=1)), 2):
         cosines[bool(labels[i] == labels[j])].append(
@@ -108,49 +112,62 @@ def angles(gradients, labels):
         for function in (lambda of: np.degrees(np.arccos(of)), np.abs)
         for of in cosines.values()
     ]
-    return tuple(float(np.mean(each)) if len(each) else math.nan for each in values)
+    return tuple(
+        float(np.mean(angle_list)) if len(angle_list) else math.nan for angle_list in values
+    )
 
 
 # --- routing ---
 def segment_means(x, mask, segments, count):
-    """Returns the mean over the masked positions of each segment of packed rows; zero for a segment without any."""
+    """Returns the mean over the masked positions of each segment of packed rows; 0 without any."""
     rows_of = [float64(x)[np.asarray(mask & (segments == s))] for s in range(count)]
     return np.array([rows.sum(axis=0) / max(len(rows), 1) for rows in rows_of])
 
 
 def prompt_mean(x, mask):
-    """Returns x̄ (batch, features), the mean over positions where the mask is true; zeros for rows without any."""
+    """Returns x̄ (batch, features), the mean over positions with a true mask; 0 without any."""
     return segment_means(x, np.asarray(mask) == 1, np.indices(mask.shape)[0], len(mask))
 
 
 def prompt_moments(batches):
-    """Returns mean and variance (features) over batches of prompts; the n-th batch weighs max(1/n, 1/50)."""
+    """Returns mean and variance (features) over batches of prompts.
+
+    The n-th batch weighs max(1/n, 1/50).
+    """
     mean = variance = np.zeros(np.shape(batches[0])[1])
     for n, batch in enumerate(batches, start=1):
         weight = max(1 / n, 0.02)
         rows = float64(batch)
         new_mean = (1 - weight) * mean + weight * rows.mean(axis=0)
         # The variance of the mixture of old and new values, about the new mean.
-        was, came = variance + (mean - new_mean) ** 2, ((rows - new_mean) ** 2).mean(axis=0)
-        mean, variance = new_mean, (1 - weight) * was + weight * came
+        was = variance + (mean - new_mean) ** 2
+        came = ((rows - new_mean) ** 2).mean(axis=0)
+        mean = new_mean
+        variance = (1 - weight) * was + weight * came
     return mean, variance
 
 
 def standardised(x, mean, variance):
-    """Returns x̂: features standardised and scaled to a mean norm of 8; 0 where the variance or the whole row is 0."""
+    """Returns x̂: features standardised and scaled to a mean norm of 8.
+
+    It is 0 where the variance or the whole row is 0.
+    """
     unit = (float64(x) - mean) / np.sqrt(np.where(variance > 0, variance, np.inf))
     return 8 / math.sqrt(len(mean)) * unit * float64(x).any(axis=-1, keepdims=True)
 
 
 def expert_gates(logits, kind="mean_one", top_k=None):
-    """Returns gates (..., K): softmax over the ``top_k`` largest logits (on ties, lower index), times K if mean_one."""
+    """Returns gates (..., K): softmax over the largest logits, times K if mean_one.
+
+    On ties, the lower index counts as larger.
+    """
     logits = float64(logits)
     gates = np.zeros_like(logits)
     for where in np.ndindex(*logits.shape[:-1]):
         row = logits[where].tolist()
-        kept = sorted(range(len(row)), key=lambda k: (-row[k], k))[:top_k]
-        powers = np.exp([row[k] - max(row) for k in kept])
-        gates[where][kept] = powers / powers.sum() * (len(row) if kind == "mean_one" else 1)
+        chosen = sorted(range(len(row)), key=lambda k: (-row[k], k))[:top_k]
+        powers = np.exp([row[k] - max(row) for k in chosen])
+        gates[where][chosen] = powers / powers.sum() * (len(row) if kind == "mean_one" else 1)
     return gates
 
 
@@ -177,7 +194,8 @@ class OrthogonalFactor:
     """One factor's moments; see :func:`orthogonal_step`."""
 
     def __init__(self):
-        self.steps, self.other_frame = 0, None
+        self.steps = 0
+        self.other_frame = None
         self.first = self.second = self.features = 0.0
 
     def update(self, other, gradient, beta_1, beta_2, floor):
@@ -189,10 +207,12 @@ class OrthogonalFactor:
         inverse = power(other @ other.T, -0.5, floor)
         frame = inverse @ other
         in_frame = inverse @ gradient
-        first, second = np.zeros_like(gradient), np.zeros((components, components))
+        first = np.zeros_like(gradient)
+        second = np.zeros((components, components))
         if self.other_frame is not None:
             turn = frame @ self.other_frame.T
-            first, second = turn @ self.first, turn @ self.second @ turn.T
+            first = turn @ self.first
+            second = turn @ self.second @ turn.T
             escaped = max(0.0, (np.trace(self.second) - np.trace(second)) / components)
             second = second + escaped * np.eye(components)
         self.steps += 1
@@ -206,8 +226,13 @@ class OrthogonalFactor:
         return inverse @ self.first / (1 - beta_1**self.steps)
 
 
-def orthogonal_step(A, B, grad_A, grad_B, of_A, of_B, lr, betas, floor=1e-6):
-    """Returns A (N, in) and B (out, N) after one step; changes the moments ``of_A`` and ``of_B`` in place."""
+def orthogonal_step(  # noqa: PLR0913 (the tensors and options of one step)
+    A, B, grad_A, grad_B, of_A, of_B, lr, betas, floor=1e-6
+):
+    """Returns A (N, in) and B (out, N) after one step.
+
+    It changes the moments ``of_A`` and ``of_B`` in place.
+    """
     A, B, grad_A, grad_B = map(float64, (A, B, grad_A, grad_B))
     largest = 0.1 * math.sqrt(float(((B @ A) ** 2).sum())) / (lr * math.sqrt(A.size))
     update_A = min(1.0, largest) * of_A.update(B.T, grad_A, *betas, floor)

@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 
 import badit
-from badit.recipe.schema import Recipe, load_recipe, make_recipe
+from badit.recipe.loading import load_recipe, make_recipe
+from badit.recipe.saved import dump_recipe
+from badit.recipe.schema import Recipe
 from badit.support.files import read_json
 
 
@@ -24,7 +26,8 @@ def test_workflow_from_recipe_to_report(recipe_file, tmp_path, capfd):
         recipe_file, training={"max_steps": 3}, output=tmp_path / "run", progress=False
     )
     assert run.path == badit.Run(str(tmp_path / "run")).path
-    assert run.recipe == badit.load_recipe(recipe_file, ["training.max_steps=3"])
+    planned = badit.plan(recipe_file, training={"max_steps": 3}, output=tmp_path / "run")
+    assert run.recipe == planned.recipe
     scores = run.scores.pivot(index="task", columns="metric", values="score")
     tasks = read_json(run.path / "scores.json")["tasks"]
     for metric in ("rouge_l", "exact_match"):
@@ -69,10 +72,10 @@ def test_workflow_from_recipe_to_report(recipe_file, tmp_path, capfd):
 def test_make_recipe_accepts_file_dict_or_recipe(recipe_file, recipe_values):
     recipe = load_recipe(recipe_file)
     assert make_recipe(None, {}) == Recipe()
-    for given in (recipe_file, recipe_values, recipe):
-        assert make_recipe(given, {}) == recipe
+    for source in (recipe_file, recipe_values, recipe):
+        assert make_recipe(source, {}) == recipe
         made = make_recipe(
-            given, {"training": {"num_train_epochs": 3}, "output": Path("elsewhere")}
+            source, {"training": {"num_train_epochs": 3}, "output": Path("elsewhere")}
         )
         training = recipe.training.model_copy(update={"num_train_epochs": 3.0})
         assert (made.training, made.output) == (training, "elsewhere")
@@ -82,7 +85,8 @@ def test_make_recipe_accepts_file_dict_or_recipe(recipe_file, recipe_values):
 
 
 def test_invalid_calls_raise_badit_error(recipe_file):
-    run = recipe_file.rename(recipe_file.with_name("config.yaml")).parent
+    run = recipe_file.parent
+    (run / "config.yaml").write_text(dump_recipe(badit.load_recipe(recipe_file)))
     for call, message in (
         (lambda: badit.compare(jobs=0), "jobs: must be at least 1, not 0"),
         (lambda: badit.Run(run).evaluate(), "has no adapter yet"),

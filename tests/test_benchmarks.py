@@ -1,4 +1,4 @@
-"""The benchmarks: speed baselines compute the same result, the pages and tables are up to date."""
+"""The benchmarks: baselines compute the same result, the page is up to date, noise has causes."""
 
 import json
 import runpy
@@ -19,7 +19,7 @@ from tuner.helpers import gradients, randomise
 
 
 def load_script(script):
-    """Returns the globals of a benchmark script. Its folder on sys.path would shadow packages of the tests."""
+    """Returns a script's globals. On sys.path, its folder would shadow packages of the tests."""
     return runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / f"{script}.py"))
 
 
@@ -68,7 +68,8 @@ def test_noise_is_separated_into_seeds_instances_and_single_scores():
     components, rng = load_script("noise")["components"], np.random.default_rng(0)
     found = components([np.array([[0.0], [3.0], [6.0]]) + np.array([0.0, 2.0, 4.0, 6.0])])
     assert found == pytest.approx({
-        "difference": 6, "seeds": np.sqrt(9 / 3), "instances": np.sqrt(20 / 3 / 4), "single scores": 0,
+        "difference": 6,
+        "seeds": np.sqrt(9 / 3), "instances": np.sqrt(20 / 3 / 4), "single scores": 0,
         "all": np.sqrt(3 + 5 / 3), "bootstrap": np.sqrt(3 + 5 / 3),
     })  # fmt: skip
     seeds, size = rng.normal(size=(400, 1)), (400, 50)
@@ -80,7 +81,8 @@ def test_noise_is_separated_into_seeds_instances_and_single_scores():
     assert found["instances"] == pytest.approx(1 / np.sqrt(50 * 2), rel=0.2)
     assert found["seeds"] == pytest.approx(0.2 / np.sqrt(400), rel=0.5)
     assert (known.high - known.low) / 3.92 == pytest.approx(found["bootstrap"], rel=0.05)
-    # Means of the seeds: 1, 2 and 6. Their standard error is √(7 / 3), and the 97.5 % quantile of t₂ is 4.303.
+    # Means of the seeds: 1, 2 and 6. Their standard error is √(7 / 3), and the 97.5 % quantile of
+    # t₂ is 4.303.
     interval = load_script("noise")["t_interval"](
         [np.array([[0, 2], [1, 3], [5, 7]]), np.array([[1.0], [2.0], [6.0]])]
     )
@@ -104,8 +106,8 @@ def test_loop_implementations_match_outputs_and_gradients(per_sequence):
 
     output, wide = output_and_gradients()
     load_script("speed/loops")["use_loops"](model, per_sequence=per_sequence)
-    found, usual = output_and_gradients()
-    torch.testing.assert_close(found, output, rtol=1e-4, atol=1e-5)
+    looped, usual = output_and_gradients()
+    torch.testing.assert_close(looped, output, rtol=1e-4, atol=1e-5)
     assert usual.keys() == wide.keys()
     for name, gradient in wide.items():  # sums whose terms cancel keep the rounding errors
         torch.testing.assert_close(

@@ -5,7 +5,8 @@ from markdown_it import MarkdownIt
 
 from badit.api import Run
 from badit.hub.card import hub_id, model_card
-from badit.recipe.schema import build_recipe, dump_recipe
+from badit.recipe.loading import build_recipe
+from badit.recipe.saved import dump_recipe
 from badit.support.files import write_json
 
 HOSTILE = "a|b](https://evil.example) www.evil.example &#91;<script>x</script>\n---\n"

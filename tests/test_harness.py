@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from badit.cli.app import main
+from badit.cli import main
 from badit.integrations.lm_eval import BaditLM, run_command_line
 from data.examples import write_rows
 from refusals import refuses

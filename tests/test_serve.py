@@ -18,10 +18,12 @@ from starlette.routing import Route
 
 from badit.analysis.gates import adapted_layers, mean_gates
 from badit.data import AnswerCollator, batches_by_task
-from badit.export.exporting import export
 from badit.integrations.proxy import MAX_BODY, Router, application
-from badit.training.fit import base_model, encoded, make_plan
+from badit.runs.resolved import resolve
+from badit.training.encoding import encoded
+from badit.training.loading import load_base
 from refusals import refuses
+from steps import export
 from studio.conftest import BADIT, served
 
 MODELS = {"object": "list", "data": [{"id": "base"}]}
@@ -48,7 +50,7 @@ def router(run, tmp_path_factory):
 @pytest.fixture
 def vllm(run, tmp_path):
     """A stand-in for vLLM: its port, completion requests, LoRAs, and events that control a stream's second chunk."""
-    _, tokenizer = base_model(run.recipe)
+    _, tokenizer = load_base(run.recipe)
     here = SimpleNamespace(asked=[], loaded=[], removed_too_early=False, copies=tmp_path)
     here.goes_on, here.ended = threading.Event(), threading.Event()
 
@@ -128,8 +130,8 @@ def unloaded(vllm):
 
 def training_prompts(router):
     recipe = router.run.recipe
-    pairs = [(task, instance) for task in make_plan(recipe).tasks for instance in task.train]
-    return encoded(base_model(recipe)[1], recipe, pairs, router.model)
+    pairs = [(task, instance) for task in resolve(recipe).tasks for instance in task.train]
+    return encoded(load_base(recipe)[1], recipe, pairs, router.model)
 
 
 def test_prompt_is_routed_to_the_export_with_the_nearest_weights(client, router, vllm, run):
@@ -159,7 +161,7 @@ def test_prompt_is_routed_to_the_export_with_the_nearest_weights(client, router,
 
 
 def test_texts_and_chats_are_tokenised_by_vllm_and_other_models_forwarded(client, router, vllm):
-    _, tokenizer = base_model(router.run.recipe)
+    _, tokenizer = load_base(router.run.recipe)
     chat = tokenizer.apply_chat_template(CHAT["messages"], add_generation_prompt=True)["input_ids"]
     plain = tokenizer("land 3")["input_ids"]
     asked = [
@@ -191,11 +193,11 @@ def test_without_exports_each_prompt_gets_a_lora_equal_to_the_run(router, vllm):
             assert unloaded(vllm), "the LoRA must be unloaded after the request"
             ids = torch.tensor([prompt])
             base, own = (
-                base_model(router.run.recipe)[0](input_ids=ids).logits,
+                load_base(router.run.recipe)[0](input_ids=ids).logits,
                 router.model(input_ids=ids).logits,
             )
             model = PeftModel.from_pretrained(
-                base_model(router.run.recipe)[0], str(vllm.copies / name)
+                load_base(router.run.recipe)[0], str(vllm.copies / name)
             )
             torch.testing.assert_close(model(input_ids=ids).logits, own, atol=1e-5, rtol=1e-5)
             assert (own - base).abs().max() > 0.05

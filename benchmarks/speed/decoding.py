@@ -15,7 +15,7 @@ import torch
 from measure import in_turns, keep, options, ratio
 from workload import adapted, base, fast_dtypes
 
-from badit.cli.app import quiet_libraries
+from badit.cli.entry import quiet_libraries
 
 PROMPT, NEW = 128, 64
 ROWS = (1, 8)

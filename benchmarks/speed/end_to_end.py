@@ -1,11 +1,11 @@
-"""A whole training run: BADIT with badit's trainer, against PEFT's LoRA of the same rank with TRL's SFTTrainer.
+"""A whole training run: BADIT with badit's trainer, against PEFT's LoRA with TRL's SFTTrainer.
 
     python benchmarks/speed/end_to_end.py [--data FOLDER]
 
-Both train one epoch on the same tokenised instances with a loss on the answers only, the same model in bfloat16 (or
-float32 on processors without bfloat16 instructions), batch size and optimizer. TRL uses its fastest settings on a
-CPU: batches grouped by length, no gradient checkpointing, its loss in chunks over labelled tokens only. The result is
-the number of tokens per second, without padding.
+Both train one epoch on the same tokenised instances with a loss on the answers only, the same model
+in bfloat16 (or float32 on processors without bfloat16 instructions), batch size and optimizer. TRL
+uses its fastest settings on a CPU: batches grouped by length, no gradient checkpointing, its loss
+in chunks over labelled tokens only. The result is the number of tokens per second, without padding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from workload import EXPERTS, RANK, TARGETS, adapted, base, data_options, fast_dtypes, instances
 
 from badit import RegroupCallback, load_base_model
-from badit.cli.app import quiet_libraries
+from badit.cli.entry import quiet_libraries
 from badit.data import AnswerCollator
 from badit.training.trainer import AnswerTrainer
 

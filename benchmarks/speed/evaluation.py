@@ -2,9 +2,10 @@
 
     python benchmarks/speed/evaluation.py [--data FOLDER]
 
-All alternatives decode the same prompts greedily with the same model and batch size, at most 50 new tokens, up to
-the first end token, and compute the NLL of the references. The prompts are test instances of the built-in tasks, or of
-the tasks in FOLDER, such as SuperNI's. "two passes" reads every prompt twice: for the answer, and for the NLL.
+All alternatives decode the same prompts greedily with the same model and batch size, at most 50 new
+tokens, up to the first end token, and compute the NLL of the references. The prompts are test
+instances of the built-in tasks, or of the tasks in FOLDER, such as SuperNI's. "two passes" reads
+every prompt twice: for the answer, and for the NLL.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from measure import in_turns, keep, options, ratio
 from workload import MODEL, data_options, fast_dtypes
 
 from badit import load_base_model
-from badit.cli.app import quiet_libraries
+from badit.cli.entry import quiet_libraries
 from badit.data import AnswerCollator, Task
+from badit.evaluation.answers import score_model
 from badit.evaluation.generation import generate_answers
-from badit.evaluation.scoring import prompt_losses, score_model
+from badit.evaluation.losses import prompt_losses
 from badit.metrics.answers import METRICS
-from badit.recipe.schema import Recipe, build_recipe
-from badit.training.fit import encoded
+from badit.recipe.loading import build_recipe
+from badit.recipe.schema import Recipe
+from badit.training.encoding import encoded
 
 BATCH, NEW, PER_TASK = 16, 50, 5
 
@@ -37,7 +40,7 @@ class Scored(NamedTuple):
 
 
 def plain_loop(model: Any, tokenizer: Any, examples: Sequence[dict[str, Any]]) -> Scored:
-    """A simple script: pad each batch in file order, generate, decode, and compute the loss of the references."""
+    """A simple script: pads each batch in file order, generates, decodes, computes the loss."""
     answers, losses = [], []
     for start in range(0, len(examples), BATCH):
         batch = examples[start : start + BATCH]

@@ -1,9 +1,9 @@
-"""One optimizer step of SmolLM2-135M's adapters: orthogonal updates against AdamW, and their share of a training step.
+"""One optimizer step of SmolLM2-135M's adapters: orthogonal updates against AdamW.
 
     python benchmarks/speed/optimizer.py
 
-30 layers, gate_proj 576 → 1536, N = 32, on existing gradients. The share is the extra cost of orthogonal updates over
-AdamW, divided by a whole training step with AdamW, round by round.
+30 layers, gate_proj 576 → 1536, N = 32, on existing gradients. The share is the extra cost of
+orthogonal updates over AdamW, divided by a whole training step with AdamW, round by round.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from measure import in_turns, keep, options, ratio
 from torch import nn
 from workload import adapted, batch, fast_dtypes, training_step
 
-from badit.cli.app import quiet_libraries
+from badit.cli.entry import quiet_libraries
 from badit.training.optimizers import OrthogonalUpdates, lora_plus_groups
 
 ROWS, TOKENS = 4, 320

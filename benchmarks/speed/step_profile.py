@@ -2,7 +2,8 @@
 
     python benchmarks/speed/step_profile.py
 
-Uses torch's profiler. The time of an operation excludes the operations it calls. Medians over rounds.
+Uses torch's profiler. The time of an operation excludes the operations it calls. Medians over
+rounds.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from training_step import ROWS, TOKENS
 from workload import ADAPTERS, adapted, base, batch, fast_dtypes, training_step
 
-from badit.cli.app import quiet_libraries
+from badit.cli.entry import quiet_libraries
 
 # An operation belongs to the first kind that has a part of the operation's name.
 KINDS = {

@@ -1,9 +1,9 @@
-"""One training step of SmolLM2-135M: BADIT against plain LoRA of the same rank and the usual mixtures.
+"""One training step of SmolLM2-135M: BADIT, plain LoRA of the same rank, and usual mixtures.
 
     python benchmarks/speed/training_step.py
 
-The floor is the arithmetic of the frozen base model, at the speed of a large matrix product: each weight
-once forward and once backward (to the layer's input), for every token.
+The floor is the arithmetic of the frozen base model, at the speed of a large matrix product: each
+weight once forward and once backward (to the layer's input), for every token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from measure import in_turns, keep, matmul_peak, options, own_peak_memory, peak_memory_of, ratio
 from workload import ADAPTERS, adapted, base, batch, fast_dtypes, training_step
 
-from badit.cli.app import quiet_libraries
+from badit.cli.entry import quiet_libraries
 
 ROWS, TOKENS = 4, 320
 

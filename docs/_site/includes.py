@@ -1,9 +1,9 @@
-"""Parts of pages that come from elsewhere in the repository, so that they cannot go stale. A comment names each:
+"""Parts of pages that come from elsewhere in the repository. A comment names each:
 
-<!-- code: src/badit/method/routing.py expert_gates -->     a function, class or Class.method from the source
+<!-- code: src/badit/method/routing.py expert_gates -->   a function, class or Class.method
 <!-- beginning: README.md -->                               a page up to its first section
 <!-- options: badit.BaditConfig -->                         a configuration's options as a table
-<!-- options: badit.baselines.GoatConfig badit.tuner.config.ExpertConfig -->    those that differ from the other's
+<!-- options: badit.baselines.GoatConfig badit.tuner.config.ExpertConfig -->   those that differ
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from links import ROOT, moved
 from mkdocs.exceptions import PluginError
 
-from badit.cli.app import quiet_libraries
+from badit.cli.entry import quiet_libraries
 
 _COMMENT = re.compile(r"<!-- (code|beginning|options): (.+?) -->")
 
@@ -52,8 +52,8 @@ def beginning(path: str) -> str:
 
 
 def options(name: str, other: str | None = None) -> str:
-    """A table of the fields of a dataclass or a pydantic model, but those that ``other`` has alike."""
-    from badit.authoring.recipes import as_yaml
+    """A table of the fields of a dataclass or pydantic model that differ from ``other``'s."""
+    from badit.authoring.keys import as_yaml
 
     known = list(_fields(_imported(other))) if other else []
     fields = [field for field in _fields(_imported(name)) if field not in known]
@@ -71,7 +71,7 @@ def _imported(name: str) -> Any:
 
 
 def _fields(kind: Any) -> Iterator[tuple[str, Any, str]]:
-    from badit.authoring.recipes import described_section
+    from badit.authoring.keys import described_section
     from badit.tuner.config import described
 
     if dataclasses.is_dataclass(kind):

@@ -1,5 +1,5 @@
 """Entry point of ``python -m badit``."""
 
-from badit.cli.app import main
+from badit.cli import main
 
 raise SystemExit(main())

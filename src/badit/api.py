@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
     from badit.export.exporting import Export
     from badit.recipe.schema import RecipeLike
-    from badit.training.fit import Plan
+    from badit.runs.resolved import ResolvedRun
 
 
 class Run(RunFolder):
     """A run, given by its folder, with the operations on it.
 
-    BaditError if the folder has neither a run nor an export (for push), or if a link leads out of it.
-    If the recipe has ``model.trust_remote_code``, loading the model needs ``trust_remote_code`` here too.
+    BaditError if the folder has neither a run nor an export (for push), or if a link leads out of
+    it. If the recipe has ``model.trust_remote_code``, loading the model needs ``trust_remote_code``
+    here too.
     """
 
     @property
@@ -40,9 +41,10 @@ class Run(RunFolder):
 
     def load(self) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Loads the base model with the run's trained weights, for inference, and the tokenizer."""
-        from badit.training.fit import load_run
+        from badit.runs.resolved import open_run
+        from badit.training.loading import load_run
 
-        return load_run(self)
+        return load_run(open_run(self))
 
     def evaluate(
         self,
@@ -57,19 +59,26 @@ class Run(RunFolder):
 
         Args:
             split: the split to score (default: the recipe's).
-            batch_size: number of prompts decoded at a time (default: the recipe's); a smaller one needs less memory.
+            batch_size: number of prompts decoded at a time (default: the recipe's); a smaller one
+                needs less memory.
             progress: show a progress bar on stderr.
 
         Returns:
             The scores: task, metric, score (0 to 100), n.
 
         Raises:
-            BaditError: the run does not exist, its adapter is missing or damaged, or the split has no instances.
+            BaditError: the run does not exist, its adapter is missing or damaged, or the split has
+                no instances.
         """
         from badit.evaluation.scoring import evaluate
+        from badit.recipe.loading import make_recipe
+        from badit.runs.resolved import open_run
         from badit.runs.scores import scores_frame
 
-        return scores_frame(evaluate(self, split=split, batch_size=batch_size, progress=progress))
+        run = open_run(self)
+        if batch_size is not None:
+            run.recipe = make_recipe(run.recipe, {"evaluation": {"batch_size": batch_size}})
+        return scores_frame(evaluate(run, split=split, progress=progress))
 
     def generate(
         self,
@@ -83,44 +92,30 @@ class Run(RunFolder):
     ) -> Any:
         """Answers prompts with a run's adapter, by greedy decoding; BaditError for an empty prompt.
 
-        Every call loads the model: pass all prompts at once, or keep the model returned by :meth:`load`.
+        Every call loads the model: pass all prompts at once, or keep the model returned by
+        :meth:`load`.
 
         Args:
-            prompts: one text, for which one answer is returned, or a list of texts, for a list of answers.
-            task: name or number of a task of the run's data; the texts are then inputs, and are formatted as in the
-                task's training prompts.
-            raw: use the texts unchanged as prompts, without the line break that ends whole prompts in training without
-                a chat template; also with ``task``, for methods that need the task of every row.
+            prompts: one text, for which one answer is returned, or a list of texts, for a list of
+                answers.
+            task: name or number of a task of the run's data; the texts are then inputs, and are
+                formatted as in the task's training prompts.
+            raw: use the texts unchanged as prompts, without the line break that ends whole prompts
+                in training without a chat template; also with ``task``, for methods that need the
+                task of every row.
             max_new_tokens: maximum number of tokens of an answer.
             batch_size: number of prompts decoded at a time.
             progress: show a progress bar on stderr.
         """
-        from badit.data import load_sources
-        from badit.evaluation.generation import generate_answers
-        from badit.training.fit import encoded_texts
-        from badit.training.methods import build_method
+        from badit.evaluation.prompts import answer_texts
+        from badit.runs.resolved import open_run
 
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not all(text.strip() for text in texts):
-            raise BaditError("the prompt is empty")
-        recipe = self.trusted_recipe()
-        if task is None and build_method(recipe.method).needs_tasks:
-            raise BaditError(
-                f"{self.path}: {recipe.method['name']} needs the name of a task; add --task TASK"
-            )
-        found = None if task is None else load_sources(recipe.data.sources(), [task])[0]
-        if found is not None and found.has_several_instructions and not raw:
-            raise BaditError(
-                f"--task: {found.name} has several instructions; give whole prompts, with --raw"
-            )
-        model, tokenizer = self.load()
-        ids = encoded_texts(tokenizer, recipe, texts, found, model, max_new_tokens, raw=raw)
-        tasks = None if found is None else [found.name] * len(texts)
-        answers = generate_answers(
-            model,
-            tokenizer,
-            ids,
-            tasks=tasks,
+        answers = answer_texts(
+            open_run(self),
+            texts,
+            task=task,
+            raw=raw,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             progress=progress,
@@ -136,11 +131,14 @@ class Run(RunFolder):
         progress: bool = True,
     ) -> dict[str, pd.DataFrame]:
         """Measures the run; see :func:`analyze`."""
-        options: dict[str, Any] = {
-            "progress": progress,
-            "trust_remote_code": self.trust_remote_code,
-        }
-        return analyze(self.path, data=data, instances=instances, output=output, **options)
+        return analyze(
+            self.path,
+            data=data,
+            instances=instances,
+            output=output,
+            progress=progress,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     def export(
         self,
@@ -157,36 +155,38 @@ class Run(RunFolder):
     ) -> Export:
         """Write a run as a plain LoRA or a merged model, for PEFT, vLLM and llama.cpp.
 
-        Gates that depend on the prompt are fixed. The result loads without badit; docs/serving.md has the commands.
+        Gates that depend on the prompt are fixed. The result loads without badit; docs/serving.md
+        has the commands.
 
         Args:
             output: the folder to write.
-            task: fix the gates to this task's mean (default: the mean over the tasks, refused for clusters of prompts).
+            task: fix the gates to this task's mean (default: the mean over the tasks, refused for
+                clusters of prompts).
             all_tasks: write one adapter per task, in subfolders named after the tasks.
             gates: fix the gates to those of a file, such as an export's gates.json.
             rank: compress to this rank (default: the exact rank, at most 512).
-            merged: write a complete model instead of an adapter. Quantised base weights are refused.
+            merged: write a complete model instead of an adapter. Quantised base weights are
+                refused.
             score: also score the export on the run's split, and write its scores.json.
-            engine: the library that generates the answers to score; vllm must be installed separately.
+            engine: the library that generates the answers to score; vllm must be installed
+                separately.
             progress: show progress bars on stderr.
 
         Raises:
-            BaditError: the run or task does not exist, the output is in use, or the method cannot be exported.
+            BaditError: the run or task does not exist, the output is in use, or the method cannot
+                be exported.
         """
-        from badit.export.exporting import export, score_export
+        from badit.export.exporting import ExportOptions, export
+        from badit.export.scoring import score_export
+        from badit.runs.resolved import open_run
 
         if engine != "transformers" and not score:
             raise BaditError("--engine: generates the answers to score; add --score, or remove it")
-        choices: dict[str, Any] = {
-            "task": task,
-            "all_tasks": all_tasks,
-            "gates": gates,
-            "rank": rank,
-            "merged": merged,
-        }
-        exported = export(self, output, **choices, progress=progress)
+        run = open_run(self)
+        options = ExportOptions(task, all_tasks, gates, rank, merged)
+        exported = export(run, output, options, progress=progress)
         if score:
-            score_export(self, exported, engine=engine, progress=progress)
+            score_export(run, exported, engine=engine, progress=progress)
         return exported
 
     def push(self, repository: str, *, private: bool = False) -> str:
@@ -202,7 +202,8 @@ class Run(RunFolder):
             The URL of the repository.
 
         Raises:
-            BaditError: there is nothing to upload, you are not logged in, or the hub refuses the upload.
+            BaditError: there is nothing to upload, you are not logged in, or the hub refuses the
+                upload.
         """
         from badit.hub.card import push_to_hub
 
@@ -222,8 +223,10 @@ def train(
     Args:
         recipe: a file, a Recipe or plain values (default: the default recipe).
         progress: show progress bars on stderr.
-        allow_changed_inputs: resume the run even if its data or base weights have changed, and record the change.
-        values: override the recipe's values, such as ``training={"num_train_epochs": 2}`` and ``output="runs/mine"``.
+        allow_changed_inputs: resume the run even if its data or base weights have changed, and
+            record the change.
+        values: override the recipe's values, such as ``training={"num_train_epochs": 2}`` and
+            ``output="runs/mine"``.
 
     Returns:
         The run, with its scores. With several processes (accelerate, torchrun), only rank 0 scores.
@@ -232,20 +235,27 @@ def train(
         BaditError: invalid input, or the output folder has a run of another recipe.
     """
     from badit.evaluation.scoring import train_and_score
-    from badit.recipe.schema import make_recipe
+    from badit.recipe.loading import make_recipe
+    from badit.runs.resolved import resolve
 
-    made = make_recipe(recipe, values)
-    train_and_score(made, progress=progress, allow_changed_inputs=allow_changed_inputs)
-    trusts_code = made.model.trust_remote_code
-    return Run(made.output, check=is_main_process(), trust_remote_code=trusts_code)
+    run = resolve(make_recipe(recipe, values))
+    train_and_score(run, progress=progress, allow_changed_inputs=allow_changed_inputs)
+    return Run(
+        run.folder.path,
+        check=is_main_process(),
+        trust_remote_code=run.recipe.model.trust_remote_code,
+    )
 
 
-def plan(recipe: RecipeLike | None = None, /, **values: Any) -> Plan:
-    """Validates a recipe and its data, and returns its tasks and method. Loads no model. BaditError if invalid."""
-    from badit.recipe.schema import make_recipe
-    from badit.training.fit import make_plan
+def plan(recipe: RecipeLike | None = None, /, **values: Any) -> ResolvedRun:
+    """Returns a recipe with every default, its tasks and its method; BaditError if invalid.
 
-    return make_plan(make_recipe(recipe, values))
+    Loads no model.
+    """
+    from badit.recipe.loading import make_recipe
+    from badit.runs.resolved import resolve
+
+    return resolve(make_recipe(recipe, values))
 
 
 def analyze(
@@ -263,27 +273,28 @@ def analyze(
     The same command resumes an interrupted analysis.
 
     Args:
-        target: a run's folder, a comparison's folder, or a base model (with --data) such as smollm2-135m.
+        target: a run's folder, a comparison's folder, or a base model (with --data) such as
+            smollm2-135m.
         data: tasks to measure on: a folder, a .jsonl file, or 'builtin' (default: the run's own).
         instances: number of instances per task, at least 2 (not used with a comparison).
         output: the folder to write to (default: the target; for a base model, runs/analysis).
         progress: show progress bars on stderr.
-        trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
+        trust_remote_code: run the base model's own Python code, if the run's recipe allows this
+            too.
 
     Returns:
         The tables by name.
 
     Raises:
-        BaditError: the run or model does not exist, the data is invalid, or the folder has tables of other settings.
+        BaditError: the run or model does not exist, the data is invalid, or the folder has tables
+            of other settings.
     """
     from badit.analysis import analyze
     from badit.analysis.tables import load_frames
 
     source = None if data is None else os.fspath(data)
-    return load_frames(
-        analyze(os.fspath(target), source, instances, output, progress, trust_remote_code)
-        / "analysis"
-    )
+    folder = analyze(os.fspath(target), source, instances, output, progress, trust_remote_code)
+    return load_frames(folder / "analysis")
 
 
 def table(
@@ -302,14 +313,16 @@ def table(
         format: the format of the table. LaTeX is a booktabs tabular, CSV has full precision.
         metric: the metric of differences, ranks and --by-task: rouge_l, exact_match or nll.
         by_task: print a row per task and a column per method.
-        released: compute forgetting and transfer as SAPT's released code does, of a sequential comparison.
+        released: compute forgetting and transfer as SAPT's released code does, of a sequential
+            comparison.
         reference: the method that the others are compared with (default: the comparison's own).
 
     Returns:
         The text, which the command prints.
 
     Raises:
-        BaditError: the file is missing or damaged, or an option is unknown or not valid for the protocol.
+        BaditError: the file is missing or damaged, or an option is unknown or not valid for the
+            protocol.
     """
     from badit.comparison.results import load_results
     from badit.comparison.tables import FORMATS, method_table, task_table
@@ -317,20 +330,18 @@ def table(
 
     refuse_unknown("--format", format, FORMATS)
     refuse_unknown("--metric", metric, METRICS)
-    found = load_results(results)
-    found = replace(found, reference=reference or found.reference)
-    refuse_unknown("--reference", found.reference, found.methods)
-    sequence = found.protocol == "sequential" and not by_task
-    if released and not sequence:
-        raise BaditError(
-            "--released: valid only for a sequential comparison and without --by-task; omit it"
-        )
-    if reference and by_task:
-        raise BaditError("--reference: a table by task has no differences; omit it")
-    if metric != "rouge_l" and sequence:
-        raise BaditError(
-            "--metric: forgetting and transfer are measured in Rouge-L; omit it, or add --by-task"
-        )
-    return FORMATS[format](
-        task_table(found, metric) if by_task else method_table(found, metric, released)
-    )
+    loaded = load_results(results)
+    loaded = replace(loaded, reference=reference or loaded.reference)
+    refuse_unknown("--reference", loaded.reference, loaded.methods)
+    is_sequential = loaded.protocol == "sequential"
+    if released and (by_task or not is_sequential):
+        valid = "valid only for a sequential comparison and without --by-task"
+        raise BaditError(f"--released: {valid}; omit it")
+    if by_task:
+        if reference:
+            raise BaditError("--reference: a table by task has no differences; omit it")
+        return FORMATS[format](task_table(loaded, metric))
+    if metric != "rouge_l" and is_sequential:
+        problem = "forgetting and transfer are measured in Rouge-L"
+        raise BaditError(f"--metric: {problem}; omit it, or add --by-task")
+    return FORMATS[format](method_table(loaded, metric, released))

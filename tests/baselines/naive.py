@@ -1,4 +1,7 @@
-"""Naive reference of the baselines (loops over positions, experts and branches, float64), and shared helpers."""
+"""Naive reference of the baselines, and shared helpers.
+
+Loops over positions, experts and branches, in float64.
+"""
 
 import math
 
@@ -12,7 +15,8 @@ from badit.tuner import BaditConfig, hooks_of
 from tuner.helpers import IDS, MASK, forward, padded, random_rows, randomise
 
 MIXTURES = ("loramoe", "hydralora", "goat")
-BRANCHES, GATED = ("o-lora", "gainlora", "sapt"), ("gainlora", "sapt")
+BRANCHES = ("o-lora", "gainlora", "sapt")
+GATED = ("gainlora", "sapt")
 METHODS = ("badit", "badit standardised", *MIXTURES, "mtl-lora", *BRANCHES)
 FAMILIES = ("llama", "gpt2", "gemma2")
 TASKS = ["cities", "rivers", "seas"]
@@ -30,9 +34,8 @@ SMALL = {
     "o-lora": {"r": 2, "lora_alpha": 4},
     **{name: {"r": 2, "lora_alpha": 4, "gate_hidden_size": 10} for name in GATED},
 }
-RANK = (
-    2  # rank of one expert in all of the above; the scaling is 2, but 16 for "badit standardised"
-)
+# Rank of one expert in all of the above; the scaling is 2, but 16 for "badit standardised".
+RANK = 2
 ROWS = ["rivers", "cities", "rivers"]
 FIRST, SECOND = (padded(random_rows(*[5] * 4, seed=seed)) for seed in (1, 2))  # rows of two tasks
 
@@ -96,7 +99,10 @@ def experts(method, A, B, num_experts):
 
 
 def goat_start(W, num_experts, rank, scaling, rho):
-    """Returns (B0_k, A0_k) of each expert, from the first ``rank`` directions of the k-th chunk of the spectrum."""
+    """Returns (B0_k, A0_k) of each expert.
+
+    They are the first ``rank`` directions of the k-th chunk of the spectrum.
+    """
     u, s, vh = np.linalg.svd(W, full_matrices=False)
     runs = [slice(start, start + rank) for start in range(0, len(s), len(s) // num_experts)][
         :num_experts
@@ -113,12 +119,13 @@ def gates(layer, x):
 
 
 def forward_by_position(layer, x, parts_at):
-    """Returns y = W x + b + s Σ_k w_k B_k A_k x by position, where ``parts_at`` returns all (w_k, B_k, A_k)."""
-    options, x_, y = (
-        layer.badit_config["default"],
-        reference.float64(x),
-        reference.float64(layer.get_base_layer()(x)),
-    )
+    """Returns y = W x + b + s Σ_k w_k B_k A_k x by position.
+
+    ``parts_at`` returns all (w_k, B_k, A_k) of a position.
+    """
+    options = layer.badit_config["default"]
+    x_ = reference.float64(x)
+    y = reference.float64(layer.get_base_layer()(x))
     for where in np.ndindex(*x.shape[:-1]):
         for weight, b_k, a_k in parts_at(where):
             y[where] += options.lora_alpha / options.r * weight * (b_k @ (a_k @ x_[where]))
@@ -126,23 +133,34 @@ def forward_by_position(layer, x, parts_at):
 
 
 def mixture_forward(method, layer, x):
-    """Returns y = W x + b + s Σ_k g_k B_k A_k x, for GOAT minus (s/K) Σ_k B0_k A0_k x, with B0 and A0 recomputed."""
-    options, g, start = layer.badit_config["default"], gates(layer, x), []
+    """Returns y = W x + b + s Σ_k g_k B_k A_k x.
+
+    For GOAT minus (s/K) Σ_k B0_k A0_k x, with B0 and A0 recomputed.
+    """
+    options = layer.badit_config["default"]
+    g = gates(layer, x)
+    start = []
     if method == "goat":
-        W, s = reference.float64(layer.weight_OI), options.lora_alpha / options.r
+        W = reference.float64(layer.weight_OI)
+        s = options.lora_alpha / options.r
         start = [
             (-1 / options.num_experts, *pair)
             for pair in goat_start(W, options.num_experts, RANK, s, options.rho)
         ]
     A, B = (reference.float64(factors["default"]) for factors in (layer.badit_A, layer.badit_B))
-    own = experts(method, A, B, options.num_experts)
+    expert_pairs = experts(method, A, B, options.num_experts)
     return forward_by_position(
-        layer, x, lambda where: start + [(g[(*where, k)], *pair) for k, pair in enumerate(own)]
+        layer,
+        x,
+        lambda where: start + [(g[(*where, k)], *pair) for k, pair in enumerate(expert_pairs)],
     )
 
 
 def imbalance(method, gates_, probabilities):
-    """Returns the balance loss of one layer, from gates and full softmax (positions, experts) at attended positions."""
+    """Returns the balance loss of one layer.
+
+    From gates and full softmax (positions, experts) at attended positions.
+    """
     positions, num_experts = gates_.shape
     if method == "loramoe":
         z = [sum(gates_[i, k] for i in range(positions)) for k in range(num_experts)]
@@ -167,16 +185,14 @@ def weights(method, model, prompt):
     prompt = reference.float64(prompt)
     keys = [*tensors["past_keys"], tensors["key"]]
     if method == "gainlora":
-        downs, ups, found = (
-            [*tensors["past_down"], tensors["down"]],
-            [*tensors["past_up"], tensors["up"]],
-            [],
-        )
+        downs = [*tensors["past_down"], tensors["down"]]
+        ups = [*tensors["past_up"], tensors["up"]]
+        weights_of_branches = []
         for down, up, key in zip(downs, ups, keys, strict=True):
             z = _silu(up @ _silu(down @ prompt))
             cosine = float(z @ key) / math.sqrt(float(z @ z) * float(key @ key))
-            found.append(abs(2 / (1 + math.exp(-4 * cosine)) - 1))
-        return np.array(found)
+            weights_of_branches.append(abs(2 / (1 + math.exp(-4 * cosine)) - 1))
+        return np.array(weights_of_branches)
     x = _silu(tensors["up"] @ (tensors["down"] @ prompt))
     query = (x - x.mean()) / math.sqrt(((x - x.mean()) ** 2).mean() + 1e-5)
     query = query * tensors["norm_weight"] + tensors["norm_bias"]
@@ -192,27 +208,29 @@ def branch_forward(layer, x, a):
     B = np.concatenate(
         [reference.float64(p["default"]) for p in (layer.badit_B_past, layer.badit_B)], axis=1
     )
-    parts = [
+    branch_parts = [
         (weight, *pair) for weight, pair in zip(a, experts("o-lora", A, B, len(a)), strict=True)
     ]
-    return forward_by_position(layer, x, lambda where: parts)
+    return forward_by_position(layer, x, lambda where: branch_parts)
 
 
-def projector(old, inputs, share):
-    """Returns the projector after adding one direction at a time until it holds the share of the energy."""
-    P, total = old.copy(), float((inputs**2).sum())
+def projector(projector_before, inputs, share):
+    """Adds one direction at a time to a projector until it holds the share of the energy."""
+    P = projector_before.copy()
+    total = float((inputs**2).sum())
     while total - float(((inputs - inputs @ P) ** 2).sum()) < share * total:
-        rest = inputs - inputs @ P
-        direction = np.linalg.eigh(rest.T @ rest)[1][:, -1]
+        remainder = inputs - inputs @ P
+        direction = np.linalg.eigh(remainder.T @ remainder)[1][:, -1]
         P = P + np.outer(direction, direction)
     return P
 
 
 def mtl_forward(layer, x, rows):
     """Returns y = W x + b + s Σ_k softmax(w_t / τ)_k B_k Λ_t A x, by position."""
-    options, parts = layer.badit_config["default"], ("A", "B", "lambda", "task_logits")
+    options = layer.badit_config["default"]
+    names = ("A", "B", "lambda", "task_logits")
     A, B, Lambda, w = (
-        reference.float64(getattr(layer, f"badit_{part}")["default"]) for part in parts
+        reference.float64(getattr(layer, f"badit_{name}")["default"]) for name in names
     )
 
     def parts_at(where):

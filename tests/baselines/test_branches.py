@@ -1,4 +1,4 @@
-"""Baselines with one branch per task in whole models: forward, next task, gates, O-LoRA's penalty, SAPT's keys."""
+"""Baselines with one branch per task in whole models."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,8 @@ def test_forward_matches_loop_over_branches(tiny_model, method, tasks, family):
     prompts = reference.prompt_mean(embeddings, MASK)
     np.testing.assert_allclose(mean_embedding(embeddings, MASK), prompts, atol=1e-6)
     for row, prompt in enumerate(prompts):
-        a, prompted = naive.weights(method, model, prompt), MASK[row].bool()
+        a = naive.weights(method, model, prompt)
+        prompted = MASK[row].bool()
         assert len(a) == tasks
         for layer, (x, y) in seen.items():
             expected = naive.branch_forward(layer, x[row, prompted], a)
@@ -57,9 +58,10 @@ def test_next_task_reinitialises_the_branch_and_keeps_the_output(
     tiny_model, tmp_path, method, family
 ):
     model = randomise(adapt(tiny_model(family), method))
-    given = model.peft_config["default"]
+    original = model.peft_config["default"]
     for _ in range(2):
-        before, parameters = logits(model), [p for p in model.parameters() if p.requires_grad]
+        before = logits(model)
+        parameters = [p for p in model.parameters() if p.requires_grad]
         model.base_model.next_task()
         for layer in layers(model):
             assert not layer.badit_B["default"].any()
@@ -70,7 +72,7 @@ def test_next_task_reinitialises_the_branch_and_keeps_the_output(
             torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
         randomise(model, seed=5)
         assert (logits(model) - before).abs().max() > 1e-2
-    assert (given.past_branches, model.peft_config["default"].past_branches) == (0, 2)
+    assert (original.past_branches, model.peft_config["default"].past_branches) == (0, 2)
     write_json(tmp_path / "gates.json", {layer.name: [1.0, 0.5, 0.0] for layer in layers(model)})
     assert read_gates(tmp_path / "gates.json", model), "each branch has a gate"
     model.add_adapter("ref", model.peft_config["default"])  # as TRL copies the adapter
@@ -96,27 +98,28 @@ def test_loaded_adapter_continues_with_next_task_like_the_original(tiny_model, t
         "the gate is trained like the factors, which PEFT 0.19 freezes"
     )
     model.delete_adapter("for_inference")
-    for one in (model, renamed):
+    for adapted_model in (model, renamed):
         torch.manual_seed(3)
-        one.base_model.next_task()
-        adapter = next(iter(one.peft_config))
-        assert one.peft_config[adapter].past_branches == 3
-        assert layers(one)[0].badit_config[adapter] is one.peft_config[adapter]
-        randomise(one, adapter=adapter)
+        adapted_model.base_model.next_task()
+        adapter = next(iter(adapted_model.peft_config))
+        assert adapted_model.peft_config[adapter].past_branches == 3
+        assert layers(adapted_model)[0].badit_config[adapter] is adapted_model.peft_config[adapter]
+        randomise(adapted_model, adapter=adapter)
     assert torch.equal(logits(renamed), logits(model))
     assert not torch.equal(logits(model), expected)
 
 
 @pytest.mark.parametrize("method", GATED)
 def test_gates_do_not_propagate_gradients_to_embeddings(tiny_model, method):
-    model, found = adapted(tiny_model("llama"), method), []
+    model = adapted(tiny_model("llama"), method)
+    seen_gates = []
     table = model.get_input_embeddings().weight.requires_grad_(True)
     layers(model)[0].register_forward_pre_hook(
-        lambda layer, args: found.append(layer.gates("default", args[0])[:, 0])
+        lambda layer, args: seen_gates.append(layer.gates("default", args[0])[:, 0])
     )
     loss(model)
     down, embeddings = torch.autograd.grad(
-        found[0][:, -1].sum(), [gate(model).down, table], allow_unused=True
+        seen_gates[0][:, -1].sum(), [gate(model).down, table], allow_unused=True
     )
     assert down.any()
     assert embeddings is None
@@ -125,7 +128,8 @@ def test_gates_do_not_propagate_gradients_to_embeddings(tiny_model, method):
 @pytest.mark.parametrize("method", GATED)
 def test_forward_without_gates_and_unsuitable_models_are_refused(tiny_model, method):
     model = adapted(tiny_model("llama"), method)
-    embeddings, name = model.get_input_embeddings()(IDS), cache_name(model)
+    embeddings = model.get_input_embeddings()(IDS)
+    name = cache_name(model)
     with model.disable_adapter():
         without = model(input_ids=IDS, use_cache=True)[name]
     of_two = model(input_ids=IDS, use_cache=True)[name]
@@ -166,15 +170,15 @@ def test_orthogonality_penalty_matches_naive_sum(tiny_model, tasks):
         tiny_model("llama"), "o-lora", tasks, orthogonality_weight=0.3, target_modules="all-linear"
     )
     factors = [
-        [reference.float64(of["default"]) for of in (one.badit_A_past, one.badit_A)]
-        for one in layers(model)
+        [reference.float64(of["default"]) for of in (layer.badit_A_past, layer.badit_A)]
+        for layer in layers(model)
     ]
     expected = 0.3 * sum(
         abs(row @ other) for past, current in factors for row in past for other in current
     )
-    found = model.base_model.extra_loss(MASK)
-    assert found.item() == pytest.approx(expected, rel=1e-5)
-    found.backward()
+    penalty = model.base_model.extra_loss(MASK)
+    assert penalty.item() == pytest.approx(expected, rel=1e-5)
+    penalty.backward()
     assert gradients(model).keys() == {name for name in trainable(model) if "badit_A" in name}
     with model.disable_adapter():
         assert model.base_model.extra_loss(MASK) is None

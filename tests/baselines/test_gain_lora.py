@@ -19,7 +19,7 @@ def new_gate(**options):
 
 
 def gate_of_second_task(prompts, monkeypatch):
-    """Returns the gate of a second task, whose projectors hold all energy of the first task's prompts."""
+    """Returns the gate of a second task; the projectors hold all energy of the first's prompts."""
     monkeypatch.setattr("badit.baselines.gain_lora._SHARE_OF_ENERGY", 1.0)
     made = new_gate(energy="inputs")
     made.end_task(prompts)
@@ -46,8 +46,9 @@ def test_projector_grows_by_the_fewest_directions_that_hold_the_share(first, sec
     P = torch.zeros(8, 8, dtype=torch.float64)
     for count in (first, second):
         inputs = torch.randn(count, 8, generator=generator, dtype=torch.float64)
-        old, P = P, grown_projector(P, inputs, share)
-        np.testing.assert_allclose(P, projector(old.numpy(), inputs.numpy(), share), atol=1e-6)
+        before = P
+        P = grown_projector(P, inputs, share)
+        np.testing.assert_allclose(P, projector(before.numpy(), inputs.numpy(), share), atol=1e-6)
         torch.testing.assert_close(P @ P, P)
     torch.testing.assert_close(grown_projector(P, inputs, share), P)
 
@@ -77,7 +78,7 @@ def test_updates_keep_the_new_gate_near_zero_on_earlier_prompts(count, size, see
     prompts, others = torch.randn(2, count, WIDTH, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         made = gate_of_second_task(prompts, patch)
-    old = made(prompts)[:, 0].detach()
+    earlier = made(prompts)[:, 0].detach()
     torch.testing.assert_close(made(prompts)[:, 1], torch.zeros(count), atol=1e-5, rtol=0)
     assert (made.key.norm() - 1).abs() < 1e-5
     before = made(others).detach()
@@ -87,27 +88,30 @@ def test_updates_keep_the_new_gate_near_zero_on_earlier_prompts(count, size, see
             parameter.data += size * torch.randn(parameter.shape, generator=generator)
         made.project_update(start)
     torch.testing.assert_close(made(prompts)[:, 1], torch.zeros(count), atol=1e-4, rtol=0)
-    assert torch.equal(made(prompts)[:, 0], old)
+    assert torch.equal(made(prompts)[:, 0], earlier)
     assert not torch.equal(made(others)[:, 1], before[:, 1])
 
 
 def test_start_task_opens_the_gate_on_new_prompts_but_not_on_earlier_ones(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    prompts, new = torch.randn(2, 5, WIDTH, generator=generator)
+    prompts, new_prompts = torch.randn(2, 5, WIDTH, generator=generator)
     made = gate_of_second_task(prompts, monkeypatch)
     with torch.no_grad():
-        before = made(new)[:, -1].mean()
-        made.start_task(new)
-        assert made(new)[:, -1].mean() > before
+        before = made(new_prompts)[:, -1].mean()
+        made.start_task(new_prompts)
+        assert made(new_prompts)[:, -1].mean() > before
         assert made(prompts)[:, -1].abs().max() < 1e-4
         z = (
-            torch.nn.functional.silu(torch.nn.functional.silu(new @ made.down.T) @ made.up.T)
+            torch.nn.functional.silu(
+                torch.nn.functional.silu(new_prompts @ made.down.T) @ made.up.T
+            )
             .double()
             .numpy()
         )
-    left = z - z @ made.seen_by_key.double().numpy()
+    remainder = z - z @ made.seen_by_key.double().numpy()
     assert (
-        abs(np.linalg.eigh(left.T @ left)[1][:, -1] @ made.key.detach().double().numpy()) > 1 - 1e-5
+        abs(np.linalg.eigh(remainder.T @ remainder)[1][:, -1] @ made.key.detach().double().numpy())
+        > 1 - 1e-5
     )
 
 

@@ -1,15 +1,15 @@
-"""Every baseline as a recipe's method: options, error messages, and a run from training to loading."""
+"""Every baseline as a recipe's method: options, errors, and a run from training to loading."""
 
 import pytest
 import torch
 from peft import LoraConfig
 
 from badit.baselines import BASELINES
-from badit.recipe.schema import build_recipe
-from badit.training.fit import fit, load_run
-from badit.training.methods import AdapterMethod, build_method
+from badit.recipe.loading import build_recipe
+from badit.training.methods import AdapterMethod
 from baselines.naive import SMALL, logits
 from refusals import refuses
+from steps import fit, load_run, method_of
 from training.trainers import learned
 from tuner.helpers import IDS
 
@@ -24,7 +24,8 @@ NOT_BELOW = "input should be greater than or equal to"
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_loaded_run_matches_trained_model(recipe_values, monkeypatch, name):
-    trained, apply = [], AdapterMethod.apply
+    trained = []
+    apply = AdapterMethod.apply
     monkeypatch.setattr(
         AdapterMethod, "apply", lambda *given: trained.append(apply(*given)) or trained[0]
     )
@@ -87,7 +88,7 @@ def test_config_errors_are_one_line():
             r"method.r = 12, GOAT's total rank, must be a multiple of num_experts = 8",
         ),
     ):
-        refuses(message, build_method, method)
+        refuses(message, method_of, method)
 
 
 @pytest.mark.parametrize("name", FROM_PEFT)
@@ -95,7 +96,7 @@ def test_config_errors_are_one_line():
 def test_peft_baselines_adapt_first_mlp_projection_and_start_as_base_model(
     tiny_model, name, family
 ):
-    method = build_method({"name": name, **OPTIONS[name], "fan_in_fan_out": family == "gpt2"})
+    method = method_of({"name": name, **OPTIONS[name], "fan_in_fan_out": family == "gpt2"})
     if (name, family) == ("olora", "gpt2"):
         refuses(
             r"olora cannot adapt this model's Conv1D layers.*use pissa instead",

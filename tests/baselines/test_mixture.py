@@ -1,4 +1,4 @@
-"""Mixture layers against loops over their experts, their initialisation, and their balance losses."""
+"""Mixture layers against loops over experts, their initialisation and their balance losses."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 import reference
 from badit.baselines.mixture import MixtureLinear
 from badit.data import AnswerCollator
-from badit.tuner.prompt import RoutingContext
+from badit.tuner.context import RoutingContext
 from baselines import naive
 from baselines.naive import MIXTURES, adapted, config
 from refusals import refuses
@@ -26,7 +26,8 @@ IN, OUT = 20, 18  # with four experts, each chunk has 4 directions, and rank 2 u
 
 
 def make_layer(method, kind="linear", *, dtype=torch.float64, at_start=False, **options):
-    base, options = base_layer(kind, IN, OUT).to(dtype), config(method, **options)
+    base = base_layer(kind, IN, OUT).to(dtype)
+    options = config(method, **options)
     layer = MixtureLinear(base, "layer", RoutingContext(), "default", options)
     return (layer if at_start else randomise(layer)).eval()
 
@@ -36,7 +37,8 @@ def make_layer(method, kind="linear", *, dtype=torch.float64, at_start=False, **
     ("method", "options"), [*((method, {}) for method in MIXTURES), ("goat", {"top_k": 1})]
 )
 def test_forward_matches_loop_over_experts(method, options, kind):
-    layer, x = make_layer(method, kind, **options), torch.randn(3, 5, IN, dtype=torch.float64)
+    layer = make_layer(method, kind, **options)
+    x = torch.randn(3, 5, IN, dtype=torch.float64)
     torch.testing.assert_close(
         layer(x), naive.mixture_forward(method, layer, x), atol=1e-6, rtol=1e-6
     )
@@ -57,10 +59,11 @@ def test_experts_are_initialised_like_lora(method):
 @pytest.mark.parametrize("rho", [10.0, 2.0])
 def test_goat_experts_start_from_chunks_of_the_spectrum(kind, rho):
     layer = make_layer("goat", kind, dtype=torch.float32, at_start=True, rho=rho)
-    a, b = layer.badit_A["default"], layer.badit_B["default"]
+    a = layer.badit_A["default"]
+    b = layer.badit_B["default"]
     start = naive.goat_start(reference.float64(layer.weight_OI), 4, 2, 2.0, rho)
-    found = naive.experts("goat", reference.float64(a), reference.float64(b), 4)
-    for (b_k, a_k), (found_b, found_a) in zip(start, found, strict=True):
+    pairs = naive.experts("goat", reference.float64(a), reference.float64(b), 4)
+    for (b_k, a_k), (found_b, found_a) in zip(start, pairs, strict=True):
         torch.testing.assert_close(
             torch.tensor(found_b @ found_a), torch.tensor(b_k @ a_k), atol=1e-6, rtol=1e-5
         )
@@ -95,9 +98,9 @@ def test_balance_loss_sums_over_layers_and_ignores_padding(tiny_model, method, f
         seen = x[mask.bool()]
         full = reference.expert_gates(seen @ layer.badit_router["default"].T, "softmax", None)
         expected += 0.3 * naive.imbalance(method, naive.gates(layer, seen), full)
-    found = model.base_model.extra_loss(mask)
-    assert found.item() == pytest.approx(expected, rel=1e-4)
-    found.backward()
+    loss = model.base_model.extra_loss(mask)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    loss.backward()
     last = layers(model)[-1]
     assert last.badit_router["default"].grad.any()
     assert last.badit_B["default"].grad is None
@@ -125,7 +128,8 @@ def test_balance_loss_is_read_once_per_training_pass_of_matching_size(tiny_model
 )
 def test_trainer_adds_extra_loss_in_training_only(tiny_model, tmp_path, method, option):
     """The balance loss of GOAT and the penalty of O-LoRA."""
-    batch, losses = dict(AnswerCollator(0)(examples(5))), {}
+    batch = dict(AnswerCollator(0)(examples(5)))
+    losses = {}
     for weight in (0.0, 0.5):
         model = adapted(tiny_model("llama"), method, **{option: weight})
         trainer = make_trainer(model, tmp_path, [])
@@ -140,17 +144,15 @@ def test_trainer_adds_extra_loss_in_training_only(tiny_model, tmp_path, method, 
 
 
 def test_balance_loss_is_averaged_over_accumulated_micro_batches(tiny_model, tmp_path):
-    """A step of two micro-batches uses the answer loss over both together and the mean of their balance losses."""
+    """The answer loss is over both micro-batches together, the balance loss their mean."""
     data = examples(4)
     model = adapted(tiny_model("llama"), "loramoe", balance_weight=5.0).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     items = sum(label != -100 for example in data for label in example["labels"])
-    for part in (data[:2], data[2:]):
-        batch = dict(AnswerCollator(0)(part))
-        labels, logits = (
-            batch.pop("labels")[:, 1:].flatten(),
-            model(**batch).logits[:, :-1].flatten(0, 1),
-        )
+    for micro_batch in (data[:2], data[2:]):
+        batch = dict(AnswerCollator(0)(micro_batch))
+        labels = batch.pop("labels")[:, 1:].flatten()
+        logits = model(**batch).logits[:, :-1].flatten(0, 1)
         answers = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / items
         (answers + model.base_model.extra_loss(batch["attention_mask"]) / 2).backward()
     expected = gradients(model)

@@ -36,22 +36,20 @@ def test_forward_matches_formula(kind, rows, with_positions):
     model = randomise(
         get_peft_model(nn.Sequential(base_layer(kind, 12, 10)), options).double()
     ).eval()
-    layer, x = (
-        layers(model)[0],
-        torch.randn(len(rows), *([5] if with_positions else []), 12, dtype=torch.float64),
-    )
+    layer = layers(model)[0]
+    x = torch.randn(len(rows), *([5] if with_positions else []), 12, dtype=torch.float64)
     with hooks_of(model).rows_of(rows):
-        found = model(x)
-    torch.testing.assert_close(found, mtl_forward(layer, x, rows), atol=1e-6, rtol=1e-6)
-    assert (found - layer.get_base_layer()(x)).abs().mean() > 1e-4
+        output = model(x)
+    torch.testing.assert_close(output, mtl_forward(layer, x, rows), atol=1e-6, rtol=1e-6)
+    assert (output - layer.get_base_layer()(x)).abs().mean() > 1e-4
 
 
 def test_initialisation(tiny_model):
     layer = layers(adapt(tiny_model("llama"), "mtl-lora", r=4, num_experts=5))[0]
     out_features, in_features = layer.weight_OI.shape
     shapes = [
-        tuple(getattr(layer, f"badit_{part}")["default"].shape)
-        for part in ("A", "B", "lambda", "task_logits")
+        tuple(getattr(layer, f"badit_{name}")["default"].shape)
+        for name in ("A", "B", "lambda", "task_logits")
     ]
     assert shapes == [(4, in_features), (out_features, 20), (3, 4, 4), (3, 5)]
     assert not layer.badit_B["default"].any()
@@ -65,10 +63,8 @@ def test_initialisation(tiny_model):
 
 
 def test_each_beam_needs_a_task(tiny_model):
-    model, options = (
-        adapted(tiny_model("llama"), "mtl-lora"),
-        {"num_beams": 2, "max_new_tokens": 3, "do_sample": False},
-    )
+    model = adapted(tiny_model("llama"), "mtl-lora")
+    options = {"num_beams": 2, "max_new_tokens": 3, "do_sample": False}
     message = r"sees 6 rows, but 3 tasks are given.*each beam"
     with hooks_of(model).rows_of(ROWS), pytest.raises(BaditError, match=message):
         model.generate(input_ids=IDS, attention_mask=MASK, **options)
@@ -95,7 +91,8 @@ def test_unknown_missing_or_too_few_tasks_are_refused(tiny_model):
 
 def test_nested_contexts_restore_the_outer_tasks_even_after_an_error(tiny_model):
     model = adapted(tiny_model("llama"), "mtl-lora")
-    outer, inner = logits(model), logits(model, rows=["seas"] * 3)
+    outer = logits(model)
+    inner = logits(model, rows=["seas"] * 3)
     with hooks_of(model).rows_of(ROWS):
         assert torch.equal(logits(model, rows=["seas"] * 3), inner)
         with (
@@ -110,8 +107,8 @@ def test_nested_contexts_restore_the_outer_tasks_even_after_an_error(tiny_model)
 @pytest.mark.parametrize("within", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_does_not_change_gradients(tiny_model, reentrant, within):
-    """Two forward passes with different tasks before one backward pass, inside or outside of another context."""
-    found = []
+    """Two forward passes with different tasks before one backward pass."""
+    all_gradients = []
     for checkpoint in (False, True):
         model = adapted(tiny_model("llama"), "mtl-lora").train()
         model.enable_input_require_grads()
@@ -122,8 +119,8 @@ def test_gradient_checkpointing_does_not_change_gradients(tiny_model, reentrant,
         )
         with hooks_of(model).rows_of(["cities"]) if within else nullcontext():
             total.backward()
-        found.append(gradients(model))
-    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
+        all_gradients.append(gradients(model))
+    torch.testing.assert_close(*all_gradients, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tasks", [None, [], ["a", "b", "a"]])

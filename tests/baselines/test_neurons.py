@@ -1,4 +1,4 @@
-"""Task neurons: scores against autograd on single examples, selection, and which parameters are trained."""
+"""Task neurons: scores against autograd on single examples, selection, trained parameters."""
 
 import re
 from functools import partial
@@ -20,26 +20,30 @@ WIDTH = 48
 
 
 def naive_scores(model, data):
-    """Returns scores from single examples without padding, from gradients of zeros added to the neurons' outputs."""
-    last = re.compile(
-        r"(.*\.mlp)\.(c_proj|down_proj)"
-    )  # the name of an MLP, and of its last projection
-    lasts = {
-        found[1]: module
-        for name, module in model.named_modules()
-        if (found := last.fullmatch(name))
-    }
-    added, outputs = {}, {}
+    """Returns scores from single examples without padding.
+
+    They come from the gradients of zeros that are added to the neurons' outputs.
+    """
+    # The name of an MLP, and of its last projection.
+    last = re.compile(r"(.*\.mlp)\.(c_proj|down_proj)")
+    matches = {module: last.fullmatch(name) for name, module in model.named_modules()}
+    lasts = {match[1]: module for module, match in matches.items() if match}
+    added = {}
+    outputs = {}
     totals = {name: torch.zeros(WIDTH) for name in lasts}
     positions = sum(len(example["input_ids"]) for example in data)
 
     def probe(name, module, args):
-        outputs[name], added[name] = args[0].detach(), torch.zeros_like(args[0], requires_grad=True)
+        outputs[name] = args[0].detach()
+        added[name] = torch.zeros_like(args[0], requires_grad=True)
         return args[0] + added[name]
 
-    handles = [last.register_forward_pre_hook(partial(probe, name)) for name, last in lasts.items()]
+    handles = [
+        module.register_forward_pre_hook(partial(probe, name)) for name, module in lasts.items()
+    ]
     for example in data:
-        ids, labels = torch.tensor([example["input_ids"]]), example["labels"]
+        ids = torch.tensor([example["input_ids"]])
+        labels = example["labels"]
         logs = F.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1)
         answer = [t for t in range(1, len(labels)) if labels[t] != -100]
         (-sum(logs[t - 1, labels[t]] for t in answer) / len(answer)).backward()
@@ -57,7 +61,8 @@ def naive_scores(model, data):
 )
 def test_scores_match_naive_scores_for_any_batching(tiny_model, family, side):
     model = tiny_model(family, attention_dropout=0.5)
-    data, collate = examples(5), AnswerCollator(0, side)
+    data = examples(5)
+    collate = AnswerCollator(0, side)
     expected = naive_scores(model.eval(), data)
     for batches in ([data], [data[:2], data[2:]]):
         scores = neuron_scores(model.train(), [collate(batch) for batch in batches])
@@ -69,7 +74,8 @@ def test_scores_match_naive_scores_for_any_batching(tiny_model, family, side):
 
 
 def test_scoring_sets_no_gradients_and_works_on_a_frozen_model(tiny_model):
-    model, batch = tiny_model("llama"), AnswerCollator(0)(examples(4))
+    model = tiny_model("llama")
+    batch = AnswerCollator(0)(examples(4))
     scores = neuron_scores(model, [batch])
     assert all(p.grad is None for p in model.parameters())
     assert_same(neuron_scores(model.requires_grad_(False), [batch]), scores)
@@ -109,9 +115,8 @@ def test_step_changes_only_the_selected_neurons(tiny_model, family):
     for name, parameter in model.named_parameters():
         mask = next((mask for layer, mask in masks.items() if name.startswith(f"{layer}.")), None)
         moved = parameter != before[name]
-        if (
-            mask is None or WIDTH not in moved.shape
-        ):  # the last projection's bias belongs to no neuron
+        # The last projection's bias belongs to no neuron.
+        if mask is None or WIDTH not in moved.shape:
             assert not moved.any(), name
             assert not parameter.requires_grad, name
         else:
@@ -120,5 +125,6 @@ def test_step_changes_only_the_selected_neurons(tiny_model, family):
 
 
 def test_model_with_adapter_is_refused(tiny_model):
-    model, batches = adapted(tiny_model("llama"), "loramoe"), [AnswerCollator(0)(examples(2))]
+    model = adapted(tiny_model("llama"), "loramoe")
+    batches = [AnswerCollator(0)(examples(2))]
     refuses("task neurons do not support this model of type llama", neuron_scores, model, batches)

@@ -9,9 +9,12 @@ import pytest
 import yaml
 
 from badit import BaditError
-from badit.cli.app import app, main
-from badit.recipe.schema import load_recipe
+from badit.cli import main
+from badit.cli.app import app
+from badit.recipe.loading import load_recipe
 from badit.support.files import read_json
+
+MAIN = "from badit.cli import main; main"
 
 
 def test_every_command_and_parameter_has_help(command):
@@ -27,8 +30,8 @@ def test_every_command_and_parameter_has_help(command):
     ("statement", "heavy"),
     [
         ("import badit", "numpy torch transformers peft pydantic"),
-        ("from badit.cli.app import main; main(['train', 'superni-cpu', 'data.source=nowhere.csv'])", "torch transformers"),
-        *((f"from badit.cli.app import main; main({words!r})", "torch transformers peft pydantic")
+        (f"{MAIN}(['train', 'superni-cpu', 'data.source=nowhere.csv'])", "torch transformers"),
+        *((f"{MAIN}({words!r})", "torch transformers peft pydantic")
           for words in (["--help"], ["train", "--help"], ["--version"])),
     ],
 )  # fmt: skip
@@ -121,7 +124,7 @@ def test_demo_compares_and_writes_a_report(
     recipe.write_text(
         yaml.safe_dump(recipe_values | {"compare": {"methods": methods, "seeds": [0]}})
     )
-    monkeypatch.setattr("badit.recipe.schema.shipped_recipes", lambda: {"demo": recipe})
+    monkeypatch.setattr("badit.recipe.loading.shipped_recipes", lambda: {"demo": recipe})
     assert main(["demo", f"output={output}", "training.max_steps=2"]) == int(fails)
     shown = capsys.readouterr().out
     assert ("no finished run: lora" in shown) == fails

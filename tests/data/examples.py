@@ -7,7 +7,7 @@ import pandas as pd
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from badit.data import Demonstration, Instance, Task, encode_prompts, load_tasks
+from badit.data import Demonstration, Instance, Source, Task, encode_prompts, load_tasks
 from refusals import refuses
 
 CHATML = (
@@ -16,7 +16,8 @@ CHATML = (
 )
 # Writes BOS itself, strips assistant messages, and adds a space before EOS.
 BRACKETS = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
     "{% else %} {{ m['content'] | trim }} {{ eos_token }}{% endif %}{% endfor %}"
 )
 # Ends an assistant message with plain text, without a special token.
@@ -29,6 +30,17 @@ _TURNS = [
     ("user", "And of Peru?"),
 ]
 CHAT = [{"role": role, "content": content} for role, content in [*_TURNS, ("assistant", "Lima")]]
+ROWS = [
+    {"task": "capitals", "instruction": "Name the capital.", "input": "France", "output": "Paris"},
+    {
+        "task": "capitals",
+        "instruction": "Name the capital.",
+        "input": 'Peru, "the" one',
+        "output": "Lima",
+    },
+    {"task": "sums", "instruction": "Add.", "input": "1 + 1", "output": "2"},
+]
+HELLO = {"prompt": "Say hello", "completion": "hello"}
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 LINES = [
     "Answer with the capital of the country.",
@@ -39,7 +51,7 @@ LINES = [
 
 
 def make_tokenizer(*, adds="<s> $A", chat_template=None, **options):
-    """Returns a byte-level BPE tokenizer for any text; `adds` is its default template for special tokens."""
+    """Returns a byte-level BPE tokenizer for any text; `adds` is its template of special tokens."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
@@ -102,6 +114,12 @@ def write_rows(file, *rows):
         else:
             datasets.DatasetDict({"train": data}).save_to_disk(file)
     return file
+
+
+def task_of(path, **options):
+    """Returns the only task of a source."""
+    (task,) = load_tasks(Source(path, **options))
+    return task
 
 
 def refusal(source, **options):

@@ -1,29 +1,30 @@
-"""Prompts: text, token ids, truncation, labels and batches; and rows from conversations."""
+"""Prompts: text, token ids, truncation and labels; and rows from conversations."""
 
 import logging
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from badit.data.encoded import AnswerCollator, batches_by_task
-from badit.data.prompts import (
+from badit.data import (
+    Instance,
+    Task,
     answer_rows,
     build_prompt,
     encode_examples,
-    end_of_turn_id,
     own_input,
     prompt_text,
 )
-from badit.data.tasks import Instance
+from badit.data.encoding import end_of_turn_id
 from data.examples import BRACKETS, CHAT, CHATML, UNMARKED, encode_prompt, make_task, make_tokenizer
 from refusals import refuses
 
 TASK = make_task()
 FRANCE = Instance(id="x", input="France", outputs=("Paris", "City of Paris"))
 PROMPT = build_prompt(TASK, FRANCE)
-TEXT = "Answer with the capital of the country.\n\nNow complete the following example -\nInput: France\nOutput: "
+DEFINITION = "Answer with the capital of the country."
+QUESTION = "Now complete the following example -\nInput: France\nOutput: "
+TEXT = f"{DEFINITION}\n\n{QUESTION}"
 PLAIN, MARKED, BRACKETED = (
     make_tokenizer(chat_template=template) for template in (None, CHATML, BRACKETS)
 )
@@ -32,43 +33,23 @@ ALL = pytest.mark.parametrize(
 )
 SYSTEM, USER, ANSWER = CHAT[:3]
 LATER = {"role": "assistant", "content": "Lima.", "tool_calls": []}
-EXAMPLES = [
-    {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "prompt_length": 1, "task": "a"},
-    {"input_ids": [8], "labels": [8], "prompt_length": 0, "task": "b"},
-]
-LONG = {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [-100, 6, 7]}
-PADDED = {
-    "right": {"input_ids": [8, 9, 9], "attention_mask": [1, 0, 0], "labels": [8, -100, -100]},
-    "left": {"input_ids": [9, 9, 8], "attention_mask": [0, 0, 1], "labels": [-100, -100, 8]},
-}
 
 
 def test_prompt_text_with_and_without_demonstrations():
-    definition, question = TEXT.split("\n\n")
     one = " Positive Example 1 -\nInput: Italy\n Output: Rome\n\n"
     two = f"{one} Positive Example 2 -\nInput: Peru\n Output: Lima\n\n"  # the task has only two
     for encoding, shots in {"def": "", "def+pos1": one, "def+pos2": two, "def+pos9": two}.items():
-        assert prompt_text(TASK, FRANCE, encoding) == f"{definition}\n\n{shots}{question}"
-    assert prompt_text(TASK.model_copy(update={"definition": ""}), FRANCE) == question, (
-        "no leading blank lines"
-    )
+        assert prompt_text(TASK, FRANCE, encoding) == f"{DEFINITION}\n\n{shots}{QUESTION}"
+    assert prompt_text(TASK.model_copy(update={"definition": ""}), FRANCE) == QUESTION
     assert own_input(TEXT) == "France"
-    refuses(
-        r"encoding: unknown 'def-pos2' \(did you mean 'def\+pos2'",
-        prompt_text,
-        TASK,
-        FRANCE,
-        "def-pos2",
-    )
+    refuses(r"encoding: unknown 'def-pos2' \(did you", prompt_text, TASK, FRANCE, "def-pos2")
 
 
 def test_prompt_is_bos_and_text_or_the_rendered_chat_template():
     assert PLAIN.decode(encode_prompt(PLAIN, PROMPT)) == f"<s>{TEXT}"
     rendered = f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\n"
     assert MARKED.decode(encode_prompt(MARKED, PROMPT)) == rendered
-    assert encode_prompt(PLAIN, "<s>France").count(PLAIN.bos_token_id) == 1, (
-        "no second BOS if the text starts with BOS"
-    )
+    assert encode_prompt(PLAIN, "<s>France").count(PLAIN.bos_token_id) == 1
     assert encode_prompt(MARKED, PROMPT, chat_template="never") == encode_prompt(PLAIN, PROMPT)
     assert encode_prompt(MARKED, PROMPT, chat_template="always") == encode_prompt(MARKED, PROMPT)
     refuses("has no chat template", encode_prompt, PLAIN, PROMPT, chat_template="always")
@@ -86,9 +67,8 @@ def test_prompt_has_at_most_one_bos_and_no_eos(adds, template):
 @ALL
 @given(text=st.text(max_size=300), limit=st.integers(40, 120))
 def test_truncation_keeps_definition_and_end(tokenizer, text, limit):
-    ids = encode_prompt(
-        tokenizer, build_prompt(TASK, Instance(id="x", input=text, outputs=("Paris",))), limit
-    )
+    instance = Instance(id="x", input=text, outputs=("Paris",))
+    ids = encode_prompt(tokenizer, build_prompt(TASK, instance), limit)
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     assert f"{TASK.definition}\n\nNow complete the following example -\nInput: " in decoded
     assert "\nOutput: " in decoded
@@ -98,12 +78,8 @@ def test_truncation_keeps_definition_and_end(tokenizer, text, limit):
 @ALL
 def test_long_inputs_fill_the_limit_and_long_definitions_are_truncated(tokenizer):
     instance = Instance(id="x", input="France and Italy " * 500, outputs=("Paris",))
-    assert (
-        95
-        <= len(encode_prompt(tokenizer, build_prompt(TASK, instance)))
-        - len(encode_prompt(tokenizer, ""))
-        <= 100
-    )
+    template = len(encode_prompt(tokenizer, ""))
+    assert 95 <= len(encode_prompt(tokenizer, build_prompt(TASK, instance))) - template <= 100
     task = TASK.model_copy(update={"definition": "Name the capital. " * 200})
     text = tokenizer.decode(encode_prompt(tokenizer, build_prompt(task, FRANCE), 30))
     assert "Name the capital. Name" in text
@@ -113,9 +89,9 @@ def test_long_inputs_fill_the_limit_and_long_definitions_are_truncated(tokenizer
 
 def test_plain_strings_are_truncated_silently_and_a_too_small_limit_is_refused(caplog):
     with caplog.at_level(logging.WARNING):
-        ids = encode_prompt(tokenizer := make_tokenizer(), "France " * 500, 10)
+        ids = encode_prompt(PLAIN, "France " * 500, 10)
     assert len(ids) <= 11
-    assert tokenizer.decode(ids).startswith("<s>France ")
+    assert PLAIN.decode(ids).startswith("<s>France ")
     assert not caplog.records
     refuses("max_source_tokens: 1 is too small for the end", encode_prompt, PLAIN, PROMPT, 1)
 
@@ -123,24 +99,23 @@ def test_plain_strings_are_truncated_silently_and_a_too_small_limit_is_refused(c
 @pytest.mark.parametrize("template", [None, CHATML, BRACKETS, UNMARKED])
 def test_end_of_turn_token_comes_from_the_chat_template(template):
     tokenizer = make_tokenizer(chat_template=template)
-    assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids(
-        "<|im_end|>" if template == CHATML else "</s>"
-    )
+    token = "<|im_end|>" if template == CHATML else "</s>"
+    assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids(token)
     assert end_of_turn_id(tokenizer, "never") == tokenizer.eos_token_id
     tokenizer.chat_template = BRACKETS
     assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id, "the current template is used"
     refuses("eos_token", end_of_turn_id, make_tokenizer(eos_token=None))
 
 
+def state(tokenizer):
+    named = (tokenizer.special_tokens_map, tokenizer.chat_template, tokenizer.pad_token)
+    return (*named, len(tokenizer))
+
+
 @ALL
 @given(text=st.text(max_size=200), answer=st.text(max_size=60))
 def test_example_is_evaluation_prompt_truncated_answer_and_end_token(tokenizer, text, answer):
-    before = (
-        tokenizer.special_tokens_map,
-        tokenizer.chat_template,
-        len(tokenizer),
-        tokenizer.pad_token,
-    )
+    before = state(tokenizer)
     instance = Instance(id="x", input=text, outputs=(answer, "another"))
     lengths = {"max_source_tokens": 60, "max_answer_tokens": 20}
     (trained,) = encode_examples(tokenizer, [(TASK, instance)], **lengths)
@@ -150,12 +125,38 @@ def test_example_is_evaluation_prompt_truncated_answer_and_end_token(tokenizer, 
     whole = tokenizer(answer, add_special_tokens=False)["input_ids"]
     assert trained["input_ids"][n:] == [*whole[:20], end_of_turn_id(tokenizer)]
     assert trained["task"] == "capitals"
-    assert (
-        tokenizer.special_tokens_map,
-        tokenizer.chat_template,
-        len(tokenizer),
-        tokenizer.pad_token,
-    ) == before
+    assert state(tokenizer) == before
+
+
+def test_chat_is_rendered_in_training_as_in_the_template():
+    turns = tuple((message["role"], message["content"]) for message in CHAT)
+    instance = Instance(id="x", input=turns[3][1], outputs=("Lima",), history=turns[:3])
+    task = Task(name="chat", definition=None, train=(instance,))
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+    (example,) = encode_examples(MARKED, [(task, instance)])
+    assert MARKED.decode(example["input_ids"]) == text.rstrip("\n")
+    ids = encode_prompt(PLAIN, build_prompt(task, instance), 500)
+    end = "user: Capital of France?\n\nassistant: Paris\n\nuser: And of Peru?\n\nassistant: "
+    assert PLAIN.decode(ids).endswith(end)
+
+
+def test_long_chats_drop_the_oldest_messages_first():
+    questions = [("user", "first question"), ("user", "second")]
+    answers = [("assistant", "first answer"), ("assistant", "reply")]
+    turns = [turn for pair in zip(questions, answers, strict=True) for turn in pair]
+    history = (("system", "Brief."), ("developer", "Calm."), *turns)
+    instance = Instance(id="x", input="third", outputs=("end",), history=history)
+    task = Task(name="chat", definition=None, train=(instance,))
+    contents = [content for _, content in turns]
+    counts = set()
+    for limit in range(8, 120):
+        text = MARKED.decode(encode_prompt(MARKED, build_prompt(task, instance), limit))
+        assert "third" in text
+        remaining = [content for content in contents if f"\n{content}<" in text]
+        assert remaining == contents[len(contents) - len(remaining) :]
+        assert not remaining or ("Brief." in text and "Calm." in text)
+        counts.add(len(remaining))
+    assert counts == {0, 2, 4}
 
 
 def test_each_answer_of_a_chat_has_all_previous_messages_as_prompt():
@@ -165,18 +166,3 @@ def test_each_answer_of_a_chat_has_all_previous_messages_as_prompt():
     assert answer_rows([USER]) == answer_rows([]) == []
     refuses("the first is an assistant message", answer_rows, [ANSWER, USER])
     refuses("message 1 must have a role", answer_rows, [USER, {"content": "Rome."}])
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_padding_sides_and_batches_by_task(side):
-    batch = AnswerCollator(9, side)(EXAMPLES)
-    assert all(tensor.dtype == torch.long for tensor in batch.values())
-    assert [{key: tensor[i].tolist() for key, tensor in batch.items()} for i in (0, 1)] == [
-        LONG,
-        PADDED[side],
-    ]
-    batches = batches_by_task(
-        [*EXAMPLES, *EXAMPLES, EXAMPLES[0]], AnswerCollator(0, with_tasks=True), 2
-    )
-    found = {task: [batch["tasks"] for batch in group] for task, group in batches.items()}
-    assert found == {"a": [["a", "a"], ["a"]], "b": [["b", "b"]]}

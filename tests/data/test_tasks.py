@@ -1,4 +1,4 @@
-"""Task names, splits, mixtures and orders, and the built-in suite."""
+"""Task names, fingerprints, splits, mixtures and orders, and the built-in suite."""
 
 import hashlib
 import json
@@ -10,27 +10,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from badit.data import Source, Task, builtin_tasks, hold_out, limit, load_tasks, mixture, ordered
+from badit.data import (
+    Instance,
+    Source,
+    Task,
+    builtin_tasks,
+    hold_out,
+    limit,
+    load_tasks,
+    mixture,
+    ordered,
+    quotas,
+)
 from data.examples import make_task, write_rows
 from docs.pages import Page
 from refusals import refuses
 
 SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=5)
 # Published results use these orders: they must not change with the Python version or the code.
-ROWS = re.findall(
-    r"^\| (s\w+-\d) \| ([\d, ]+) \|$", Page("docs/benchmark.md").text, flags=re.MULTILINE
-)
+BENCHMARK = Page("docs/benchmark.md").text
+ROWS = re.findall(r"^\| (s\w+-\d) \| ([\d, ]+) \|$", BENCHMARK, flags=re.MULTILINE)
 PUBLISHED = {name: [int(number) for number in row.split(",")] for name, row in ROWS}
 SUPERNI = [f"task{number:03}_of_superni" for number in PUBLISHED["sapt-1"]]
-# A new hash means that all results on the suite change: update it only on purpose, and note it in the changelog.
+# A new hash means that all results on the suite change: update it only on purpose, and note it in
+# the changelog.
 SUITE_SHA256 = "777982bd2ae00320cc2ac1c7c1fbd514c0477c428b55777cc41842af1b3139e4"
 
 
 def order_of(names, order):
-    return [
-        task.name
-        for task in ordered([Task(name=name, definition="Answer.") for name in names], order)
-    ]
+    tasks = [Task(name=name, definition="Answer.") for name in names]
+    return [task.name for task in ordered(tasks, order)]
 
 
 def numbers(names):
@@ -47,57 +56,67 @@ def test_task_names_must_be_valid_file_names(name):
         assert Task(name=fine, definition="d").name == fine
 
 
+def test_fingerprints_are_those_that_runs_have_recorded():
+    assert make_task().fingerprint == "fce5fa900ef1e323"
+    history = (("user", "e"),)
+    chat = Instance(id="x", input="a", outputs=("b", "c"), instruction="d", history=history)
+    assert chat.hash == 12278040876946108149
+    assert Task(name="t", definition=None, train=(chat,)).fingerprint == "b75046ac4e6740a9"
+
+
 @given(SIZES, st.integers(0, 20), st.integers(0, 3))
 def test_hold_out_moves_at_most_a_quarter_and_draws_ignore_other_tasks(sizes, per_task, seed):
     tasks = [make_task(f"task-{i}", train=size) for i, size in enumerate(sizes)]
     for before, after in zip(tasks, hold_out(tasks, per_task, seed), strict=True):
         assert len(after.validation) == min(per_task, len(before.train) // 4)
-        assert sorted(i.id for i in after.train + after.validation) == sorted(
-            i.id for i in before.train
-        )
+        held_out = {*after.validation}
+        assert after.train == tuple(i for i in before.train if i not in held_out)
+        assert after.validation == tuple(i for i in before.train if i in held_out)
         assert after.test == before.test
-        order = list(before.train)
-        assert [order.index(i) for i in after.train] == sorted(order.index(i) for i in after.train)
-    for choose in (lambda some: hold_out(some, 3, seed), lambda some: limit(some, 4, 2, seed)):
-        assert choose(tasks[::-1]) == [choose([task])[0] for task in tasks[::-1]]
+    reverse = tasks[::-1]
+    assert hold_out(reverse, 3, seed) == [hold_out([task], 3, seed)[0] for task in reverse]
+    assert limit(reverse, 4, 2, seed) == [limit([task], 4, 2, seed)[0] for task in reverse]
 
 
 def test_held_out_draw_is_deterministic_and_depends_on_seed_and_name():
     (task,) = hold_out([make_task(train=40)], 5, seed=0)
     assert [i.id for i in task.validation] == ["a2", "a11", "a20", "a26", "a36"]
-    draws = [
-        hold_out([make_task(name, train=100)], 10, seed)[0]
-        for name in ("a", "b")
-        for seed in (0, 1)
-    ]
-    assert len({tuple(i.id for i in draw.validation) for draw in draws}) == 4
+    draws = set()
+    for name, seed in (("a", 0), ("a", 1), ("b", 0), ("b", 1)):
+        (drawn,) = hold_out([make_task(name, train=100)], 10, seed)
+        draws.add(tuple(i.id for i in drawn.validation))
+    assert len(draws) == 4
     assert hold_out([task], 3, seed=1) == [task], "an existing validation set is kept"
 
 
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
 def test_no_training_prompt_contains_an_answer_that_is_held_out(tmp_path, system):
-    turn = [{"role": "user", "content": "q {1}"}, {"role": "assistant", "content": "a{} {}"}]
-    chats = [
-        [{**m, "content": m["content"].format(c, t)} for t in range(3) for m in turn]
-        for c in range(8)
-    ]
-    path = write_rows(tmp_path / "chats.jsonl", *({"messages": system + chat} for chat in chats))
-    (task,) = hold_out(load_tasks(Source(path, turns="all")), 4, seed=0)
+    def load(rows):
+        path = write_rows(tmp_path / "chats.jsonl", *({"messages": row} for row in rows))
+        return load_tasks(Source(path, turns="all"))
+
+    def chats_of(instances):
+        return {instance.outputs[0].split()[0] for instance in instances}
+
+    chats = []
+    for chat in range(8):
+        chats.append([])
+        for turn in range(3):
+            chats[-1] += [{"role": "user", "content": f"q {turn}"}]
+            chats[-1] += [{"role": "assistant", "content": f"a{chat} {turn}"}]
+
+    (task,) = hold_out(load([system + chat for chat in chats]), 4, seed=0)
     assert (len(task.train), len(task.validation)) == (18, 6)
-    chat_of = lambda one: one.outputs[0].split()[0]  # noqa: E731
-    assert not {*map(chat_of, task.train)} & {*map(chat_of, task.validation)}
-    (one,) = hold_out(
-        [make_task(train=4, test=0).model_copy(update={"train": task.train[:3]})], 1, seed=0
-    )
-    assert (len(one.train), len(one.validation)) == (3, 0), "the only chat is trained"
+    assert not chats_of(task.train) & chats_of(task.validation)
+    (task,) = hold_out(load([system + chats[0]]), 1, seed=0)
+    assert (len(task.train), len(task.validation)) == (3, 0), "the only chat is trained"
+
+    # A chat and its copy are held out, without the greeting with which all chats begin.
     greeting = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     greeted = [[*system, *greeting, *chat] for chat in chats]
-    path = write_rows(tmp_path / "chats.jsonl", *({"messages": chat} for chat in greeted * 2))
-    (task,) = hold_out(load_tasks(Source(path, turns="all")), 4, seed=0)
-    assert (len(task.train), len(task.validation)) == (58, 6), (
-        "a chat and its copy, without the greeting of all chats"
-    )
-    assert not {*map(chat_of, task.train)} & {*map(chat_of, task.validation)}
+    (task,) = hold_out(load(greeted * 2), 4, seed=0)
+    assert (len(task.train), len(task.validation)) == (58, 6)
+    assert not chats_of(task.train) & chats_of(task.validation)
 
 
 @given(st.integers(0, 12), st.integers(0, 6), st.integers(0, 3))
@@ -109,6 +128,16 @@ def test_limit_nests_training_sets_and_keeps_the_first_test_instances(train, tes
     assert set(limited.train) <= set(larger.train)
     assert (limited.test, larger.test) == (task.test[:test], task.test)
     assert limit([task], None, None, seed) == [task]
+
+
+@given(sizes=st.lists(st.integers(1, 99), min_size=1, max_size=6), temperature=st.floats(1, 50))
+def test_quotas_scale_task_sizes_by_temperature(sizes, temperature):
+    tasks = [make_task(f"t{i}", train=size, test=0) for i, size in enumerate(sizes)]
+    assert quotas(tasks) is None
+    powers = [size ** (1 / temperature) for size in sizes]
+    shares = [max(1, round(sum(sizes) * power / sum(powers))) for power in powers]
+    expected = {f"t{i}": share for i, share in enumerate(shares)}
+    assert quotas(tasks, temperature=temperature) == (None if temperature == 1 else expected)
 
 
 @given(SIZES, st.integers(0, 3))
@@ -126,9 +155,8 @@ def test_mixture_has_every_instance_once_in_an_order_set_by_the_seed(sizes, seed
 def test_published_orders_do_not_depend_on_the_loading_order(names, count, order):
     loaded = names[:count] if order.startswith("sapt") else names
     assert len(PUBLISHED) == 7
-    assert numbers(order_of(loaded, order)) == [
-        number for number in PUBLISHED[order] if number in numbers(loaded)
-    ]
+    expected = [number for number in PUBLISHED[order] if number in numbers(loaded)]
+    assert numbers(order_of(loaded, order)) == expected
 
 
 def test_order_may_be_a_list_and_invalid_orders_are_refused():
@@ -137,18 +165,10 @@ def test_order_may_be_a_list_and_invalid_orders_are_refused():
     assert numbers(order_of(names, ["591", "task002", "363"])) == [591, 2, 363]
     cities = ["cities", "rivers"]
     for names, order, message in (
-        (
-            cities,
-            "sapt-3",
-            r"data\.order: unknown order 'sapt-3' \(did you mean 'sapt-2'\?\); known: sapt-1, sapt",
-        ),
+        (cities, "sapt-3", r"data\.order: unknown order 'sapt-3' \(did you mean 'sapt-2'\?\)"),
         (cities, "seeded--1", "unknown order 'seeded--1'"),
         (cities, "sapt-1", r"does not contain task cities; add it, or remove it from data\.tasks"),
-        (
-            cities,
-            ["cities", "rivers", "cities"],
-            r"data\.order: 'cities' is listed twice; list it once",
-        ),
+        (cities, [*cities, "cities"], r"data\.order: 'cities' is listed twice; list it once"),
         (["task363_one", "task363_other"], "sapt-1", "does not contain task task363_"),
     ):
         refuses(message, order_of, names, order)

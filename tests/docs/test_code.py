@@ -1,4 +1,4 @@
-"""Runs the code of the documentation: each page's blocks in order, in a temporary folder, with a tiny model."""
+"""Runs the code of the documentation: each page's blocks in order, with a tiny model."""
 
 import re
 import shutil
@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from badit import Run, analyze
-from badit.cli.app import main
-from badit.export.exporting import export
+from badit.cli import main
 from docs.pages import ROOT, Page, pages
+from steps import export
 
 QUICKSTART = Page(
     "docs/quickstart.md"

@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from badit import BaditConfig, RegroupCallback
 from badit.baselines import BASELINES
 from badit.baselines.neurons import NeuronOptions
-from badit.recipe.schema import CompareSection, Recipe, load_recipe
-from badit.training.regrouping import RegroupOptions
-from badit.tuner.config import FORMAT_FIELD, ExpertConfig
+from badit.recipe.loading import load_recipe
+from badit.recipe.schema import CompareSection, Recipe
+from badit.tuner.config import FORMAT_FIELD, ExpertConfig, RegroupOptions
 from docs.pages import ROOT, Page
 
 # Rows: an option, its default and, for recipe keys, the value in the paper's recipes.
@@ -36,7 +36,7 @@ def fields(cls):
 
 
 def default_of(option):
-    """Returns the default of a configuration field, recipe key or parameter, or the value of a constant."""
+    """Returns the default of a field, recipe key or parameter, or the value of a constant."""
     place, _, name = option.rpartition(".")
     module, _, owner = place.rpartition(".")
     if place == "RegroupCallback" and name not in fields(RegroupOptions):

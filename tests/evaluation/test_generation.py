@@ -13,16 +13,20 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from badit import BaditConfig, Run, generation
+from badit import BaditConfig, Run
 from badit.data import AnswerCollator, Instance, Task
+from badit.evaluation import generation
+from badit.evaluation.answers import score_model
 from badit.evaluation.generation import generate_answers, stream_answer
-from badit.evaluation.scoring import evaluate, prompt_losses, score_model
+from badit.evaluation.losses import prompt_losses
 from badit.metrics.answers import METRICS, Prediction
-from badit.recipe.schema import build_recipe
+from badit.recipe.loading import build_recipe
+from badit.recipe.saved import dump_recipe
 from badit.runs.predictions import read_predictions, write_predictions
-from badit.training.fit import encoded
+from badit.training.encoding import encoded
 from data.examples import make_tokenizer
 from refusals import refuses
+from steps import evaluate
 from tuner.helpers import adapted, greedy_by_hand, randomise
 
 RECIPE = build_recipe(
@@ -335,6 +339,7 @@ def test_invalid_predictions_and_unknown_splits_are_refused(tmp_path):
         refuses(message, read_predictions, tmp_path)
     refuses(r"no \.jsonl files", read_predictions, tmp_path / "empty")
     message = r"split: unknown 'tests' \(did you mean 'test'\?\); known: test, validation"
+    (tmp_path / "config.yaml").write_text(dump_recipe(build_recipe({})))
     refuses(message, evaluate, Run.at(tmp_path), split="tests")
 
 

@@ -19,7 +19,7 @@ from studio.conftest import BADIT, served
 
 @pytest.fixture(autouse=True)
 def hub(monkeypatch):
-    """A local server that answers the client like the hub. Every file is part of the commit request."""
+    """A local server that answers the client like the hub, with files in the commit request."""
     here = SimpleNamespace(private=None, files={}, status=200)
 
     async def answer(request):
@@ -183,5 +183,5 @@ def test_run_without_an_adapter_is_refused(tmp_path):
         ("full", "export .* --merged"),
         ("badit", "no adapter yet"),
     ):
-        (tmp_path / "config.yaml").write_text(json.dumps({"method": {"name": name}}))
+        (tmp_path / "config.yaml").write_text(json.dumps({"format": 5, "method": {"name": name}}))
         refuses(message, badit.Run(tmp_path).push, "org/tuned")

@@ -8,7 +8,10 @@ import torch
 
 
 def in_processes(count, function):
-    """Returns ``function(rank, over_shards)`` of every rank; ``over_shards`` reduces a tensor over all ranks."""
+    """Returns ``function(rank, over_shards)`` of every rank.
+
+    ``over_shards`` reduces a tensor over all ranks.
+    """
     tensors = [None] * count
     barrier = threading.Barrier(count, timeout=30)
 

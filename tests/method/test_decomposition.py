@@ -1,4 +1,4 @@
-"""BAD: triples, factors and compression against numpy's SVD, and the tolerance of the randomised method."""
+"""BAD: triples, factors and compression against numpy's SVD; the randomised method's tolerance."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def gaussian(shape, seed=0):
 
 def residuals(weight, triples):
     """Returns ‖W v − σ u‖ and ‖Wᵀ u − σ v‖ of every triple, in float64."""
-    W, u, s, vh = (reference.float64(part) for part in (weight, *triples))
+    W, u, s, vh = (reference.float64(tensor) for tensor in (weight, *triples))
     return np.linalg.norm(W @ vh.T - u * s, axis=0), np.linalg.norm(W.T @ u - vh.T * s, axis=0)
 
 
@@ -53,7 +53,8 @@ def assert_orthonormal(triples):
 
 @given(st.integers(1, 20), st.integers(1, 20), st.data())
 def test_exact_triples_equal_numpys_svd(rows, columns, data):
-    rank, seed = data.draw(st.integers(1, min(rows, columns))), data.draw(_SEED)
+    rank = data.draw(st.integers(1, min(rows, columns)))
+    seed = data.draw(_SEED)
     weight = gaussian((rows, columns), seed)
     triples = top_singular_triples(weight, rank, method="exact")
     u, s, vh = reference.singular_triples(weight, rank)
@@ -81,10 +82,14 @@ def test_exact_triples_are_accurate_for_small_singular_values(shape, smallest):
 @pytest.mark.parametrize("shape", [(150, 230), (230, 150)])
 @pytest.mark.parametrize("spectrum", sorted(_SPECTRA))
 def test_every_randomised_triple_is_within_the_tolerance(spectrum, shape, scale):
-    weight, rank, tolerance = weight_of(_SPECTRA[spectrum](min(shape)), shape) * scale, 16, 1e-3
+    weight = weight_of(_SPECTRA[spectrum](min(shape)), shape) * scale
+    rank = 16
+    tolerance = 1e-3
     triples = top_singular_triples(weight, rank, method="randomized", tolerance=tolerance)
-    (residual, _), s = residuals(weight, triples), reference.float64(triples.s_N)
-    # Below float32's resolution of the largest σ, directions are noise and relative residuals are meaningless.
+    (residual, _) = residuals(weight, triples)
+    s = reference.float64(triples.s_N)
+    # Below float32's resolution of the largest σ, directions are noise and relative residuals are
+    # meaningless.
     noise = 2 * _EPS * max(shape) ** 0.5 * s[0]
     assert (residual <= np.maximum(1.001 * tolerance * s, noise)).all()
     assert_orthonormal(triples)
@@ -115,7 +120,8 @@ def test_exact_triples_are_returned_when_the_passes_run_out(monkeypatch, scale):
 
 
 def test_randomised_triples_depend_on_the_seed_argument_only():
-    weight, state = gaussian((120, 160)), torch.get_rng_state()
+    weight = gaussian((120, 160))
+    state = torch.get_rng_state()
     first, again, other = (
         top_singular_triples(weight, 8, method="randomized", seed=seed) for seed in (5, 5, 6)
     )
@@ -127,7 +133,7 @@ def test_randomised_triples_depend_on_the_seed_argument_only():
 
 def test_auto_iterates_only_if_both_dimensions_are_large(monkeypatch):
     monkeypatch.setattr(decomposition, "_EXACT_UP_TO", 32)
-    options = [{"method": each, "tolerance": 1e-1} for each in ("auto", "exact", "randomized")]
+    options = [{"method": option, "tolerance": 1e-1} for option in ("auto", "exact", "randomized")]
     cases = [
         (32, 90, 4, "exact"),
         (90, 32, 4, "exact"),
@@ -136,7 +142,7 @@ def test_auto_iterates_only_if_both_dimensions_are_large(monkeypatch):
     ]
     for *shape, rank, method in cases:
         auto, exact, iterated = (
-            top_singular_triples(gaussian(shape), rank, **each).u_ON for each in options
+            top_singular_triples(gaussian(shape), rank, **option).u_ON for option in options
         )
         assert not torch.equal(exact, iterated)
         assert torch.equal(auto, exact if method == "exact" else iterated)
@@ -147,7 +153,7 @@ def test_auto_iterates_only_if_both_dimensions_are_large(monkeypatch):
 def test_triples_are_float32_for_any_weight_dtype(dtype, method):
     weight = gaussian((50, 40)).to(dtype).requires_grad_()
     triples = top_singular_triples(weight, 6, method=method)
-    assert {(part.dtype, part.requires_grad) for part in triples} == {(torch.float32, False)}
+    assert {(tensor.dtype, tensor.requires_grad) for tensor in triples} == {(torch.float32, False)}
     torch.testing.assert_close(
         triples, top_singular_triples(weight.detach().float(), 6, method=method), rtol=0, atol=0
     )
@@ -189,7 +195,8 @@ def test_invalid_weights_ranks_and_methods_are_refused():
 
 @given(st.integers(1, 4), st.integers(1, 3), st.floats(1e-3, 1e3), _SEED)
 def test_factors_split_the_singular_values_as_in_the_paper(num_experts, r, scaling, seed):
-    weight, rank = gaussian((14, 17), seed), num_experts * r
+    weight = gaussian((14, 17), seed)
+    rank = num_experts * r
     factor_A, factor_B = expert_factors(top_singular_triples(weight, rank), scaling)
     u, s, vh = reference.singular_triples(weight, rank)
     np.testing.assert_allclose(scaling * (factor_B @ factor_A), (u * s) @ vh, atol=2e-5 * s[0])
@@ -201,13 +208,12 @@ def test_factors_split_the_singular_values_as_in_the_paper(num_experts, r, scali
 def test_compress_returns_the_closest_product_and_the_error_norm(
     rows, columns, rank, smaller, seed
 ):
-    a, b = (
-        gaussian((rank, columns), seed).double(),
-        gaussian((rows, rank), seed + 1).double() * (seed % 9 > 0),
-    )
+    a = gaussian((rank, columns), seed).double()
+    b = gaussian((rows, rank), seed + 1).double() * (seed % 9 > 0)
     a_PI, b_OP, lost, norm = compress(a, b, smaller)
     assert (a_PI.shape, b_OP.shape) == ((smaller, columns), (rows, smaller))
-    product, expected = reference.float64(b @ a), reference.closest_of_rank(b @ a, smaller)
+    product = reference.float64(b @ a)
+    expected = reference.closest_of_rank(b @ a, smaller)
     np.testing.assert_allclose(b_OP.double() @ a_PI.double(), expected, atol=1e-5)
     np.testing.assert_allclose(lost, np.linalg.norm(product - expected), atol=1e-9)
     np.testing.assert_allclose(norm, np.linalg.norm(product), atol=1e-9)

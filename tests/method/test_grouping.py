@@ -1,4 +1,4 @@
-"""DOG: the solvers on the Gram matrix against the loops in ``reference``, which work on the gradients."""
+"""DOG: solvers on the Gram matrix against the loops in ``reference``, which work on gradients."""
 
 import itertools
 import threading
@@ -14,7 +14,8 @@ from badit.method import cosine_gram, expert_angles, group_components, grouping,
 from refusals import refuses
 
 _SEED = st.integers(0, 2**32 - 1)
-_NUM_EXPERTS, _SIZE = st.integers(1, 5), st.integers(1, 4)
+_NUM_EXPERTS = st.integers(1, 5)
+_SIZE = st.integers(1, 4)
 _DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
 
 # Gradients (components, dimensions): random ones, and ones whose clustering is degenerate.
@@ -79,7 +80,8 @@ def test_cosine_gram_equals_pairwise_cosines(
             np.random.default_rng(seed).integers(-exponent, exponent + 1, components)
         ).float()
     )
-    grad_A, grad_B = (grad_A * scale[:, None]).to(dtype), (grad_B * scale).to(dtype)
+    grad_A = (grad_A * scale[:, None]).to(dtype)
+    grad_B = (grad_B * scale).to(dtype)
     gram = cosine_gram(grad_A.requires_grad_(), grad_B)
     assert (gram.dtype, gram.requires_grad) == (torch.float32, False)
     np.testing.assert_allclose(gram, reference.cosine_gram(grad_A, grad_B), atol=2e-6)
@@ -90,7 +92,8 @@ def test_cosine_gram_equals_pairwise_cosines(
 def test_zero_or_non_finite_gradients_have_zero_rows_in_the_gram(poison, side):
     grad_A, grad_B = gradient_pair(3)
     if poison == 0.0:
-        grad_A[2], grad_B[:, 2] = 0.0, 0.0
+        grad_A[2] = 0.0
+        grad_B[:, 2] = 0.0
     else:
         (grad_A if side == "A" else grad_B.T)[2, 4] = poison
     gram = cosine_gram(grad_A, grad_B)
@@ -108,26 +111,25 @@ def test_objective_and_angles_from_the_gram_equal_those_from_gradients(
     assert grouping_objective(gram, labels) == pytest.approx(
         reference.objective(gradients, labels), abs=1e-9
     )
-    found, expected = expert_angles(0.7 * gram, labels), reference.angles(gradients, labels)
-    np.testing.assert_allclose(
-        found[:2], expected[:2], atol=1e-4
-    )  # near ±1, arccos turns 1e-16 into 1e-6 degrees
-    np.testing.assert_allclose(found[2:], expected[2:], atol=1e-9)
+    angles = expert_angles(0.7 * gram, labels)
+    expected = reference.angles(gradients, labels)
+    # Near ±1, arccos turns 1e-16 into 1e-6 degrees.
+    np.testing.assert_allclose(angles[:2], expected[:2], atol=1e-4)
+    np.testing.assert_allclose(angles[2:], expected[2:], atol=1e-9)
 
 
 @given(_NUM_EXPERTS, _SIZE, _KIND, st.sampled_from(["swap", "paper"]), _SEED)
 def test_grouping_is_balanced_never_worse_and_deterministic(num_experts, size, kind, solver, seed):
     gradients = unit_gradients(kind, num_experts * size, seed)
-    gram, current = (
-        gradients @ gradients.T,
-        np.random.default_rng(seed).permutation(contiguous(num_experts, size)),
-    )
-    kept = current.copy()
+    gram = gradients @ gradients.T
+    current = np.random.default_rng(seed).permutation(contiguous(num_experts, size))
+    original = current.copy()
     labels = group_components(gram, current, solver=solver, restarts=3, seed=seed)
     assert np.issubdtype(labels.dtype, np.integer)
     assert np.bincount(labels, minlength=num_experts).tolist() == [size] * num_experts
-    assert np.array_equal(current, kept)
-    before, after = reference.objective(gradients, current), reference.objective(gradients, labels)
+    assert np.array_equal(current, original)
+    before = reference.objective(gradients, current)
+    after = reference.objective(gradients, labels)
     assert after > before or np.array_equal(labels, current)
     np.random.seed(seed)  # the global generator must have no effect
     assert np.array_equal(
@@ -137,7 +139,8 @@ def test_grouping_is_balanced_never_worse_and_deterministic(num_experts, size, k
 
 def test_restarts_of_the_paper_solver_find_better_groupings():
     gradients = unit_gradients("random", 12, 1)
-    gram, objectives = gradients @ gradients.T, []
+    gram = gradients @ gradients.T
+    objectives = []
     for restarts in (1, 10):
         labels = group_components(gram, contiguous(3, 4), solver="paper", restarts=restarts, seed=1)
         objectives.append(reference.objective(gradients, labels))
@@ -149,7 +152,8 @@ def test_restarts_of_the_paper_solver_find_better_groupings():
     ("kind", "noise"), [("zero", 0), ("all equal", 0), ("orthogonal", 0), ("all equal", 1e-9)]
 )
 def test_labels_are_kept_if_all_groupings_are_equally_good(kind, noise, solver):
-    gradients, rng = unit_gradients(kind, 12, 0), np.random.default_rng(2)
+    gradients = unit_gradients(kind, 12, 0)
+    rng = np.random.default_rng(2)
     gram = gradients @ gradients.T + noise * rng.standard_normal((12, 12))
     current = rng.permutation(contiguous(3, 4))
     assert np.array_equal(group_components(gram, current, solver=solver), current)
@@ -176,17 +180,16 @@ def test_invalid_gram_labels_and_solver_are_refused():
 
 @pytest.mark.parametrize(("components", "num_experts"), [(6, 3), (8, 2), (8, 4), (9, 3), (10, 2)])
 def test_swap_solver_finds_the_optimum_in_nearly_all_small_cases(components, num_experts):
-    current, found = contiguous(num_experts, components // num_experts), 0
+    current = contiguous(num_experts, components // num_experts)
+    optima = 0
     for seed in range(30):
         gradients = unit_gradients("random" if seed % 2 else "few dimensions", components, seed)
         labels = group_components(gradients @ gradients.T, current, seed=seed)
-        objective, best = (
-            reference.objective(gradients, labels),
-            reference.best_objective(gradients, num_experts),
-        )
+        objective = reference.objective(gradients, labels)
+        best = reference.best_objective(gradients, num_experts)
         assert objective >= 0.97 * best
-        found += objective >= best - 1e-5
-    assert found >= 29
+        optima += objective >= best - 1e-5
+    assert optima >= 29
 
 
 @given(st.sampled_from([(2, 4), (3, 3), (4, 2), (4, 3)]), _KIND, st.integers(0, 3), _SEED)
@@ -202,10 +205,12 @@ def test_no_single_swap_improves_the_result_of_the_swap_solver(shape, kind, rest
 
 
 def test_swap_solver_finds_planted_groups_where_the_papers_loop_is_stuck():
-    stuck, bad = 0, contiguous(8, 4)
+    stuck = 0
+    bad = contiguous(8, 4)
     for seed in range(12):
         gradients, planted = planted_gradients(seed)
-        gram, best = gradients @ gradients.T, reference.objective(gradients, planted)
+        gram = gradients @ gradients.T
+        best = reference.objective(gradients, planted)
         assert reference.objective(gradients, bad) < 0.6 * best
         assert reference.objective(
             gradients, group_components(gram, bad, seed=seed)
@@ -240,8 +245,8 @@ def test_papers_loop_on_the_gram_equals_the_loop_on_gradients(seed):
     gradients, planted = planted_gradients(seed, num_experts=4, size=5, dimensions=30, noise=0.3)
     start = np.roll(planted, seed)
     start[:2] = start[2]  # k-means returns groups of unequal sizes
-    found = grouping._until_stable(gradients @ gradients.T, start, 4, grouping._polar_similarity)
-    assert np.array_equal(found, reference.polar_grouping(gradients, start, 4, 5))
+    labels = grouping._until_stable(gradients @ gradients.T, start, 4, grouping._polar_similarity)
+    assert np.array_equal(labels, reference.polar_grouping(gradients, start, 4, 5))
 
 
 @given(st.integers(1, 4), _SIZE, _SEED)

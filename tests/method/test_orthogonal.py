@@ -10,10 +10,12 @@ import reference
 from badit.method import inverse_root, no_moments, orthogonal_updates
 from method.shards import in_processes
 
-BETAS, LR = (0.9, 0.98), 0.02
+BETAS = (0.9, 0.98)
+LR = 0.02
 
 _SEED = st.integers(0, 2**32 - 1)
-# N, I, O. With N as large as I or O, a step from B = 0 can make A almost zero; see the test of extreme problems.
+# N, I, O. With N as large as I or O, a step from B = 0 can make A almost zero; see the test of
+# extreme problems.
 _SHAPE = st.tuples(st.integers(1, 4), st.integers(7, 10), st.integers(7, 10))
 
 # The initial B, from a random one: (O, N) -> (O, N).
@@ -32,7 +34,8 @@ _GRADIENTS = {
     "huge": lambda W, step: W * 1e8,
     "tiny": lambda W, step: W * 1e-8,
 }
-_START, _KIND = st.sampled_from(sorted(_STARTS)), st.sampled_from(sorted(_GRADIENTS))
+_START = st.sampled_from(sorted(_STARTS))
+_KIND = st.sampled_from(sorted(_GRADIENTS))
 
 
 def problem(shape, seed, dtype=torch.float64, start="random", kind="random"):
@@ -48,28 +51,36 @@ def problem(shape, seed, dtype=torch.float64, start="random", kind="random"):
 
 
 def train(A, B, gradients, **options):
-    """Returns A and B after every step; ``gradients`` are gradients of ΔW, or functions of A and B that return them."""
+    """Returns A and B after every step.
+
+    ``gradients`` are gradients of ΔW, or functions of A and B that return them.
+    """
     moments = no_moments(A), no_moments(B.mT)
-    found = []
+    steps = []
     for gradient in gradients:
         gradient = gradient(A, B) if callable(gradient) else gradient
-        of_A, of_B = B.mT @ gradient, (gradient @ A.mT).mT
+        of_A = B.mT @ gradient
+        of_B = (gradient @ A.mT).mT
         (up_A, up_B), moments = orthogonal_updates(
             (A, B.mT), (of_A, of_B), moments, lr=LR, betas=BETAS, **options
         )
-        A, B = A - LR * up_A, B - LR * up_B.mT
-        found.append((A, B))
-    return found
+        A = A - LR * up_A
+        B = B - LR * up_B.mT
+        steps.append((A, B))
+    return steps
 
 
 @given(_SHAPE, _SEED, _START, _KIND)
 def test_steps_equal_the_reference(shape, seed, start, kind):
     A, B, gradients = problem(shape, seed, start=start, kind=kind)
-    own = reference.OrthogonalFactor(), reference.OrthogonalFactor()
-    a, b = reference.float64(A), reference.float64(B)
+    reference_factors = reference.OrthogonalFactor(), reference.OrthogonalFactor()
+    a = reference.float64(A)
+    b = reference.float64(B)
     for gradient, (found_A, found_B) in zip(gradients, train(A, B, gradients), strict=True):
         gradient = gradient.numpy()
-        a, b = reference.orthogonal_step(a, b, b.T @ gradient, gradient @ a.T, *own, LR, BETAS)
+        a, b = reference.orthogonal_step(
+            a, b, b.T @ gradient, gradient @ a.T, *reference_factors, LR, BETAS
+        )
         # If B is nearly singular, A moves far, and rounding errors are relative to its size.
         np.testing.assert_allclose(found_A, a, rtol=1e-5, atol=1e-6 * max(1.0, np.abs(a).max()))
         np.testing.assert_allclose(found_B, b, rtol=1e-5, atol=1e-6 * max(1.0, np.abs(b).max()))
@@ -84,13 +95,13 @@ def test_steps_equal_the_reference(shape, seed, start, kind):
 )
 def test_factors_of_extreme_problems_stay_finite(shape, seed, dtype, start, kind):
     """More components than features, factors near zero, gradients of rank one."""
-    found = train(*problem(shape, seed, dtype, start, kind))
-    assert all(factor.isfinite().all() for factors in found for factor in factors)
+    trained = train(*problem(shape, seed, dtype, start, kind))
+    assert all(factor.isfinite().all() for factors in trained for factor in factors)
 
 
 def test_stacked_float32_layers_equal_separate_float64_layers():
     problems = [problem((4, 9, 7), seed, torch.float32) for seed in range(3)]
-    A, B, gradients = (torch.stack(parts) for parts in zip(*problems, strict=True))
+    A, B, gradients = (torch.stack(tensors) for tensors in zip(*problems, strict=True))
     B[1] = 0
     together = train(A, B, gradients.transpose(0, 1))
     for layer in range(3):
@@ -110,11 +121,15 @@ def test_products_do_not_depend_on_the_factorisation(
     A, B, targets = problem(shape, seed)
     B = B * (not starts_at_zero)
     generator = torch.Generator().manual_seed(seed)
-    left, right = torch.linalg.qr(
+    left_factor, right = torch.linalg.qr(
         torch.randn(2, components, components, generator=generator, dtype=torch.float64)
     ).Q
     floor, spread, error = (1e-6, spread / 2, 1e-3) if has_default_floor else (1e-14, spread, 1e-5)
-    R = left @ torch.diag(torch.logspace(-spread, spread, components, dtype=torch.float64)) @ right
+    R = (
+        left_factor
+        @ torch.diag(torch.logspace(-spread, spread, components, dtype=torch.float64))
+        @ right
+    )
     # Gradients of losses that depend on the product only: ‖ΔW − T‖² / 2.
     losses = [lambda A, B, target=target: B @ A - target for target in targets]
     starts = (A, B), (R @ A, B @ torch.linalg.inv(R))
@@ -135,15 +150,15 @@ def test_components_move_in_orthogonal_directions_of_limited_length(components, 
             (A, B.mT), (B.mT @ gradient * sizes, A @ gradient.mT), moments, **options
         )[0]
 
-    # In the other factor's frame, updates are orthogonal and as long as Adam's: √D for D entries of about 1.
+    # In the other factor's frame, updates are orthogonal and as long as Adam's: √D for D entries of
+    # about 1.
     for other, update in zip((B.mT, A), updates(lr=1e-4, floor=1e-12), strict=True):
         frame = torch.linalg.solve_triangular(
             torch.linalg.cholesky(other @ other.mT), other, upper=False
         )
-        in_frame, length = (
-            frame @ other.mT @ update,
-            update.shape[-1],
-        )  # from the change of ΔW, or of its transpose
+        # From the change of ΔW, or of its transpose.
+        in_frame = frame @ other.mT @ update
+        length = update.shape[-1]
         expected = length * torch.eye(components, dtype=A.dtype)
         torch.testing.assert_close(in_frame @ in_frame.mT, expected, rtol=0, atol=1e-4 * length)
     # The scale of a feature's gradients does not change A's update.
@@ -175,14 +190,13 @@ def test_inverse_root_equals_the_eigendecomposition(size, rank, seed, exponent, 
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(3, size, rank, generator=generator, dtype=torch.float64)
     grams = 10.0**exponent * (x @ x.mT)
-    for gram, found in zip(grams, inverse_root(grams, floor), strict=True):
+    for gram, root in zip(grams, inverse_root(grams, floor), strict=True):
         expected = reference.power(gram, -0.5, floor)
         np.testing.assert_allclose(
-            found, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-30)
+            root, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-30)
         )
-    negative = torch.diag(
-        torch.tensor([3.0, -4.0], dtype=torch.float64)
-    )  # has no root: treated as its norm times 1
+    # A matrix without a root is treated as its norm times 1.
+    negative = torch.diag(torch.tensor([3.0, -4.0], dtype=torch.float64))
     torch.testing.assert_close(
         inverse_root(negative), torch.eye(2).double() / 5**0.5, rtol=1e-5, atol=0
     )
@@ -191,18 +205,20 @@ def test_inverse_root_equals_the_eigendecomposition(size, rank, seed, exponent, 
 @pytest.mark.parametrize("scale", [1e-18, 1e-6, 1.0, 1e12])
 def test_steps_do_not_depend_on_the_scale_of_the_loss(scale):
     A, B, gradients = problem((4, 30, 20), 0, torch.float32)
-    for found, expected in zip(train(A, B, gradients * scale), train(A, B, gradients), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    for scaled, expected in zip(
+        train(A, B, gradients * scale), train(A, B, gradients), strict=True
+    ):
+        torch.testing.assert_close(scaled, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("parts", [2, 3])
-def test_sharded_updates_equal_unsharded_updates(parts):
+@pytest.mark.parametrize("count", [2, 3])
+def test_sharded_updates_equal_unsharded_updates(count):
     A, B, gradients = problem((4, 7, 9), 0)
     steps = [(B.mT @ gradient, A @ gradient.mT) for gradient in gradients[:3]]
 
-    def trained(parts=1, rank=0, **options):
+    def trained(count=1, rank=0, **options):
         def part(rows):
-            return rows.tensor_split(parts, dim=-1)[rank]
+            return rows.tensor_split(count, dim=-1)[rank]
 
         rows = part(A), part(B.mT)
         moments = tuple(map(no_moments, rows))
@@ -210,11 +226,11 @@ def test_sharded_updates_equal_unsharded_updates(parts):
             updates, moments = orthogonal_updates(
                 rows, tuple(map(part, step)), moments, lr=LR, betas=BETAS, **options
             )
-            rows = tuple(each - LR * update for each, update in zip(rows, updates, strict=True))
+            rows = tuple(factor - LR * update for factor, update in zip(rows, updates, strict=True))
         return rows
 
     sharded = in_processes(
-        parts, lambda rank, sums: trained(parts, rank, lengths=(7, 9), over_shards=sums)
+        count, lambda rank, sums: trained(count, rank, lengths=(7, 9), over_shards=sums)
     )
-    found = tuple(torch.cat(shards, dim=-1) for shards in zip(*sharded, strict=True))
-    torch.testing.assert_close(found, trained(), rtol=0, atol=1e-9)
+    gathered = tuple(torch.cat(shards, dim=-1) for shards in zip(*sharded, strict=True))
+    torch.testing.assert_close(gathered, trained(), rtol=0, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Routing: gates, prompt means and moments against ``reference``, and properties that other code relies on."""
+"""Routing: gates, prompt means and moments against ``reference``, and their properties."""
 
 import numpy as np
 import pytest
@@ -55,18 +55,17 @@ def test_prompt_and_segment_means_equal_the_reference(batch, positions, count, s
     naive = reference.prompt_mean(x, mask), reference.segment_means(x, mask, segments, count)
     x.requires_grad_()
     means = prompt_mean(x, mask), segment_means(x, mask, segments, count)
-    for found, expected in zip(means, naive, strict=True):
-        assert found.dtype == x.dtype
-        np.testing.assert_allclose(found.detach(), expected, rtol=1e-5, atol=1e-6)
+    for mean, expected in zip(means, naive, strict=True):
+        assert mean.dtype == x.dtype
+        np.testing.assert_allclose(mean.detach(), expected, rtol=1e-5, atol=1e-6)
     (means[0].sum() + means[1].sum()).backward()
     assert not x.grad[~mask].any()
-    with torch.autocast(
-        "cpu", dtype=torch.bfloat16
-    ):  # training finds the same clusters as inference
+    # Training finds the same clusters as inference.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(prompt_mean(x, mask), means[0])
-    many = torch.ones(1, 300 + seed % 700, 3)  # more than bfloat16 can count
+    ones = torch.ones(1, 300 + seed % 700, 3)  # more than bfloat16 can count
     of_one = segment_means(
-        many.bfloat16(), many[..., 0] > 0, torch.zeros(many.shape[:2], dtype=torch.long), 1
+        ones.bfloat16(), ones[..., 0] > 0, torch.zeros(ones.shape[:2], dtype=torch.long), 1
     )
     assert torch.equal(of_one, torch.ones(1, 3).bfloat16())
 
@@ -76,27 +75,30 @@ def test_running_moments_equal_the_reference_for_any_offset(count, seed, common)
     generator = torch.Generator().manual_seed(seed)
     batches = [common + torch.randn(1 + n % 4, 5, generator=generator) for n in range(count)]
     mean, variance = reference.prompt_moments(batches)
-    found = torch.zeros(2, 5)
+    moments = torch.zeros(2, 5)
     for n, batch in enumerate(batches, start=1):
         rows = torch.cat([batch, torch.zeros(n % 3, 5)])  # rows of zeros have no prompt
-        found = updated_moments(found, torch.tensor(float(n)), batch_moments(rows))
-    np.testing.assert_allclose(found[0], mean, atol=1e-3)
-    np.testing.assert_allclose(found[1], variance, atol=1e-2)
+        moments = updated_moments(moments, torch.tensor(float(n)), batch_moments(rows))
+    np.testing.assert_allclose(moments[0], mean, atol=1e-3)
+    np.testing.assert_allclose(moments[1], variance, atol=1e-2)
     x = torch.randn(3, 1, 5, generator=generator) * torch.tensor([0.0, 1.0, 1.0])[:, None, None]
     np.testing.assert_allclose(
-        standardised(x, found), reference.standardised(x, *found.double().numpy()), rtol=1e-4
+        standardised(x, moments), reference.standardised(x, *moments.double().numpy()), rtol=1e-4
     )
 
 
 def test_moments_summed_over_ranks_equal_those_of_the_whole_batch():
     rows = 100 + torch.randn(6, 5)
-    whole = batch_moments(rows)
+    all_moments = batch_moments(rows)
     others = [
         torch.cat([rows[2:].sum(dim=0), torch.tensor([4.0])]),
-        (rows[2:] - whole[0]).square().sum(dim=0),
+        (rows[2:] - all_moments[0]).square().sum(dim=0),
     ]
     torch.testing.assert_close(
-        batch_moments(rows[:2], lambda sums: sums + others.pop(0)), whole, rtol=1e-4, atol=1e-4
+        batch_moments(rows[:2], lambda sums: sums + others.pop(0)),
+        all_moments,
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
@@ -125,13 +127,13 @@ def test_centroids_find_separate_groups_and_are_at_a_fixed_point(groups, seed):
         mean = unit[nearest_S == cluster].sum(dim=0)
         torch.testing.assert_close(centroids[cluster], mean / mean.norm(), rtol=1e-4, atol=1e-5)
     assert torch.equal(centroids, prompt_centroids(x, groups))
-    gates = cluster_gates(x[:, None], centroids, codes := random_codes(groups, 3))
+    codes = random_codes(groups, 3)
+    gates = cluster_gates(x[:, None], centroids, codes)
     np.testing.assert_allclose(
         gates[:, 0], reference.cluster_gates(x, centroids, codes.numpy()), rtol=1e-6
     )
-    torch.testing.assert_close(
-        prompt_centroids(rows[:1], 3), unit[:1].expand(3, 8)
-    )  # more clusters than prompts
+    # More clusters than prompts.
+    torch.testing.assert_close(prompt_centroids(rows[:1], 3), unit[:1].expand(3, 8))
     assert not prompt_centroids(torch.zeros(2, 5), 3).any()
 
 

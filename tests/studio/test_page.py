@@ -17,6 +17,7 @@ from studio.conftest import BADIT, served
 
 # Without a slash, because task names must not contain one.
 MARKUP = "<img src=x onerror='window.ran = true'><b>bold"
+pytestmark = pytest.mark.slow
 NUMBERS = ".slider input[type=number]"
 
 

@@ -14,7 +14,7 @@ from badit.data import AnswerCollator, batches_by_task
 from badit.evaluation.generation import generate_answers
 from badit.integrations.studio import Question, Session, mixed
 from badit.support.errors import refuse_unknown
-from badit.training.fit import encoded
+from badit.training.encoding import encoded
 from badit.tuner import hooks_of
 from refusals import refuses
 from studio.conftest import BADIT
@@ -213,5 +213,5 @@ def test_unanswerable_questions_and_unusable_runs_are_refused(
         ("full", "trains no adapter"),
         ("badit", "has no adapter yet; finish its training"),
     ):
-        (tmp_path / "config.yaml").write_text(json.dumps({"method": {"name": method}}))
+        (tmp_path / "config.yaml").write_text(json.dumps({"format": 5, "method": {"name": method}}))
         refuses(message, Session, Run(tmp_path))

@@ -1,4 +1,4 @@
-"""The held-out loss during training: its value, no effect on training, best model, early stopping."""
+"""The held-out loss during training: value, no effect on training, best model, early stopping."""
 
 import signal
 from unittest.mock import Mock
@@ -8,11 +8,13 @@ from safetensors.torch import load_file
 
 from badit.api import Run
 from badit.data import AnswerCollator
-from badit.evaluation.scoring import prompt_losses
-from badit.recipe.schema import build_recipe
+from badit.evaluation.losses import prompt_losses
+from badit.recipe.loading import build_recipe
+from badit.runs.resolved import resolve
 from badit.training.checkpoints import step_of
-from badit.training.fit import encoded, fit, load_run, make_plan
+from badit.training.encoding import encoded
 from badit.training.trainer import AnswerTrainer
+from steps import fit, load_run
 from training.trainers import assert_same, fit_until, learned, on
 
 HELD_OUT = {"eval_strategy": "steps", "eval_steps": 2}
@@ -61,7 +63,7 @@ def test_held_out_loss_is_mean_instance_nll_and_does_not_affect_training(recipe)
     last = fit(recipe("last", logging_steps=7), progress=False)
     assert last.metrics["step"].tolist() == [7, 10], "the last step is not logged"
     model, tokenizer = load_run(other, measured)
-    pairs = [(task, instance) for task in make_plan(measured).tasks for instance in task.validation]
+    pairs = [(task, instance) for task in resolve(measured).tasks for instance in task.validation]
     sums, counts = prompt_losses(
         model, [AnswerCollator(0)(encoded(tokenizer, measured, pairs, model))]
     )
@@ -74,7 +76,7 @@ def test_training_without_a_best_model_ends(recipe):
 
 
 def assert_resumes(recipe, whole, stop):
-    """Asserts that a run stopped at ``stop`` (see fit_until) and resumed is bit-identical to the run ``whole``."""
+    """Asserts that a run stopped at ``stop`` and resumed is bit-identical to the run ``whole``."""
     fit_until(stop, recipe)
     run = fit(recipe, progress=False)
     assert_same(learned(whole), learned(run))

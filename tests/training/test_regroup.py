@@ -1,4 +1,4 @@
-"""Regrouping in a Trainer and in a plain loop: partitions, logged angles, changed tensors, saved state, refusals."""
+"""Regrouping in a Trainer and in a plain loop: partitions, angles, weights, state, refusals."""
 
 import numpy as np
 import pytest
@@ -16,10 +16,11 @@ from badit.baselines.mixture import LoraMoeConfig
 from badit.data import AnswerCollator
 from badit.method import expert_angles, grouping_objective
 from badit.support.files import read_jsonl
-from badit.training.methods import build_method
-from badit.training.regrouping import STATE_FILE, AngleLog, RegroupOptions, trainable_adapters
+from badit.training.regrouping import STATE_FILE, AngleLog, trainable_adapters
 from badit.tuner import ExpertLinear
+from badit.tuner.config import RegroupOptions
 from refusals import refuses
+from steps import method_of
 from training.trainers import QUIET, adapted, adapter_state, assert_same, examples, make_trainer, on
 
 LOG = "regroupings.jsonl"
@@ -115,8 +116,8 @@ def test_methods_whose_experts_have_no_angles_log_none(tmp_path):
         ("lora", 0),
         ("gainlora", 0),
     ):
-        assert len(build_method({"name": method}).callbacks(Run.at(tmp_path))) == count
-    assert not build_method({"name": "badit", "num_experts": 1}).callbacks(Run.at(tmp_path))
+        assert len(method_of({"name": method}).callbacks(Run.at(tmp_path))) == count
+    assert not method_of({"name": "badit", "num_experts": 1}).callbacks(Run.at(tmp_path))
 
 
 def test_the_last_step_of_a_fraction_is_due():
@@ -127,7 +128,7 @@ def test_the_last_step_of_a_fraction_is_due():
 
 @pytest.mark.parametrize("rescale", [False, True])
 def test_regrouping_changes_weights_only_with_rescale(tiny_model, tmp_path, rescale):
-    """Without rescale no weight changes; with it B changes, but the delta weight at the mean gates does not."""
+    """Without rescale no weight changes; with it B changes, but not the delta at the mean gates."""
     model = adapted(tiny_model("llama"))
     regroup = RegroupCallback(every=6, rescale=rescale)
     seen, gates = [], {}
@@ -205,26 +206,26 @@ def test_regrouping_schedule_and_refused_options(tiny_model):
         refuses("total_steps", Regrouper, model, total)
     refuses("no trainable BADIT adapter", Regrouper, tiny_model("llama"), 10)
     message = "components into experts that top_k switches off"
-    refuses(message, build_method, {"name": "badit", "top_k": 2, "regroup": {}})
-    assert build_method({"name": "badit", "top_k": 2}).config.top_k == 2
+    refuses(message, method_of, {"name": "badit", "top_k": 2, "regroup": {}})
+    assert method_of({"name": "badit", "top_k": 2}).config.top_k == 2
     refuses(r"gate_proj\.default: regrouping would move components", Regrouper, switched_off, 10)
 
 
 def test_paper_preset_sets_the_config_and_the_regrouping():
-    method = build_method({"name": "badit", "preset": "paper"})
+    method = method_of({"name": "badit", "preset": "paper"})
     for config in (method.config, BaditConfig.paper()):
         assert {name: getattr(config, name) for name in BaditConfig.PAPER} == BaditConfig.PAPER
         assert (config.gates, config.init_weights, config.svd_method) == ("softmax", "bad", "exact")
     assert method.regroup["solver"] == "paper"
-    own = build_method(
+    own = method_of(
         {"name": "badit", "preset": "paper", "num_experts": 4, "regroup": {"restarts": 3}}
     )
     assert (own.config.num_experts, own.config.gates) == (4, "softmax")
     assert (own.regroup["restarts"], own.regroup["stop"]) == (3, 0.5)
-    assert build_method({"name": "badit", "preset": "paper", "regroup": None}).regroup is None
+    assert method_of({"name": "badit", "preset": "paper", "regroup": None}).regroup is None
     refuses(
         r"method\.preset: must be default or paper, got",
-        build_method,
+        method_of,
         {"name": "badit", "preset": "papers"},
     )
 

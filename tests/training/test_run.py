@@ -13,24 +13,27 @@ import pytest
 import torch
 
 from analysis.naive_experts import batched, losses
-from badit import BaditError, Run, models
+from badit import BaditError, Run
 from badit.api import train
-from badit.comparison.compare import Grid
-from badit.evaluation.scoring import evaluate, validation_loss
-from badit.recipe.schema import build_recipe
+from badit.comparison.grid import Grid
+from badit.models import loading as models
+from badit.recipe.loading import build_recipe
+from badit.runs.resolved import resolve
 from badit.support.files import read_json, read_jsonl, write_json
-from badit.training.fit import base_model, encoded, fit, load_run, make_plan
-from badit.training.methods import AdapterMethod, build_method
+from badit.training import loading
+from badit.training.encoding import encoded
+from badit.training.loading import load_base
+from badit.training.methods import AdapterMethod
 from badit.training.optimizers import OrthogonalUpdates
 from materials import make_recipe
 from refusals import refuses
+from steps import evaluate, fit, load_run, method_of, validation_loss
 from training.trainers import (
     change_tensors,
     fit_until,
     learned,
     on,
     train_and_score,
-    train_module,
     with_callbacks,
 )
 
@@ -53,7 +56,7 @@ def test_run_writes_all_its_files(finished):
         == {"cities", "rivers"}
         == scores["tasks"].keys()
     )
-    assert run.trusted_recipe() == recipe
+    assert run.trusted_recipe() == resolve(recipe).recipe
     assert run.environment["mixture"] == {"cities": 9, "rivers": 9}, "each instance is used once"
     assert run.environment["packages"]["torch"] == version("torch")
     assert run.metrics["step"].tolist() == [*range(1, run.environment["training"]["steps"] + 1)]
@@ -71,7 +74,7 @@ def test_splits_have_separate_scores_and_a_finished_run_is_not_repeated(finished
     validation = evaluate(Run(recipe.output), split="validation", progress=False)
     assert validation["tasks"]["cities"]["instances"] == 3
     assert read_json(Run(recipe.output).path / "scores-validation.json") == validation
-    monkeypatch.setattr(train_module, "load_base_model", None)  # no model is loaded
+    monkeypatch.setattr(loading, "load_base_model", None)  # no model is loaded
     assert train_and_score(recipe) == scores == read_json(Run(recipe.output).scores_path)
     with pytest.raises(BaditError, match=r"differs in training\.num_train_epochs"):
         train_and_score(build_recipe(recipe.model_dump(), ["training.num_train_epochs=3"]))
@@ -169,10 +172,10 @@ def test_resumed_run_keeps_the_fast_dtype_it_started_with(recipe_values, monkeyp
 def test_base_model_frees_the_previous_one_and_stops_at_the_end_of_turn(recipe_values):
     """Even if the end-of-turn token is not the tokenizer's EOS token."""
     recipe = build_recipe(recipe_values)
-    model = build_method(recipe.method).apply(base_model(recipe)[0])
+    model = method_of(recipe.method).apply(load_base(recipe)[0])
     former = weakref.ref(model.get_base_model())
     del model
-    model, tokenizer = base_model(recipe)
+    model, tokenizer = load_base(recipe)
     assert former() is None
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end != tokenizer.eos_token_id
@@ -184,7 +187,7 @@ def test_slow_dtype_warns_once(recipe_values, monkeypatch, capsys):
     monkeypatch.setattr(models, "slowdown", lambda dtype: 36.4)
     models.warn_of_slow_dtype.cache_clear()
     for _ in range(2):
-        base_model(build_recipe(recipe_values, ["model.dtype=float16"]))
+        load_base(build_recipe(recipe_values, ["model.dtype=float16"]))
     models.warn_of_slow_dtype.cache_clear()
     (line,) = capsys.readouterr().err.splitlines()
     assert "takes 36 times as long as in float32; set model.dtype=float32" in line
@@ -192,7 +195,7 @@ def test_slow_dtype_warns_once(recipe_values, monkeypatch, capsys):
 
 def test_data_options_change_the_plan(recipe_values):
     def plan(*overrides):
-        return make_plan(build_recipe(recipe_values, list(overrides)))
+        return resolve(build_recipe(recipe_values, list(overrides)))
 
     held_out = "data.validation_per_task=2"
     assert plan("data.weights={rivers: 3}").mixture == {"cities": 6, "rivers": 18}
@@ -213,7 +216,7 @@ def test_data_options_change_the_plan(recipe_values):
 
 def test_few_mixed_tasks_have_a_cluster_each(recipe_values, tmp_path):
     def clusters(*overrides):
-        return make_plan(
+        return resolve(
             build_recipe(recipe_values, ["method={}", *overrides])
         ).method.config.num_clusters
 
@@ -248,7 +251,7 @@ def test_invalid_methods_and_optimizers_are_refused(recipe_values, monkeypatch):
             f"training.optimizer={optimizer}",
             "training.weight_decay=0.01",
         ]
-        refuses(message, make_plan, build_recipe(recipe_values, options))
+        refuses(message, resolve, build_recipe(recipe_values, options))
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     for options, message in (
         (
@@ -265,7 +268,7 @@ def test_invalid_methods_and_optimizers_are_refused(recipe_values, monkeypatch):
         ),
         (["method={name: cagrad}", "data.order=seeded-0"], "cagrad needs several tasks at a time"),
     ):
-        refuses(message, make_plan, build_recipe(recipe_values, options))
+        refuses(message, resolve, build_recipe(recipe_values, options))
     without_rate = build_recipe({**recipe_values, "method": {"name": "full"}, "training": {}})
     refuses(
         r"training\.learning_rate: the default is for adapters; set it for full",
@@ -309,7 +312,7 @@ def test_run_applies_scheduler_and_chat_template_options(recipe_values):
     train_and_score(recipe)
     run = Run(recipe.output)
     assert run.metrics["learning_rate"].tolist() == [0.01, 0.01]
-    assert run.recipe == recipe
+    assert run.recipe == resolve(recipe).recipe
     assert not run.predictions["prompt"].str.contains("<|im_start|>", regex=False).any()
 
 
@@ -318,7 +321,7 @@ def naive_loss(recipe):
     model, tokenizer = load_run(Run(recipe.output))
     pairs = {
         task.name: [(task, instance) for instance in task.validation]
-        for task in make_plan(recipe).tasks
+        for task in resolve(recipe).tasks
     }
     rows = batched(
         {name: encoded(tokenizer, recipe, of_task, model) for name, of_task in pairs.items()}

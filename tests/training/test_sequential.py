@@ -5,24 +5,17 @@ import torch
 
 from badit import BaditError, Run
 from badit.baselines import BASELINES
-from badit.evaluation.scoring import evaluate
 from badit.metrics.statistics import FORMS, continual_scores
-from badit.recipe.schema import build_recipe
+from badit.recipe.loading import build_recipe
+from badit.runs.resolved import resolve
 from badit.support.files import read_json, write_json
+from badit.training import loading
 from badit.training.checkpoints import last_checkpoint
-from badit.training.fit import Plan, fit, load_run, make_plan
 from badit.training.methods import AdapterMethod, Method
 from baselines.naive import logits
 from materials import make_recipe
-from training.trainers import (
-    assert_same,
-    fit_until,
-    learned,
-    on,
-    train_and_score,
-    train_module,
-    with_callbacks,
-)
+from steps import evaluate, fit, load_run
+from training.trainers import assert_same, fit_until, learned, on, train_and_score, with_callbacks
 
 ORDER = ["rivers", "cities"]
 STAGES = ["01-rivers", "02-cities"]
@@ -50,7 +43,7 @@ def sequence(values, method, *overrides):
 
 
 def stages(recipe):
-    return [folder for folder, _ in make_plan(recipe).stages]
+    return [folder for folder, _ in resolve(recipe).stages]
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +61,9 @@ def test_each_stage_writes_its_files_and_the_run_has_those_of_the_last(finished)
     recipe, run, scores = finished
     assert sorted((run.path / "stages").iterdir()) == [stage.path for stage in stages(recipe)]
     assert [stage.path.name for stage in stages(recipe)] == STAGES
-    many = [
-        stage.path.name
-        for stage, _ in Plan(recipe, make_plan(recipe).tasks * 50, Method("base")).stages
-    ]
+    run_of_many = resolve(recipe)
+    run_of_many.tasks = run_of_many.tasks * 50
+    many = [stage.path.name for stage, _ in run_of_many.stages]
     assert (many[0], many) == ("001-rivers", sorted(many))
     first, last = stages(recipe)
     for folder in (first, last):
@@ -110,7 +102,7 @@ def test_finished_stages_are_not_retrained_or_rescored_except_by_evaluate(finish
     assert train_and_score(recipe) == scores
     assert stages(recipe)[0].scores_path.stat().st_mtime_ns == first
     monkeypatch.setattr(
-        train_module, "load_base_model", lambda *args, **options: pytest.fail("loaded a model")
+        loading, "load_base_model", lambda *args, **options: pytest.fail("loaded a model")
     )
     assert train_and_score(recipe) == scores
 
@@ -220,4 +212,4 @@ def test_data_order_refuses_a_task_without_training_instances(recipe_values, tas
     with pytest.raises(
         BaditError, match=r"task cities has no training instances, which data\.order needs"
     ):
-        make_plan(build_recipe(recipe_values, ["data.order=seeded-0"]))
+        resolve(build_recipe(recipe_values, ["data.order=seeded-0"]))

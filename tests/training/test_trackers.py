@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 
 from badit import BaditError, Run, train
-from badit.recipe.schema import build_recipe
-from badit.training.fit import fit
+from badit.recipe.loading import build_recipe
+from steps import fit
 from training.trainers import fit_until
 
 pytestmark = pytest.mark.filterwarnings(

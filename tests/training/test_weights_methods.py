@@ -1,4 +1,4 @@
-"""Runs of methods that train base weights (full fine-tuning, task neurons), gradient surgery, LoRA on fused experts."""
+"""Runs that train base weights, use gradient surgery, or adapt fused experts."""
 
 import json
 
@@ -10,12 +10,15 @@ from transformers import AutoTokenizer
 from badit import Run
 from badit.baselines.neurons import neuron_scores, top_neurons
 from badit.data import AnswerCollator
-from badit.recipe.schema import build_recipe
+from badit.recipe.loading import build_recipe
+from badit.runs.resolved import resolve
 from badit.support.files import read_json, write_json
-from badit.training.fit import base_model, encoded, fit, load_run, make_plan
+from badit.training.encoding import encoded
+from badit.training.loading import load_base
 from badit.training.methods import WEIGHTS, AdapterMethod, Method, WeightsMethod
 from baselines.naive import logits
 from refusals import refuses
+from steps import fit, load_run, method_of
 from training.trainers import change_tensors, fit_until, learned, on, with_callbacks
 
 SHARE = 0.2
@@ -41,7 +44,7 @@ def trained(monkeypatch):
 def test_full_fine_tuning_changes_every_weight_and_round_trips(recipe_values, trained):
     recipe = recipe_with(recipe_values, FULL)
     run = fit(recipe, progress=False)
-    base, weights = dict(base_model(recipe, dtype="float32")[0].named_parameters()), learned(run)
+    base, weights = dict(load_base(recipe, dtype="float32")[0].named_parameters()), learned(run)
     assert weights.keys() == base.keys()
     assert not any(torch.equal(weights[name], base[name]) for name in base)
     assert run.environment["training"]["trainable_parameters"] == sum(
@@ -75,14 +78,14 @@ def test_task_neurons_changes_only_the_top_neurons_of_each_task(
     )  # neurons are scored on the batches of both
     recipe = recipe_with(recipe_values, NEURONS, "training.per_device_train_batch_size=6")
     count, per_neuron = 2 * 48, 3 * 32
-    method = make_plan(recipe).method
-    assert method.trained_parameters(base_model(recipe)[0]) == round(SHARE * count * per_neuron), (
+    method = method_of(recipe.method)
+    assert method.trained_parameters(load_base(recipe)[0]) == round(SHARE * count * per_neuron), (
         "for one task"
     )
     run = fit(recipe, progress=False)
-    (model, tokenizer), weights, of_tasks = base_model(recipe), learned(run), []
+    (model, tokenizer), weights, of_tasks = load_base(recipe), learned(run), []
     base = dict(model.named_parameters())
-    for task in make_plan(recipe).tasks:  # a score is a sum over instances
+    for task in resolve(recipe).tasks:  # a score is a sum over instances
         batch = encoded(tokenizer, recipe, [(task, instance) for instance in task.train], None)
         of_tasks.append(
             top_neurons(
@@ -124,7 +127,8 @@ def test_resumed_run_saves_bit_identical_weights(recipe_values, tmp_path, method
 
 def test_damaged_weights_give_a_one_line_error(recipe_values):
     recipe = recipe_with(recipe_values, FULL)
-    run = Run.prepare(recipe)
+    resolve(recipe).prepare_folder()
+    run = Run.at(recipe.output)
     for damage, message in (
         (
             lambda path: path.unlink(),
@@ -147,7 +151,7 @@ def test_damaged_weights_give_a_one_line_error(recipe_values):
             r"the one with the weight 'lm_head\.bias'",
         ),
     ):
-        WeightsMethod("full").save(base_model(recipe)[0], run.adapter_path, recipe.model.name)
+        method_of({"name": "full"}).save(load_base(recipe)[0], run.adapter_path, recipe.model.name)
         load_run(run)
         damage(run.adapter_path / WEIGHTS)
         refuses(message, load_run, run)
@@ -187,7 +191,7 @@ def test_lora_on_a_mixture_of_experts_model_is_loaded_again(
     recipe = build_recipe(
         recipe_values, [f"model.name={tmp_path / 'moe'}", "training.max_steps=1", *options]
     )
-    run = fit(recipe, progress=False)
+    run = Run(fit(recipe, progress=False))
     assert run.load()
     settings = run.adapter_path / "adapter_config.json"
     write_json(settings, read_json(settings) | {"target_parameters": 5})

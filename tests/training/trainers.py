@@ -1,7 +1,6 @@
-"""Helpers for small trainings: data, callbacks that observe or stop them, and comparisons of their results."""
+"""Helpers for small trainings: data, callbacks that observe or stop them, comparisons."""
 
 from contextlib import contextmanager
-from importlib import import_module
 from unittest.mock import patch
 
 import pytest
@@ -15,11 +14,10 @@ from badit.api import train
 from badit.data import AnswerCollator
 from badit.runs.scores import read_scores
 from badit.support.files import read_json
-from badit.training.fit import fit
 from badit.training.methods import AdapterMethod
 from badit.training.trainer import AnswerTrainer
+from steps import fit
 
-train_module = import_module("badit.training.fit")  # badit.train is the function
 PAPER = {"init_weights": "bad", "router_input": "mean"}
 QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
 
@@ -70,7 +68,7 @@ def on(event, function):
 
 @contextmanager
 def with_callbacks(*added, kind=AdapterMethod, folder=""):
-    """In this context, runs also have these callbacks; with ``folder``, only runs in a folder of that name."""
+    """In this context, runs (in a folder of the name ``folder``) have the callbacks."""
     own = kind.callbacks
 
     def all_callbacks(self, run):
@@ -81,7 +79,7 @@ def with_callbacks(*added, kind=AdapterMethod, folder=""):
 
 
 def fit_until(stop, recipe, **options):
-    """Trains a run, stops it by the callback ``stop`` or, as a kill would, after the step ``stop``, and returns it."""
+    """Trains a run until the callback ``stop``, or until a kill after the step ``stop``."""
 
     def interrupt(state, keywords):
         if state.global_step == stop:
@@ -120,7 +118,7 @@ def assert_same(one, other):
 
 
 def contents(folder, *aside):
-    """Bytes of all files but config.yaml and names that end in ``aside``; of environment.json the constant counts."""
+    """Bytes of files but config.yaml and ``aside``; of environment.json the constant counts."""
     found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     found = {
         name: path

@@ -1,4 +1,4 @@
-"""Helpers shared by the tuner tests: adapting a tiny model, random adapter weights, decoding by hand."""
+"""Helpers of the tuner tests: adapting a tiny model, random adapter weights, decoding by hand."""
 
 import inspect
 
@@ -19,7 +19,7 @@ KINDS = ("linear", "linear without bias", "conv1d")
 
 
 def config(**options):
-    """Returns a small configuration: K = 3, r = 2, scaling 2, no dropout, BAD, mean router input, gates with mean 1."""
+    """Returns a small configuration: K = 3, r = 2, scaling 2, no dropout, BAD, a router."""
     return BaditConfig(**{**SMALL, **options})
 
 
@@ -50,30 +50,28 @@ def layers(model):
 
 @torch.no_grad()
 def randomise(model, adapter="default", seed=0):
-    """Gives an adapter weights as after training: perturbed factors, router or gate; random moments and grouping."""
+    """Gives an adapter weights as after training: factors, router, moments, clusters, grouping."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(tensor, size):
         return (size * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
 
-    for layer in (each for each in layers(model) if adapter in each.badit_A):
-        own = {
-            name: of[adapter]
-            for name in layer.adapter_layer_names
-            if adapter in (of := getattr(layer, name))
-        }
+    for layer in (layer for layer in layers(model) if adapter in layer.badit_A):
+        by_adapter = {name: getattr(layer, name) for name in layer.adapter_layer_names}
+        tensors = {name: of[adapter] for name, of in by_adapter.items() if adapter in of}
         for name, size in (("badit_A", 0.1), ("badit_B", 0.1), ("badit_lambda", 0.5)):
-            if name in own:
-                own[name].add_(noise(own[name], size))
-        if "badit_router" in own:
-            own["badit_router"].copy_(noise(own["badit_router"], 2.0 / layer.in_features**0.5))
+            if name in tensors:
+                tensors[name].add_(noise(tensors[name], size))
+        if "badit_router" in tensors:
+            tensors["badit_router"].copy_(
+                noise(tensors["badit_router"], 2.0 / layer.in_features**0.5)
+            )
         if adapter in getattr(layer, "badit_moments", ()):
             layer.badit_moments[adapter].copy_(noise(layer.badit_moments[adapter], 1.0).abs() + 0.5)
             layer.badit_batches[adapter].fill_(3)
         if adapter in getattr(layer, "badit_codes", ()):
-            layer.badit_moments[adapter][0] = (
-                0.0  # as in training, prompts differ in their direction from the mean
-            )
+            # As in training, prompts differ in their direction from the mean.
+            layer.badit_moments[adapter][0] = 0.0
             layer.badit_centroids[adapter].copy_(noise(layer.badit_centroids[adapter], 1.0))
             layer.badit_codes[adapter].copy_(noise(layer.badit_codes[adapter], 2.0).softmax(dim=1))
         if adapter in getattr(layer, "badit_expert_of", ()):
@@ -91,13 +89,16 @@ def adapted(model, **options):
 
 
 def cache_name(model):
-    """Returns the name of the forward argument for a cache, which transformers renames within version 5."""
+    """Returns the name of the forward argument for a cache, which differs within transformers 5."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     return "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
 
 
 def forward(model, ids, mask, cache=None, **options):
-    """Calls the model on the newest tokens of a batch. Positions skip padding; ``mask`` includes cached tokens."""
+    """Calls the model on the newest tokens of a batch.
+
+    Positions skip padding; ``mask`` includes cached tokens.
+    """
     if cache is not None:
         options[cache_name(model)] = cache
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -114,14 +115,17 @@ def generate(model, ids, mask, new_tokens=NEW, **options):
 
 @torch.no_grad()
 def teacher_forced(model, ids, mask, prompt_length):
-    """Returns the logits of a forward pass as in training: prompt and answer together, labels on the answer."""
+    """Returns the logits of a forward pass as in training, with labels on the answer."""
     labels = ids.masked_fill((mask == 0) | (torch.arange(ids.shape[1]) < prompt_length), -100)
     return forward(model, ids, mask, labels=labels).logits
 
 
 @torch.no_grad()
 def cached_steps(model, ids, mask, prompt_length, cache):
-    """Returns the logits from the prompt's last position on: the prompt in one call, then one token at a time."""
+    """Returns the logits from the prompt's last position on.
+
+    The prompt is passed in one call, then one token at a time.
+    """
     bounds = [
         (0, prompt_length),
         *((end - 1, end) for end in range(prompt_length + 1, ids.shape[1] + 1)),
@@ -138,11 +142,10 @@ def greedy_by_hand(model, ids, mask, new_tokens):
     """Decodes greedily without a cache: each token comes from a full teacher-forced pass."""
     prompt_length = ids.shape[1]
     for _ in range(new_tokens):
-        # A placeholder at the newest position gets a label, so that the prompt ends at the same position.
-        ids, mask = (
-            nn.functional.pad(ids, (0, 1), value=3),
-            nn.functional.pad(mask, (0, 1), value=1),
-        )
+        # A placeholder at the newest position gets a label, so that the prompt ends at the same
+        # position.
+        ids = nn.functional.pad(ids, (0, 1), value=3)
+        mask = nn.functional.pad(mask, (0, 1), value=1)
         ids[:, -1] = teacher_forced(model, ids, mask, prompt_length)[:, -2].argmax(dim=-1)
     return ids
 
@@ -153,7 +156,8 @@ def padded(rows, side="left"):
     ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):
         where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, where], mask[i, where] = torch.tensor(row), 1
+        ids[i, where] = torch.tensor(row)
+        mask[i, where] = 1
     return ids, mask
 
 
@@ -187,9 +191,9 @@ def take_steps(optimizer, steps, loss, before=lambda: None, after=lambda: None):
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        found = loss()
-        found.backward()
-        losses.append(found.item())
+        step_loss = loss()
+        step_loss.backward()
+        losses.append(step_loss.item())
         before()
         optimizer.step()
         after()
@@ -198,9 +202,9 @@ def take_steps(optimizer, steps, loss, before=lambda: None, after=lambda: None):
 
 def gradients(model):
     """Returns the gradients by name and clears the model's own."""
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    copies = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return copies
 
 
 def base_layer(kind, in_features, out_features):

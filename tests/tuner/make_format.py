@@ -1,6 +1,7 @@
-"""Writes adapters in the current format: ``PYTHONPATH=tests python -m tuner.make_format``, once per format.
+"""Writes adapters in the current format: ``PYTHONPATH=tests python -m tuner.make_format``.
 
-Later releases must read them with the same result: ``computed.safetensors`` has the expected output of the layers.
+Releases with this format must read them with the same result: ``computed.safetensors`` has the
+expected output of the layers.
 """
 
 from pathlib import Path
@@ -12,13 +13,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from badit.tuner.config import FORMAT
 from tuner.helpers import adapted, layers
 
-FOLDER = Path(__file__).parent / "formats"
-# Covers both kinds of saved state: initial factors to subtract, and a router input with its running moments.
+FOLDER = Path(__file__).parent / "formats" / str(FORMAT)
+# Both kinds of saved state: initial factors to subtract, and a router input with running moments.
 OPTIONS = {"bad": {}, "standardised": {"router_input": "standardised", "init_weights": "lora"}}
 
 
 def base_model():
-    """Returns a model of one tiny layer; its weights differ in every process, and the results do not depend on them."""
+    """Returns a model of one tiny layer.
+
+    Its weights differ in every process, and the results do not depend on them.
+    """
     shape = {
         "hidden_size": 8,
         "intermediate_size": 12,
@@ -30,7 +34,7 @@ def base_model():
 
 @torch.no_grad()
 def computed(model):
-    """Returns the adapter's delta weight for two mixtures (each 12 × 8), and its gates for five inputs (5 × 3)."""
+    """Returns the delta weight (12 × 8) for two mixtures, and the gates of five inputs (5 × 3)."""
     (layer,) = layers(model)
     x = torch.arange(40, dtype=torch.float32).reshape(5, 8).sin()
     return {
@@ -42,12 +46,10 @@ def computed(model):
 
 if __name__ == "__main__":
     for name, options in OPTIONS.items():
-        folder = FOLDER / str(FORMAT) / name
+        folder = FOLDER / name
         torch.manual_seed(0)
         model = adapted(base_model(), **options)
         model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink()
-        save_file(
-            {key: value.contiguous() for key, value in computed(model).items()},
-            folder / "computed.safetensors",
-        )
+        tensors = {key: tensor.contiguous() for key, tensor in computed(model).items()}
+        save_file(tensors, folder / "computed.safetensors")

@@ -1,4 +1,4 @@
-"""torch.compile of each decoder layer: full graphs, two for any depth, and no recompilation after a regrouping."""
+"""torch.compile of each decoder layer: full graphs, two for any depth, also after regrouping."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def accumulated_gradients(model, micro_batches):
-    """Returns the gradients accumulated over batches of three padded rows of 12 positions with answers of 4."""
+    """Returns the gradients accumulated over batches of three padded rows with answers of 4."""
     for seed in range(micro_batches):
         ids, mask = padded(random_rows(12, 9, 7, seed=seed))
         labels = ids.masked_fill(torch.arange(12) < 8, -100)
@@ -42,12 +42,12 @@ def test_regrouping_does_not_recompile_and_gradients_equal_eager(
         adapted(tiny_model("llama", num_hidden_layers=4), **options).train() for _ in range(2)
     )
     for layer in model.get_base_model().model.layers:
-        layer.compile(
-            backend="eager", fullgraph=True
-        )  # the test checks the graphs, not the generated code
+        # The test checks the graphs, not the generated code.
+        layer.compile(backend="eager", fullgraph=True)
     before = accumulated_gradients(model, micro_batches)
     accumulated_gradients(plain, micro_batches)
-    # The first layer's input requires no gradient, the others' inputs do: two graphs for any number of layers.
+    # The first layer's input requires no gradient, the others' inputs do: two graphs for any number
+    # of layers.
     graphs = 2 * min(micro_batches, 2)
     assert counters["stats"]["unique_graphs"] == graphs
     for seed in (1, 2):
@@ -64,5 +64,8 @@ def test_regrouping_does_not_recompile_and_gradients_equal_eager(
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
     torch.testing.assert_close(
-        *([layer.gate_sums["default"] for layer in layers(each)] for each in (plain, model))
+        *(
+            [layer.gate_sums["default"] for layer in layers(adapted_model)]
+            for adapted_model in (plain, model)
+        )
     )

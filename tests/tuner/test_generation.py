@@ -44,9 +44,8 @@ EAGER = {"_attn_implementation": "eager"}
 def test_greedy_decoding_equals_teacher_forcing(
     tiny_model, family, overrides, options, monkeypatch
 ):
-    monkeypatch.setattr(
-        generic.logger, "warning_once", pytest.fail
-    )  # deprecated names of the cache
+    # A deprecated name of the cache would only be logged.
+    monkeypatch.setattr(generic.logger, "warning_once", pytest.fail)
     model = adapted(tiny_model(family, **overrides))
     ids, mask = padded(ROWS)
     assert torch.equal(generate(model, ids, mask, **options), greedy_by_hand(model, ids, mask, NEW))
@@ -72,13 +71,16 @@ def test_generate_accepts_inputs_embeds_and_positional_input_ids(tiny_model):
             "use_cache": use_cache,
         }
         assert torch.equal(model.base_model.generate(ids, **options), expected)
-        new = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **options)
-        assert torch.equal(new, expected[:, -NEW:])
+        generated = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **options)
+        assert torch.equal(generated, expected[:, -NEW:])
 
 
 @torch.no_grad()
 def continue_by_hand(model, cache, ids, mask, steps):
-    """Yields the first token after a prefilled cache, then greedy ones; a generator, so runs can be interleaved."""
+    """Yields the first token after a prefilled cache, then greedy ones.
+
+    A generator, so that runs can be interleaved.
+    """
     for _ in range(steps):
         yield ids
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
@@ -112,28 +114,30 @@ def generate_from_copy(model, cache, ids):
 
 
 def next_tokens(model, ids, prompt_length):
-    """Returns the most likely token after each position, from one full pass routed by the first ``prompt_length``."""
+    """Returns the most likely token after each position, from one full pass.
+
+    It is routed by the first ``prompt_length`` tokens.
+    """
     prompt_mask = (torch.arange(ids.shape[1]) < prompt_length).expand(len(ids), -1)
     return model(input_ids=ids, prompt_mask=prompt_mask).logits.argmax(dim=-1)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])  # OPT's MLP flattens positions into rows
 def test_generate_continues_from_a_copied_prompt_cache(tiny_model, family):
-    """The cache of a shared prefix keeps its gates, whatever text is appended, until it is reset."""
+    """The cache of a shared prefix keeps its gates for any appended text, until it is reset."""
     model = adapted(opt() if family == "opt" else tiny_model(family))
     cache, _ = prefill(model, *padded(random_rows(6, 6)))
     ids = torch.cat([padded(random_rows(6, 6))[0], torch.tensor([[7, 8], [9, 10]])], dim=1)
     with pytest.warns(UserWarning, match="keeps the gates of its first prompt"):
-        found = generate_from_copy(model, cache, ids)
-    assert torch.equal(generate_from_copy(model, cache, ids), found)  # a second warning is an error
-    assert torch.equal(found[:, 8:], next_tokens(model, found, 6)[:, 7:-1])
+        generated = generate_from_copy(model, cache, ids)
+    # A second warning is an error.
+    assert torch.equal(generate_from_copy(model, cache, ids), generated)
+    assert torch.equal(generated[:, 8:], next_tokens(model, generated, 6)[:, 7:-1])
     mask = torch.ones_like(ids)
     with torch.no_grad():
-        kept, fresh = (
-            forward(model, ids[:, 6:], mask, copy.deepcopy(cache)).logits,
-            forward(model, ids, mask).logits,
-        )
-        assert (kept - fresh[:, 6:]).abs().max() > 0.01
+        continued = forward(model, ids[:, 6:], mask, copy.deepcopy(cache)).logits
+        fresh = forward(model, ids, mask).logits
+        assert (continued - fresh[:, 6:]).abs().max() > 0.01
         cache.reset()
         torch.testing.assert_close(
             forward(model, ids, mask, cache).logits, fresh, atol=1e-5, rtol=1e-5
@@ -148,18 +152,18 @@ def test_generation_of_a_recurrent_model_equals_one_full_pass(routing):
     ).eval()
     model = adapted(mamba, routing=routing, target_modules=["in_proj"])
     ids = torch.tensor([[5, 6, 7, 8]])
-    found = generate(model, ids, torch.ones_like(ids))
-    assert torch.equal(found[:, 4:], next_tokens(model, found, 4)[:, 3:-1])
-    for cache in cache_of(
-        model(ids, use_cache=True)
-    ).values():  # earlier releases of transformers: cache_params
+    generated = generate(model, ids, torch.ones_like(ids))
+    assert torch.equal(generated[:, 4:], next_tokens(model, generated, 4)[:, 3:-1])
+    # Earlier releases of transformers: cache_params.
+    for cache in cache_of(model(ids, use_cache=True)).values():
         cache.reset()
         reset = model(ids + 9, cache=cache, use_cache=True).logits
         torch.testing.assert_close(reset, model(ids + 9).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_generate_in_a_second_thread_is_refused(tiny_model):
-    model, ids = adapted(tiny_model("llama")), torch.tensor([[5, 6, 7]])
+    model = adapted(tiny_model("llama"))
+    ids = torch.tensor([[5, 6, 7]])
     call = generate, model, ids, torch.ones_like(ids)
 
     def refused_in_a_thread(*_, **__):
@@ -173,7 +177,7 @@ def test_generate_in_a_second_thread_is_refused(tiny_model):
 
 
 def test_prompt_cache_is_decoded_with_the_current_weights(tiny_model):
-    """What ``generate`` stores is dropped when it returns, so the weights may change while a cache is kept."""
+    """What ``generate`` stores is dropped when it returns: weights may change afterwards."""
     model = adapted(tiny_model("llama"))
     ids, mask = padded(random_rows(6))
     cache, first = prefill(model, ids, mask)
@@ -189,7 +193,7 @@ def test_prompt_cache_is_decoded_with_the_current_weights(tiny_model):
 
 
 def test_prompt_lookup_decoding_equals_greedy_decoding(tiny_model):
-    """The first pass of prompt lookup contains the prompt and candidate tokens, which are not part of the prompt."""
+    """The first pass of prompt lookup has candidate tokens, which are not part of the prompt."""
     model = adapted(tiny_model("llama"))
     ids, mask = padded([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
     assert torch.equal(
@@ -200,10 +204,11 @@ def test_prompt_lookup_decoding_equals_greedy_decoding(tiny_model):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_component_gates_are_computed_twice_per_generation(tiny_model, monkeypatch, rows):
     model = adapted(tiny_model("llama"))
-    first, times = layers(model)[0], []
-    own = first.component_gates
+    first = layers(model)[0]
+    times = []
+    component_gates = first.component_gates
     monkeypatch.setattr(
-        first, "component_gates", lambda *arguments: times.append(1) or own(*arguments)
+        first, "component_gates", lambda *arguments: times.append(1) or component_gates(*arguments)
     )
     for generation in (1, 2):
         generate(model, *padded(ROWS[:rows]))

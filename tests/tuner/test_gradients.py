@@ -23,7 +23,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires
 
 
 def batch(seed=0, lengths=(5, 9, 7)):
-    """Returns prompts of ``lengths`` with answers of six tokens; the seed sets the tokens, the lengths the masks."""
+    """Returns prompts of ``lengths`` with answers of six tokens.
+
+    The seed sets the tokens, the lengths set the masks.
+    """
     ids, mask = padded(random_rows(*(length + 6 for length in lengths), seed=seed), "right")
     in_prompt = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
     return {"ids": ids, "mask": mask, "labels": ids.masked_fill(in_prompt | (mask == 0), -100)}
@@ -95,8 +98,8 @@ CHECKPOINTED = {
 def test_gradient_checkpointing_changes_no_gradients_or_moments(
     tiny_model, family, how, router_input, reentrant
 ):
-    """A recomputed pass uses the running moments of the original pass, and its prompts are counted once."""
-    found = []
+    """A recomputed pass uses the moments of the original pass, and counts its prompts once."""
+    results = []
     for checkpointed in (False, True):
         targets = "all-linear" if how == "one pass" else None
         model = adapted(
@@ -106,10 +109,10 @@ def test_gradient_checkpointing_changes_no_gradients_or_moments(
         if checkpointed:
             enable_checkpointing(model, reentrant)
         CHECKPOINTED[how](model)
-        found.append(
+        results.append(
             gradients(model) | {name: b for name, b in model.named_buffers() if "moments" in name}
         )
-    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
     counted = 1 if how in ("one pass", "an inner layer") else 2
     batches = {int(b) for name, b in model.named_buffers() if "batches" in name}
     assert batches == ({3 + counted} if router_input == "standardised" else set()), (
@@ -140,11 +143,12 @@ def test_low_precision_gradients_have_the_same_direction(tiny_model, family, how
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
         loss = forward(model, **batch()).loss
     loss.backward()
-    found = parameters_to_vector(gradients(model).values())
+    direction = parameters_to_vector(gradients(model).values())
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert found.isfinite().all()
-    # With rounding errors alone the similarity is about 0.98; with a lost mask or gate it is below 0.8.
-    assert torch.cosine_similarity(found, expected, dim=0) > 0.9
+    assert direction.isfinite().all()
+    # With rounding errors alone the similarity is about 0.98; with a lost mask or gate it is below
+    # 0.8.
+    assert torch.cosine_similarity(direction, expected, dim=0) > 0.9
     # For comparison: the gradient of another batch.
     forward(exact, **batch(3)).loss.backward()
     assert (

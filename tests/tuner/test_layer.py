@@ -6,13 +6,14 @@ import torch
 from peft import PeftModel
 
 import reference
-from badit.tuner import hooks_of
-from badit.tuner.layer import BaditLinear
-from badit.tuner.prompt import ForwardPass, RoutingContext
+from badit.tuner import BaditLinear, hooks_of
+from badit.tuner.context import ForwardPass, RoutingContext
 from refusals import refuses
 from tuner.helpers import CLUSTERS, KINDS, adapt, base_layer, config, layers, logits, randomise
 
-IN, OUT, GATES = 12, 10, ("mean_one", "softmax")
+IN = 12
+OUT = 10
+GATES = ("mean_one", "softmax")
 MASK = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]]).bool()
 OPTIONS = [
     *(
@@ -31,8 +32,9 @@ OPTIONS = [
 
 
 def naive_gates(layer, x, mask):
-    """Returns gates per position (batch, positions, K) or per prompt (batch, 1, K); differentiable."""
-    options, seen = layer.badit_config["default"], x
+    """Returns gates per position (batch, positions, K) or per prompt (batch, 1, K)."""
+    options = layer.badit_config["default"]
+    seen = x
     if options.routing == "prompt":
         seen = torch.stack([row[prompt].mean(dim=0) for row, prompt in zip(x, mask, strict=True)])[
             :, None
@@ -52,14 +54,13 @@ def naive_gates(layer, x, mask):
 
 def naive_forward(layer, x, mask):
     """Returns y = W x + b + s·Σ_k gate_k B_k A_k x − s·B0 A0 x, computed one expert at a time."""
-    options, gates, y = (
-        layer.badit_config["default"],
-        naive_gates(layer, x, mask),
-        layer.get_base_layer()(x),
-    )
+    options = layer.badit_config["default"]
+    gates = naive_gates(layer, x, mask)
+    y = layer.get_base_layer()(x)
     for k in range(options.num_experts):
         mine = layer.expert_of("default") == k
-        a_k, b_k = layer.badit_A["default"][mine], layer.badit_B["default"][:, mine]
+        a_k = layer.badit_A["default"][mine]
+        b_k = layer.badit_B["default"][:, mine]
         y = y + options.scaling * gates[..., k : k + 1] * (x @ a_k.T @ b_k.T)
     if options.subtracted_share:
         a0, b0 = layer.kept_factors("default")
@@ -89,14 +90,16 @@ def run(layer, x, mask):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_outputs_and_gradients_equal_a_loop_over_experts(kind, options):
-    layer, (x, mask) = make(kind, **options), batch()
+    layer = make(kind, **options)
+    (x, mask) = batch()
     x.requires_grad_()
     assert options.get("top_k") == 1 or naive_gates(layer, x, mask).std(dim=0).max() > 0.1
-    found, expected = run(layer, x, mask), naive_forward(layer, x, mask)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    output = run(layer, x, mask)
+    expected = naive_forward(layer, x, mask)
+    torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-6)
     trained = [x, *(p for name in layer.adapter_layer_names for p in getattr(layer, name).values())]
     upstream = torch.randn(3, 5, OUT, dtype=torch.float64)
-    gradients = (torch.autograd.grad((y * upstream).sum(), trained) for y in (found, expected))
+    gradients = (torch.autograd.grad((y * upstream).sum(), trained) for y in (output, expected))
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)  # the router computes in float32
 
 
@@ -113,16 +116,18 @@ def test_outputs_and_gradients_equal_a_loop_over_experts(kind, options):
 def test_layer_equals_the_base_layer_at_step_0(kind, init_weights, gates):
     layer = make(kind, dtype=torch.float32, at_start=True, init_weights=init_weights, **gates)
     x, mask = batch(torch.float32)
-    found, expected = run(layer, x, mask), layer.get_base_layer()(x)
-    A, B = layer.badit_A["default"], layer.badit_B["default"]
+    output = run(layer, x, mask)
+    expected = layer.get_base_layer()(x)
+    A = layer.badit_A["default"]
+    B = layer.badit_B["default"]
     u, s, vh = torch.linalg.svd(layer.weight_OI)
     assert not layer.badit_router["default"].any()
     assert A.any()
     if init_weights == "bad":
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(2 * B @ A, u[:, :6] * s[:6] @ vh[:6], atol=1e-5, rtol=1e-4)
     else:
-        assert torch.equal(found, expected)
+        assert torch.equal(output, expected)
         assert not B.any()
     if init_weights == "directions":
         torch.testing.assert_close(3 * A @ A.T, torch.eye(6), atol=1e-5, rtol=0)
@@ -156,16 +161,16 @@ def test_only_training_passes_update_moments_and_gate_sums():
     run(layer.to(torch.bfloat16), x.to(torch.bfloat16), mask)
     assert layer.badit_batches["default"] == 4
     assert layer.badit_moments["default"].isfinite().all()
-    layer.double().update_layer(
-        "default", config(num_experts=2, r=2)
-    )  # another adapter of this name
+    # Another adapter of this name.
+    layer.double().update_layer("default", config(num_experts=2, r=2))
     run(layer, x, mask)
 
 
 def test_clusters_are_found_once_and_saved(tiny_model, tmp_path):
     model = adapt(tiny_model("llama"), **CLUSTERS)
-    ids, answer = torch.randint(4, 90, (6, 4, 9)), torch.arange(9) > 4
-    batches = [{"input_ids": one, "labels": one.where(answer, -100)} for one in ids]
+    ids = torch.randint(4, 90, (6, 4, 9))
+    answer = torch.arange(9) > 4
+    batches = [{"input_ids": row_ids, "labels": row_ids.where(answer, -100)} for row_ids in ids]
     refuses("the prompts have no clusters yet; before training, call", model.train(), **batches[0])
     hooks_of(model).start_task({"first": batches[:2], "second": batches[2:]})
     assert all(module.training for module in model.modules())
@@ -176,9 +181,8 @@ def test_clusters_are_found_once_and_saved(tiny_model, tmp_path):
     assert not torch.equal(first.badit_codes["default"], second.badit_codes["default"])
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert model(**batches[0]).loss.requires_grad  # training changes none of them
-    hooks_of(model).start_task(
-        {"first": batches[:1]}
-    )  # another task of a sequence keeps the clusters
+    # Another task of a sequence keeps the clusters.
+    hooks_of(model).start_task({"first": batches[:1]})
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     replaced = adapt(tiny_model("llama"), **CLUSTERS)
     replaced.delete_adapter("default")
@@ -198,16 +202,16 @@ def test_clusters_are_found_once_and_saved(tiny_model, tmp_path):
 
 
 def test_clusters_have_the_moments_of_their_prompts_also_without_or_with_equal_prompts():
-    layer, (x, mask) = make(**CLUSTERS), batch()
+    layer = make(**CLUSTERS)
+    (x, mask) = batch()
     assert not layer.badit_router
-    layer.cluster("default", means := torch.randn(40, IN, dtype=torch.float64))
+    means = torch.randn(40, IN, dtype=torch.float64)
+    layer.cluster("default", means)
     np.testing.assert_allclose(
         layer.badit_moments["default"], reference.prompt_moments([means]), rtol=1e-5, atol=1e-6
     )
-    means[[0, 1, 2]], means[3, 0] = (
-        torch.tensor([[0.0], [torch.nan], [torch.inf]]).double(),
-        torch.inf,
-    )
+    means[[0, 1, 2]] = torch.tensor([[0.0], [torch.nan], [torch.inf]]).double()
+    means[3, 0] = torch.inf
     layer.cluster("default", means)  # an overflow in some prompts
     assert (layer.badit_moments["default"][1] > 0).all()
     assert layer.badit_centroids["default"].isfinite().all()
@@ -217,9 +221,8 @@ def test_clusters_have_the_moments_of_their_prompts_also_without_or_with_equal_p
     assert run(layer, x, mask).isfinite().all()
     layer.cluster("default", torch.randn(2, IN)[[0, 1, 0, 1, 1]])  # 4 clusters, 2 prompts
     assert len(layer.badit_codes["default"].unique(dim=0)) == 2
-    layer.cluster(
-        "default", torch.randn(IN) + 1e-7 * torch.randn(20, IN)
-    )  # one prompt, and rounding
+    # One prompt, and rounding.
+    layer.cluster("default", torch.randn(IN) + 1e-7 * torch.randn(20, IN))
     assert not layer.badit_centroids["default"].any()
 
 
@@ -227,11 +230,14 @@ def test_prompts_are_clustered_as_training_reads_them(tiny_model, monkeypatch):
     prompts = set()
 
     def centroids(*batches):
-        hooks_of(model := adapt(tiny_model("llama"), **CLUSTERS)).start_task({"all": batches})
+        model = adapt(tiny_model("llama"), **CLUSTERS)
+        hooks_of(model).start_task({"all": batches})
         return layers(model)[1].badit_centroids["default"]
 
-    ids, answer = torch.randint(4, 90, (6, 9)), torch.arange(9).expand(6, 9) > 4
-    labels, positions = ids.where(answer, -100), torch.arange(9).repeat(6)[None]
+    ids = torch.randint(4, 90, (6, 9))
+    answer = torch.arange(9).expand(6, 9) > 4
+    labels = ids.where(answer, -100)
+    positions = torch.arange(9).repeat(6)[None]
     expected = centroids(
         {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     )
@@ -242,8 +248,8 @@ def test_prompts_are_clustered_as_training_reads_them(tiny_model, monkeypatch):
         "completion_mask": answer.long(),
     }
     packed = {"input_ids": ids.view(1, -1), "labels": labels.view(1, -1), "position_ids": positions}
-    for one in (preference, packed):
-        torch.testing.assert_close(centroids(one), expected, atol=1e-4, rtol=1e-4)
+    for batch in (preference, packed):
+        torch.testing.assert_close(centroids(batch), expected, atol=1e-4, rtol=1e-4)
     refuses(r"no batch reaches model\.layers\.0\.mlp\.gate_proj", centroids)
     for batch in ([{"prompt": "text"}], {"input_ids": ids.tolist()}):
         refuses("a batch must be a dict of tensors", centroids, batch)
@@ -257,12 +263,14 @@ def test_prompts_are_clustered_as_training_reads_them(tiny_model, monkeypatch):
     )
     centroids({**packed, "position_ids": None, "cu_seq_lens_q": torch.arange(0, 55, 9)})
     assert prompts == {6}
-    (divided := adapt(tiny_model("llama"), **CLUSTERS)).get_input_embeddings().weight.ds_id = 0
+    divided = adapt(tiny_model("llama"), **CLUSTERS)
+    divided.get_input_embeddings().weight.ds_id = 0
     refuses("DeepSpeed has divided the weights", hooks_of(divided).start_task, {})
 
 
 def test_2d_input_is_routed_by_row_and_a_shape_mismatch_is_refused():
-    layer, x = make(), torch.randn(4, IN, dtype=torch.float64)
+    layer = make()
+    x = torch.randn(4, IN, dtype=torch.float64)
     torch.testing.assert_close(layer(x), torch.cat([layer(row[None]) for row in x]))
     torch.testing.assert_close(layer(x), layer(x[:, None])[:, 0])
     x, mask = batch()

@@ -1,4 +1,4 @@
-"""PEFT's features for any method: registration, several adapters, copies, ways of loading; supported or refused."""
+"""PEFT's features for any method: registration, several adapters, copies, ways of loading."""
 
 import copy
 
@@ -13,6 +13,7 @@ from badit.tuner import BaditConfig, BaditModel, hooks_of
 from badit.tuner.model import register
 from refusals import refuses
 from tuner.helpers import (
+    CLUSTERS,
     FAMILIES,
     IDS,
     MASK,
@@ -27,7 +28,7 @@ from tuner.helpers import (
 
 # With PEFT 0.19, transformers 5.24 cannot load any adapter into GPT-2, not even LoRA.
 LOADED_BY_TRANSFORMERS = [
-    each for each in FAMILIES if not (peft.__version__.startswith("0.19.") and each == "gpt2")
+    family for family in FAMILIES if not (peft.__version__.startswith("0.19.") and family == "gpt2")
 ]
 
 
@@ -42,11 +43,13 @@ def test_name_registered_by_another_package_is_refused(monkeypatch):
     )
 
 
-@pytest.mark.parametrize(("family", "more"), [("llama", "q_proj"), ("gpt2", "c_attn")])
-def test_adapters_are_switched_saved_separately_and_added(tiny_model, tmp_path, family, more):
+@pytest.mark.parametrize(("family", "second_module"), [("llama", "q_proj"), ("gpt2", "c_attn")])
+def test_adapters_are_switched_saved_separately_and_added(
+    tiny_model, tmp_path, family, second_module
+):
     model = adapted(tiny_model(family))
     target = layers(model)[0].name.rpartition(".")[2]
-    other = {"num_experts": 4, "target_modules": [target, more]}
+    other = {"num_experts": 4, "target_modules": [target, second_module]}
     model.add_adapter("second", config(**other))
     randomise(model, "second", seed=1)
     model.save_pretrained(str(tmp_path))
@@ -54,14 +57,12 @@ def test_adapters_are_switched_saved_separately_and_added(tiny_model, tmp_path, 
     loaded.load_adapter(tmp_path / "second", "second")
     seconds_own = randomise(adapt(tiny_model(family), **other), seed=1)
     for name, alone in (("second", seconds_own), ("default", adapted(tiny_model(family)))):
-        for one in (model, loaded):
-            one.set_adapter(name)
-            torch.testing.assert_close(logits(one), logits(alone))
-    layer, x, added = (
-        next(one for one in layers(model) if one.name.endswith(target)),
-        torch.randn(2, 5, 32),
-        [],
-    )
+        for switched in (model, loaded):
+            switched.set_adapter(name)
+            torch.testing.assert_close(logits(switched), logits(alone))
+    layer = next(switched for switched in layers(model) if switched.name.endswith(target))
+    x = torch.randn(2, 5, 32)
+    added = []
     for names in (["default"], ["second"], ["default", "second"]):
         model.base_model.set_adapter(names)
         added.append(layer(x) - layer.get_base_layer()(x))
@@ -69,7 +70,7 @@ def test_adapters_are_switched_saved_separately_and_added(tiny_model, tmp_path, 
 
 
 def test_refused_adapter_leaves_no_configuration(tiny_model):
-    """Also if PEFT does not roll back by itself, as when transformers adds an adapter to its own model."""
+    """Also if PEFT does not roll back, as when transformers adds an adapter to its own model."""
     tuner = adapted(tiny_model("llama")).base_model
     tuner.peft_config["second"] = tuner.peft_config["third"] = shared = config()
     shared.bias = "all"  # set later, because with PEFT before 0.21 the configuration refuses it
@@ -80,17 +81,36 @@ def test_refused_adapter_leaves_no_configuration(tiny_model):
 
 @pytest.mark.filterwarnings("ignore:.*(second time|multiple adapters):UserWarning")
 def test_second_call_on_a_base_replaces_an_adapter_of_the_method_only(tiny_model):
-    adapt(base := tiny_model("llama"), gates="mean_one")
+    base = tiny_model("llama")
+    adapt(base, gates="mean_one")
     assert adapt(base).state_dict().keys() == adapt(tiny_model("llama")).state_dict().keys()
     of_lora = get_peft_model(tiny_model("llama"), LoraConfig()).base_model.model
     refuses("another method's adapter", adapt, of_lora, target_modules=["q_proj"])
+
+
+def test_reference_of_a_preference_loss_is_a_copy_of_the_default_adapter(tiny_model):
+    """TRL adds "ref" with the configuration of "default"; clusters may be found before or after."""
+    model = adapt(tiny_model("llama"), **CLUSTERS)
+    random_state = torch.get_rng_state()
+    model.add_adapter("ref", model.peft_config["default"])
+    assert torch.equal(torch.get_rng_state(), random_state)
+    hooks_of(model).start_task({"all": [{"input_ids": IDS, "attention_mask": MASK}]})
+    tensors = {name: value for name, value in model.state_dict().items() if "badit_" in name}
+    copies = {name.removesuffix("ref"): value for name, value in tensors.items() if "ref" in name}
+    for name, value in tensors.items():
+        if name.endswith("default"):
+            torch.testing.assert_close(copies[name.removesuffix("default")], value, rtol=0, atol=0)
+    assert layers(model)[0].badit_batches["ref"] == 1
+    randomise(model)
+    assert not torch.equal(*layers(model)[0].badit_codes.values())
 
 
 def test_deep_copy_is_independent(tiny_model):
     """Covers ``generate`` and hooks; tests/baselines/test_models.py covers tensors."""
     model = adapted(tiny_model("llama"))
     copied = randomise(copy.deepcopy(model), seed=5)
-    changed, tokens = logits(copied), generate(copied, IDS, MASK, use_cache=False)
+    changed = logits(copied)
+    tokens = generate(copied, IDS, MASK, use_cache=False)
     assert not torch.equal(generate(model, IDS, MASK, use_cache=False), tokens)
     assert not model.unload()._forward_pre_hooks
     assert torch.equal(logits(copied), changed)
@@ -100,12 +120,12 @@ def test_deep_copy_is_independent(tiny_model):
 
 def test_unload_restores_the_models_own_generate(tiny_model):
     base = tiny_model("llama")
-    base.generate = own = lambda *args, **kwargs: "own"
+    base.generate = own_generate = lambda *args, **kwargs: "own"
     model = adapted(base)
-    assert base.generate is not own
+    assert base.generate is not own_generate
     for layer in layers(model):
         layer.forward = layer.forward  # as accelerate's hooks do
-    assert model.unload().generate is own
+    assert model.unload().generate is own_generate
 
 
 @pytest.mark.filterwarnings(
@@ -127,7 +147,8 @@ def test_adapter_on_a_tied_head_does_not_change_the_embedding(tiny_model, tmp_pa
 
 @pytest.mark.parametrize("family", LOADED_BY_TRANSFORMERS)
 def test_auto_class_and_transformers_load_adapter_give_the_same_model(tiny_model, tmp_path, family):
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base = tmp_path / "base"
+    adapter = tmp_path / "adapter"
     tiny_model(family).save_pretrained(base)
     model = adapted(type(tiny_model(family)).from_pretrained(base))
     for _ in range(2):
@@ -142,12 +163,12 @@ def test_auto_class_and_transformers_load_adapter_give_the_same_model(tiny_model
     torch.testing.assert_close(logits(plain), expected)
     tokens = generate(model, IDS, MASK)
     assert torch.equal(generate(plain, IDS, MASK), tokens)
-    # These are not calls of PeftModel.generate; without a cache, the answer must still not affect the routing.
+    # These are not calls of PeftModel.generate; without a cache, the answer must still not affect
+    # the routing.
     assert torch.equal(generate(plain, IDS, MASK, use_cache=False), tokens)
     assert torch.equal(generate(model.get_base_model(), IDS, MASK, use_cache=False), tokens)
-    for layer in layers(
-        plain
-    ):  # disable_adapters() of transformers 5.24 requires an unreleased PEFT
+    # Not with disable_adapters(), which in transformers 5.24 requires an unreleased PEFT.
+    for layer in layers(plain):
         layer.enable_adapters(False)
     assert torch.equal(logits(plain), logits(tiny_model(family)))
 
@@ -156,11 +177,9 @@ def test_a_model_that_is_not_of_transformers_is_trained_by_default():
     class Plain(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embeddings, self.up, self.head = (
-                nn.Embedding(100, 16),
-                nn.Linear(16, 16),
-                nn.Linear(16, 100),
-            )
+            self.embeddings = nn.Embedding(100, 16)
+            self.up = nn.Linear(16, 16)
+            self.head = nn.Linear(16, 100)
 
         def forward(self, input_ids, labels=None):
             return self.head(self.up(self.embeddings(input_ids)).relu())

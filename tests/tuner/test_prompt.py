@@ -1,6 +1,7 @@
-"""Routing is the same in training and in generation, with any padding, other rows in the batch, and any cache.
+"""Routing is the same in training and generation, with any padding, other rows and any cache.
 
-Routers are random and groupings shuffled, so that gates computed from the wrong tokens change the logits.
+Routers are random and groupings shuffled, so that gates computed from the wrong tokens change the
+logits.
 """
 
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertForTokenClassification, DynamicCache, StaticCache
 
 from badit.analysis.gates import adapted_layers
-from badit.tuner.prompt import RoutingContext
+from badit.tuner.context import RoutingContext
 from refusals import refuses
 from tuner import helpers
 from tuner.helpers import (
@@ -44,7 +45,8 @@ def logits_of(model, ids, mask, **options):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_teacher_forcing_equals_cached_decoding(tiny_model, family, options):
     model = adapted(tiny_model(family), target_modules="all-linear", **options)
-    inner, (ids, mask) = model.get_base_model().config, padded(ROWS)
+    inner = model.get_base_model().config
+    (ids, mask) = padded(ROWS)
     forced = teacher_forced(model, ids, mask, LENGTH)[:, LENGTH - 1 :]
     for cache in (DynamicCache(config=inner), StaticCache(config=inner, max_cache_len=24)):
         torch.testing.assert_close(cached_steps(model, ids, mask, LENGTH, cache), forced, **CLOSE)
@@ -55,7 +57,8 @@ def test_teacher_forcing_equals_cached_decoding(tiny_model, family, options):
 
 
 def test_cached_decoding_with_two_active_adapters_equals_teacher_forcing(tiny_model):
-    model, (ids, mask) = adapted(tiny_model("llama")), padded(ROWS)
+    model = adapted(tiny_model("llama"))
+    (ids, mask) = padded(ROWS)
     model.add_adapter("second", config(num_experts=4))
     helpers.randomise(model, "second", seed=1).base_model.set_adapter(["default", "second"])
     forced = teacher_forced(model, ids, mask, LENGTH)[:, LENGTH - 1 :]
@@ -95,10 +98,10 @@ def test_mask_may_be_omitted_and_inputs_positional_or_embedded(tiny_model):
             config=model.get_base_model().config, max_cache_len=24
         )
     }
-    found = model(
+    with_long_mask = model(
         input_ids=ids, attention_mask=F.pad(mask, (0, 24 - mask.shape[1])), **cache
     ).logits
-    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(with_long_mask, expected, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -117,22 +120,24 @@ def test_ambiguous_labels_warn_once_and_prompt_mask_overrides_labels(
     for row, where in enumerate(labelled):
         labels[row, list(where)] = ids[row, list(where)]
     with pytest.warns(UserWarning, match=message):
-        found = logits_of(model, ids, mask, labels=labels)
+        by_labels = logits_of(model, ids, mask, labels=labels)
     logits_of(model, ids, mask, labels=labels)  # a second warning would be an error
     # Also in packed rows, where TRL removes the first label of each segment.
     batch = {"input_ids": ids, "labels": F.pad(labels[:, 1:], (1, 0), value=-100)}
     batch["position_ids"] = torch.arange(9).repeat(2)
     with pytest.warns(UserWarning, match=message):
         adapted(tiny_model("llama"))(**{key: rows.reshape(1, 18) for key, rows in batch.items()})
-    left = [F.pad(rows, (2, 0), value=fill) for rows, fill in ((ids, 0), (mask, 0), (labels, -100))]
+    shifted_left = [
+        F.pad(rows, (2, 0), value=fill) for rows, fill in ((ids, 0), (mask, 0), (labels, -100))
+    ]
     with pytest.warns(UserWarning, match=message):
-        shifted = logits_of(adapted(tiny_model("llama")), *left[:2], labels=left[2])
-    torch.testing.assert_close(shifted[:, 2:], found, **CLOSE)
+        shifted = logits_of(adapted(tiny_model("llama")), *shifted_left[:2], labels=shifted_left[2])
+    torch.testing.assert_close(shifted[:, 2:], by_labels, **CLOSE)
     logits_of(adapted(tiny_model("llama"), routing="token"), ids, mask, labels=labels)
     prompt = torch.zeros_like(mask)
     prompt[:, :prompt_length] = 1
     torch.testing.assert_close(
-        found, logits_of(model, ids, mask, labels=ids, prompt_mask=prompt), **CLOSE
+        by_labels, logits_of(model, ids, mask, labels=ids, prompt_mask=prompt), **CLOSE
     )
 
 
@@ -185,7 +190,8 @@ def test_loss_and_gradients_of_packed_rows_equal_those_of_padded_rows(
         key: F.pad(rows, (0, 2), value=-100 if key == "labels" else 0)
         for key, rows in packed.items()
     }
-    found, gate_sums = [], []
+    results = []
+    gate_sums = []
     for batch in (
         {"input_ids": ids, "attention_mask": mask, "labels": padded_labels},
         packed,
@@ -197,34 +203,34 @@ def test_loss_and_gradients_of_packed_rows_equal_those_of_padded_rows(
             helpers.enable_checkpointing(model, reentrant=False)
         loss = model(**batch, use_cache=False).loss
         loss.backward()
-        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
-        gate_sums.append([one.layer.gate_sums["default"] for one in adapted_layers(model)])
-    assert any(gradient.abs().max() > 1e-3 for gradient in found[0][1:])
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+        gate_sums.append([experts.layer.gate_sums["default"] for experts in adapted_layers(model)])
+    assert any(gradient.abs().max() > 1e-3 for gradient in results[0][1:])
     for number in (1, 2):
-        torch.testing.assert_close(found[number], found[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(results[number], results[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(gate_sums[number], gate_sums[0], rtol=1e-4, atol=1e-5)
 
 
 def test_packed_segments_have_their_own_prompts_from_labels_or_mask(tiny_model):
-    model, context = adapted(tiny_model("llama")), RoutingContext.of(tiny_model("llama").model)
-    ids, expected = torch.tensor(random_rows(9)), torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0, 0]]).bool()
-    labels, positions_ = (
-        ids.masked_fill(expected, -100),
-        torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]),
-    )
-    by_ends = {
-        "labels": labels,
-        "cu_seq_lens_q": torch.tensor([0, 4, 9, 9], dtype=torch.int32),
-    }  # for flash attention
+    model = adapted(tiny_model("llama"))
+    context = RoutingContext.of(tiny_model("llama").model)
+    ids = torch.tensor(random_rows(9))
+    expected = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0, 0]]).bool()
+    labels = ids.masked_fill(expected, -100)
+    positions_ = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    # As for flash attention.
+    by_ends = {"labels": labels, "cu_seq_lens_q": torch.tensor([0, 4, 9, 9], dtype=torch.int32)}
     by_positions = {"labels": labels.repeat(2, 1), "position_ids": positions_.repeat(2, 1)}
     for rows, batch in (
         (1, by_ends),
         (2, by_positions),
         (1, {"position_ids": positions_, "prompt_mask": expected}),
     ):
-        found = context.describe(model, {"input_ids": ids.repeat(rows, 1), **batch})
-        assert torch.equal(found.prompt[0], expected.repeat(rows, 1))
-        assert found.prompt[1].of_BT.tolist() == [[0] * 4 + [1] * 5, [2] * 4 + [3] * 5][:rows]
+        forward_pass = context.describe(model, {"input_ids": ids.repeat(rows, 1), **batch})
+        assert torch.equal(forward_pass.prompt[0], expected.repeat(rows, 1))
+        assert (
+            forward_pass.prompt[1].of_BT.tolist() == [[0] * 4 + [1] * 5, [2] * 4 + [3] * 5][:rows]
+        )
         padding = {"labels": torch.cat([labels, torch.full((1, 2), -100)], dim=1).repeat(rows, 1)}
         padding["position_ids"] = torch.cat(
             [positions_, torch.zeros(1, 2, dtype=torch.long)], dim=1
@@ -233,9 +239,8 @@ def test_packed_segments_have_their_own_prompts_from_labels_or_mask(tiny_model):
         assert (
             not context.describe(model, {"input_ids": padded_ids, **padding}).prompt[0][:, 9:].any()
         )
-        refuses(
-            "packing=False and padding_free=False", getattr, found, "prompt_mask_BT"
-        )  # one set of gates per row
+        # Methods with one set of gates per row refuse packed rows.
+        refuses("packing=False and padding_free=False", getattr, forward_pass, "prompt_mask_BT")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +248,9 @@ def test_packed_segments_have_their_own_prompts_from_labels_or_mask(tiny_model):
     [(None, "default", 3), ("default", "other", 3), ("default", "default", 2)],
 )
 def test_cache_of_another_adapter_or_batch_size_is_refused(tiny_model, filled_by, decoded_by, rows):
-    model, cache, (ids, mask) = adapted(tiny_model("llama")), DynamicCache(), padded(ROWS)
+    model = adapted(tiny_model("llama"))
+    cache = DynamicCache()
+    (ids, mask) = padded(ROWS)
     model.add_adapter("other", config())
     if filled_by is None:  # gates of an earlier prompt on the same cache do not count
         logits_of(model, ids[:, :3], mask[:, :3], cache=cache, use_cache=True)

@@ -1,4 +1,4 @@
-"""Experts on quantised base weights: initialised from the dequantised weights, trained and saved; the base is kept."""
+"""Experts on quantised base weights: initialised from the dequantised weights, trained, saved."""
 
 from importlib.util import find_spec
 from typing import get_args
@@ -10,13 +10,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from badit.api import Run
-from badit.evaluation.scoring import evaluate
 from badit.models.loading import Quantisation, load_base_model
-from badit.recipe.schema import build_recipe
-from badit.training.fit import make_plan
+from badit.recipe.loading import build_recipe
+from badit.runs.resolved import resolve
 from badit.tuner.targets import refuse_unsuitable_layer
 from materials import make_material
 from refusals import refuses
+from steps import evaluate
 from training.trainers import train_and_score
 from tuner.helpers import adapt, layers, take_steps
 
@@ -44,16 +44,16 @@ def load(model_folder):
 
 def stored(model):
     """Returns the base model's tensors as they are stored, packed bytes and scales."""
-    kept = {}
+    tensors = {}
     for name, value in model.state_dict().items():
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        parts = {"": value} if type(value) is torch.Tensor else vars(value)
-        kept |= {
-            f"{plain}{key}": part.clone()
-            for key, part in parts.items()
-            if isinstance(part, torch.Tensor)
+        by_name = {"": value} if type(value) is torch.Tensor else vars(value)
+        tensors |= {
+            f"{plain}{key}": tensor.clone()
+            for key, tensor in by_name.items()
+            if isinstance(tensor, torch.Tensor)
         }
-    return {name: part for name, part in kept.items() if "badit_" not in name}
+    return {name: tensor for name, tensor in tensors.items() if "badit_" not in name}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,9 +108,8 @@ def test_training_lowers_the_loss_keeps_the_base_and_round_trips(load, tmp_path,
 def test_base_weights_repacked_for_the_cpu_are_refused(load):
     base = load("bnb-4bit").eval()
     with torch.no_grad():
-        base(
-            input_ids=IDS
-        )  # repacks the weight on a CPU with AVX-512 BF16; elsewhere the flag below simulates it
+        # Repacks the weight on a CPU with AVX-512 BF16; elsewhere the flag below simulates it.
+        base(input_ids=IDS)
     base.model.layers[1].mlp.gate_proj.weight.quant_state.packing_format_for_cpu = True
     refuses(r"has been evaluated on a CPU.*load the model again", adapt, base, num_experts=4)
 
@@ -133,7 +132,7 @@ def test_unsupported_quantisation_is_refused(recipe_values, model_folder, monkey
     full = build_recipe(
         {**recipe_values, "method": {"name": "full"}}, ["model.quantisation=bnb-8bit"]
     )
-    refuses(r"model\.quantisation: full cannot train quantised base weights", make_plan, full)
+    refuses(r"model\.quantisation: full cannot train quantised base weights", resolve, full)
     refuses(
         "unknown 'bnb-8' .did you mean 'bnb-8bit'",
         load_base_model,

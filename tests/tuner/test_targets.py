@@ -1,4 +1,4 @@
-"""Target modules of every model family, fused weights of MoE models, and equality to the base model at step 0."""
+"""Target modules of every model family, fused weights of MoE models, equality at step 0."""
 
 import copy
 import re
@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from badit import BaditConfig, OrthogonalUpdates, Regrouper
 from badit.analysis.gates import adapted_layers, changed_gates, prompt_gates
-from badit.export.exporting import merge, mixture_factors, write_adapter
+from badit.export.adapter import write_adapter
+from badit.export.factors import merge, mixture_factors
 from badit.models.loading import load_base_model
 from badit.tuner.targets import base_layer, default_targets
 from docs.pages import Page
@@ -52,24 +53,23 @@ def test_default_targets_are_the_documented_ones_in_every_layer(family):
     config = AutoConfig.for_model(family)
     text = config.get_text_config()
     text.num_hidden_layers = 4
-    with suppress(
-        AttributeError, TypeError
-    ):  # some have none, or derive it from the number of layers
+    # Some have none, or derive it from the number of layers.
+    with suppress(AttributeError, TypeError):
         text.layer_types = text.layer_types[:4]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    found = default_targets(model) or set()
+    targets = default_targets(model) or set()
     if "target_modules" in DEFAULTS[family]:
-        assert not found
+        assert not targets
         return
-    assert found == DEFAULTS[family]
-    names = [name for name, _ in model.named_modules() if {name, name.split(".")[-1]} & found]
+    assert targets == DEFAULTS[family]
+    names = [name for name, _ in model.named_modules() if {name, name.split(".")[-1]} & targets]
     assert all(isinstance(model.get_submodule(name), (nn.Linear, Conv1D)) for name in names)
     assert [any(f".{i}." in name for name in names) for i in range(4)] == [True] * 4
     owners = {name.split(".")[-2] for name in names}
     allowed = (
         {"self_attn"}
-        if "q_proj" in found
+        if "q_proj" in targets
         else {"mlp", "shared_expert", "shared_experts", "feed_forward"}
     )
     assert owners <= allowed | {"mlp_block", "ffn"} | (
@@ -83,7 +83,8 @@ def test_default_targets_are_the_documented_ones_in_every_layer(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapted_model_equals_the_base_model_at_step_0(tiny_model, family, dtype, targets, atol):
     base = tiny_model(family, dtype=getattr(torch, dtype))
-    expected, model = logits(base), adapt(base, target_modules=targets)
+    expected = logits(base)
+    model = adapt(base, target_modules=targets)
     assert layers(model)[0].weight_OI.dtype == getattr(torch, dtype)
     assert len(layers(model)) == (2 if targets is None else 8 if family == "gpt2" else 14)
     torch.testing.assert_close(logits(model), expected, atol=atol, rtol=0)
@@ -112,7 +113,7 @@ def test_encoder_decoder_needs_token_routing():
 
 
 def test_smollm2_equals_base_at_step_0_and_generates_as_teacher_forced():
-    """Real weights and text: step 0 equals the base model; generation with changed weights equals decoding by hand."""
+    """Step 0 equals the base model; generation with changed weights equals decoding by hand."""
     base, tokenizer = load_base_model("smollm2-135m", dtype="float32")
     tokenizer.padding_side = "left"
     texts = [
@@ -178,8 +179,10 @@ def test_modules_and_fused_weights_that_cannot_be_adapted_are_refused(tiny_model
 
 @pytest.mark.parametrize("family", MOE)
 def test_fused_experts_forward_generate_save_and_unload(tiny_model, tmp_path, family):
-    base, (ids, mask) = tiny_model(family), padded(random_rows(5, 9, 7))
-    before, names = logits(base), set(base.state_dict())
+    base = tiny_model(family)
+    (ids, mask) = padded(random_rows(5, 9, 7))
+    before = logits(base)
+    names = set(base.state_dict())
     model = adapt(base, target_parameters=FUSED)
     assert len(layers(model)) == 2 * 2 * 5
     assert layers(model)[6].name == "model.layers.0.mlp.experts.down_proj.1"
@@ -214,15 +217,21 @@ def test_fused_experts_forward_generate_save_and_unload(tiny_model, tmp_path, fa
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MOE])
 def test_adapted_model_equals_base_model_with_the_mixture_merged(tiny_model, family):
-    """For one prompt the gates are fixed; a matrix of a fused weight is routed by the prompt's tokens that reach it."""
+    """For one prompt the gates are fixed.
+
+    A matrix of a fused weight is routed by the prompt's tokens that reach it.
+    """
     ids, mask = padded(random_rows(9))
     options = {"target_parameters": FUSED} if family in MOE else {"target_modules": "all-linear"}
-    model, plain = adapted(tiny_model(family), **options), tiny_model(family)
-    gates, read = {}, {}
+    model = adapted(tiny_model(family), **options)
+    plain = tiny_model(family)
+    gates = {}
+    read = {}
     for layer in layers(model):
 
         def spy(adapter, x, layer=layer, route=layer._route):
-            gates[layer.name], read[layer.name] = route(adapter, x).flatten(), x.flatten()
+            gates[layer.name] = route(adapter, x).flatten()
+            read[layer.name] = x.flatten()
             return route(adapter, x)
 
         layer._route = spy
@@ -259,8 +268,8 @@ def test_gradients_of_fused_experts_equal_finite_differences(tiny_model, family)
         return model(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss
 
     loss(model).backward()
-    found = helpers.gradients(model)
-    assert found.keys() == parameters.keys()
+    gradients = helpers.gradients(model)
+    assert gradients.keys() == parameters.keys()
     for kind in ("badit_A.", "badit_B.", "badit_router."):
         moved = {name: torch.randn_like(p) for name, p in parameters.items() if kind in name}
         ends = []
@@ -269,7 +278,7 @@ def test_gradients_of_fused_experts_equal_finite_differences(tiny_model, family)
                 for name, direction in moved.items():
                     parameters[name].add_(step * direction)
                 ends.append(loss(model).double())
-        slope = sum((found[name] * direction).sum() for name, direction in moved.items())
+        slope = sum((gradients[name] * direction).sum() for name, direction in moved.items())
         torch.testing.assert_close((ends[0] - ends[1]) / 2e-4, slope, rtol=0.02, atol=1e-3)
     again = copy.deepcopy(model)
     helpers.enable_checkpointing(again, reentrant=False)
@@ -282,14 +291,10 @@ def test_gradients_of_fused_experts_equal_finite_differences(tiny_model, family)
 def test_fused_experts_train_with_regrouping_and_export_to_plain_lora(tiny_model, tmp_path, family):
     options = {"target_parameters": FUSED, "target_modules": ["q_proj"]}
     model = adapt(tiny_model(family), **options).train()
-    optimizer, regrouper = (
-        OrthogonalUpdates(model, lr=2e-3),
-        Regrouper(model, total_steps=8, every=4),
-    )
-    batch = {
-        "input_ids": IDS[:1, -5:],
-        "labels": LABELS[:1, -5:],
-    }  # so few tokens that some matrices receive none
+    optimizer = OrthogonalUpdates(model, lr=2e-3)
+    regrouper = Regrouper(model, total_steps=8, every=4)
+    # The tokens are so few that some matrices receive none.
+    batch = {"input_ids": IDS[:1, -5:], "labels": LABELS[:1, -5:]}
     losses = helpers.take_steps(
         optimizer, 8, lambda: model(**batch).loss, regrouper.after_backward, regrouper.step
     )
@@ -304,15 +309,15 @@ def test_fused_experts_train_with_regrouping_and_export_to_plain_lora(tiny_model
     assert gates.by_task["one"].shape == (3, 2 + 2 * 2 * 5, 3)
     fixed = {layer.name: torch.rand(3).tolist() for layer in layers(model)}
     with changed_gates(
-        adapted_layers(model), lambda one, own: torch.tensor(fixed[one.layer.name]).expand(3, 1, -1)
+        adapted_layers(model),
+        lambda experts, gates: torch.tensor(fixed[experts.layer.name]).expand(3, 1, -1),
     ):
         expected = logits(model)
     factors = mixture_factors(model, fixed)
     plain = model.unload()
     write_adapter(tmp_path, factors, plain, "base")
-    if Version(peft.__version__) >= Version(
-        "0.21"
-    ):  # older versions cannot load even PEFT's own LoRAs of these models
+    # Older versions cannot load even PEFT's own LoRAs of these models.
+    if Version(peft.__version__) >= Version("0.21"):
         loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path)
         torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
     merge(plain, factors)

@@ -2,23 +2,28 @@
 
     y = W x + s · (Σ_k g_k(x) B_k A_k x − share · B0 A0 x),      g = softmax(W_g x)
 
-* LoRAMoE (Dou et al. 2024, "LoRAMoE: Alleviate World Knowledge Forgetting in Large Language Models via MoE-Style
-  Plugin", arXiv 2312.09979): every expert has its own A_k. Its balance loss is off by default, as in the authors' code.
-* HydraLoRA (Tian et al. 2024, "HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fine-Tuning",
-  arXiv 2404.19245): all experts share one A.
-* GOAT (Fan et al. 2025, "Make LoRA Great Again: Boosting LoRA with Adaptive Singular Values and Mixture-of-Experts
-  Optimization Alignment", arXiv 2502.16894): only the top 2 of W_g x, and share = 1/K. The spectrum of W is cut into K
-  chunks, and expert k starts from the first r/K directions of chunk k: B0_k = U √(Σ/(sρ)), A0_k = √(Σ/(sρ)) Vᵀ. Here r
-  is the total rank and s = lora_alpha / r.
+* LoRAMoE (Dou et al. 2024, "LoRAMoE: Alleviate World Knowledge Forgetting in Large Language Models
+  via MoE-Style Plugin", arXiv 2312.09979): every expert has its own A_k. Its balance loss is off by
+  default, as in the authors' code.
+* HydraLoRA (Tian et al. 2024, "HydraLoRA: An Asymmetric LoRA Architecture for Efficient
+  Fine-Tuning", arXiv 2404.19245): all experts share one A.
+* GOAT (Fan et al. 2025, "Make LoRA Great Again: Boosting LoRA with Adaptive Singular Values and
+  Mixture-of-Experts Optimization Alignment", arXiv 2502.16894): only the top 2 of W_g x, and share
+  = 1/K. The spectrum of W is cut into K chunks, and expert k starts from the first r/K directions
+  of chunk k: B0_k = U √(Σ/(sρ)), A0_k = √(Σ/(sρ)) Vᵀ. Here r is the total rank and s = lora_alpha /
+  r.
 
-The other two initialise A as LoRA does and B_k with zeros; all three initialise W_g like LoRA's A. At step 0, GOAT's
-model adds (1/ρ) · Σ_k (g_k − 1/K) P_k to W, where P_k is the part of W from which expert k starts. This is zero on
-average over evenly used experts. For a single token its norm is at most (1 − 1/K) σ₁/ρ, below a tenth of W's norm σ₁.
+The other two initialise A as LoRA does and B_k with zeros; all three initialise W_g like LoRA's A.
+At step 0, GOAT's model adds (1/ρ) · Σ_k (g_k − 1/K) P_k to W, where P_k is the part of W from which
+expert k starts. This is zero on average over evenly used experts. For a single token its norm is at
+most (1 − 1/K) σ₁/ρ, below a tenth of W's norm σ₁.
 
-GOAT's balance loss is that of Switch Transformers with both choices of a token counted, summed over layers, as in the
-released code. Assumptions: the router's initialisation; r 32 (experts of rank 4) and alpha 256, as in LoRAMoE here.
+GOAT's balance loss is that of Switch Transformers with both choices of a token counted, summed over
+layers, as in the released code. Assumptions: the router's initialisation; r 32 (experts of rank 4)
+and alpha 256, as in LoRAMoE here.
 
-Shape suffixes: K = experts, I/O = in/out features, N = components, L = the attended positions of a batch.
+Shape suffixes: K = experts, I/O = in/out features, N = components, L = the attended positions of a
+batch.
 """
 
 import math
@@ -27,15 +32,15 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from badit.baselines import baseline
 from badit.method import SingularTriples, expert_factors, expert_gates, top_singular_triples
 from badit.support.errors import BaditError
 from badit.tuner.config import Count, ExpertConfig, NotNegative, Positive, option
+from badit.tuner.context import inside_backward
 from badit.tuner.layer import ExpertLinear
 from badit.tuner.model import ExpertModel
-from badit.tuner.prompt import inside_backward
 
 
 @dataclass
@@ -44,86 +49,98 @@ class MixtureConfig(ExpertConfig):
 
     balance_weight = 0.0  # methods with a balance loss (`imbalance`) override it with an option
 
-    def gates(self, logits_K: torch.Tensor) -> torch.Tensor:
-        """Returns the experts' gates (…, K), with sum 1, from the router's logits."""
-        return expert_gates(logits_K, kind="softmax", top_k=self.top_k)
+    def gates(self, logits: Tensor) -> Tensor:
+        """Returns the experts' gates (…, K), with sum 1, from the router's logits (…, K)."""
+        return expert_gates(logits, kind="softmax", top_k=self.top_k)
 
 
 class MixtureLinear(ExpertLinear):
-    """A layer that routes each position and stores the logits of the last training pass for the balance loss."""
+    """A layer that routes each position.
+
+    It trains badit_router (K, I), and stores its logits of the last training pass for the balance
+    loss.
+    """
+
+    adapter_layer_names = (*ExpertLinear.adapter_layer_names, "badit_router")
+
+    badit_router: nn.ParameterDict
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.router_logits: dict[str, torch.Tensor] = {}
+        self.router_logits: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"router_logits": {}}  # for copies of the model
+
+    def update_layer(self, adapter_name: str, config: MixtureConfig) -> None:
+        router_KI = torch.zeros(config.num_experts, self.in_features)
+        self.badit_router[adapter_name] = nn.Parameter(router_KI)
+        super().update_layer(adapter_name, config)
 
     @torch.no_grad()
     def initialise(self, adapter_name: str) -> None:
         super().initialise(adapter_name)
         nn.init.kaiming_uniform_(self.badit_router[adapter_name], a=math.sqrt(5))
 
-    def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def gates(self, adapter_name: str, x: Tensor) -> Tensor:
         config = self.badit_config[adapter_name]
-        logits_K = F.linear(x, self.badit_router[adapter_name]).float()
-        # Gradient checkpointing recomputes the layer in the backward pass, after the loss has been computed.
-        if (
-            config.balance_weight
-            and self.training
-            and torch.is_grad_enabled()
-            and not inside_backward()
-        ):
-            self.router_logits[adapter_name] = logits_K
-        return config.gates(logits_K)
+        logits = F.linear(x, self.badit_router[adapter_name]).float()
+        # A balance loss is added to the loss once per pass. Gradient checkpointing recomputes the
+        # layer in the backward pass, after the loss.
+        is_training_pass = self.training and torch.is_grad_enabled() and not inside_backward()
+        if config.balance_weight and is_training_pass:
+            self.router_logits[adapter_name] = logits
+        return config.gates(logits)
+
+    def take_logits(self, adapter_name: str, attention_mask: Tensor) -> Tensor:
+        """Removes and returns the logits (L, K) of the last training pass at attended positions."""
+        logits = self.router_logits.pop(adapter_name, None)
+        if logits is None:
+            raise BaditError(
+                f"{self.name}: has seen no training pass, so there is no balance loss; with "
+                "gradient checkpointing set use_reentrant=False, or set balance_weight=0"
+            )
+        logits_LK = logits.flatten(0, -2)
+        if len(logits_LK) != attention_mask.numel():
+            raise BaditError(
+                f"{self.name}: sees {len(logits_LK)} positions, but the batch has "
+                f"{attention_mask.numel()}; exclude it from the targets, or set balance_weight=0"
+            )
+        return logits_LK[attention_mask.flatten().bool().to(logits_LK.device)]
 
 
 class MixtureModel(ExpertModel):
-    """A base model with a mixture of LoRA experts in its target modules; :meth:`extra_loss` is added to the loss."""
+    """A base model with a mixture of LoRA experts in its target modules."""
 
     tuner_layer_cls = MixtureLinear
 
-    def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
-        """Returns the last training pass's weighted balance loss, summed over layers, and clears the stored logits."""
+    def extra_loss(self, attention_mask: Tensor) -> Tensor | None:
+        """Returns the last training pass's weighted balance loss, summed over layers."""
         losses = []
         for layer in self.expert_layers():
-            kept, layer.router_logits = layer.router_logits, {}
             for adapter_name in layer.running_adapters:
                 config = self.peft_config[adapter_name]
-                if not config.balance_weight:
-                    continue
-                if adapter_name not in kept:
-                    fix = "with gradient checkpointing set use_reentrant=False, or set balance_weight=0"
-                    raise BaditError(
-                        f"{layer.name}: has seen no training pass, so there is no balance loss; {fix}"
-                    )
-                logits_LK = kept[adapter_name].flatten(0, -2)
-                if len(logits_LK) != attention_mask.numel():
-                    sizes = (
-                        f"{len(logits_LK)} positions, but the batch has {attention_mask.numel()}"
-                    )
-                    fix = "exclude it from the targets, or set balance_weight=0"
-                    raise BaditError(f"{layer.name}: sees {sizes}; {fix}")
-                logits_LK = logits_LK[attention_mask.flatten().bool().to(logits_LK.device)]
-                losses.append(
-                    config.imbalance(logits_LK).to(attention_mask.device) * config.balance_weight
-                )
+                if config.balance_weight:
+                    logits_LK = layer.take_logits(adapter_name, attention_mask)
+                    loss = config.imbalance(logits_LK).to(attention_mask.device)
+                    losses.append(loss * config.balance_weight)
         return torch.stack(losses).sum() if losses else None
 
 
 @baseline("loramoe", MixtureModel)
 @dataclass
 class LoraMoeConfig(MixtureConfig):
-    """LoRAMoE (arXiv 2312.09979): a dense mixture of LoRA experts, routed by token in each layer."""
+    """LoRAMoE (arXiv 2312.09979): a dense mixture of LoRA experts, routed by token."""
 
     method: ClassVar[str] = "BADIT_LORAMOE"
 
     balance_weight: NotNegative = option(0.0, "Weight of the balance loss; 0 disables it.")
 
-    def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:
-        """Returns Var(Z) / mean(Z)² (population variance), where Z_k is the sum of expert k's gates over the positions.
+    def imbalance(self, logits_LK: Tensor) -> Tensor:
+        """Returns Var(Z) / mean(Z)² (population variance).
 
-        The paper multiplies Z by 1 ± δ, depending on whether a row is about world knowledge; here δ = 0.
+        Z_k is the sum of expert k's gates over the positions. The paper multiplies Z by 1 ± δ,
+        depending on whether a row is about world knowledge; here δ = 0.
         """
         z_K = self.gates(logits_LK).sum(dim=0)
         return z_K.var(correction=0) / z_K.mean().square()
@@ -132,7 +149,7 @@ class LoraMoeConfig(MixtureConfig):
 @baseline("hydralora", MixtureModel)
 @dataclass
 class HydraLoraConfig(MixtureConfig):
-    """HydraLoRA (arXiv 2404.19245): several B's and one shared A, routed by token in each layer."""
+    """HydraLoRA (arXiv 2404.19245): several B's and one shared A, routed by token."""
 
     method: ClassVar[str] = "BADIT_HYDRALORA"
     shares_A: ClassVar[bool] = True
@@ -144,7 +161,7 @@ class HydraLoraConfig(MixtureConfig):
 @baseline("goat", MixtureModel)
 @dataclass
 class GoatConfig(MixtureConfig):
-    """GOAT (arXiv 2502.16894): a sparse mixture of LoRA experts initialised from parts of the weight's spectrum."""
+    """GOAT (arXiv 2502.16894): a sparse mixture of experts from parts of the weight's spectrum."""
 
     method: ClassVar[str] = "BADIT_GOAT"
 
@@ -160,7 +177,8 @@ class GoatConfig(MixtureConfig):
         super().__post_init__()
         if self.r % self.num_experts:
             raise BaditError(
-                f"r = {self.r}, GOAT's total rank, must be a multiple of num_experts = {self.num_experts}"
+                f"r = {self.r}, GOAT's total rank, must be a multiple of num_experts = "
+                f"{self.num_experts}"
             )
 
     @property
@@ -171,20 +189,27 @@ class GoatConfig(MixtureConfig):
     def subtracted_share(self) -> float:
         return 1 / self.num_experts
 
-    def initial_factors(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rank, chunk = self.r // self.num_experts, min(weight_OI.shape) // self.num_experts
+    def initial_factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        directions = min(weight_OI.shape)
+        rank = self.r // self.num_experts
+        chunk = directions // self.num_experts
         if rank > chunk:
-            found = f"a weight of shape {tuple(weight_OI.shape)} has {chunk} directions for each of {self.num_experts}"
             raise BaditError(
-                f"{found} experts, too few for r = {self.r}; use at most r = {chunk * self.num_experts}"
+                f"a weight of shape {tuple(weight_OI.shape)} has {chunk} directions for each of "
+                f"{self.num_experts} experts, too few for r = {self.r}; use at most r = "
+                f"{chunk * self.num_experts}"
             )
-        u, s, vh = top_singular_triples(weight_OI, min(weight_OI.shape), method="exact")
+        u, s, vh = top_singular_triples(weight_OI, directions, method="exact")
+        # The first `rank` directions of each of the spectrum's chunks.
         chosen_N = [k * chunk + i for k in range(self.num_experts) for i in range(rank)]
-        return expert_factors(
-            SingularTriples(u[:, chosen_N], s[chosen_N], vh[chosen_N]), self.scaling * self.rho
-        )
+        triples = SingularTriples(u[:, chosen_N], s[chosen_N], vh[chosen_N])
+        return expert_factors(triples, self.scaling * self.rho)
 
-    def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:
-        """Returns K · Σ_k f_k p_k: f_k is the share of positions that choose expert k, p_k its mean softmax value."""
+    def imbalance(self, logits_LK: Tensor) -> Tensor:
+        """Returns K · Σ_k f_k p_k.
+
+        f_k is the share of positions that choose expert k, p_k its mean softmax value.
+        """
         f_K = (self.gates(logits_LK) > 0).float().mean(dim=0)
-        return self.num_experts * (f_K * logits_LK.softmax(dim=-1).mean(dim=0)).sum()
+        p_K = logits_LK.softmax(dim=-1).mean(dim=0)
+        return self.num_experts * (f_K * p_K).sum()

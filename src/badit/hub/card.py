@@ -17,6 +17,7 @@ import pandas as pd
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from badit.models.loading import BUILT_IN, BUILT_IN_HUB_ID, HUB_ID
+from badit.recipe.method import resolve_method
 from badit.recipe.schema import Recipe
 from badit.runs.folder import RECORD, RunFolder
 from badit.runs.scores import read_scores
@@ -24,7 +25,6 @@ from badit.support.console import one_line, status
 from badit.support.errors import BaditError, explained
 from badit.support.files import read_json, read_text, write_text
 from badit.training.checkpoints import checksums
-from badit.training.methods import AdapterMethod, build_method
 
 CARD = "README.md"
 # Markdown markup within a line. The hub also makes links of addresses that begin with a scheme or www.
@@ -62,7 +62,7 @@ def _licence(recipe: Recipe, *, online: bool = False) -> str | None:
 
 def write_run_card(run: RunFolder) -> None:
     """Writes the card into a run's ``adapter`` folder, if the run has an adapter."""
-    if run.adapter_path.is_dir() and isinstance(build_method(run.recipe.method), AdapterMethod):
+    if run.adapter_path.is_dir() and resolve_method(run.recipe.method).config is not None:
         write_text(run.adapter_path / CARD, model_card(run))
 
 
@@ -82,7 +82,7 @@ def model_card(
 
     recipe, merged = run.recipe, export is not None and export.get("rank") is None
     base = hub_id(recipe)
-    place = type(build_method(recipe.method).config).__module__.split(".")  # badit.tuner, peft, …
+    place = type(resolve_method(recipe.method).config).__module__.split(".")  # badit.tuner, peft, …
     header = ModelCardData(
         license=licence or _licence(recipe),
         library_name="transformers" if merged else "peft",
@@ -182,12 +182,12 @@ def push_to_hub(source: RunFolder, repository: str, *, private: bool) -> str:
             )
         names = [name for name in names if name != CARD]  # the card is written again
     else:
-        method = build_method(run.recipe.method)
+        method = resolve_method(run.recipe.method)
         if not method.trains:
             raise BaditError(
                 f"{run.path}: is a run of the unchanged base model; there is nothing to push"
             )
-        if not isinstance(method, AdapterMethod):
+        if method.config is None:
             fix = (
                 f"run badit export {shlex.quote(str(run.path))} --merged -o FOLDER and push FOLDER"
             )

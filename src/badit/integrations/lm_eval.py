@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 import badit.baselines  # noqa: F401 (registers the baselines with PEFT)
 from badit.data import AnswerCollator
-from badit.data.prompts import IGNORED_LABEL, uses_template, with_labels
+from badit.data.encoding import IGNORED_LABEL, uses_template
 from badit.models.loading import device as accelerator
 from badit.models.loading import resolve_model
 from badit.runs.folder import RunFolder
+from badit.runs.resolved import open_run
 from badit.support.errors import BaditError, explained
-from badit.training.fit import load_run
-from badit.training.methods import build_method
+from badit.training.loading import load_run
 from badit.training.trainer import answer_losses
 from badit.tuner import hooks_of
 
@@ -79,13 +79,13 @@ class BaditLM(_HFLM):
                 raise BaditError(
                     "model_args: a run has its own adapter; remove peft, or use pretrained instead of run"
                 )
-            folder = RunFolder(run, trust_remote_code=trust_remote_code)
-            recipe = folder.trusted_recipe()
-            if task is None and build_method(recipe.method).needs_tasks:
+            resolved = open_run(RunFolder(run, trust_remote_code=trust_remote_code))
+            recipe = resolved.recipe
+            if task is None and resolved.method.needs_tasks:
                 raise BaditError(
-                    f"model_args: {recipe.method['name']} needs the name of a task; add task=NAME"
+                    f"model_args: {resolved.method.name} needs the name of a task; add task=NAME"
                 )
-            pretrained, tokenizer = load_run(folder, recipe)
+            pretrained, tokenizer = load_run(resolved)
             options.setdefault("tokenizer", tokenizer)
             if uses_template(tokenizer, recipe.prompt.chat_template):
                 logging.getLogger(__name__).info(
@@ -149,9 +149,7 @@ class BaditLM(_HFLM):
                 )
             ids = [*(context or [self.prefix_token_id]), *continuation][-(self.max_length + 1) :]
             examples.append(
-                with_labels(
-                    {"input_ids": ids, "prompt_length": len(ids) - size, "task": self._task}
-                )
+                {"input_ids": ids, "prompt_length": len(ids) - size, "task": self._task}
             )
         collate = AnswerCollator(self.tokenizer.pad_token_id, with_tasks=self._task is not None)
         batch: Any = send_to_device(collate(examples), self.device)

@@ -29,8 +29,9 @@ from starlette.types import Receive, Scope, Send
 from torch.nn.functional import one_hot
 
 from badit.analysis.gates import GATES_FILE, Experts, adapted_layers, mean_gates, read_gates
-from badit.data.prompts import IGNORED_LABEL
-from badit.export.exporting import NOT_A_LORA, beyond_lora, mixture_factors, write_adapter
+from badit.data.encoding import IGNORED_LABEL
+from badit.export.adapter import write_adapter
+from badit.export.factors import NOT_A_LORA, beyond_lora, mixture_factors
 from badit.hub.card import refuse_other_weights
 from badit.integrations.studio.server import (
     HOST,
@@ -41,11 +42,11 @@ from badit.integrations.studio.server import (
     run_until_ended,
 )
 from badit.runs.folder import RECORD, RunFolder
+from badit.runs.resolved import open_run
 from badit.support.console import show
 from badit.support.errors import BaditError, explained
 from badit.support.files import read_json, refuse_links
-from badit.training.fit import load_run
-from badit.training.methods import build_method
+from badit.training.loading import load_run
 
 AUTO = "auto"
 MAX_BODY = 1024 * 1024
@@ -59,15 +60,15 @@ class Router:
     """
 
     def __init__(self, run: RunFolder, exports: str | Path | None) -> None:
-        self.run, recipe = run, run.trusted_recipe()
-        method = build_method(recipe.method)
+        self.run, resolved = run, open_run(run)
+        recipe, method = resolved.recipe, resolved.method
         if method.needs_tasks or getattr(method.config, "has_fixed_gates", True):
             raise BaditError(
                 f"{run.path}: the gates of {method.name} do not depend on the prompt; serve its export"
             )
         if extra := beyond_lora(method.config):
             raise BaditError(f"{run.path}: method.{extra[0]}: {NOT_A_LORA}, which vLLM cannot load")
-        self.model: Any = load_run(self.run, recipe)[0]
+        self.model: Any = load_run(resolved)[0]
         self.base = recipe.model.name
         self.layers = adapted_layers(self.model)
         self.exports: list[str] = []

@@ -1,7 +1,7 @@
 """Decomposition (BAD), grouping (DOG), routing and orthogonal updates as pure functions on tensors.
 
-BADIT: "Decomposing the Basic Abilities of Large Language Models: Mitigating Cross-Task Interference in Multi-Task
-Instruct-Tuning" (ICML 2026, arXiv 2605.05676).
+BADIT: "Decomposing the Basic Abilities of Large Language Models: Mitigating Cross-Task Interference
+in Multi-Task Instruct-Tuning" (ICML 2026, arXiv 2605.05676).
 """
 
 from badit.method.decomposition import (
@@ -28,7 +28,23 @@ from badit.method.routing import (
 )
 
 __all__ = [
-    "ExpertAngles", "Moments", "SingularTriples", "batch_moments", "cosine_gram", "expert_angles", "expert_directions",
-    "expert_factors", "expert_gates", "group_components", "grouping_objective", "inverse_root", "no_moments",
-    "orthogonal_updates", "prompt_mean", "segment_means", "standardised", "top_singular_triples", "updated_moments",
-]  # fmt: skip
+    "ExpertAngles",
+    "Moments",
+    "SingularTriples",
+    "batch_moments",
+    "cosine_gram",
+    "expert_angles",
+    "expert_directions",
+    "expert_factors",
+    "expert_gates",
+    "group_components",
+    "grouping_objective",
+    "inverse_root",
+    "no_moments",
+    "orthogonal_updates",
+    "prompt_mean",
+    "segment_means",
+    "standardised",
+    "top_singular_triples",
+    "updated_moments",
+]

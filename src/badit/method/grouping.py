@@ -1,73 +1,82 @@
-"""DOG: dynamically orthogonal grouping of rank-1 components by their gradients (paper, section on DOG).
+"""DOG: dynamically orthogonal grouping of components by their gradients (paper, section on DOG).
 
-Component i is the pair (row i of A, column i of B); ĝ_i is its concatenated, normalised gradient. DOG
-searches for the assignment Π ∈ {0,1}^{N×K} with exactly r components per expert that maximises
+Component i is the pair (row i of A, column i of B); ĝ_i is its concatenated, normalised gradient.
+DOG searches for the assignment Π ∈ {0,1}^{N×K} with exactly r components per expert that maximises
 
     Σ_k ‖Σ_i π_ik ĝ_i‖²  =  tr(Πᵀ G Π),     G = [⟨ĝ_i, ĝ_j⟩].
 
-The solvers need only the Gram matrix G, N² numbers per layer. A running mean of G is also a Gram matrix, and
-inner products of sharded gradients are sums over the shards.
+The solvers need only the Gram matrix G, N² numbers per layer. A running mean of G is also a Gram
+matrix, and inner products of sharded gradients are sums over the shards.
 
 * spherical k-means: ⟨ĝ_i, c_k⟩ = (GΠ)_ik / √(ΠᵀGΠ)_kk
-* the paper's polar targets: centroid matrix C = U Σ Vᵀ, targets Q = U Vᵀ, ⟨ĝ_i, q_k⟩ = (GΠ (ΠᵀGΠ)^(−1/2))_ik
-* swapping i ∈ a with j ∈ b changes the objective by 2(S_ib − S_ia + S_ja − S_jb) + 2(G_ii + G_jj) − 4 G_ij, S = GΠ
+* the paper's polar targets: centroid matrix C = U Σ Vᵀ, targets Q = U Vᵀ,
+  ⟨ĝ_i, q_k⟩ = (GΠ (ΠᵀGΠ)^(−1/2))_ik
+* swapping i ∈ a with j ∈ b changes the objective by
+  2(S_ib − S_ia + S_ja − S_jb) + 2(G_ii + G_jj) − 4 G_ij, S = GΠ
 
-The default solver ends with swaps, because k-means and the paper's loop can stop where a single swap still improves.
+The default solver ends with swaps, because k-means and the paper's loop can stop where a single
+swap still improves.
 
-Shape suffixes: N = components, K = experts, I/O = in/out features. Solvers run in float64 on the CPU.
+Shape suffixes: N = components, K = experts, I/O = in/out features. Solvers run in float64 on the
+CPU.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 from badit.support.errors import BaditError, refuse_unknown
 
 Solver = Literal["swap", "paper"]
 # (tensor, "max" or "sum") -> the tensor, reduced over the processes that hold the shards.
-OverShards = Callable[[torch.Tensor, Literal["max", "sum"]], torch.Tensor]
+OverShards = Callable[[Tensor, Literal["max", "sum"]], Tensor]
 
 _MIN_RELATIVE_GAIN = 1e-6  # a new grouping with a smaller gain is rejected as rounding noise
 _MAX_ROUNDS = 50
 
 
 def cosine_gram(
-    grad_A_NI: torch.Tensor,
-    grad_B_ON: torch.Tensor,
-    over_shards: OverShards = lambda tensor, operation: tensor,
-) -> torch.Tensor:
+    grad_A_NI: Tensor, grad_B_ON: Tensor, over_shards: OverShards = lambda tensor, operation: tensor
+) -> Tensor:
     """Returns G_NN = [⟨ĝ_i, ĝ_j⟩] of the components' gradients in float32 on the gradients' device.
 
     A component whose gradient is zero or not finite has a zero row and column.
 
     Args:
-        grad_A_NI, grad_B_ON: the gradients, or this process's shards of them: some columns of A and some rows of B.
-            Leading dimensions, the same for both, are layers; each layer has its own Gram matrix.
-        over_shards: reduces tensors of N and N² numbers over the processes that hold the other shards.
+        grad_A_NI, grad_B_ON: the gradients, or this process's shards of them: some columns of A and
+            some rows of B. Leading dimensions, the same for both, are layers; each layer has its
+            own Gram matrix.
+        over_shards: reduces tensors of N and N² numbers over the processes that hold the other
+            shards.
     """
-    a_NI, b_NO = grad_A_NI.detach().float(), grad_B_ON.detach().float().mT
-    # Divide by the peak before multiplying: squares of small or large gradients underflow or overflow.
+    a_NI = grad_A_NI.detach().float()
+    b_NO = grad_B_ON.detach().float().mT
+    # Divide by the peak before multiplying: squares of small or large gradients underflow or
+    # overflow.
     peak_N = over_shards(torch.maximum(_peaks(a_NI), _peaks(b_NO)), "max")
     peak_N1 = torch.where(peak_N > 0, peak_N, 1.0).unsqueeze(-1)
-    a_NI, b_NO = a_NI / peak_N1, b_NO / peak_N1
+    a_NI = a_NI / peak_N1
+    b_NO = b_NO / peak_N1
     products_NN = over_shards(a_NI @ a_NI.mT + b_NO @ b_NO.mT, "sum")
+
     squared_N = products_NN.diagonal(dim1=-2, dim2=-1)
     usable_N = (squared_N > 0) & torch.isfinite(squared_N)
-    norm_N = torch.where(usable_N, squared_N, 1.0).sqrt()
     usable_NN = usable_N.unsqueeze(-1) & usable_N.unsqueeze(-2)
-    return torch.where(usable_NN, products_NN / (norm_N.unsqueeze(-1) * norm_N.unsqueeze(-2)), 0.0)
+    norm_N = torch.where(usable_N, squared_N, 1.0).sqrt()
+    norm_NN = norm_N.unsqueeze(-1) * norm_N.unsqueeze(-2)
+    return torch.where(usable_NN, products_NN / norm_NN, 0.0)
 
 
-def _peaks(x_ND: torch.Tensor) -> torch.Tensor:
+def _peaks(x_ND: Tensor) -> Tensor:
     """Returns the largest magnitude in every row; 0 for an empty shard."""
-    return (
-        torch.linalg.vector_norm(x_ND, ord=float("inf"), dim=-1)
-        if x_ND.shape[-1]
-        else x_ND.sum(dim=-1)
-    )
+    if not x_ND.shape[-1]:
+        return x_ND.sum(dim=-1)
+    return torch.linalg.vector_norm(x_ND, ord=float("inf"), dim=-1)
 
 
 def grouping_objective(gram_NN: np.ndarray, labels_N: np.ndarray) -> float:
@@ -83,78 +92,87 @@ def group_components(
     restarts: int = 10,
     seed: int | Sequence[int] = 0,
 ) -> np.ndarray:
-    """Returns the best balanced grouping found as labels_N, or ``current_N`` if no better one is found.
+    """Returns the best balanced grouping found as labels_N, or ``current_N`` if none is better.
 
     Args:
         gram_NN: symmetric cosine Gram matrix, or a mean of several.
         current_N: the current labels 0 … K−1, each exactly r = N/K times.
-        solver: "swap" (exact pairwise swaps, from the current grouping and from balanced spherical k-means) or "paper"
-            (polar targets and integer assignment, from spherical k-means).
-        restarts: number of k-means starts, of which the best result is used; "paper" uses at least one.
+        solver: "swap" (exact pairwise swaps, from the current grouping and from balanced spherical
+            k-means) or "paper" (polar targets and integer assignment, from spherical k-means).
+        restarts: number of k-means starts, of which the best result is used; "paper" uses at least
+            one.
         seed: random seed; the same seed and Gram matrix give the same labels.
 
     Returns:
-        Integer labels, permuted to overlap ``current_N`` as much as possible, so that experts keep their gates.
+        Integer labels, permuted to overlap ``current_N`` as much as possible, so that experts keep
+        their gates.
 
     Raises:
-        BaditError: if the Gram matrix is not finite or not N × N, the labels are unbalanced, or the solver is unknown.
+        BaditError: if the Gram matrix is not finite or not N × N, the labels are unbalanced, or the
+            solver is unknown.
     """
     refuse_unknown("solver", solver, get_args(Solver))
-    gram_NN, current_N = (
-        np.asarray(gram_NN, dtype=np.float64),
-        np.asarray(current_N, dtype=np.int64),
-    )
-    if gram_NN.shape != (len(current_N), len(current_N)):
+    gram_NN = np.asarray(gram_NN, dtype=np.float64)
+    current_N = np.asarray(current_N, dtype=np.int64)
+    _refuse_unsuitable(gram_NN, current_N)
+    gram_NN = (gram_NN + gram_NN.T) / 2
+    num_experts = int(current_N.max()) + 1
+
+    if solver == "paper":
+        restarts = max(1, restarts)
+    rng = np.random.default_rng(seed)
+    sorted_N = np.sort(current_N)
+    starts = [rng.permutation(sorted_N) for _ in range(restarts)]
+    k_means = partial(_until_stable, gram_NN, similarity=_centroid_similarity)
+    if solver == "swap":
+        clustered = [k_means(start_N, num_experts) for start_N in starts]
+        candidates = _swap_until_optimal(gram_NN, np.stack([current_N, *clustered]), num_experts)
+    else:
+        clustered = [k_means(start_N, num_experts, balanced=False) for start_N in starts]
+        candidates = [
+            _until_stable(gram_NN, start_N, num_experts, _polar_similarity) for start_N in clustered
+        ]
+
+    objective = partial(grouping_objective, gram_NN)
+    best_N = max(candidates, key=objective)
+    present = objective(current_N)
+    if objective(best_N) - present <= _MIN_RELATIVE_GAIN * max(1.0, abs(present)):
+        return current_N.copy()
+    return match_labels(best_N, current_N)
+
+
+def _refuse_unsuitable(gram_NN: np.ndarray, labels_N: np.ndarray) -> None:
+    components = len(labels_N)
+    if gram_NN.shape != (components, components):
         raise BaditError(
-            f"the Gram matrix has shape {gram_NN.shape}, but there are {len(current_N)} labels"
+            f"the Gram matrix has shape {gram_NN.shape}, but there are {components} labels"
         )
     if not np.isfinite(gram_NN).all():
         raise BaditError(
             "the Gram matrix of the components' gradients holds NaN or infinite values"
         )
-    gram_NN = (gram_NN + gram_NN.T) / 2
-    sizes_K = (
-        np.bincount(current_N)
-        if len(current_N) and current_N.min() >= 0
-        else np.zeros(1, dtype=np.int64)
-    )
+    sizes_K = np.zeros(1, dtype=np.int64)
+    if components and labels_N.min() >= 0:
+        sizes_K = np.bincount(labels_N)
     if sizes_K.min() < 1 or sizes_K.min() != sizes_K.max():
         raise BaditError(
             f"every expert must hold the same number of components, got sizes {sizes_K.tolist()}"
         )
-    num_experts, swaps = len(sizes_K), solver == "swap"
-    rng = np.random.default_rng(seed)
-    random = [
-        rng.permutation(np.sort(current_N)) for _ in range(restarts if swaps else max(1, restarts))
-    ]
-    starts = [
-        _until_stable(gram_NN, x_N, num_experts, _centroid_similarity, balanced=swaps)
-        for x_N in random
-    ]
-    if swaps:
-        candidates = list(_swap_until_optimal(gram_NN, np.stack([current_N, *starts]), num_experts))
-    else:
-        candidates = [
-            _until_stable(gram_NN, start_N, num_experts, _polar_similarity) for start_N in starts
-        ]
-    present = grouping_objective(gram_NN, current_N)
-    best_N = max(candidates, key=lambda labels_N: grouping_objective(gram_NN, labels_N))
-    if grouping_objective(gram_NN, best_N) - present <= _MIN_RELATIVE_GAIN * max(1.0, abs(present)):
-        return current_N.copy()
-    return match_labels(best_N, current_N)
 
 
 def match_labels(labels_N: np.ndarray, reference_N: np.ndarray) -> np.ndarray:
-    """Renames the groups of ``labels_N`` so that as many components as possible keep their label in ``reference_N``."""
+    """Renames the groups of ``labels_N`` to keep as many labels of ``reference_N`` as possible."""
     one_KK = np.eye(int(labels_N.max()) + 1)
-    _, name_K = linear_sum_assignment(one_KK[labels_N].T @ one_KK[reference_N], maximize=True)
+    overlap_KK = one_KK[labels_N].T @ one_KK[reference_N]
+    _, name_K = linear_sum_assignment(overlap_KK, maximize=True)
     return name_K[labels_N]
 
 
 class ExpertAngles(NamedTuple):
-    """Mean angles in degrees between components' gradients (paper, Fig. 4), and mean |cos|; NaN if there is no pair.
+    """Mean angles in degrees between components' gradients (paper, Fig. 4), and mean |cos|.
 
-    A mean angle hides opposite directions: cosines of +0.9 and −0.9 average to 90°.
+    They are NaN if there is no pair. A mean angle hides opposite directions: cosines of +0.9 and
+    −0.9 average to 90°.
     """
 
     intra_degrees: float
@@ -164,33 +182,36 @@ class ExpertAngles(NamedTuple):
 
     def defined(self) -> dict[str, float | None]:
         """Returns the fields by name, with None for NaN, which JSON does not have."""
-        return {
-            field: value if np.isfinite(value) else None for field, value in self._asdict().items()
+        undefined = dict.fromkeys(self._fields)
+        return undefined | {
+            name: value for name, value in self._asdict().items() if np.isfinite(value)
         }
 
 
 def expert_angles(gram_NN: np.ndarray, labels_N: np.ndarray) -> ExpertAngles:
-    """Returns the angles within and between experts; ``gram_NN`` is of steps that the grouping was not fitted to."""
+    """Returns the angles within and between experts.
+
+    ``gram_NN`` should be of steps that the grouping was not fitted to.
+    """
     # A mean over steps in some of which a component had no gradient has a diagonal below 1.
     root_N = np.sqrt(np.diag(gram_NN).astype(np.float64))
     norm_NN = np.outer(root_N, root_N)
+    cosine_NN = np.clip(gram_NN / np.fmax(norm_NN, 1e-12), -1.0, 1.0)
     pair_NN = np.triu(norm_NN, k=1) > 0
-    gram_NN = np.clip(gram_NN / np.fmax(norm_NN, 1e-12), -1.0, 1.0)
     same_NN = labels_N[:, None] == labels_N[None, :]
-    intra, inter = gram_NN[pair_NN & same_NN], gram_NN[pair_NN & ~same_NN]
-    values = (
-        np.degrees(np.arccos(intra)),
-        np.degrees(np.arccos(inter)),
-        np.abs(intra),
-        np.abs(inter),
+    intra = cosine_NN[pair_NN & same_NN]
+    inter = cosine_NN[pair_NN & ~same_NN]
+    return ExpertAngles(
+        _mean(np.degrees(np.arccos(intra))),
+        _mean(np.degrees(np.arccos(inter))),
+        _mean(np.abs(intra)),
+        _mean(np.abs(inter)),
     )
-    return ExpertAngles(*(float(each.mean()) if each.size else float("nan") for each in values))
 
 
-def _centroid_similarity(onehot_NK: np.ndarray, sums_NK: np.ndarray) -> np.ndarray:
-    """Returns ⟨ĝ_i, c_k⟩ for unit centroids c_k, from Π and GΠ; 0 for a group that is empty or sums to zero."""
-    squared_K = (onehot_NK * sums_NK).sum(axis=0)
-    return np.where(squared_K > 1e-12, sums_NK / np.sqrt(np.maximum(squared_K, 1e-12)), 0.0)
+def _mean(values: np.ndarray) -> float:
+    """Returns the mean, NaN without values (of which numpy would warn)."""
+    return float(values.mean()) if values.size else float("nan")
 
 
 def _until_stable(
@@ -200,86 +221,101 @@ def _until_stable(
     similarity: Callable[[np.ndarray, np.ndarray], np.ndarray],
     balanced: bool = True,
 ) -> np.ndarray:
-    """Reassigns components to the most similar experts until the labels are stable, and returns the labels."""
+    """Reassigns components to the most similar experts until the labels are stable."""
     size = len(labels_N) // num_experts
     for _ in range(_MAX_ROUNDS):
         onehot_NK = np.eye(num_experts)[labels_N]
         similarity_NK = similarity(onehot_NK, gram_NN @ onehot_NK)
-        new_N = similarity_NK.argmax(axis=1)
-        if balanced:  # the largest total similarity with equally many components per expert (exact)
-            new_N = (
-                linear_sum_assignment(np.repeat(similarity_NK, size, axis=1), maximize=True)[1]
-                // size
-            )
+        if balanced:  # the exact largest total similarity: every expert has `size` slots
+            slots = np.repeat(similarity_NK, size, axis=1)
+            new_N = linear_sum_assignment(slots, maximize=True)[1] // size
+        else:
+            new_N = similarity_NK.argmax(axis=1)
         if np.array_equal(new_N, labels_N):
             break
         labels_N = new_N
     return labels_N
 
 
+def _centroid_similarity(onehot_NK: np.ndarray, sums_NK: np.ndarray) -> np.ndarray:
+    """Returns ⟨ĝ_i, c_k⟩ for unit centroids c_k, from Π and GΠ; 0 if a group sums to zero."""
+    squared_K = (onehot_NK * sums_NK).sum(axis=0)
+    return np.where(squared_K > 1e-12, sums_NK / np.sqrt(np.maximum(squared_K, 1e-12)), 0.0)
+
+
 def _polar_similarity(onehot_NK: np.ndarray, sums_NK: np.ndarray) -> np.ndarray:
-    """Returns ⟨ĝ_i, q_k⟩ with the paper's orthogonal targets q_k, the polar factor of the centroids; from Π and GΠ."""
+    """Returns ⟨ĝ_i, q_k⟩ from Π and GΠ.
+
+    q_k are the paper's orthogonal targets, the polar factor of the centroids.
+    """
     values_K, vectors_KK = np.linalg.eigh(onehot_NK.T @ sums_NK)
     # A linearly dependent or empty centroid has no polar direction; the pseudo-inverse ignores it.
-    kept_K = values_K > 1e-10 * max(values_K.max(), 1e-30)
-    inverse_root_K = np.where(kept_K, 1 / np.sqrt(np.where(kept_K, values_K, 1.0)), 0.0)
+    usable_K = values_K > 1e-10 * max(values_K.max(), 1e-30)
+    inverse_root_K = np.where(usable_K, 1 / np.sqrt(np.where(usable_K, values_K, 1.0)), 0.0)
     return sums_NK @ (vectors_KK * inverse_root_K) @ vectors_KK.T
 
 
 def _swap_until_optimal(gram_NN: np.ndarray, starts_SN: np.ndarray, num_experts: int) -> np.ndarray:
-    """Swaps the best pair of components in each of S groupings until no single swap improves the objective.
+    """Swaps the best pair of components in each of S groupings until no single swap improves it.
 
-    Components are sorted by expert, so that a group is a slice; R = components per expert, C = experts of the last
-    swap. Only the gains that involve these experts are recomputed. All groupings are swapped together; once half of
-    them have converged, the others continue without them.
+    Components are sorted by expert, so that a group is a slice; R = components per expert, C =
+    experts of the last swap. All groupings are swapped together; once half of them have converged,
+    the others continue without them.
     """
     starts, components = starts_SN.shape
     size = components // num_experts
     noise = 1e-9 * max(1.0, float(np.abs(gram_NN).max()))  # smaller gains may be rounding errors
     order_SN = np.argsort(starts_SN, axis=1, kind="stable")
     gram_SNN = gram_NN[order_SN[:, :, None], order_SN[:, None, :]]
+    # Views of the Gram matrices and of S = GΠ, which reflect the swaps.
     gram_SKRKR = gram_SNN.reshape(starts, num_experts, size, num_experts, size)
     sums_SKRK = gram_SKRKR.sum(axis=-1)
     sums_SNK = sums_SKRK.reshape(starts, components, num_experts)
-    # Views that reflect the swaps: G_ii, and S_ia of i's own group a.
-    diagonal_SKR, own_SKR = np.einsum("skrkr->skr", gram_SKRKR), np.einsum("skrk->skr", sums_SKRK)
-    # Gains divided by 4, here and below: (S_ib − S_ia + G_ii) / 2 + (S_ja − S_jb + G_jj) / 2 − G_ij.
-    best_SKK = np.empty((starts, num_experts, num_experts))
-    s, k = np.arange(starts), np.arange(num_experts)
-    changed_SC = np.tile(k, (starts, 1))
+    diagonal_SKR = np.einsum("skrkr->skr", gram_SKRKR)  # G_ii
+    own_SKR = np.einsum("skrk->skr", sums_SKRK)  # S_ia of i's own group a
+
+    s = np.arange(starts)
+    best_SKK = np.zeros((starts, num_experts, num_experts))
+    changed_SC = np.tile(np.arange(num_experts), (starts, 1))
     while True:
+        # A gain divided by 4 is (S_ib − S_ia + G_ii) / 2 + (S_ja − S_jb + G_jj) / 2 − G_ij.
         move_SKRK = (sums_SKRK - (own_SKR - diagonal_SKR)[..., None]) / 2
-        there_SCRK = move_SKRK[s[:, None], changed_SC]
-        back_SCKR = move_SKRK.transpose(0, 3, 1, 2)[s[:, None], changed_SC]
-        gain_SCRKR = (
-            there_SCRK[..., None] + back_SCKR[:, :, None] - gram_SKRKR[s[:, None], changed_SC]
-        )
-        best_SKK[s[:, None], changed_SC] = best_SKK[s[:, None], :, changed_SC] = gain_SCRKR.max(
-            axis=2
-        ).max(axis=-1)
-        best_SKK[:, k, k] = 0.0
+        _update_best_gains(best_SKK, changed_SC, move_SKRK, gram_SKRKR)
         a, b = np.divmod(best_SKK.reshape(starts, -1).argmax(axis=1), num_experts)
         improves_S = best_SKK[s, a, b] > noise / 4
         if 2 * improves_S.sum() <= starts:
             break
-        gain_SRR = (
-            move_SKRK[s, a, :, b][:, :, None]
-            + move_SKRK[s, b, :, a][:, None]
-            - gram_SKRKR[s, a, :, b]
-        )
+
+        there_SRR = move_SKRK[s, a, :, b][:, :, None]
+        back_SRR = move_SKRK[s, b, :, a][:, None]
+        gain_SRR = there_SRR + back_SRR - gram_SKRKR[s, a, :, b]
         i, j = np.divmod(gain_SRR.reshape(starts, -1).argmax(axis=1), size)
-        i, j = a * size + i, b * size + j
-        j = np.where(
-            improves_S, j, i
-        )  # in a converged grouping, a component is swapped with itself
+        i = a * size + i
+        j = np.where(improves_S, b * size + j, i)  # a converged grouping swaps i with itself
         exchange_SN = gram_SNN[s, j] - gram_SNN[s, i]
         sums_SNK[s, :, a] += exchange_SN
         sums_SNK[s, :, b] -= exchange_SN
         for rows in (order_SN, sums_SNK, gram_SNN, gram_SNN.transpose(0, 2, 1)):
             rows[s, i], rows[s, j] = rows[s, j], rows[s, i]
         changed_SC = np.stack([a, b], axis=1)
-    found_SN = np.empty_like(starts_SN)
-    found_SN[s[:, None], order_SN] = np.arange(components) // size
+
+    labels_SN = np.empty_like(starts_SN)
+    labels_SN[s[:, None], order_SN] = np.arange(components) // size
     if improves_S.any():
-        found_SN[improves_S] = _swap_until_optimal(gram_NN, found_SN[improves_S], num_experts)
-    return found_SN
+        labels_SN[improves_S] = _swap_until_optimal(gram_NN, labels_SN[improves_S], num_experts)
+    return labels_SN
+
+
+def _update_best_gains(
+    best_SKK: np.ndarray, changed_SC: np.ndarray, move_SKRK: np.ndarray, gram_SKRKR: np.ndarray
+) -> None:
+    """Updates the largest gain of a swap between two experts, after these C experts changed."""
+    rows = np.arange(len(best_SKK))[:, None]
+    there_SCRK = move_SKRK[rows, changed_SC]
+    back_SCKR = move_SKRK.transpose(0, 3, 1, 2)[rows, changed_SC]
+    gain_SCRKR = there_SCRK[..., None] + back_SCKR[:, :, None] - gram_SKRKR[rows, changed_SC]
+    best_SCK = gain_SCRKR.max(axis=2).max(axis=-1)
+    best_SKK[rows, changed_SC] = best_SCK
+    best_SKK[rows, :, changed_SC] = best_SCK
+    diagonal = np.arange(best_SKK.shape[1])
+    best_SKK[:, diagonal, diagonal] = 0.0

@@ -10,35 +10,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    Strict,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-)
-from pydantic.functional_validators import AfterValidator, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo
+from pydantic.functional_validators import field_validator, model_validator
 
 from badit.support.console import status
 from badit.support.errors import nearest, problems
+from badit.support.steps import PositiveSteps, Steps
 
 # The largest integer that every library accepts. Seeds are at least 0, because numpy refuses negative ones.
 LARGEST = 2**31 - 1
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 CountOrZero = Annotated[int, Field(ge=0, le=LARGEST)]
-
-
-def _steps(steps: float) -> float:
-    """Validates a number of steps or, below 1, a fraction of the run, as in transformers."""
-    if steps >= 1 and steps != int(steps):
-        raise ValueError("must be a whole number of steps, or a fraction of the run below 1")
-    return int(steps) if steps == int(steps) else steps
-
-
-Steps = Annotated[float, Field(ge=0, le=LARGEST), AfterValidator(_steps)]
-PositiveSteps = Annotated[float, Strict(), Field(gt=0, le=LARGEST), AfterValidator(_steps)]
 
 
 class Section(BaseModel):

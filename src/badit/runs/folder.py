@@ -1,24 +1,24 @@
-"""A run is a folder: its paths, its readers, and whether it belongs to a recipe."""
+"""A run is a folder: its paths and the readers of its files."""
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from badit.support.errors import BaditError, explained, refuse_unknown
-from badit.support.files import OWNER, read_json, read_jsonl, refuse_links, write_text
+from badit.support.errors import BaditError, explained
+from badit.support.files import read_json, read_jsonl, refuse_links
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from badit.recipe.schema import Recipe
 
-ERROR, LOG = "error.txt", "log.txt"  # of a comparison's run
+ERROR = "error.txt"  # of a comparison's run that failed
+LOG = "log.txt"  # the output of a comparison's run
 RECORD = "export.json"  # in the folder of an export: the run that it was made from, and its options
 AnyPath = str | os.PathLike[str]  # a folder or a file; a Run can be passed as its folder
 
@@ -26,33 +26,47 @@ AnyPath = str | os.PathLike[str]  # a folder or a file; a Run can be passed as i
 class RunFolder:
     """A run, given by its folder. Properties read the folder's files at every access.
 
-    With ``check``, BaditError if the folder has neither a run nor an export (for push), or if a link leads out of it.
-    If the recipe has ``model.trust_remote_code``, loading the model needs ``trust_remote_code`` here too.
+    With ``check``, BaditError if the folder has neither a run nor an export (for push), or if a
+    link leads out of it. If the recipe has ``model.trust_remote_code``, loading the model needs
+    ``trust_remote_code`` here too.
     """
 
-    def __init__(self, path: AnyPath, *, check: bool = True, trust_remote_code: bool = False) -> None:
-        self.path, self.trust_remote_code = Path(path), trust_remote_code
+    def __init__(
+        self, path: AnyPath, *, check: bool = True, trust_remote_code: bool = False
+    ) -> None:
+        self.path = Path(path)
+        self.trust_remote_code = trust_remote_code
         self.config_path = self.path / "config.yaml"  # the resolved recipe
         self.environment_path = self.path / "environment.json"  # see the property environment
         self.metrics_path = self.path / "metrics.jsonl"  # one line per logged step
-        self.scores_path = self.path / "scores.json"  # {"rouge_l", "rouge_l_instances", …, "tasks": {name: {…}}}
+        # {"rouge_l", "rouge_l_instances", …, "tasks": {name: {…}}}
+        self.scores_path = self.path / "scores.json"
         self.predictions_path = self.path / "predictions"  # one .jsonl per task
-        self.instances_path = self.path / "instances.json"  # of a comparison: {task: {metric: [value per instance]}}
-        self.validation_path = self.path / "validation.json"  # of a comparison: the loss that selects the learning rate
-        self.adapter_path = self.path / "adapter"  # in PEFT's format; of a sequence of tasks, after the last one
+        # Of a comparison: {task: {metric: [value per instance]}}
+        self.instances_path = self.path / "instances.json"
+        # Of a comparison: the loss that selects the learning rate.
+        self.validation_path = self.path / "validation.json"
+        # In PEFT's format; of a sequence of tasks, after the last one.
+        self.adapter_path = self.path / "adapter"
         self.checkpoints_path = self.path / "checkpoints"  # from which an interrupted run resumes
         self.regroupings_path = self.path / "regroupings.jsonl"  # the log of regroupings (DOG)
-        self.angles_path = self.path / "angles.jsonl"  # angles between experts, in runs without regrouping
+        # Angles between experts, in runs without regrouping.
+        self.angles_path = self.path / "angles.jsonl"
         self.analysis_path = self.path / "analysis"  # the tables of `badit analyze`, one .json each
-        self.gates_path = self.path / "gates.json"  # mean gates per task, measured by `badit export` or `studio`
-        if check and not self.config_path.is_file() and not (self.path / RECORD).is_file():
-            raise BaditError(f"{self.path}: has no config.yaml, so it is not a run; create one: badit train RECIPE")
+        # Mean gates per task, measured by `badit export` or `studio`.
+        self.gates_path = self.path / "gates.json"
         if check:
-            refuse_links(self.path)
+            self._refuse_other_folder()
+
+    def _refuse_other_folder(self) -> None:
+        if not self.config_path.is_file() and not (self.path / RECORD).is_file():
+            problem = "has no config.yaml, so it is not a run"
+            raise BaditError(f"{self.path}: {problem}; create one: badit train RECIPE")
+        refuse_links(self.path)
 
     @classmethod
     def at(cls, path: AnyPath) -> Self:
-        """A run whose folder may not exist yet, or a stage of a run. The folder is not checked."""
+        """Returns a run whose folder may not exist yet, or a stage of a run, without checks."""
         return cls(path, check=False)
 
     def __fspath__(self) -> str:
@@ -65,60 +79,29 @@ class RunFolder:
         """Returns the run and its scores as HTML, for notebooks."""
         if not self.config_path.is_file():  # an export
             return f"<p>{escape(repr(self))}</p>"
-        about = f"<p>{escape(repr(self.recipe))}</p>"
+        recipe = f"<p>{escape(repr(self.recipe))}</p>"
         if not self.scores_path.is_file():
-            return f"{about}<p>not scored yet</p>"
-        return about + self.scores.pivot(index="task", columns="metric", values="score").round(2).to_html()
-
-    @classmethod
-    def prepare(cls, recipe: Recipe) -> Self:
-        """Creates the recipe's output folder, or reuses it if it has a run of the same recipe; else BaditError."""
-        from badit.recipe.schema import dump_recipe
-
-        run = cls(recipe.output, check=False, trust_remote_code=recipe.model.trust_remote_code)
-        if not run.belongs_to(recipe):
-            run.path.mkdir(parents=True, exist_ok=True)
-            run.environment_path.unlink(missing_ok=True)
-            write_text(run.config_path, dump_recipe(recipe))
-        return run
-
-    def belongs_to(self, recipe: Recipe) -> bool:
-        """Returns whether the folder has a run that began to train the recipe; BaditError if it has other files."""
-        from badit.recipe.schema import differing_keys
-
-        refuse_links(self.path)
-
-        def has_only(*allowed: Path) -> bool:
-            # A process that is killed in its first write leaves the owner file and a .partial file.
-            files = (path for path in self.path.rglob("*") if path.suffix != ".partial" and not path.is_dir())
-            return all(path in (self.path / OWNER, *allowed) for path in files)
-
-        record = self.config_path, self.environment_path
-        if all(path.is_file() for path in record) and has_only(*record, self.path / ERROR, self.path / LOG):
-            return False
-        if self.config_path.is_file():
-            mine, its = (one.model_dump(mode="json", exclude={"output", "compare"}) for one in (self.recipe, recipe))
-            if keys := differing_keys(mine, its):
-                other = f"holds a run of another recipe (it differs in {', '.join(keys[:5])})"
-                raise BaditError(f"{self.path}: {other}; choose another output=FOLDER, or remove the folder")
-            return True
-        if self.path.exists() and not (self.path.is_dir() and has_only()):
-            raise BaditError(f"{self.path}: exists and is not a run's folder; choose another output=FOLDER")
-        return False
+            return f"{recipe}<p>not scored yet</p>"
+        scores = self.scores.pivot(index="task", columns="metric", values="score")
+        return recipe + scores.round(2).to_html()
 
     def trusted_recipe(self) -> Recipe:
-        """Returns the recipe; BaditError if its model runs its own Python code and the caller does not allow this."""
+        """Returns the recipe, to load its model.
+
+        BaditError if the model runs its own Python code and the caller does not allow this.
+        """
         recipe = self.recipe
         if recipe.model.trust_remote_code and not self.trust_remote_code:
             problem = f"is true, so Python code of the model {recipe.model.name!r:.60} would run"
-            fix = "allow it with --trust-remote-code (badit harness: --trust_remote_code) if you trust run and model"
+            option = "--trust-remote-code (badit harness: --trust_remote_code)"
+            fix = f"allow it with {option} if you trust run and model"
             raise BaditError(f"{self.config_path}: model.trust_remote_code: {problem}; {fix}")
         return recipe
 
     @property
     def recipe(self) -> Recipe:
         """The recipe of the run. Its ``output`` is the current folder of the run."""
-        from badit.recipe.schema import load_config
+        from badit.recipe.saved import load_config
 
         return load_config(self.config_path).model_copy(update={"output": str(self.path)})
 
@@ -139,7 +122,8 @@ class RunFolder:
 
         from badit.runs.predictions import read_predictions
 
-        return pd.DataFrame([vars(prediction) for prediction in read_predictions(self.predictions_path)])
+        predictions = read_predictions(self.predictions_path)
+        return pd.DataFrame([vars(prediction) for prediction in predictions])
 
     @property
     def metrics(self) -> pd.DataFrame:
@@ -149,16 +133,19 @@ class RunFolder:
         return pd.DataFrame(self.log(self.metrics_path))
 
     def log(self, path: Path) -> Iterator[dict[str, Any]]:
-        """Yields the lines of a log of the run. Steps of a sequence are counted from the start of its first stage."""
-        start, folders = 0, sorted(self.path.glob("stages/*")) or [self.path]
-        for folder, before in zip(folders, [None, *folders], strict=False):
-            if before is not None:
-                metrics = before / self.metrics_path.name
-                with explained(metrics, any_error=True):
-                    start += max((line["step"] for line in read_jsonl(metrics)), default=0)
-            with explained(folder / path.name, fix="delete the file to skip it", any_error=True):
-                for line in read_jsonl(folder / path.name):
-                    yield {**line, "step": start + line["step"]}
+        """Yields the lines of a log of the run.
+
+        Steps of a sequence are counted from the start of its first stage.
+        """
+        first_step = 0
+        for folder in sorted(self.path.glob("stages/*")) or [self.path]:
+            file = folder / path.name
+            with explained(file, fix="delete the file to skip it", any_error=True):
+                for line in read_jsonl(file):
+                    yield {**line, "step": first_step + line["step"]}
+            metrics = folder / self.metrics_path.name
+            with explained(metrics, any_error=True):
+                first_step += max((line["step"] for line in read_jsonl(metrics)), default=0)
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -166,7 +153,8 @@ class RunFolder:
         content = read_json(self.environment_path)
         for part in ("inputs", "training"):
             if not isinstance(content.get(part, {}), dict):
-                raise BaditError(f"{self.environment_path}: {part}: must be an object; restore it, or train again")
+                fix = "restore it, or train again"
+                raise BaditError(f"{self.environment_path}: {part}: must be an object; {fix}")
         return content
 
     @property

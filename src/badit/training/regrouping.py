@@ -11,11 +11,9 @@ The angles between experts (paper, Fig. 4) are logged with the regroupings, or b
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +22,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from badit.method.grouping import Solver, expert_angles, group_components, grouping_objective
-from badit.recipe.arguments import PositiveSteps
+from badit.method.grouping import expert_angles, group_components, grouping_objective
 from badit.runs.folder import AnyPath
 from badit.support.console import say
 from badit.support.errors import BaditError, explained
 from badit.support.files import append_to_log, rewind_log
 from badit.training.checkpoints import checkpoint_being_written, resumed_checkpoint
-from badit.tuner.config import Count, CountOrZero, Fraction, check, check_options, option
+from badit.tuner.badit_layer import BaditLinear
+from badit.tuner.config import TOP_K_REFUSED, Count, RegroupOptions, check
 from badit.tuner.distributed import (
     before_step,
     component_grams,
@@ -39,48 +37,13 @@ from badit.tuner.distributed import (
     rank_and_size,
     scale_columns,
 )
-from badit.tuner.layer import BaditLinear, ExpertLinear
+from badit.tuner.layer import ExpertLinear
 
-TOP_K_REFUSED = "regrouping would move components into experts that top_k switches off; remove top_k, or do not regroup"
 STATE_FILE = "badit_regroup.safetensors"
 _ANGLES_FILE = "badit_angles.safetensors"
 _RESCALE_LIMIT = 4.0  # limits the factor of a weight if an expert's mean gate is near zero
 
 Place = tuple[ExpertLinear, str]  # a layer and the name of one of its adapters
-
-
-@dataclass(frozen=True)
-class RegroupOptions:
-    """When and how to regroup. Each regrouping uses the mean Gram matrix of the steps since the previous one."""
-
-    every: PositiveSteps = option(
-        20, "Optimizer steps between regroupings; below 1, a fraction of the run."
-    )
-    stop: Fraction = option(0.9, "Fraction of the run after which regrouping stops.")
-    solver: Solver = option(
-        "swap", "'swap': balanced k-means, then exact swaps; 'paper': the paper's iteration."
-    )
-    restarts: CountOrZero = option(10, "Number of random starts of the solver.")
-    rescale: bool = option(
-        True, "Multiply moved components by the ratio of their old and new experts' mean gates."
-    )
-
-    #: As in the paper's code: once in each of ten epochs, during the first half of training.
-    PAPER: ClassVar[dict[str, Any]] = {
-        "every": 0.1,
-        "stop": 0.5,
-        "solver": "paper",
-        "restarts": 10,
-        "rescale": False,
-    }
-
-    def __post_init__(self) -> None:
-        check_options(self, "regroup.")
-
-    def due(self, total_steps: int) -> range:
-        """Returns the steps of a run after which it regroups."""
-        every = int(self.every) if self.every >= 1 else max(1, round(self.every * total_steps))
-        return range(every, math.floor(round(self.stop * total_steps, 6)) + 1, every)
 
 
 def trainable_adapters(

@@ -1,14 +1,19 @@
-"""The configurations of adapters: BaditConfig, and ExpertConfig, the base class that it shares with the baselines."""
+"""The configurations of adapters and of regrouping.
+
+ExpertConfig is the base class of all methods with experts, BaditConfig is BADIT's.
+"""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_type_hints
 
-import torch
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import CONFIG_NAME
 from pydantic import Field, Strict, TypeAdapter, ValidationError
+from torch import Tensor
 
 from badit.method.decomposition import (
     SvdMethod,
@@ -16,15 +21,15 @@ from badit.method.decomposition import (
     expert_factors,
     top_singular_triples,
 )
+from badit.method.grouping import Solver
 from badit.method.routing import GateKind, RouterInput
 from badit.support.errors import BaditError, problems
+from badit.support.steps import PositiveSteps
 
-# The version of an adapter's files. Increase it with a change that older releases would read wrongly.
-# tests/tuner/formats has an adapter of each version.
+# The version of an adapter's files. Increase it with a change that other releases would read
+# wrongly. tests/tuner/formats has an adapter of this version.
 FORMAT = 2
 FORMAT_FIELD = "format_version"
-RETIRED_FIELDS = {"base_weight"}  # saved by earlier releases; ignored
-
 
 Count = Annotated[int, Strict(), Field(ge=1)]
 CountOrZero = Annotated[int, Strict(), Field(ge=0)]
@@ -49,49 +54,65 @@ def option(default: Any, help: str) -> Any:
 
 
 def described(kind: Any) -> list[tuple[str, Any, str]]:
-    """Returns the name, default and help text of each option of a configuration, badit's or PEFT's."""
-    return [
-        (
-            each.name,
-            each.default_factory() if callable(each.default_factory) else each.default,
-            each.metadata["help"],
-        )
-        for each in dataclasses.fields(kind)
-        if each.init and "help" in each.metadata
-    ]
+    """Returns name, default and help text of each option of a configuration, also of PEFT's."""
+    options = []
+    for entry in dataclasses.fields(kind):
+        if not entry.init or "help" not in entry.metadata:
+            continue
+        default = entry.default
+        if callable(entry.default_factory):
+            default = entry.default_factory()
+        options.append((entry.name, default, entry.metadata["help"]))
+    return options
 
 
 def check_options(config: Any, prefix: str = "") -> None:
-    """Raises BaditError if an option of a dataclass is not of its type; ``prefix`` precedes its name in the message."""
+    """Raises BaditError if an option of a dataclass is not of its type.
+
+    ``prefix`` precedes the option's name in the message.
+    """
     kinds = get_type_hints(type(config), include_extras=True)
     for name, _, _ in described(type(config)):
         check(f"{prefix}{name}", getattr(config, name), kinds[name])
 
 
 def peft_type(name: str) -> PeftType:
-    """Returns the enum member ``PeftType.<name>``. The first call adds it, because PEFT has no function for this."""
+    """Returns ``PeftType.<name>``. The first call adds it: PEFT has no function for this."""
     if name not in PeftType.__members__:
         member: Any = str.__new__(PeftType, name)
-        member._name_ = member._value_ = name
+        member._name_ = name
+        member._value_ = name
         PeftType._member_names_.append(name)
-        PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
         # EnumType.__setattr__ rejects the names of members; type.__setattr__ does not.
         type.__setattr__(PeftType, name, member)
     return PeftType[name]
 
 
+def _refuse_other_format(version: Any) -> None:
+    check(FORMAT_FIELD, version, Count)
+    if version > FORMAT:
+        raise BaditError(
+            f"{FORMAT_FIELD}: the adapter has format {version}, this badit reads formats up to "
+            f"{FORMAT}: pip install --upgrade badit"
+        )
+    if version < FORMAT:
+        raise BaditError(
+            f"{FORMAT_FIELD}: the adapter has format {version}, an older format that this version "
+            "does not read; train it again"
+        )
+
+
 @dataclass
 class ExpertConfig(PeftConfig):
-    """``num_experts`` LoRA experts of rank ``r`` in the target modules. Subclasses set ``method`` and add fields."""
+    """LoRA experts of rank ``r`` in the target modules. Subclasses set ``method``, add fields."""
 
     method: ClassVar[str]  # the method's name in PEFT's registry, in capitals
     needs_tasks: ClassVar[bool] = False  # the task of every row must be set with Hooks.rows_of
-    needs_whole_weights: ClassVar[bool] = (
-        False  # does not work with sharded weights (FSDP, DeepSpeed)
-    )
+    needs_whole_weights: ClassVar[bool] = False  # not for sharded weights (FSDP, DeepSpeed)
     shares_A: ClassVar[bool] = False  # all experts share one A of r rows
     top_k = None  # methods with gates of only the top_k experts override it with an option
-    gates = None  # BaditConfig overrides it with an option
 
     num_experts: Count = option(8, "Number of experts, K.")
     r: Count = option(4, "Rank of each expert; the adapter's total rank is num_experts × r.")
@@ -101,8 +122,9 @@ class ExpertConfig(PeftConfig):
     )
     target_modules: list[str] | str | None = option(
         None,
-        "Names of the modules to adapt, a regex, or 'all-linear'. Default: the MLP's gate projection (as in the "
-        "paper), or its first projection if it has no gate; q_proj and v_proj if all MLPs are fused MoE experts.",
+        "Names of the modules to adapt, a regex, or 'all-linear'. Default: the MLP's gate "
+        "projection (as in the paper), or its first projection if it has no gate; q_proj and "
+        "v_proj if all MLPs are fused MoE experts.",
     )
     exclude_modules: list[str] | str | None = option(
         None, "Names of the modules not to adapt, or a regex."
@@ -117,33 +139,45 @@ class ExpertConfig(PeftConfig):
         None, "Name of the layer list that layers_to_transform indexes."
     )
     format_version: int = option(
-        FORMAT, "Version of the adapter's files, set by badit; newer versions are refused."
+        FORMAT, "Version of the adapter's files, set by badit; other versions are refused."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(FORMAT_FIELD, self.format_version, Count)
-        if self.format_version > FORMAT:
-            known = f"this badit reads formats up to {FORMAT}: pip install --upgrade badit"
-            raise BaditError(
-                f"{FORMAT_FIELD}: the adapter has format {self.format_version}, {known}"
-            )
-        self.format_version = FORMAT  # adapters of earlier formats are saved in the current one
+        _refuse_other_format(self.format_version)
         self.peft_type = peft_type(self.method)
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), (list, tuple)):
-                setattr(self, name, set(value))
+            names = getattr(self, name)
+            if isinstance(names, (list, tuple)):
+                setattr(self, name, set(names))
         check_options(self)
         if self.top_k is not None:
             check("top_k", self.top_k, Annotated[int, Strict(), Field(ge=1, le=self.num_experts)])
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise BaditError(
-                "layers_pattern: needs layers_to_transform, the layers' indices; set both or neither"
+                "layers_pattern: needs layers_to_transform, the layers' indices; "
+                "set both or neither"
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise BaditError(
-                "layers_to_transform: needs a list of names in target_modules, or a regex without it"
+                "layers_to_transform: needs a list of names in target_modules, "
+                "or a regex without it"
             )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        """Reads a saved configuration; the messages of its errors begin with its file."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except BaditError as error:
+            file = Path(pretrained_model_name_or_path, CONFIG_NAME)
+            raise BaditError(f"{file}: {error}") from None
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Refuses saved settings of another format; called by PEFT."""
+        _refuse_other_format(kwargs.get(FORMAT_FIELD, 1))  # the first adapters did not save it
+        return super().check_kwargs(**kwargs)
 
     @property
     def scaling(self) -> float:
@@ -162,20 +196,32 @@ class ExpertConfig(PeftConfig):
 
     @property
     def subtracted_share(self) -> float:
-        """The share of the initial product s·B0 A0 that the forward pass subtracts; above 0, A0 and B0 are stored."""
+        """The share of the initial product s·B0 A0 that the forward pass subtracts.
+
+        Above 0, A0 and B0 are stored.
+        """
         return 0.0
 
-    def initial_factors(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Returns A (N, I) and B (O, N) at step 0 for this base weight, or None for LoRA's random A and zero B."""
+    def initial_factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Returns A (N, I) and B (O, N) at step 0 for this base weight.
+
+        None: LoRA's random A and zero B.
+        """
         return None
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Saves the configuration, and adds to the README.md that PEFT saves with an adapter how to load it."""
+        """Saves the configuration, and adds to PEFT's README.md how to load the adapter."""
         super().save_pretrained(save_directory, **kwargs)
-        place = ".".join(type(self).__module__.split(".")[:2])
-        note = f"Before loading this adapter with PEFT: `pip install badit`, and `import {place}` in your script."
+        package = ".".join(type(self).__module__.split(".")[:2])
+        note = (
+            "Before loading this adapter with PEFT: `pip install badit`, "
+            f"and `import {package}` in your script."
+        )
         path = Path(save_directory, "README.md")
-        if path.is_file() and note not in (text := path.read_text("utf-8")):
+        if not path.is_file():
+            return
+        text = path.read_text("utf-8")
+        if note not in text:
             path.write_text(f"{text.rstrip()}\n\n{note}\n", "utf-8")
 
 
@@ -183,49 +229,61 @@ class ExpertConfig(PeftConfig):
 class BaditConfig(ExpertConfig):
     """BADIT: ``num_experts`` LoRA experts of rank ``r`` in every target module, weighted by gates.
 
-    Pass it to ``get_peft_model`` like any PEFT configuration, call ``hooks_of(model).start_task`` with training
-    batches, and train with a learning rate of 2e-3. The sizes are the paper's (arXiv 2605.05676: K 8, r 4,
-    alpha 32, dropout 0.05, gate_proj); the initialisation and the gates are not (docs/paper-index.md). :meth:`paper`
-    returns the paper's exact form, which is trained with :class:`badit.RegroupCallback` (DOG).
+    Pass it to ``get_peft_model`` like any PEFT configuration, call ``hooks_of(model).start_task``
+    with training batches, and train with a learning rate of 2e-3. The sizes are the paper's (arXiv
+    2605.05676: K 8, r 4, alpha 32, dropout 0.05, gate_proj); the initialisation and the gates are
+    not (docs/paper-index.md). :meth:`paper` returns the paper's exact form, which is trained with
+    :class:`badit.RegroupCallback` (DOG).
     """
 
     method: ClassVar[str] = "BADIT"
-    #: The options of :meth:`paper`. With them, the adapted model differs from the base model at step 0.
+    #: The options of :meth:`paper`. With them, step 0 differs from the base model.
     PAPER: ClassVar[dict[str, Any]] = {
-        "num_experts": 8, "r": 4, "lora_alpha": 32, "lora_dropout": 0.05, "routing": "prompt", "router_input": "mean",
-        "gates": "softmax", "init_weights": "bad", "svd_method": "exact",
-    }  # fmt: skip
+        "num_experts": 8,
+        "r": 4,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "routing": "prompt",
+        "router_input": "mean",
+        "gates": "softmax",
+        "init_weights": "bad",
+        "svd_method": "exact",
+    }
 
     routing: Literal["prompt", "token"] = option(
         "prompt",
-        "'prompt': one set of gates per sequence, computed from its prompt and kept for the whole generation. "
-        "'token': one set of gates per position.",
+        "'prompt': one set of gates per sequence, computed from its prompt and kept for the whole "
+        "generation. 'token': one set of gates per position.",
     )
     router_input: RouterInput | None = option(
         None,
-        "Input of the gates with routing='prompt'. 'mean': the mean of the layer's input over the prompt, as in the "
-        "paper. 'standardised' (default): this mean, standardised with its moments over training prompts.",
+        "Input of the gates with routing='prompt'. 'mean': the mean of the layer's input over the "
+        "prompt, as in the paper. 'standardised' (default): this mean, standardised with its "
+        "moments over training prompts.",
     )
     gates: GateKind | None = option(
         None,
-        "'clusters': no router; in every layer, a prompt gets the fixed random gates, with sum 1, of the nearest of "
-        "num_clusters centroids, which hooks_of(model).start_task(batches) finds before training. 'mean_one': "
-        "K·softmax of a router; all gates are 1 at step 0. 'softmax': sum 1, the paper's form; with "
-        "init_weights='bad', gates with sum 1 change the model at step 0. Default: 'clusters'; 'mean_one' with "
-        "routing='token', router_input='mean', top_k, init_weights='bad', target_parameters or a single expert.",
+        "'clusters': no router; in every layer, a prompt gets the fixed random gates, with sum 1, "
+        "of the nearest of num_clusters centroids, which hooks_of(model).start_task(batches) "
+        "finds before training. 'mean_one': K·softmax of a router; all gates are 1 at step 0. "
+        "'softmax': sum 1, the paper's form; with init_weights='bad', gates with sum 1 change the "
+        "model at step 0. Default: 'clusters'; 'mean_one' with routing='token', "
+        "router_input='mean', top_k, init_weights='bad', target_parameters or a single expert.",
     )
     num_clusters: Count = option(
         16, "Clusters of prompts per layer; in recipes of up to 8 mixed tasks, their number."
     )
     top_k: int | None = option(
         None,
-        "Use only the k largest gates (default: all). With k = 1 the gate is constant, so the router does not learn. "
-        "With init_weights='bad', the unused experts' part of the base weight is missing at step 0.",
+        "Use only the k largest gates (default: all). With k = 1 the gate is constant, so the "
+        "router does not learn. With init_weights='bad', the unused experts' part of the base "
+        "weight is missing at step 0.",
     )
     init_weights: Literal["lora", "directions", "bad"] = option(
         "lora",
-        "'lora': random A and zero B. 'directions': A has the weight's top right singular vectors, scaled like LoRA's "
-        "A; B is zero. 'bad': the paper's BAD, the top singular triples with their magnitudes in A and B.",
+        "'lora': random A and zero B. 'directions': A has the weight's top right singular "
+        "vectors, scaled like LoRA's A; B is zero. 'bad': the paper's BAD, the top singular "
+        "triples with their magnitudes in A and B.",
     )
     svd_method: SvdMethod = option(
         "auto", "'exact', 'randomized', or 'auto' (randomized for large weights)."
@@ -235,8 +293,9 @@ class BaditConfig(ExpertConfig):
     )
     target_parameters: list[str] | None = option(
         None,
-        "Names of fused weights of MoE experts to adapt, such as 'experts.gate_up_proj'. Each matrix has its own "
-        "experts and gates. If target_modules is not set, nothing else is adapted.",
+        "Names of fused weights of MoE experts to adapt, such as 'experts.gate_up_proj'. Each "
+        "matrix has its own experts and gates. If target_modules is not set, nothing else is "
+        "adapted.",
     )
     bias: Literal["none", "all", "badit_only"] = option(
         "none", "Biases to train: 'none', 'all' or 'badit_only'."
@@ -244,66 +303,105 @@ class BaditConfig(ExpertConfig):
 
     @classmethod
     def paper(cls, **options: Any) -> Self:
-        """Returns the paper's exact form (in a recipe ``method: {preset: paper}``); ``options`` override its fields."""
+        """Returns the paper's exact form (in a recipe ``preset: paper``), with ``options``."""
         return cls(**{**cls.PAPER, **options})
 
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Adds the format of saved adapters without one and drops options of earlier releases; called by PEFT."""
-        kept = {key: value for key, value in kwargs.items() if key not in RETIRED_FIELDS}
-        return super().check_kwargs(**{FORMAT_FIELD: 1, **kept})
-
     def __post_init__(self) -> None:
-        if (
-            self.init_weights is True or self.format_version == 1
-        ):  # of a release with the paper's defaults
-            self.init_weights = "bad" if self.init_weights is True else self.init_weights
-            self.router_input = self.router_input or "mean"
         super().__post_init__()
         if self.router_input is None:
             self.router_input = "standardised" if self.routing == "prompt" else "mean"
         if self.gates is None:
-            needs_router = (
-                self.router_input == "mean" or self.init_weights == "bad" or self.num_experts == 1
-            )
-            self.gates = (
-                "mean_one" if needs_router or self.top_k or self.target_parameters else "clusters"
-            )
+            self.gates = self._default_gates()
+        self._refuse_conflicts()
+
+    def _default_gates(self) -> GateKind:
+        """Returns clusters of prompts, unless they are not possible or would change step 0."""
+        if self.router_input == "mean" or self.init_weights == "bad":
+            return "mean_one"
+        if self.num_experts == 1 or self.top_k is not None or self.target_parameters:
+            return "mean_one"
+        return "clusters"
+
+    def _refuse_conflicts(self) -> None:
         if self.router_input == "standardised" and self.routing != "prompt":
             raise BaditError(
                 "router_input: 'standardised' needs routing='prompt'; use router_input='mean'"
             )
-        if self.gates == "clusters" and (
-            self.router_input != "standardised" or self.top_k is not None
-        ):
+        can_cluster = self.router_input == "standardised" and self.top_k is None
+        if self.gates == "clusters" and not can_cluster:
             raise BaditError(
                 "gates: 'clusters' needs routing='prompt', router_input='standardised' and no top_k"
             )
-        if self.target_parameters and (
-            self.routing != "prompt" or self.layers_to_transform is not None
-        ):
+        can_be_fused = self.routing == "prompt" and self.layers_to_transform is None
+        if self.target_parameters and not can_be_fused:
             raise BaditError(
-                "target_parameters: needs routing='prompt', and full names instead of layers_to_transform"
+                "target_parameters: needs routing='prompt', and full names instead of "
+                "layers_to_transform"
             )
         # Older versions of PEFT save biases only for the methods that they know by name.
         if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise BaditError(
-                "bias must be 'none' with PEFT before 0.21, which saves no trained biases; upgrade PEFT"
+                "bias must be 'none' with PEFT before 0.21, which saves no trained biases; "
+                "upgrade PEFT"
             )
 
     @property
     def subtracted_share(self) -> float:
         return 1.0 if self.init_weights == "bad" else 0.0
 
-    def initial_factors(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def initial_factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.init_weights == "lora":
             return None
-        method, tolerance = self.svd_method, self.svd_tolerance
         triples = top_singular_triples(
-            weight_OI, self.num_components, method=method, tolerance=tolerance
+            weight_OI, self.num_components, method=self.svd_method, tolerance=self.svd_tolerance
         )
-        return (
-            expert_factors(triples, self.scaling)
-            if self.init_weights == "bad"
-            else expert_directions(triples)
-        )
+        if self.init_weights == "bad":
+            return expert_factors(triples, self.scaling)
+        return expert_directions(triples)
+
+
+TOP_K_REFUSED = (
+    "regrouping would move components into experts that top_k switches off; remove top_k, or do "
+    "not regroup"
+)
+
+
+@dataclass(frozen=True)
+class RegroupOptions:
+    """When and how to regroup components during training (DOG).
+
+    Each regrouping uses the mean Gram matrix of the steps since the previous one.
+    """
+
+    every: PositiveSteps = option(
+        20, "Optimizer steps between regroupings; below 1, a fraction of the run."
+    )
+    stop: Fraction = option(0.9, "Fraction of the run after which regrouping stops.")
+    solver: Solver = option(
+        "swap", "'swap': balanced k-means, then exact swaps; 'paper': the paper's iteration."
+    )
+    restarts: CountOrZero = option(10, "Number of random starts of the solver.")
+    rescale: bool = option(
+        True, "Multiply moved components by the ratio of their old and new experts' mean gates."
+    )
+
+    #: As in the paper's code: once in each of ten epochs, during the first half of training.
+    PAPER: ClassVar[dict[str, Any]] = {
+        "every": 0.1,
+        "stop": 0.5,
+        "solver": "paper",
+        "restarts": 10,
+        "rescale": False,
+    }
+
+    def __post_init__(self) -> None:
+        check_options(self, "regroup.")
+
+    def due(self, total_steps: int) -> range:
+        """Returns the steps of a run after which it regroups."""
+        every = int(self.every)
+        if self.every < 1:
+            every = max(1, round(self.every * total_steps))
+        # Rounded first, because 0.29 · 100 is 28.999999999999996.
+        last = math.floor(round(self.stop * total_steps, 6))
+        return range(every, last + 1, every)

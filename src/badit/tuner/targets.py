@@ -1,7 +1,8 @@
-"""The weights that are adapted in a base model: default modules, quantised weights and fused weights of MoE layers.
+"""The weights that are adapted in a base model: default modules, quantised weights, fused weights.
 
-A quantised weight (bitsandbytes in 8 or 4 bits, torchao in int8) is not changed; the experts are initialised from the
-dequantised weight. A fused weight of MoE experts is not changed either; each of its matrices becomes a base layer.
+A quantised weight (bitsandbytes in 8 or 4 bits, torchao in int8) is not changed; the experts are
+initialised from the dequantised weight. A fused weight of MoE experts is not changed either; each
+of its matrices becomes a base layer.
 """
 
 import re
@@ -12,12 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.utils.integrations import dequantize_bnb_weight
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from badit.support.errors import BaditError
 
-# The MLP's gate projection (as in the paper) or first projection; if all MLPs are fused, LoRA's default targets.
+# The names of an MLP's gate projection (as in the paper) or first projection, by model family.
 PROJECTIONS = (
     "gate_proj",
     "gate_up_proj",
@@ -30,124 +31,192 @@ PROJECTIONS = (
     "wi_0",
     "wi",
 )
+# If all MLPs are fused, LoRA's default targets.
 _PATTERNS = (
     *(rf"(?!.*(attn|attention|router|norm)).*\.{name}" for name in PROJECTIONS),
     r".*\.(q_proj|v_proj)",
 )
 _SPLIT = "split_"  # prefix of the list of a fused weight's matrices
+_BITSANDBYTES = ("Int8Params", "Params4bit")
+
+
+def chosen_targets(model: Any, config: Any) -> set[str] | None:
+    """Returns a configuration's target modules; if not set, :func:`default_targets`.
+
+    With target_parameters, no modules are adapted by default.
+    """
+    if config.target_modules is not None:
+        return config.target_modules
+    if getattr(config, "target_parameters", None):
+        return set()
+    targets = default_targets(model)
+    layers = config.layers_to_transform
+    if targets is None or layers is None:
+        return targets
+    # PEFT does not apply layers_to_transform to full names.
+    chosen = {layers} if isinstance(layers, int) else set(layers)
+    indices = {name: re.search(r"\.(\d+)\.", name) for name in targets}
+    return {name for name, index in indices.items() if index is None or int(index[1]) in chosen}
 
 
 def default_targets(model: Any) -> set[str] | None:
-    """Returns the default target modules, or None if not every layer of the decoder (or encoder-decoder) has them."""
-    is_whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(
-        model, "get_decoder"
-    )
-    decoder = model if is_whole else model.get_decoder()
+    """Returns the default target modules.
+
+    None if not every layer of the decoder (or encoder-decoder) has them.
+    """
+    layer_of = _layers_of_linear_modules(model)
+    for pattern in _PATTERNS:
+        names = [name for name in layer_of if re.fullmatch(pattern, name)]
+        if names and {layer_of[name] for name in names} == set(layer_of.values()):
+            return set(short_module_names(model, names))
+    return None
+
+
+def _layers_of_linear_modules(model: Any) -> dict[str, str]:
+    """Returns the name of the layer of each linear module of the decoder or encoder-decoder."""
+    decoder = model
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if hasattr(model, "get_decoder") and not is_encoder_decoder:
+        decoder = model.get_decoder()
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
-    layers = {}  # module name -> layer name
+    layers = {}
     for name, module in model.named_modules():
         layer = re.match(r".*?\.\d+(?=\.)", name)
         is_linear = isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "qweight")
         if is_linear and layer and name.startswith(prefix):
             layers[name.removesuffix(".base_layer")] = layer[0]
-    for pattern in _PATTERNS:
-        found = [name for name in layers if re.fullmatch(pattern, name)]
-        if found and {layers[name] for name in found} == set(layers.values()):
-            return set(short_module_names(model, found))
-    return None
-
-
-def chosen_targets(model: Any, config: Any) -> set[str] | None:
-    """Returns a configuration's target modules; if not set, none with fused weights, else :func:`default_targets`."""
-    if config.target_modules is not None:
-        return config.target_modules
-    found = set() if getattr(config, "target_parameters", None) else default_targets(model)
-    layers = config.layers_to_transform
-    if found and layers is not None:  # PEFT does not apply it to full names
-        chosen = {layers} if isinstance(layers, int) else set(layers)
-        found = {
-            name
-            for name in found
-            if not (index := re.search(r"\.(\d+)\.", name)) or int(index[1]) in chosen
-        }
-    return found
+    return layers
 
 
 def short_module_names(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Returns the last parts of the modules' names if these match the same modules; else the full names."""
+    """Returns the last parts of the modules' names if these match the same modules.
+
+    Otherwise it returns the full names.
+    """
     names = set(names)
     last_names = {name.rpartition(".")[2] for name in names}
-    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last_names}
-    return sorted(last_names if meant == names else names)
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last_names}
+    return sorted(last_names if matched == names else names)
+
+
+def refuse_misplaced_targets(model: nn.Module, config: Any) -> None:
+    """Raises BaditError for a fused weight in target_modules, or for none in target_parameters."""
+    fused = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    modules = [name.removesuffix(".base_layer") for name, _ in model.named_modules()]
+
+    def is_among(names: Iterable[str], target: str) -> bool:
+        return any(f".{name}".endswith(f".{target}") for name in names)
+
+    for target in getattr(config, "target_parameters", None) or ():
+        if not is_among(fused, target):
+            raise BaditError(
+                f"target_parameters: the model has no fused weight {target!r}; see "
+                "named_parameters()"
+            )
+    if not isinstance(config.target_modules, set):  # a regex, or 'all-linear'
+        return
+    for target in config.target_modules:
+        if is_among(fused, target) and not is_among(modules, target):
+            raise BaditError(
+                f"target_modules: {target} is a fused weight: name it in target_parameters"
+            )
+
+
+def refuse_unsuitable_layer(layer: nn.Module, name: str, method: str) -> None:
+    """Raises BaditError for a layer or a type of weight that is not supported."""
+    kind = type(layer).__name__
+    if hasattr(layer, "qweight"):
+        raise BaditError(
+            f"{name} is a {kind}, quantised by GPTQ or AWQ: {method} cannot read its weight; use "
+            "the unquantised model, or quantise it with bitsandbytes or torchao"
+        )
+    if not isinstance(layer, (nn.Linear, Conv1D, FusedExpert)):
+        raise BaditError(
+            f"{name} is a {kind}; {method} adapts nn.Linear and Conv1D: change target_modules"
+        )
+    is_readable = layer.weight.is_floating_point() and layer.weight.itemsize > 1
+    if not is_readable and not is_quantised(layer):
+        raise BaditError(
+            f"{name}: weights of type {layer.weight.dtype} are not supported; change target_modules"
+        )
 
 
 class FusedExpert(nn.Module):
-    """The matrix of one MoE expert in a fused weight, as a linear layer that has no parameters."""
+    """The matrix of one MoE expert in a fused weight, as a linear layer without parameters."""
 
     experts: Any
 
     def __init__(self, experts: nn.Module, parameter: str, index: int) -> None:
         super().__init__()
-        self.__dict__["experts"] = (
-            experts  # not registered as a submodule, because it contains this module
-        )
-        self.parameter, self.index = parameter, index
+        # Not registered as a submodule, because it contains this module.
+        self.__dict__["experts"] = experts
+        self.parameter = parameter
+        self.index = index
         self.out_features, self.in_features = self.weight.shape
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Tensor:
         """The expert's matrix (out, in), a view."""
         weight = getattr(self.experts, self.parameter)[self.index]
         return weight.T if self.experts.is_transposed else weight
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         biases = getattr(self.experts, f"{self.parameter}_bias", None)
-        return F.linear(x, self.weight, None if biases is None else biases[self.index])
+        bias = None if biases is None else biases[self.index]
+        return F.linear(x, self.weight, bias)
 
 
 def split_experts(experts: Any, parameter: str, name: str, routing: Any) -> nn.ModuleList:
-    """Returns the matrices of a module's fused weight; the first call replaces its forward by one that calls them.
+    """Returns the matrices of a module's fused weight.
 
-    BaditError if the parameter is not a floating-point fused weight of transformers' experts interface.
+    The first call replaces the module's forward by one that calls them. BaditError if the parameter
+    is not a floating-point fused weight of transformers' experts interface.
     """
-    weights = ("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj")
-    known = hasattr(experts, "is_transposed") and parameter in weights
-    if not known or not getattr(experts, parameter).is_floating_point():
+    first = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+    is_fused = hasattr(experts, "is_transposed") and parameter in (first, "down_proj")
+    if not is_fused or not getattr(experts, parameter).is_floating_point():
         raise BaditError(
-            f"{name}: is not a fused weight of MoE experts that can be adapted; change target_parameters"
+            f"{name}: is not a fused weight of MoE experts that can be adapted; change "
+            "target_parameters"
         )
     if not hasattr(experts, _SPLIT + parameter):
-        for each in weights:
-            matrices = (FusedExpert(experts, each, index) for index in range(experts.num_experts))
-            setattr(experts, _SPLIT + each, nn.ModuleList(matrices))
-        experts.routing, experts.tokens_P = routing, None
+        for fused in (first, "down_proj"):
+            matrices = [FusedExpert(experts, fused, i) for i in range(experts.num_experts)]
+            setattr(experts, _SPLIT + fused, nn.ModuleList(matrices))
+        experts.routing = routing
+        experts.tokens_P = None
         experts.forward = partial(_forward, experts)  # a deep or pickled copy binds it to the copy
     return getattr(experts, _SPLIT + parameter)
-
-
-def base_layer(model: nn.Module, name: str) -> Any:
-    """Returns the module of this name; for EXPERTS.PARAMETER.INDEX, the matrix with this index of a fused weight."""
-    weight, _, index = name.rpartition(".")
-    experts, _, parameter = weight.rpartition(".")
-    if index.isdigit() and isinstance(
-        getattr(model.get_submodule(experts), parameter, None), nn.Parameter
-    ):
-        return FusedExpert(model.get_submodule(experts), parameter, int(index))
-    return model.get_submodule(name)
 
 
 def join_experts(model: nn.Module) -> None:
     """Undoes :func:`split_experts` in all modules of a model."""
     for module in model.modules():
         lists = [name for name in module._modules if name.startswith(_SPLIT)]
-        for name in ("forward", "routing", "tokens_P", *lists) if lists else ():
+        if not lists:
+            continue
+        for name in ("forward", "routing", "tokens_P", *lists):
             delattr(module, name)
 
 
+def base_layer(model: nn.Module, name: str) -> Any:
+    """Returns the module of this name.
+
+    EXPERTS.PARAMETER.INDEX is the matrix with this index of a fused weight.
+    """
+    weight, _, index = name.rpartition(".")
+    parent, _, parameter = weight.rpartition(".")
+    if index.isdigit():
+        experts = model.get_submodule(parent)
+        if isinstance(getattr(experts, parameter, None), nn.Parameter):
+            return FusedExpert(experts, parameter, int(index))
+    return model.get_submodule(name)
+
+
 def _forward(
-    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """Returns the output (tokens, hidden) of the experts that the MoE's router chose, computed expert by expert.
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Returns the output (tokens, hidden) of the chosen experts, computed expert by expert.
 
     Sets ``tokens_P``: the indices, in the batch, of the tokens that the adapted layers receive.
     """
@@ -155,12 +224,12 @@ def _forward(
     choices_C = top_k_index.flatten()
     order_C = choices_C.argsort(stable=True)
     counts = choices_C.bincount(minlength=self.num_experts).tolist()
+    weight_C = top_k_weights.flatten()
     decodes = self.routing.forward_pass().held is not None
     result = torch.zeros_like(hidden_states)
-    for (first, last), choice_P in zip(
-        zip(*lists, strict=True), order_C.split(counts), strict=True
-    ):
-        # Experts without tokens run too: decoding needs their gates, and in training all ranks need the same gradients.
+    for first, last, choice_P in zip(*lists, order_C.split(counts), strict=True):
+        # Experts without tokens run too: decoding needs their gates, and in training all ranks need
+        # the same gradients.
         if decodes and not len(choice_P):
             continue
         self.tokens_P = choice_P // top_k_index.shape[-1]
@@ -168,7 +237,7 @@ def _forward(
         x = last(self._apply_gate(x) if self.has_gate else self.act_fn(x))
         if getattr(self, "has_post_expert_norm", False):
             x = self.post_expert_norm(x)
-        x = x * top_k_weights.flatten()[choice_P, None]
+        x = x * weight_C[choice_P, None]
         result.index_add_(0, self.tokens_P, x.to(result.dtype))
     return result
 
@@ -176,15 +245,16 @@ def _forward(
 def is_quantised(layer: nn.Module) -> bool:
     """Returns whether the layer's weight has a supported quantised type."""
     kind = type(getattr(layer, "weight", None))
-    return kind.__name__ in ("Int8Params", "Params4bit") or kind.__module__.startswith("torchao.")
+    return kind.__name__ in _BITSANDBYTES or kind.__module__.startswith("torchao.")
 
 
-def weight_as_used(layer: nn.Module) -> torch.Tensor:
-    """Returns the layer's weight as (out, in), dequantised if necessary; Conv1D stores it transposed."""
+def weight_as_used(layer: nn.Module) -> Tensor:
+    """Returns the layer's weight as (out, in), dequantised; Conv1D stores it transposed."""
     weight: Any = layer.weight
-    if type(weight).__name__ in ("Int8Params", "Params4bit"):
-        # Not with PEFT's dequantize_module_weight, which replaces the weight on a CPU: after an 8-bit layer's first
-        # forward pass, when bitsandbytes has moved the scales to the layer's state, the new weight has none.
+    if type(weight).__name__ in _BITSANDBYTES:
+        # Not with PEFT's dequantize_module_weight, which replaces the weight on a CPU: after an
+        # 8-bit layer's first forward pass, when bitsandbytes has moved the scales to the layer's
+        # state, the new weight has none.
         return dequantize_bnb_weight(weight, getattr(layer, "state", None))
     if is_quantised(layer):
         return weight.dequantize()
@@ -192,34 +262,17 @@ def weight_as_used(layer: nn.Module) -> torch.Tensor:
 
 
 def keep_in_place(model: nn.Module) -> None:
-    """Prevents bitsandbytes from reordering 4-bit weights on CPUs with AVX-512; BaditError if it already has."""
+    """Prevents bitsandbytes from reordering 4-bit weights on CPUs with AVX-512.
+
+    BaditError if it already has.
+    """
     module: Any
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
-            fix = "load the model again, and add the adapter before you evaluate it"
             raise BaditError(
-                f"{name}: has been evaluated on a CPU, where bitsandbytes reorders 4-bit weights; {fix}"
+                f"{name}: has been evaluated on a CPU, where bitsandbytes reorders 4-bit weights; "
+                "load the model again, and add the adapter before you evaluate it"
             )
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def refuse_unsuitable_layer(layer: nn.Module, name: str, method: str) -> None:
-    """Raises BaditError for a layer that is not nn.Linear or Conv1D, or whose weight has an unsupported type."""
-    kind = type(layer).__name__
-    if hasattr(layer, "qweight"):
-        fix = "use the unquantised model, or quantise it with bitsandbytes or torchao"
-        raise BaditError(
-            f"{name} is a {kind}, quantised by GPTQ or AWQ: {method} cannot read its weight; {fix}"
-        )
-    if not isinstance(layer, (nn.Linear, Conv1D, FusedExpert)):
-        raise BaditError(
-            f"{name} is a {kind}; {method} adapts nn.Linear and Conv1D: change target_modules"
-        )
-    if not is_quantised(layer) and (
-        layer.weight.itemsize == 1 or not layer.weight.is_floating_point()
-    ):
-        raise BaditError(
-            f"{name}: weights of type {layer.weight.dtype} are not supported; change target_modules"
-        )

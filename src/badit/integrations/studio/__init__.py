@@ -22,12 +22,13 @@ from badit.analysis.gates import Experts, active_experts, changed_gates, task_ga
 from badit.analysis.tables import layer_and_module, load_frame
 from badit.data import Task
 from badit.evaluation.generation import stream_answer
-from badit.export.exporting import KEEPS_BASE
+from badit.export.factors import KEEPS_BASE
 from badit.runs.folder import RunFolder
+from badit.runs.resolved import open_run
 from badit.support.console import say
 from badit.support.errors import BaditError, refuse_unknown
-from badit.training.fit import base_model, encoded_texts, load_run, make_plan
-from badit.training.methods import AdapterMethod, build_method
+from badit.training.encoding import encoded_texts, refuse_long_prompts
+from badit.training.loading import load_base, load_run
 
 MAX_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 512
@@ -54,24 +55,24 @@ class Session:
     """A loaded run. Its model is switched between the sides, so it answers one question at a time; others wait."""
 
     def __init__(self, run: RunFolder) -> None:
-        self.run, self.recipe = run, run.trusted_recipe()
-        self.method = build_method(self.recipe.method)
-        if not isinstance(self.method, AdapterMethod):
+        resolved = open_run(run)
+        self.run, self.recipe, self.method = run, resolved.recipe, resolved.method
+        if self.method.config is None:
             raise BaditError(
                 f"{run.path}: its method, {self.method.name}, trains no adapter; use another run"
             )
         self.tasks: dict[str, Task] = {}
         self.remark = ""
         try:
-            self.tasks = {task.name: task for task in make_plan(self.recipe).tasks}
+            self.tasks = {task.name: task for task in resolved.tasks}
         except BaditError as error:
             if self.method.needs_tasks:
                 raise
             self.remark = f"The run's tasks cannot be loaded: {error}"
-        self.model, self.tokenizer = load_run(self.run, self.recipe)
+        self.model, self.tokenizer = load_run(resolved)
         # Initialisations such as PiSSA's change the base weights, also for a disabled adapter.
         kept = getattr(self.method.config, "init_lora_weights", True) in KEEPS_BASE
-        self.base: Any = self.model if kept else base_model(self.recipe)[0]
+        self.base: Any = self.model if kept else load_base(self.recipe)[0]
         self.experts = active_experts(self.model)
         self.number_of_experts = self.experts[0].number if self.experts else 0
         self._free = threading.Lock()
@@ -164,8 +165,8 @@ class Session:
         """
         with self._free:
             task = None if question.task is None else self.tasks[question.task]
-            of_model = self.model, question.max_new_tokens
-            (ids,) = encoded_texts(self.tokenizer, self.recipe, [question.text], task, *of_model)
+            (ids,) = encoded_texts(self.tokenizer, self.recipe, [question.text], task)
+            refuse_long_prompts([ids], self.model, question.max_new_tokens)
             show("prompt", {"text": self.tokenizer.decode(ids), "tokens": len(ids)})
             for side in question.sides:
                 self._answer(side, question, ids, show)

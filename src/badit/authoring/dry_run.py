@@ -1,0 +1,260 @@
+"""``--dry-run``: checks a recipe without loading weights, and estimates time and memory."""
+
+import heapq
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.benchmark import Timer
+
+from badit.comparison.checks import check as check_grid
+from badit.comparison.grid import Grid
+from badit.data import Task, prompt_text
+from badit.models.loading import device, load_tokenizer
+from badit.recipe.method import resolve_method
+from badit.recipe.schema import Recipe
+from badit.runs.folder import RunFolder
+from badit.runs.resolved import ResolvedRun, resolve
+from badit.support.console import status
+from badit.support.errors import BaditError
+from badit.support.text import counted, text_table
+from badit.training.encoding import encoded
+from badit.training.hf_arguments import training_arguments
+from badit.training.loading import model_dtype
+from badit.training.methods import Method, on_skeleton
+from badit.tuner import hooks_of
+
+_SAMPLED = 64  # approximate number of training instances from which the mean length is estimated
+# Lower bound of a step's time relative to its matrix products with weights; the rest is attention,
+# norms, adapters and the overhead of small batches. Measured on a CPU: 2 in float32, 5 in bfloat16
+# (small model, fast products).
+_OVERHEAD = 2.0
+_SIZES = {None: 1.0, "bnb-4bit": 0.3}  # of quantised weights relative to 16 bits; others: 0.5
+
+
+def check(recipe: Recipe) -> list[str]:
+    """Describes a recipe's training in lines of text; BaditError with a line per problem."""
+    problems: list[str] = []
+
+    def tried(step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except BaditError as error:
+            problems.extend(str(error).split("\n"))
+
+    run: ResolvedRun | None = tried(lambda: resolve(recipe))
+    with status(f"checking {recipe.model.name}"):
+        options = recipe.model.model_dump(exclude={"dtype", "quantisation"})
+        tokenizer = tried(lambda: load_tokenizer(**options))
+    # Also with invalid data, so that all problems are reported at once.
+    checked = run or tried(lambda: _without_tasks(recipe))
+    applied = None
+    if checked is not None:
+        tried(lambda: training_arguments(checked, Path(recipe.output), 0))
+        applied = tried(lambda: _on_skeleton(checked))
+    if run is not None:
+        tried(run.has_begun)
+    if problems or run is None or applied is None:
+        raise BaditError(*dict.fromkeys(problems))
+    return _DryRun(run, tokenizer, *applied).lines()
+
+
+def _without_tasks(recipe: Recipe) -> ResolvedRun:
+    run = ResolvedRun(RunFolder.at(recipe.output), recipe, resolve_method(recipe.method))
+    run.tasks = []
+    return run
+
+
+def _on_skeleton(run: ResolvedRun) -> tuple[Method, Any]:
+    names = [task.name for task in run.tasks]
+    return on_skeleton(run.recipe, run.method, names, dtype=model_dtype(run.recipe))
+
+
+def check_comparison(recipe: Recipe) -> list[str]:
+    """Describes a comparison: its methods and budgets, and one run of the reference method."""
+    grid = Grid(recipe)
+    reference = grid.section.reference
+    first_cell = grid.chosen(reference, grid.start_rates[reference])[0]
+    lines_of_run = check(grid.recipe_of(first_cell))[1:]
+    with status("checking data and methods"):
+        tasks, counts = check_grid(grid)
+    rows = []
+    total = 0
+    for name, rate in grid.start_rates.items():
+        cells = len(grid.chosen(name, rate, tasks))
+        total += cells
+        rows.append([name, str(cells), f"{counts[name]:,}" if counts[name] else "–"])
+    table = text_table(["method", "runs", "trainable parameters"], rows, right={1, 2})
+    search = ", plus those of the learning rate search" if grid.section.learning_rates else ""
+    return [
+        *table.split("\n"),
+        "",
+        f"{total} runs{search}; they would be written to {recipe.output}",
+        f"one run of {reference}:",
+        *(f"  {line}" for line in lines_of_run),
+    ]
+
+
+@dataclass
+class _DryRun:
+    """A run whose method is applied to its base model on the meta device."""
+
+    run: ResolvedRun
+    tokenizer: Any
+    method: Method
+    model: Any
+
+    def lines(self) -> list[str]:
+        """Returns the description of the training."""
+        run = self.run
+        recipe = run.recipe
+        tasks = counted(len(run.tasks), "task")
+        counts = f"{run.training_instances} training and {run.test_instances}"
+        counts += f" {recipe.evaluation.split} instances"
+        lines = [f"{tasks}, {counts}; the run would be written to {recipe.output}"]
+        with status("reading the longest prompts"):
+            longest, sample = self._longest(), self._sample()
+        if not run.method.trains:
+            return [*lines, f"the method {self.method.name} trains nothing"]
+
+        steps = [_steps(run, tasks) for _, tasks in run.stages]
+        rows = recipe.training.per_device_train_batch_size
+        rows *= recipe.training.gradient_accumulation_steps
+        lines.append(f"{sum(steps)} steps of {rows * _processes()} instances")
+        mean_length = sum(len(example["input_ids"]) for example in sample) / len(sample)
+        seconds = sum(steps) * rows * mean_length * self._seconds_per_token()
+        minutes = math.ceil(seconds / 60)
+        machine = "minutes of training on this machine, without other load"
+        lines.append(f"{minutes:,} to {3 * minutes:,} {machine}")
+        if run.method.regroup is not None:
+            regroupings = sum(len(run.method.regroup.due(count)) for count in steps)
+            fix = "" if regroupings else ": lower method.regroup.every"
+            lines.append(f"{regroupings} regroupings in {sum(steps)} steps{fix}")
+        trained = self.method.trained_parameters(self.model)
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        lines.append(f"{trained:,} of {parameters:,} parameters are trained")
+        return [*lines, self._memory(longest, trained)]
+
+    def _longest(self) -> list[dict[str, Any]]:
+        """Returns the encoded instances of the batch that needs most memory."""
+        recipe = self.run.recipe
+
+        def length(pair: Any) -> int:
+            task, instance = pair
+            prompt = prompt_text(task, instance, recipe.prompt.encoding)
+            return len(prompt) + len(instance.outputs[0])
+
+        pairs = ((task, instance) for task in self.run.tasks for instance in task.train)
+        rows = recipe.training.per_device_train_batch_size
+        longest = heapq.nlargest(rows, pairs, key=length)
+        return encoded(self.tokenizer, recipe, longest, self.model)
+
+    def _sample(self) -> list[dict[str, Any]]:
+        """Returns some encoded training instances of all tasks."""
+        step = max(1, self.run.training_instances // _SAMPLED)
+        pairs = [(task, instance) for task in self.run.tasks for instance in task.train[::step]]
+        return encoded(self.tokenizer, self.run.recipe, pairs, self.model)
+
+    def _seconds_per_token(self) -> float:
+        """Estimates a training step's time per token from that of one matrix product."""
+        weight = self.model.get_input_embeddings().weight
+        hidden = weight.shape[1]
+        rows = 1024
+        x = torch.randn(rows, hidden, dtype=weight.dtype, device=device())
+        w = torch.randn(hidden, 4 * hidden, dtype=weight.dtype, device=device())
+        names = {"x": x, "w": w}
+        timer = Timer("x @ w", globals=names, num_threads=torch.get_num_threads())
+        product = timer.blocked_autorange(min_run_time=0.2)
+        embeddings = {weight, self.model.get_output_embeddings().weight}  # may be one weight
+        weights = sum(p.numel() for p in self.model.parameters() if p.dim() == 2)
+        weights -= sum(embedding.numel() for embedding in embeddings)
+        # Forward, backward to the inputs; backward to the weights if they are trained; a second
+        # forward pass if activations are recomputed.
+        passes = 2 + self.run.method.trains_base_weights
+        passes += self.run.recipe.training.gradient_checkpointing
+        return product.median / (rows * w.numel()) * weights * passes * _OVERHEAD
+
+    def _memory(self, longest: Sequence[dict[str, Any]], trained: int) -> str:
+        """Describes the memory for the longest batch of ``trained`` parameters."""
+        recipe = self.run.recipe
+        tokens = max(len(example["input_ids"]) for example in longest)
+        answer_tokens = sum(
+            len(example["input_ids"]) - example["prompt_length"] for example in longest
+        )
+        frozen = [p for p in self.model.parameters() if not p.requires_grad]
+        weights = sum(p.numel() * p.element_size() for p in frozen)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        activations = self._activations(len(longest), tokens)
+        parts = {
+            "weights": weights * _SIZES.get(recipe.model.quantisation, 0.5),
+            # Weight, gradient and two moments in float32.
+            "gradients and optimizer": 16 * trained,
+            "activations": activations,
+            # Logits, softmax and gradient in float32.
+            "logits": 12 * answer_tokens * vocabulary,
+        }
+        shown = []
+        for name, size in parts.items():
+            shown.append(f"{name} ?" if size is None else f"{name} {size / 2**30:.1f}")
+        total = sum(size or 0 for size in parts.values()) / 2**30
+        about = "more than" if activations is None else "about"
+        batch = f"a batch of {len(longest)} × {tokens} tokens"
+        return f"{about} {total:.1f} GiB of memory for {batch} ({', '.join(shown)})"
+
+    def _activations(self, rows: int, tokens: int) -> float | None:
+        """Returns the bytes that autograd saves in a forward pass, counted on the meta device.
+
+        None if the model cannot run there.
+        """
+        model = self.model
+        sizes: dict[int, int] = {}
+        saved = {*model.parameters(), *model.buffers()}
+        own_storages = {tensor.untyped_storage()._cdata for tensor in saved}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage._cdata] = storage.nbytes()
+            return tensor
+
+        inputs: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
+        try:
+            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+            with torch.device("meta"), hooks:
+                if hooks_of(model).routes_prompts:
+                    inputs["prompt_mask"] = torch.ones(rows, tokens).bool()
+                # A smaller mask would have its values read.
+                mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)
+                ids = torch.zeros(rows, tokens, dtype=torch.long)
+                model.train()(ids, attention_mask=mask, **inputs)
+        except Exception:  # an architecture that reads tensor values
+            return None
+        total = sum(size for storage, size in sizes.items() if storage not in own_storages)
+        if not self.run.recipe.training.gradient_checkpointing:
+            return total
+        # Every layer's input, and the activations of one layer at a time.
+        config = model.config.get_text_config()
+        layers = config.num_hidden_layers
+        return total / layers + layers * rows * tokens * config.hidden_size * 4
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _steps(run: ResolvedRun, tasks: Sequence[Task]) -> int:
+    """Returns the number of optimizer steps of a stage, counted like transformers' Trainer."""
+    training = run.recipe.training
+    if training.max_steps > 0:
+        return training.max_steps
+    quotas = run.recipe.data.quotas(tasks)
+    if quotas:
+        instances = sum(quotas.values())
+    else:
+        instances = sum(len(task.train) for task in tasks)
+    batches = math.ceil(instances / (training.per_device_train_batch_size * _processes()))
+    steps_per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    return math.ceil(training.num_train_epochs * steps_per_epoch)

@@ -1,0 +1,81 @@
+"""``badit init``: writes a first recipe, with comments, for given data."""
+
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from badit.authoring.keys import as_yaml
+from badit.data import Task, hold_out, limit, load_sources
+from badit.recipe.loading import build_recipe
+from badit.recipe.yaml_text import parse_yaml
+from badit.runs.resolved import resolve
+from badit.support.console import status
+from badit.support.errors import BaditError
+from badit.support.files import read_text
+from badit.support.text import counted
+
+_HELD_OUT = 10  # validation instances of each task, if all tasks have enough training data
+
+
+def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
+    """Returns the text of a commented recipe for the file ``path``.
+
+    ``source`` is the recipe's ``data.source``; ``overrides`` are keys of the data section that are
+    needed to read it, such as ``data.columns.input=text``. BaditError if the data cannot be trained
+    and scored.
+    """
+    for override in overrides:
+        if not override.startswith("data.") or override.startswith("data.source"):
+            problem = "only other data keys can be set here, such as data.columns.input=text"
+            raise BaditError(f"{override!r:.60}: {problem}")
+    data = build_recipe({"data": {"source": source}}, overrides).data
+    with status("reading the tasks"):
+        tasks = load_sources(data.sources(), data.tasks, data.weights)
+    held_out = data.validation_per_task or _held_out(tasks)
+    used = hold_out(tasks, held_out, data.seed)
+    used = limit(used, data.train_per_task, data.test_per_task, data.seed)
+    # If some tasks have no training data, the others need no test data.
+    all_are_trained = all(task.train for task in tasks)
+    all_are_tested = all(task.test for task in tasks)
+    split = "test" if all_are_tested or not all_are_trained else "validation"
+    excluded = {"source", "validation_per_task"}
+
+    templates = Environment(keep_trailing_newline=True, trim_blocks=True, undefined=StrictUndefined)
+    templates.filters |= {"yaml": as_yaml, "counted": counted, "shell": shlex.quote}
+    template = templates.from_string(read_text(Path(__file__).with_name("recipe.yaml.j2")))
+    text = template.render(
+        path=path,
+        stem=Path(path).stem,
+        source=source,
+        given=data.model_dump(mode="json", exclude_defaults=True, exclude=excluded),
+        tasks=tasks,
+        train=sum(len(task.train) for task in used),
+        test=sum(len(getattr(task, split)) for task in used),
+        split=split,
+        tokens=_answer_tokens(tasks),
+        held_out=held_out,
+    )
+    resolve(build_recipe(parse_yaml(text, where=path), where=path))
+    return text
+
+
+def _held_out(tasks: Sequence[Task]) -> int:
+    """Returns the number of instances to hold out of each task: at most a quarter."""
+    quarters = [len(task.train) // 4 for task in tasks if len(task.train) >= 4]
+    return min([_HELD_OUT, *quarters]) if quarters else 0
+
+
+def _answer_tokens(tasks: Sequence[Task]) -> int:
+    """Returns a limit on answer tokens, a multiple of 50, that truncates few training answers."""
+    answers = (output for task in tasks for instance in task.train for output in instance.outputs)
+    longest = max(map(_most_tokens, answers), default=0)
+    return min(1024, max(50, math.ceil(longest / 50) * 50))
+
+
+def _most_tokens(text: str) -> float:
+    """An upper estimate of the tokens: one per three ASCII characters, 1.5 per other character."""
+    ascii_characters = sum(map(str.isascii, text))
+    return ascii_characters / 3 + 1.5 * (len(text) - ascii_characters)

@@ -1,0 +1,25 @@
+"""``badit analyze``."""
+
+from pathlib import Path
+from typing import Any
+
+from badit.api import analyze
+from badit.cli.app import load, write_report_if_possible
+from badit.cli.derived import derive
+
+
+def _shown(target: str, tables: Any, options: dict[str, Any]) -> str:
+    names = ("config.yaml", "results.json")
+    is_folder = any((Path(target) / name).is_file() for name in names)
+    folder = Path(options.get("output") or (target if is_folder else "runs/analysis"))
+    rows = [[name, f"{len(frame):,}"] for name, frame in tables.items()]
+    listed = load("badit.support.text").text_table(["table", "rows"], rows, right={1})
+    runs: list[str | Path] = [folder]
+    # If the tables are elsewhere, the report also gets the target, which has scores and losses.
+    if is_folder and not folder.samefile(target):
+        runs = [target, folder]
+    report = write_report_if_possible(runs, folder / "report.html")
+    return f"{listed}\n\nTables: {folder / 'analysis'}\n{report}"
+
+
+derive(analyze, _shown, "badit.analysis")

@@ -1,0 +1,50 @@
+"""``badit compare``, and ``badit demo``, which is a comparison."""
+
+import signal
+from pathlib import Path
+
+from cyclopts.types import PositiveInt
+
+from badit.api import table
+from badit.cli.app import Overrides, app, load, read_recipe, write_report_if_possible
+from badit.support.console import show
+
+
+@app.command
+def compare(
+    recipe: str, *overrides: str, jobs: PositiveInt = 1, dry_run: bool = False
+) -> str | int:
+    """Train and score methods, each at its best learning rate of compare.learning_rates.
+
+    The same command resumes an interrupted comparison: finished runs are kept, failed runs are
+    repeated. It prints a table (again, also in other formats: badit table OUTPUT) and writes
+    OUTPUT/report.html.
+
+    Args:
+        recipe: a YAML file with a compare section, or the name of one that comes with badit, such
+            as own-tasks.
+        overrides: key=value, such as compare.seeds=[0] output=runs/mine.
+        jobs: number of runs at a time; they share the cores and GPUs.
+        dry_run: check everything, print the methods, their budgets and the estimated costs of one
+            run, and exit.
+    """
+    given = read_recipe(recipe, overrides)
+    if dry_run:
+        return "\n".join(load("badit.authoring.dry_run").check_comparison(given))
+    # SIGTERM (from a batch system) is handled like Ctrl-C: the cells run in separate sessions and
+    # must be stopped too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    results = load("badit.comparison.compare").compare(given, jobs=jobs)
+    path = Path(given.output) / load("badit.comparison.results").RESULTS
+    show(f"{table(path)}\n\nResults: {path}")
+    show(write_report_if_possible([given.output], path.with_name("report.html")))
+    return int("failed" in set(results.cells["status"]))
+
+
+@app.command
+def demo(*overrides: Overrides) -> str | int:
+    """Tune SmolLM2 on the built-in tasks with LoRA and with BADIT: 'badit compare demo'.
+
+    The same command resumes an interrupted demo. To start over, remove the output folder.
+    """
+    return compare(str(load("badit.recipe.loading").shipped_recipes()["demo"]), *overrides)

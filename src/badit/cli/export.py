@@ -1,0 +1,67 @@
+"""``badit export``."""
+
+import shlex
+from typing import Any
+
+from badit.api import Run
+from badit.cli.derived import derive
+from badit.support.files import read_json
+
+
+def _shown(run: Run, exported: Any, options: dict[str, Any]) -> str:
+    """Returns the export's facts, the commands that serve it, and its scores, if measured."""
+    from badit.export.exporting import SCORES
+    from badit.export.scoring import cost_table
+
+    no_gates = "none: the run has no gates that depend on the prompt"
+    facts = {"mixture": exported.record["mixture"] or no_gates}
+    folder = shlex.quote(str(exported.folder))
+    if exported.rank is None:
+        facts["model"] = folder
+        facts["vLLM"] = f"vllm serve {folder}"
+        facts["llama.cpp"] = f"convert_hf_to_gguf.py {folder}"
+    else:
+        facts |= _facts_of_adapter(run, exported)
+    text = "\n".join(f"{name:10} {value}" for name, value in facts.items())
+    path = exported.folder / SCORES
+    if not path.is_file():
+        return text
+    return f"{text}\n\n{cost_table(read_json(path))}\n\nScores: {path}"
+
+
+def _facts_of_adapter(run: Run, exported: Any) -> dict[str, str]:
+    from badit.hub.card import hub_id
+    from badit.models.loading import resolve_model
+
+    recipe = run.recipe
+    base = resolve_model(recipe.model.name)
+    vllm = ["vllm", "serve", base]
+    if recipe.model.revision:
+        vllm += ["--revision", recipe.model.revision]
+    vllm += ["--enable-lora", "--max-lora-rank", str(exported.max_lora_rank), "--lora-modules"]
+    for part in exported.tasks.values() or [exported]:
+        vllm.append(f"{part.folder.resolve().name}={part.folder}")
+    folder = shlex.quote(str(exported.folder))
+    adapter = f"{folder}/TASK" if exported.tasks else folder
+    convert = f"convert_lora_to_gguf.py {adapter}"
+    if not hub_id(recipe):
+        convert += f" --base {shlex.quote(base)}"
+    return {
+        "rank": _rank(exported),
+        "adapter": adapter,
+        "vLLM": shlex.join(vllm),
+        "llama.cpp": convert,
+    }
+
+
+def _rank(exported: Any) -> str:
+    error = exported.record.get("relative_error")
+    if error is None:
+        return f"{exported.rank}, exact"
+    module, worst = max(error["modules"].items(), key=lambda item: item[1])
+    rank = f"{exported.rank} of {exported.record['exact_rank']}"
+    overall = f"relative error {error['total']:.2g} overall (Frobenius norm)"
+    return f"{rank}: {overall}, at most {worst:.2g} per module ({module})"
+
+
+derive(Run.export, _shown, "badit.export.exporting")

@@ -1,0 +1,24 @@
+"""``badit init``."""
+
+import shlex
+from pathlib import Path
+
+from badit.cli.app import Output, app, load
+from badit.support.errors import BaditError
+from badit.support.files import write_text
+
+
+@app.command
+def init(data: str = "builtin", *overrides: str, output: Output = "recipe.yaml") -> str:
+    """Write a first recipe for your data, with comments.
+
+    Args:
+        data: the recipe's data.source: a file, a folder, a dataset on the hub or 'builtin'.
+        overrides: data keys that are needed to read the data, such as data.columns.input=text.
+        output: the recipe's file, which must not exist yet.
+    """
+    path = Path(output)
+    if path.exists():
+        raise BaditError(f"{output}: already exists; choose another --output")
+    write_text(path, load("badit.authoring.first_recipe").first_recipe(data, output, overrides))
+    return f"Recipe: {output}\nNext: badit train {shlex.quote(output)} --dry-run"

@@ -1,0 +1,115 @@
+"""Checks of a comparison before its first run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from badit.comparison.grid import Cell, Grid, of_key
+from badit.comparison.results import RESULTS, SINGLE_TASK, load_results
+from badit.data import ordered
+from badit.runs.fingerprints import keep_inputs, task_fingerprints
+from badit.runs.folder import RunFolder
+from badit.runs.resolved import ResolvedRun
+from badit.support.errors import BaditError
+from badit.training.methods import on_skeleton
+
+# Relative, of parameter counts: ranks are integers, so the counts match only approximately.
+_TOLERANCE = 0.05
+
+
+def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
+    """Returns the tasks' names and each method's number of trainable parameters.
+
+    BaditError if the comparison cannot run.
+    """
+    section = grid.section
+    _refuse_other_output(grid)
+    start_rate = grid.start_rates[section.reference]
+    reference = grid.run_of(grid.chosen(section.reference, start_rate)[0])
+    if section.learning_rates is not None:
+        reference.refuse_unscorable("validation")
+    _refuse_equal_orders(grid, reference)
+    if section.single_task:
+        _refuse_single_tasks(reference)
+    tasks = [task.name for task in reference.tasks]
+    counts = {}
+    for name in section.methods:
+        with of_key(f"methods.{name}"):
+            run = grid.run_of(Cell(name))
+            method, model = on_skeleton(run.recipe, run.method, tasks)
+            counts[name] = method.trained_parameters(model)
+    _refuse_other_budget(grid, counts)
+    _refuse_changed_runs(grid, tasks)
+    return tasks, counts
+
+
+def _refuse_other_output(grid: Grid) -> None:
+    output = grid.recipe.output
+    if RunFolder.at(output).config_path.is_file():
+        fix = "choose another output=FOLDER for the comparison"
+        raise BaditError(f"{output}: contains a run; {fix}")
+    file = Path(output) / RESULTS
+    if not file.is_file():
+        return
+    finished = load_results(output).cells.query("status == 'done'")
+    methods = finished["method"].str.removesuffix(SINGLE_TASK)
+    # They would be replaced by results of the new runs only.
+    if len(methods) and not any((Path(output) / name).is_dir() for name in methods):
+        fix = "choose another output=FOLDER, or move the file"
+        raise BaditError(f"{file}: has results without their runs; {fix}")
+
+
+def _refuse_equal_orders(grid: Grid, reference: ResolvedRun) -> None:
+    sequences = []
+    for order in grid.section.orders or ():
+        sequence = [task.name for task in ordered(reference.tasks, order)]
+        if sequence in sequences:
+            problem = "two of them order these tasks in the same way; remove one"
+            raise BaditError(f"compare.orders: {problem}")
+        sequences.append(sequence)
+
+
+def _refuse_single_tasks(reference: ResolvedRun) -> None:
+    split = reference.recipe.evaluation.split
+    for task in reference.tasks:
+        if not task.train or not getattr(task, split):
+            problem = f"task {task.name} cannot be both trained and scored"
+            fix = "remove it from data.tasks, or leave out compare.single_task"
+            raise BaditError(f"compare.single_task: {problem}; {fix}")
+
+
+def _refuse_other_budget(grid: Grid, counts: Mapping[str, int]) -> None:
+    section = grid.section
+    if section.budget is None:
+        return
+    budget = counts[section.budget]
+    for name, count in counts.items():
+        is_exempt = not count or name in section.unmatched
+        if not is_exempt and abs(count - budget) > _TOLERANCE * budget:
+            problem = f"trains {count:,} parameters, {section.budget} trains {budget:,}"
+            fix = f"change its rank to agree within {_TOLERANCE:.0%}, or list it in "
+            raise BaditError(f"compare.methods.{name}: {problem}; {fix}compare.unmatched")
+
+
+def _refuse_changed_runs(grid: Grid, tasks: list[str]) -> None:
+    """Raises BaditError for runs in the folder that were made with other recipes or other data."""
+    fingerprints: dict[str, dict[str, str]] = {}
+    for cell in _all_cells(grid, tasks):
+        if not grid.folder_of(cell).config_path.is_file():
+            continue
+        run = grid.run_of(cell)
+        run.prepare_folder()
+        data = run.recipe.data.model_dump_json()
+        if data not in fingerprints:
+            fingerprints[data] = task_fingerprints(run.tasks)
+        keep_inputs(run.folder, fingerprints[data])
+
+
+def _all_cells(grid: Grid, tasks: list[str]) -> list[Cell]:
+    ladder = grid.section.learning_rates
+    cells = []
+    for name, start_rate in grid.start_rates.items():
+        for rate in ladder or [start_rate]:
+            cells += grid.chosen(name, rate, tasks)
+            if ladder:
+                cells.append(grid.searched(name, rate))
+    return cells

@@ -1,0 +1,248 @@
+"""The method of a run: resolves a ``method`` section to a configuration with every default.
+
+Imports torch and PEFT, unlike the other modules of this room.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from accelerate.utils import parse_flag_from_env
+from peft import PeftConfig
+
+from badit.baselines import BASELINES, neurons
+from badit.recipe.schema import Recipe
+from badit.support.errors import BaditError, nearest
+from badit.tuner.config import (
+    FORMAT_FIELD,
+    TOP_K_REFUSED,
+    BaditConfig,
+    ExpertConfig,
+    RegroupOptions,
+    described,
+)
+
+# Fields of an adapter's configuration that badit or PEFT sets, not the recipe.
+BOOKKEEPING = {
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+    "tasks",
+    "past_branches",
+    FORMAT_FIELD,
+}
+_NOT_OPTIONS = BOOKKEEPING | {"peft_type", "auto_mapping", "runtime_config"}
+
+SURGERY = ("pcgrad", "cagrad")  # LoRA with gradient surgery, see badit.training.surgery
+_NoOptions = dataclasses.make_dataclass("_NoOptions", ())
+
+
+class Kind(NamedTuple):
+    """What a method's name stands for."""
+
+    config_class: type[Any]  # its fields are the method's options
+    fixed: Mapping[str, Any] = {}  # the fields that the name sets
+    trains: Literal["adapter", "base weights", "neurons", "nothing"] = "adapter"
+
+
+#: All methods, by their names in a recipe.
+KINDS: dict[str, Kind] = {
+    "badit": Kind(BaditConfig),
+    **{name: Kind(*baseline) for name, baseline in BASELINES.items()},
+    **dict.fromkeys(SURGERY, Kind(*BASELINES["lora"])),
+    "task-neurons": Kind(neurons.NeuronOptions, trains="neurons"),
+    "full": Kind(_NoOptions, trains="base weights"),
+    "base": Kind(_NoOptions, trains="nothing"),
+}
+NAMES = list(KINDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedMethod:
+    """A method's name and its configuration, with every default filled in."""
+
+    name: str
+    options: Any  # a PEFT configuration, or the options of a method that trains base weights
+    regroup: RegroupOptions | None  # None: components are not regrouped during training
+    #: The method section of the resolved recipe. PEFT's own configurations have the options that
+    #: the recipe sets: their defaults are PEFT's, and adapter_config.json has all of them.
+    section: Mapping[str, Any]
+
+    @property
+    def config(self) -> Any:
+        """The PEFT configuration, or None for a method that adds no adapter."""
+        return self.options if isinstance(self.options, PeftConfig) else None
+
+    @property
+    def trains(self) -> bool:
+        return KINDS[self.name].trains != "nothing"
+
+    @property
+    def trains_base_weights(self) -> bool:
+        return KINDS[self.name].trains in ("base weights", "neurons")
+
+    @property
+    def needs_tasks(self) -> bool:
+        """Whether the task of every row must be known, in training and in inference."""
+        return getattr(self.options, "needs_tasks", False)
+
+    @property
+    def needs_whole_weights(self) -> bool:
+        """Whether the method cannot train sharded weights."""
+        return getattr(self.options, "needs_whole_weights", False)
+
+    def refuse_recipe(self, recipe: Recipe) -> None:
+        """Raises BaditError if another section of the recipe conflicts with the method."""
+        if self.trains_base_weights:
+            self._refuse_adapter_settings(recipe)
+        uses_deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+        if recipe.training.optimizer == "orthogonal" and uses_deepspeed:
+            problem = "orthogonal cannot run with DeepSpeed; use FSDP2, DDP, adamw or lora+"
+            raise BaditError(f"training.optimizer: {problem}")
+        if self.name in SURGERY:
+            self._refuse_single_tasks(recipe)
+        if KINDS[self.name].trains == "neurons" and recipe.training.weight_decay:
+            problem = f"must be 0 with {self.name}; it would change frozen neurons too"
+            raise BaditError(f"training.weight_decay: {problem}")
+
+    def _refuse_single_tasks(self, recipe: Recipe) -> None:
+        # With one task per micro-batch, the run would be plain LoRA.
+        if recipe.data.order is not None:
+            fix = "train without an order of tasks"
+            raise BaditError(f"method: {self.name} needs several tasks at a time; {fix}")
+        if recipe.training.per_device_train_batch_size == 1:
+            problem = f"1 has one task for {self.name}"
+            fix = "raise it, and lower training.gradient_accumulation_steps"
+            raise BaditError(f"training.per_device_train_batch_size: {problem}; {fix}")
+
+    def _refuse_adapter_settings(self, recipe: Recipe) -> None:
+        training = recipe.training
+        if recipe.model.dtype == "float16":
+            problem = "base weights cannot be trained in float16"
+            raise BaditError(f"model.dtype: {problem}; use bfloat16 with {self.name}")
+        if recipe.model.quantisation:
+            problem = f"{self.name} cannot train quantised base weights"
+            raise BaditError(f"model.quantisation: {problem}; remove this key")
+        if training.optimizer != "adamw":
+            problem = f"{training.optimizer} trains only adapters"
+            raise BaditError(f"training.optimizer: {problem}; use adamw for {self.name}")
+        if training.router_lr_ratio != 1:
+            problem = f"{self.name} has no router; leave it out for this method"
+            raise BaditError(f"training.router_lr_ratio: {problem}")
+        if "learning_rate" not in training.model_fields_set:
+            problem = f"the default is for adapters; set it for {self.name}, as 2.0e-5"
+            raise BaditError(f"training.learning_rate: {problem}")
+
+
+def resolve_method(section: Mapping[str, Any]) -> ResolvedMethod:
+    """Resolves a ``method`` section; BaditError for an unknown name or option, or a bad value."""
+    options = dict(section)
+    name = options.pop("name", "badit")
+    if name not in NAMES:
+        hint = f"{nearest(name, NAMES)}; known: {', '.join(NAMES)}"
+        raise BaditError(f"method.name: unknown method {name!r:.60}{hint}")
+    kind = KINDS[name]
+    for key in options.keys() & kind.fixed.keys():
+        problem = f"is set by the method name {name} (to {kind.fixed[key]}); delete it"
+        raise BaditError(f"method.{key}: {problem}")
+
+    regroup = None
+    if name == "badit":
+        regroup = _take_regroup(options)
+    _refuse_options_of_peft(options)
+    config = _built(name, kind, options)
+    if regroup is not None and config.top_k is not None and config.top_k < config.num_experts:
+        raise BaditError(f"method.regroup: {TOP_K_REFUSED} (regroup: null)")
+
+    if isinstance(config, PeftConfig) and not isinstance(config, ExpertConfig):
+        resolved = {"name": name, **options}
+    else:
+        resolved = {"name": name, **_option_values(config, kind)}
+    if name == "badit":
+        resolved["regroup"] = None if regroup is None else dataclasses.asdict(regroup)
+    return ResolvedMethod(name, config, regroup, resolved)
+
+
+def _take_regroup(options: dict[str, Any]) -> RegroupOptions | None:
+    """Removes preset and regroup from badit's options, and applies the preset to the others."""
+    preset = options.pop("preset", "default")
+    if preset not in ("default", "paper"):
+        raise BaditError(f"method.preset: must be default or paper, got {preset!r:.60}")
+    is_paper = preset == "paper"
+    regroup = options.pop("regroup", {} if is_paper else None)
+    if regroup is not None and not isinstance(regroup, dict):
+        form = "must be a mapping such as {every: 20}, or null to train without DOG"
+        raise BaditError(f"method.regroup: {form}")
+    if is_paper:
+        for key, value in BaditConfig.PAPER.items():
+            options.setdefault(key, value)
+    if regroup is None:
+        return None
+    if is_paper:
+        regroup = {**RegroupOptions.PAPER, **regroup}
+    return _built("regroup", Kind(RegroupOptions), regroup, "method.regroup")
+
+
+def _refuse_options_of_peft(options: Mapping[str, Any]) -> None:
+    """Raises BaditError for values that PEFT accepts, but with which a run cannot work."""
+    initial = str(options.get("init_lora_weights"))
+    if initial.startswith("pissa_niter"):
+        problem = "pissa_niter is random, and loading would repeat it; use pissa"
+        raise BaditError(f"method.init_lora_weights: {problem}")
+    if initial in ("eva", "lora_ga"):
+        problem = f"{initial} needs a pass over data; use another value, such as true"
+        raise BaditError(f"method.init_lora_weights: {problem}")
+    modules_to_save = options.get("modules_to_save")
+    if isinstance(modules_to_save, str):  # PEFT would match each of its letters
+        form = f"must be a list, such as [{modules_to_save:.60}]"
+        raise BaditError(f"method.modules_to_save: {form}")
+    if modules_to_save and options.get("ensure_weight_tying"):  # PEFT would change the list
+        fix = "cannot be used with modules_to_save; name all modules there"
+        raise BaditError(f"method.ensure_weight_tying: {fix}")
+
+
+def _built(name: str, kind: Kind, options: Mapping[str, Any], place: str = "method") -> Any:
+    """Builds a configuration; errors begin with ``place`` and the option's name."""
+    fields = dataclasses.fields(kind.config_class)
+    known = {field.name for field in fields if field.init} - _NOT_OPTIONS - kind.fixed.keys()
+    for key in options:
+        if key not in known:
+            hint = f"{nearest(key, known)}; see: badit keys method"
+            raise BaditError(f"{place}.{key}: {name} has no such option{hint}")
+    fixed = dict(kind.fixed)
+    if issubclass(kind.config_class, PeftConfig):
+        fixed["task_type"] = "CAUSAL_LM"
+    try:
+        return kind.config_class(**fixed, **options)
+    except BaditError as error:  # begins with the option's name
+        raise BaditError(f"method.{error}") from None
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BaditError(f"method: {error}") from None
+
+
+def _option_values(config: Any, kind: Kind) -> dict[str, Any]:
+    values = {}
+    for name, _, _ in described(kind.config_class):
+        if name in _NOT_OPTIONS or name in kind.fixed:
+            continue
+        value = getattr(config, name)
+        values[name] = sorted(value) if isinstance(value, set) else value
+    return values
+
+
+def options_of(name: str) -> list[tuple[str, Any, str]]:
+    """Returns the name, default and description of each option of a method."""
+    kind = KINDS[name]
+    hidden = _NOT_OPTIONS | kind.fixed.keys()
+    options = [option for option in described(kind.config_class) if option[0] not in hidden]
+    if name != "badit":
+        return options
+    options.append(("preset", "default", "'paper': the paper's exact form."))
+    meaning = "Regroup components (DOG), with the options below or {} (default: do not)."
+    options.append(("regroup", None, meaning))
+    options += [
+        (f"regroup.{key}", default, text) for key, default, text in described(RegroupOptions)
+    ]
+    return options

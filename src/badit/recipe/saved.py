@@ -1,0 +1,36 @@
+"""The recipe in a run's folder, config.yaml, with every field."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from badit.recipe.loading import FORMAT, build_recipe, drop_format, read_values
+from badit.recipe.schema import Recipe
+from badit.recipe.yaml_text import to_yaml
+from badit.support.files import refuse_other_format
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Returns a run's recipe as YAML with every field."""
+    values = {"format": FORMAT, **recipe.model_dump(mode="json", exclude={"compare"})}
+    return to_yaml(values, sort_keys=False)
+
+
+def load_config(path: Path) -> Recipe:
+    """Reads the recipe in a run's folder; BaditError if it is of a version that is not read."""
+    content = read_values(path)
+    if drop_format(content, path) is None:
+        refuse_other_format(content, path, FORMAT)
+    return build_recipe(content, where=path)
+
+
+def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Returns the dotted keys in which two nested mappings differ."""
+    keys = []
+    for key in one.keys() | other.keys():
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            keys += differing_keys(a, b, f"{prefix}{key}.")
+        elif a != b or (key in one) != (key in other):
+            keys.append(f"{prefix}{key}")
+    return sorted(keys)

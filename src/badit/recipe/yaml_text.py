@@ -1,0 +1,104 @@
+"""Reads and writes plain YAML.
+
+Tags create no Python objects, duplicate keys are refused, and alias expansion is limited.
+"""
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from badit.support.errors import BaditError, first_line
+
+# A recipe has a few hundred values. With nested aliases, a few lines can expand to billions.
+MAX_VALUES = 100_000
+MAX_CHARACTERS = 200_000  # YAML is read at about 50,000 characters per second
+MAX_DIGITS = 100
+
+
+def parse_yaml(text: str, *, where: str | Path) -> Any:
+    """Returns the value of a YAML text; error messages start with ``where``."""
+    place = f"{where!s:.120}"
+    if len(text) > MAX_CHARACTERS:
+        raise BaditError(f"{place}: has more than {MAX_CHARACTERS:,} characters; shorten it")
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_values(node, MAX_VALUES)
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        problem = error.problem or first_line(error)
+        if error.problem_mark is not None:
+            place += f", line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    # PyYAML's constructors raise the others for invalid dates and numbers.
+    except (
+        yaml.YAMLError,
+        RecursionError,
+        ValueError,
+        OverflowError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        problem = first_line(error)
+    raise BaditError(f"{place}: cannot be read as YAML ({problem:.200})")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, except that 5e-4 is a number, and 073 (a task number) is a string, not octal."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes strings that :class:`_Loader` would read as numbers, such as 1234e56 (a revision)."""
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int | str:
+    if len(node.value) > MAX_DIGITS:
+        raise _refusal(node, f"a number of more than {MAX_DIGITS} digits; shorten it")
+    if re.fullmatch(r"[+-]?0[\d_]+", node.value):
+        return node.value
+    return loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+$")
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("+-0123456789"))
+
+#: Returns a value as YAML that :func:`parse_yaml` reads as the same value.
+to_yaml = partial(yaml.dump, Dumper=_Dumper, allow_unicode=True)
+
+
+def _refusal(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+def _count_values(node: yaml.Node, left: int) -> int:
+    """Returns ``left`` minus the number of values in a node, with all aliases expanded.
+
+    Raises MarkedYAMLError for too many values, and for a key that is there twice.
+    """
+    if left <= 0:
+        raise _refusal(
+            node, f"more than {MAX_VALUES:,} values, with all aliases expanded; remove some"
+        )
+    if isinstance(node, yaml.ScalarNode):
+        node.value.encode()  # raises for a lone surrogate, which UTF-8 cannot encode
+        return left - 1
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            left = _count_values(item, left)
+        return left - 1
+
+    seen_keys: set[tuple[str, str]] = set()
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if (key.tag, key.value) in seen_keys:
+                raise _refusal(key, f"the key {key.value!r:.60} is there twice; keep one")
+            seen_keys.add((key.tag, key.value))
+        left = _count_values(key, left)
+        left = _count_values(value, left)
+    return left - 1
