@@ -1,4 +1,6 @@
-"""Decoding compared with a naive loop: batches, end tokens, adapters, streaming; and scores of answers."""
+"""Decoding compared with a naive loop: batches, end tokens, adapters, streaming; and scores of
+answers.
+"""
 
 import itertools
 from functools import partial
@@ -344,7 +346,9 @@ def test_invalid_predictions_and_unknown_splits_are_refused(tmp_path):
 
 
 def word_tokenizer(start, **special):
-    """Returns a tokenizer of 128 words, `w0` to `w127`; special tokens replace those before `start`."""
+    """Returns a tokenizer of 128 words, `w0` to `w127`; special tokens replace those before
+    `start`.
+    """
     vocabulary = [*special.values(), *(f"w{i}" for i in range(start, 128))]
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="w127"))
     backend.pre_tokenizer = Whitespace()
