@@ -1,5 +1,6 @@
 """The benchmarks: baselines compute the same result, the page is up to date, noise has causes."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from badit import BaditConfig
+from badit import BaditConfig, load_results
+from badit.comparison.results import write_results
 from badit.metrics.statistics import paired_bootstrap
 from badit.tuner import BaditModel
+from materials import comparison, results_cell
 from training.trainers import PAPER
 from tuner.helpers import gradients, randomise
 
@@ -24,6 +27,41 @@ def test_results_page_is_up_to_date():
     table = load_script("speed/table")
     page = table["PAGE"].read_text(encoding="utf-8")
     assert table["render"](page) == page
+
+
+def write_run(folder, **files):
+    folder.mkdir(parents=True)
+    training = {"seed": 0, "learning_rate": 0.1}
+    (folder / "config.yaml").write_text(json.dumps({"data": {}, "training": training}))
+    (folder / "environment.json").write_text(json.dumps({"training": {"seconds": 9.5}}))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_compact_file_has_all_runs_with_rounded_scores(tmp_path):
+    compact = load_script("compact")["compact"]
+    instances = {"a": {"rouge_l": [100 / 3, 0.0], "exact_match": [0.0, 0.0]}}
+    cell = results_cell("lora", 0, instances, config={"output": "runs/mine/lora/lr-0.1/seed-0"})
+    write_results(tmp_path / "results.json", comparison(cell, methods=["lora"]))
+    write_run(tmp_path / "lora/lr-0.1/seed-0", instances=instances)
+    (tmp_path / "lora/lr-0.1/seed-0/metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    write_run(tmp_path / "dog/search/lr-0.1/seed-0", validation={"loss": 2.5, "tasks": {"a": 2.5}})
+    write_run(tmp_path / "badit/lr-0.1/seed-0", scores=cell["scores"], instances=instances)
+
+    content = compact(tmp_path, ["lora/*/*/metrics.jsonl"])
+    first, second = content["cells"]
+    assert first["scores"] == cell["scores"]
+    assert first["instances"]["a"]["rouge_l"] == [33.33333, 0]
+    assert first["files"] == {"metrics.jsonl": [{"step": 1, "loss": 2.5}]}
+    assert (second["method"], second["learning_rate"]) == ("badit", 0.1)
+    (trial,) = content["trials"]
+    assert (trial["method"], trial["validation_loss"]) == ("dog", 2.5)
+
+    write_results(tmp_path / "compact.json", content)
+    results = load_results(tmp_path / "compact.json")
+    assert results.scored_methods == ["lora", "badit"]
+    assert results.cells["seconds"].tolist()[1] == 9.5
+    assert len((tmp_path / "compact.json").read_text().splitlines()) < 20
 
 
 def test_noise_is_separated_into_seeds_instances_and_single_scores():
