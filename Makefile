@@ -11,25 +11,30 @@ WORKERS ?= 2
 
 # The lowest supported releases of the adapters' dependencies, from pyproject.toml: torch==2.7 peft==0.19 …
 LOWEST := $(shell $(PYTHON) -c 'import re, tomllib; \
-  wanted = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
-  print(*(re.sub(">=([^,]+),.*", r"==\1", one) for one in wanted if re.match("accelerate|huggingface|peft|torch|transformers", one)))')
+  dependencies = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
+  adapters = [name for name in dependencies if re.match("accelerate|huggingface|peft|torch|transformers", name)]; \
+  print(*(re.sub(">=([^,]+),.*", r"==\1", name) for name in adapters))')
 # The tests that depend on these releases.
 ADAPTER_TESTS := tests/tuner tests/baselines tests/training tests/test_security.py tests/test_errors.py tests/export/test_push.py
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test stress bench check lint docs dist test-lowest-peft test-matrix test-peft test-serving test-integrations audit clean
+.PHONY: demo test test-slow stress bench check lint docs dist test-lowest-peft test-matrix test-peft test-serving test-integrations audit clean
 
 demo: $(VENV)/.demo  ## tune SmolLM2 on the built-in tasks with LoRA and with BADIT
 	$(BIN)/badit demo
 
-test: $(VENV)/.dev test-lowest-peft  ## all tests; adapter, training and hub tests also on the lowest supported PEFT and hub client
-	PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests  # unbuffered: the summary is printed last
+# Unbuffered: the summary is printed last.
+test: $(VENV)/.dev  ## every command and method, in about five minutes
+	PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests
+
+test-slow: $(VENV)/.dev test-lowest-peft  ## kills, full disks, browsers, fuzzing, several processes, and the lowest supported PEFT
+	PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow tests
 
 stress: $(VENV)/.dev $(VENV)/deepspeed  ## long robustness tests: invalid input, kills, full disks, links, two processes, DeepSpeed
-	BADIT_STRESS=4 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/fuzz
-	BADIT_STRESS=4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/training/test_kills.py \
+	BADIT_STRESS=4 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow tests/fuzz
+	BADIT_STRESS=4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' -n $(WORKERS) tests/training/test_kills.py \
 	  tests/training/test_disks.py tests/training/test_reliability.py tests/test_security.py
-	PYTHONPATH=$(abspath $(VENV)/deepspeed) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training/test_deepspeed.py
+	PYTHONPATH=$(abspath $(VENV)/deepspeed) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/training/test_deepspeed.py
 
 # In a separate folder, because libraries import DeepSpeed whenever it is installed. It builds from source, which needs torch.
 $(VENV)/deepspeed: pyproject.toml | $(VENV)/.dev
@@ -47,7 +52,7 @@ bench: $(VENV)/.dev  ## speed and memory, about an hour on two idle cores: resul
 	for script in end_to_end evaluation; do $(BIN)/python benchmarks/speed/$$script.py $(BENCH_DATA) || exit 1; done
 	$(BIN)/python benchmarks/speed/table.py
 
-check: lint test  ## the same checks as CI
+check: lint test test-slow  ## the same checks as CI
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -67,11 +72,8 @@ dist: $(VENV)/.dev  ## source distribution and wheel, in dist/
 # environment's packages on the path.
 LOWEST_HUB_PEFT := $(filter huggingface-hub% peft%,$(LOWEST))
 LOWEST_PEFT := $(VENV)/$(subst ==,-,$(firstword $(LOWEST_HUB_PEFT))-$(lastword $(LOWEST_HUB_PEFT)))
-# Tests of files, processes, gradients, prompts and trackers, which use nothing that differs between PEFT's releases.
-NOT_OF_PEFT := tuner/test_compiled tuner/test_prompt $(addprefix training/test_,attention checkpoints disks gradients held_out \
-  kills no_sync numerics regroup reliability sequential several_processes surgery trackers trainer weights_methods)
 test-lowest-peft: $(VENV)/.dev $(LOWEST_PEFT)
-	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(NOT_OF_PEFT:%=--ignore tests/%.py) $(ADAPTER_TESTS)
+	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(ADAPTER_TESTS)
 
 $(LOWEST_PEFT): $(VENV)/.dev
 	rm -rf $@
@@ -80,7 +82,7 @@ $(LOWEST_PEFT): $(VENV)/.dev
 # Each in its own virtual environment of several gigabytes: the lowest torch includes its GPU libraries.
 test-matrix: $(MATRIX)/lowest/.done $(MATRIX)/newest/.done  ## adapter tests on the lowest and on the newest releases
 	for row in lowest newest; do \
-	  OMP_NUM_THREADS=1 $(MATRIX)/$$row/bin/python $(PYTEST) $(ADAPTER_TESTS) || exit 1; \
+	  OMP_NUM_THREADS=1 $(MATRIX)/$$row/bin/python $(PYTEST) -m '' $(ADAPTER_TESTS) || exit 1; \
 	done
 
 $(MATRIX)/lowest/.done: REQUIREMENTS := $(LOWEST) --editable '.[test]'

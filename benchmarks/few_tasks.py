@@ -1,16 +1,15 @@
 """Measures the default with few tasks, by its number of clusters (docs/experiments/few-tasks.md).
 
     export BADIT_SUPERNI=/path/to/superni
-    python benchmarks/few_tasks.py 3        # trains and measures the runs with three tasks; resumable
+    python benchmarks/few_tasks.py 3        # trains and measures runs with three tasks; resumable
     python benchmarks/few_tasks.py 5
     python benchmarks/few_tasks.py table    # prints the results
 
-Each run's losses are in results/few-tasks/TASKS-METHOD-SEED.json: the NLL per answer token of every held-out training
-instance with the run's own gates ("run") and, with clusters, with the mean gates of its task ("task"), as
-`badit export --all-tasks` writes them and PEFT loads them.
+Each line of results/few-tasks/results.jsonl has the losses of a run, TASKS-METHOD-SEED: the NLL
+per answer token of every held-out training instance with the run's own gates ("run") and, with
+clusters, with the mean gates of its task ("task"), as `badit export --all-tasks` writes them and
+PEFT loads them.
 """
-
-from __future__ import annotations
 
 import itertools
 import json
@@ -21,17 +20,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from fixed_gates import batches_of, loaded, measured
+from fixed_gates import Losses, batches_of, loaded, measured
 
 import badit
 from badit.metrics.statistics import paired_bootstrap
-from badit.runs.resolved import resolve
 from badit.support.environment import environment
-from badit.support.files import read_json, write_json
-from badit.training.fit import fit
+from badit.support.files import append_to_log, read_jsonl
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "few-tasks"
+RESULTS = HERE / "results" / "few-tasks" / "results.jsonl"
 RECIPE = HERE.parent / "recipes" / "evidence-cpu.yaml"
 THREE = [
     "task073_commonsenseqa_answer_generation",
@@ -42,59 +39,58 @@ TASKS = {
     3: THREE,
     5: [*THREE, "task639_multi_woz_user_utterance_generation", "task875_emotion_classification"],
 }
-INSTANCES, HELD_OUT = 300, 50  # training instances in all, held-out training instances of each task
+INSTANCES = 300  # training instances in all
+HELD_OUT = 50  # held-out training instances of each task
 SEEDS = range(3)
 
 
 def methods(tasks: int) -> dict[str, dict[str, Any]]:
-    """Returns the methods by name, with the learning rates of the experiment that the recipe belongs to."""
-    lora = {
-        "method": {"name": "lora", "r": 34, "lora_alpha": 272, "lora_dropout": 0.05},
-        "rate": 1e-3,
-    }
-    clusters = {
-        count: {"name": "badit", "num_experts": 8, "r": 4, "num_clusters": count}
-        for count in (16, 8, tasks)
-    }
-    return {"lora": lora} | {
-        f"badit-{count}": {"method": method, "rate": 2e-3} for count, method in clusters.items()
-    }
+    """Returns the methods by name, with the learning rates of the recipe's experiment."""
+    lora = {"name": "lora", "r": 34, "lora_alpha": 272, "lora_dropout": 0.05}
+    settings = {"lora": {"method": lora, "rate": 1e-3}}
+    for clusters in (16, 8, tasks):
+        method = {"name": "badit", "num_experts": 8, "r": 4, "num_clusters": clusters}
+        settings[f"badit-{clusters}"] = {"method": method, "rate": 2e-3}
+    return settings
+
+
+def runs() -> dict[str, Any]:
+    """Returns the losses of the finished runs, by name."""
+    return {run["name"]: run["losses"] for run in read_jsonl(RESULTS)}
 
 
 def train(tasks: int) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for seed, (name, settings) in itertools.product(SEEDS, methods(tasks).items()):
-        result = RESULTS / f"{tasks}-{name}-{seed}.json"
-        if not result.is_file():
-            overrides = {
-                "data.tasks": TASKS[tasks],
-                "data.train_per_task": INSTANCES // tasks,
-                "data.validation_per_task": HELD_OUT,
-                "method": settings["method"],
-                "training.learning_rate": settings["rate"],
-                "training.seed": seed,
-                "compare": None,
-                "output": f"runs/few-tasks/{tasks}-{name}-{seed}",
-            }
-            run = fit(
-                badit.load_recipe(
-                    RECIPE, [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-                )
-            )
-            about = {
-                "config": run.recipe.model_dump(mode="json", exclude={"output"}),
-                "environment": environment(),
-            }
-            write_json(
-                result, {**about, "losses": losses_of(badit.Run(run), exported=name != "lora")}
-            )
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    for seed, (method, settings) in itertools.product(SEEDS, methods(tasks).items()):
+        name = f"{tasks}-{method}-{seed}"
+        if name in runs():
+            continue
+        overrides = {
+            "data.tasks": TASKS[tasks],
+            "data.train_per_task": INSTANCES // tasks,
+            "data.validation_per_task": HELD_OUT,
+            "method": settings["method"],
+            "training.learning_rate": settings["rate"],
+            "training.seed": seed,
+            "compare": None,
+            "output": f"runs/few-tasks/{name}",
+        }
+        texts = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        run = badit.train(badit.load_recipe(RECIPE, texts))
+        result = {
+            "name": name,
+            "config": run.recipe.model_dump(mode="json", exclude={"output"}),
+            "environment": environment(),
+            "losses": losses_of(run, exported=method != "lora"),
+        }
+        append_to_log(RESULTS, result)
 
 
-def losses_of(run: badit.Run, *, exported: bool) -> dict[str, dict[str, list[float]]]:
+def losses_of(run: badit.Run, *, exported: bool) -> dict[str, Losses]:
     recipe = run.recipe
     model, tokenizer = run.load()
     held_out = [
-        (task, one) for task in resolve(recipe, split="validation").tasks for one in task.validation
+        (task, instance) for task in badit.plan(recipe).tasks for instance in task.validation
     ]
     batches = batches_of(recipe, model, tokenizer, held_out)
     losses = {"run": {task: measured(model, batches[task]) for task in batches}}
@@ -102,43 +98,48 @@ def losses_of(run: badit.Run, *, exported: bool) -> dict[str, dict[str, list[flo
         with TemporaryDirectory() as folder:
             exports = run.export(f"{folder}/tasks", all_tasks=True, progress=False).tasks
             losses["task"] = {
-                task: measured(loaded(recipe, one), batches[task]) for task, one in exports.items()
+                task: measured(loaded(recipe, export), batches[task])
+                for task, export in exports.items()
             }
     return losses
 
 
+def difference(
+    ours: list[dict[str, Losses]], theirs: list[dict[str, Losses]], gates: str = "run"
+) -> str:
+    """Returns the mean difference of paired runs and its interval; ``gates`` are those of ours."""
+    by_task = {
+        task: np.array(
+            [
+                np.subtract(our_run[gates][task], their_run["run"][task])
+                for our_run, their_run in zip(ours, theirs, strict=True)
+            ]
+        )
+        for task in theirs[0]["run"]
+    }
+    mean, low, high, *_ = paired_bootstrap(by_task)
+    return f"{mean:+.3f} [{low:.3f}, {high:.3f}]".replace("-", "−")
+
+
 def table() -> pd.DataFrame:
+    finished = runs()
     rows = []
     for tasks in TASKS:
-        found = {
-            name: [read_json(RESULTS / f"{tasks}-{name}-{seed}.json")["losses"] for seed in SEEDS]
-            for name in methods(tasks)
+        of_method = {
+            name: [finished[f"{tasks}-{name}-{seed}"] for seed in SEEDS] for name in methods(tasks)
         }
-
-        def difference(one: str, other: str, way: str = "run", found: Any = found) -> str:
-            pairs = zip(found[one], found[other], strict=True)
-            by_task = [
-                {task: np.subtract(a[way][task], b["run"][task]) for task in a[way]}
-                for a, b in pairs
-            ]
-            one_by_task = {task: np.array([of[task] for of in by_task]) for task in by_task[0]}
-            mean, low, high, *_ = paired_bootstrap(one_by_task)
-            return f"{mean:+.3f} [{low:.3f}, {high:.3f}]".replace("-", "−")
-
-        for name, runs in found.items():
-            means = [np.mean([np.mean(of_task) for of_task in run["run"].values()]) for run in runs]
-            row = {"tasks": tasks, "method": name} | {
-                f"seed {seed}": f"{means[seed]:.3f}" for seed in SEEDS
-            }
-            row["vs lora"] = "" if name == "lora" else difference(name, "lora")
-            row["vs badit-16"] = (
-                "" if name in ("lora", "badit-16") else difference(name, "badit-16")
-            )
-            row["cost of an export per task"] = (
-                "" if name == "lora" else difference(name, name, "task")
-            )
+        for name, losses in of_method.items():
+            row = {"tasks": tasks, "method": name}
+            for seed in SEEDS:
+                means = [np.mean(of_task) for of_task in losses[seed]["run"].values()]
+                row[f"seed {seed}"] = f"{np.mean(means):.3f}"
+            for other in ("lora", "badit-16"):
+                is_compared = name not in ("lora", other)
+                row[f"vs {other}"] = difference(losses, of_method[other]) if is_compared else ""
+            if name != "lora":
+                row["cost of an export per task"] = difference(losses, losses, "task")
             rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).fillna("")
 
 
 if __name__ == "__main__":

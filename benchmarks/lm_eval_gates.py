@@ -1,13 +1,11 @@
-"""Compare the log-likelihoods of the same choices with lm_eval's model class `hf` and with `badit`.
+"""Compare the log-likelihoods of the same choices with lm_eval's model class `hf` and `badit`.
 
     python benchmarks/lm_eval_gates.py runs/demo/badit/lr-0.002/seed-0      # a run of `badit demo`
 
-Each test instance of the run's tasks becomes a question with up to four choices: its answer and other answers of its
-task. With `badit` the gates depend only on the prompt; with `hf` also on the choice and, in a batch, on the padding.
-Writes results/lm-eval/RUN.json.
+Each test instance of the run's tasks becomes a question with up to four choices: its answer and
+other answers of its task. With `badit` the gates depend only on the prompt; with `hf` also on the
+choice and, in a batch, on the padding. Writes results/lm-eval/RUN.json.
 """
-
-from __future__ import annotations
 
 import argparse
 import random
@@ -15,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from lm_eval.models.huggingface import HFLM
 
@@ -27,7 +25,20 @@ from badit.training.encoding import encoded_texts
 
 RESULTS = Path(__file__).parent / "results" / "lm-eval"
 CHOICES = 4
+CLASSES: dict[str, tuple[Any, int]] = {  # model class and batch size
+    "badit": (BaditLM, 8),
+    "hf, batches of 1": (HFLM, 1),
+    "hf, batches of 16": (HFLM, 16),
+}
 Tokens = list[int]
+Likelihoods = list[list[float]]  # in nats, of the choices of each question
+
+
+class Question(NamedTuple):
+    """A prompt in the run's training format, with its choices. The first choice is correct."""
+
+    prompt: Tokens
+    choices: list[Tokens]
 
 
 def main() -> None:
@@ -35,40 +46,30 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", help="a run's folder")
-    parser.add_argument(
-        "--instances", type=int, default=10, help="test instances per task (default: 10)"
-    )
+    parser.add_argument("--instances", type=int, default=10, help="per task (default: 10)")
     options = parser.parse_args()
+
     run = badit.Run(options.run)
     model, tokenizer = run.load()
-    asked = list(questions(run, model, tokenizer, options.instances))
-    classes: dict[str, Any] = {
-        "badit": (BaditLM, 8),
-        "hf, batches of 1": (HFLM, 1),
-        "hf, batches of 16": (HFLM, 16),
-    }
-    found = {
-        name: likelihoods(cls(pretrained=model, tokenizer=tokenizer, batch_size=size), asked)
-        for name, (cls, size) in classes.items()
-    }
-    settings = {name: compared(own, found["badit"]) for name, own in found.items()}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    recipe = run.recipe.model_dump(mode="json", exclude={"compare", "output"})
+    questions = list(questions_of(run, tokenizer, options.instances))
+    found = {}
+    for name, (model_class, batch_size) in CLASSES.items():
+        scorer = model_class(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        found[name] = likelihoods(scorer, questions)
+    settings = {name: compared(of_class, found["badit"]) for name, of_class in found.items()}
     content = {
-        "recipe": recipe,
+        "recipe": run.recipe.model_dump(mode="json", exclude={"compare", "output"}),
         "environment": environment(),
-        "questions": len(asked),
+        "questions": len(questions),
         "settings": settings,
     }
+    RESULTS.mkdir(parents=True, exist_ok=True)
     write_json(RESULTS / f"{run.path.name}.json", content)
     for name, values in settings.items():
         print(name, values)
 
 
-def questions(
-    run: badit.Run, model: Any, tokenizer: Any, instances: int
-) -> Iterator[tuple[Tokens, list[Tokens]]]:
-    """Yields prompts in the run's training format, each with its choices. The first choice is correct."""
+def questions_of(run: badit.Run, model: Any, tokenizer: Any, instances: int) -> Iterator[Question]:
     recipe = run.recipe
     # All test instances, because a recipe may limit their number.
     for task in badit.plan(recipe, data={"test_per_task": None}).tasks:
@@ -76,37 +77,43 @@ def questions(
         for instance in task.test[:instances]:
             others = [answer for answer in answers if answer not in instance.outputs]
             wrong = random.Random(instance.id).sample(others, min(CHOICES - 1, len(others)))
-            (prompt,) = encoded_texts(tokenizer, recipe, [instance.input], task, model, 0)
-            choices = [instance.outputs[0], *wrong]
-            yield prompt, [tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
+            choices = [
+                tokenizer.encode(choice, add_special_tokens=False)
+                for choice in (instance.outputs[0], *wrong)
+            ]
+            (prompt,) = encoded_texts(tokenizer, recipe, [instance.input], task)
+            yield Question(prompt, choices)
 
 
-def likelihoods(scorer: Any, asked: Sequence[tuple[Tokens, list[Tokens]]]) -> list[list[float]]:
-    """Returns each choice's log-likelihood in nats, question by question."""
-    requests = [(None, prompt, choice) for prompt, choices in asked for choice in choices]
-    flat = [likelihood for likelihood, _ in scorer._loglikelihood_tokens(requests)]
-    ends = accumulate((len(choices) for _, choices in asked), initial=0)
-    return [flat[start:end] for start, end in pairwise(ends)]
-
-
-def compared(own: list[list[float]], reference: list[list[float]]) -> dict[str, float]:
-    """Returns the accuracy in %; mean and largest difference to the reference in nats; changed choices in %."""
-    changes = [
-        abs(a - b)
-        for ours, theirs in zip(own, reference, strict=True)
-        for a, b in zip(ours, theirs, strict=True)
+def likelihoods(scorer: Any, questions: Sequence[Question]) -> Likelihoods:
+    requests = [
+        (None, question.prompt, choice) for question in questions for choice in question.choices
     ]
-    chosen = [(_best(ours), _best(theirs)) for ours, theirs in zip(own, reference, strict=True)]
+    of_choices = [likelihood for likelihood, _ in scorer._loglikelihood_tokens(requests)]
+    ends = accumulate((len(question.choices) for question in questions), initial=0)
+    return [of_choices[start:end] for start, end in pairwise(ends)]
+
+
+def compared(likelihoods: Likelihoods, reference: Likelihoods) -> dict[str, float]:
+    """Returns accuracy and changed choices in %, and differences to the reference in nats."""
+    chosen = [best(of_question) for of_question in likelihoods]
+    reference_chosen = [best(of_question) for of_question in reference]
+    differences = [
+        abs(likelihood - expected)
+        for of_question, expected_of_question in zip(likelihoods, reference, strict=True)
+        for likelihood, expected in zip(of_question, expected_of_question, strict=True)
+    ]
+    changed = [a != b for a, b in zip(chosen, reference_chosen, strict=True)]
     return {
-        "accuracy": 100 * fmean(ours == 0 for ours, _ in chosen),
-        "mean_difference": fmean(changes),
-        "largest_difference": max(changes),
-        "choices_changed": 100 * fmean(ours != theirs for ours, theirs in chosen),
+        "accuracy": 100 * fmean(choice == 0 for choice in chosen),
+        "mean_difference": fmean(differences),
+        "largest_difference": max(differences),
+        "choices_changed": 100 * fmean(changed),
     }
 
 
-def _best(values: list[float]) -> int:
-    return max(range(len(values)), key=values.__getitem__)
+def best(likelihoods: list[float]) -> int:
+    return max(range(len(likelihoods)), key=likelihoods.__getitem__)
 
 
 if __name__ == "__main__":

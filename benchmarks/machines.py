@@ -1,8 +1,9 @@
-"""The effect of the machine on stage C: LoRA's seeds trained and scored on two machines, paired by seed and instance.
+"""The effect of the machine on stage C: LoRA's seeds trained and scored on two machines.
 
     python benchmarks/machines.py
 
-Question and rule: docs/experiments/harness-c.md#the-same-machine
+The differences are paired by seed and instance. Question and rule:
+docs/experiments/harness-c.md#the-same-machine
 """
 
 from dataclasses import replace
@@ -15,27 +16,24 @@ from badit.metrics.answers import METRICS
 from badit.metrics.statistics import paired_bootstrap
 
 RESULTS = Path(__file__).parent / "results"
+FIRST = "lora, first machine"
+PAIRS = (("lora", FIRST), ("badit", "lora"), ("badit", FIRST))
 
 
 def main() -> None:
-    first, again = (load_results(RESULTS / name) for name in ("evidence-cpu", "evidence-processor"))
-    seeds = again.instances.loc[again.instances["method"] == "lora", "seed"].unique()
-    own = first.instances.loc[
-        (first.instances["method"] == "lora") & first.instances["seed"].isin(seeds)
-    ]
-    own = own.assign(method="lora, first machine")
-    both = replace(again, instances=pd.concat([again.instances, own]))
-    for method, reference in (
-        ("lora", "lora, first machine"),
-        ("badit", "lora"),
-        ("badit", "lora, first machine"),
-    ):
+    first = load_results(RESULTS / "evidence-cpu").instances
+    results = load_results(RESULTS / "evidence-processor")
+    seeds = results.instances.loc[results.instances["method"] == "lora", "seed"].unique()
+    is_repeated = (first["method"] == "lora") & first["seed"].isin(seeds)
+    instances = pd.concat([results.instances, first.loc[is_repeated].assign(method=FIRST)])
+    for method, reference in PAIRS:
+        compared = replace(results, instances=instances, reference=reference)
         for metric in METRICS:
-            found = paired_bootstrap(
-                paired_differences(replace(both, reference=reference), method, metric)
+            mean, low, high, *_, runs = paired_bootstrap(
+                paired_differences(compared, method, metric)
             )
-            interval = f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
-            print(f"{method} − {reference}: {metric} {interval} over {found.runs} seeds")
+            interval = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}] over {runs} seeds"
+            print(f"{method} − {reference}: {metric} {interval}")
 
 
 if __name__ == "__main__":

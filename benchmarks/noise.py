@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""noise.py [RESULTS [METRIC]]: what the difference between each method and the reference depends on.
+"""noise.py [RESULTS [METRIC]]: what the difference between a method and the reference depends on.
 
-Prints the mean paired difference and its standard errors: by the choice of seeds, by the choice of test instances, and
-by single scores (the part that neither a seed nor an instance explains), from an analysis of variance per task. `all`
-is the root of the sum of their squares. `bootstrap` is the standard error that the pigeonhole bootstrap of `badit
-table` expects. It counts single scores three times (Owen 2007, doi:10.1214/07-AOAS122), so its intervals are too wide.
-`t interval` is the paired 95 % t interval over the seeds, for these test instances.
+Prints the mean paired difference and its standard errors: by the choice of seeds, by the choice of
+test instances, and by single scores (the part that neither a seed nor an instance explains), from an
+analysis of variance per task. `all` is the root of the sum of their squares. `bootstrap` is the
+standard error that the pigeonhole bootstrap of `badit table` expects. It counts single scores three
+times (Owen 2007, doi:10.1214/07-AOAS122), so its intervals are too wide. `t interval` is the paired
+95 % t interval over the seeds, for these test instances.
 """
 
 import sys
@@ -27,43 +28,53 @@ def by_run(tasks_SN: list[np.ndarray]) -> np.ndarray:
 
 
 def components(tasks_SN: list[np.ndarray]) -> dict[str, float]:
-    """Returns the mean of differences (S seeds, N instances) of each task over all tasks, and its standard errors."""
-    runs, weight = len(tasks_SN[0]), 1 / len(tasks_SN) ** 2
+    """Returns the mean over tasks of differences (S seeds, N instances), and its standard errors."""
+    runs = len(tasks_SN[0])
     by_seed = by_run(tasks_SN).var(ddof=1) / runs
-    by_instance = single = 0.0
+    by_instance = 0.0
+    single = 0.0
     for task_SN in tasks_SN:
-        own_N, count = task_SN.mean(axis=0), task_SN.shape[1]
-        rest_SN = task_SN - own_N - task_SN.mean(axis=1, keepdims=True) + task_SN.mean()
-        by_instance += weight * own_N.var(ddof=1) / count
-        single += weight * (rest_SN**2).sum() / ((runs - 1) * (count - 1)) / (runs * count)
-    # The variances by seed and by instance contain that of single scores. Below it, they are taken as 0.
-    parts = {
-        "seeds": max(0.0, by_seed - single),
-        "instances": max(0.0, by_instance - single),
+        size = task_SN.shape[1]
+        of_instance_N = task_SN.mean(axis=0)
+        of_seed_S1 = task_SN.mean(axis=1, keepdims=True)
+        residual_SN = task_SN - of_instance_N - of_seed_S1 + task_SN.mean()
+        residual_variance = (residual_SN**2).sum() / ((runs - 1) * (size - 1))
+        by_instance += of_instance_N.var(ddof=1) / size / len(tasks_SN) ** 2
+        single += residual_variance / (runs * size) / len(tasks_SN) ** 2
+
+    # The variances by seed and by instance contain that of single scores. Below it, they are 0.
+    seeds = max(0.0, by_seed - single)
+    instances = max(0.0, by_instance - single)
+    total = seeds + instances + single
+    variances = {
+        "seeds": seeds,
+        "instances": instances,
         "single scores": single,
+        "all": total,
+        "bootstrap": total + 2 * single,
     }
-    parts |= {"all": sum(parts.values()), "bootstrap": sum(parts.values()) + 2 * single}
-    return {
-        "difference": by_run(tasks_SN).mean(),
-        **{name: np.sqrt(variance) for name, variance in parts.items()},
-    }
+    errors = {name: np.sqrt(variance) for name, variance in variances.items()}
+    return {"difference": by_run(tasks_SN).mean(), **errors}
 
 
 def t_interval(tasks_SN: list[np.ndarray]) -> tuple[float, float]:
-    """Returns the 95 % t interval of the mean difference over the seeds, for these test instances."""
+    """Returns the 95 % t interval of the mean difference over seeds, for these test instances."""
     means_S = by_run(tasks_SN)
     return stats.t.interval(0.95, len(means_S) - 1, means_S.mean(), stats.sem(means_S))
 
 
 def table(path: str | Path = RESULTS, metric: str = "rouge_l") -> str:
     """Returns a Markdown table with a row per method that has pairs of runs with the reference."""
-    results, rows = badit.load_results(path), {}
+    results = badit.load_results(path)
+    rows = {}
     for method in results.scored_methods:
-        tasks = list(paired_differences(results, method, metric).values())
-        if method != results.reference and tasks and len(tasks[0]) > 1:
-            parts = {name: f"{value:.3f}" for name, value in components(tasks).items()}
-            interval = " to ".join(f"{end:.3f}" for end in t_interval(tasks))
-            rows[method] = {"pairs of runs": len(tasks[0]), **parts, "t interval": interval}
+        tasks_SN = list(paired_differences(results, method, metric).values())
+        if method == results.reference or not tasks_SN or len(tasks_SN[0]) == 1:
+            continue
+        row = {"pairs of runs": len(tasks_SN[0])}
+        row |= {name: f"{value:.3f}" for name, value in components(tasks_SN).items()}
+        row["t interval"] = " to ".join(f"{end:.3f}" for end in t_interval(tasks_SN))
+        rows[method] = row
     return pd.DataFrame(rows).T.rename_axis("method").to_markdown(disable_numparse=True)
 
 

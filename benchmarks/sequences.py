@@ -1,71 +1,78 @@
-"""Numbers of stage D that `badit table` does not print: differences by order, the final NLL, and forward transfer.
+"""Numbers of stage D that `badit table` does not print.
 
     python benchmarks/sequences.py
 
-Forward transfer is measured against LoRA trained on single tasks with the same seed, for every method.
-Question and rule: docs/experiments/harness-d.md
+Differences by order, the final NLL, and forward transfer against LoRA trained on single tasks with
+the same seed, for every method. Question and rule: docs/experiments/harness-d.md
 """
 
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import pandas as pd
 
-from badit.comparison.results import SINGLE_TASK, load_results, paired_differences
+from badit.comparison.results import RESULTS, SINGLE_TASK, Results, load_results, paired_differences
 from badit.metrics.statistics import paired_bootstrap
 from badit.support.files import read_json
 
 FOLDER = Path(__file__).parent / "results" / "evidence-sequence-cpu"
-SECOND = FOLDER.with_name("evidence-sequence-processor")  # LoRA's sequences on another machine
-AGAIN = "lora, second machine"
+SECOND_FOLDER = FOLDER.with_name("evidence-sequence-processor")  # LoRA's on another machine
+SECOND_LORA = "lora, second machine"
 
 
 def main() -> None:
-    results, again = load_results(FOLDER), load_results(SECOND).instances.assign(method=AGAIN)
-    results = replace(results, instances=pd.concat([results.instances, again]))
+    results = load_results(FOLDER)
+    second = load_results(SECOND_FOLDER).instances.assign(method=SECOND_LORA)
+    results = replace(results, instances=pd.concat([results.instances, second]))
     sequences = [name for name in results.methods if not name.endswith(SINGLE_TASK)]
-    pairs = [
-        (name, other) for other in ("lora", "badit", AGAIN) for name in sequences if name != other
-    ]
-    for method, reference in pairs:
-        text = f"{method} − {reference}:"
-        for order in (None, *results.instances["order"].dropna().unique()):
-            own = (
-                results.instances
-                if order is None
-                else results.instances[results.instances["order"] == order]
-            )
-            for metric in ("rouge_l", "nll"):
-                found = paired_bootstrap(
-                    paired_differences(
-                        replace(results, instances=own, reference=reference), method, metric
-                    )
-                )
-                interval = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-                text += (
-                    f"\n    {order or 'both orders'}, {metric}: {interval} over {found.runs} runs"
-                )
-        print(text)
-    done = [
+    for reference in ("lora", "badit", SECOND_LORA):
+        for method in sequences:
+            if method != reference:
+                print(differences(replace(results, reference=reference), method))
+
+    cells = [
         cell
-        for cell in read_json(FOLDER / "results.json")["cells"]
+        for cell in read_json(FOLDER / RESULTS)["cells"]
         if cell["selected"] and cell["status"] == "done"
     ]
-    alone = {
+    single_tasks = {
         cell["seed"]: cell["scores"]["tasks"]
-        for cell in done
+        for cell in cells
         if cell["method"] == "lora" + SINGLE_TASK
     }
     for method in sequences:
-        cells = [cell for cell in done if cell["method"] == method]
-        nll = [cell["scores"]["nll"] for cell in cells]
-        forward = []
-        for cell in cells:
-            own = [alone[cell["seed"]][task]["rouge_l"] for task in cell["tasks"]]
-            forward.append(mean(cell["matrix"][j][j] - score for j, score in enumerate(own)))
-        spread = f"NLL {mean(nll):.3f} ± {stdev(nll):.3f}, forward transfer {mean(forward):+.1f} ± {stdev(forward):.1f}"
-        print(f"{method}: {spread} over {len(cells)} runs")
+        of_method = [cell for cell in cells if cell["method"] == method]
+        losses = [cell["scores"]["nll"] for cell in of_method]
+        transfers = [forward_transfer(cell, single_tasks[cell["seed"]]) for cell in of_method]
+        loss = f"NLL {mean(losses):.3f} ± {stdev(losses):.3f}"
+        transfer = f"forward transfer {mean(transfers):+.1f} ± {stdev(transfers):.1f}"
+        print(f"{method}: {loss}, {transfer} over {len(of_method)} runs")
+
+
+def differences(results: Results, method: str) -> str:
+    """Returns a method's differences to the reference: in both orders together, and in each."""
+    lines = [f"{method} − {results.reference}:"]
+    for order in (None, *results.instances["order"].dropna().unique()):
+        instances = results.instances
+        if order is not None:
+            instances = instances[instances["order"] == order]
+        for metric in ("rouge_l", "nll"):
+            pairs = paired_differences(replace(results, instances=instances), method, metric)
+            found = paired_bootstrap(pairs)
+            interval = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+            place = f"{order or 'both orders'}, {metric}"
+            lines.append(f"    {place}: {interval} over {found.runs} runs")
+    return "\n".join(lines)
+
+
+def forward_transfer(cell: dict[str, Any], single_tasks: dict[str, Any]) -> float:
+    """Returns the mean gain in Rouge-L of each task, when trained, over a model of its own."""
+    gains = [
+        cell["matrix"][i][i] - single_tasks[task]["rouge_l"] for i, task in enumerate(cell["tasks"])
+    ]
+    return mean(gains)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Compare a run's own answers with those of the exported LoRAs that `badit serve` chooses, and time the proxy.
+"""Compare a run's answers with those of the LoRAs that `badit serve` chooses; time the proxy.
 
     python benchmarks/serving_routed.py runs/mine
-    python benchmarks/serving_routed.py runs/mine --vllm .venv/serving/bin/python     # made by: make test-serving
+    # `make test-serving` makes the environment of vLLM
+    python benchmarks/serving_routed.py runs/mine --vllm .venv/serving/bin/python
 
-transformers answers the test instances of the run's tasks greedily; vLLM gives the same tokens (tests/serving). With
---vllm, some prompts are sent one at a time for a single token, in turn directly and through the proxies, to measure the
-time of the proxies. Writes results/serving-routed.json.
+transformers answers the test instances of the run's tasks greedily; vLLM gives the same tokens
+(tests/serving). With --vllm, some prompts are sent one at a time for a single token, in turn
+directly and through the proxies, to measure the time of the proxies. Writes
+results/serving-routed.json.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from badit.data import Instance, Task
 from badit.evaluation.generation import generate_answers
 from badit.integrations.proxy import Router
 from badit.metrics.answers import rouge_l
-from badit.models.loading import resolve_model
+from badit.models import resolve_model
 from badit.support.environment import environment
 from badit.support.files import write_json
 from badit.training.encoding import encoded
@@ -101,7 +103,7 @@ def answered(
     base: Any,
     tokenizer: Any,
 ) -> dict[str, Any]:
-    """Returns Rouge-L of the run and of the LoRAs chosen for its prompts, and how often each LoRA is chosen."""
+    """Returns Rouge-L of the run and of the chosen LoRAs, and how often each LoRA is chosen."""
     own = [task.name for task, _ in pairs]
     gates = torch.stack([router.gates(prompt) for prompt in prompts])
     plain = (router.gates_TMK - gates[:, None]).square().sum(dim=(2, 3)).argmin(dim=1)
@@ -171,7 +173,8 @@ def served_by_vllm(
     """Starts vLLM's OpenAI server on this machine in float32; yields its address."""
     base = resolve_model(run.recipe.model.name)
     words = f"-m vllm.entrypoints.openai.api_server --model {base} --dtype float32 --enforce-eager "
-    words += "--max-model-len 1024 --no-enable-prefix-caching --enable-lora --max-loras 8 --max-cpu-loras 40 "
+    words += "--max-model-len 1024 --no-enable-prefix-caching "
+    words += "--enable-lora --max-loras 8 --max-cpu-loras 40 "
     words += f"--max-lora-rank {rank} --host 127.0.0.1 --port {PORT} --lora-modules"
     modules = [f"{name}={folder}" for name, folder in loras.items()]
     settings = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -218,7 +221,7 @@ def ask(url: str, model: str, prompt: list[int], tokens: int) -> tuple[str, str]
 def timed(
     ways: dict[str, tuple[str, Iterator[str]]], prompts: Sequence[list[int]]
 ) -> dict[str, Any]:
-    """Returns seconds until the first token: one request at a time, every prompt in each way in turn."""
+    """Returns seconds until the first token: one request at a time, each prompt in each way."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for prompt in [prompts[0], *prompts]:
         for name, (url, models) in ways.items():
@@ -230,7 +233,7 @@ def timed(
 
 
 def processor_seconds(router: Router, prompts: Sequence[list[int]]) -> dict[str, float]:
-    """Returns the proxy's CPU seconds per prompt (medians): for reading the prompt and for writing its LoRA."""
+    """Returns the proxy's CPU seconds per prompt (medians): reading it and writing its LoRA."""
     reading, writing = [], []
     for prompt in [prompts[0], *prompts]:
         began = time.process_time()

@@ -1,4 +1,4 @@
-"""Generates the examples of the built-in suite, in src/badit/data/suite.json, from word lists with a fixed seed.
+"""Generates the built-in suite, src/badit/data/suite.json, from word lists with a fixed seed.
 
 A task is a function that takes a random number generator and returns (input, answer).
 """
@@ -36,7 +36,8 @@ def generated(name: str) -> dict[str, str]:
     rng = random.Random(f"{SEED}/{name}")
     examples: dict[str, str] = {}
     while len(examples) < EXAMPLES:
-        # An input has exactly one correct answer, so a repeated input does not change the dictionary.
+        # An input has exactly one correct answer, so a repeated input does not change the
+        # dictionary.
         examples.update([generate(rng)])
     return examples
 

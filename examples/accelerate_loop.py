@@ -1,7 +1,7 @@
-"""Train a BADIT adapter in a loop with accelerate, without a Trainer, and with the paper's regrouping (DOG).
+"""Train a BADIT adapter in a loop with accelerate, with the paper's regrouping (DOG).
 
 python examples/accelerate_loop.py --small                       # four steps, about a minute
-python examples/accelerate_loop.py --data my-tasks.jsonl         # {task, instruction, input, output} per line
+python examples/accelerate_loop.py --data my-tasks.jsonl         # a {task, input, output} per line
 accelerate launch examples/accelerate_loop.py                    # several processes
 """
 

@@ -1,6 +1,6 @@
-"""Train a BADIT adapter on chats with TRL's SFTTrainer, with the loss on the assistant's answers only.
+"""Train a BADIT adapter on chats with TRL's SFTTrainer, with the loss on the answers only.
 
-    python examples/sft_trl.py chats.jsonl    # one {"messages": [{"role": …, "content": …}, …]} per line
+    python examples/sft_trl.py chats.jsonl    # {"messages": [{"role": …, "content": …}]}
     python examples/sft_trl.py --small        # a few built-in questions, about a minute
 
 Needs badit's extra trl: pip install '.[trl]' in badit's folder

@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of web pages. A test module that imports this is skipped if Chromium is missing."""
+"""A headless Chromium for tests of web pages. Modules that import this are skipped without it."""
 
 import json
 import shutil
@@ -14,8 +14,8 @@ BROWSER = (
 )
 DRIVER = shutil.which("chromedriver")
 if BROWSER is None or DRIVER is None:
-    missing = "chromium or chromedriver is not installed (Debian: apt-get install chromium chromium-driver)"
-    pytest.skip(missing, allow_module_level=True)
+    packages = "chromium chromium-driver"
+    pytest.skip(f"no browser; Debian: apt-get install {packages}", allow_module_level=True)
 
 PATIENCE = 60  # seconds; long enough for a busy machine
 
@@ -55,17 +55,17 @@ def emulate(browser, *, width=1200, theme="light"):
 
 
 def requests(browser):
-    """Returns the requests since the log was last cleared or read, without those of the browser's own start page."""
+    """Returns the requests since the log was last read, without those of the browser itself."""
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    return [each["request"] for each in sent if not each["documentURL"].startswith("chrome")]
+    return [page["request"] for page in sent if not page["documentURL"].startswith("chrome")]
 
 
-def until(condition, what):
+def until(condition, description):
     """Waits until the condition is true and returns its value."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         if result := condition():
             return result
         time.sleep(0.05)
-    raise AssertionError(f"never: {what}")
+    raise AssertionError(f"never: {description}")

@@ -32,7 +32,8 @@ from steps import fit
 settings.register_profile("badit", deadline=None, max_examples=50)
 settings.load_profile("badit")
 
-# Larger initial weights than usual, so that a wrong gate or mask changes the logits by far more than rounding does.
+# Larger initial weights than usual, so that a wrong gate or mask changes the logits by far more
+# than rounding does.
 _COMMON = {
     "vocab_size": 100,
     "initializer_range": 0.2,
@@ -76,14 +77,14 @@ def _fixed_seed():
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collection():
-    """Excludes imported modules from garbage collection, which every model load and every training triggers."""
+    """Excludes imported modules from garbage collection, which every training triggers."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """A factory: ``tiny_model("llama")`` returns the same random causal language model at every call, in eval mode."""
+    """A factory: ``tiny_model("llama")`` always returns the same random model, in eval mode."""
 
     def make(family, *, dtype=torch.float32, seed=0, **overrides):
         config = _FAMILIES[family]()
@@ -111,7 +112,7 @@ def model_folder(tmp_path, tiny_model):
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory):
-    """A folder with a tiny ``model`` and ``tasks.jsonl``: two tasks of 12 training and 4 test instances."""
+    """A folder with a ``model``, and ``tasks.jsonl`` with two tasks (see materials.py)."""
     folder = tmp_path_factory.mktemp("material")
     make_material(folder)
     return folder
@@ -119,9 +120,10 @@ def material(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A factory: ``trained({"name": "lora"})`` returns a run of three steps at a large learning rate.
+    """A factory: ``trained({"name": "lora"})`` returns a run of three steps at a large rate.
 
-    Each combination of method and source is trained once; each call returns a copy that a test may modify.
+    Each combination of method and source is trained once; each call returns a copy that a test may
+    modify.
     """
     folder = tmp_path_factory.mktemp("trained")
     make_material(
@@ -148,7 +150,7 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def tiny_built_in(material, monkeypatch):
     """Replaces the built-in base model by the tiny one, which makes dry runs ten times faster."""
-    monkeypatch.setattr("badit.models.loading._built_in_folder", lambda: material / "model")
+    monkeypatch.setattr("badit.models.loading.built_in_folder", lambda: material / "model")
 
 
 @pytest.fixture
@@ -188,7 +190,7 @@ def recipe_file(tmp_path, recipe_values):
 
 @pytest.fixture
 def command(capsys):
-    """A function that runs a command and returns its output; with ``code=2``, the error that is all it prints."""
+    """Runs a command and returns its output; with ``code=2``, the error that is all it prints."""
 
     def run(*words, code=0):
         capsys.readouterr()
@@ -204,12 +206,12 @@ def command(capsys):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Prints the number of broken inputs tried. With ``make test``, this hook is not called in a subfolder."""
+    """Prints the number of broken inputs tried; called only in this folder's conftest."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     properties = [
         dict(report.user_properties)
         for report in reports
         if getattr(report, "when", "") == "teardown"
     ]
-    if total := sum(each.get(COUNTED, 0) for each in properties):
+    if total := sum(report_properties.get(COUNTED, 0) for report_properties in properties):
         terminalreporter.write_line(f"{total:,} {COUNTED}")

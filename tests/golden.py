@@ -67,7 +67,7 @@ def recipe(material: Path, output: Path, method: dict[str, Any], **data: Any) ->
 
 
 def train_method(name: str, material: Path, output: Path) -> dict[str, Any]:
-    """Trains a run; returns the loss of every step, the hash of the adapter, and each task's test NLL."""
+    """Trains a run; returns each step's loss, the adapter's hash, and each task's test NLL."""
     order = {"order": ["cities", "rivers"]} if name in SEQUENTIAL else {}
     run = badit.train(recipe(material, output, METHODS[name], **order), progress=False)
     logs = sorted(output.rglob("metrics.jsonl"))
@@ -139,11 +139,11 @@ def main() -> int:
     if sys.argv[1:] == ["record"]:
         FILE.write_text(json.dumps(found, indent=1) + "\n")
         return 0
-    known = json.loads(FILE.read_text())
+    recorded = json.loads(FILE.read_text())
     pairs = [
-        (f"{part}.{name}", known[part][name], found[part].get(name))
-        for part in known
-        for name in known[part]
+        (f"{part}.{name}", recorded[part][name], found[part].get(name))
+        for part in recorded
+        for name in recorded[part]
     ]
     different = [pair for pair in pairs if pair[1] != pair[2]]
     for name, was, new in different:

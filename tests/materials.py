@@ -44,7 +44,7 @@ def make_material(folder, **config):
 
 
 def make_recipe(model, tasks, output):
-    """Returns a recipe for 24 training instances in batches of 4: six steps per epoch, twelve in total."""
+    """Returns a recipe for 24 training instances in batches of 4: twelve steps in two epochs."""
     training = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01}
     return {
         "model": {"name": str(model), "dtype": "float32"},
@@ -63,7 +63,7 @@ def make_recipe(model, tasks, output):
 
 
 def results_cell(method, seed, instances, **fields):
-    """Returns a finished cell of results.json with the scores of every instance, by task and metric."""
+    """Returns a finished cell of results.json with scores by task, metric and instance."""
     done = {
         "order": None,
         "learning_rate": None if seed is None else 5e-4,

@@ -6,7 +6,7 @@ from badit.support.errors import BaditError
 
 
 def refuses(message, call, *arguments, **options):
-    """Asserts that a call raises a BaditError whose message matches the regular expression; returns the message."""
+    """Asserts that a call raises a BaditError with a matching message, and returns the message."""
     with pytest.raises(BaditError, match=message) as caught:
         call(*arguments, **options)
     return str(caught.value)

@@ -72,10 +72,10 @@ def test_workflow_from_recipe_to_report(recipe_file, tmp_path, capfd):
 def test_make_recipe_accepts_file_dict_or_recipe(recipe_file, recipe_values):
     recipe = load_recipe(recipe_file)
     assert make_recipe(None, {}) == Recipe()
-    for given in (recipe_file, recipe_values, recipe):
-        assert make_recipe(given, {}) == recipe
+    for source in (recipe_file, recipe_values, recipe):
+        assert make_recipe(source, {}) == recipe
         made = make_recipe(
-            given, {"training": {"num_train_epochs": 3}, "output": Path("elsewhere")}
+            source, {"training": {"num_train_epochs": 3}, "output": Path("elsewhere")}
         )
         training = recipe.training.model_copy(update={"num_train_epochs": 3.0})
         assert (made.training, made.output) == (training, "elsewhere")

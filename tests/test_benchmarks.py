@@ -1,5 +1,6 @@
-"""The benchmarks: speed baselines compute the same result, the results page is up to date, noise has its causes."""
+"""The benchmarks: baselines compute the same result, the page is up to date, noise has causes."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -8,15 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from badit import BaditConfig
+from badit import BaditConfig, load_results
+from badit.comparison.results import write_results
 from badit.metrics.statistics import paired_bootstrap
 from badit.tuner import BaditModel
+from materials import comparison, results_cell
 from training.trainers import PAPER
 from tuner.helpers import gradients, randomise
 
 
 def load_script(script):
-    """Returns the globals of a benchmark script. Its folder on sys.path would shadow packages of the tests."""
+    """Returns a script's globals. On sys.path, its folder would shadow packages of the tests."""
     return runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / f"{script}.py"))
 
 
@@ -26,11 +29,47 @@ def test_results_page_is_up_to_date():
     assert table["render"](page) == page
 
 
+def write_run(folder, **files):
+    folder.mkdir(parents=True)
+    training = {"seed": 0, "learning_rate": 0.1}
+    (folder / "config.yaml").write_text(json.dumps({"data": {}, "training": training}))
+    (folder / "environment.json").write_text(json.dumps({"training": {"seconds": 9.5}}))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_compact_file_has_all_runs_with_rounded_scores(tmp_path):
+    compact = load_script("compact")["compact"]
+    instances = {"a": {"rouge_l": [100 / 3, 0.0], "exact_match": [0.0, 0.0]}}
+    cell = results_cell("lora", 0, instances, config={"output": "runs/mine/lora/lr-0.1/seed-0"})
+    write_results(tmp_path / "results.json", comparison(cell, methods=["lora"]))
+    write_run(tmp_path / "lora/lr-0.1/seed-0", instances=instances)
+    (tmp_path / "lora/lr-0.1/seed-0/metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    write_run(tmp_path / "dog/search/lr-0.1/seed-0", validation={"loss": 2.5, "tasks": {"a": 2.5}})
+    write_run(tmp_path / "badit/lr-0.1/seed-0", scores=cell["scores"], instances=instances)
+
+    content = compact(tmp_path, ["lora/*/*/metrics.jsonl"])
+    first, second = content["cells"]
+    assert first["scores"] == cell["scores"]
+    assert first["instances"]["a"]["rouge_l"] == [33.33333, 0]
+    assert first["files"] == {"metrics.jsonl": [{"step": 1, "loss": 2.5}]}
+    assert (second["method"], second["learning_rate"]) == ("badit", 0.1)
+    (trial,) = content["trials"]
+    assert (trial["method"], trial["validation_loss"]) == ("dog", 2.5)
+
+    write_results(tmp_path / "compact.json", content)
+    results = load_results(tmp_path / "compact.json")
+    assert results.scored_methods == ["lora", "badit"]
+    assert results.cells["seconds"].tolist()[1] == 9.5
+    assert len((tmp_path / "compact.json").read_text().splitlines()) < 20
+
+
 def test_noise_is_separated_into_seeds_instances_and_single_scores():
     components, rng = load_script("noise")["components"], np.random.default_rng(0)
     found = components([np.array([[0.0], [3.0], [6.0]]) + np.array([0.0, 2.0, 4.0, 6.0])])
     assert found == pytest.approx({
-        "difference": 6, "seeds": np.sqrt(9 / 3), "instances": np.sqrt(20 / 3 / 4), "single scores": 0,
+        "difference": 6,
+        "seeds": np.sqrt(9 / 3), "instances": np.sqrt(20 / 3 / 4), "single scores": 0,
         "all": np.sqrt(3 + 5 / 3), "bootstrap": np.sqrt(3 + 5 / 3),
     })  # fmt: skip
     seeds, size = rng.normal(size=(400, 1)), (400, 50)
@@ -42,7 +81,8 @@ def test_noise_is_separated_into_seeds_instances_and_single_scores():
     assert found["instances"] == pytest.approx(1 / np.sqrt(50 * 2), rel=0.2)
     assert found["seeds"] == pytest.approx(0.2 / np.sqrt(400), rel=0.5)
     assert (known.high - known.low) / 3.92 == pytest.approx(found["bootstrap"], rel=0.05)
-    # Means of the seeds: 1, 2 and 6. Their standard error is √(7 / 3), and the 97.5 % quantile of t₂ is 4.303.
+    # Means of the seeds: 1, 2 and 6. Their standard error is √(7 / 3), and the 97.5 % quantile of
+    # t₂ is 4.303.
     interval = load_script("noise")["t_interval"](
         [np.array([[0, 2], [1, 3], [5, 7]]), np.array([[1.0], [2.0], [6.0]])]
     )
@@ -66,8 +106,8 @@ def test_loop_implementations_match_outputs_and_gradients(per_sequence):
 
     output, wide = output_and_gradients()
     load_script("speed/loops")["use_loops"](model, per_sequence=per_sequence)
-    found, usual = output_and_gradients()
-    torch.testing.assert_close(found, output, rtol=1e-4, atol=1e-5)
+    looped, usual = output_and_gradients()
+    torch.testing.assert_close(looped, output, rtol=1e-4, atol=1e-5)
     assert usual.keys() == wide.keys()
     for name, gradient in wide.items():  # sums whose terms cancel keep the rounding errors
         torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""The examples (with --small) and the README's snippet run on a tiny model and write usable adapters."""
+"""The examples and the README's code run on a tiny model and write usable adapters."""
 
 import re
 import runpy
@@ -66,7 +66,7 @@ def test_readme_links_and_paths_in_the_architecture_tree_exist():
     tree = re.findall(
         r"^  ([\w./]+)", Page("docs/architecture.md").blocks("text")[0], flags=re.MULTILINE
     )
-    assert len(tree) > 15
+    assert tree
     assert [name for name in tree if not (ROOT / "src" / "badit" / name).exists()] == []
 
 
@@ -86,7 +86,8 @@ def test_readme_snippet_runs_and_its_adapter_loads(tiny_model, tmp_path, monkeyp
     )
     tiny_model("llama").save_pretrained("base")
     # In a new process, in which only the snippet registers the method with PEFT.
-    base = "from transformers import AutoModelForCausalLM\nbase = AutoModelForCausalLM.from_pretrained('base')\n"
+    base = "from transformers import AutoModelForCausalLM\n"
+    base += "base = AutoModelForCausalLM.from_pretrained('base')\n"
     done = subprocess.run(
         [sys.executable, "-c", base + load], capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""Optimizers with all kinds of adapters, in a loop and in other libraries' trainers; and invalid input."""
+"""Optimizers with all kinds of adapters, in a loop and in other libraries' trainers."""
 
 import io
 from functools import partial
@@ -104,10 +104,10 @@ def test_restored_optimizer_continues_bit_identically(tiny_model, dtype):
 
     whole, resumed, file = fresh(), fresh(), io.BytesIO()
     train(*whole, 3)
-    torch.save([part.state_dict() for part in whole], file)
+    torch.save([stateful.state_dict() for stateful in whole], file)
     file.seek(0)
-    for part, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
-        part.load_state_dict(state)
+    for stateful, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
+        stateful.load_state_dict(state)
     train(*whole, 3)
     train(*resumed, 3)
     expected = whole[0].state_dict()
@@ -162,8 +162,8 @@ def test_embeddings_and_unpaired_factors_are_left_to_adamw(tiny_model):
     )
     assert len(factors) == 2
     names = [name for name, parameter in model.named_parameters() if parameter in others]
-    for part in ("lora_embedding_A", "lm_head", "layers.0.mlp.gate_proj.lora_B"):
-        assert any(part in name for name in names), part
+    for module in ("lora_embedding_A", "lm_head", "layers.0.mlp.gate_proj.lora_B"):
+        assert any(module in name for name in names), module
 
 
 def test_lora_on_fused_weights_of_several_experts_is_left_to_adamw(tiny_model):
@@ -197,9 +197,9 @@ def test_optimizers_group_parameters_and_lower_the_loss(tiny_model, name, method
         rates[:-1] if method in ("lora", "o-lora") else rates
     )
     assert {group["weight_decay"] for group in groups} == {0.01}
-    own = [set(group["params"]) for group in groups]
-    assert own[: len(rates) - 1] == ([sides[0] | sides[1]] if name == "orthogonal" else sides)
-    assert set.union(*own) == {p for p in model.parameters() if p.requires_grad}
+    grouped = [set(group["params"]) for group in groups]
+    assert grouped[: len(rates) - 1] == ([sides[0] | sides[1]] if name == "orthogonal" else sides)
+    assert set.union(*grouped) == {p for p in model.parameters() if p.requires_grad}
     losses = train(model, optimizer, 10)
     assert losses[-1] < losses[0] - (0.02 if name == "orthogonal" else 0)
 
@@ -209,18 +209,18 @@ def test_lora_plus_groups_are_those_of_peft_on_a_plain_lora(tiny_model):
     of_peft = create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=0.1, loraplus_lr_ratio=4.0
     ).param_groups
-    found = [(group["lr"], set(group["params"])) for group in lora_plus_groups(model, 0.1, 4.0)]
-    assert found == [(group["lr"], set(group["params"])) for group in of_peft if group["params"]]
+    groups = [(group["lr"], set(group["params"])) for group in lora_plus_groups(model, 0.1, 4.0)]
+    assert groups == [(group["lr"], set(group["params"])) for group in of_peft if group["params"]]
 
 
 def test_invalid_models_options_and_deepspeed_are_refused(tiny_model, monkeypatch):
-    frozen, whole = tiny_model("llama").requires_grad_(False), tiny_model("llama")
+    frozen, untuned = tiny_model("llama").requires_grad_(False), tiny_model("llama")
     model = tuned(tiny_model("llama"), "badit")
     for words, call in [
-        ("no pair of trainable factors", lambda: OrthogonalUpdates(whole, 0.1)),
+        ("no pair of trainable factors", lambda: OrthogonalUpdates(untuned, 0.1)),
         (
             "rank fits its weights",
-            lambda: OrthogonalUpdates(get_peft_model(whole, LoraConfig(r=256)), 0.1),
+            lambda: OrthogonalUpdates(get_peft_model(untuned, LoraConfig(r=256)), 0.1),
         ),
         ("no trainable parameters", lambda: lora_plus_groups(frozen, 0.1)),
         ("^lr: input should be greater than 0", lambda: OrthogonalUpdates(model, 0.0)),

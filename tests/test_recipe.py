@@ -1,7 +1,6 @@
 """Recipes: valid values, invalid values and their error messages."""
 
 import dataclasses
-import itertools
 import re
 import subprocess
 import sys
@@ -29,14 +28,6 @@ PAPER = [path for path in RECIPES if path.parent.name == "paper"]
 INSTANCE = Instance(id="0", input="Lima", outputs=("Peru",))
 
 
-def header(path):
-    """Returns the comment lines at the start of a shipped recipe."""
-    lines = (ROOT / path).read_text().splitlines()
-    return [
-        line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)
-    ]
-
-
 def write_recipes(folder, **texts):
     """Writes ``NAME.yaml`` for each text and returns the path of ``own.yaml``."""
     for name, text in texts.items():
@@ -44,7 +35,7 @@ def write_recipes(folder, **texts):
     return folder / "own.yaml"
 
 
-def test_shipped_recipes_are_valid_listed_and_show_their_command():
+def test_shipped_recipes_are_valid_and_listed():
     linked = re.findall(r"\]\((\S+\.yaml)\)", (ROOT / "recipes/README.md").read_text())
     assert sorted(linked) == sorted(str(path.relative_to("recipes")) for path in RECIPES)
     for path in RECIPES:
@@ -52,7 +43,6 @@ def test_shipped_recipes_are_valid_listed_and_show_their_command():
         method_of(recipe.method)
         assert recipe.compare is None or Grid(recipe).recipe is recipe
         assert load_recipe(path.relative_to("recipes").with_suffix("")) == recipe
-        assert f"badit train {path}" in "\n".join(header(path))
     comparison = load_recipe(ROOT / "recipes/superni-cpu.yaml")
     assert comparison.compare.methods["badit"].model_extra == comparison.method, (
         "badit train must run a cell"
@@ -61,20 +51,15 @@ def test_shipped_recipes_are_valid_listed_and_show_their_command():
 
 def test_paper_recipes_have_the_papers_settings_and_differ_only_by_model():
     recipes = {path: load_recipe(ROOT / path) for path in PAPER}
-    assert len({recipe.model.name for recipe in recipes.values()}) == 6
+    assert len({recipe.model.name for recipe in recipes.values()}) == len(PAPER) > 0
     for path, recipe in recipes.items():
-        commands = [
-            f"badit train {path}",
-            f"accelerate launch --multi_gpu --num_processes 8 -m badit train {path}",
-        ]
-        assert set(commands) <= set(header(path))
         assert recipe.training.gradient_checkpointing == ("8b" in path.stem or "9b" in path.stem)
         assert recipe.output == f"runs/paper/{path.stem}"
         keys = set(differing_keys(recipes[PAPER[0]].model_dump(), recipe.model_dump()))
         assert keys <= {"model.name", "training.gradient_checkpointing", "output"}
     badit = {"name": "badit", "num_experts": 8, "r": 4, "lora_alpha": 32, "lora_dropout": 0.05}
-    own = {"target_modules": ["gate_proj"], "regroup": {"every": 0.1, "stop": 0.5}}
-    assert recipe.method == {**badit, **own, "init_weights": "bad", "router_input": "mean"}
+    options = {"target_modules": ["gate_proj"], "regroup": {"every": 0.1, "stop": 0.5}}
+    assert recipe.method == {**badit, **options, "init_weights": "bad", "router_input": "mean"}
     assert recipe.training.num_train_epochs == 10  # docs/paper-index.md has the other values
 
 
@@ -110,7 +95,6 @@ def test_invalid_values_are_one_line_errors():
         ({}, ["training.num_train_epochs.more=3"], r"training\.num_train_epochs: "),
         ({"output": "x"}, ["output.name=3"], r"output is a single value"),
         ({}, ['output="\\ud800"'], "cannot be read as YAML"),
-        ({}, ["data.tasks=[yes]"], r"data\.tasks\.0: input should be a valid string, got True"),
         (
             {},
             ["training.learning_rate=.nan"],
@@ -121,28 +105,12 @@ def test_invalid_values_are_one_line_errors():
             ["training.learning_rate=yes"],
             r"training\.learning_rate: must be a number, not true or false",
         ),
-        ({}, ["data.weights=true"], r"data\.weights: input should be a valid dict"),
         (
             {"compare": {"methods": {}, "seeds": [True]}},
             [],
             r"compare\.seeds: must be a number, not true or false",
         ),
-        (
-            {},
-            ["training.label_smoothing_factor=2.0"],
-            r"training\.label_smoothing_factor: input should be less than",
-        ),
-        (
-            {},
-            ["data.weights={a: 1e308}"],
-            r"data\.weights\.a: input should be less than or equal to 1000000",
-        ),
         ({"training": {1: 2}}, [], r"training\.1: keys should be strings, got 1"),
-        (
-            {},
-            ["training.max_steps=3000000000"],
-            r"training\.max_steps: input should be less than or equal to",
-        ),
         ({"output": "a\0b"}, [], r"output: must be a name or a path"),
         ({"output": "a\udcffb"}, [], r"output: must be a name or a path, not blank, in UTF-8"),
         ({"k" * 500: 1}, [], r"^recipe: k{120}: unknown key$"),
@@ -151,7 +119,6 @@ def test_invalid_values_are_one_line_errors():
             ["data.source=[{path: a.csv, tsk: b}, c.csv]"],
             r"^recipe: data\.source\.0\.tsk: .* 'task'\?\)$",
         ),
-        ({}, ["data.source=[{task: b}]"], r"^recipe: data\.source\.0\.path: field required$"),
         ({}, ["training.output_dir=x"], "cannot be set in a recipe: set output, the run's folder"),
         ({}, ["training.fp16=true"], "set model.dtype, or bf16"),
         ({}, ["training.gradient_checkpointing_kwargs={}"], "use_reentrant"),
@@ -176,7 +143,8 @@ def test_all_errors_are_reported_at_once_without_importing_torch(tmp_path):
     text += "method: {name: badit, num_expert: 8, regroup: {evry: 2}}\n"
     text += "compare: {methods: {a: {name: lroa}, b: {name: mtl-lora, r: 2, seeds: [0]}}}"
     path = write_recipes(tmp_path, own=text)
-    code = f"import sys; from badit.cli import main; main(['train', {str(path)!r}]); print('torch' in sys.modules)"
+    code = f"import sys; from badit.cli import main; main(['train', {str(path)!r}]); "
+    code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
     assert sorted(line.removeprefix(f"badit: {path}: ") for line in done.stderr.splitlines()) == [
@@ -205,20 +173,20 @@ def test_shipped_recipes_are_loaded_and_extended_by_name(tmp_path, monkeypatch, 
 
 
 def test_training_arguments_are_forwarded_or_refused_with_a_reason():
-    given = {
+    arguments = {
         "optim": "sgd",
         "adam_beta1": 0.8,
         "lr_scheduler_type": "polynomial",
         "neftune_noise_alpha": None,
     }
-    given |= {
+    arguments |= {
         "save_strategy": "epoch",
         "fsdp_config": {"min_num_params": 1},
         "debug": "",
         "dataloader_num_workers": 2,
     }
-    forwarded = build_recipe({"training": given}).training.model_dump(include=argument_names())
-    assert given.items() <= forwarded.items()
+    forwarded = build_recipe({"training": arguments}).training.model_dump(include=argument_names())
+    assert arguments.items() <= forwarded.items()
     assert "max_skipped_steps" not in forwarded
     fields = [field for field in dataclasses.fields(TrainingArguments) if field.init]
     others = [field for field in fields if field.name not in TrainingSection.model_fields]
@@ -237,15 +205,16 @@ def test_training_arguments_are_forwarded_or_refused_with_a_reason():
     assert argument_names() == {field.name for field in fields}, (
         "the names read from the source must be complete"
     )
+    assert settled
     assert all("cannot be set in a recipe: " in message for message in settled)
-    assert 30 < len(settled) < 50 < len(others) - len(settled) + 10
 
 
 @pytest.mark.parametrize("old", RENAMED_ARGUMENTS)
 def test_renamed_arguments_are_refused(old):
-    new, value = RENAMED_ARGUMENTS[old], {"scheduler": "linear", "deterministic": True}.get(old, 1)
+    current = RENAMED_ARGUMENTS[old]
+    value = {"scheduler": "linear", "deterministic": True}.get(old, 1)
     refuses(
-        rf"training\.{old}: is now called {new}, as in transformers$",
+        rf"training\.{old}: is now called {current}, as in transformers$",
         build_recipe,
         {"training": {old: value}},
     )
@@ -268,10 +237,7 @@ def test_run_recipe_keeps_strings_that_look_like_numbers_and_options_that_are_tu
 def test_invalid_files_are_one_line_errors(tmp_path):
     for text, message in (
         (b"training: [", "line 1.*: cannot be read as YAML"),
-        (
-            b"- a\n- b\n",
-            "must contain 'key: value' lines, not a list; for a data file, write a recipe with badit init",
-        ),
+        (b"- a\n- b\n", "must contain 'key: value' lines, not a list"),
         (b"\xff\xfe", "not UTF-8 at byte 0"),
         (b"!!python/object/apply:os.system ['true']", "cannot be read as YAML"),
         (b"a: " + b"[" * 1000, "cannot be read as YAML"),
@@ -295,7 +261,8 @@ def test_invalid_files_are_one_line_errors(tmp_path):
 def test_recipe_extends_another_key_by_key(tmp_path):
     path = write_recipes(
         tmp_path,
-        base="{method: {name: badit, r: 2, regroup: {every: 5, stop: 1}}, training: {max_steps: 4, warmup_steps: 0.1}}",
+        base="method: {name: badit, r: 2, regroup: {every: 5, stop: 1}}\n"
+        "training: {max_steps: 4, warmup_steps: 0.1}",
         middle="{extends: base.yaml, training: {max_steps: 5}, output: b}",
         own="{extends: middle.yaml, method: {num_experts: 3, regroup: {every: 7}}, output: c}",
     )

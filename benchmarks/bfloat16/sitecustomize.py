@@ -1,7 +1,7 @@
 """Computes bfloat16 matrix products on the CPU in float32 and rounds the results to bfloat16.
 
-Processors with bfloat16 instructions do the same. On others, PyTorch's own products take about four times as long.
-Python imports this file at its start if its folder is in PYTHONPATH::
+Processors with bfloat16 instructions do the same. On others, PyTorch's own products take about four
+times as long. Python imports this file at its start if its folder is in PYTHONPATH::
 
     PYTHONPATH=benchmarks/bfloat16 badit compare recipes/evidence-cpu.yaml
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def _in_float32(name: str) -> Callable[..., Any]:
-    """Returns a replacement of the operator aten::``name``; its last two tensors are the factors."""
+    """Returns a replacement of aten::``name``, whose last two tensors are the factors."""
     import torch
 
     operator = getattr(torch, name)
@@ -30,7 +30,8 @@ def _in_float32(name: str) -> Callable[..., Any]:
     return product
 
 
-# Also in the processes that a comparison starts, but not in pip and other programs, which do not need torch.
+# Also in the processes that a comparison starts, but not in pip and other programs, which do not
+# need torch.
 if any("badit" in argument for argument in sys.orig_argv):
     import torch
 

@@ -1,22 +1,25 @@
 #!/usr/bin/env python3
-"""Stage A of the rig experiments (docs/experiments/rig-a.md): run every cell without a result, one at a time.
+"""Stage A of the rig experiments (docs/experiments/rig-a.md): run every cell without a result.
 
     python benchmarks/rig/stage_a.py search      # learning rates, on a third of the training data
-    python benchmarks/rig/stage_a.py finals      # five seeds per cell (three with gates), on all training data
+    python benchmarks/rig/stage_a.py finals      # five seeds per cell, three with gates
 
 An interrupted run leaves no result and is repeated. Results go to benchmarks/results/rig-a.
 """
 
 import itertools
-import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from runs import runs_in
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "results" / "rig-a"
+Cell = tuple[str, str]  # adapter and optimizer
 
 # Optimizer: rig options and the three initial learning rates of the search, in ascending order.
 OPTIMIZERS = {
@@ -27,116 +30,102 @@ OPTIMIZERS = {
     "riemannian": (["--opt", "riemannian"], [5e-4, 1e-3, 2e-3]),  # PEFT's, for plain LoRA only
 }
 # Adapter: rig options. Routers have their own learning rate, relative to that of the factors.
+DIRECTIONS = ["--init", "dirs"]
+EXPERT = [*DIRECTIONS, "--gate", "expert"]
+COMPONENT = [*DIRECTIONS, "--gate", "component", "--act", "exp", "--router-rate", "0.3"]
 ADAPTERS = {
     "lora": ["--init", "lora"],
-    "directions": ["--init", "dirs"],
-    "oracle": ["--init", "dirs", "--gate", "oracle", "--act", "exp", "--router-rate", "3"],
-    "expert": ["--init", "dirs", "--gate", "expert", "--router-rate", "0.3"],
+    "directions": DIRECTIONS,
+    "oracle": [*DIRECTIONS, "--gate", "oracle", "--act", "exp", "--router-rate", "3"],
+    "expert": [*EXPERT, "--router-rate", "0.3"],
     # Used by stage B.
-    "expert-1": ["--init", "dirs", "--gate", "expert"],
-    "shared": ["--init", "dirs", "--gate", "expert", "--router-rate", "0.3", "--shared"],
-    "component": ["--init", "dirs", "--gate", "component", "--act", "exp", "--router-rate", "0.3"],
+    "expert-1": EXPERT,
+    "shared": [*EXPERT, "--router-rate", "0.3", "--shared"],
+    "component": COMPONENT,
+    "component-fixed": [*COMPONENT, "--fixed-projection"],
 }
-ADAPTERS["component-fixed"] = [*ADAPTERS["component"], "--fixed-projection"]
+PLAIN: list[Cell] = [
+    *itertools.product(("lora", "directions"), ("adamw", "lora+4", "lora+16", "orthogonal")),
+    ("lora", "riemannian"),
+]
 # The optimizers and seeds of cells with gates (the second change in docs/experiments/rig-a.md).
-GATED, GATED_SEEDS = ("adamw", "orthogonal"), range(3)
-# A cell whose search was a near tie; it also runs at the other learning rate (the third change there).
-SECOND_RATE = ("expert", "orthogonal", 2e-3)
-Cell = tuple[str, str]
-SEARCH = ["--train", "100"]
+GATED: list[Cell] = [*itertools.product(("oracle", "expert"), ("adamw", "orthogonal"))]
 SEEDS = range(5)
+GATED_SEEDS = range(3)
+SEARCH = ["--train", "100"]
 TASKS = ["073", "1510", "1687", "181", "363", "591", "639", "748", "875"]
 
 
-def run(name: str, options: list[str]) -> float:
+def run(name: str, options: Sequence[str]) -> float:
     """Returns the held-out NLL of a run; starts the run if it has no result."""
-    result = OUT / f"{name}.json"
-    if not result.is_file():
-        command = [
-            sys.executable,
-            str(HERE / "rig.py"),
-            "--name",
-            name,
-            "--out",
-            str(OUT),
-            *options,
-        ]
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    nll = json.loads(result.read_text(encoding="utf-8"))["nll"]
+    if name not in runs_in(OUT):
+        command = [sys.executable, str(HERE / "rig.py"), "--name", name, "--out", str(OUT)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, *options], check=True, env=environment)
+    nll = runs_in(OUT)[name]["nll"]
     return nll if math.isfinite(nll) else math.inf
 
 
-def search(adapter: str, optimizer: str) -> tuple[float, float]:
-    """Returns the best learning rate and its held-out NLL. Extends the grid by factors of two while an end is best."""
-    options, ladder = OPTIMIZERS[optimizer]
-    losses: dict[float, float] = {}
-
-    def measure(rate: float) -> None:
-        name = f"search_{adapter}_{optimizer}_{rate:g}"
-        losses[rate] = run(name, [*ADAPTERS[adapter], *options, *SEARCH, "--lr", f"{rate:g}"])
-
-    for rate in ladder:
-        measure(rate)
-    while (best := min(losses, key=losses.__getitem__)) in (min(losses), max(losses)):
-        measure(best / 2 if best == min(losses) else best * 2)
-    return best, losses[best]
-
-
-def finals(cells: list[Cell], found: dict[Cell, tuple[float, float]], seeds: range) -> None:
-    """Runs the cells at their best learning rates, seed by seed; of LoRA+, only the better ratio."""
-    plus = min(("lora+4", "lora+16"), key=lambda optimizer: found["lora", optimizer][1])
-    for seed, (adapter, optimizer) in itertools.product(seeds, cells):
-        if optimizer == plus or not optimizer.startswith("lora+"):
-            rate = f"{found[adapter, optimizer][0]:g}"
-            options = [*ADAPTERS[adapter], *OPTIMIZERS[optimizer][0], "--lr", rate, *varied(seed)]
-            run(f"{adapter}_{optimizer}_s{seed}", options)
-
-
-def second_rate(adapter: str, optimizer: str, rate: float) -> None:
-    """Runs all seeds of a cell at a learning rate other than the one that the search found."""
-    for seed in SEEDS:
-        options = [
-            *ADAPTERS[adapter],
-            *OPTIMIZERS[optimizer][0],
-            "--lr",
-            f"{rate:g}",
-            *varied(seed),
-        ]
-        run(f"{adapter}_{optimizer}_{rate:g}_s{seed}", options)
-
-
-def per_task(rate: float) -> None:
-    """Runs the reference: one LoRA per task, with AdamW."""
-    for seed, task in itertools.product(GATED_SEEDS, TASKS):
-        run(
-            f"per-task_{task}_s{seed}",
-            ["--init", "lora", "--lr", f"{rate:g}", "--only", task, *varied(seed)],
-        )
+def options_of(cell: Cell, rate: float) -> list[str]:
+    adapter, optimizer = cell
+    return [*ADAPTERS[adapter], *OPTIMIZERS[optimizer][0], "--lr", f"{rate:g}"]
 
 
 def varied(seed: int) -> list[str]:
     return ["--seed", str(seed), "--data-seed", str(seed + 7)]
 
 
+def search(cell: Cell) -> tuple[float, float]:
+    """Returns the best learning rate and its held-out NLL.
+
+    The ladder grows by factors of two while one of its ends is the best.
+    """
+    adapter, optimizer = cell
+    losses: dict[float, float] = {}
+
+    def measure(rate: float) -> None:
+        name = f"search_{adapter}_{optimizer}_{rate:g}"
+        losses[rate] = run(name, [*options_of(cell, rate), *SEARCH])
+
+    for rate in OPTIMIZERS[optimizer][1]:
+        measure(rate)
+    while True:
+        best = min(losses, key=losses.__getitem__)
+        if best == min(losses):
+            measure(best / 2)
+        elif best == max(losses):
+            measure(best * 2)
+        else:
+            return best, losses[best]
+
+
+def finals(cells: Sequence[Cell], rates: dict[Cell, float], seeds: range) -> None:
+    """Runs the cells at their best learning rates, seed by seed."""
+    for seed, cell in itertools.product(seeds, cells):
+        adapter, optimizer = cell
+        options = [*options_of(cell, rates[cell]), *varied(seed)]
+        run(f"{adapter}_{optimizer}_s{seed}", options)
+
+
 def main() -> None:
-    OUT.mkdir(parents=True, exist_ok=True)
-    found: dict[Cell, tuple[float, float]] = {}
-    plain = [
-        (adapter, name)
-        for adapter in ("lora", "directions")
-        for name in OPTIMIZERS
-        if name != "riemannian"
-    ]
-    gated = [(adapter, name) for adapter in ("oracle", "expert") for name in GATED]
-    for cells, seeds in (([*plain, ("lora", "riemannian")], SEEDS), (gated, GATED_SEEDS)):
-        for cell in cells:
-            found[cell] = search(*cell)
-            print(f"{cell}: best rate {found[cell][0]:g}, NLL {found[cell][1]:.4f}", flush=True)
-        if sys.argv[1:] == ["finals"]:
-            finals(cells, found, seeds)
-    if sys.argv[1:] == ["finals"]:
-        second_rate(*SECOND_RATE)
-        per_task(found["lora", "adamw"][0])
+    found = {cell: search(cell) for cell in (*PLAIN, *GATED)}
+    for cell, (rate, loss) in found.items():
+        print(f"{cell}: best rate {rate:g}, NLL {loss:.4f}", flush=True)
+    if sys.argv[1:] != ["finals"]:
+        return
+
+    rates = {cell: rate for cell, (rate, _) in found.items()}
+    worse_ratio = max(("lora+4", "lora+16"), key=lambda optimizer: found["lora", optimizer][1])
+    finals([cell for cell in PLAIN if cell[1] != worse_ratio], rates, SEEDS)
+    finals(GATED, rates, GATED_SEEDS)
+    # The search of this cell was a near tie (the third change in docs/experiments/rig-a.md).
+    for seed in SEEDS:
+        options = [*options_of(("expert", "orthogonal"), 2e-3), *varied(seed)]
+        run(f"expert_orthogonal_0.002_s{seed}", options)
+    # The reference: one LoRA per task.
+    for seed, task in itertools.product(GATED_SEEDS, TASKS):
+        options = [*options_of(("lora", "adamw"), rates["lora", "adamw"]), *varied(seed)]
+        run(f"per-task_{task}_s{seed}", [*options, "--only", task])
 
 
 if __name__ == "__main__":

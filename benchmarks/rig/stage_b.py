@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
-"""Gates on the rig (docs/experiments/rig-b.md): the router's rate, half of the experts without gates, component gates.
+"""Gates on the rig (docs/experiments/rig-b.md).
 
-python benchmarks/rig/stage_b.py OPTIMIZER
+The router's rate, half of the experts without gates, component gates:
+
+    python benchmarks/rig/stage_b.py OPTIMIZER
 """
 
 import itertools
 import sys
 
-from stage_a import ADAPTERS, OPTIMIZERS, run, search, varied
+from stage_a import options_of, run, search, varied
 
 # "component" has additional parameters, so its learning rate is searched separately.
 RATES = {"expert-1": 2e-3, "shared": 2e-3, "component": None}
 
 optimizer = sys.argv[1]
 for seed, (adapter, rate) in itertools.product(range(3), RATES.items()):
-    rate = rate or search(adapter, optimizer)[0]
-    options = [*ADAPTERS[adapter], *OPTIMIZERS[optimizer][0], "--lr", f"{rate:g}", *varied(seed)]
-    run(f"{adapter}_{optimizer}_s{seed}", options)
+    cell = (adapter, optimizer)
+    options = options_of(cell, rate or search(cell)[0])
+    run(f"{adapter}_{optimizer}_s{seed}", [*options, *varied(seed)])

@@ -1,82 +1,106 @@
 #!/usr/bin/env python3
-"""summary.py OUT REFERENCE METHOD…: summarise runs, selected by the prefix of their names.
+"""summary.py FOLDER REFERENCE METHOD…: summarise runs, selected by the prefix of their names.
 
-Prints the difference of each method to the reference, paired over instances and seeds, with a 95 % interval from
-resampling seeds and, within tasks, instances.
+Prints the difference of each method to the reference, paired over instances and seeds, with a 95 %
+interval from resampling seeds and, within tasks, instances.
 """
 
-import glob
-import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from runs import runs_in
 
-folder, *prefixes = sys.argv[1:]
+RESAMPLES = 10_000
+NLL, EXACT_MATCH = 1, 2  # columns of a run's instances; the first one is the task
+UNITS = {NLL: 1, EXACT_MATCH: 100}
 
-
-def by_seed(found):
-    """Groups runs by seed: one run per seed, or one per task and seed."""
-    return {
-        seed: [run for run in found if run["arguments"]["seed"] == seed]
-        for seed in sorted({r["arguments"]["seed"] for r in found})
-    }
+Instances = np.ndarray  # (instances, 3)
 
 
-def own_rows(run):
-    """Returns a run's instances; for a run trained on a single task, only that task's instances."""
-    rows, only = np.array(run["instances"]), run["arguments"]["only"]
-    return (
-        rows[rows[:, 0] == sorted(run["arguments"]["tasks"].split(",")).index(only)]
-        if only
-        else rows
-    )
+def by_seed(runs: Mapping[str, Any], prefix: str) -> dict[int, Instances]:
+    """Returns the instances of a method's runs by seed; a seed may have one run per task."""
+    rows: dict[int, list[Instances]] = {}
+    for name in sorted(runs):
+        if name.startswith(prefix):
+            rows.setdefault(runs[name]["arguments"]["seed"], []).append(own_instances(runs[name]))
+    return {seed: np.vstack(rows[seed]) for seed in sorted(rows)}
 
 
-runs = {}
-for prefix in prefixes:
-    found = [
-        json.loads(Path(file).read_text()) for file in sorted(glob.glob(f"{folder}/{prefix}*.json"))
-    ]
-    runs[prefix] = {
-        seed: np.vstack([own_rows(run) for run in of_seed])
-        for seed, of_seed in by_seed(found).items()
-    }
+def own_instances(run: dict[str, Any]) -> Instances:
+    """Returns a run's instances; of a run trained on a single task, only this task's."""
+    instances = np.array(run["instances"])
+    only = run["arguments"]["only"]
+    if not only:
+        return instances
+    task = sorted(run["arguments"]["tasks"].split(",")).index(only)
+    return instances[instances[:, 0] == task]
 
 
-def by_task(rows, column, picked=None):
-    """Returns the mean over tasks; ``picked`` are the resampled instances of each task."""
+def task_mean(
+    instances: Instances, column: int, drawn: Mapping[float, np.ndarray] | None = None
+) -> float:
+    """Returns the mean over tasks; ``drawn`` are the resampled instances of each task."""
     means = []
-    for task in np.unique(rows[:, 0]):
-        values = rows[rows[:, 0] == task, column]
-        means.append(values[picked[task]].mean() if picked else values.mean())
+    for task in np.unique(instances[:, 0]):
+        values = instances[instances[:, 0] == task, column]
+        if drawn is not None:
+            values = values[drawn[task]]
+        means.append(values.mean())
     return float(np.mean(means))
 
 
-def interval(seeds, reference, column, unit):
-    """Returns the mean difference and its 95 % interval."""
-    shared = sorted(set(seeds) & set(reference))
-    sizes = dict(zip(*np.unique(reference[shared[0]][:, 0], return_counts=True), strict=True))
-    rng, draws = np.random.default_rng(0), []
-    for _ in range(10_000):
-        picked = {task: rng.integers(0, n, n) for task, n in sizes.items()}
-        chosen = rng.choice(shared, len(shared))
+def interval(
+    method: Mapping[int, Instances], reference: Mapping[int, Instances], column: int
+) -> tuple[float, float, float]:
+    """Returns the mean difference over the seeds that both have, and its 95 % interval."""
+    seeds = sorted(set(method) & set(reference))
+    tasks, counts = np.unique(reference[seeds[0]][:, 0], return_counts=True)
+    rng = np.random.default_rng(0)
+    estimates = []
+    for _ in range(RESAMPLES):
+        drawn = {
+            task: rng.integers(0, count, count) for task, count in zip(tasks, counts, strict=True)
+        }
         differences = [
-            by_task(seeds[s], column, picked) - by_task(reference[s], column, picked)
-            for s in chosen
+            task_mean(method[seed], column, drawn) - task_mean(reference[seed], column, drawn)
+            for seed in rng.choice(seeds, len(seeds))
         ]
-        draws.append(unit * np.mean(differences))
-    mean = np.mean([by_task(seeds[s], column) - by_task(reference[s], column) for s in shared])
-    return unit * mean, *np.percentile(draws, [2.5, 97.5])
+        estimates.append(UNITS[column] * np.mean(differences))
+    differences = [
+        task_mean(method[seed], column) - task_mean(reference[seed], column) for seed in seeds
+    ]
+    low, high = np.percentile(estimates, [2.5, 97.5])
+    return UNITS[column] * float(np.mean(differences)), low, high
 
 
-reference = runs[prefixes[0]]
-for prefix, seeds in runs.items():
-    nll, em = (np.array([by_task(rows, column) for rows in seeds.values()]) for column in (1, 2))
-    line = f"{prefix:28s} seeds {sorted(seeds)}  nll {nll.mean():.4f} ± {nll.std():.4f}"
-    line += f"  em {100 * em.mean():.2f} ± {100 * em.std():.2f}"
-    if prefix != prefixes[0] and set(seeds) & set(reference):
-        for column, unit, name in ((1, 1, "nll"), (2, 100, "em")):
-            mean, low, high = interval(seeds, reference, column, unit)
-            line += f"  Δ{name} {mean:+.4f} [{low:+.4f}, {high:+.4f}]"
-    print(line)
+def line(
+    prefix: str, method: Mapping[int, Instances], reference: Mapping[int, Instances] | None
+) -> str:
+    nll, exact_match = (
+        np.array([UNITS[column] * task_mean(of_seed, column) for of_seed in method.values()])
+        for column in (NLL, EXACT_MATCH)
+    )
+    text = f"{prefix:28s} seeds {list(method)}  nll {nll.mean():.4f} ± {nll.std():.4f}"
+    text += f"  em {exact_match.mean():.2f} ± {exact_match.std():.2f}"
+    if reference is not None and set(method) & set(reference):
+        for column, name in ((NLL, "nll"), (EXACT_MATCH, "em")):
+            mean, low, high = interval(method, reference, column)
+            text += f"  Δ{name} {mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+    return text
+
+
+def main() -> None:
+    folder, *prefixes = sys.argv[1:]
+    runs = runs_in(Path(folder))
+    reference = None
+    for prefix in prefixes:
+        method = by_seed(runs, prefix)
+        print(line(prefix, method, reference))
+        reference = reference or method
+
+
+if __name__ == "__main__":
+    main()

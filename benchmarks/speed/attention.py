@@ -1,9 +1,9 @@
-"""One layer's attention on a CPU, forward and backward: plain products against PyTorch's fused attention, by length.
+"""One layer's attention on a CPU: plain products against PyTorch's fused attention, by length.
 
     python benchmarks/speed/attention.py
 
-The result determines ``badit.training.attention.LONGEST``. Shapes are SmolLM2-135M's: 4 rows, 9 heads of 64,
-groups of 3 with a shared key.
+The result determines ``badit.training.attention.LONGEST``. Shapes are SmolLM2-135M's: 4 rows, 9
+heads of 64, groups of 3 with a shared key.
 """
 
 from __future__ import annotations

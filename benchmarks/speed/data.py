@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Reading and encoding 10 thousand, 100 thousand and 1 million instances: time and memory of a first and second start.
+"""Reading and encoding up to 1 million instances: time and memory of a first and second start.
 
     python benchmarks/speed/data.py --output benchmarks/results/data.json
 
-Synthetic tasks of 1,000 instances each in one .jsonl file, encoded for the built-in model. Every size
-begins with an empty cache, and every start is a new process. Memory is the process's peak resident size.
+Synthetic tasks of 1,000 instances each in one .jsonl file, encoded for the built-in model. Every
+size begins with an empty cache, and every start is a new process. Memory is the process's peak
+resident size.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ began = time.perf_counter()
 from badit.data import encode_tasks, mixture
 from badit.data.readers import load_tasks
 from badit.support.environment import peak_memory
-from badit.models.loading import load_tokenizer
+from badit.models import load_tokenizer
 tokenizer = load_tokenizer("smollm2-135m")
 imported = time.perf_counter()
 tasks = load_tasks(sys.argv[1])
@@ -42,9 +43,11 @@ read = time.perf_counter()
 examples = encode_tasks(tokenizer, tasks, {}, mixture(tasks, 0))
 tokens = sum(examples.lengths)
 done = time.perf_counter()
-seconds = {"imports": imported - began, "reading": read - imported, "encoding": done - read, "all": done - began}
+seconds = {"imports": imported - began, "reading": read - imported}
+seconds |= {"encoding": done - read, "all": done - began}
 shown = {name: round(value, 2) for name, value in seconds.items()}
-print(json.dumps({**shown, "peak_memory_gib": peak_memory(), "tokens": tokens, "tasks": len(tasks)}))
+shown |= {"peak_memory_gib": peak_memory(), "tokens": tokens, "tasks": len(tasks)}
+print(json.dumps(shown))
 """
 
 

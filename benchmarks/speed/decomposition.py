@@ -2,8 +2,8 @@
 
     python benchmarks/speed/decomposition.py
 
-The matrix is 4096 × 14336, the size of Llama-3-8B's gate projection, with a spectrum that decays like that of
-a trained weight (σ_i ∝ i^−0.3). The 32 leading singular triples are computed.
+The matrix is 4096 × 14336, the size of Llama-3-8B's gate projection, with a spectrum that decays
+like that of a trained weight (σ_i ∝ i^−0.3). The 32 leading singular triples are computed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROWS, COLUMNS, WANTED = 4096, 14336, 32
 
 
 def weight() -> torch.Tensor:
-    """Returns a random matrix with that spectrum: orthogonal bases of Gaussian matrices with scaled columns."""
+    """Returns a random matrix with that spectrum: orthogonal bases of scaled Gaussian matrices."""
     generator = torch.Generator().manual_seed(0)
     left, _ = torch.linalg.qr(torch.randn(ROWS, ROWS, generator=generator))
     right, _ = torch.linalg.qr(torch.randn(COLUMNS, ROWS, generator=generator))
@@ -32,7 +32,7 @@ def weight() -> torch.Tensor:
 
 
 def errors(matrix: torch.Tensor) -> dict[str, float]:
-    """Returns the largest residual ‖W v − σ u‖ / σ of a triple, and the largest relative error of a singular value."""
+    """Returns a triple's largest residual ‖W v − σ u‖ / σ, and the largest relative error of σ."""
     triples = top_singular_triples(matrix, WANTED)
     u, s, v = (tensor.double() for tensor in triples)
     v = v if v.shape[0] == matrix.shape[1] else v.T

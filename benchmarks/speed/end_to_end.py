@@ -1,11 +1,11 @@
-"""A whole training run: BADIT with badit's trainer, against PEFT's LoRA of the same rank with TRL's SFTTrainer.
+"""A whole training run: BADIT with badit's trainer, against PEFT's LoRA with TRL's SFTTrainer.
 
     python benchmarks/speed/end_to_end.py [--data FOLDER]
 
-Both train one epoch on the same tokenised instances with a loss on the answers only, the same model in bfloat16 (or
-float32 on processors without bfloat16 instructions), batch size and optimizer. TRL uses its fastest settings on a
-CPU: batches grouped by length, no gradient checkpointing, its loss in chunks over labelled tokens only. The result is
-the number of tokens per second, without padding.
+Both train one epoch on the same tokenised instances with a loss on the answers only, the same model
+in bfloat16 (or float32 on processors without bfloat16 instructions), batch size and optimizer. TRL
+uses its fastest settings on a CPU: batches grouped by length, no gradient checkpointing, its loss
+in chunks over labelled tokens only. The result is the number of tokens per second, without padding.
 """
 
 from __future__ import annotations

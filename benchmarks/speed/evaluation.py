@@ -2,9 +2,10 @@
 
     python benchmarks/speed/evaluation.py [--data FOLDER]
 
-All alternatives decode the same prompts greedily with the same model and batch size, at most 50 new tokens, up to
-the first end token, and compute the NLL of the references. The prompts are test instances of the built-in tasks, or of
-the tasks in FOLDER, such as SuperNI's. "two passes" reads every prompt twice: for the answer, and for the NLL.
+All alternatives decode the same prompts greedily with the same model and batch size, at most 50 new
+tokens, up to the first end token, and compute the NLL of the references. The prompts are test
+instances of the built-in tasks, or of the tasks in FOLDER, such as SuperNI's. "two passes" reads
+every prompt twice: for the answer, and for the NLL.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Scored(NamedTuple):
 
 
 def plain_loop(model: Any, tokenizer: Any, examples: Sequence[dict[str, Any]]) -> Scored:
-    """A simple script: pad each batch in file order, generate, decode, and compute the loss of the references."""
+    """A simple script: pads each batch in file order, generates, decodes, computes the loss."""
     answers, losses = [], []
     for start in range(0, len(examples), BATCH):
         batch = examples[start : start + BATCH]

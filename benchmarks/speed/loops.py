@@ -1,9 +1,11 @@
-"""The usual implementations of mixtures of LoRA experts, as baselines for one product of all experts.
+"""The usual implementations of LoRA mixtures, as baselines for one product of all experts.
 
 Both give the same output as :class:`badit.tuner.layer.ExpertLinear` (``tests/test_benchmarks.py``):
 
-* in a loop: experts run one after another with their own A and B; their outputs are scaled by the gates and summed;
-* per sequence: every sequence has its own copies of the input and the experts' factors, applied by batched products and
+* in a loop: experts run one after another with their own A and B; their outputs are scaled by the
+  gates and summed;
+* per sequence: every sequence has its own copies of the input and the experts' factors, applied by
+  batched products and
   summed with the gates.
 """
 

@@ -1,7 +1,8 @@
-"""Measurement functions of the speed benchmarks: alternatives in turns, raw samples, ratios within a round.
+"""Measurements of the speed benchmarks: alternatives in turns, ratios within a round.
 
-The speed of shared machines drifts slowly, by more than the differences of interest. Each round therefore runs every
-alternative once. Ratios are computed within a round, and the median over rounds is reported.
+The speed of shared machines drifts slowly, by more than the differences of interest. Each round
+therefore runs every alternative once. Ratios are computed within a round, and the median over
+rounds is reported.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Samples = dict[str, list[float]]
 def in_turns(
     alternatives: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1
 ) -> Samples:
-    """Returns wall-clock seconds of every call: {alternative: [one per round]}. Warm-up calls are discarded."""
+    """Returns wall-clock seconds by alternative and round, without the warm-up calls."""
     samples: Samples = {name: [] for name in alternatives}
     for number in tqdm(range(warmup + rounds), desc="Rounds", unit="round", leave=False):
         for name, call in alternatives.items():
@@ -52,7 +53,7 @@ def ratio(
 
 
 def peak_memory_of(script: str, *arguments: str) -> int:
-    """Returns peak resident memory in bytes of a new process ``python SCRIPT ARGUMENTS``, which prints it last."""
+    """Returns peak memory in bytes of a process ``python SCRIPT ARGUMENTS``, which prints it."""
     done = subprocess.run(
         [sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -60,7 +61,7 @@ def peak_memory_of(script: str, *arguments: str) -> int:
 
 
 def own_peak_memory() -> int:
-    """Returns peak memory in bytes of this process only. (getrusage includes the memory of the parent process.)"""
+    """Returns peak memory in bytes of this process only; getrusage includes the parent's."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -92,14 +93,14 @@ def options(description: str | None, *, rounds: int = 5) -> argparse.ArgumentPar
 
 
 def matmul_peak(dtype: torch.dtype, *, size: int = 2048, rounds: int = 7) -> float:
-    """Returns floating-point operations per second of one large square matrix product, the best of several rounds."""
+    """Returns operations per second of one large square matrix product, the best of some rounds."""
     a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
     seconds = in_turns({"product": lambda: a @ b}, rounds=rounds)["product"]
     return 2 * size**3 / min(seconds)
 
 
 def memory_bandwidth(*, bytes_: int = 2**29, rounds: int = 5) -> float:
-    """Returns bytes per second, read and written, of copying a large tensor, the best of several rounds."""
+    """Returns bytes per second, read and written, of copying a large tensor, the best of rounds."""
     source = torch.ones(bytes_, dtype=torch.uint8)
     target = torch.empty_like(source)
     seconds = in_turns({"copy": lambda: target.copy_(source)}, rounds=rounds)["copy"]

@@ -1,9 +1,9 @@
-"""One optimizer step of SmolLM2-135M's adapters: orthogonal updates against AdamW, and their share of a training step.
+"""One optimizer step of SmolLM2-135M's adapters: orthogonal updates against AdamW.
 
     python benchmarks/speed/optimizer.py
 
-30 layers, gate_proj 576 → 1536, N = 32, on existing gradients. The share is the extra cost of orthogonal updates over
-AdamW, divided by a whole training step with AdamW, round by round.
+30 layers, gate_proj 576 → 1536, N = 32, on existing gradients. The share is the extra cost of
+orthogonal updates over AdamW, divided by a whole training step with AdamW, round by round.
 """
 
 from __future__ import annotations

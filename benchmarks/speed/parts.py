@@ -1,9 +1,10 @@
-"""The cost of the default and its parts on SmolLM2-135M: a training step by kind of gates, and before training.
+"""The cost of the default's parts on SmolLM2-135M: a step by kind of gates, and before training.
 
     python benchmarks/speed/parts.py [--data FOLDER]
 
-Without gates there is one expert of rank 32, the rank of PEFT's LoRA. Before training, BADIT finds its clusters of
-prompts on 512 of them (``start_task``), and ``init_weights="directions"`` decomposes every adapted weight.
+Without gates there is one expert of rank 32, the rank of PEFT's LoRA. Before training, BADIT finds
+its clusters of prompts on 512 of them (``start_task``), and ``init_weights="directions"``
+decomposes every adapted weight.
 """
 
 from __future__ import annotations

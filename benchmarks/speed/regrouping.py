@@ -1,9 +1,10 @@
-"""DOG: its share of a training run, and the cost of one layer by number of components and weight size.
+"""DOG: its share of a training run, and the cost of one layer by components and weight size.
 
     python benchmarks/speed/regrouping.py
 
-There are two parts: the Gram matrix of a layer's gradients, computed at every optimizer step, and the grouping, solved
-on the mean of the Gram matrices every 20 steps. The exponents are slopes of log seconds over log size.
+There are two parts: the Gram matrix of a layer's gradients, computed at every optimizer step, and
+the grouping, solved on the mean of the Gram matrices every 20 steps. The exponents are slopes of
+log seconds over log size.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ EXPERTS = 8
 
 
 def share(rounds: int, dtype: str) -> dict[str, Any]:
-    """Returns seconds of a step without DOG, of the Gram matrices per step, and of one regrouping of all 30 layers."""
+    """Returns seconds of a step without DOG, of its Gram matrices, and of a regrouping."""
     model = adapted("badit", dtype)
     inputs = batch(4, 320)
     step = training_step(model, inputs)
@@ -72,7 +73,7 @@ def _timed(call: Any) -> float:
 
 
 def one_layer(rounds: int) -> dict[str, Any]:
-    """Returns seconds by number of components N (of 8 experts) and by the length D of a component."""
+    """Returns seconds by number of components N (of 8 experts) and by their length D."""
     grams, groupings = {}, {}
     for components in COMPONENTS:
         current = np.arange(components) // (components // EXPERTS)

@@ -2,9 +2,9 @@
 
     python benchmarks/speed/scaling.py
 
-Seconds and peak memory of a step on SmolLM2-135M, one quantity varied at a time from 8 experts of rank 4 and 4 rows of
-320 tokens. The number of tasks does not affect BADIT, which has no parameters per task. The baseline for tasks is
-MTL-LoRA, which has one matrix per task.
+Seconds and peak memory of a step on SmolLM2-135M, one quantity varied at a time from 8 experts of
+rank 4 and 4 rows of 320 tokens. The number of tasks does not affect BADIT, which has no parameters
+per task. The baseline for tasks is MTL-LoRA, which has one matrix per task.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from measure import in_turns, keep, options, own_peak_memory, peak_memory_of
 from workload import adapted, base, batch, fast_dtypes, training_step
 
 from badit.cli.entry import quiet_libraries
+from badit.recipe.method import resolve_method
 from badit.training.methods import training_method
 
 START = {"experts": 8, "rank": 4, "rows": 4, "tokens": 320}
@@ -34,7 +35,8 @@ def step_of(
 def step_by_tasks(method: str, dtype: str, tasks: int) -> Callable[[], None]:
     """Returns a step of a method with the given number of tasks."""
     names = [f"task {i}" for i in range(tasks)]
-    model = training_method({"name": method}).apply(base(dtype), names).train()
+    resolved = resolve_method({"name": method})
+    model = training_method(resolved).apply(base(dtype), names).train()
     inputs: dict[str, Any] = {
         **batch(START["rows"], START["tokens"]),
         "tasks": names[: START["rows"]],

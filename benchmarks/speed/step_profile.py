@@ -2,7 +2,8 @@
 
     python benchmarks/speed/step_profile.py
 
-Uses torch's profiler. The time of an operation excludes the operations it calls. Medians over rounds.
+Uses torch's profiler. The time of an operation excludes the operations it calls. Medians over
+rounds.
 """
 
 from __future__ import annotations

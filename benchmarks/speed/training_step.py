@@ -1,9 +1,9 @@
-"""One training step of SmolLM2-135M: BADIT against plain LoRA of the same rank and the usual mixtures.
+"""One training step of SmolLM2-135M: BADIT, plain LoRA of the same rank, and usual mixtures.
 
     python benchmarks/speed/training_step.py
 
-The floor is the arithmetic of the frozen base model, at the speed of a large matrix product: each weight
-once forward and once backward (to the layer's input), for every token.
+The floor is the arithmetic of the frozen base model, at the speed of a large matrix product: each
+weight once forward and once backward (to the layer's input), for every token.
 """
 
 from __future__ import annotations

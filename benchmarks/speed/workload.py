@@ -1,4 +1,4 @@
-"""The workload of the speed benchmarks: SmolLM2-135M with adapters, a batch, and a training step."""
+"""The workload of the speed benchmarks: SmolLM2-135M with adapters, a batch, a training step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from badit import BaditConfig, load_base_model
-from badit.models.loading import fast_dtype
+from badit.models import fast_dtype
 from badit.recipe.loading import build_recipe
 from badit.training.encoding import encoded
 from badit.training.trainer import answer_losses
@@ -36,7 +36,7 @@ def base(dtype: str) -> Any:
 
 
 def adapted(name: str, dtype: str, *, experts: int = EXPERTS, rank: int = RANK) -> nn.Module:
-    """Returns SmolLM2 in training mode with rank ``experts · rank`` on every MLP's gate projection, as in the paper."""
+    """Returns SmolLM2 in training mode with rank ``experts · rank`` on every gate_proj."""
     model = base(dtype)
     if name == "lora":
         width = experts * rank
@@ -72,7 +72,7 @@ def batch(
 
 
 def training_step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """Returns a step: forward pass, loss on the answers, backward pass and AdamW, the same for every adapter."""
+    """Returns a step: forward pass, loss on the answers, backward pass and AdamW."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""Formulas: a ```math block of TeX becomes MathML when the site is built, which browsers show without any script."""
+"""Formulas: a ```math block of TeX becomes MathML when the site is built."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Parts of pages that come from elsewhere in the repository, so that they cannot go stale. A comment names each:
+"""Parts of pages that come from elsewhere in the repository. A comment names each:
 
-<!-- code: src/badit/method/routing.py expert_gates -->     a function, class or Class.method from the source
+<!-- code: src/badit/method/routing.py expert_gates -->   a function, class or Class.method
 <!-- beginning: README.md -->                               a page up to its first section
 <!-- options: badit.BaditConfig -->                         a configuration's options as a table
-<!-- options: badit.baselines.GoatConfig badit.tuner.config.ExpertConfig -->    those that differ from the other's
+<!-- options: badit.baselines.GoatConfig badit.tuner.config.ExpertConfig -->   those that differ
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def beginning(path: str) -> str:
 
 
 def options(name: str, other: str | None = None) -> str:
-    """A table of the fields of a dataclass or a pydantic model, but those that ``other`` has alike."""
+    """A table of the fields of a dataclass or pydantic model that differ from ``other``'s."""
     from badit.authoring.keys import as_yaml
 
     known = list(_fields(_imported(other))) if other else []

@@ -1,7 +1,7 @@
 """Links between pages and the repository's other files.
 
-Pages link to files as the repository has them, so that the links work there. In the site, a page that stands outside
-``docs`` has a place of its own, and any other file is shown as a listing.
+Pages link to files as the repository has them, so that the links work there. In the site, a page
+that stands outside ``docs`` has a place of its own, and any other file is shown as a listing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def outside(text: str, path: str) -> Iterator[str]:
 
 
 def rewritten(text: str, path: str, place: str) -> str:
-    """The page's text with links that hold in the site. What is nowhere stays, for mkdocs to complain of."""
+    """The page's text with links that hold in the site. mkdocs reports those that lead nowhere."""
 
     def link(match: re.Match[str]) -> str:
         found = _place(_target(match[1], path))

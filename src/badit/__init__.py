@@ -7,15 +7,13 @@
     trainer = Trainer(model, TrainingArguments(learning_rate=2e-3), ...)
     hooks_of(model).start_task({"all": trainer.get_train_dataloader()})
 
-The commands are also available from Python: ``train``, ``compare``, ``analyze``, and the methods of :class:`badit.Run`.
-Names are imported on first use, so ``import badit`` is fast.
+The commands are also available from Python: ``train``, ``compare``, ``analyze``, and the methods of
+:class:`badit.Run`. Names are imported on first use, so ``import badit`` is fast.
 """
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
     from badit.comparison.compare import compare
     from badit.comparison.results import load_results, summarise
     from badit.data import load_tasks
-    from badit.models.loading import load_base_model
+    from badit.models import load_base_model
     from badit.recipe.loading import load_recipe
     from badit.report import write_report
     from badit.support.errors import BaditError
@@ -39,7 +37,7 @@ _NAMES = {
     "comparison.compare": ["compare"],
     "comparison.results": ["load_results", "summarise"],
     "data": ["load_tasks"],
-    "models.loading": ["load_base_model"],
+    "models": ["load_base_model"],
     "recipe.loading": ["load_recipe"],
     "report": ["write_report"],
     "support.errors": ["BaditError"],
@@ -50,10 +48,28 @@ _NAMES = {
 _HOMES = {name: f"badit.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "BaditConfig", "BaditError", "BaditModel", "OrthogonalUpdates", "RegroupCallback", "Regrouper", "Run",
-    "__version__", "analyze", "compare", "hooks_of", "load_base_model", "load_recipe", "load_results",
-    "load_tasks", "lora_plus_groups", "plan", "summarise", "table", "train", "write_report",
-]  # fmt: skip
+    "BaditConfig",
+    "BaditError",
+    "BaditModel",
+    "OrthogonalUpdates",
+    "RegroupCallback",
+    "Regrouper",
+    "Run",
+    "__version__",
+    "analyze",
+    "compare",
+    "hooks_of",
+    "load_base_model",
+    "load_recipe",
+    "load_results",
+    "load_tasks",
+    "lora_plus_groups",
+    "plan",
+    "summarise",
+    "table",
+    "train",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -63,17 +79,6 @@ def __getattr__(name: str) -> Any:
 
     quiet_notices()
     return getattr(import_module(_HOMES[name]), name)
-
-
-class _Package(ModuleType):
-    """Keeps a public function accessible after the submodule of the same name is imported and set as an attribute."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Naive reference of the ability atlas (loops over layers, prompts and experts, float64), with models and data."""
+"""Naive reference of the ability atlas: loops over layers, prompts and experts, in float64."""
 
 import itertools
 from contextlib import ExitStack
@@ -24,7 +24,7 @@ BADIT = {
 BADIT |= {"badit token": {"routing": "token", "top_k": 2}}
 METHODS = (*BADIT, *mixtures.MIXTURES, "mtl-lora")
 EXAMPLES = make_examples(dict.fromkeys(TASKS, 3))
-# Two batches per task, with two prompts and with one; then the same prompts one by one, without padding.
+# Two batches per task, with two prompts and with one; then the prompts one by one, unpadded.
 BATCHES, ROWS = batched(EXAMPLES, 2), batched(EXAMPLES)
 
 
@@ -37,7 +37,7 @@ def adapted(model, method, **options):
 
 @torch.no_grad()
 def gates(model, row):
-    """Returns one prompt's gates (modules, experts), computed by position from each layer's input and router."""
+    """Returns one prompt's gates (modules, experts), from each position's input and router."""
     inputs = {}
     with ExitStack() as hooks:
         for layer in layers(model):
@@ -48,13 +48,13 @@ def gates(model, row):
         losses(model, row)
     first = row["labels"][0].tolist().count(-100)  # the answer comes last
     prompts = [(layer, inputs[layer.name][:first]) for layer in layers(model)]
-    found = np.array(
+    values = np.array(
         [
             np.mean([_gate(layer, x_t, prompt, row) for x_t in prompt], axis=0)
             for layer, prompt in prompts
         ]
     )
-    return found / found.mean(axis=1, keepdims=True)
+    return values / values.mean(axis=1, keepdims=True)
 
 
 def _gate(layer, x_t, prompt, row):
@@ -62,10 +62,10 @@ def _gate(layer, x_t, prompt, row):
     if not isinstance(layer, BaditLinear):
         if "default" in getattr(layer, "badit_router", ()):
             return mixtures.gates(layer, x_t)
-        own = reference.float64(layer.badit_task_logits["default"])[
+        logits = reference.float64(layer.badit_task_logits["default"])[
             config.tasks.index(row["tasks"][0])
         ]
-        return reference.expert_gates(own / config.temperature, "softmax")
+        return reference.expert_gates(logits / config.temperature, "softmax")
     read = reference.float64(x_t if config.routing == "token" else prompt.mean(dim=0))
     if config.router_input == "standardised":
         read = reference.standardised(read, *reference.float64(layer.badit_moments["default"]))
@@ -89,7 +89,7 @@ def losses(model, row):
 
 
 def change_error(pairs):
-    """Returns the standard error of the change per token, from each prompt's losses before and after."""
+    """Returns the standard error of the change per token, from each prompt's two losses."""
     tokens = sum(len(before) for before, _ in pairs)
     change = sum(sum(after) - sum(before) for before, after in pairs) / tokens
     residuals = [sum(after) - sum(before) - change * len(before) for before, after in pairs]
@@ -98,7 +98,7 @@ def change_error(pairs):
 
 @torch.no_grad()
 def delete_expert(model, expert):
-    """Sets the expert's columns of B to zero in all layers; the frozen initial factors are unchanged."""
+    """Sets the expert's columns of B to zero in all layers, but not the frozen initial factors."""
     for layer in layers(model):
         layer.badit_B["default"][:, [of == expert for of in expert_of(layer)]] = 0
     return model
@@ -108,15 +108,12 @@ def expert_of(layer):
     config = layer.badit_config["default"]
     if isinstance(layer, BaditLinear):
         return layer.expert_of("default").tolist()
-    return [
-        k
-        for k in range(config.num_experts)
-        for _ in range(config.num_components // config.num_experts)
-    ]
+    rank = config.num_components // config.num_experts
+    return [k for k in range(config.num_experts) for _ in range(rank)]
 
 
 def recovery(similarity_, abilities):
-    """Returns, by measure: value, mean over all permutations, and share of permutations with at least this value."""
+    """Returns, by measure: value, mean over all permutations, share with at least this value."""
     tasks = range(len(abilities))
     pairs = list(itertools.combinations(tasks, 2))
     nearest = [
@@ -132,19 +129,15 @@ def recovery(similarity_, abilities):
 
     results = {}
     for name, measure in (("correlation", correlation), ("nearest_neighbour", neighbours)):
-        values = [
-            measure(sets) for sets in itertools.permutations(abilities)
-        ]  # the given order comes first
-        results[name] = (
-            values[0],
-            float(np.mean(values)),
-            float(np.mean([v >= values[0] - 1e-9 for v in values])),
-        )
+        values = [measure(sets) for sets in itertools.permutations(abilities)]
+        first = values[0]  # of the given order
+        share = np.mean([value >= first - 1e-9 for value in values])
+        results[name] = (first, float(np.mean(values)), float(share))
     return results
 
 
 def gradients(model):
-    """Returns each layer's gradients of A and B for the summed loss of all answer tokens, computed row by row."""
+    """Returns each layer's gradients of A and B for the summed loss, computed row by row."""
     for row in itertools.chain(*ROWS.values()):
         out = model(
             input_ids=row["input_ids"], attention_mask=row["attention_mask"], labels=row["labels"]

@@ -1,4 +1,4 @@
-"""Naive reference of interference: full gradients by autograd on single instances, loops over pairs and units."""
+"""Naive reference of interference: full gradients of single instances, loops over units."""
 
 import copy
 import itertools
@@ -35,8 +35,8 @@ def rows(frame):
 def batched(of_tasks, size=1):
     collate = AnswerCollator(0, with_tasks=True)
     return {
-        task: [collate(each[i : i + size]) for i in range(0, len(each), size)]
-        for task, each in of_tasks.items()
+        task: [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        for task, rows in of_tasks.items()
     }
 
 
@@ -49,13 +49,13 @@ def loss(model, example):
 
 def places(model):
     """Returns the names of the measured parameters, by kind, layer and module."""
-    found = {}
+    names = {}
     for name, _ in model.named_parameters():
         if match := _ADAPTER.search(name):
-            found.setdefault(("adapter", int(match[1]), f"{match[2]}.adapter"), []).append(name)
+            names.setdefault(("adapter", int(match[1]), f"{match[2]}.adapter"), []).append(name)
         elif match := _WEIGHT.search(name):
-            found.setdefault(("weights", int(match[1]), match[2]), []).append(name)
-    return found
+            names.setdefault(("weights", int(match[1]), match[2]), []).append(name)
+    return names
 
 
 def gradients(model, examples):
@@ -65,10 +65,11 @@ def gradients(model, examples):
     parameters = [dict(model.named_parameters())[name] for name in names]
     result = {}
     for task, of_task in examples.items():
-        found = [torch.autograd.grad(loss(model, example), parameters) for example in of_task]
-        result[task] = [
-            {name: g.double() for name, g in zip(names, of, strict=True)} for of in found
-        ]
+        result[task] = []
+        for example in of_task:
+            of_example = torch.autograd.grad(loss(model, example), parameters)
+            values = (gradient.double() for gradient in of_example)
+            result[task].append(dict(zip(names, values, strict=True)))
     return result
 
 
@@ -99,27 +100,24 @@ def corrected(a, b):
 
 def tables(model, examples):
     """Returns the rows of the four gradient tables."""
-    by_task, found = gradients(model, examples), places(model)
+    by_task = gradients(model, examples)
+    measured = places(model)
     pairs = list(itertools.combinations(sorted(by_task), 2))
     tables_ = {f"gradient_{name}": [] for name in ("pairs", "overall", "summary", "tasks")}
-    for (kind, layer, module), names in found.items():
+    for (kind, layer, module), names in measured.items():
         vectors = {task: flat(instances, names) for task, instances in by_task.items()}
         means = {task: rows.mean(dim=0) for task, rows in vectors.items()}
         values = [(cosine(means[a], means[b]), magnitude(means[a], means[b])) for a, b in pairs]
         tables_["gradient_pairs"] += [
             [*pair, layer, module, *of] for pair, of in zip(pairs, values, strict=True)
         ]
-        cosines, magnitudes = np.transpose(values)
+        cosines, _ = np.transpose(values)
         reliability = np.nanmean([cosine(*halves(rows)) for rows in vectors.values()])
-        numbers = [
-            np.mean(cosines[~np.isnan(cosines)] < 0),
-            np.nanmean(cosines),
-            np.mean(magnitudes),
-            reliability,
-        ]
+        numbers = [np.mean(cosines[~np.isnan(cosines)] < 0), reliability]
         tables_["gradient_summary"].append([layer, module, kind, *map(float, numbers)])
-    for kind in {kind for kind, _, _ in found}:
-        names = [name for place, of_place in found.items() if place[0] == kind for name in of_place]
+    for kind in {kind for kind, _, _ in measured}:
+        of_kind = [names for place, names in measured.items() if place[0] == kind]
+        names = list(itertools.chain(*of_kind))
         vectors = {task: flat(instances, names) for task, instances in by_task.items()}
         for a, b in pairs:
             first, second = vectors[a].mean(dim=0), vectors[b].mean(dim=0)
@@ -156,8 +154,8 @@ def row_scores(model, examples):
 
 @torch.no_grad()
 def neuron_means(model, examples):
-    """Returns, by task and layer, the outputs of the MLP's first projection, averaged over all instances' positions."""
-    means, kept, model = {}, {}, copy.deepcopy(model)
+    """Returns, by task and layer, the mean output of the MLP's first projection over positions."""
+    means, outputs, model = {}, {}, copy.deepcopy(model)
     projections = [
         module
         for name, module in model.named_modules()
@@ -165,13 +163,13 @@ def neuron_means(model, examples):
     ]
     for module in projections:
         module.register_forward_hook(
-            lambda module, args, output: kept.setdefault(module, []).append(output[0].float())
+            lambda module, args, output: outputs.setdefault(module, []).append(output[0].float())
         )
     for task, instances in examples.items():
-        kept.clear()
+        outputs.clear()
         for example in instances:
             loss(model, example)
-        means[task] = [torch.cat(kept[module]).mean(dim=0).tolist() for module in projections]
+        means[task] = [torch.cat(outputs[module]).mean(dim=0).tolist() for module in projections]
     return means
 
 
@@ -182,11 +180,9 @@ def marked(scores, share):
 
 
 def coactivation(kind, marks):
-    """Returns the rows of the three tables; chances from all outcomes of T coin tosses and from the sets' sizes."""
-    names, rows = (
-        list(marks),
-        {"coactivation": [], "coactivation_tasks": [], "coactivation_pairs": []},
-    )
+    """Returns the rows of the three tables; chances from all outcomes of T coin tosses."""
+    names = list(marks)
+    rows = {"coactivation": [], "coactivation_tasks": [], "coactivation_pairs": []}
     for layer in range(len(marks[names[0]])):
         units = range(len(marks[names[0]][layer]))
         shares = [sum(marks[name][layer]) / len(units) for name in names]
@@ -201,19 +197,15 @@ def coactivation(kind, marks):
                 [kind, layer, tasks, counts.count(tasks) / len(units), chance]
             )
         for name in names:
-            own = [counts[unit] for unit in units if marks[name][layer][unit]]
+            marked_by = [counts[unit] for unit in units if marks[name][layer][unit]]
             universal = sum(count == len(names) for count in counts)
             rows["coactivation_tasks"].append(
-                [kind, name, layer, len(own), own.count(1), universal]
+                [kind, name, layer, len(marked_by), marked_by.count(1), universal]
             )
     for a, b in itertools.combinations(sorted(names), 2):
-        both = either = expected_both = expected_either = 0
+        shared = either = 0
         for of_a, of_b in zip(marks[a], marks[b], strict=True):
-            both += sum(x and y for x, y in zip(of_a, of_b, strict=True))
+            shared += sum(x and y for x, y in zip(of_a, of_b, strict=True))
             either += sum(x or y for x, y in zip(of_a, of_b, strict=True))
-            p, q = sum(of_a) / len(of_a), sum(of_b) / len(of_b)
-            expected_both += len(of_a) * p * q
-            expected_either += len(of_a) * (p + q - p * q)
-        overlaps = [both / either, expected_both / expected_either] if either else [None, None]
-        rows["coactivation_pairs"].append([kind, a, b, *overlaps])
+        rows["coactivation_pairs"].append([kind, a, b, shared / either if either else None])
     return rows

@@ -1,4 +1,4 @@
-"""Complete analyses of a tiny run: written tables, resuming after an interruption, and error messages."""
+"""Complete analyses of a tiny run: written tables, resuming, and error messages."""
 
 import json
 from collections import Counter
@@ -16,12 +16,8 @@ PAIRS = {"gradient_pairs", "gradient_overall", "coactivation_pairs"}
 INTERFERENCE = PAIRS | {"gradient_summary", "gradient_tasks", "coactivation", "coactivation_tasks"}
 EXPERTS = {"gates", "gate_similarity", "expert_losses", "nearest_prompts", "abilities"}
 EXPERTS |= {"expert_angles", "component_flow"}
-CLUSTERS = {
-    "num_experts": 4,
-    "r": 2,
-    "num_clusters": 4,
-    "regroup": {"every": 3},
-}  # with one, gates do not vary
+# With one cluster, gates do not vary.
+CLUSTERS = {"num_experts": 4, "r": 2, "num_clusters": 4, "regroup": {"every": 3}}
 
 
 def test_run_with_experts_has_all_tables_and_skips_finished_parts(
@@ -54,10 +50,8 @@ def test_run_with_experts_has_all_tables_and_skips_finished_parts(
     assert list(record["parts"]) == ["interference", "experts", "learning"]
     message = r"analysis: belongs to .* or to other settings; delete it and analysis\."
     refuses(message, analyze, run, instances=3, progress=False)
-    for file, word in (
-        (run / "adapter" / "adapter_model.safetensors", b"layers"),
-        (task_file, b"rivers"),
-    ):
+    weights = run / "adapter" / "adapter_model.safetensors"
+    for file, word in ((weights, b"layers"), (task_file, b"rivers")):
         content = file.read_bytes()
         file.write_bytes(content.replace(word, word.upper()))
         refuses("belongs to another run, model or data", analyze, run, instances=2, progress=False)
@@ -83,12 +77,8 @@ def test_run_with_experts_has_all_tables_and_skips_finished_parts(
 )
 def test_tables_depend_on_tasks_order_and_method(recipe_values, data, method, tables):
     recipe_values["data"] |= data
-    assert (
-        analyze(
-            train(recipe_values | method, progress=False).path, instances=4, progress=False
-        ).keys()
-        == tables
-    )
+    run = train(recipe_values | method, progress=False)
+    assert analyze(run, instances=4, progress=False).keys() == tables
 
 
 def test_report_in_another_folder_shows_the_runs_scores(recipe_values, tmp_path, command):
@@ -102,7 +92,7 @@ def test_report_in_another_folder_shows_the_runs_scores(recipe_values, tmp_path,
 
 def test_base_model_is_measured_on_given_data(model_folder, task_file, tmp_path):
     output = tmp_path / "base"
-    options = {"data": str(task_file), "instances": 2, "output": output, "progress": False}
+    options = {"data": task_file, "instances": 2, "output": output, "progress": False}
     assert analyze(model_folder, **options).keys() == INTERFERENCE
     assert (output / "config.yaml").is_file()
     message = r"to another run, model or data.*; delete it, analysis\.json and config"

@@ -1,6 +1,6 @@
-"""The gates of every method against each layer's own router, and that reading them has no side effects."""
+"""The gates of every method against each layer's own router, without side effects."""
 
-from statistics import fmean, stdev
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -9,8 +9,9 @@ from peft import LoraConfig, get_peft_model
 
 from analysis import naive_experts as naive
 from analysis.naive_experts import BATCHES, METHODS, ROWS, TASKS
-from badit.analysis.gates import active_experts, changed_gates, gates_frame, prompt_gates
-from badit.analysis.interference import coactivation, marked_experts
+from badit.analysis.coactivation import coactivation, marked_experts
+from badit.analysis.experts import active_experts, changed_gates
+from badit.analysis.gates import gates_frame, prompt_gates
 from badit.baselines.branches import OLoraConfig
 from refusals import refuses
 from tuner import helpers
@@ -48,7 +49,7 @@ def test_gates_at_step_0_are_neutral_and_an_error_restores_the_layers(tiny_model
     model = helpers.adapt(tiny_model("llama"))
     with (
         pytest.raises(ZeroDivisionError),
-        changed_gates(active_experts(model), lambda one, gates: 1 / 0),
+        changed_gates(active_experts(model), lambda experts, gates: 1 / 0),
     ):
         naive.losses(model, ROWS["cities"][0])
     assert not any("gates" in vars(layer) for layer in naive.layers(model))
@@ -57,7 +58,7 @@ def test_gates_at_step_0_are_neutral_and_an_error_restores_the_layers(tiny_model
     assert not any(marked_TU.any() for marked_TU in marked_experts(gates).values())
 
 
-def test_table_has_mean_and_standard_deviation_over_prompts(tiny_model):
+def test_table_has_the_mean_over_prompts(tiny_model):
     batches = {**BATCHES, "seas": BATCHES["seas"][1:]}  # a single prompt
     gates = prompt_gates(helpers.adapted(tiny_model("llama")), batches)
     table = gates_frame(gates)
@@ -65,10 +66,7 @@ def test_table_has_mean_and_standard_deviation_over_prompts(tiny_model):
     assert set(table["module"]) == {"mlp.gate_proj"}
     for row in table.itertuples():
         values = gates.by_task[row.task][:, row.layer, row.expert].tolist()
-        deviation = np.nan if row.task == "seas" else stdev(values)
-        assert (row.mean, row.std) == pytest.approx(
-            (fmean(values), deviation), abs=1e-5, nan_ok=True
-        )
+        assert row.mean == pytest.approx(fmean(values), abs=1e-5)
     assert "1 to 3 prompts of each of 3 tasks" in table.attrs["about"]
 
 
@@ -79,10 +77,9 @@ def test_marked_experts_have_a_mean_gate_above_neutral(tiny_model, layers, shape
     marked = marked_experts(gates)
     assert {layer: marked_TU.shape for layer, marked_TU in marked.items()} == shapes
     for layer, marked_TU in marked.items():
-        own = [
-            gates.means[:, m] for m, (of_layer, _) in enumerate(gates.modules) if of_layer == layer
-        ]
-        assert marked_TU.tolist() == (np.concatenate(own, axis=1) > 1).tolist()
+        of_layer = [m for m, (number, _) in enumerate(gates.modules) if number == layer]
+        gates_TU = np.concatenate([gates.means[:, m] for m in of_layer], axis=1)
+        assert marked_TU.tolist() == (gates_TU > 1).tolist()
     assert 0 < sum(int(marked_TU.sum()) for marked_TU in marked.values()) < 3 * 15
     counts, by_task, pairs = coactivation(TASKS, {"experts": marked, "parameters": {}}, "")
     assert set(counts["layer"]) == set(by_task["layer"]) == shapes.keys()

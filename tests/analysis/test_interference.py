@@ -1,6 +1,7 @@
-"""Sketches, task gradients and shared units against autograd, loops, enumeration and the stated errors."""
+"""Sketches, task gradients and shared units against autograd, loops and the stated errors."""
 
 import math
+from collections import Counter
 from contextlib import ExitStack
 
 import pytest
@@ -11,7 +12,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from analysis import naive_interference as naive
-from badit.analysis import interference
+from badit.analysis import gradients, interference
+from badit.analysis.coactivation import coactivation
+from badit.analysis.sketches import SketchedSums
 from badit.analysis.tables import layer_and_module
 from refusals import refuses
 from tuner.helpers import adapted
@@ -25,7 +28,7 @@ VECTORS = st.lists(
 
 def sketched(vectors_RN, size, seed):
     """Returns the sketches of several vectors."""
-    sketch = interference.SketchedSums(
+    sketch = SketchedSums(
         len(vectors_RN[0]), len(vectors_RN), size, torch.Generator().manual_seed(seed)
     )
     for i, vector_N in enumerate(vectors_RN):
@@ -55,10 +58,10 @@ def test_sketch_is_linear_with_one_signed_bucket_per_coordinate(length, size, se
 
 @pytest.mark.parametrize("kind", ["noise", "column", "row", "constant"])
 def test_inner_products_are_unbiased_with_bounded_variance(kind):
-    """Two gradients of a weight (60, 32): correlated noise, optionally with a strong column or row, or an offset."""
+    """Two gradients of a weight (60, 32): correlated noise, a strong column or row, an offset."""
     a, b = torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(3))
     strong = torch.ones(60, 32)
-    # 32 divides the sketch size below: without shifts, a column would use only two of the 64 buckets.
+    # 32 divides the sketch size: without shifts, a column would use only two of the 64 buckets.
     strong[{"column": (slice(None), 5), "row": 7}.get(kind, slice(0))] = 50
     shift = 20 if kind == "constant" else 0
     a, b = (a * strong + shift).flatten(), ((0.5 * a + b) * strong - shift).flatten()
@@ -75,10 +78,10 @@ def test_agreement_matches_naive_formulas(of_a, of_b):
     instances = [torch.tensor(of).double() for of in (of_a, of_b[:4])]
     sums_R = torch.stack([of[half::2].sum(dim=0) for of in instances for half in (0, 1)])
     counts_T2, pairs_2E = torch.tensor([[3.0, 2.0], [2.0, 2.0]]).double(), torch.tensor([[0], [1]])
-    of_pairs, of_tasks = interference.agreement((sums_R @ sums_R.T)[None], counts_T2, pairs_2E)
-    found = of_pairs | of_tasks
+    of_pairs, of_tasks = gradients.agreement((sums_R @ sums_R.T)[None], counts_T2, pairs_2E)
+    values = of_pairs | of_tasks
     assert not any(
-        (found[name].abs() > 1).any() for name in ("cosine", "corrected_cosine", "reliability")
+        (values[name].abs() > 1).any() for name in ("cosine", "corrected_cosine", "reliability")
     )
     a, b = (of.mean(dim=0) for of in instances)
     if min(float(v.norm()) for v in (a, b, *sums_R)) <= 1e-3:
@@ -86,11 +89,11 @@ def test_agreement_matches_naive_formulas(of_a, of_b):
     expected = {"cosine": naive.cosine(a, b), "magnitude_similarity": naive.magnitude(a, b)}
     if min(abs(float(sums_R[0] @ sums_R[1])), abs(float(sums_R[2] @ sums_R[3]))) > 1e-6:
         expected["corrected_cosine"] = naive.corrected(*instances)
-    assert {name: float(found[name][0, 0]) for name in expected} == pytest.approx(
+    assert {name: float(values[name][0, 0]) for name in expected} == pytest.approx(
         expected, abs=1e-6, nan_ok=True
     )
-    assert float(found["norm"][0, 0]) == pytest.approx(float(a.norm()), abs=1e-6)
-    assert float(found["reliability"][0, 1]) == pytest.approx(naive.cosine(*sums_R[2:]), abs=1e-6)
+    assert float(values["norm"][0, 0]) == pytest.approx(float(a.norm()), abs=1e-6)
+    assert float(values["reliability"][0, 1]) == pytest.approx(naive.cosine(*sums_R[2:]), abs=1e-6)
 
 
 def interference_tables(model, examples, sketch_size=16384):
@@ -120,8 +123,8 @@ def assert_same_rows(frame, expected):
     for row, twin in zip(
         sorted(naive.rows(frame), key=key), sorted(expected, key=key), strict=True
     ):
-        known = [None if value != value else value for value in twin]  # NaN: undefined
-        assert row == pytest.approx(known, abs=1e-4), (row, twin)
+        twin = [None if value != value else value for value in twin]  # NaN: undefined
+        assert row == pytest.approx(twin, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "badit", "lora"])
@@ -133,16 +136,11 @@ def test_large_sketches_match_naive_tables(tiny_model, kind, monkeypatch):
     expected_places = {
         id(parameters[name]): place for place, names in places.items() for name in names
     }
-    assert {
-        id(p): place for place, p, _ in interference.measured_parameters(model)
-    } == expected_places
+    assert {id(p): place for place, p, _ in gradients.measured_parameters(model)} == expected_places
     assert layer_and_module("base_model.adapter") == (-1, "adapter"), "outside of the layers"
-    assert len([place for place in places if place[0] == "weights"]) == 2 * (
-        4 if kind == "gpt2" else 7
-    )
-    assert len([place for place in places if place[0] == "adapter"]) == 2 * (
-        kind in ("badit", "lora")
-    )
+    counts = Counter(place[0] for place in places)
+    assert counts["weights"] == 2 * (4 if kind == "gpt2" else 7)
+    assert counts["adapter"] == 2 * (kind in ("badit", "lora"))
     with torch.no_grad():
         tables = interference_tables(model, examples, sketch_size=10**4)
     scores = {
@@ -162,7 +160,7 @@ def test_large_sketches_match_naive_tables(tiny_model, kind, monkeypatch):
         assert_same_rows(tables[name], rows)
     assert "strongest 0.2 of the units" in tables["coactivation"].attrs["about"]
     assert tables["gradient_summary"]["conflict_rate"].nunique() > 1, "the rates must differ"
-    monkeypatch.setattr("badit.analysis.interference.MOST_PAIRS", len(tables["gradient_pairs"]) - 1)
+    monkeypatch.setattr("badit.analysis.gradients.MOST_PAIRS", len(tables["gradient_pairs"]) - 1)
     without = interference_tables(model, examples, sketch_size=10**4)
     assert without.keys() == tables.keys() - {"gradient_pairs"}
     assert f"{len(tables['gradient_pairs'])} rows" in without["gradient_summary"].attrs["about"]
@@ -210,14 +208,14 @@ def test_hooks_and_gradients_are_removed_and_nonfinite_losses_are_refused(tiny_m
 
 def test_at_most_one_gradient_is_stored_and_sketches_have_a_bounded_size(tiny_model):
     model, held = tiny_model("llama"), []
-    parameters = [parameter for _, parameter, _ in interference.measured_parameters(model)]
+    parameters = [parameter for _, parameter, _ in gradients.measured_parameters(model)]
     for p in parameters:
         p.register_post_accumulate_grad_hook(
             lambda _: held.append(sum(q.grad is not None for q in model.parameters()))
         )
     interference_tables(model, naive.make_examples({"a": 2, "b": 1}))
     assert held == [1] * (3 * len(parameters))
-    sketches = interference.TaskGradients(model, [1] * 50, 8, ExitStack()).sketches.values()
+    sketches = gradients.TaskGradients(model, [1] * 50, 8, ExitStack()).sketches.values()
     sizes = [sketch.sums_RM.numel() for of_place in sketches for sketch in of_place]
     assert sum(sizes) <= len(parameters) * 2 * 50 * 8
 
@@ -231,7 +229,7 @@ def test_coactivation_matches_naive_counts(data):
         k: torch.tensor([of_task[k] for of_task in marks.values()]).numpy()
         for k in range(len(widths))
     }
-    frames = interference.coactivation(list(marks), {"experts": marked, "neurons": marked}, "about")
+    frames = coactivation(list(marks), {"experts": marked, "neurons": marked}, "about")
     for frame, rows in zip(frames, naive.coactivation("experts", marks).values(), strict=True):
         assert_same_rows(frame, rows + [["neurons", *row[1:]] for row in rows])
     for _, of_layer in frames[0].groupby(["kind", "layer"]):

@@ -1,4 +1,4 @@
-"""Angles from logs and from the trained adapter's gradients, component flow, score matrices and task gaps."""
+"""Angles from logs and from gradients, component flow, score matrices and task gaps."""
 
 import numpy as np
 import pytest
@@ -97,17 +97,17 @@ def test_damaged_log_is_refused(tmp_path):
 def test_held_out_angles_match_naive_angles(tiny_model, method):
     model = naive.adapted(tiny_model("llama"), method, target_modules=["gate_proj", "v_proj"])
     with torch.no_grad():
-        found = held_out_angles(model.requires_grad_(False), naive.BATCHES)
+        measured = held_out_angles(model.requires_grad_(False), naive.BATCHES)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert list(found) == [
+    assert list(measured) == [
         (layer, module) for layer in (0, 1) for module in ("self_attn.v_proj", "mlp.gate_proj")
     ]
     for angles, layer, of_layer in zip(
-        found.values(), naive.layers(model), naive.gradients(model), strict=True
+        measured.values(), naive.layers(model), naive.gradients(model), strict=True
     ):
         expected = reference.angles(reference.unit_gradients(*of_layer), naive.expert_of(layer))
         assert angles == pytest.approx(expected, abs=0.02)
-    assert np.std([angles[0] for angles in found.values()]) > 0.5
+    assert np.std([angles[0] for angles in measured.values()]) > 0.5
 
 
 def test_no_angles_with_shared_A_and_none_within_experts_of_rank_1(tiny_model):

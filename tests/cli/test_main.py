@@ -14,6 +14,8 @@ from badit.cli.app import app
 from badit.recipe.loading import load_recipe
 from badit.support.files import read_json
 
+MAIN = "from badit.cli import main; main"
+
 
 def test_every_command_and_parameter_has_help(command):
     shown = command("--help")
@@ -28,8 +30,8 @@ def test_every_command_and_parameter_has_help(command):
     ("statement", "heavy"),
     [
         ("import badit", "numpy torch transformers peft pydantic"),
-        ("from badit.cli import main; main(['train', 'superni-cpu', 'data.source=nowhere.csv'])", "torch transformers"),
-        *((f"from badit.cli import main; main({words!r})", "torch transformers peft pydantic")
+        (f"{MAIN}(['train', 'superni-cpu', 'data.source=nowhere.csv'])", "torch transformers"),
+        *((f"{MAIN}({words!r})", "torch transformers peft pydantic")
           for words in (["--help"], ["train", "--help"], ["--version"])),
     ],
 )  # fmt: skip

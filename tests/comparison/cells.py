@@ -16,7 +16,7 @@ LORA = {"lora": {"name": "lora", "r": 4}}
 
 
 def comparison_values(material, output, **compare):
-    """Returns a recipe that compares LoRA and BADIT with equal total ranks, for two steps per run."""
+    """Returns a recipe that compares LoRA and BADIT of equal ranks, in two steps per run."""
     methods = {
         "lora": {"name": "lora", "r": 8},
         "badit": {"name": "badit", "num_experts": 4, "r": 2},
@@ -63,7 +63,7 @@ def by_status(results, **wanted):
 
 
 def compared(values, report=None, **options):
-    """Runs a comparison and returns the contents of results.json; ``report`` is called with each line of progress."""
+    """Runs a comparison, and returns results.json; ``report`` is called with lines of progress."""
     with patch.object(compare_module, "say", report):
         compare_module.compare(values, progress=report is not None, **options)
     return read_json(Path(values["output"]) / RESULTS)

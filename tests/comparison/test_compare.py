@@ -1,4 +1,4 @@
-"""Comparisons from recipe to results.json and table: learning-rate search, failures, task sequences."""
+"""Comparisons from recipe to results.json and table: search, failures, task sequences."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ LADDER = [0.001, 0.01, 0.1]
 
 @pytest.fixture(scope="module")
 def searched(material, tmp_path_factory):
-    """A finished comparison of two methods, two seeds and three rates: its recipe, results and report."""
+    """A finished comparison of two methods, two seeds and three rates, and its progress."""
     output = tmp_path_factory.mktemp("searched") / "comparison"
     search = {"learning_rates": LADDER, "budget": "badit", "unmatched": ["lora"]}
     values, lines = comparison_values(material, output, seeds=[0, 1], **search), []

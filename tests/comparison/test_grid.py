@@ -1,4 +1,4 @@
-"""The cells of a comparison: folders, recipes, budgets, invalid options, and the learning-rate search."""
+"""The cells of a comparison: folders, recipes, budgets, invalid options, and the search."""
 
 import math
 from contextlib import nullcontext
@@ -131,9 +131,9 @@ def test_cell_recipe_changes_only_the_fields_of_the_cell():
     )
 )
 def test_long_orders_have_short_and_distinct_names(orders):
-    one, other = map(order_name, orders)
-    assert one != other
-    assert len(one) <= 80
+    name, other = map(order_name, orders)
+    assert name != other
+    assert len(name) <= 80
     assert order_name(["task1000_x", "task1001_y", "cities"]) == "task1000-task1001-cities"
     assert order_name(["task1_b", "task1_a"]) == "task1_b-task1_a", (
         "the numbers alone do not tell them apart"
@@ -224,7 +224,9 @@ def test_budgets_may_differ_by_at_most_five_percent(material, rank, fair):
     methods = {f"r{r}": {"name": "lora", "r": r} for r in (40, rank)} | {"base": {"name": "base"}}
     counts = checked(material, methods, reference="r40")
     first, second = counts[f"r{rank}"], counts["r40"]
-    message = f"methods.r{rank}: trains {first:,} parameters, r40 trains {second:,}; change its rank to agree within 5%"
+    message = (
+        f"methods.r{rank}: trains {first:,} parameters, r40 trains {second:,}; change its rank"
+    )
     with nullcontext() if fair else pytest.raises(BaditError, match=message):
         checked(material, methods, reference="r40", budget="r40")
     checked(material, methods, reference="r40", budget="r40", unmatched=[f"r{rank}"])
@@ -257,8 +259,8 @@ def test_lowest_rate_within_the_margin_is_selected_and_ties_keep_the_start():
 
 @given(LOSSES, st.data())
 def test_search_returns_the_best_rate_tried_and_tries_its_neighbours(losses, data):
-    found, tried = walk(losses, data.draw(st.integers(0, len(losses) - 1)))
+    chosen, tried = walk(losses, data.draw(st.integers(0, len(losses) - 1)))
     finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
     assert len(tried) == len(set(tried))
-    assert finite[found] == min(finite[rung] for rung in tried)
-    assert {found - 1, found + 1} & set(range(len(losses))) <= set(tried)
+    assert finite[chosen] == min(finite[rung] for rung in tried)
+    assert {chosen - 1, chosen + 1} & set(range(len(losses))) <= set(tried)

@@ -24,6 +24,7 @@ def results_of(values):
     return read_json(Path(values["output"]) / "results.json")
 
 
+@pytest.mark.slow
 def test_cell_runs_in_its_own_process(values):
     values["compare"]["methods"] = LORA
     (cell,) = compared(values, jobs=2)["cells"]
@@ -66,6 +67,7 @@ def test_seeds_of_a_method_run_in_parallel_and_cells_get_the_free_gpu(values, mo
     assert set(shares.values()) == {(4, 1 - device)}
 
 
+@pytest.mark.slow
 def test_errors_of_killed_cells_are_explained(values):
     run = resolve(build_recipe({**values, "compare": None}))
     run.prepare_folder()
@@ -89,6 +91,7 @@ def test_process_gets_threads_and_gpu_from_its_environment(tmp_path, monkeypatch
     assert log.read_text() == "3 1 True\n", "the current folder is not on sys.path"
 
 
+@pytest.mark.slow
 def test_cell_stops_when_its_standard_input_is_closed():
     script = """
 import sys, time
@@ -105,6 +108,7 @@ worker.main()
         assert process.wait() == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_sigterm_stops_command_and_cell_and_saves_a_checkpoint(values, tmp_path):
     values["training"] |= {"max_steps": 100_000, "logging_steps": 1}
     path = tmp_path / "recipe.yaml"
@@ -142,7 +146,7 @@ def _ctrl_c_interrupts():
 
 @pytest.mark.usefixtures("_ctrl_c_interrupts")
 def test_interrupted_search_stops_cells_and_selects_no_rate(values, monkeypatch):
-    """Two methods in parallel: Ctrl-C while one of them searches its last rate must not select a rate."""
+    """Ctrl-C while one of two methods searches its last rate must not select a rate."""
     values["compare"]["learning_rates"] = [0.001, 0.01]
     waiting, stopped, lines = threading.Event(), [], []
 

@@ -24,14 +24,14 @@ class Page:
         return re.findall(rf"^```{language}\n(.*?)^```", self.text, flags=re.DOTALL | re.MULTILINE)
 
     def commands(self) -> list[list[str]]:
-        """Returns the arguments of each ``badit`` command in the page's shell blocks or the recipe's comments."""
+        """Returns the arguments of the ``badit`` commands in shell blocks or comments."""
         blocks = self.blocks("sh")
         if self.path.endswith(".yaml"):
             header = "\n".join(re.findall(r"^# *(.*)", self.text, flags=re.MULTILINE))
             blocks = [
                 re.sub(r" {2,}.*", "", header)
             ]  # two or more spaces separate a command from its explanation
-        found = []
+        parsed = []
         for block in blocks:
             # A statement continues after a backslash or within quotes.
             for statement in re.findall(r'(?:"[^"]*"|\\\n|[^"\n])+', block):
@@ -40,8 +40,9 @@ class Page:
                     r"^(?:accelerate launch|torchrun) .*?-m badit ", "badit ", statement
                 )
                 if statement.startswith("badit "):
-                    found.append(shlex.split(statement.replace("\\\n", "\n"), comments=True)[1:])
-        return found
+                    words = shlex.split(statement.replace("\\\n", "\n"), comments=True)
+                    parsed.append(words[1:])
+        return parsed
 
     def __str__(self) -> str:
         return self.path
@@ -51,7 +52,7 @@ def pages(*patterns: str) -> list[Page]:
     """Returns the pages that match the patterns (default: all Markdown pages for users)."""
     files = [
         file
-        for one in patterns or ("*.md", "docs/*.md", "recipes/README.md")
-        for file in ROOT.glob(one)
+        for pattern in patterns or ("*.md", "docs/*.md", "recipes/README.md")
+        for file in ROOT.glob(pattern)
     ]
     return [Page(str(file.relative_to(ROOT))) for file in sorted(files)]

@@ -1,4 +1,4 @@
-"""Runs the code of the documentation: each page's blocks in order, in a temporary folder, with a tiny model."""
+"""Runs the code of the documentation: each page's blocks in order, with a tiny model."""
 
 import re
 import shutil

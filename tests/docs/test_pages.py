@@ -1,4 +1,4 @@
-"""Checks the documentation against the code: commands, recipes, quoted numbers, tables, messages, sections."""
+"""Checks the documentation against the code: commands, recipes, numbers, tables, messages."""
 
 import ast
 import json
@@ -21,12 +21,11 @@ TABLES = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=str)
 def test_commands_parse_and_their_recipes_are_valid(page):
-    assert sum(len(each.commands()) for each in WITH_COMMANDS) > 40
     for arguments in page.commands():
         _, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
-        given = bound.arguments
-        if str(given.get("recipe", "")).startswith("recipes/"):
-            method_of(load_recipe(ROOT / given["recipe"], given.get("overrides", ())).method)
+        values = bound.arguments
+        if str(values.get("recipe", "")).startswith("recipes/"):
+            method_of(load_recipe(ROOT / values["recipe"], values.get("overrides", ())).method)
 
 
 @pytest.mark.parametrize("page", pages(), ids=str)
@@ -80,13 +79,13 @@ def test_quoted_messages_are_in_the_source():
     quoted = re.findall(
         r"^### `([^`]+)`$", Page("docs/troubleshooting.md").text, flags=re.MULTILINE
     )
-    assert len(quoted) > 30
+    assert quoted
     nodes = [
         node
         for file in (ROOT / "src").glob("**/*.py")
         for node in ast.walk(ast.parse(file.read_text()))
     ]
-    known = [
+    messages = [
         node.value
         for node in nodes
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
@@ -94,7 +93,7 @@ def test_quoted_messages_are_in_the_source():
     filled = [
         node.values for node in nodes if isinstance(node, ast.JoinedStr)
     ]  # … stands for a placeholder
-    known += [
+    messages += [
         "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in each)
         for each in filled
     ]
@@ -102,5 +101,5 @@ def test_quoted_messages_are_in_the_source():
     assert [
         text
         for text in quoted
-        if not any(re.search(pattern[text], one, re.DOTALL) for one in known)
+        if not any(re.search(pattern[text], message, re.DOTALL) for message in messages)
     ] == []

@@ -36,7 +36,7 @@ def fields(cls):
 
 
 def default_of(option):
-    """Returns the default of a configuration field, recipe key or parameter, or the value of a constant."""
+    """Returns the default of a field, recipe key or parameter, or the value of a constant."""
     place, _, name = option.rpartition(".")
     module, _, owner = place.rpartition(".")
     if place == "RegroupCallback" and name not in fields(RegroupOptions):

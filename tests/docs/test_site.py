@@ -55,10 +55,7 @@ def test_formulas_are_mathml(site):
 
 
 def test_code_options_and_recipes_are_included_from_the_source(site):
-    assert "def expert_gates(logits: torch.Tensor" in re.sub(
-        r"<[^>]+>", "", (site / "method.html").read_text()
-    )
-    assert "such as {input: text, output: label}" in unescape((site / "options.html").read_text())
+    assert "def expert_gates(" in re.sub(r"<[^>]+>", "", (site / "method.html").read_text())
     options = (site / "options.html").read_text()
     assert all(
         f"<code>{name}</code>" in options
@@ -69,7 +66,5 @@ def test_code_options_and_recipes_are_included_from_the_source(site):
 
 
 def test_api_page_lists_all_public_names():
-    described = re.findall(
-        r"^::: badit(?:\.evaluate|\.compare)?\.(\w+)$", Page("docs/api.md").text, flags=re.MULTILINE
-    )
+    described = re.findall(r"^::: badit\.(\w+)$", Page("docs/api.md").text, flags=re.MULTILINE)
     assert set(described) == set(badit.__all__) - {"__version__"}

@@ -1,6 +1,7 @@
 """Loads folders with transformers and PEFT only, and saves their logits.
 
-Arguments: token ids [[…]] and the folders by name, both as JSON, and the output file for the logits by name.
+Arguments: token ids [[…]] and the folders by name, both as JSON, and the output file for the logits
+by name.
 """
 
 import json

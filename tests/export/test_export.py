@@ -1,4 +1,4 @@
-"""Exports are a run's fixed mixture and load without badit; frozen factors are checked layer by layer."""
+"""Exports are a run's fixed mixture, checked layer by layer, and load without badit."""
 
 import fcntl
 import json
@@ -141,13 +141,13 @@ def test_stock_peft_loads_all_exports_and_computes_the_frozen_mixture(trained, t
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = load_file(file)
+    logits_of = load_file(file)
     for name, run in runs.items():
         expected = frozen_logits(run, tmp_path / f"{name}-lora", TASK_OF.get(name))
-        assert (expected - found["base"]).abs().max() > 0.05, name
-        for kind in {name, f"{name}-merged"} & found.keys():
+        assert (expected - logits_of["base"]).abs().max() > 0.05, name
+        for kind in {name, f"{name}-merged"} & logits_of.keys():
             torch.testing.assert_close(
-                found[kind], expected, atol=1e-5, rtol=1e-5, msg=lambda m, k=kind: f"{k}: {m}"
+                logits_of[kind], expected, atol=1e-5, rtol=1e-5, msg=lambda m, k=kind: f"{k}: {m}"
             )
 
 
@@ -162,13 +162,15 @@ def test_task_gates_are_the_mean_over_its_training_prompts(trained, tmp_path):
             examples, AnswerCollator(0, with_tasks=True), 1
         )  # one prompt per batch
         means[task.name] = mean_gates(model, batches[task.name])
-    kept = {}
+    exported_gates = {}
     for name in (None, "cities", "rivers"):
         done = export(run, tmp_path / "out", task=name)
-        kept[name] = read_json(done.folder / "gates.json")
+        exported_gates[name] = read_json(done.folder / "gates.json")
     assert done.record["mixture"] == "mean gates of task rivers on 12 training prompts"
     for one in adapted_layers(model):
-        of_name = {name: torch.tensor(gates[one.layer.name]) for name, gates in kept.items()}
+        of_name = {
+            name: torch.tensor(gates[one.layer.name]) for name, gates in exported_gates.items()
+        }
         for name in ("cities", "rivers"):
             torch.testing.assert_close(
                 of_name[name], torch.tensor(means[name][one.layer.name]), atol=1e-5, rtol=1e-5
@@ -181,7 +183,7 @@ def test_export_of_all_tasks_measures_each_tasks_gates_once(
     trained, tmp_path, monkeypatch, command
 ):
     run, out = trained(BADIT), tmp_path / "all"
-    one = export(run, tmp_path / "one", task="cities")
+    exported = export(run, tmp_path / "one", task="cities")
     measured = []
 
     def measure(model, of_task):
@@ -191,9 +193,9 @@ def test_export_of_all_tasks_measures_each_tasks_gates_once(
     monkeypatch.setattr("badit.analysis.gates.mean_gates", measure)
     done = export(run, out, all_tasks=True)
     assert measured == ["rivers"]
-    assert [each.folder for each in done.tasks.values()] == [out / "cities", out / "rivers"]
+    assert [task.folder for task in done.tasks.values()] == [out / "cities", out / "rivers"]
     for name in ("adapter_model.safetensors", "adapter_config.json", "gates.json"):
-        assert (out / "cities" / name).read_bytes() == (one.folder / name).read_bytes()
+        assert (out / "cities" / name).read_bytes() == (exported.folder / name).read_bytes()
     shown = command("export", run.path, "-o", out, "--all-tasks", "--rank", 4, "--score")
     assert f"--lora-modules cities={out}/cities rivers={out}/rivers" in shown
     assert "mean over tasks" in shown
@@ -242,18 +244,21 @@ def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(
     trained, tmp_path, monkeypatch
 ):
     run = trained(BADIT)
-    whole = load_file(export(run, tmp_path / "whole").folder / "adapter_model.safetensors")
+    exact = load_file(export(run, tmp_path / "whole").folder / "adapter_model.safetensors")
     done = export(run, tmp_path / "small", rank=5)
     small = load_file(done.folder / "adapter_model.safetensors")
     lost, norm = 0.0, 0.0
     total, errors = done.record["relative_error"].values()
     for name, relative in errors.items():
         a, b = (f"base_model.model.{name}.lora_{part}.weight" for part in "AB")
-        product, found = whole[b] @ whole[a], small[b] @ small[a]
+        product, approximation = exact[b] @ exact[a], small[b] @ small[a]
         closest = torch.from_numpy(reference.closest_of_rank(product, 5))
-        torch.testing.assert_close(found.double(), closest, atol=1e-4, rtol=1e-4)
-        assert relative == pytest.approx(float((product - found).norm() / product.norm()), rel=1e-3)
-        lost, norm = lost + float((product - found).norm() ** 2), norm + float(product.norm() ** 2)
+        torch.testing.assert_close(approximation.double(), closest, atol=1e-4, rtol=1e-4)
+        assert relative == pytest.approx(
+            float((product - approximation).norm() / product.norm()), rel=1e-3
+        )
+        lost += float((product - approximation).norm() ** 2)
+        norm += float(product.norm() ** 2)
     assert total == pytest.approx((lost / norm) ** 0.5, rel=1e-3)
     assert 0 < total <= max(errors.values()) < 1
     assert read_json(done.folder / "export.json")["relative_error"] == {
@@ -373,7 +378,7 @@ def test_folder_is_replaced_atomically_and_only_if_badit_wrote_it(trained, tmp_p
 def test_export_of_a_run_without_varying_gates_has_the_same_scores(trained, tmp_path):
     run = trained({"name": "lora", **LORA})
     scores = {
-        name: each["rouge_l"] for name, each in evaluate(run, progress=False)["tasks"].items()
+        name: entry["rouge_l"] for name, entry in evaluate(run, progress=False)["tasks"].items()
     }
     for merged in (False, True):
         result = score_export(run, export(run, tmp_path / "out", merged=merged), progress=False)

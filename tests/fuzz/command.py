@@ -1,4 +1,4 @@
-"""Runs commands in this process: on any input they succeed, or print one-line errors and exit with code 2."""
+"""Runs commands in this process: on any input they succeed, or print one-line errors."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 
 from badit.cli import main
 
-# The factor for the number of cases: 1 in `make test`, larger in `make stress`.
+# The factor for the number of cases: 1 in `make test-slow`, larger in `make stress`.
 STRESS = int(os.environ.get("BADIT_STRESS", "1"))
 _HANG_SECONDS = 300  # far longer than any case takes on a busy machine
 COUNTED = "cases of broken input"
@@ -17,14 +17,14 @@ tried = 0
 
 
 def cases(number):
-    """Returns Hypothesis settings for this number of cases, times the factor in ``BADIT_STRESS``."""
+    """Returns Hypothesis settings for this number of cases, times ``BADIT_STRESS``."""
     return settings(
         max_examples=number * STRESS, deadline=None, suppress_health_check=list(HealthCheck)
     )
 
 
 def ends_well(*arguments):
-    """Runs a command and returns whether it succeeded; asserts that a failure prints only one-line errors."""
+    """Runs a command and returns whether it succeeded; a failure prints only one-line errors."""
     global tried
     tried += 1
     out, err = io.StringIO(), io.StringIO()

@@ -1,4 +1,4 @@
-"""Ways to damage a valid file so that most of it passes the first checks: values, bytes, or the file's type."""
+"""Ways to damage a valid file so that most of it passes the first checks."""
 
 import copy
 import json
@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from badit.support.files import remove
 
-# Known causes of errors in readers: wrong types, numbers out of range, names that lead out of a folder, and text that
-# a terminal, a page or a file system interprets.
+# Known causes of errors in readers: wrong types, numbers out of range, names that lead out of a
+# folder, and text that a terminal, a page or a file system interprets.
 NASTY_VALUES = [
     *(None, True, False, 0, -1, 2**31, 2**64, 10**400, -(10**400), 0.5, 1e308, -1e308, 5e-324),
     *(float("nan"), float("inf"), float("-inf")),
@@ -101,7 +101,7 @@ _INSERTED = [
 
 @st.composite
 def damaged_value(draw, value):
-    """Draws a copy of the value with one to three parts replaced, removed, wrapped, swapped, duplicated or nested."""
+    """Draws a copy of the value with one to three parts changed."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 3))):
         parts = list(_parts(value))
@@ -158,7 +158,7 @@ def _parts(value, depth=0):
 
 
 def as_json(value):
-    """Returns JSON with NaN and infinities as Python writes them, and lone surrogates as escapes."""
+    """Returns JSON, with NaN and infinities as Python writes them, surrogates as escapes."""
     return json.dumps(value).encode()
 
 
@@ -174,20 +174,20 @@ def as_yaml(value):
 
 @st.composite
 def damaged_bytes(draw, content):
-    """Draws the content truncated, with bytes changed, inserted, removed or repeated, or in another encoding."""
+    """Draws the content with bytes changed, inserted, removed or repeated, or encoded again."""
     start = draw(st.integers(0, len(content)))
     end = min(len(content), start + draw(st.integers(1, 40)))
     flipped = content[:start] + bytes([draw(st.integers(0, 255))]) + content[start + 1 :]
     inserted = content[:start] + draw(st.sampled_from(_INSERTED)) + content[start:]
-    parts = [content[:start], flipped, inserted, inserted]
-    parts += [content[:start] + content[end:], content[:end] + content[start:]]
+    damages = [content[:start], flipped, inserted, inserted]
+    damages += [content[:start] + content[end:], content[:end] + content[start:]]
     wholes = [b"\xef\xbb\xbf" + content, content * 2, b"", b"\n" * 50, content[::-1]]
     wholes += [content.replace(b"\n", b"\r\n"), content.decode("utf-8", "replace").encode("utf-16")]
-    return draw(st.sampled_from([*parts, draw(st.sampled_from(wholes))]))
+    return draw(st.sampled_from([*damages, draw(st.sampled_from(wholes))]))
 
 
 def damaged(value, form):
-    """Returns a strategy for file contents with damaged values (two of three cases) or damaged bytes."""
+    """Returns a strategy of contents with damaged values (two of three cases) or bytes."""
     by_value = damaged_value(value).map(form)
     return by_value | by_value | damaged_bytes(form(value))
 
@@ -198,7 +198,7 @@ def folder_in_its_place(file):
 
 
 def pipe_in_its_place(file):
-    """Replaces the file by a named pipe; opening it for reading blocks, because nothing writes to it."""
+    """Replaces the file by a named pipe, whose opening blocks: nothing writes to it."""
     remove(file)
     os.mkfifo(file)
 

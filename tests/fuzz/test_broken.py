@@ -1,4 +1,4 @@
-"""Damaged files and the commands that read them: each command succeeds or prints one-line errors."""
+"""Damaged files and the commands that read them, which succeed or print one-line errors."""
 
 import json
 import shutil
@@ -33,6 +33,7 @@ from materials import make_recipe
 from report.samples import Shape, write_run, write_sequence
 from steps import fit
 
+pytestmark = pytest.mark.slow
 SPLIT_NAMES = ("train", "validation", "test")
 LINES = [
     {
@@ -112,7 +113,8 @@ def run_files(folder, material):
     write_sequence(folder / "sequence", SHAPE)
 
 
-# A function that writes valid files, the files to damage, the commands that read them, and the number of cases.
+# A function that writes valid files, the files to damage, the commands that read them, and the
+# number of cases.
 Subject = namedtuple("Subject", "make broken commands cases", defaults=[40])
 
 
@@ -203,7 +205,7 @@ def _counted(request, tiny_built_in):
 
 @pytest.fixture(scope="module")
 def valid(material, tmp_path_factory):
-    """A function that replaces a folder by a copy of a subject's valid files, which are written once."""
+    """A function that replaces a folder by a copy of a subject's valid files."""
     made = {}
 
     def put(name, folder):
@@ -337,7 +339,7 @@ def test_every_recipe_field_with_unusual_values(valid, tmp_path, monkeypatch, fi
 
 
 def yaml_bomb(first, each):
-    """Returns YAML whose aliases expand to millions of values: each line refers nine times to the previous one."""
+    """Returns YAML in which each line has nine aliases of the previous one."""
     lines = [
         f"{name}: &{name} {each.replace('_', ', '.join([f'*{old}'] * 9))}"
         for old, name in pairwise("abcdefghi")

@@ -1,4 +1,4 @@
-"""Prints the metrics that W&B and MLflow stored of the given runs, as a list of {store: {metric: {step: value}}}."""
+"""Prints what W&B and MLflow stored of runs, as a list of {store: {metric: {step: value}}}."""
 
 import json
 import struct
@@ -10,7 +10,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 
 def records(data):
-    """The protobuf records of a .wandb file: a LevelDB log in 32 KiB blocks after a 7-byte header."""
+    """The protobuf records of a .wandb file, a LevelDB log in 32 KiB blocks after 7 bytes."""
     position, record = 7, b""
     while position + 7 <= len(data):
         if (left := -position % 32768) and left < 7:

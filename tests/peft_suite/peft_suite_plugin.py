@@ -1,8 +1,9 @@
-"""Runs PEFT's own tests on BaditConfig: a pytest plugin for the tests of PEFT's source distribution.
+"""A pytest plugin that runs the tests of PEFT's source distribution on BaditConfig.
 
-Its tests are parametrised by method and by model. Here the methods become BADIT's configurations, and the models, which
-are on a hub, small random ones in a local folder; tests without such a parameter are of other methods and left out.
-``listed.yaml`` names the tests that must fail, each with its reason; one that passes fails the run.
+Its tests are parametrised by method and by model. Here the methods become BADIT's configurations,
+and the models, which are on a hub, small random ones in a local folder; tests without such a
+parameter are of other methods and left out. ``listed.yaml`` names the tests that must fail, each
+with its reason; one that passes fails the run.
 """
 
 import importlib.util
@@ -82,7 +83,7 @@ _own_post_init, _own_factors = BaditConfig.__post_init__, BaditConfig.initial_fa
 
 
 def _post_init(self):
-    """PEFT's tests give every method ``init_weights=False``, so that an adapter changes the output at once."""
+    """PEFT's tests pass ``init_weights=False``, so that an adapter changes the output at once."""
     self.gates = self.gates or "mean_one"  # they find no clusters of prompts
     if self.init_weights is False:
         self.init_weights, self._random_start = "lora", True
@@ -105,7 +106,7 @@ BaditConfig.initial_factors = _initial_factors
 
 
 def _local_models(task):
-    """A folder for each model; a classifier's has its own head, which would else be drawn again at every loading."""
+    """A folder for each model; a classifier's has a head, which loading would draw again."""
     auto_class = getattr(
         transformers, f"AutoModelFor{'SequenceClassification' if task == 'SEQ_CLS' else 'CausalLM'}"
     )
@@ -118,7 +119,7 @@ def _local_models(task):
 
 
 def _parameters(argnames, module):
-    """What takes the place of PEFT's parameters of these names in a module; None for others, which stay."""
+    """The replacement of PEFT's parameters of these names in a module, or None."""
     names = argnames.replace(" ", "")
     if names == "test_name,model_id,config_cls,config_kwargs":
         return [

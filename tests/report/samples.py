@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections import namedtuple
 from itertools import combinations, pairwise, product
+from typing import NamedTuple
 
 import numpy as np
 import yaml
@@ -22,9 +22,21 @@ TRAINING = {
     "peak_memory_gib": 1.9,
     "steps": 376,
 }
-DEFAULTS = (TASKS, 3, ("mlp.gate_proj", "self_attn.q_proj"), 4, (20, 40, 60), 0)
-Shape = namedtuple("Shape", "tasks layers modules experts steps seed", defaults=DEFAULTS)
-SMALL, OTHER = Shape(), Shape(seed=5)
+
+
+class Shape(NamedTuple):
+    """The size of a synthetic run."""
+
+    tasks: tuple = TASKS
+    layers: int = 3
+    modules: tuple = ("mlp.gate_proj", "self_attn.q_proj")
+    experts: int = 4
+    steps: tuple = (20, 40, 60)
+    seed: int = 0
+
+
+SMALL = Shape()
+OTHER = Shape(seed=5)
 
 
 def tables(shape=SMALL):
@@ -57,7 +69,7 @@ def tables(shape=SMALL):
             for i, pair in enumerate(pairs)
         ],
         "gradient_summary": [
-            (*place, "adapter", abs(noise(0.2)), 0.1, 0.7, 0.35 + noise(0.05))
+            (*place, "adapter", abs(noise(0.2)), 0.35 + noise(0.05))
             for place in [*places, (-1, "all")]
         ],
         "gradient_tasks": [
@@ -77,7 +89,7 @@ def tables(shape=SMALL):
             (*place, 154, 20, 40) for place in product(kinds, tasks, range(shape.layers))
         ],
         "coactivation_pairs": [
-            (kind, *pair, 0.35 + cosine(pair) / 3, 0.05) for kind, pair in product(kinds, pairs)
+            (kind, *pair, 0.35 + cosine(pair) / 3) for kind, pair in product(kinds, pairs)
         ],
         "expert_angles": [
             *(
@@ -95,8 +107,7 @@ def tables(shape=SMALL):
             for to, moved in {expert: 3, away: 1 + 3 * (away == expert)}.items()
         ],
         "gates": [
-            (task, *place, k, 1 + noise(0.08), 0.01)
-            for task, place, k in product(tasks, places, experts)
+            (task, *place, k, 1 + noise(0.08)) for task, place, k in product(tasks, places, experts)
         ],
         "gate_similarity": [(*pair, cosine(pair, 2)) for pair in pairs],
         "expert_losses": [
@@ -104,7 +115,7 @@ def tables(shape=SMALL):
             for task, expert in product(tasks, experts)
         ],
         "nearest_prompts": [
-            (expert, rank, neighbours[expert], f"id-{rank}", 2.5 - rank / 3, f"{prompt} {rank}")
+            (expert, rank, neighbours[expert], f"id-{rank}", f"{prompt} {rank}")
             for expert, rank in product(experts, range(1, 4))
         ],
         "abilities": [
@@ -135,11 +146,11 @@ def write_run(folder, shape=SMALL, *, method="badit", analysed=True):
     """Writes the folder of a trained and scored run, and returns it."""
     rng = np.random.default_rng(shape.seed + 1)
     folder.mkdir(parents=True)
-    own = {"num_experts": shape.experts, "r": 4} if method == "badit" else {}
+    options = {"num_experts": shape.experts, "r": 4} if method == "badit" else {}
     config = {"model": {"name": "smollm2-135m", "dtype": "bfloat16"}}
     config |= {
         "data": {"source": "$BADIT_SUPERNI", "order": None},
-        "method": {"name": method, **own},
+        "method": {"name": method, **options},
     }
     config |= {"training": {"learning_rate": 5e-4, "seed": shape.seed}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -174,7 +185,7 @@ def write_run(folder, shape=SMALL, *, method="badit", analysed=True):
 
 
 def write_sequence(folder, shape=SMALL):
-    """Writes a run that learns its tasks in sequence, with the losses of each stage and a matrix of scores."""
+    """Writes a run of tasks in sequence, with each stage's losses and a matrix of scores."""
     write_run(folder, shape, analysed=False)
     (folder / "metrics.jsonl").unlink()
     for number, task in enumerate(shape.tasks, start=1):
@@ -189,7 +200,7 @@ def write_sequence(folder, shape=SMALL):
 
 
 def write_comparison(folder, shape=SMALL, *, methods=("base", "lora", "badit")):
-    """Writes a comparison of three seeds, with single-task LoRA models, one failed run, and the runs' folders."""
+    """Writes a comparison of three seeds, with single-task LoRA models and one failed run."""
     folder.mkdir(parents=True)
     cells = []
     for number, method in enumerate(methods):

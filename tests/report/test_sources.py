@@ -1,4 +1,4 @@
-"""The sources of a report: folders, frames and their errors, and the formats of names and numbers."""
+"""The sources of a report: folders, frames and their errors, and the formats of names."""
 
 import itertools
 
@@ -8,9 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.analysis.tables import save_frame
-from badit.report.charts import as_text, number, short_task_names
-from badit.report.sources import by_similarity, read_sources, together
+from badit.report.charts import as_text, short_task_names
+from badit.report.shared_frames import together
+from badit.report.sources import read_sources
+from badit.report.task_order import by_similarity
 from badit.support.files import read_jsonl
+from badit.support.text import number
 from data.examples import write_rows
 from refusals import refuses
 from report.samples import OTHER, SMALL, TASKS, tables, write_comparison, write_run, write_sequence
@@ -99,7 +102,8 @@ def test_two_groups_of_similar_tasks_are_ordered_as_two_blocks(groups, random):
     order = by_similarity(pd.DataFrame(pairs, columns=["task_a", "task_b", "cosine"]), "cosine")
     assert sorted(order) == (list(tasks) if len(tasks) > 1 else [])
     sides = [tasks[task] for task in order]
-    assert sum(one != two for one, two in itertools.pairwise(sides)) <= 1 or len(tasks) < 3
+    changes = sum(a != b for a, b in itertools.pairwise(sides))
+    assert changes <= 1 or len(tasks) < 3
 
 
 def test_matrices_of_several_runs_have_the_same_task_order(tmp_path):
@@ -108,26 +112,23 @@ def test_matrices_of_several_runs_have_the_same_task_order(tmp_path):
         for shape in (SMALL, OTHER)
     }
     assert len(orders) == 2, "each run alone has its own order"
-    found = set()
+    shown = set()
     for run in read_sources([write_run(tmp_path / "a"), write_run(tmp_path / "b", OTHER)]):
-        for name, column in (
-            ("gates", "task"),
-            ("expert_losses", "task"),
-            ("gate_similarity", "task_a"),
-        ):
-            found.add(tuple(run.frames[name][column].cat.categories))
-    assert [sorted(order) for order in found] == [sorted(TASKS)]
+        for name in ("gates", "expert_losses", "gate_similarity"):
+            column = "task_a" if name == "gate_similarity" else "task"
+            shown.add(tuple(run.frames[name][column].cat.categories))
+    assert [sorted(order) for order in shown] == [sorted(TASKS)]
 
 
 def test_cosines_of_weights_and_of_the_adapter_are_kept_apart(tmp_path):
     adapter = tables()["gradient_pairs"]
     weights = adapter.assign(module=adapter["module"].str.removesuffix(".adapter"), cosine=0.5)
-    gate = adapter[:1].assign(
-        layer=-1, module="adapter", cosine=adapter["cosine"].mean()
-    )  # as GainLoRA's
+    # Outside of the layers, as GainLoRA's gate.
+    gate = adapter[:1].assign(layer=-1, module="adapter", cosine=adapter["cosine"].mean())
     save_frame(pd.concat([adapter, weights, gate]), tmp_path / "analysis")
-    found = read_sources([tmp_path])[0].frames["gradient_cosines"].groupby("parameters")["cosine"]
-    assert found.mean().to_dict() == pytest.approx(
+    cosines = read_sources([tmp_path])[0].frames["gradient_cosines"]
+    means = cosines.groupby("parameters")["cosine"].mean()
+    assert means.to_dict() == pytest.approx(
         {"adapter": adapter["cosine"].mean(), "weights": 0.5}, abs=1e-5
     )
 

@@ -1,7 +1,8 @@
-"""Exports of a BADIT run give the same tokens in vLLM and llama.cpp as in transformers: ``make test-serving``.
+"""Exports give the same tokens in vLLM and llama.cpp as in transformers: ``make test-serving``.
 
-BADIT_SERVING is the folder of the Makefile's environment and of results.json; without it the tests are skipped.
-Everything runs in float32 on the CPU. The base model is the built-in one, under its hub id in a local hub cache.
+BADIT_SERVING is the folder of the Makefile's environment and of results.json; without it the tests
+are skipped. Everything runs in float32 on the CPU. The base model is the built-in one, under its
+hub id in a local hub cache.
 """
 
 import json
@@ -21,7 +22,7 @@ from transformers import AutoTokenizer
 
 from badit import Run, train
 from badit.evaluation.generation import generate_answers
-from badit.models.loading import BUILT_IN_HUB_ID, resolve_model
+from badit.models import BUILT_IN_HUB_ID, resolve_model
 
 ENVIRONMENT = os.environ.get("BADIT_SERVING")
 pytestmark = pytest.mark.skipif(
@@ -42,7 +43,8 @@ RECIPE = {
         "target_modules": ["q_proj", "gate_proj"],
         "regroup": {"every": 10},
     },
-    # 20 steps at the default's rate, after which the answers differ from the base model's and are still long.
+    # 20 steps at the default's rate, after which the answers differ from the base model's and are
+    # still long.
     "training": {"per_device_train_batch_size": 4, "learning_rate": 2e-3},
     "evaluation": {"max_new_tokens": 16},
     "output": str(WORK / "run"),
@@ -61,7 +63,8 @@ TOPICS = [
     "chess",
 ]
 TOKENS, LONG = 32, 20
-# Servers add in another order, so a token may differ, but only if transformers' two largest logits are this close.
+# Servers add in another order, so a token may differ, but only if transformers' two largest logits
+# are this close.
 BOUND = 1e-3
 ENGINES = [
     ("vllm", "lora"),
@@ -134,7 +137,7 @@ def exports():
 
 @pytest.fixture(scope="module")
 def references(exports, prompts):
-    """The answers and margins of transformers by export, and under "base" those of the base model."""
+    """transformers' answers and margins by export; those of the base model as "base"."""
     program = [sys.executable, HERE / "transformers_answers.py"]
     models = {"base": BUILT_IN_HUB_ID, **exports}
     return {
@@ -200,7 +203,8 @@ def test_answers_match_transformers(engine, export, request, references, results
     results["versions"] |= served["versions"]
     results["comparisons"].append(
         {"engine": engine, "export": export, "prompts": len(expected), "of_20_tokens_or_more": long,
-         "differ_from_base": changed, "equal": len(expected) - len(differences), "differences": differences,
+         "differ_from_base": changed,
+         "equal": len(expected) - len(differences), "differences": differences,
          "smallest_margin": min(map(min, margins))}
     )  # fmt: skip
     assert min(long, changed) >= 32
@@ -251,7 +255,8 @@ def test_proxy_to_vllm_answers_like_the_run_or_the_named_export(exports, prompts
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     vllm = f"http://127.0.0.1:{port}"
-    words = f"--dtype float32 --enforce-eager --max-model-len 256 --port {port} --enable-lora --max-lora-rank 64"
+    words = f"--dtype float32 --enforce-eager --max-model-len 256 --port {port} "
+    words += "--enable-lora --max-lora-rank 64"
     loras = [f"{name}={part.folder}" for name, part in tasks.tasks.items()]
     server_words = [
         PYTHON,

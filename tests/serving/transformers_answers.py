@@ -1,7 +1,8 @@
-"""Greedy answers of transformers and PEFT in float32, without badit. Argument: a job as a JSON file.
+"""Greedy answers of transformers and PEFT in float32, without badit. Argument: a job (JSON file).
 
-A job is {"model": FOLDER of a LoRA or a model, or a hub id, "prompts": [[token, …], …], "tokens": N, "answers": FILE}.
-The answers file also has each new token's margin: the largest logit minus the second largest.
+A job is {"model": FOLDER of a LoRA or a model, or a hub id, "prompts": [[token, …], …], "tokens":
+N, "answers": FILE}. The answers file also has each new token's margin: the largest logit minus the
+second largest.
 """
 
 import json

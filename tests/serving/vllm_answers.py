@@ -1,7 +1,8 @@
-"""Greedy answers of vLLM on the CPU in float32. Argument: a job as a JSON file. Runs in the serving environment.
+"""Greedy answers of vLLM on the CPU in float32. Argument: a job (JSON file).
 
-A job is {"model": FOLDER or hub id, "loras": {EXPORT: FOLDER}, "rank": N, "prompts": [[token, …], …], "tokens": N,
-"answers": FILE}; without LoRAs, the answers of the model itself are stored under "merged".
+A job is {"model": FOLDER or hub id, "loras": {EXPORT: FOLDER}, "rank": N, "prompts": [[token, …],
+…], "tokens": N, "answers": FILE}; without LoRAs, the answers of the model itself are stored under
+"merged".
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Runs ``badit`` in a process that sends itself a signal, or simulates a full disk, at a given event."""
+"""Runs ``badit`` in a process that sends itself a signal, or fills its disk, at a given event."""
 
 import gc
 import json
@@ -61,9 +61,10 @@ def start(
 ) -> Any:
     """Starts a process that runs a command, which writes to the folder ``output``.
 
-    At the ``number``-th ``event`` (a callback event such as on_step_end, or "file": an operation on a file in that
-    folder) the process sends itself the signal ``sent``. If ``sent`` is 0, it limits the size of files to 2 kB from
-    then on, as on a full disk. A process that exits by itself writes the counts of all events to OUTPUT.json.
+    At the ``number``-th ``event`` (a callback event such as on_step_end, or "file": an operation on
+    a file in that folder) the process sends itself the signal ``sent``. If ``sent`` is 0, it limits
+    the size of files to 2 kB from then on, as on a full disk. A process that exits by itself writes
+    the counts of all events to OUTPUT.json.
     """
     order = {
         "command": command,

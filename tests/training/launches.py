@@ -1,4 +1,4 @@
-"""Training in several processes, launched as in docs/several-gpus.md or forked, and assertions on the results."""
+"""Training in several processes, launched as in docs/several-gpus.md or forked."""
 
 import os
 import shutil
@@ -26,7 +26,8 @@ TESTS = Path(__file__).parents[1]
 SCRIPT = TESTS / "training" / "ranks.py"
 FSDP2 = ["--config_file", str(TESTS.parent / "docs" / "fsdp2.yaml")]
 SHARDED_ON_CPU = {"ACCELERATE_USE_CPU": "true", "BADIT_SHARD_ON_CPU": "1"}
-# By default, stage 3 does not partition small parameters. This configuration partitions all of them.
+# By default, stage 3 does not partition small parameters. This configuration partitions all of
+# them.
 ALL_DIVIDED = [
     "--use_deepspeed",
     "--deepspeed_config_file",
@@ -35,7 +36,8 @@ ALL_DIVIDED = [
 PYTHONPATH = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
 OF_PROCESSES = {"PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 
-# The arguments of `accelerate launch` and additional environment variables. None: torchrun, which uses DDP.
+# The arguments of `accelerate launch` and additional environment variables. None: torchrun, which
+# uses DDP.
 ENGINES: dict[str, tuple[list[str] | None, dict[str, str]]] = {
     "ddp": (None, {}),
     "fsdp2": (FSDP2, SHARDED_ON_CPU),
@@ -55,7 +57,7 @@ def _accelerate(arguments: list[str], processes: int) -> list[str]:
 
 
 class Launches:
-    """Trains a recipe without dropout, which differs between ranks, in processes of ``forks``, each run in a folder."""
+    """Trains a recipe without dropout, which differs between ranks, each run in a folder."""
 
     def __init__(self, recipe_values: dict[str, Any], folder: Path, forks: Any) -> None:
         self._forks = forks
@@ -90,8 +92,9 @@ class Launches:
     ) -> str:
         """Trains in several processes and returns what they print.
 
-        ``code``: the expected exit code. ``stop_at``: the step of BADIT_STOP_AT, see ranks.py. ``launcher``: use the
-        launcher, as a user would, instead of forks, which take a third of the time. DeepSpeed always uses it.
+        ``code``: the expected exit code. ``stop_at``: the step of BADIT_STOP_AT, see ranks.py.
+        ``launcher``: use the launcher, as a user would, instead of forks, which take a third of the
+        time. DeepSpeed always uses it.
         """
         start = self._launched if launcher or engine.startswith("deepspeed") else self._forked
         arguments, variables = ENGINES[engine]
@@ -174,7 +177,7 @@ def losses(run: Run) -> list[float]:
 
 
 def assert_same_run(two: Run, one: Run) -> None:
-    """Asserts that a run in two processes has the same weights, regroupings and losses as the run in one process."""
+    """Asserts that a run in two processes has the weights and losses of the run in one process."""
     torch.testing.assert_close(learned(two), learned(one), rtol=0, atol=1e-5)
     logs = [list(read_jsonl(run.regroupings_path)) for run in (two, one)]
     assert [line["labels"] for line in logs[0]] == [line["labels"] for line in logs[1]]
@@ -190,9 +193,10 @@ def assert_same_run(two: Run, one: Run) -> None:
 
 
 def assert_stops_and_resumes(launches: Launches, engine: str, *, whole: str = "") -> None:
-    """Asserts that a signal to one process stops both at the same step and that the resumed run is bit-identical.
+    """Asserts that a signal to one process stops both, and that the resumed run is bit-identical.
 
-    ``whole`` is the name of the uninterrupted run (default: ``engine``). The stopped run is copied to ENGINE-copied.
+    ``whole`` is the name of the uninterrupted run (default: ``engine``). The stopped run is copied
+    to ENGINE-copied.
     """
     name = f"{engine}-stopped"
     printed = launches.train(name, 2, engine, code=130, stop_at=7)

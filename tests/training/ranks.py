@@ -2,8 +2,9 @@
 
     python ranks.py RECIPE [key=value …]
 
-accelerate shards a model (FSDP2) on accelerators only. ``BADIT_SHARD_ON_CPU`` makes it treat CPU processes as XPUs.
-With ``BADIT_STOP_AT=N`` set, the last rank, and no other, sends itself SIGTERM in step N.
+accelerate shards a model (FSDP2) on accelerators only. ``BADIT_SHARD_ON_CPU`` makes it treat CPU
+processes as XPUs. With ``BADIT_STOP_AT=N`` set, the last rank, and no other, sends itself SIGTERM
+in step N.
 """
 
 import os
@@ -32,7 +33,7 @@ def shard_on_cpu() -> None:
 
 
 def deepspeed_on_cpu() -> None:
-    """Lets accelerate start DeepSpeed on the CPU, and keeps DeepSpeed from compiling its own communication library."""
+    """Lets accelerate start DeepSpeed on the CPU, without compiling its communication library."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
         import deepspeed
 

@@ -1,4 +1,4 @@
-"""Damaged checkpoints are skipped, pickled code is never executed, old checkpoints are deleted. Signal handling."""
+"""Checkpoints: damaged ones are skipped, code in them is not run, old ones are deleted; signals."""
 
 import os
 import shutil
@@ -90,7 +90,7 @@ def test_run_with_damaged_checkpoint_ends_bit_identical(
 
 
 def put_code(checkpoint, pattern, marker, good):
-    """Replaces a checkpoint by the good one with code in the files of this pattern, and seals it."""
+    """Replaces a checkpoint by the good one with code in some files, and seals it."""
     staged = shutil.copytree(good, checkpoint.parent / STAGING / checkpoint.name)
     for file in staged.rglob(pattern):
         torch.save(Mark(marker), file)

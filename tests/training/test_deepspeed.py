@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO in two processes on the CPU: training and resuming. `make stress` installs DeepSpeed."""
+"""DeepSpeed ZeRO in two processes on the CPU: training and resuming (`make stress`)."""
 
 from importlib.util import find_spec
 
@@ -12,6 +12,8 @@ if find_spec("deepspeed") is None:
         "DeepSpeed is not installed; `make stress` installs it and runs this",
         allow_module_level=True,
     )
+
+pytestmark = pytest.mark.slow
 
 
 def test_two_processes_match_one_process_and_resume_bit_identically(

@@ -1,6 +1,7 @@
-"""Commands report a full or read-only disk in one line. Run again with free space, they give the same result."""
+"""Commands on a full or read-only disk: one line of error, and whole files when repeated."""
 
-# The disk is a small tmpfs. Where tmpfs cannot be mounted, a limit on file sizes simulates a full disk.
+# The disk is a small tmpfs. Where tmpfs cannot be mounted, a limit on file sizes simulates a full
+# disk.
 
 import resource
 import shutil
@@ -17,9 +18,12 @@ from materials import make_recipe
 from training import killed
 from training.trainers import contents
 
-FULL = "cannot be written, the disk (or a quota) is full; free some space and run the same command again"
+pytestmark = pytest.mark.slow
+FULL = "cannot be written, the disk (or a quota) is full; "
+FULL += "free some space and run the same command again"
 READ_ONLY = "cannot be written, the file system is read-only; choose a folder that can be written"
-# The free space in kB to test each command with; None is a read-only disk. `make stress` tests more values.
+# The free space in kB to test each command with; None is a read-only disk. `make stress` tests more
+# values.
 CASES = {
     "train": [None, 0, 24, 100],
     "train a sequence": [150],
@@ -47,7 +51,7 @@ if STRESS > 1:
 
 @pytest.fixture
 def disk(tmp_path):
-    """A folder on a separate disk, and a context manager that limits the free space of the disk to a value of CASES."""
+    """A folder on its own disk, and a context manager that limits its free space (see CASES)."""
     folder, mounted = tmp_path / "disk", False
     folder.mkdir()
     with suppress(FileNotFoundError):

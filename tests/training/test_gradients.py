@@ -1,4 +1,4 @@
-"""Gram matrices of sharded gradients equal those of whole ones; DeepSpeed's gradients are read before its step."""
+"""Gram matrices of sharded gradients; DeepSpeed's gradients are read before its step."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -12,11 +12,12 @@ from torch import nn
 
 from badit.method import cosine_gram
 from badit.recipe.loading import build_recipe
+from badit.recipe.method import resolve_method
 from badit.training.trainer import AnswerTrainer
 from badit.tuner.distributed import before_step, component_grams, scale_columns, whole_weights
 from method.shards import in_processes
 from refusals import refuses
-from steps import fit, method_of
+from steps import fit
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9))
 
@@ -64,7 +65,7 @@ def test_batched_layers_give_the_same_grams_as_single_layers(monkeypatch, at_a_t
 
 @pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])  # ZeRO-1 and -2; ZeRO-3
 def test_gradients_and_weights_are_accessed_through_deepspeed(monkeypatch, mark):
-    """Stubs DeepSpeed's accessors (test_deepspeed.py runs DeepSpeed) and its fp32 weights by parameter id."""
+    """Stubs DeepSpeed's accessors (test_deepspeed.py runs DeepSpeed itself)."""
     masters = {}
     stub = SimpleNamespace(
         safe_get_full_grad=lambda parameter: parameter.kept_gradient,
@@ -112,7 +113,7 @@ def test_methods_that_need_whole_weights_are_refused_with_sharded_ones(
     recipe_values, monkeypatch, name
 ):
     assert not any(
-        method_of({"name": other}).needs_whole_weights for other in ("badit", "lora", "full")
+        resolve_method({"name": other}).needs_whole_weights for other in ("badit", "lora", "full")
     )
     own = AnswerTrainer.__init__
 

@@ -1,4 +1,4 @@
-"""The held-out loss during training: its value, no effect on training, best model, early stopping."""
+"""The held-out loss during training: value, no effect on training, best model, early stopping."""
 
 import signal
 from unittest.mock import Mock
@@ -76,7 +76,7 @@ def test_training_without_a_best_model_ends(recipe):
 
 
 def assert_resumes(recipe, whole, stop):
-    """Asserts that a run stopped at ``stop`` (see fit_until) and resumed is bit-identical to the run ``whole``."""
+    """Asserts that a run stopped at ``stop`` and resumed is bit-identical to the run ``whole``."""
     fit_until(stop, recipe)
     run = fit(recipe, progress=False)
     assert_same(learned(whole), learned(run))

@@ -1,6 +1,7 @@
-"""Runs that are killed, interrupted or out of disk space resume to bit-identical files (see ``contents``).
+"""Runs that are killed, interrupted or out of disk space resume to bit-identical files.
 
-``make stress`` kills a run at 20 random steps, its first 20 file operations and 20 random ones, ``make test`` at two.
+``make stress`` kills a run at 20 random steps, its first 20 file operations and 20 random ones,
+``make test-slow`` at two.
 """
 
 import random
@@ -15,6 +16,7 @@ from materials import make_recipe
 from training import killed
 from training.trainers import contents
 
+pytestmark = pytest.mark.slow
 KILLS = 20 if STRESS > 1 else 2
 # Twelve steps; checkpoints, log lines and regroupings have different periods.
 TRAINING = {
@@ -41,7 +43,7 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def train(request, processes, material, tmp_path_factory):
-    """Trains one kind of run, to the end or until an injected failure. The run "whole" is already finished."""
+    """Trains one kind of run, whole or until an injected failure; "whole" is already finished."""
     folder = tmp_path_factory.mktemp(request.param)
     values = make_recipe(material / "model", material / "tasks.jsonl", folder)
     values["training"] |= TRAINING

@@ -1,6 +1,7 @@
 """A training step synchronises with the GPU in two places, and in none per layer.
 
-It counts, on the CPU, what would synchronise: reading a value, copying to the host, computing a data-dependent shape.
+It counts, on the CPU, what would synchronise: reading a value, copying to the host, computing a
+data-dependent shape.
 """
 
 import sys
@@ -45,7 +46,7 @@ waits = Counter()
 
 
 def calling_function():
-    """Returns the badit function that synchronises; None if a function of transformers, accelerate or PEFT does."""
+    """Returns the badit function that synchronises, or None if it is another library's."""
     frame = sys._getframe(1)
     while not (file := frame.f_code.co_filename).startswith(PACKAGE):
         frame = frame.f_back
@@ -101,7 +102,8 @@ def test_step_syncs_once_per_micro_batch_and_once_before_optimizer(
     )
     make_trainer(model, tmp_path, callbacks, save_strategy="no", **steps).train()
     assert len(counted) == 3
-    # The number of labels determines the shape of the logits; the optimizer must skip steps that are not finite.
+    # The number of labels determines the shape of the logits; the optimizer must skip steps that
+    # are not finite.
     assert waits == {
         "trainer.py:answer_losses": 3 * micro_batches,
         "trainer.py:on_pre_optimizer_step": 3,

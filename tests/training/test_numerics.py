@@ -1,4 +1,4 @@
-"""Losses and gradients stay finite on edge-case batches and weights; non-finite steps are skipped and counted."""
+"""Losses and gradients stay finite on edge cases; non-finite steps are skipped and counted."""
 
 import itertools
 
@@ -22,7 +22,7 @@ from training.trainers import adapted, fit_until, learned, make_trainer, on, wit
     "options", [{}, {"router_input": "standardised"}, {"routing": "token"}, {"top_k": 1}], ids=str
 )
 def test_edge_case_rows_give_finite_losses_and_gradients(tiny_model, tmp_path, dtype, options):
-    """Four rows: an ordinary one, one with a one-token prompt, one without an answer, and one of padding only."""
+    """Four rows: ordinary, with a one-token prompt, without an answer, and of padding only."""
     model = adapted(tiny_model("llama", dtype=dtype), **options).train()
     trainer = make_trainer(model, tmp_path, [])
     ids, position = torch.arange(3, 3 + 4 * 8).view(4, 8), torch.arange(8)
@@ -100,7 +100,8 @@ def test_non_finite_steps_are_skipped_and_counted_across_resume(
     with with_callbacks(on("on_step_end", keep_weights)):
         run = fit(build_recipe(recipe_values, options), progress=False)
     unchanged = [all(map(torch.equal, *pair)) for pair in itertools.pairwise(weights)]
-    # The regrouping after step 4 rescales weights, so only steps 5 and 6 leave all weights unchanged.
+    # The regrouping after step 4 rescales weights, so only steps 5 and 6 leave all weights
+    # unchanged.
     assert unchanged == [step in (5, 6) for step in range(2, 13)]
     lines = list(read_jsonl(run.metrics_path))
     assert [line.get("skipped_steps", 0) for line in lines] == [0, 0, 0, 1, 2, *[3] * 7]
@@ -115,7 +116,8 @@ def test_non_finite_steps_are_skipped_and_counted_across_resume(
 def test_too_many_non_finite_steps_stop_the_run_and_name_the_batch(recipe_values, monkeypatch):
     recipe = build_recipe(recipe_values, ["training.max_skipped_steps=2"])
     message = "training: the loss or its gradient is not finite in step 9, after 2 skipped steps; "
-    # The checkpoint of step 5 has counted one skipped step, so the resumed run may skip one more, not two.
+    # The checkpoint of step 5 has counted one skipped step, so the resumed run may skip one more,
+    # not two.
     for steps in ({3, 7, 9}, {7, 9}):
         with monkeypatch.context() as patch:
             break_loss(patch, steps)

@@ -1,4 +1,4 @@
-"""Regrouping in a Trainer and in a plain loop: partitions, logged angles, changed tensors, saved state, refusals."""
+"""Regrouping in a Trainer and in a plain loop: partitions, angles, weights, state, refusals."""
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ import reference
 from badit import BaditConfig, RegroupCallback, Regrouper
 from badit.data import AnswerCollator
 from badit.method import expert_angles, grouping_objective
+from badit.recipe.method import resolve_method
 from badit.support.files import read_jsonl
 from badit.training.regrouping import STATE_FILE, trainable_adapters
 from badit.tuner.config import RegroupOptions
@@ -95,7 +96,7 @@ def test_the_last_step_of_a_fraction_is_due():
 
 @pytest.mark.parametrize("rescale", [False, True])
 def test_regrouping_changes_weights_only_with_rescale(tiny_model, tmp_path, rescale):
-    """Without rescale no weight changes; with it B changes, but the delta weight at the mean gates does not."""
+    """Without rescale no weight changes; with it B changes, but not the delta at the mean gates."""
     model = adapted(tiny_model("llama"))
     regroup = RegroupCallback(every=6, rescale=rescale)
     seen, gates = [], {}
@@ -174,22 +175,22 @@ def test_regrouping_schedule_and_refused_options(tiny_model):
     refuses("no trainable BADIT adapter", Regrouper, tiny_model("llama"), 10)
     message = "components into experts that top_k switches off"
     refuses(message, method_of, {"name": "badit", "top_k": 2, "regroup": {}})
-    assert method_of({"name": "badit", "top_k": 2}).config.top_k == 2
+    assert resolve_method({"name": "badit", "top_k": 2}).config.top_k == 2
     refuses(r"gate_proj\.default: regrouping would move components", Regrouper, switched_off, 10)
 
 
 def test_paper_preset_sets_the_config_and_the_regrouping():
-    method = method_of({"name": "badit", "preset": "paper"})
+    method = resolve_method({"name": "badit", "preset": "paper"})
     for config in (method.config, BaditConfig.paper()):
         assert {name: getattr(config, name) for name in BaditConfig.PAPER} == BaditConfig.PAPER
         assert (config.gates, config.init_weights, config.svd_method) == ("softmax", "bad", "exact")
-    assert method.regroup["solver"] == "paper"
-    own = method_of(
+    assert method.regroup.solver == "paper"
+    changed = resolve_method(
         {"name": "badit", "preset": "paper", "num_experts": 4, "regroup": {"restarts": 3}}
     )
-    assert (own.config.num_experts, own.config.gates) == (4, "softmax")
-    assert (own.regroup["restarts"], own.regroup["stop"]) == (3, 0.5)
-    assert method_of({"name": "badit", "preset": "paper", "regroup": None}).regroup is None
+    assert (changed.config.num_experts, changed.config.gates) == (4, "softmax")
+    assert (changed.regroup.restarts, changed.regroup.stop) == (3, 0.5)
+    assert resolve_method({"name": "badit", "preset": "paper", "regroup": None}).regroup is None
     refuses(
         r"method\.preset: must be default or paper, got",
         method_of,

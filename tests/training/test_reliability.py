@@ -1,4 +1,4 @@
-"""Locks, kills in the first write, moved runs, changed inputs, and prompts beyond the model's limits."""
+"""Locks, kills in the first write, moved runs, changed inputs, and the model's limits."""
 
 import fcntl
 import io
@@ -29,7 +29,8 @@ from refusals import refuses
 from training import killed
 from training.trainers import assert_same, change_tensors, fit_until, learned
 
-HOLD = "import sys; from pathlib import Path; from badit.support.files import exclusive\nwith exclusive(Path(sys.argv[1])):\n"
+HOLD = "import sys; from pathlib import Path; from badit.support.files import exclusive\n"
+HOLD += "with exclusive(Path(sys.argv[1])):\n"
 
 
 @pytest.fixture
@@ -102,6 +103,7 @@ def test_refused_process_does_not_remove_a_new_folder_of_another_process(tmp_pat
     assert folder.is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(STRESS))
 def test_second_process_on_the_same_folder_is_refused(
     attempt, recipe_file, recipe_values, tmp_path, processes
@@ -252,7 +254,7 @@ def test_instances_beyond_model_positions_or_embeddings_are_refused(tiny_model):
 def test_prompts_beyond_model_positions_are_refused_by_commands(
     tiny_model, recipe_values, tmp_path, command
 ):
-    """GPT-2 with 96 positions; PEFT also changes and saves a LoRA setting for its Conv1D layers (fan_in_fan_out)."""
+    """GPT-2 with 96 positions, for whose Conv1D layers PEFT changes and saves a LoRA setting."""
     folder = Path(recipe_values["model"]["name"])
     vocabulary = len(AutoTokenizer.from_pretrained(folder))
     tiny_model("gpt2", n_positions=96, vocab_size=vocabulary, eos_token_id=2).save_pretrained(

@@ -1,4 +1,4 @@
-"""Training in two processes with DDP or FSDP2 matches training in one; only the first process writes and prints."""
+"""Training in several processes (DDP, FSDP2) matches one; only the first writes and prints."""
 
 import shutil
 
@@ -6,6 +6,8 @@ import pytest
 
 from training.launches import Launches, assert_same_run, assert_stops_and_resumes, losses
 from training.trainers import learned
+
+pytestmark = pytest.mark.slow
 
 
 def test_two_processes_match_one_process_and_resume_in_one_or_three(
@@ -22,7 +24,8 @@ def test_two_processes_match_one_process_and_resume_in_one_or_three(
     assert "fsdp_cpu_ram_efficient_loading: false" in launches.train(
         "refused", 2, "fsdp2, one reader", code=2
     )
-    # Stopped runs resume in one process (DDP only), with half as many instances per step, and in three.
+    # Stopped runs resume in one process (DDP only), with half as many instances per step, and in
+    # three.
     shutil.copytree(launches.run("ddp-copied").path, launches.folder / "alone")
     assert launches.train_alone("alone") == 0
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Gradient surgery: PCGrad and CAGrad against naive implementations, and their use in the trainer."""
+"""Gradient surgery: PCGrad and CAGrad against naive implementations, and in the trainer."""
 
 import numpy as np
 import pytest
@@ -141,7 +141,7 @@ def test_micro_batch_gradients_add_up(tiny_model, tmp_path):
 
 
 def test_extra_loss_counts_once_per_micro_batch(tiny_model, tmp_path):
-    """It is the mean of the tasks' balance losses on their rows, halved by accumulation over two micro-batches."""
+    """The mean of the tasks' balance losses on their rows, halved by two micro-batches."""
     batch = batch_of(with_tasks(7))
     losses, extras = {}, []
     for weight in (0.0, 0.5):

@@ -15,7 +15,7 @@ from tuner.helpers import randomise
 
 
 def naive_loss(model, batch, items):
-    """Computes all logits, adds up the negative log-likelihoods of the answer tokens, and divides by ``items``."""
+    """Adds the answer tokens' negative log-likelihoods from all logits; divides by ``items``."""
     logs = F.log_softmax(model(**batch).logits.float(), dim=-1)
     answers = (batch["labels"] != -100).nonzero().tolist()
     return (

@@ -29,7 +29,8 @@ from training.trainers import QUIET
 
 # CHATML with TRL's generation markers around the assistant's turns.
 TURN = "{{ m['content'] }}<|im_end|>"
-BY_ROLE = "{% if m['role'] == 'assistant' %}{% generation %}TURN{% endgeneration %}\n{% else %}TURN\n{% endif %}"
+BY_ROLE = "{% if m['role'] == 'assistant' %}{% generation %}TURN{% endgeneration %}\n"
+BY_ROLE += "{% else %}TURN\n{% endif %}"
 MARKED = CHATML.replace(f"{TURN}\n", BY_ROLE.replace("TURN", TURN))
 ARGUMENTS = {
     **QUIET,
@@ -206,7 +207,7 @@ def test_dpo_uses_the_base_model_as_reference(model_folder, tmp_path, precompute
 
 
 def test_dpo_after_fine_tuning_uses_the_tuned_adapter_as_reference(model_folder, tmp_path):
-    """TRL copies the adapter to "ref"; here labels, router, B and moments differ from those of a new adapter."""
+    """TRL copies the adapter to "ref"; here its weights and moments differ from a new adapter's."""
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(model_folder), BaditConfig(**ADAPTER)
     )

@@ -1,4 +1,4 @@
-"""Runs of methods that train base weights (full fine-tuning, task neurons), gradient surgery, LoRA on fused experts."""
+"""Runs that train base weights, use gradient surgery, or adapt fused experts."""
 
 import json
 
@@ -191,7 +191,7 @@ def test_lora_on_a_mixture_of_experts_model_is_loaded_again(
     recipe = build_recipe(
         recipe_values, [f"model.name={tmp_path / 'moe'}", "training.max_steps=1", *options]
     )
-    run = fit(recipe, progress=False)
+    run = Run(fit(recipe, progress=False))
     assert run.load()
     settings = run.adapter_path / "adapter_config.json"
     write_json(settings, read_json(settings) | {"target_parameters": 5})

@@ -1,4 +1,4 @@
-"""Helpers for small trainings: data, callbacks that observe or stop them, and comparisons of their results."""
+"""Helpers for small trainings: data, callbacks that observe or stop them, comparisons."""
 
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -68,7 +68,7 @@ def on(event, function):
 
 @contextmanager
 def with_callbacks(*added, kind=AdapterMethod, folder=""):
-    """In this context, runs also have these callbacks; with ``folder``, only runs in a folder of that name."""
+    """In this context, runs (in a folder of the name ``folder``) have the callbacks."""
     own = kind.callbacks
 
     def all_callbacks(self, run):
@@ -79,7 +79,7 @@ def with_callbacks(*added, kind=AdapterMethod, folder=""):
 
 
 def fit_until(stop, recipe, **options):
-    """Trains a run, stops it by the callback ``stop`` or, as a kill would, after the step ``stop``, and returns it."""
+    """Trains a run until the callback ``stop``, or until a kill after the step ``stop``."""
 
     def interrupt(state, keywords):
         if state.global_step == stop:
@@ -118,7 +118,7 @@ def assert_same(one, other):
 
 
 def contents(folder, *aside):
-    """Bytes of all files but config.yaml and names that end in ``aside``; of environment.json the constant counts."""
+    """Bytes of files but config.yaml and ``aside``; of environment.json the constant counts."""
     found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     found = {
         name: path

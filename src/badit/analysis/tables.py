@@ -1,13 +1,12 @@
 """The tables of an analysis: one DataFrame per measurement, one JSON file per table.
 
-A loaded file may be untrusted, so it is checked against its :class:`Table`. A frame's ``attrs`` hold ``name``,
-``about`` (what was measured, how, on how much data) and ``columns`` (name -> meaning, with the unit). A file holds the
-same fields, ``format`` and ``rows``; null stands for NaN.
+A loaded file may be untrusted, so it is checked against its :class:`Table`. A frame's ``attrs``
+hold ``name``, ``about`` (what was measured, how, on how much data) and ``columns`` (name ->
+meaning, with the unit). A file holds the same fields, ``format`` and ``rows``; null stands for NaN.
 """
 
 import json
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import dropwhile
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -26,9 +25,8 @@ TEXT = Annotated[str, Strict()]
 NUMBER = Annotated[float, Strict(), Field(allow_inf_nan=False)] | None
 INDEX = Annotated[int, Strict(), Field(ge=-(2**53), le=2**53)]
 COUNT = INDEX | None
-EXPERT = Annotated[
-    int, Strict(), Field(ge=0, lt=1024)
-]  # bounded: figures have a row or column per expert
+# Bounded, because figures have a row or column per expert.
+EXPERT = Annotated[int, Strict(), Field(ge=0, lt=1024)]
 
 
 class Column(NamedTuple):
@@ -68,77 +66,81 @@ TABLES: dict[str, "Table"] = {}
 
 
 class Table:
-    """Declares a table, next to the function that measures it, and registers it by name in :data:`TABLES`.
+    """Declares a table, next to the function that measures it, and adds it to :data:`TABLES`.
 
-    ``first`` names the first columns in order; those not declared in ``columns`` are in :data:`SHARED`. The others of
-    ``columns`` follow. A string declares a numeric column.
+    ``first`` names the first columns in order; those not declared in ``columns`` are in
+    :data:`SHARED`. The others of ``columns`` follow. A string declares a numeric column.
     """
 
     def __init__(self, name: str, first: str = "", **columns: Column | str) -> None:
-        own = {
-            column: Column(each) if isinstance(each, str) else each
-            for column, each in columns.items()
-        }
-        self.name, self.columns = (
-            name,
-            {column: own.get(column) or SHARED[column] for column in first.split()} | own,
-        )
+        self.name = name
+        self.columns: dict[str, Column] = {}
+        for column in dict.fromkeys([*first.split(), *columns]):
+            declared = {**SHARED, **columns}[column]
+            self.columns[column] = Column(declared) if isinstance(declared, str) else declared
         fields: dict[str, Any] = {
             column: (list[kind], ...) for column, (_, kind) in self.columns.items()
         }
         self.values = create_model(name, **fields)
         TABLES[name] = self
 
-    def frame(self, rows: Any, about: str) -> pd.DataFrame:
-        """Returns a frame of this table from any data that DataFrame accepts; ``about`` says how it was measured."""
+    def frame(self, rows: Any, description: str) -> pd.DataFrame:
+        """Returns a frame of this table from any data that DataFrame accepts.
+
+        ``description`` says how it was measured.
+        """
         frame = pd.DataFrame(rows, columns=list(self.columns))
         for name, (_, kind) in self.columns.items():
-            if kind is NUMBER:
-                values = frame[name].astype("float64")
-                frame[name] = values.where(np.isfinite(values))
+            if kind is TEXT:
+                frame[name] = frame[name].astype("str")
+            elif kind is NUMBER or frame[name].hasnans:
+                numbers = frame[name].astype("float64")
+                frame[name] = numbers.where(np.isfinite(numbers))
             else:
-                frame[name] = frame[name].astype(
-                    "str" if kind is TEXT else "float64" if frame[name].hasnans else int
-                )
-        frame.attrs = {
-            "name": self.name,
-            "about": about,
-            "columns": {n: c.meaning for n, c in self.columns.items()},
-        }
+                frame[name] = frame[name].astype(int)
+        meanings = {name: meaning for name, (meaning, _) in self.columns.items()}
+        frame.attrs = {"name": self.name, "about": description, "columns": meanings}
         return frame
 
-    def checked(self, rows: Any, about: str, columns: Iterable[str] = ()) -> pd.DataFrame:
-        """Returns :meth:`frame` of a file's rows with these columns, after checking the values' types and ranges."""
-        found = pd.DataFrame(rows, columns=list(columns or self.columns), dtype=object).to_dict(
-            "list"
-        )
-        return self.frame(self.values.model_validate(found).model_dump(), about)
+    def checked(self, rows: Any, description: str, columns: Iterable[str] = ()) -> pd.DataFrame:
+        """Returns :meth:`frame` of a file's rows, after checking the values' types and ranges."""
+        columns = list(columns or self.columns)
+        values = pd.DataFrame(rows, columns=columns, dtype=object).to_dict("list")
+        return self.frame(self.values.model_validate(values).model_dump(), description)
 
 
 def save_frame(frame: pd.DataFrame, folder: Path) -> Path:
-    """Writes ``FOLDER/NAME.json``, one line per row, numbers with six significant digits, and returns its path."""
+    """Writes ``FOLDER/NAME.json``, one line per row, and returns its path.
+
+    Numbers have six significant digits.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     table = TABLES[frame.attrs["name"]]
     path = folder / f"{table.name}.json"
-
-    def plain(value: Any, kind: Any) -> str | float | int | None:
-        if kind is TEXT or not math.isfinite(value):
-            return value if kind is TEXT else None
-        return float(f"{value:.6g}") if kind is NUMBER else int(value)
-
-    columns = [
-        [plain(value, kind) for value in frame[name]] for name, (_, kind) in table.columns.items()
-    ]
-    rows = ",\n".join(
-        "  " + json.dumps(row, ensure_ascii=False) for row in zip(*columns, strict=True)
-    )
+    columns = [_plain_values(frame[name], kind) for name, (_, kind) in table.columns.items()]
+    lines = [json.dumps(row, ensure_ascii=False) for row in zip(*columns, strict=True)]
+    rows = ",\n".join(f"  {line}" for line in lines)
     head = json.dumps({"format": FORMAT, **frame.attrs}, indent=1, ensure_ascii=False)
     write_text(path, f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
     return path
 
 
+def _plain_values(column: Any, kind: Any) -> list[Any]:
+    if kind is TEXT:
+        return list(column)
+    to_plain = _six_digits if kind is NUMBER else int
+    return [to_plain(value) if np.isfinite(value) else None for value in column]
+
+
+def _six_digits(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
 def load_frame(path: Path) -> pd.DataFrame:
-    """Reads and checks a table, whose name is the file's name; BaditError if something is missing or damaged."""
+    """Reads and checks a table, whose name is the file's name.
+
+    BaditError if something is missing or damaged. Columns that the table does not have are ignored.
+    """
     content = read_json(path)
     refuse_other_format(content, path, FORMAT)
     with explained(path, fix="make the table again with: badit analyze", any_error=True):
@@ -147,17 +149,22 @@ def load_frame(path: Path) -> pd.DataFrame:
 
 def load_frames(folder: Path) -> dict[str, pd.DataFrame]:
     """Reads all tables of a folder, sorted by name."""
-    return {
-        name: load_frame(folder / f"{name}.json")
-        for name in sorted(TABLES)
-        if (folder / f"{name}.json").is_file()
-    }
+    paths = {name: folder / f"{name}.json" for name in sorted(TABLES)}
+    return {name: load_frame(path) for name, path in paths.items() if path.is_file()}
+
+
+def span(counts: Sequence[int]) -> str:
+    """Returns counts as text: one number if all are equal, otherwise "MINIMUM to MAXIMUM"."""
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def layer_and_module(name: str) -> tuple[int, str]:
-    """Returns a module's columns "layer" (−1 outside the transformer layers) and "module" (its name in the layer)."""
-    parts = [part for part in name.split(".") if part != "base_layer"]
-    layer = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if layer is None:
-        return -1, ".".join(dropwhile(lambda part: part in ("base_model", "model"), parts))
-    return int(parts[layer]), ".".join(parts[layer + 1 :])
+    """Returns a module's columns "layer" and "module", its name in the layer.
+
+    The layer is −1 outside the transformer layers.
+    """
+    words = [word for word in name.split(".") if word != "base_layer"]
+    for position, word in enumerate(words):
+        if word.isdigit():
+            return int(word), ".".join(words[position + 1 :])
+    return -1, ".".join(dropwhile(lambda word: word in ("base_model", "model"), words))

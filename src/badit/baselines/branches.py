@@ -50,7 +50,7 @@ from badit.tuner.model import ExpertModel
 class BranchConfig(ExpertConfig):
     """One trained LoRA branch and the frozen branches of earlier tasks, each of rank ``r``."""
 
-    needs_whole_weights: ClassVar[bool] = True
+    needs_whole_weights: ClassVar[bool] = True  # next_task() joins tensors
     gate_cls: ClassVar["type[BranchGate] | None"] = None  # None: all branches have weight 1
 
     #: One branch is trained at a time; not an option.
@@ -89,6 +89,7 @@ class BranchGate(nn.Module):
         self.key = nn.Parameter(torch.empty(width, device=device))
         self.down = nn.Parameter(torch.empty(hidden_size, width, device=device))
         self.up = nn.Parameter(torch.empty(width, hidden_size, device=device))
+        # Zeros, to be loaded: a new adapter has no earlier tasks.
         for name, past in self.of_each_task.items():
             shape = (config.past_branches, *self.get_parameter(name).shape)
             self.register_buffer(past, torch.zeros(shape, device=device))
@@ -223,7 +224,7 @@ class BranchModel(ExpertModel):
         running = {name for layer in self.expert_layers() for name in layer.running_adapters}
         for adapter_name in running:
             mask_BT = forward_pass.prompt_mask_BT
-            if mask_BT is not None:
+            if mask_BT is not None:  # else the layers raise BaditError
                 gate = self.badit_gate[adapter_name]
                 prompt_BD = mean_embedding(output, mask_BT).to(gate.key.dtype)
                 forward_pass.fresh[adapter_name] = gate(prompt_BD)
@@ -237,6 +238,7 @@ class BranchModel(ExpertModel):
 
         New ones start in the same parameters.
         """
+        # Values change and parameters stay, so an optimizer remains valid.
         for gate in self._active_gates():
             gate.next_task()
         for adapter_name in self.active_adapters:

@@ -68,6 +68,8 @@ class GainLoraGate(BranchGate):
     def forward(self, prompt_BD: Tensor) -> Tensor:
         hidden_BKH = F.silu(torch.einsum("bd,khd->bkh", prompt_BD, self.of_all_tasks("down")))
         z_BKD = F.silu(torch.einsum("bkh,kdh->bkd", hidden_BKH, self.of_all_tasks("up")))
+        # An absolute value, so that an opposite z also opens the gate; 0 if z and key are
+        # orthogonal.
         cosine_BK = F.cosine_similarity(z_BKD, self.of_all_tasks("key"), dim=-1)
         return (2 * torch.sigmoid(4 * cosine_BK) - 1).abs()
 
@@ -136,6 +138,7 @@ def grown_projector(projector_DD: Tensor, inputs_ND: Tensor, share: float) -> Te
     projector = projector_DD.double()
     inputs = inputs_ND.double()
     _, s, vh = torch.linalg.svd(inputs - inputs @ projector, full_matrices=False)
+    # The part of the inputs within P counts as held before the first new direction.
     energy = s.square()
     total = inputs.square().sum()
     held_before = total - energy.sum() + energy.cumsum(dim=0) - energy

@@ -85,7 +85,8 @@ class MixtureLinear(ExpertLinear):
     def gates(self, adapter_name: str, x: Tensor) -> Tensor:
         config = self.badit_config[adapter_name]
         logits = F.linear(x, self.badit_router[adapter_name]).float()
-        # Gradient checkpointing recomputes the layer in the backward pass, after the loss.
+        # A balance loss is added to the loss once per pass. Gradient checkpointing recomputes the
+        # layer in the backward pass, after the loss.
         is_training_pass = self.training and torch.is_grad_enabled() and not inside_backward()
         if config.balance_weight and is_training_pass:
             self.router_logits[adapter_name] = logits
@@ -199,6 +200,7 @@ class GoatConfig(MixtureConfig):
                 f"{chunk * self.num_experts}"
             )
         u, s, vh = top_singular_triples(weight_OI, directions, method="exact")
+        # The first `rank` directions of each of the spectrum's chunks.
         chosen_N = [k * chunk + i for k in range(self.num_experts) for i in range(rank)]
         triples = SingularTriples(u[:, chosen_N], s[chosen_N], vh[chosen_N])
         return expert_factors(triples, self.scaling * self.rho)

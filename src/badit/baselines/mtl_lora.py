@@ -120,7 +120,7 @@ class MtlLoraModel(ExpertModel):
                     indices = _indices(names, self.peft_config[adapter_name].tasks)
                     row_tasks[adapter_name] = indices.to(layer.device)
         routing = RoutingContext.of(self.model)
-        outer = routing.row_tasks
+        outer = routing.row_tasks  # contexts may be nested
         routing.row_tasks = row_tasks
         try:
             yield

@@ -133,6 +133,7 @@ def train_only(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
             frozen = ~masks[name]
             if has_rows:
                 frozen = frozen[:, None]
+            # The whole parameter gets a gradient, of which a hook keeps the neurons' part.
             parameter.requires_grad_(True)
             parameter.register_hook(partial(_without, frozen))
 

@@ -1,8 +1,9 @@
 """Metrics: Rouge-L, exact match, and the negative log-likelihood (NLL) of the reference answer.
 
-The NLL needs no generated answer and has less noise. Rouge-L and exact match range from 0 to 100, with the maximum over
-the references. They follow the official evaluation of Super-NaturalInstructions (Wang et al. 2022, arXiv:2204.07705).
-Rouge-L is computed by `rouge-score`.
+The NLL needs no generated answer and has less noise. Rouge-L and exact match range from 0 to 100,
+with the maximum over the references. They follow the official evaluation of
+Super-NaturalInstructions (Wang et al. 2022, arXiv:2204.07705). Rouge-L is computed by
+`rouge-score`.
 """
 
 import string
@@ -19,9 +20,10 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's answer (``prediction``) to one instance, with everything that is needed to score it again.
+    """A model's answer (``prediction``) to one instance, with all that is needed to score it again.
 
-    ``nll`` is the NLL of the first reference given the prompt, in nats per token; None if it was not measured.
+    ``nll`` is the NLL of the first reference given the prompt, in nats per token; None if it was
+    not measured.
     """
 
     task: str
@@ -35,28 +37,33 @@ class Prediction:
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """Returns the Rouge-L F-measure x 100 with Porter stemming, the maximum over the references.
 
-    Words are sequences of `a-z0-9` after lower-casing. Text without words, such as Chinese, scores 0 even if equal.
-    BaditError if ``references`` is empty or a string.
+    Words are sequences of `a-z0-9` after lower-casing. Text without words, such as Chinese, scores
+    0 even if equal. BaditError if ``references`` is empty or a string.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    score = RougeScorer(["rougeL"], use_stemmer=True).score
-    return 100.0 * max(
-        score(reference, prediction)["rougeL"].fmeasure for reference in _checked(references)
-    )
+    _refuse_invalid(references)
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scores = [scorer.score(reference, prediction)["rougeL"] for reference in references]
+    return 100.0 * max(score.fmeasure for score in scores)
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """Returns 100 if the answer equals a reference after `normalize_answer`, else 0; BaditError as in `rouge_l`."""
+    """Returns 100 if the answer equals a reference after `normalize_answer`, else 0.
+
+    BaditError if ``references`` is empty or a string.
+    """
+    _refuse_invalid(references)
     answer = normalize_answer(prediction)
-    return 100.0 * any(normalize_answer(reference) == answer for reference in _checked(references))
+    return 100.0 * any(normalize_answer(reference) == answer for reference in references)
 
 
 @dataclass(frozen=True)
 class Metric:
     """A metric of answers, from 0 to ``most``. ``score`` returns None if an answer has no score.
 
-    ``label`` and ``decimals`` are for tables; ``margin`` is for equivalence, see :class:`badit.metrics.statistics.Difference`.
+    ``label`` and ``decimals`` are for tables; ``margin`` is for equivalence, see
+    :class:`badit.metrics.statistics.Difference`.
     """
 
     label: str
@@ -78,49 +85,58 @@ METRICS: dict[str, Metric] = {
 
 
 def normalize_answer(text: str) -> str:
-    """Returns lower-case text with single spaces and no ASCII punctuation. Unlike in SQuAD, articles are kept."""
+    """Returns lower-case text with single spaces and no ASCII punctuation.
+
+    Unlike in SQuAD's evaluation, articles are kept.
+    """
     return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 
 def instance_scores(predictions: Iterable[Prediction]) -> dict[str, dict[str, list[float]]]:
-    """Returns the scores of each instance, `{task: {"rouge_l": [...], …}}`, without metrics that an answer lacks."""
+    """Returns the scores of each instance, `{task: {"rouge_l": [...], …}}`.
+
+    A metric that one of the answers lacks is left out for all tasks.
+    """
     scores: dict[str, dict[str, list[Any]]] = {}
+    incomplete = set[str]()
     for answer in predictions:
         of_task = scores.setdefault(answer.task, {name: [] for name in METRICS})
         for name, metric in METRICS.items():
-            of_task[name].append(metric.score(answer))
-    known = [
-        name for name in METRICS if not any(None in of_task[name] for of_task in scores.values())
-    ]
-    return {task: {name: of_task[name] for name in known} for task, of_task in scores.items()}
+            score = metric.score(answer)
+            of_task[name].append(score)
+            if score is None:
+                incomplete.add(name)
+    for of_task in scores.values():
+        for name in incomplete:
+            del of_task[name]
+    return scores
 
 
 def mean_scores(instances: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
     """Returns a run's scores, in the format of scores.json, from the scores of each instance.
 
-    These are, per metric, the mean over tasks (``METRIC``) and over all instances (``METRIC_instances``), and in
-    ``tasks`` the means and the number of ``instances`` of each task.
+    These are, per metric, the mean over tasks (``METRIC``) and over all instances
+    (``METRIC_instances``), and in ``tasks`` the means and the number of ``instances`` of each task.
     """
+    tasks: dict[str, dict[str, float]] = {}
+    for task, scores in instances.items():
+        tasks[task] = {metric: fmean(values) for metric, values in scores.items()}
+        tasks[task]["instances"] = len(scores["rouge_l"])
+
     means: dict[str, Any] = {}
     for metric in next(iter(instances.values())):
-        means[metric] = fmean(fmean(scores[metric]) for scores in instances.values())
+        means[metric] = fmean(means_of_task[metric] for means_of_task in tasks.values())
         means[f"{metric}_instances"] = fmean(
             score for scores in instances.values() for score in scores[metric]
         )
-    means["tasks"] = {
-        task: {metric: fmean(values) for metric, values in scores.items()}
-        | {"instances": len(scores["rouge_l"])}
-        for task, scores in instances.items()
-    }
-    return means
-
-
-def _checked(references: Sequence[str]) -> Sequence[str]:
-    if not references or isinstance(references, str):  # a string would be a sequence of letters
-        raise BaditError("references: must be a sequence of at least one accepted answer")
-    return references
+    return {**means, "tasks": tasks}
 
 
 def score_text(value: Any, metric: Any, sign: str = "-") -> str:
-    """Formats a value of a metric, given by its name in ``METRICS``, with the metric's number of decimals."""
+    """Formats a value of a metric, given by its name, with the metric's number of decimals."""
     return number(value, f".{METRICS[metric].decimals}f", sign)
+
+
+def _refuse_invalid(references: Sequence[str]) -> None:
+    if not references or isinstance(references, str):  # a string would be a sequence of letters
+        raise BaditError("references: must be a sequence of at least one accepted answer")

@@ -1,233 +1,195 @@
-"""Parts shared by figures: drop-down choices, heat maps with choices, legends, and formats of numbers and names."""
+"""Parts of figures: names, drop-down lists, colours, legends, and text for tables."""
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
 
 import altair as alt
-import numpy as np
 import pandas as pd
 
 from badit.support.text import number
 
 ALL = "all"
 ROW = 23  # height in pixels of a row for a task or a method
-MOST_VALUES = 150_000  # of a figure; above it, a layer or a module can be chosen (if all can be), but not both
+# Above this number of values, a layer or a module can be chosen (if all can be), but not both.
+MOST_VALUES = 150_000
+_LONGEST_NAME = 22  # of a task, in characters
+_TASK_NAME = re.compile(r"^task(\d+)_([^_]+).*", re.DOTALL)
+
+
+class Figure(NamedTuple):
+    """A figure or a table of the page, made from the frame named ``table``.
+
+    ``draw`` turns the frame into an Altair chart, a DataFrame of text, or None if there is nothing
+    to show. Its docstring is the caption. Its name is the figure's name, with "-" for "_".
+    ``width`` "square" is for matrices.
+    """
+
+    title: str
+    table: str
+    draw: Callable[[pd.DataFrame], Any]
+    width: Literal["full", "half", "square"] = "full"
 
 
 def as_text(frame: pd.DataFrame, forms: Mapping[str, str]) -> pd.DataFrame:
-    """Returns columns of a frame as text, with headings without underscores; an empty form means a text column."""
-    columns = {
-        name.replace("_", " "): [
-            number(value, form) if form else str(value) for value in frame[name]
-        ]
-        for name, form in forms.items()
-    }
+    """Returns columns of a frame as text, with headings without underscores.
+
+    ``forms`` maps each column to the form of its numbers; an empty form means a text column.
+    """
+    columns = {}
+    for name, form in forms.items():
+        format_value = partial(number, form=form) if form else str
+        columns[name.replace("_", " ")] = frame[name].map(format_value)
     return pd.DataFrame(columns, dtype=object)
 
 
 def short_task_names(names: Iterable[str]) -> dict[str, str]:
-    """Returns short task names: "1590 diplomacy" for task1590_diplomacy_text_generation; full names for duplicates."""
-    plain = {
-        name: re.sub(r"^task(\d+)_([^_]+).*", r"\1 \2", name, flags=re.DOTALL).replace("_", " ")
-        for name in names
-    }
-    short = {
-        name: text if len(text) <= 22 else text[:21].rstrip() + "…" for name, text in plain.items()
-    }
-    taken = list(short.values())
-    return {name: each if taken.count(each) == 1 else name for name, each in short.items()}
+    """Returns short task names: "1590 diplomacy" for task1590_diplomacy_text_generation.
+
+    Names that would be shortened to the same text stay as they are.
+    """
+    shortened = {name: _shortened(name) for name in names}
+    counts = Counter(shortened.values())
+    return {name: text if counts[text] == 1 else name for name, text in shortened.items()}
+
+
+def _shortened(name: str) -> str:
+    text = _TASK_NAME.sub(r"\1 \2", name).replace("_", " ")
+    if len(text) <= _LONGEST_NAME:
+        return text
+    return text[: _LONGEST_NAME - 1].rstrip() + "…"
 
 
 def names_in(frame: pd.DataFrame, column: str) -> dict[str, str]:
-    """Returns the values of a column with their short names, ordered by category, by number or by first appearance."""
+    """Returns the values of a column with their short names.
+
+    They are ordered by category, by number or by first appearance.
+    """
     values = frame[column]
-    known = values.cat.categories if values.dtype == "category" else values.unique()
-    return short_task_names(
-        map(str, sorted(known) if pd.api.types.is_numeric_dtype(values) else known)
-    )
+    if values.dtype == "category":
+        names = values.cat.categories
+    elif pd.api.types.is_numeric_dtype(values):
+        names = sorted(values.unique())
+    else:
+        names = values.unique()
+    return short_task_names(map(str, names))
 
 
 def name_axis(names: Mapping[str, str], **options: Any) -> alt.Axis:
     """Returns an axis that shows short names for the full names in the data."""
-    overlap = "greedy" if len(names) > 60 else False  # greedy: leaves out names that would overlap
-    return alt.Axis(
-        labelExpr=f"({json.dumps(names)})[datum.label]", labelOverlap=overlap, **options
-    )
+    label = f"({json.dumps(names)})[datum.label]"
+    # "greedy" leaves out names that would overlap.
+    overlap = "greedy" if len(names) > 60 else False
+    return alt.Axis(labelExpr=label, labelOverlap=overlap, **options)
 
 
-def choice(name: str, options: Mapping[str, str] | Iterable[str]) -> alt.Parameter:
-    """Returns a drop-down list of a column's values, optionally with labels; the first value is selected."""
-    keys = list(dict.fromkeys(options))
-    labels = list(options.values()) if isinstance(options, Mapping) else keys
-    binding = (
-        alt.binding_select(options=keys, labels=labels, name=f"{name} ")
-        if len(keys) > 1
-        else alt.Undefined
-    )
-    return alt.param(name=name, value=keys[0], bind=binding)
+def choice(name: str, values: Iterable[str], labels: Iterable[str] = ()) -> alt.Parameter:
+    """Returns a drop-down list of a column's values; the first value is selected.
+
+    A single value needs no list. The labels are the values if they are not given.
+    """
+    options = list(dict.fromkeys(values))
+    if len(options) == 1:
+        return alt.param(name=name, value=options[0])
+    texts = list(labels) or options
+    binding = alt.binding_select(options=options, labels=texts, name=f"{name} ")
+    return alt.param(name=name, value=options[0], bind=binding)
 
 
-def all_or_one(frame: pd.DataFrame, name: str, together: str = "") -> alt.Parameter:
+def all_or_one(frame: pd.DataFrame, name: str, label_of_all: str = "") -> alt.Parameter:
     """Returns a choice of all values of a column together, or of a single value."""
-    each = {
-        str(value): f"layer {value}" if name == "layer" else value
-        for value in sorted(set(frame[name]))
-    }
-    return choice(name, {ALL: together or f"all {name}s"} | (each if len(each) > 1 else {}))
+    values = sorted(set(frame[name]))
+    singles = map(str, values) if len(values) > 1 else ()
+    prefix = "layer " if name == "layer" else ""
+    labels = {value: f"{prefix}{value}" for value in singles}
+    return choice(name, [ALL, *labels], [label_of_all or f"all {name}s", *labels.values()])
 
 
 def with_all(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """Returns the rows, and copies with ALL in each column without it, so that the mean can be chosen."""
+    """Returns the rows, and copies with ALL in each column without it, for a choice of the mean."""
     for column in columns:
-        if ALL not in set(frame[column]):
-            text = frame.assign(**{column: frame[column].astype(str)})
-            frame = pd.concat([text, text.assign(**{column: ALL})])
+        if ALL in set(frame[column]):
+            continue
+        singles = frame.assign(**{column: frame[column].astype(str)})
+        frame = pd.concat([singles, singles.assign(**{column: ALL})])
     return frame
 
 
 def chart_of(frame: pd.DataFrame, chosen: str = "") -> alt.Chart:
-    """Returns a chart of the frame's rows; ``chosen`` names a column and a choice, which filters the rows."""
-    chart = alt.Chart(
-        alt.InlineData(values=frame.astype(object).where(frame.notna(), None).to_dict("records"))
-    )
-    return chart.transform_filter(f"datum.{chosen} === {chosen}") if chosen else chart
+    """Returns a chart of the frame's rows.
+
+    ``chosen`` names a column and a choice; the chart shows the rows with the chosen value.
+    """
+    records = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    chart = alt.Chart(alt.InlineData(values=records))
+    if not chosen:
+        return chart
+    return chart.transform_filter(f"datum.{chosen} === {chosen}")
 
 
 def chart_by_choice(
-    frame: pd.DataFrame, places: Sequence[str], choices: Sequence[alt.Parameter]
+    frame: pd.DataFrame, places: list[str], choices: Sequence[alt.Parameter]
 ) -> tuple[alt.Chart, pd.DataFrame]:
-    """Returns a chart of the places that have a ``value`` for the chosen options, and the means that it shows.
+    """Returns a chart of the places that have a ``value`` for the chosen options, and its means.
 
-    The means of the column ``value`` have a row per place and a column per combination of options, joined by "|".
+    The means of the column ``value`` have a row per place and a column per combination of
+    options, joined by "|".
     """
-    frame = with_all(
-        frame,
-        *(str(option.name) for option in choices if getattr(option.param, "value", None) == ALL),
-    )
+    options: dict[str, Any] = {str(parameter.name): parameter.param for parameter in choices}
+    frame = with_all(frame, *(name for name in options if options[name].value == ALL))
     keys = pd.Series("", index=frame.index)
-    for option in choices:
-        keys = keys + "|" + frame[option.name].astype(str)
-    values = frame.assign(key=keys.str[1:]).pivot_table(
-        "value", list(places), "key", sort=False, observed=True
-    )
-    of_all = [ALL in key.split("|") for key in values]
-    if values.size > MOST_VALUES and any(of_all):
-        values = values.loc[:, of_all]
-    # One text per place instead of a column per key: column lookup by name needs eval, which the page's policy forbids.
-    texts = [",".join("" if pd.isna(x) else f"{x:.4g}" for x in row) for row in values.to_numpy()]
-    key = f"indexof({json.dumps([*map(str, values)])},join([{','.join(str(option.name) for option in choices)}],'|'))"
-    chart = chart_of(values.index.to_frame(index=False).assign(values=texts))
-    chart = chart.transform_calculate(value=f"toNumber(split(datum.values,',')[{key}])")
+    for name in options:
+        keys += "|" + frame[name].astype(str)
+    frame = frame.assign(key=keys.str[1:])
+    values = frame.pivot_table("value", places, "key", sort=False, observed=True)
+
+    has_all = [ALL in key.split("|") for key in values]
+    if values.size > MOST_VALUES and any(has_all):
+        values = values.loc[:, has_all]
+
+    # Each place has one text with all its values instead of a column per key. A lookup of a
+    # column by name would need eval, which the page's policy forbids.
+    texts: Any = values.map("{:.4g}".format, na_action="ignore").fillna("")
+    texts = texts.agg(",".join, axis="columns")
+    chart = chart_of(texts.rename("values").reset_index())
+    position = f"indexof({json.dumps(list(values))},join([{','.join(options)}],'|'))"
+    chart = chart.transform_calculate(value=f"toNumber(split(datum.values,',')[{position}])")
     return chart.transform_filter("isValid(datum.value)"), values
 
 
-def heat_map(
-    frame: pd.DataFrame,
-    rows: str,
-    columns: str,
-    value: str,
-    label: str,
-    *,
-    choices: Sequence[alt.Parameter] = (),
-    titles: tuple[str, str] = ("", ""),
-    signed: bool = True,
-    middle: float = 0.0,
-    limit: float | None = None,
-    form: str = ".2f",
-    written: bool = False,
-) -> Any:
-    """Returns a heat map of the means of a column under the chosen options (``choices``, the layer first).
+def colour(
+    field: str, names: Sequence[str], present: Sequence[str] = (), **options: Any
+) -> alt.Color:
+    """Returns an encoding with a colour for each name.
 
-    Rows and columns are in the order of their categories, if any, and pairs of tasks appear twice. The colour scale
-    ends at the distance ``limit`` from ``middle``, on both sides if ``signed`` (default: covers 98 % of the values).
-    ``form`` is the numbers' d3 format; ``written`` also writes them into the cells.
+    The legend shows the names that are present (default: all).
     """
-    frame = frame.rename(columns={rows: "row", columns: "column", value: "value"})
-    if (rows, columns) == ("task_a", "task_b"):
-        frame = pd.concat([frame, frame.rename(columns={"row": "column", "column": "row"})])
-    row_names, column_names = names_in(frame, "row"), names_in(frame, "column")
-    base, values = chart_by_choice(
-        frame.astype({"row": str, "column": str}), ["row", "column"], choices
-    )
-    # The mean over all layers often varies less than single layers, so it has its own limit.
-    of_all = np.array([key.split("|")[0] == ALL for key in values], dtype=bool)
-    apart = [
-        pd.Series(np.ravel(values.loc[:, part] - middle), dtype=float).abs()
-        for part in (of_all, ~of_all)
-    ]
-    limits = [limit or float(f"{max(0.01, each.quantile(0.98)):.2g}") for each in apart]
-    bound = f"limits[{choices[0].name} === '{ALL}' ? 0 : 1]" if of_all.any() else "limits[1]"
-    upright = max(map(len, column_names.values()), default=0) > 3
-    below = name_axis(column_names, labelAngle=-90 if upright else 0, labelLimit=130)
-    base = base.encode(
-        x=alt.X(
-            "column:N",
-            title=titles[1] or None,
-            scale=alt.Scale(domain=list(column_names)),
-            axis=below,
-        ),
-        y=alt.Y(
-            "row:N",
-            title=titles[0] or None,
-            scale=alt.Scale(domain=list(row_names)),
-            axis=name_axis(row_names),
-        ),
-        tooltip=[
-            alt.Tooltip("row:N", title=titles[0] or "row"),
-            alt.Tooltip("column:N", title=titles[1] or "column"),
-            alt.Tooltip("value:Q", title=label, format=".4f"),
-        ],
-    )
-    ends: dict[str, Any] = {
-        "domainMin": middle,
-        "domainMax": {"expr": f"{middle} + {bound}"},
-        "range": "heatmap",
-    }
-    if signed:
-        ends |= {
-            "domainMin": {"expr": f"{middle} - {bound}"},
-            "domainMid": middle,
-            "range": "diverging",
-        }
-    scale = alt.Scale(**ends, clamp=True, interpolate="rgb")
-    colour = alt.Color(
-        "value:Q", scale=scale, legend=alt.Legend(title=label, format=form, tickCount=4)
-    )
-    chart = base.mark_rect().encode(color=colour)
-    if written:
-        # Shown in cells that are at least 34 pixels wide, in black or white depending on the cell's colour.
-        opacity = {"expr": f"width / {len(column_names)} < 34 ? 0 : 1"}
-        ink = alt.condition(
-            "luminance(scale('color', datum.value)) > 0.25",
-            alt.value("#15171a"),
-            alt.value("#ffffff"),
-        )
-        text = base.mark_text(fontSize=10, opacity=opacity, tooltip=None)
-        chart += text.encode(text=alt.Text("value:Q", format=form), color=ink)
-    row = 13 if len(row_names) > 40 else min(38, max(ROW, 320 // max(1, len(row_names))))
-    view = alt.ViewBackground(style="matrix")
-    chart = chart.add_params(*choices, alt.param(name="limits", value=limits))
-    return chart.properties(
-        height=min(len(row_names) * row, max(1300, len(row_names) * 4)), view=view
-    )
-
-
-def share_limits(drawn: Iterable[Any]) -> None:
-    """Gives the heat maps of one figure, which are shown side by side, the same colour scale."""
-    of_charts = [each.params for each in drawn if isinstance(getattr(each, "params", None), list)]
-    limits = [param for params in of_charts for param in params if param.name == "limits"]
-    for param in limits:
-        param.value = [max(each) for each in zip(*(other.value for other in limits), strict=True)]
+    if present:
+        options["values"] = present
+    key = legend(present or names, **options)
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(names)), legend=key)
 
 
 def legend(names: Iterable[str], **options: Any) -> alt.Legend | None:
-    """Returns a legend without a title whose rows fit the page; None for fewer than two different names."""
-    different = list(dict.fromkeys(names))
+    """Returns a legend without a title whose rows fit the page; None for fewer than two names."""
+    different = set(names)
     if len(different) < 2:
         return None
     longest = max(map(len, different)) + 4  # in characters, with the symbol
-    # A row fits 80 characters on a page, and 36 on a phone and in an exported figure, which has no container.
+    # A row fits 80 characters on a page. It fits 36 on a phone and in an exported figure, which
+    # has no container.
     columns = f"containerSize()[0] >= 480 ? {max(1, 80 // longest)} : {max(1, 36 // longest)}"
     return alt.Legend(title=None, columns=cast(Any, {"expr": columns}), **options)
+
+
+def step_axis() -> alt.X:
+    """Returns the horizontal axis of the column "step"."""
+    return alt.X("step:Q").title("step").axis(grid=False, tickCount=5)
+
+
+def task_rows(names: Mapping[str, str], **options: Any) -> alt.Y:
+    """Returns a vertical axis with a row per task, in the order of the names."""
+    return alt.Y("task:N", sort=list(names)).title(None).axis(name_axis(names, **options))

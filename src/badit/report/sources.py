@@ -1,7 +1,8 @@
 """Reads the sources of a report: runs and comparisons, each read once into frames.
 
-An argument is a run's folder, a folder that contains only analysis/, a comparison's folder, or a results.json. A folder
-needs at least one of config.yaml, results.json and analysis/. The report says how to create what is missing.
+An argument is a run's folder, a folder that contains only analysis/, a comparison's folder, or a
+results.json. A folder needs at least one of config.yaml, results.json and analysis/. The report
+says how to create what is missing.
 """
 
 # pandas' type stubs declare every selection as a frame, a series or a scalar.
@@ -11,9 +12,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,29 +23,26 @@ from badit.analysis.tables import load_frames
 from badit.comparison.results import RESULTS, Results, load_results
 from badit.comparison.tables import method_table
 from badit.data import own_input
-from badit.metrics.answers import Prediction, rouge_l
-from badit.metrics.statistics import paired_bootstrap
+from badit.metrics.answers import Prediction
 from badit.recipe.loading import read_values
+from badit.report.charts import ALL
+from badit.report.task_order import order_tasks
 from badit.runs.folder import RunFolder
 from badit.runs.predictions import read_predictions
 from badit.support.errors import BaditError
-from badit.support.files import inside, is_number, refuse_links
+from badit.support.files import inside, refuse_links
 
-# Tables with pairs of tasks and their column of similarities, and the tables that are shown as matrices in this order.
-_ORDERED = {
-    ("gradient_overall", "cosine"): ["gradient_cosines"],
-    ("coactivation_pairs", "overlap"): ["coactivation_pairs"],
-    ("gate_similarity", "similarity"): ["gate_similarity", "gates", "expert_losses"],
-}
-_PAIR = ["task_a", "task_b"]
-_DIFFERENCES = ["method", "mean", "low", "high", "reference"]
+DIFFERENCE_COLUMNS = ["method", "mean", "low", "high", "reference"]
+_COSINE_COLUMNS = ["task_a", "task_b", "parameters", "layer", "module", "cosine"]
+_SHOWN_END = 80  # characters of an input that identify an instance; its end may be cut
 
 
 @dataclass
 class Source:
-    """One run (with ``scores`` and ``config``) or one comparison (with ``results``), with a unique label.
+    """One run (with ``scores`` and ``config``) or one comparison (with ``results``).
 
-    All ``frames`` have rows, and their attribute "file" names the file that they were read from.
+    The label is unique. All ``frames`` have rows, and their attribute "file" names the file that
+    they were read from.
     """
 
     label: str
@@ -57,6 +54,10 @@ class Source:
     config: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder.at(self.folder)
+
     def add(self, name: str, frame: pd.DataFrame, file: str) -> None:
         """Adds a frame if it has rows and no frame has this name."""
         if len(frame):
@@ -64,216 +65,149 @@ class Source:
 
     @cached_property
     def members(self) -> "list[tuple[str, Source]]":
-        """The run itself, or a comparison's scored runs whose folders still exist, each with its method's name."""
+        """The run itself, or a comparison's scored runs, each with its method's name.
+
+        A comparison's runs whose folders do not exist any more are left out.
+        """
         from badit.comparison.compare import Cell
 
         if self.results is None:
             return [(self.label, self)]
-        methods, cells = self.results.methods, self.results.cells
-        done = cells.loc[
-            (cells["status"] == "done") & cells["selected"],
-            ["method", "learning_rate", "seed", "order"],
-        ]
-        rows = done.astype(object).where(done.notna(), None).to_numpy().tolist()
-        runs = [
-            (row[0], str(Cell(*row))) for row in sorted(rows, key=lambda row: methods.index(row[0]))
-        ]
-        folders = [
-            (method, Source(at, inside(self.folder, self.folder / at))) for method, at in runs
-        ]
-        return [
-            (self.prefix + method, source) for method, source in folders if source.folder.is_dir()
-        ]
+        cells = self.results.cells
+        methods = self.results.methods
+        is_scored = (cells["status"] == "done") & cells["selected"]
+        scored = cells.loc[is_scored, ["method", "learning_rate", "seed", "order"]]
+        rows = scored.astype(object).where(scored.notna(), None).to_numpy().tolist()
+        rows.sort(key=lambda row: methods.index(row[0]))
+        runs = []
+        for row in rows:
+            label = str(Cell(*row))
+            folder = inside(self.folder, self.folder / label)
+            if folder.is_dir():
+                runs.append((self.prefix + row[0], Source(label, folder)))
+        return runs
 
     @cached_property
     def predictions(self) -> Mapping[str, Mapping[str, Prediction]]:
-        """The answers by task and instance; empty if none are saved. An id alone may be another data's row number."""
-        found: dict[str, dict[str, Prediction]] = {}
-        folder = RunFolder.at(self.folder).predictions_path
-        for answer in read_predictions(folder) if any(folder.glob("[!.]*.jsonl")) else ():
-            instance = str(
-                (answer.instance_id, own_input(answer.prompt)[:80], answer.references)
-            )  # the end may be cut
-            found.setdefault(answer.task, {})[instance] = answer
-        return found
+        """The answers by task and instance; empty if none are saved."""
+        folder = self.run.predictions_path
+        if not any(folder.glob("[!.]*.jsonl")):
+            return {}
+        by_task: dict[str, dict[str, Prediction]] = {}
+        for answer in read_predictions(folder):
+            # An id alone may be the row number of other data.
+            start = own_input(answer.prompt)[:_SHOWN_END]
+            instance = str((answer.instance_id, start, answer.references))
+            by_task.setdefault(answer.task, {})[instance] = answer
+        return by_task
 
 
 def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
-    """Reads the report's arguments; BaditError if one is not a run or comparison, is damaged or is given twice."""
+    """Reads the report's arguments.
+
+    BaditError if one is not a run or comparison, is damaged or is given twice.
+    """
     if not paths:
         raise BaditError("report: no runs; name at least one folder of a run or a comparison")
-    folders = [Path(path).parent if Path(path).name == RESULTS else Path(path) for path in paths]
-    for path, folder in zip(paths, folders, strict=True):
-        if not any((folder / name).exists() for name in (RESULTS, "config.yaml", "analysis")):
-            raise BaditError(
-                f"{path}: has no config.yaml, results.json or analysis; name a run or comparison folder"
-            )
+    folders = [_folder_of(Path(path)) for path in paths]
+    for folder in folders:
         if folders.count(folder) > 1:
             raise BaditError(f"{folder}: is given more than once; name each folder once")
         refuse_links(folder)
-    # The shortest path endings that differ between all folders.
-    parts = [folder.resolve().parts for folder in folders]
-    ends = (
-        ["/".join(each[-length:]) for each in parts]
-        for length in range(1, max(map(len, parts)) + 1)
-    )
-    labels = next(
-        (labels for labels in ends if len(set(labels)) == len(labels)), [*map(str, folders)]
-    )
-    sources = [
-        _read(folder, label, len(labels) > 1) for folder, label in zip(folders, labels, strict=True)
-    ]
-    _order_tasks(sources)
+    labels = _labels(folders)
+    sources = [_read(folder, label) for folder, label in zip(folders, labels, strict=True)]
+    if len(sources) > 1:
+        for source in sources:
+            source.prefix = f"{source.label}: "
+    order_tasks([source.frames for source in sources])
     return sources
 
 
-def together(sources: Sequence[Source]) -> Source:
-    """Returns the frames for figures of all sources: losses, scores, and differences to the first run's scores."""
-    shared = Source("", Path())
-    runs = [member for source in sources for member in source.members]
-    logs = []
-    for series, run in runs:
-        logs += [
-            {**line, "series": series, "run": run.label}
-            for line in RunFolder.at(run.folder).log(Path("metrics.jsonl"))
-        ]
-    for name, key in (("losses", "loss"), ("held_out_losses", "eval_loss")):
-        losses = [
-            {**line, "loss": line[key]}
-            for line in logs
-            if is_number(line["step"]) and is_number(line.get(key))
-        ]
-        shared.add(
-            name, pd.DataFrame(losses, columns=["step", "loss", "series", "run"]), "metrics.jsonl"
-        )
-    if scored := [source for source in sources if source.scores is not None]:
-        frames = [cast(pd.DataFrame, source.scores).assign(run=source.label) for source in scored]
-        shared.add("scores", pd.concat(frames, ignore_index=True), "scores.json")
-        first, rows = _rouge_l(scored[0]), []
-        for run in scored[
-            1:
-        ]:  # paired differences to the first run, over the instances that both answered
-            pairs = (_rouge_l(run).reindex(first.index) - first).dropna()
-            if len(pairs) and run.config.get("method") != {"name": "base"}:
-                found = paired_bootstrap(
-                    {str(task): each.to_numpy()[None] for task, each in pairs.groupby(level=0)}
-                )
-                rows.append([run.label, found.mean, found.low, found.high, scored[0].label])
-        shared.add("differences", pd.DataFrame(rows, columns=_DIFFERENCES), "predictions/")
-    for frame in shared.frames.values():  # so that a series has the same colour in all figures
-        frame.attrs["order"] = list(dict.fromkeys(series for series, _ in runs))
-    return shared
+def _folder_of(path: Path) -> Path:
+    folder = path.parent if path.name == RESULTS else path
+    if not any((folder / name).exists() for name in (RESULTS, "config.yaml", "analysis")):
+        problem = "has no config.yaml, results.json or analysis"
+        raise BaditError(f"{path}: {problem}; name a run or comparison folder")
+    return folder
 
 
-def shown_parameters(frame: pd.DataFrame) -> str:
-    """Returns the parameters whose gradients are shown: "adapter" if the frame has it, otherwise "weights"."""
-    return min(frame["parameters"])
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """Returns the shortest path endings that differ between all folders."""
+    paths = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, paths)) + 1):
+        labels = ["/".join(names[-length:]) for names in paths]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [str(folder) for folder in folders]
 
 
-def _read(folder: Path, label: str, several: bool) -> Source:
-    source, run = Source(label, folder, f"{label}: " if several else ""), RunFolder.at(folder)
+def _read(folder: Path, label: str) -> Source:
+    source = Source(label, folder)
+    run = source.run
     for name, frame in load_frames(run.analysis_path).items():
         source.add(name, frame, f"analysis/{name}.json")
     if run.config_path.is_file():
-        source.config = read_values(
-            run.config_path
-        )  # not validated: recipes of other versions may have other keys
+        # Not validated: recipes of other versions may have other keys.
+        source.config = read_values(run.config_path)
     source.environment = run.known_environment
     if (folder / RESULTS).is_file():
-        source.results = results = load_results(folder)
-        table = method_table(results)
-        table.texts.attrs = {
-            "strong": [(i, table.texts.columns[j]) for i, j in table.best],
-            "notes": table.notes,
-        }
-        source.add("methods", table.texts, RESULTS)
-        numbers = table.numbers.rename(columns=lambda name: name.removeprefix("difference_"))
-        trained = numbers["method"].isin(
-            results.cells.loc[results.cells["learning_rate"].notna(), "method"]
-        )
-        source.add(
-            "differences",
-            numbers[trained].assign(reference=results.reference)[_DIFFERENCES].dropna(),
-            RESULTS,
-        )
-        scores = results.scores.assign(
-            run=pd.Categorical(results.scores["method"], results.scored_methods)
-        )
-        means = (
-            scores.groupby(["run", "task", "metric"], observed=True)[["score", "n"]]
-            .mean()
-            .reset_index()
-        )
-        source.add("scores", means.astype({"run": str}), RESULTS)
-        source.add("task_gap", task_gap(folder), RESULTS)
+        _add_comparison(source)
     elif run.scores_path.is_file():
-        scores = run.scores
-        source.scores = scores
-        if "matrix" in scores.attrs:
-            source.add("transfer", transfer(run), run.scores_path.name)
-    # The log of a committed result has only means over modules, without labels.
-    if "labels" in next(run.log(run.regroupings_path), {"labels": []}):
-        source.add("component_flow", component_flow(run), run.regroupings_path.name)
-        source.add("expert_angles", expert_angles(run), run.regroupings_path.name)
-    pairs, overall = (source.frames.get(name) for name in ("gradient_pairs", "gradient_overall"))
-    cosines = [] if overall is None else [overall.assign(layer="all", module="all")]
-    if pairs is not None:
-        of_adapter = ("." + pairs["module"]).str.endswith(".adapter")
-        cosines.append(pairs.assign(parameters=np.where(of_adapter, "adapter", "weights")))
-    if cosines:
-        columns = [*_PAIR, "parameters", "layer", "module", "cosine"]
-        files = ", ".join(each.attrs["file"] for each in cosines[::-1])
-        source.add("gradient_cosines", pd.concat([each[columns] for each in cosines]).copy(), files)
+        _add_scores(source, run)
+    _add_regroupings(source, run)
+    _add_gradient_cosines(source)
     return source
 
 
-def _rouge_l(run: Source) -> pd.Series:
-    answers = {
-        (task, instance): each
-        for task, own in run.predictions.items()
-        for instance, each in own.items()
-    }
-    scores = {
-        place: rouge_l(answer.prediction, answer.references) for place, answer in answers.items()
-    }
-    return pd.Series(scores, dtype=float)
+def _add_comparison(source: Source) -> None:
+    results = load_results(source.folder)
+    source.results = results
+    table = method_table(results)
+    texts = table.texts
+    texts.attrs["strong"] = [(row, texts.columns[column]) for row, column in table.best]
+    texts.attrs["notes"] = table.notes
+    source.add("methods", texts, RESULTS)
+
+    trained = results.cells.dropna(subset="learning_rate")["method"]
+    numbers = table.numbers[table.numbers["method"].isin(trained)]
+    differences = numbers.rename(columns=lambda name: name.removeprefix("difference_"))
+    differences = differences.assign(reference=results.reference)[DIFFERENCE_COLUMNS]
+    source.add("differences", differences.dropna(), RESULTS)
+
+    scores = results.scores
+    methods = pd.Categorical(scores["method"], results.scored_methods)
+    groups = scores.assign(run=methods).groupby(["run", "task", "metric"], observed=True)
+    means = groups[["score", "n"]].mean().reset_index()
+    source.add("scores", means.astype({"run": str}), RESULTS)
+    source.add("task_gap", task_gap(source.folder), RESULTS)
 
 
-def _order_tasks(sources: Sequence[Source]) -> None:
-    """Makes the tasks of matrices categories; all sources use the order of the first source with similarities."""
-    for (similarities, column), matrices in _ORDERED.items():
-        found = [source.frames[similarities] for source in sources if similarities in source.frames]
-        order = by_similarity(found[0], column) if found else []
-        for source, name in product(sources, matrices):
-            if (frame := source.frames.get(name)) is not None:
-                columns = [each for each in ("task", *_PAIR) if each in frame]
-                tasks = list(dict.fromkeys(task for each in columns for task in frame[each]))
-                known = sorted(tasks, key=[*order, *tasks].index)
-                source.frames[name] = frame.assign(
-                    **{each: pd.Categorical(frame[each], known) for each in columns}
-                )
+def _add_scores(source: Source, run: RunFolder) -> None:
+    source.scores = run.scores
+    if "matrix" in source.scores.attrs:
+        source.add("transfer", transfer(run), run.scores_path.name)
 
 
-def by_similarity(pairs: pd.DataFrame, column: str) -> list[str]:
-    """Returns the tasks as leaves of an average-linkage tree over max − similarity, with the optimal branch order."""
-    from scipy.cluster.hierarchy import leaves_list, linkage
-    from scipy.spatial.distance import squareform
+def _add_regroupings(source: Source, run: RunFolder) -> None:
+    first_line = next(run.log(run.regroupings_path), None)
+    # The log of a committed result has only means over modules, without labels.
+    if first_line is not None and "labels" not in first_line:
+        return
+    flow = component_flow(run)
+    source.add("component_flow", flow, run.regroupings_path.name)
+    source.add("expert_angles", expert_angles(run), run.regroupings_path.name)
 
-    shown = (
-        pairs[pairs["parameters"] == shown_parameters(pairs)] if "parameters" in pairs else pairs
-    )
-    tasks = sorted({*shown["task_a"], *shown["task_b"]})
-    if len(tasks) < 3:
-        return tasks
-    # If a pair has several kinds, the first is used. A damaged file may contain values outside −1 to 1.
-    half = (
-        shown.drop_duplicates(_PAIR)
-        .pivot(index="task_a", columns="task_b", values=column)
-        .clip(-1, 1)
-    )
-    similarity = half.combine_first(half.T).reindex(index=tasks, columns=tasks)
-    similarity_TT = similarity.fillna(np.nan_to_num(half.stack().mean())).to_numpy()
-    distance_TT = similarity_TT.max() - similarity_TT
-    np.fill_diagonal(distance_TT, 0.0)
-    tree = linkage(squareform(distance_TT, checks=False), method="average", optimal_ordering=True)
-    return [tasks[int(i)] for i in leaves_list(tree)]
+
+def _add_gradient_cosines(source: Source) -> None:
+    """Adds the cosines of each module, with those of all modules together, as one frame."""
+    frames = []
+    if "gradient_overall" in source.frames:
+        frames.append(source.frames["gradient_overall"].assign(layer=ALL, module=ALL))
+    if "gradient_pairs" in source.frames:
+        pairs = source.frames["gradient_pairs"]
+        of_adapter = ("." + pairs["module"]).str.endswith(".adapter")
+        frames.append(pairs.assign(parameters=np.where(of_adapter, "adapter", "weights")))
+    if frames:
+        files = ", ".join(frame.attrs["file"] for frame in reversed(frames))
+        cosines = pd.concat([frame[_COSINE_COLUMNS] for frame in frames])
+        source.add("gradient_cosines", cosines, files)

@@ -13,24 +13,28 @@ from badit.support.files import inside, read_jsonl, write_text
 
 
 def write_predictions(folder: Path, predictions: Iterable[Prediction]) -> None:
-    """Writes `<task>.jsonl` for each task, one prediction per line, and deletes the files of other tasks."""
+    """Writes ``TASK.jsonl`` for each task, and deletes the files of other tasks."""
     folder.mkdir(parents=True, exist_ok=True)
-    files: dict[Path, list[str]] = {}
+    lines_of_file: dict[Path, list[str]] = {}
     for prediction in predictions:
-        line = json.dumps(asdict(prediction), ensure_ascii=False)
-        files.setdefault(folder / f"{prediction.task}.jsonl", []).append(line + "\n")
-    for file, lines in files.items():
+        file = folder / f"{prediction.task}.jsonl"
+        line = json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
+        lines_of_file.setdefault(file, []).append(line)
+
+    for file, lines in lines_of_file.items():
         write_text(inside(folder, file), "".join(lines))
-    for other in set(folder.glob("*.jsonl")) - files.keys():
-        other.unlink()
+    for file in folder.glob("*.jsonl"):
+        if file not in lines_of_file:
+            file.unlink()
 
 
 def read_predictions(folder: str | Path) -> list[Prediction]:
-    """Returns the predictions that `write_predictions` wrote to a folder, sorted by task name, then in file order.
+    """Returns the predictions in a folder, sorted by task, then in the order of the file.
 
     BaditError if there are no such files, or a line is not a prediction.
     """
-    predictions, form = [], TypeAdapter(Prediction)
+    form = TypeAdapter(Prediction)
+    predictions = []
     for file in sorted(Path(folder).glob("[!.]*.jsonl")):
         for number, fields in enumerate(read_jsonl(file), start=1):
             with explained(f"{file}: line {number}", fix="evaluate the run again"):

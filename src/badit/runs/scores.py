@@ -14,32 +14,35 @@ from badit.support.errors import explained
 from badit.support.files import read_json
 from badit.support.text import text_table
 
-_FIRST_METRICS = (
-    "rouge_l",
-    "exact_match",
-)  # every file has these; later metrics may be missing in older files
-_ROUNDING = 1e-6  # tolerance for the rounding error of means
 LARGEST = 10**15  # upper bound of numbers in a file, so that sums and means stay finite
+_ROUNDING = 1e-6  # tolerance for the rounding error of means
+
+_Percent = Annotated[float, Field(ge=-_ROUNDING, le=100 + _ROUNDING)]
+_Points = Annotated[float, Field(ge=-100 - _ROUNDING, le=100 + _ROUNDING)]
+_REQUIRED = ("rouge_l", "exact_match")  # every answer has these; it has no NLL if a server gave it
 
 
 class Checked(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
-def _by_metric(name: str, *, lists: bool = False, **others: Any) -> type[Checked]:
-    """Returns a pydantic model with one field per metric: the mean or, with ``lists``, the score of each instance."""
+def _by_metric(name: str, *, lists: bool = False) -> Any:
+    """Returns a model with a field per metric: a mean or, with ``lists``, a score per instance."""
     fields: dict[str, Any] = {}
     for metric, about in METRICS.items():
         score: Any = Annotated[float, Field(ge=-_ROUNDING, le=about.most + _ROUNDING)]
-        kind = list[score] if lists else score
-        fields[metric] = (kind, ...) if metric in _FIRST_METRICS else (kind | None, None)
-    return create_model(name, __base__=Checked, **fields, **others)
+        if lists:
+            score = list[score]
+        fields[metric] = (score, ...) if metric in _REQUIRED else (score | None, None)
+    return create_model(name, __base__=Checked, **fields)
 
 
-_Score = Annotated[float, Field(ge=-_ROUNDING, le=100 + _ROUNDING)]
-_Points = Annotated[float, Field(ge=-100 - _ROUNDING, le=100 + _ROUNDING)]
-_TaskScores = _by_metric("_TaskScores", instances=(Annotated[int, Field(ge=1, le=LARGEST)], ...))
-InstanceScores = _by_metric("InstanceScores", lists=True)
+class InstanceScores(_by_metric("_Lists", lists=True)):
+    """The score of every instance of a task, in each metric."""
+
+
+class _TaskScores(_by_metric("_Means")):
+    instances: Annotated[int, Field(ge=1, le=LARGEST)]
 
 
 class Transfer(Checked):
@@ -49,9 +52,9 @@ class Transfer(Checked):
 
 
 class Scores(_by_metric("_Means")):
-    tasks: Annotated[dict[str, _TaskScores], Field(min_length=1)]  # pyright: ignore[reportInvalidTypeForm]
+    tasks: Annotated[dict[str, _TaskScores], Field(min_length=1)]
     order: list[str] | None = None
-    matrix: list[list[_Score | None]] | None = None
+    matrix: list[list[_Percent | None]] | None = None
     continual: dict[Form, Transfer] | None = None
 
 
@@ -64,16 +67,16 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 def scores_frame(scores: Mapping[str, Any]) -> pd.DataFrame:
-    """Returns a run's scores as a frame with one row per task and metric and the columns task, metric, score and n.
+    """Returns a run's scores, one row per task and metric: task, metric, score and n.
 
-    A sequence of tasks has the scores of the final model, with ``order``, ``matrix`` and ``continual`` in ``attrs``.
+    A sequence of tasks has the scores of the final model, with ``order``, ``matrix`` and
+    ``continual`` in ``attrs``.
     """
-    tasks = scores["tasks"].items()
     rows = [
-        (task, name, entry[name], entry["instances"])
-        for task, entry in tasks
-        for name in METRICS
-        if name in entry
+        (task, metric, means[metric], means["instances"])
+        for task, means in scores["tasks"].items()
+        for metric in METRICS
+        if metric in means
     ]
     frame = pd.DataFrame(rows, columns=["task", "metric", "score", "n"])
     frame.attrs = {key: scores[key] for key in ("order", "matrix", "continual") if key in scores}
@@ -81,8 +84,8 @@ def scores_frame(scores: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def score_table(scores: pd.DataFrame) -> str:
-    """Returns :func:`badit.comparison.results.scores_frame` as text: tasks and their mean in rows, metrics in columns."""
+    """Returns :func:`scores_frame` as text: tasks and their mean in rows, metrics in columns."""
     table = scores.pivot_table("score", "task", "metric", sort=False)
     table.loc["mean over tasks"] = table.apply(fmean)
     rows = [[str(task), *map(score_text, values, table)] for task, *values in table.itertuples()]
-    return text_table(["task", *(METRICS[name].label for name in table)], rows)
+    return text_table(["task", *(METRICS[metric].label for metric in table)], rows)

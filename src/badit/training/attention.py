@@ -18,7 +18,7 @@ LONGEST = 512  # up to this length plain products are faster (benchmarks/speed/a
 _NAME = "badit_short"
 
 
-def attention(
+def attention(  # noqa: PLR0913 (prescribed by transformers)
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from badit.baselines import neurons
-from badit.models.loading import load_skeleton
+from badit.models import load_skeleton
 from badit.recipe.method import KINDS, SURGERY, ResolvedMethod
 from badit.recipe.schema import Recipe
 from badit.runs.folder import RunFolder

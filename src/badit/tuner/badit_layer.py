@@ -143,6 +143,7 @@ class BaditLinear(ExpertLinear):
             prompts = prompt_mean(x, mask_BT)[:, None] if x.ndim == 3 else x
             return self._route_prompts(adapter_name, prompts)
 
+        # The same in training, with labels, and in generation, before the first new token.
         means_SI = self._prompt_means(x, mask_BT, segments)
         if segments is not None:  # each position of packed rows has the gates of its segment
             return self._route_prompts(adapter_name, means_SI)[segments.of_BT.to(x.device)]
@@ -192,7 +193,7 @@ class BaditLinear(ExpertLinear):
         """Returns the gates (…, K) of prompts, for their x̄ (…, I)."""
         if self.badit_config[adapter_name].router_input == "mean":
             return self._route(adapter_name, x)
-        if self.routing.prompt_means is not None:
+        if self.routing.prompt_means is not None:  # start_task() collects them
             means_SI = x.flatten(0, -2).float().cpu()
             self.routing.prompt_means[self._key(adapter_name)].append(means_SI)
         moments_2I = self._moments(adapter_name, x)

@@ -52,7 +52,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name
         self.routing = routing
-        # Not from the shape of the weight, which may be packed.
+        # The shape of the weight may differ, because quantised weights are packed.
         if isinstance(base_layer, Conv1D):
             self.in_features, self.out_features = base_layer.nx, base_layer.nf
         else:
@@ -108,6 +108,8 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns y (…, O) = W x + s · (B (g ∘ A x) − share · B0 A0 x) for x (…, I)."""
+        # The experts are one LoRA of rank N: gates scale its components, without a loop over
+        # experts.
         y = self.base_layer(x, *args, **kwargs)
         for adapter in self.running_adapters:
             x_in = self._with_positions(self._cast_input_dtype(x, self.badit_A[adapter].dtype))

@@ -1,0 +1,240 @@
+"""Conflicts between the gradients of tasks.
+
+Gradients are measured for "weights", the weight matrices of the linear layers inside the
+transformer layers, frozen or not, and for "adapter", the parameters of a PEFT adapter that the loss
+depends on. The backward pass stores them one parameter at a time as count sketches (see
+:mod:`badit.analysis.sketches`).
+
+Shape suffixes: T = tasks, R = 2T half-tasks in task order, U = units (rows of a weight), P = places
+(a kind, layer and module), E = pairs of tasks.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from badit.analysis.sketches import SketchedSums
+from badit.analysis.tables import COUNT, SHARED, Column, Table, layer_and_module
+from badit.support.errors import BaditError
+from badit.tuner.targets import is_quantised
+
+MOST_PAIRS = 1_000_000  # rows of the table gradient_pairs, about 60 MB
+
+#: "weights" or "adapter", the layer, and the module's name within the layer.
+Place = tuple[str, int, str]
+
+GRADIENT_PAIRS = Table("gradient_pairs", "task_a task_b layer module cosine magnitude_similarity")
+GRADIENT_OVERALL = Table(
+    "gradient_overall",
+    "task_a task_b parameters cosine corrected_cosine magnitude_similarity",
+    corrected_cosine="estimated cosine of the gradients without noise, from two halves of the "
+    "instances; null if the reliability is not positive",
+)
+GRADIENT_SUMMARY = Table(
+    "gradient_summary",
+    "layer module parameters",
+    conflict_rate="share of the pairs of tasks whose gradients have a negative cosine",
+    reliability=f"{SHARED['reliability'].meaning}; mean over tasks",
+)
+GRADIENT_TASKS = Table(
+    "gradient_tasks",
+    "task parameters norm reliability",
+    norm="norm of the task's gradient, in nats per token and unit of the parameters",
+    instances=Column("number of instances that the gradient is averaged over", COUNT),
+)
+
+
+def measured_parameters(model: nn.Module) -> Iterator[tuple[Place, nn.Parameter, int | None]]:
+    """Yields the weights of the linear layers, then the adapter's parameters, in model order.
+
+    With each, its place and the dimension of a weight's input features (None for an adapter's
+    parameters).
+    """
+    # PEFT starts the names of an adapter's modules and parameters with a prefix such as lora_.
+    prefix = f".{model.base_model.prefix}" if isinstance(model, PeftModel) else ""
+    for name, module in model.named_modules():
+        layer, below = layer_and_module(name)
+        if layer < 0 or not isinstance(module, nn.Linear | Conv1D):
+            continue
+        # A quantised weight has no gradient.
+        if (prefix and prefix in name) or is_quantised(module):
+            continue
+        weight: Any = module.weight
+        in_dim = 0 if isinstance(module, Conv1D) else 1
+        yield ("weights", layer, below), weight, in_dim
+    if not prefix:
+        return
+    for name, parameter in model.named_parameters():
+        module_name, mark, _ = name.partition(prefix)
+        if mark:
+            yield ("adapter", *layer_and_module(f"{module_name}.adapter")), parameter, None
+
+
+class TaskGradients:
+    """Sums of the instances' gradients by task and half, and of the squares of "weights" by row.
+
+    Until ``hooks`` is closed, each backward pass computes only the measured parameters' gradients
+    and adds them to the half-task ``row``. ``instances`` is each task's number of instances, which
+    alternate between its two halves.
+    """
+
+    def __init__(
+        self, model: nn.Module, instances: Sequence[int], sketch_size: int, hooks: ExitStack
+    ) -> None:
+        halves = [[count - count // 2, count // 2] for count in instances]
+        self.counts_T2 = torch.tensor(halves, dtype=torch.float64)
+        self.row = 0
+        self.sketches: dict[Place, list[SketchedSums]] = {}
+        self._squares: dict[int, list[torch.Tensor]] = {}  # by layer, (T, U) of each weight
+        # A fixed seed, so that a repeated analysis has the same tables.
+        generator = torch.Generator().manual_seed(0)
+        model.requires_grad_(False)
+        for place, parameter, in_dim in measured_parameters(model):
+            sketch = SketchedSums(
+                parameter.numel(), 2 * len(instances), sketch_size, generator, parameter.device
+            )
+            self.sketches.setdefault(place, []).append(sketch)
+            squares_TU = None
+            if in_dim is not None:
+                rows = parameter.shape[1 - in_dim]
+                squares_TU = torch.zeros(len(instances), rows, device=parameter.device)
+                self._squares.setdefault(place[1], []).append(squares_TU)
+            take = partial(self._take, sketch, squares_TU, in_dim)
+            parameter.requires_grad_(True)
+            hooks.callback(parameter.register_post_accumulate_grad_hook(take).remove)
+
+    @torch.no_grad()
+    def _take(
+        self, sketch: SketchedSums, squares_TU: Any, in_dim: int | None, parameter: torch.Tensor
+    ) -> None:
+        """Adds a parameter's gradient and frees it, before the next one is computed."""
+        assert parameter.grad is not None
+        gradient = parameter.grad.float()
+        parameter.grad = None
+        sketch.add(self.row, gradient.flatten())
+        if in_dim is not None:
+            squares_TU[self.row // 2] += gradient.square().mean(dim=in_dim)
+
+    def grams(self) -> tuple[list[Place], torch.Tensor]:
+        """Returns the places that have a gradient, and the half-tasks' inner products (P, R, R).
+
+        The weights come first.
+        """
+        grams: dict[Place, Any] = {
+            place: sum(sketch.gram() for sketch in sketches)
+            for place, sketches in self.sketches.items()
+        }
+        places = [place for place, gram_RR in grams.items() if gram_RR.any()]
+        places.sort(key=lambda place: (place[0] != "weights", place[1]))
+        if not places:
+            fix = "load it without quantisation or with an adapter"
+            raise BaditError(f"model: no weights with a gradient; {fix}")
+        gram_PRR = torch.stack([grams[place] for place in places])
+        if not gram_PRR.isfinite().all():
+            raise BaditError("model.dtype: the gradients are not finite; use bfloat16 or float32")
+        return places, gram_PRR
+
+    def row_scores(self) -> dict[int, torch.Tensor]:
+        """Returns the mean squared gradient of each row of a layer's weights, by layer (T, U).
+
+        The mean is over the row and over the task's instances.
+        """
+        counts_T1 = self.counts_T2.sum(dim=1, keepdim=True).float()
+        return {
+            layer: torch.cat(squares, dim=1).cpu() / counts_T1
+            for layer, squares in sorted(self._squares.items())
+        }
+
+
+def agreement(
+    gram_PRR: torch.Tensor, counts_T2: torch.Tensor, pairs_2E: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Returns how well the gradients of pairs of tasks agree (P, E), and the tasks' values (P, T).
+
+    The tasks' values are norms and reliabilities. All are computed from inner products of the
+    halves' sums; NaN where undefined. If a_1 and a_2 are the means of a task's gradients over its
+    even and its odd instances, the reliability is cos(a_1, a_2) and the corrected cosine is
+    ⟨a, b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩) (Spearman's correction for attenuation). Yu et al. 2020,
+    arXiv 2001.06782, define the magnitude similarity.
+    """
+    a_E, b_E = pairs_2E
+    counts_T = counts_T2.sum(dim=1)
+    gram_PT2T2 = gram_PRR.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+    # All inner products of an empty half are 0, and those of its mean are 0 / 0 = NaN.
+    means_PT2T2 = gram_PT2T2 / counts_T2[:, :, None, None] / counts_T2
+    within_P22T = means_PT2T2.diagonal(dim1=1, dim2=3)
+    between_PT = within_P22T[:, 0, 1]
+    means_PTT = gram_PT2T2.sum(dim=(2, 4)) / (counts_T[:, None] * counts_T)
+    means_PE = means_PTT[:, a_E, b_E]
+
+    squared_PT = means_PTT.diagonal(dim1=-2, dim2=-1)
+    norm_PT = squared_PT.sqrt()
+    norms_PE = norm_PT[:, a_E] * norm_PT[:, b_E]
+    noiseless_PT = torch.where(between_PT > 0, between_PT, torch.nan).sqrt()
+    noiseless_PE = noiseless_PT[:, a_E] * noiseless_PT[:, b_E]
+    reliability_PT = between_PT / (within_P22T[:, 0, 0] * within_P22T[:, 1, 1]).sqrt()
+    of_pairs = {
+        "cosine": (means_PE / norms_PE).clamp(-1, 1),
+        "corrected_cosine": (means_PE / noiseless_PE).clamp(-1, 1),
+        "magnitude_similarity": 2 * norms_PE / (squared_PT[:, a_E] + squared_PT[:, b_E]),
+    }
+    return of_pairs, {"norm": norm_PT, "reliability": reliability_PT.clamp(-1, 1)}
+
+
+def gradient_frames(
+    tasks: Sequence[str], gradients: TaskGradients, description: str
+) -> list[pd.DataFrame]:
+    """Returns gradient_overall, gradient_summary, gradient_tasks and gradient_pairs.
+
+    gradient_pairs is left out above ``MOST_PAIRS`` rows.
+    """
+    order = sorted(range(len(tasks)), key=tasks.__getitem__)
+    pairs_2E = torch.tensor(order)[torch.triu_indices(len(order), len(order), offset=1)]
+    counts_T2 = gradients.counts_T2
+    names, gram_PRR = gradients.grams()
+    places = pd.DataFrame(names, columns=["parameters", "layer", "module"])
+    kinds = pd.DataFrame({"parameters": places["parameters"].unique()})
+    pairs = pd.DataFrame(np.array(tasks)[pairs_2E.T.numpy()], columns=["task_a", "task_b"])
+    single = pd.DataFrame({"task": tasks, "instances": counts_T2.sum(dim=1).numpy()})
+
+    # Inner products of whole gradients are sums over the places.
+    gram_by_kind = [
+        gram_PRR[(places["parameters"] == kind).tolist()].sum(dim=0) for kind in kinds["parameters"]
+    ]
+    pairs_by_kind, tasks_by_kind = agreement(torch.stack(gram_by_kind), counts_T2, pairs_2E)
+    pairs_by_place, tasks_by_place = agreement(gram_PRR, counts_T2, pairs_2E)
+    cosine_PE = pairs_by_place["cosine"]
+    conflicts_PE = (cosine_PE < 0).double().masked_fill(cosine_PE.isnan(), torch.nan)
+    frames = {
+        GRADIENT_OVERALL: _crossed(kinds, pairs, pairs_by_kind),
+        GRADIENT_SUMMARY: places.assign(
+            conflict_rate=conflicts_PE.nanmean(dim=1).numpy(),
+            reliability=tasks_by_place["reliability"].nanmean(dim=1).numpy(),
+        ),
+        GRADIENT_TASKS: _crossed(kinds, single, tasks_by_kind),
+    }
+    rows = len(places) * len(pairs)
+    if rows <= MOST_PAIRS:
+        frames[GRADIENT_PAIRS] = _crossed(places, pairs, pairs_by_place)
+    else:
+        description += (
+            " The table of every pair of tasks in every module is left out, because it has "
+            f"{rows:,} rows."
+        )
+    return [table.frame(frame, description) for table, frame in frames.items()]
+
+
+def _crossed(
+    rows: pd.DataFrame, columns: pd.DataFrame, values: Mapping[str, torch.Tensor]
+) -> pd.DataFrame:
+    """Returns one row per entry of the values, which have the shape (rows, columns)."""
+    flat = {name: matrix.flatten().numpy() for name, matrix in values.items()}
+    return rows.merge(columns, how="cross").assign(**flat)

@@ -1,0 +1,61 @@
+"""The record of an analysis: analysis.json, next to the tables."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from badit.analysis.tables import save_frame
+from badit.support.environment import environment, peak_memory
+from badit.support.errors import BaditError, explained
+from badit.support.files import inside, read_json, write_json
+
+PARTS = {"interference", "experts", "learning"}
+
+
+class Record:
+    """The settings and the finished parts of an analysis, as saved in ``OUTPUT/analysis.json``.
+
+    BaditError if the file is damaged or has other ``settings``. ``with_recipe`` says that
+    ``OUTPUT`` has the config.yaml of a base model, which belongs to the analysis.
+    """
+
+    def __init__(self, output: Path, settings: dict[str, Any], *, with_recipe: bool) -> None:
+        self.path = inside(output, output / "analysis.json")
+        self.tables = output / "analysis"
+        #: The finished parts whose tables still exist.
+        self.finished: dict[str, dict[str, Any]] = {}
+        if not self.path.is_file():
+            self.content = {"settings": settings, "environment": environment()}
+            return
+        files = (
+            f"it, {self.path.name} and config.yaml" if with_recipe else f"it and {self.path.name}"
+        )
+        fix = f"delete {files} to measure again, or choose another --output"
+        with explained(self.tables, action="resumed", fix=fix, any_error=True):
+            self.content = read_json(self.path)
+            # Tables of other settings must not be mixed with new ones.
+            if self.content["settings"] != settings:
+                problem = "belongs to another run, model or data, or to other settings"
+                raise BaditError(f"{self.tables}: {problem}; {fix}")
+            for name, details in self.content["parts"].items():
+                if all((self.tables / f"{table}.json").is_file() for table in details["tables"]):
+                    self.finished[name] = details
+
+    @property
+    def is_complete(self) -> bool:
+        return self.finished.keys() >= PARTS
+
+    def add(self, name: str, frames: Sequence[pd.DataFrame], seconds: float) -> None:
+        """Saves the tables of a part, without those that have no rows, and records the part."""
+        frames = [frame for frame in frames if len(frame)]
+        for frame in frames:
+            save_frame(frame, self.tables)
+        # Recorded after the tables are written, so that an interrupted part is measured again.
+        self.finished[name] = {
+            "tables": [frame.attrs["name"] for frame in frames],
+            "seconds": round(seconds, 1),
+            "peak_memory_gib": peak_memory(),
+        }
+        write_json(self.path, {**self.content, "parts": self.finished})

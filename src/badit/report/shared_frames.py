@@ -1,0 +1,76 @@
+"""The frames of figures that show all sources together: losses, scores and differences."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from badit.metrics.answers import rouge_l
+from badit.metrics.statistics import paired_bootstrap
+from badit.report.sources import DIFFERENCE_COLUMNS, Source
+from badit.support.files import is_number
+
+_LOG = Path("metrics.jsonl")
+
+
+def together(sources: Sequence[Source]) -> Source:
+    """Returns the frames for figures of all sources.
+
+    They have losses, scores, and differences to the first run's scores.
+    """
+    shared = Source("", Path())
+    runs = [member for source in sources for member in source.members]
+    _add_losses(shared, runs)
+    scored = [source for source in sources if source.scores is not None]
+    if scored:
+        frames = [source.scores.assign(run=source.label) for source in scored]  # pyright: ignore[reportOptionalMemberAccess]
+        shared.add("scores", pd.concat(frames, ignore_index=True), "scores.json")
+        shared.add("differences", _differences(scored), "predictions/")
+
+    # So that a series has the same colour in all figures.
+    order = list(dict.fromkeys(series for series, _ in runs))
+    for frame in shared.frames.values():
+        frame.attrs["order"] = order
+    return shared
+
+
+def _add_losses(shared: Source, runs: Sequence[tuple[str, Source]]) -> None:
+    rows: dict[str, list[tuple[Any, ...]]] = {"loss": [], "eval_loss": []}
+    for series, source in runs:
+        for line in source.run.log(_LOG):
+            for key, losses in rows.items():
+                if is_number(line["step"]) and is_number(line.get(key)):
+                    losses.append((line["step"], line[key], series, source.label))
+    columns = ["step", "loss", "series", "run"]
+    shared.add("losses", pd.DataFrame(rows["loss"], columns=columns), _LOG.name)
+    shared.add("held_out_losses", pd.DataFrame(rows["eval_loss"], columns=columns), _LOG.name)
+
+
+def _differences(scored: Sequence[Source]) -> pd.DataFrame:
+    """Returns paired differences to the first run, over the instances that both answered."""
+    reference = scored[0]
+    reference_scores = _rouge_l(reference)
+    rows = []
+    for source in scored[1:]:
+        differences = _rouge_l(source).reindex(reference_scores.index) - reference_scores
+        differences = differences.dropna()
+        # The untuned model is not one of the trained methods that are compared.
+        if differences.empty or source.config.get("method") == {"name": "base"}:
+            continue
+        by_task = {
+            str(task): values.to_numpy()[None] for task, values in differences.groupby(level=0)
+        }
+        mean = paired_bootstrap(by_task)
+        rows.append([source.label, mean.mean, mean.low, mean.high, reference.label])
+    return pd.DataFrame(rows, columns=DIFFERENCE_COLUMNS)
+
+
+def _rouge_l(source: Source) -> pd.Series:
+    """Returns the Rouge-L of each answer by task and instance."""
+    scores = {
+        (task, instance): rouge_l(answer.prediction, answer.references)
+        for task, answers in source.predictions.items()
+        for instance, answer in answers.items()
+    }
+    return pd.Series(scores, dtype=float)
