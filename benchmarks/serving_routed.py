@@ -38,7 +38,7 @@ from badit.data import Instance, Task
 from badit.evaluation.generation import generate_answers
 from badit.integrations.proxy import Router
 from badit.metrics.answers import rouge_l
-from badit.models.loading import resolve_model
+from badit.models import resolve_model
 from badit.support.environment import environment
 from badit.support.files import write_json
 from badit.training.encoding import encoded

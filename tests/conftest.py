@@ -150,7 +150,7 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def tiny_built_in(material, monkeypatch):
     """Replaces the built-in base model by the tiny one, which makes dry runs ten times faster."""
-    monkeypatch.setattr("badit.models.loading._built_in_folder", lambda: material / "model")
+    monkeypatch.setattr("badit.models.loading.built_in_folder", lambda: material / "model")
 
 
 @pytest.fixture

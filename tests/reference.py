@@ -226,9 +226,7 @@ class OrthogonalFactor:
         return inverse @ self.first / (1 - beta_1**self.steps)
 
 
-def orthogonal_step(  # noqa: PLR0913 (the tensors and options of one step)
-    A, B, grad_A, grad_B, of_A, of_B, lr, betas, floor=1e-6
-):
+def orthogonal_step(A, B, grad_A, grad_B, of_A, of_B, lr, betas, floor=1e-6):
     """Returns A (N, in) and B (out, N) after one step.
 
     It changes the moments ``of_A`` and ``of_B`` in place.

@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 from functools import partial
+from operator import itemgetter
 
 import lm_eval
 import pytest
@@ -22,7 +23,8 @@ from refusals import refuses
 from studio.conftest import BADIT
 from tuner.helpers import adapted, cached_steps, generate
 
-# (context, continuation) of several lengths; the last two have the same input tokens, but different contexts.
+# (context, continuation) of several lengths. The last two have the same input tokens, but different
+# contexts.
 PAIRS = [
     ("Name the capital of Italy.", " Rome"),
     ("Name the capital of Italy.", " Paris or Rome, one of the two"),
@@ -63,13 +65,15 @@ def wrapped(cls, model, batch_size=4, **options):
 
 
 def decoded_likelihood(model, context, continuation):
-    """Scores the continuation token by token with a cache that was filled by the context alone, as in generation."""
+    """Scores the continuation token by token, as in generation.
+
+    The cache was filled by the context alone. Returns the log-likelihood and whether it is greedy.
+    """
     ids = torch.tensor([context + continuation])
     logits = cached_steps(model, ids, torch.ones_like(ids), len(context), DynamicCache())[0, :-1]
     targets = ids[0, len(context) :]
-    return float(logits.log_softmax(-1).gather(1, targets[:, None]).sum()), bool(
-        (logits.argmax(-1) == targets).all()
-    )
+    likelihoods = logits.log_softmax(-1).gather(1, targets[:, None])
+    return float(likelihoods.sum()), bool((logits.argmax(-1) == targets).all())
 
 
 def test_continuation_is_scored_with_the_gates_of_generation(routed):
@@ -78,11 +82,10 @@ def test_continuation_is_scored_with_the_gates_of_generation(routed):
     for (context, continuation), likelihood, is_greedy in zip(
         PAIRS, likelihoods, greedy, strict=True
     ):
-        whole = scorer.tok_encode(context + continuation)
-        start = (
-            len(scorer.tok_encode(context)) if context else 1
-        )  # without context, lm_eval prepends a token
-        expected = decoded_likelihood(routed[0], whole[:start], whole[start:])
+        ids = scorer.tok_encode(context + continuation)
+        # Without context, lm_eval prepends a token.
+        start = len(scorer.tok_encode(context)) if context else 1
+        expected = decoded_likelihood(routed[0], ids[:start], ids[start:])
         assert (float(likelihood), is_greedy) == (pytest.approx(expected[0], rel=1e-5), expected[1])
 
 
@@ -90,8 +93,8 @@ def test_scores_do_not_depend_on_batch_size_or_order_unlike_with_hf(routed):
     """With hf, gates also depend on the continuation and the padding (docs/lm-eval.md)."""
     ours, _ = score_pairs(wrapped(BaditLM, routed, 2), PAIRS)
     for batch_size, options in ((1, {}), (16, {}), ("auto", {"max_batch_size": 4})):
-        found, _ = score_pairs(wrapped(BaditLM, routed, batch_size, **options), PAIRS[::-1])
-        assert torch.allclose(found.flip(0), ours, rtol=1e-5)
+        reversed_, _ = score_pairs(wrapped(BaditLM, routed, batch_size, **options), PAIRS[::-1])
+        assert torch.allclose(reversed_.flip(0), ours, rtol=1e-5)
     alone, _ = score_pairs(wrapped(HFLM, routed, 1, logits_cache=False), PAIRS)
     batched, _ = score_pairs(wrapped(HFLM, routed, 8, logits_cache=False), PAIRS)
     assert (alone - ours).abs().max() > 0.05
@@ -106,7 +109,8 @@ def test_plain_lora_scores_equal_those_of_hf(base):
         model, LoraConfig(r=4, target_modules=["gate_proj"], init_lora_weights=False)
     ).eval()
     ours, greedy = score_pairs(wrapped(BaditLM, (model, tokenizer)), PAIRS)
-    # hf's cache uses wrong positions if the same text has contexts of different lengths, as in the last two pairs.
+    # hf's cache uses wrong positions if the same text has contexts of different lengths, as in the
+    # last two pairs.
     theirs, theirs_greedy = score_pairs(
         wrapped(HFLM, (model, tokenizer), logits_cache=False), PAIRS
     )
@@ -117,28 +121,22 @@ def test_plain_lora_scores_equal_those_of_hf(base):
 def test_generations_equal_those_of_hf_and_are_scored_as_greedy(routed):
     contexts = [context for context, _ in PAIRS if context]
     asked = [(context, {"until": ["Rome"], "max_gen_toks": 6}) for context in contexts]
-    one, several, under_hf = (
+    single, batched, of_hf = (
         wrapped(cls, routed, size).generate_until(
             requests(asked, "generate_until"), disable_tqdm=True
         )
         for cls, size in ((BaditLM, 1), (BaditLM, 4), (HFLM, 4))
     )
-    assert one == several == under_hf
-    assert any(one)
+    assert single == batched == of_hf
+    assert any(single)
     scorer = wrapped(BaditLM, routed)
-    pairs = []
+    triples = []
     for prompt in map(scorer.tok_encode, contexts):
         ids = torch.tensor([prompt])
-        pairs.append(
-            (
-                None,
-                prompt,
-                generate(routed[0], ids, torch.ones_like(ids), 4)[0, len(prompt) :].tolist(),
-            )
-        )
-    assert [greedy for _, greedy in scorer._loglikelihood_tokens(pairs, disable_tqdm=True)] == [
-        True
-    ] * len(pairs)
+        answer = generate(routed[0], ids, torch.ones_like(ids), 4)[0, len(prompt) :]
+        triples.append((None, prompt, answer.tolist()))
+    scores = scorer._loglikelihood_tokens(triples, disable_tqdm=True)
+    assert all(is_greedy for _, is_greedy in scores)
 
 
 def test_rolling_windows_are_routed_by_the_text_before_them(routed):
@@ -152,31 +150,26 @@ def test_rolling_windows_are_routed_by_the_text_before_them(routed):
     ]
     assert len(windows) >= 3
     expected = sum(decoded_likelihood(routed[0], *window)[0] for window in windows)
-    rest = ids[1 + 12 * len(windows) :]
-    assert rest, "no last window; its context must be the preceding text that fits"
-    expected += decoded_likelihood(routed[0], ids[-13 : -len(rest)], rest)[0]
-    (found,) = scorer.loglikelihood_rolling(
-        requests([(text,)], "loglikelihood_rolling"), disable_tqdm=True
-    )
-    assert found == pytest.approx(expected, rel=1e-5)
+    last = ids[1 + 12 * len(windows) :]
+    assert last, "no last window; its context must be the preceding text that fits"
+    expected += decoded_likelihood(routed[0], ids[-13 : -len(last)], last)[0]
+    asked = requests([(text,)], "loglikelihood_rolling")
+    (likelihood,) = scorer.loglikelihood_rolling(asked, disable_tqdm=True)
+    assert likelihood == pytest.approx(expected, rel=1e-5)
 
 
 def test_long_contexts_lose_their_start_and_bad_continuations_are_refused(routed):
     scorer = wrapped(BaditLM, routed, max_length=8)
-    context, continuation = list(range(5, 25)), [30, 31, 32]
-    ((found, _),) = scorer._loglikelihood_tokens([(None, context, continuation)], disable_tqdm=True)
-    assert found == pytest.approx(
-        decoded_likelihood(routed[0], context[-6:], continuation)[0], rel=1e-5
-    )
-    ((found, _),) = scorer._loglikelihood_tokens(
-        [(None, [], continuation)], disable_tqdm=True
-    )  # of a blank text
-    assert found == pytest.approx(
-        decoded_likelihood(routed[0], [scorer.prefix_token_id], continuation)[0], rel=1e-5
-    )
+    long, continuation = list(range(5, 25)), [30, 31, 32]
+    blank = []
+    for context, used in ((long, long[-6:]), (blank, [scorer.prefix_token_id])):
+        request = (None, context, continuation)
+        ((likelihood, _),) = scorer._loglikelihood_tokens([request], disable_tqdm=True)
+        expected, _ = decoded_likelihood(routed[0], used, continuation)
+        assert likelihood == pytest.approx(expected, rel=1e-5)
     for bad in ([], [9] * 9):
         message = rf"a continuation has {len(bad)} tokens; must have 1 to 8"
-        refuses(message, scorer._loglikelihood_tokens, [(None, context, bad)], disable_tqdm=True)
+        refuses(message, scorer._loglikelihood_tokens, [(None, long, bad)], disable_tqdm=True)
 
 
 @pytest.fixture
@@ -189,31 +182,38 @@ def task_folder(tmp_path):
         for i in range(6)
     ]
     file = str(write_rows(folder / "docs.jsonl", *docs))
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": file}}}
-    common = {**data, "test_split": "test", "doc_to_text": "{{question}}", "target_delimiter": " "}
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": file}},
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "target_delimiter": " ",
+    }
     choice = {
+        "task": "toy_choice",
         "output_type": "multiple_choice",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
-    answer = {"output_type": "generate_until", "doc_to_target": "{{choices[answer]}}"}
-    answer |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 6}}
-    for name, kind, metric in (
-        ("toy_choice", choice, "acc"),
-        ("toy_answer", answer, "exact_match"),
-    ):
-        metrics = {
-            "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}]
-        }
-        (folder / f"{name}.yaml").write_text(
-            yaml.safe_dump({"task": name, **common, **kind, **metrics})
-        )
+    answer = {
+        "task": "toy_answer",
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    for task in (choice, answer):
+        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump({**common, **task}))
     return folder
 
 
 @pytest.fixture(autouse=True)
 def _apart(tmp_path, monkeypatch):
-    """Disables the network and lm_eval's own tasks (slow to list), moves its cache, and restores its log settings."""
+    """Isolates lm_eval: no network, its own cache, and restored log settings.
+
+    lm_eval's own tasks, which are slow to list, are not available.
+    """
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "argv", sys.argv)  # restored afterwards; the command replaces it
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
@@ -228,47 +228,41 @@ def _apart(tmp_path, monkeypatch):
 def evaluated(model, arguments, tasks, batch_size=4):
     """Evaluates both tasks; returns the log-likelihoods of the choices, and the generations."""
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    device = "cpu" if model == "hf" else None  # hf needs CUDA by default
-    options = {
-        "batch_size": batch_size,
-        "device": device,
-        "bootstrap_iters": 0,
-        "task_manager": manager,
-    }
     results = lm_eval.simple_evaluate(
-        model, arguments, tasks=["toy_choice", "toy_answer"], **options
+        model,
+        arguments,
+        tasks=["toy_choice", "toy_answer"],
+        batch_size=batch_size,
+        device="cpu" if model == "hf" else None,  # hf needs CUDA by default
+        bootstrap_iters=0,
+        task_manager=manager,
     )
-    samples = {
-        name: sorted(found, key=lambda each: each["doc_id"])
-        for name, found in results["samples"].items()
-    }
-    likelihoods = [
-        float(choice[0][0]) for each in samples["toy_choice"] for choice in each["resps"]
-    ]
+    choices, answers = (
+        [sample["resps"] for sample in sorted(samples, key=itemgetter("doc_id"))]
+        for samples in map(results["samples"].get, ("toy_choice", "toy_answer"))
+    )
     return {
-        "likelihoods": likelihoods,
-        "texts": [each["resps"][0][0] for each in samples["toy_answer"]],
+        "likelihoods": [float(choice[0][0]) for responses in choices for choice in responses],
+        "texts": [responses[0][0] for responses in answers],
     }
 
 
 def test_run_and_its_adapter_give_the_same_results(trained, task_folder):
     run = trained(BADIT)
     base = run.trusted_recipe().model.name
-    by_run = evaluated("badit", {"run": str(run.path)}, task_folder)
-    by_adapter = evaluated(
-        "badit", {"pretrained": base, "peft": str(run.adapter_path)}, task_folder, batch_size=1
-    )
-    under_hf = evaluated("hf", {"pretrained": base, "peft": str(run.adapter_path)}, task_folder)
-    assert by_adapter["likelihoods"] == pytest.approx(by_run["likelihoods"], rel=1e-4)
-    assert by_run["texts"] == by_adapter["texts"] == under_hf["texts"]
+    adapter = {"pretrained": base, "peft": str(run.adapter_path)}
+    of_run = evaluated("badit", {"run": str(run.path)}, task_folder)
+    of_adapter = evaluated("badit", adapter, task_folder, batch_size=1)
+    of_hf = evaluated("hf", adapter, task_folder)
+    assert of_adapter["likelihoods"] == pytest.approx(of_run["likelihoods"], rel=1e-4)
+    assert of_run["texts"] == of_adapter["texts"] == of_hf["texts"]
 
 
 def test_harness_command_with_custom_tasks(trained, task_folder, tmp_path, command):
-    arguments = ["--tasks", "toy_choice,toy_answer", "--include_path", str(task_folder)]
-    written = ["--batch_size", "4", "--log_samples", "--output_path", str(tmp_path / "written")]
-    assert "exact_match" in command(
-        "harness", trained(BADIT).path, *arguments, *written, "--apply_chat_template"
-    )
+    tasks = ["--tasks", "toy_choice,toy_answer", "--include_path", str(task_folder)]
+    output = ["--batch_size", "4", "--log_samples", "--output_path", str(tmp_path / "written")]
+    run = trained(BADIT).path
+    assert "exact_match" in command("harness", run, *tasks, *output, "--apply_chat_template")
     (samples,) = (tmp_path / "written").rglob("samples_toy_answer_*.jsonl")
     assert "<|im_start|>" in samples.read_text()
 
@@ -287,16 +281,13 @@ def test_methods_that_need_tasks_use_and_require_the_task_argument(trained):
 def test_invalid_arguments_are_refused(trained, task_folder, capsys):
     refuses("give either run=FOLDER or pretrained=MODEL", BaditLM, run="a", pretrained="b")
     refuses("a run has its own adapter", BaditLM, run="a", peft="b")
-    refuses(
-        "softmax_dtype: log-likelihoods are always computed in float32",
-        BaditLM,
-        run="a",
-        softmax_dtype="float64",
-    )
+    refuses("softmax_dtype: .*; remove it", BaditLM, run="a", softmax_dtype="float64")
     run = str(trained(BADIT).path)
     refuses("model_args: device: cannot be used", BaditLM, run=run, device="gpu")
     refuses("--model: is the run", run_command_line, run, ["--model=hf", "--tasks", "toy_choice"])
-    wrong = ("nowhere", "toy_choice", "nowhere: has no config.yaml")
-    for folder, task, message in (wrong, (run, "no_such_task", "no_such_task")):
+    for folder, task, message in (
+        ("nowhere", "toy_choice", "nowhere: has no config.yaml"),
+        (run, "no_such_task", "no_such_task"),
+    ):
         assert main(["harness", folder, "--tasks", task, "--include_path", str(task_folder)]) == 2
         assert re.match(f"badit: .*{message}", capsys.readouterr().err.strip().splitlines()[-1])

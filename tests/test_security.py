@@ -15,7 +15,7 @@ import badit.tuner
 from badit.cli import main
 from badit.cli.app import app
 from badit.integrations.lm_eval import BaditLM
-from badit.models.loading import load_base_model
+from badit.models import load_base_model
 from badit.recipe.loading import build_recipe
 from badit.recipe.saved import dump_recipe
 from badit.recipe.schema import Recipe

@@ -39,72 +39,73 @@ def run(trained):
 
 @pytest.fixture(scope="module")
 def router(run, tmp_path_factory):
-    return Router(
-        run,
-        export(
-            run, tmp_path_factory.mktemp("exports") / "tasks", all_tasks=True, progress=False
-        ).folder,
-    )
+    folder = tmp_path_factory.mktemp("exports") / "tasks"
+    return Router(run, export(run, folder, all_tasks=True).folder)
 
 
 @pytest.fixture
 def vllm(run, tmp_path):
-    """A stand-in for vLLM: its port, completion requests, LoRAs, and events that control a stream's second chunk."""
+    """A stand-in for vLLM.
+
+    It has its port, the completion requests, the loaded LoRAs and copies of them, and events that
+    control a stream's second chunk.
+    """
     _, tokenizer = load_base(run.recipe)
-    here = SimpleNamespace(asked=[], loaded=[], removed_too_early=False, copies=tmp_path)
-    here.goes_on, here.ended = threading.Event(), threading.Event()
+    server = SimpleNamespace(
+        asked=[],
+        loaded=[],
+        removed_too_early=False,
+        copies=tmp_path,
+        goes_on=threading.Event(),
+        ended=threading.Event(),
+    )
 
     async def tokenize(request):
         content = await request.json()
         if content["prompt"] == "refused":
             return JSONResponse({"error": {"message": "no\nsuch prompt"}}, 422)
-        chat = content.get("messages")
-        ids = (
-            tokenizer.apply_chat_template(chat, add_generation_prompt=True)
-            if chat
-            else tokenizer(content["prompt"])
-        )
-        return JSONResponse({"tokens": ids["input_ids"]})
+        if "messages" in content:
+            chat = content["messages"]
+            encoding = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+        else:
+            encoding = tokenizer(content["prompt"])
+        return JSONResponse({"tokens": encoding["input_ids"]})
 
     async def complete(request):
         content = await request.json()
-        here.asked.append(
-            (request.url.path, content, request.headers["authorization"], list(here.loaded))
-        )
+        key = request.headers["authorization"]
+        server.asked.append((request.url.path, content, key, list(server.loaded)))
         if content["model"] == "unknown":
             return JSONResponse({"error": {"message": "no such model"}}, 404)
-        return (
-            StreamingResponse(chunks(), media_type="text/event-stream")
-            if "stream" in content
-            else JSONResponse({})
-        )
+        if "stream" in content:
+            return StreamingResponse(chunks(), media_type="text/event-stream")
+        return JSONResponse({})
 
     async def chunks():
         try:
             yield "data: 1\n\n"
-            while not here.goes_on.is_set():
+            while not server.goes_on.is_set():
                 await asyncio.sleep(0.01)
             yield "data: [DONE]\n\n"
         finally:
-            here.ended.set()
+            server.ended.set()
 
     async def lora(request):
         content = await request.json()
         if request.url.path == "/v1/load_lora_adapter":
-            shutil.copytree(content["lora_path"], here.copies / content["lora_name"])
-            here.loaded.append(content["lora_name"])
+            shutil.copytree(content["lora_path"], server.copies / content["lora_name"])
+            server.loaded.append(content["lora_name"])
         else:
-            here.loaded.remove(content["lora_name"])
-            here.removed_too_early |= not Path(content["lora_path"]).is_dir()
+            server.loaded.remove(content["lora_name"])
+            server.removed_too_early |= not Path(content["lora_path"]).is_dir()
         return PlainTextResponse("Success")
 
     calls = {"tokenize": tokenize, "v1/load_lora_adapter": lora, "v1/unload_lora_adapter": lora}
     calls |= dict.fromkeys(["v1/completions", "v1/chat/completions"], complete)
     routes = [Route(f"/{path}", call, methods=["POST"]) for path, call in calls.items()]
-    with served(
-        Starlette(routes=[*routes, Route("/v1/models", JSONResponse(MODELS))])
-    ) as here.port:
-        yield here
+    routes.append(Route("/v1/models", JSONResponse(MODELS)))
+    with served(Starlette(routes=routes)) as server.port:
+        yield server
 
 
 def proxied(router, port):
@@ -121,7 +122,10 @@ def client(router, vllm):
 
 
 def unloaded(vllm):
-    """Waits until no LoRA is loaded; returns False after WAIT seconds, or if a LoRA's folder was removed before."""
+    """Waits until no LoRA is loaded.
+
+    Returns False after WAIT seconds, or if the folder of a loaded LoRA was removed.
+    """
     until = time.monotonic() + WAIT
     while vllm.loaded and time.monotonic() < until:
         time.sleep(0.01)
@@ -135,40 +139,45 @@ def training_prompts(router):
 
 
 def test_prompt_is_routed_to_the_export_with_the_nearest_weights(client, router, vllm, run):
-    kept = json.loads((run.path / "gates.json").read_text())["tasks"]
-    chosen = []
+    gates_by_task = json.loads((run.path / "gates.json").read_text())["tasks"]
+    layers = adapted_layers(router.model)
+    expected = []
     for example in training_prompts(router):
-        batches = batches_by_task(
-            [{**example, "task": "t"}], AnswerCollator(0), 1
-        )  # gates ignore the answer
-        distances = dict.fromkeys(kept, 0.0)
-        layers = adapted_layers(router.model)
-        for one, own_K in zip(layers, mean_gates(router.model, batches["t"]).values(), strict=True):
-            own = one.layer.get_delta_weight(one.adapter, torch.tensor(own_K))
-            for task, gates in kept.items():
-                of_task = one.layer.get_delta_weight(
-                    one.adapter, torch.tensor(gates[one.layer.name])
-                )
-                distances[task] += float((own - of_task).square().sum())
-        chosen.append(min(distances, key=distances.__getitem__))
+        # Gates ignore the answer.
+        batches = batches_by_task([{**example, "task": "t"}], AnswerCollator(0), 1)
+        prompt_gates = mean_gates(router.model, batches["t"])
+        distances = {
+            task: sum(distance(layer, prompt_gates, gates) for layer in layers)
+            for task, gates in gates_by_task.items()
+        }
+        expected.append(min(distances, key=distances.__getitem__))
         prompt = example["input_ids"][: example["prompt_length"]]
-        answer = client.post(
-            "/completions", json={"model": "auto", "prompt": [prompt], "max_tokens": 3}
-        )
-        assert (answer.status_code, answer.headers["x-badit-adapter"]) == (200, chosen[-1])
-        assert vllm.asked[-1][1] == {"model": chosen[-1], "prompt": [prompt], "max_tokens": 3}
-    assert set(chosen) == {"cities", "rivers"}
+        content = {"model": "auto", "prompt": [prompt], "max_tokens": 3}
+        answer = client.post("/completions", json=content)
+        assert (answer.status_code, answer.headers["x-badit-adapter"]) == (200, expected[-1])
+        assert vllm.asked[-1][1] == {**content, "model": expected[-1]}
+    assert set(expected) == {"cities", "rivers"}
+
+
+def distance(adapted, *gates):
+    """Returns the squared distance between a layer's weights with two mixtures of its experts."""
+    first, second = (
+        adapted.layer.get_delta_weight(adapted.adapter, torch.tensor(of_layers[adapted.layer.name]))
+        for of_layers in gates
+    )
+    return float((first - second).square().sum())
 
 
 def test_texts_and_chats_are_tokenised_by_vllm_and_other_models_forwarded(client, router, vllm):
     _, tokenizer = load_base(router.run.recipe)
     chat = tokenizer.apply_chat_template(CHAT["messages"], add_generation_prompt=True)["input_ids"]
     plain = tokenizer("land 3")["input_ids"]
-    asked = [
-        ("chat/completions", content, chat) for content in (CHAT, {**CHAT, "model": "run"})
-    ]  # the run's name
-    asked += [("completions", {"prompt": prompt}, plain) for prompt in ("land 3", ["land 3"])]
-    for path, content, ids in asked:
+    for path, content, ids in (
+        ("chat/completions", CHAT, chat),
+        ("chat/completions", {**CHAT, "model": "run"}, chat),  # the run's name
+        ("completions", {"prompt": "land 3"}, plain),
+        ("completions", {"prompt": ["land 3"]}, plain),
+    ):
         answer = client.post(f"/{path}", json=content, headers={"authorization": "Bearer key"})
         adapter = router.nearest(router.gates(ids))
         assert answer.headers["x-badit-adapter"] == adapter
@@ -185,22 +194,18 @@ def test_without_exports_each_prompt_gets_a_lora_equal_to_the_run(router, vllm):
     with proxied(Router(router.run, None), vllm.port) as port:
         for example in training_prompts(router)[::9]:
             prompt = example["input_ids"][: example["prompt_length"]]
-            answer = httpx2.post(
-                f"http://127.0.0.1:{port}/v1/completions", json={"model": "auto", "prompt": prompt}
-            )
+            url = f"http://127.0.0.1:{port}/v1/completions"
+            answer = httpx2.post(url, json={"model": "auto", "prompt": prompt})
             name = answer.headers["x-badit-adapter"]
             assert vllm.asked[-1][3] == [name], "the LoRA must be loaded during the request"
             assert unloaded(vllm), "the LoRA must be unloaded after the request"
             ids = torch.tensor([prompt])
-            base, own = (
-                load_base(router.run.recipe)[0](input_ids=ids).logits,
-                router.model(input_ids=ids).logits,
-            )
-            model = PeftModel.from_pretrained(
-                load_base(router.run.recipe)[0], str(vllm.copies / name)
-            )
-            torch.testing.assert_close(model(input_ids=ids).logits, own, atol=1e-5, rtol=1e-5)
-            assert (own - base).abs().max() > 0.05
+            base, _ = load_base(router.run.recipe)
+            base_logits = base(input_ids=ids).logits
+            logits = router.model(input_ids=ids).logits
+            lora = PeftModel.from_pretrained(base, str(vllm.copies / name))
+            torch.testing.assert_close(lora(input_ids=ids).logits, logits, atol=1e-5, rtol=1e-5)
+            assert (logits - base_logits).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("exports", [True, False])
@@ -225,9 +230,8 @@ def test_stopping_the_proxy_ends_a_stream_and_unloads_its_lora(router, vllm):
     with httpx2.Client(timeout=WAIT) as client:
         with proxied(Router(router.run, None), vllm.port) as port:
             url = f"http://127.0.0.1:{port}/v1/chat/completions"
-            response = client.send(
-                client.build_request("POST", url, json={**CHAT, "stream": True}), stream=True
-            )
+            request = client.build_request("POST", url, json={**CHAT, "stream": True})
+            response = client.send(request, stream=True)
             assert next(response.iter_raw()) == b"data: 1\n\n"
         assert unloaded(vllm)
 
@@ -238,26 +242,19 @@ def test_invalid_requests_are_refused_in_openai_format(client, vllm):
         (b"[]", 400, "request: must hold one JSON object, not a list"),
         *(({"prompt": prompt}, 400, NOT_ONE_PROMPT) for prompt in (["a", "b"], [1, True], [10**6])),
         (b'{"model": "base", "temperature": 1e999}', 400, "Out of range float values"),
-        (
-            b'{"model": "base", "x": ' + b"[" * 970 + b"]" * 970 + b"}",
-            400,
-            "",
-        ),  # read, but too deep to be written
+        # This is read, but too deep to be written.
+        (b'{"model": "base", "x": ' + b"[" * 970 + b"]" * 970 + b"}", 400, ""),
         ({"prompt": []}, 400, "prompt: must have 1 to 128 tokens, not 0"),
         ({"prompt": [1] * 129}, 400, "prompt: must have 1 to 128 tokens, not 129"),
         ({"prompt": "refused"}, 422, "/tokenize: {"),
         (b" " * (MAX_BODY + 1), 413, "the request is larger than 1024 KiB"),
     ):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        answer = client.post(
-            "/completions", content=body, headers={"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json"}
+        answer = client.post("/completions", content=body, headers=headers)
         error = answer.json()["error"]
-        assert (answer.status_code, error["code"], error["type"]) == (
-            status,
-            status,
-            "invalid_request",
-        )
+        assert (answer.status_code, error["code"]) == (status, status)
+        assert error["type"] == "invalid_request"
         assert problem in error["message"]
         assert error["message"].isprintable()
     assert not vllm.asked
@@ -269,10 +266,8 @@ def test_foreign_origins_hosts_and_content_types_are_refused(client, vllm):
         {"Origin": "null"},
         {"Host": "evil.example"},
     ):
-        assert client.post("/chat/completions", json=CHAT, headers=headers).status_code in (
-            400,
-            403,
-        )
+        answer = client.post("/chat/completions", json=CHAT, headers=headers)
+        assert answer.status_code in (400, 403)
     assert client.post("/chat/completions", content="{}").status_code == 415
     assert not vllm.asked
 
@@ -288,26 +283,22 @@ def test_unreachable_vllm_or_missing_lora_loading_is_reported(router, vllm):
         answer = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": [1, 2]})
         assert answer.status_code == 404
         assert answer.json()["error"]["message"].endswith("with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
-    other = Starlette(
-        routes=[
-            Route("/{path:path}", lambda request: JSONResponse({"no": 1}), methods=["GET", "POST"])
-        ]
-    )
-    with served(other) as stranger, proxied(router, stranger) as port:
+    routes = [Route("/{path:path}", lambda _: JSONResponse({"no": 1}), methods=["GET", "POST"])]
+    with served(Starlette(routes=routes)) as stranger, proxied(router, stranger) as port:
         for method, path in (("GET", "models"), ("POST", "completions")):
-            answer = httpx2.request(
-                method, f"http://127.0.0.1:{port}/v1/{path}", json={"prompt": "a"}
-            )
+            url = f"http://127.0.0.1:{port}/v1/{path}"
+            answer = httpx2.request(method, url, json={"prompt": "a"})
             assert (answer.status_code, "check --url" in answer.text) == (502, True)
 
 
 def test_unsuitable_runs_exports_and_urls_are_refused(run, trained, tmp_path, command):
     for method in ({"name": "lora", "r": 2}, {"name": "mtl-lora", "r": 2}):
         refuses("do not depend on the prompt; serve its export", Router, trained(method), None)
-    export(trained(BADIT | {"lora_alpha": 1.0}), tmp_path / "tasks", all_tasks=True, progress=False)
+    export(trained(BADIT | {"lora_alpha": 1.0}), tmp_path / "tasks", all_tasks=True)
     refuses("was not exported from the present weights of", Router, run, tmp_path / "tasks")
-    wrong = {str(tmp_path): "has no task LoRAs; run badit export"}
-    wrong |= {"--url=localhost:8000": "--url: must be an address such as http://127.0.0.1:8000"}
-    wrong |= {"--url=http://127.0.0.1:80o0": "--url: cannot be used (Invalid port: '80o0')"}
-    for argument, problem in wrong.items():
+    for argument, problem in (
+        (str(tmp_path), "has no task LoRAs; run badit export"),
+        ("--url=localhost:8000", "--url: must be an address such as http://127.0.0.1:8000"),
+        ("--url=http://127.0.0.1:80o0", "--url: cannot be used (Invalid port: '80o0')"),
+    ):
         assert problem in command("serve", run.path, argument, "--port=0", code=2)

@@ -35,7 +35,7 @@ began = time.perf_counter()
 from badit.data import encode_tasks, mixture
 from badit.data.readers import load_tasks
 from badit.support.environment import peak_memory
-from badit.models.loading import load_tokenizer
+from badit.models import load_tokenizer
 tokenizer = load_tokenizer("smollm2-135m")
 imported = time.perf_counter()
 tasks = load_tasks(sys.argv[1])

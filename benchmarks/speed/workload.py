@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from badit import BaditConfig, load_base_model
-from badit.models.loading import fast_dtype
+from badit.models import fast_dtype
 from badit.recipe.loading import build_recipe
 from badit.training.encoding import encoded
 from badit.training.trainer import answer_losses

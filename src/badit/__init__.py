@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from badit.comparison.compare import compare
     from badit.comparison.results import load_results, summarise
     from badit.data import load_tasks
-    from badit.models.loading import load_base_model
+    from badit.models import load_base_model
     from badit.recipe.loading import load_recipe
     from badit.report import write_report
     from badit.support.errors import BaditError
@@ -37,7 +37,7 @@ _NAMES = {
     "comparison.compare": ["compare"],
     "comparison.results": ["load_results", "summarise"],
     "data": ["load_tasks"],
-    "models.loading": ["load_base_model"],
+    "models": ["load_base_model"],
     "recipe.loading": ["load_recipe"],
     "report": ["write_report"],
     "support.errors": ["BaditError"],

@@ -140,7 +140,7 @@ class Run(RunFolder):
             trust_remote_code=self.trust_remote_code,
         )
 
-    def export(
+    def export(  # noqa: PLR0913 (the options of badit export)
         self,
         output: AnyPath,
         *,
@@ -205,7 +205,7 @@ class Run(RunFolder):
             BaditError: there is nothing to upload, you are not logged in, or the hub refuses the
                 upload.
         """
-        from badit.hub.card import push_to_hub
+        from badit.hub.upload import push_to_hub
 
         return push_to_hub(self, repository, private=private)
 

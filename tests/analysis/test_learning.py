@@ -40,21 +40,17 @@ def regrouping(step, before=(0, 0, 1, 1), after=(1, 0, 0, 1), **angles):
 def test_angles_and_component_flow_are_read_from_logs(tmp_path):
     assert expert_angles(Run.at(tmp_path)).empty
     assert component_flow(Run.at(tmp_path)).empty
-    after = dict(zip(FIELDS, (70.0, 90.0, 0.4, 0.1), strict=True))
+    after = dict(zip(FIELDS, (None, 90.0, 0.4, 0.1), strict=True))
     before = {
         f"previous_{field}": value
         for field, value in zip(FIELDS, (85.0, 88.0, 0.2, 0.2), strict=True)
     }
     stays = regrouping(20, before=(1, 0, 0, 1), after=(1, 0, 0, 1))
     place = [1, "mlp.gate_proj"]
-    write_rows(
-        tmp_path / "angles.jsonl", {"step": 5, "module": NAME, **after, "intra_degrees": None}
-    )
-    assert rows(expert_angles(Run.at(tmp_path))) == [[5, *place, "training", None, 90.0, 0.4, 0.1]]
     write_rows(tmp_path / "regroupings.jsonl", regrouping(10, **before, **after), stays)
     angles = [
         [10, *place, "before", 85.0, 88.0, 0.2, 0.2],
-        [10, *place, "after", 70.0, 90.0, 0.4, 0.1],
+        [10, *place, "after", None, 90.0, 0.4, 0.1],
     ]
     assert rows(expert_angles(Run.at(tmp_path))) == angles, "no step followed the regrouping at 20"
     assert rows(component_flow(Run.at(tmp_path))) == [
@@ -70,13 +66,8 @@ def test_logs_of_a_sequence_are_joined(tmp_path):
         write_rows(
             folder / "metrics.jsonl", *({"step": step, "loss": 1.0} for step in (steps // 2, steps))
         )
-        write_rows(
-            folder / "angles.jsonl", {"step": 5, "module": NAME, **dict.fromkeys(FIELDS, 1.0)}
-        )
-    assert run.metrics["step"].tolist() == [10, 20, 25, 30]
-    assert expert_angles(run)["step"].tolist() == [5, 25]
-    for folder in run.path.glob("stages/*"):
         write_rows(folder / "regroupings.jsonl", regrouping(5, **dict.fromkeys(FIELDS, 1.0)))
+    assert run.metrics["step"].tolist() == [10, 20, 25, 30]
     assert expert_angles(run)["step"].tolist() == [5, 25]
     assert set(component_flow(run)["step"]) == {5, 25}
 

@@ -66,14 +66,13 @@ METHODS = {
 SHAPE = Shape(
     tasks=("task1_a", "task2_b"), layers=2, modules=("mlp.gate_proj",), experts=2, steps=(20,)
 )
-ANGLES = {
+REGROUPING = {
     "step": 10,
     "module": "model.layers.0.mlp.gate_proj.default",
+    "previous_labels": [0, 0, 1, 1],
+    "labels": [0, 1, 0, 1],
     "intra_degrees": 70.0,
     "inter_degrees": 91.0,
-}
-REGROUPING = ANGLES | {"previous_labels": [0, 0, 1, 1], "labels": [0, 1, 0, 1]}
-REGROUPING |= {
     "intra_abs_cos": 0.4,
     "inter_abs_cos": 0.1,
     "previous_intra_degrees": None,
@@ -109,9 +108,8 @@ def write(contents, folder, material=None):
 
 def run_files(folder, material):
     write_run(folder / "analysed", SHAPE)
-    for name, lines in (("regroupings", [REGROUPING]), ("angles", [ANGLES])):
-        write_run(folder / name, SHAPE, analysed=False)
-        (folder / name / f"{name}.jsonl").write_bytes(as_lines(lines))
+    write_run(folder / "regroupings", SHAPE, analysed=False)
+    (folder / "regroupings" / "regroupings.jsonl").write_bytes(as_lines([REGROUPING]))
     write_sequence(folder / "sequence", SHAPE)
 
 
@@ -158,8 +156,8 @@ REPORTS = {
         "metrics.jsonl",
         "scores.json",
         "regroupings.jsonl",
+        "predictions/task1_a.jsonl",
     ],
-    "angles": ["angles.jsonl", "predictions/task1_a.jsonl"],
     "sequence": ["scores.json"],
 }
 ADAPTER = ["adapter_model.safetensors", "adapter_config.json"]

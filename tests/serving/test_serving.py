@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from badit import Run, train
 from badit.evaluation.generation import generate_answers
-from badit.models.loading import BUILT_IN_HUB_ID, resolve_model
+from badit.models import BUILT_IN_HUB_ID, resolve_model
 
 ENVIRONMENT = os.environ.get("BADIT_SERVING")
 pytestmark = pytest.mark.skipif(

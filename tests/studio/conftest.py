@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from badit.integrations.studio import Session
-from badit.integrations.studio.server import listen, server
+from badit.integrations.studio.session import Session
+from badit.integrations.web import listen, server
 
 BADIT = {"name": "badit", "num_experts": 4, "r": 2, "init_weights": "bad", "regroup": {"every": 2}}
 

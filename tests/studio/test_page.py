@@ -1,4 +1,4 @@
-"""The studio page in a browser: streamed answers, sliders that send gates, escaped text, and the phone layout."""
+"""The studio page in a browser: streamed answers, gates, escaped text, and the phone layout."""
 
 import json
 
@@ -9,8 +9,8 @@ from selenium.webdriver.support.select import Select
 
 from badit.analysis.atlas import ABILITIES
 from badit.analysis.tables import save_frame
-from badit.integrations.studio import Session
 from badit.integrations.studio.server import application
+from badit.integrations.studio.session import Session
 from browsers import emulate, requests, until
 from data.examples import write_rows
 from studio.conftest import BADIT, served

@@ -1,4 +1,4 @@
-"""Studio sessions: the answers of each side compared with the library's, gates set by hand, and nearest tasks."""
+"""Studio sessions: answers compared with the library's, gates set by hand, and nearest tasks."""
 
 import copy
 import json
@@ -12,7 +12,9 @@ from badit.analysis.gates import prompt_gates
 from badit.api import Run
 from badit.data import AnswerCollator, batches_by_task
 from badit.evaluation.generation import generate_answers
-from badit.integrations.studio import Question, Session, mixed
+from badit.integrations.studio.session import Question, Session, mixed
+from badit.recipe.loading import build_recipe
+from badit.recipe.saved import dump_recipe
 from badit.support.errors import refuse_unknown
 from badit.training.encoding import encoded
 from badit.tuner import hooks_of
@@ -33,43 +35,43 @@ def events(session, **question):
 
 
 def event_data(shown, name, side):
-    (found,) = [data for kind, data in shown if kind == name and data.get("side") == side]
-    return found
+    (data,) = [data for kind, data in shown if kind == name and data.get("side") == side]
+    return data
 
 
-def prompt(session, *, answer=False):
+def encoded_example(session):
+    """Returns the example of the question of ``events``, with an answer."""
     task = session.tasks["rivers"]
     instance = task.train[0].model_copy(update={"input": "land 3"})
     (example,) = encoded(session.tokenizer, session.recipe, [(task, instance)], session.model)
-    return (
-        example
-        if answer
-        else {**example, "input_ids": example["input_ids"][: example["prompt_length"]]}
-    )
+    return example
+
+
+def prompt_ids(session):
+    example = encoded_example(session)
+    return example["input_ids"][: example["prompt_length"]]
 
 
 def answer_of(session, model):
-    ids = prompt(session)["input_ids"]
+    ids = prompt_ids(session)
     return generate_answers(model, session.tokenizer, [ids], max_new_tokens=8, progress=False)[0]
 
 
 def test_sides_answer_like_the_run_and_its_base_model(session):
-    ids = prompt(session)["input_ids"]
+    ids = prompt_ids(session)
     shown = events(session, sides=["router", "base"])
-    expected = answer_of(session, session.model)
+    answer = answer_of(session, session.model)
     with session.model.disable_adapter():
-        base = answer_of(session, session.model)
-    assert [event_data(shown, "end", side)["text"] for side in ("router", "base")] == [
-        expected,
-        base,
-    ]
-    assert expected != base
+        base_answer = answer_of(session, session.model)
+    assert event_data(shown, "end", "router")["text"] == answer
+    assert event_data(shown, "end", "base")["text"] == base_answer
+    assert answer != base_answer
     assert shown[0] == ("prompt", {"text": session.tokenizer.decode(ids), "tokens": len(ids)})
-    assert [name for name, data in shown if data.get("side") == "base"] == ["text"] * 8 + ["end"], (
-        "base has no gates"
-    )
+    names = [name for name, data in shown if data.get("side") == "base"]
+    assert names == ["text"] * 8 + ["end"], "base has no gates"
     # The router's gates equal those measured by the analysis.
-    batches = batches_by_task([prompt(session, answer=True)], AnswerCollator(0, with_tasks=True), 1)
+    collate = AnswerCollator(0, with_tasks=True)
+    batches = batches_by_task([encoded_example(session)], collate, 1)
     gates = prompt_gates(session.model, batches).by_task["rivers"][0]
     np.testing.assert_allclose(event_data(shown, "gates", "router")["gates"], gates, atol=2e-5)
     assert np.ptp(gates) > 0.01
@@ -98,20 +100,18 @@ def test_gates_set_by_hand_match_an_adapter_merged_with_these_gates(trained, met
         np.mean(event_data(shown, "gates", "router")["gates"], axis=1), 1, atol=2e-5
     )
     lora = copy.deepcopy(session.model).unload()
-    ids = torch.tensor([prompt(session)["input_ids"]])
+    ids = torch.tensor([prompt_ids(session)])
     with torch.no_grad(), hooks_of(session.model).rows_of(["rivers"]):
-        for each in session.experts:
-            delta = each.layer.get_delta_weight(each.adapter, neutral * torch.tensor(gates))
-            lora.get_submodule(each.layer.name).weight.data += delta
+        for layer, adapter in session.experts:
+            delta = layer.get_delta_weight(adapter, neutral * torch.tensor(gates))
+            lora.get_submodule(layer.name).weight.data += delta
         with mixed(session.experts, gates):
             logits = session.model(input_ids=ids).logits
         torch.testing.assert_close(logits, lora(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
-        assert (logits - session.model(input_ids=ids).logits).abs().max() > 1e-3, (
-            "the router's logits differ"
-        )
-    assert event_data(shown, "end", "hand")["text"] == answer_of(session, lora), (
-        "the gates are used in every pass"
-    )
+        of_router = session.model(input_ids=ids).logits
+        assert (logits - of_router).abs().max() > 1e-3
+    # The gates are used in every pass.
+    assert event_data(shown, "end", "hand")["text"] == answer_of(session, lora)
 
 
 def test_nearest_tasks_are_sorted_by_difference(session):
@@ -120,8 +120,8 @@ def test_nearest_tasks_are_sorted_by_difference(session):
         task: np.abs(gates - shown["gates"]).mean() for task, gates in session.task_gates.items()
     }
     expected = sorted((difference, task) for task, difference in differences.items())
-    found = [(near["difference"], near["task"]) for near in shown["nearest"]]
-    assert found == [(pytest.approx(difference, abs=1e-4), task) for difference, task in expected]
+    nearest = [(near["difference"], near["task"]) for near in shown["nearest"]]
+    assert nearest == [(pytest.approx(difference, abs=1e-4), task) for difference, task in expected]
 
 
 def test_task_gates_are_cached_and_measured_again_if_damaged(trained, monkeypatch, capsys):
@@ -132,17 +132,16 @@ def test_task_gates_are_cached_and_measured_again_if_damaged(trained, monkeypatc
     assert not first.unmeasured
     pairs = [(task, instance) for task in first.tasks.values() for instance in task.train]
     examples = encoded(first.tokenizer, first.recipe, pairs, first.model)
-    gates = prompt_gates(
-        first.model, batches_by_task(examples, AnswerCollator(0, with_tasks=True), 8)
-    )
+    batches = batches_by_task(examples, AnswerCollator(0, with_tasks=True), 8)
+    gates = prompt_gates(first.model, batches)
     assert list(first.task_gates) == list(gates.by_task)
     np.testing.assert_allclose(list(first.task_gates.values()), gates.means, atol=1e-5)
 
-    kept = json.loads(run.gates_path.read_text())
+    content = json.loads(run.gates_path.read_text())
     for damaged in (
         "[",
-        json.dumps({**kept, "tasks": []}),
-        json.dumps({**kept, "tasks": {"rivers": [1]}}),
+        json.dumps({**content, "tasks": []}),
+        json.dumps({**content, "tasks": {"rivers": [1]}}),
     ):
         run.gates_path.write_text(damaged)
         again = Session(run)
@@ -162,7 +161,7 @@ def test_task_gates_are_cached_and_measured_again_if_damaged(trained, monkeypatc
 
 
 def test_questions_are_answered_while_task_gates_are_measured(trained):
-    """Answering switches the model between sides. This must not change the gates measured at the same time."""
+    """Answering switches the model between sides, which must not change the measured gates."""
     quiet, busy = Session(trained(BADIT)), Session(trained(BADIT))
     quiet.measure()
     expected = events(quiet, sides=["hand", "base"], gates=HAND_GATES)
@@ -173,6 +172,13 @@ def test_questions_are_answered_while_task_gates_are_measured(trained):
     for side in ("hand", "base"):
         assert event_data(shown, "end", side)["text"] == event_data(expected, "end", side)["text"]
     np.testing.assert_equal(quiet.task_gates, busy.task_gates)
+
+
+def test_measuring_ends_when_stopped(trained):
+    session = Session(trained(BADIT))
+    session.stop()
+    session.measure()
+    assert session.unmeasured
 
 
 def test_run_without_its_data_still_answers(trained, task_file):
@@ -213,5 +219,6 @@ def test_unanswerable_questions_and_unusable_runs_are_refused(
         ("full", "trains no adapter"),
         ("badit", "has no adapter yet; finish its training"),
     ):
-        (tmp_path / "config.yaml").write_text(json.dumps({"format": 5, "method": {"name": method}}))
+        recipe = build_recipe({"method": {"name": method}})
+        (tmp_path / "config.yaml").write_text(dump_recipe(recipe))
         refuses(message, Session, Run(tmp_path))

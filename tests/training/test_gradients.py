@@ -12,11 +12,12 @@ from torch import nn
 
 from badit.method import cosine_gram
 from badit.recipe.loading import build_recipe
+from badit.recipe.method import resolve_method
 from badit.training.trainer import AnswerTrainer
 from badit.tuner.distributed import before_step, component_grams, scale_columns, whole_weights
 from method.shards import in_processes
 from refusals import refuses
-from steps import fit, method_of
+from steps import fit
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9))
 
@@ -112,7 +113,7 @@ def test_methods_that_need_whole_weights_are_refused_with_sharded_ones(
     recipe_values, monkeypatch, name
 ):
     assert not any(
-        method_of({"name": other}).needs_whole_weights for other in ("badit", "lora", "full")
+        resolve_method({"name": other}).needs_whole_weights for other in ("badit", "lora", "full")
     )
     own = AnswerTrainer.__init__
 

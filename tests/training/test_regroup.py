@@ -4,20 +4,17 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 import reference
 from badit import BaditConfig, RegroupCallback, Regrouper
-from badit.api import Run
-from badit.baselines.mixture import LoraMoeConfig
 from badit.data import AnswerCollator
 from badit.method import expert_angles, grouping_objective
+from badit.recipe.method import resolve_method
 from badit.support.files import read_jsonl
-from badit.training.regrouping import STATE_FILE, AngleLog, trainable_adapters
-from badit.tuner import ExpertLinear
+from badit.training.regrouping import STATE_FILE, trainable_adapters
 from badit.tuner.config import RegroupOptions
 from refusals import refuses
 from steps import method_of
@@ -29,7 +26,7 @@ BATCHES = 12
 
 def gradients_into(steps, model):
     """A callback that appends each step's gradients of A and B, by layer, to ``steps``."""
-    layers = list(trainable_adapters(model, ExpertLinear))
+    layers = list(trainable_adapters(model))
 
     def keep(state, keywords):
         steps.append(
@@ -89,35 +86,6 @@ def test_log_has_partition_by_mean_gram_and_angles_of_next_window(tiny_model, tm
     assert {
         name: layer.expert_of(adapter).tolist() for name, (layer, adapter) in layers.items()
     } == last
-
-
-@pytest.mark.parametrize("config_class", [LoraMoeConfig, BaditConfig.paper])
-def test_angle_log_has_angles_of_the_mean_gram_of_each_window(tiny_model, tmp_path, config_class):
-    steps, path = [], tmp_path / "angles.jsonl"
-    model = get_peft_model(tiny_model("llama"), config_class(num_experts=3, r=2))
-    make_trainer(model, tmp_path, [gradients_into(steps, model), AngleLog(path, every=5)]).train()
-    lines = list(read_jsonl(path))
-    assert [(line["step"], line["window_steps"]) for line in lines[::2]] == [
-        (5, 5),
-        (10, 5),
-        (12, 2),
-    ]
-    for line in lines:
-        gram_NN = mean_gram(steps[line["step"] - line["window_steps"] : line["step"]], line)
-        expected = expert_angles(gram_NN, np.repeat(np.arange(3), 2))._asdict()
-        assert {key: line[key] for key in expected} == pytest.approx(expected, abs=0.05)
-
-
-def test_methods_whose_experts_have_no_angles_log_none(tmp_path):
-    for method, count in (
-        ("badit", 1),
-        ("loramoe", 1),
-        ("hydralora", 0),
-        ("lora", 0),
-        ("gainlora", 0),
-    ):
-        assert len(method_of({"name": method}).callbacks(Run.at(tmp_path))) == count
-    assert not method_of({"name": "badit", "num_experts": 1}).callbacks(Run.at(tmp_path))
 
 
 def test_the_last_step_of_a_fraction_is_due():
@@ -207,22 +175,22 @@ def test_regrouping_schedule_and_refused_options(tiny_model):
     refuses("no trainable BADIT adapter", Regrouper, tiny_model("llama"), 10)
     message = "components into experts that top_k switches off"
     refuses(message, method_of, {"name": "badit", "top_k": 2, "regroup": {}})
-    assert method_of({"name": "badit", "top_k": 2}).config.top_k == 2
+    assert resolve_method({"name": "badit", "top_k": 2}).config.top_k == 2
     refuses(r"gate_proj\.default: regrouping would move components", Regrouper, switched_off, 10)
 
 
 def test_paper_preset_sets_the_config_and_the_regrouping():
-    method = method_of({"name": "badit", "preset": "paper"})
+    method = resolve_method({"name": "badit", "preset": "paper"})
     for config in (method.config, BaditConfig.paper()):
         assert {name: getattr(config, name) for name in BaditConfig.PAPER} == BaditConfig.PAPER
         assert (config.gates, config.init_weights, config.svd_method) == ("softmax", "bad", "exact")
-    assert method.regroup["solver"] == "paper"
-    own = method_of(
+    assert method.regroup.solver == "paper"
+    changed = resolve_method(
         {"name": "badit", "preset": "paper", "num_experts": 4, "regroup": {"restarts": 3}}
     )
-    assert (own.config.num_experts, own.config.gates) == (4, "softmax")
-    assert (own.regroup["restarts"], own.regroup["stop"]) == (3, 0.5)
-    assert method_of({"name": "badit", "preset": "paper", "regroup": None}).regroup is None
+    assert (changed.config.num_experts, changed.config.gates) == (4, "softmax")
+    assert (changed.regroup.restarts, changed.regroup.stop) == (3, 0.5)
+    assert resolve_method({"name": "badit", "preset": "paper", "regroup": None}).regroup is None
     refuses(
         r"method\.preset: must be default or paper, got",
         method_of,

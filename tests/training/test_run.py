@@ -16,7 +16,7 @@ from analysis.naive_experts import batched, losses
 from badit import BaditError, Run
 from badit.api import train
 from badit.comparison.grid import Grid
-from badit.models import loading as models
+from badit.models import devices as models
 from badit.recipe.loading import build_recipe
 from badit.runs.resolved import resolve
 from badit.support.files import read_json, read_jsonl, write_json

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.data import AnswerCollator
-from badit.training.trainer import EpochSampler
+from badit.training.sampler import EpochSampler
 from training.trainers import adapted, examples, make_trainer
 from tuner.helpers import randomise
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from badit.api import Run
-from badit.models.loading import Quantisation, load_base_model
+from badit.models import Quantisation, load_base_model
 from badit.recipe.loading import build_recipe
 from badit.runs.resolved import resolve
 from badit.tuner.targets import refuse_unsuitable_layer
@@ -139,7 +139,7 @@ def test_unsupported_quantisation_is_refused(recipe_values, model_folder, monkey
         model_folder,
         quantisation="bnb-8",
     )
-    monkeypatch.setattr("badit.models.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("badit.models.quantisation.find_spec", lambda name: None)
     refuses(
         r"needs bitsandbytes: pip install 'badit\[q",
         load_base_model,

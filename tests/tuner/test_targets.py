@@ -17,7 +17,7 @@ from badit import BaditConfig, OrthogonalUpdates, Regrouper
 from badit.analysis.gates import adapted_layers, changed_gates, prompt_gates
 from badit.export.adapter import write_adapter
 from badit.export.factors import merge, mixture_factors
-from badit.models.loading import load_base_model
+from badit.models import load_base_model
 from badit.tuner.targets import base_layer, default_targets
 from docs.pages import Page
 from refusals import refuses

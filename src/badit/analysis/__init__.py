@@ -71,14 +71,15 @@ def analyze(
         _analyze_comparison(folder, data, output)
         return output
 
+    weights = folder
     if is_run:
         run = open_run(RunFolder(folder, trust_remote_code=trust_remote_code))
+        weights = run.folder.adapter_path
     else:
-        run = _base_run(target, data, output)
+        run = _base_model_run(target, data, output)
     tasks = _tasks(run, data)
     prompts = [(task, _measured_instances(task, instances, run.method.trains)) for task in tasks]
 
-    weights = run.folder.adapter_path if is_run else folder
     settings = {
         # Relative to the output folder, so that both can be moved together.
         "target": os.path.relpath(folder.resolve(), output.resolve()) if is_run else target,
@@ -104,8 +105,7 @@ def _analyze_comparison(folder: Path, data: str | None, output: Path) -> None:
     save_frame(frame, output / "analysis")
 
 
-def _base_run(model: str, data: str | None, output: Path) -> ResolvedRun:
-    """Returns a base model as a run that trains nothing."""
+def _base_model_run(model: str, data: str | None, output: Path) -> ResolvedRun:
     if data is None:
         fix = "to analyze a base model, set its tasks with --data"
         raise BaditError(f"{model}: not a run's folder; {fix}")

@@ -43,8 +43,7 @@ EXPERT_ANGLES = Table(
     ),
     measured=Column(
         "before or after: the grouping before or after this step's regrouping, on the following "
-        "steps; training: a method without regrouping; held-out: the trained adapter on data that "
-        "it was not trained on",
+        "steps; held-out: the trained adapter on data that it was not trained on",
         TEXT,
     ),
     within_degrees="mean angle between components of one expert, in degrees",
@@ -83,15 +82,10 @@ _FIX = "delete the file to skip it"
 
 def expert_angles(run: RunFolder, held_out: Angles | None = None) -> pd.DataFrame:
     """Returns the angles that the run logged, and those of the trained adapter if given."""
-    path = run.angles_path
-    prefixes = {"training": ""}
-    if any(True for _ in run.log(run.regroupings_path)):
-        path = run.regroupings_path
-        prefixes = {"before": "previous_", "after": ""}
     rows = []
-    with explained(path, fix=_FIX, any_error=True):
-        for place, line in _logged(run, path):
-            for measured, prefix in prefixes.items():
+    with explained(run.regroupings_path, fix=_FIX, any_error=True):
+        for place, line in _logged(run, run.regroupings_path):
+            for measured, prefix in (("before", "previous_"), ("after", "")):
                 # An angle is missing if no step followed the regrouping, and null if there was no
                 # pair.
                 angles = [line.get(prefix + name) for name in ExpertAngles._fields]

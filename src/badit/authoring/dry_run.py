@@ -14,7 +14,7 @@ from torch.utils.benchmark import Timer
 from badit.comparison.checks import check as check_grid
 from badit.comparison.grid import Grid
 from badit.data import Task, prompt_text
-from badit.models.loading import device, load_tokenizer
+from badit.models import device, load_tokenizer
 from badit.recipe.method import resolve_method
 from badit.recipe.schema import Recipe
 from badit.runs.folder import RunFolder

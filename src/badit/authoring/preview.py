@@ -9,7 +9,7 @@ from typing import Any
 from badit.data import Task
 from badit.data.encoding import encode_examples, token_ids
 from badit.data.prompts import prompt_text
-from badit.models.loading import load_tokenizer
+from badit.models import load_tokenizer
 from badit.recipe.schema import PromptSection, Recipe
 from badit.support.console import one_line
 from badit.support.text import counted, text_table

@@ -31,7 +31,7 @@ def _shown(run: Run, exported: Any, options: dict[str, Any]) -> str:
 
 def _facts_of_adapter(run: Run, exported: Any) -> dict[str, str]:
     from badit.hub.card import hub_id
-    from badit.models.loading import resolve_model
+    from badit.models import resolve_model
 
     recipe = run.recipe
     base = resolve_model(recipe.model.name)

@@ -14,7 +14,7 @@ from badit.support.files import lines_of, read_json
 
 
 @app.command
-def generate(
+def generate(  # noqa: PLR0913 (the command's options)
     run: RunPath,
     prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     *,

@@ -3,4 +3,4 @@
 from badit.api import Run
 from badit.cli.derived import derive
 
-derive(Run.push, lambda run, address, options: address, "badit.hub.card")
+derive(Run.push, lambda run, address, options: address, "badit.hub.upload")

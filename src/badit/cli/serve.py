@@ -25,6 +25,6 @@ def serve(
             which vLLM must be allowed to load.
         url: the address of the vLLM server.
     """
-    load("badit.integrations.studio.server")  # names the extra, which both need, if it is missing
+    load("badit.integrations.web")  # names the extra if it is missing
     proxy = load("badit.integrations.proxy")
     proxy.serve(Run(run, trust_remote_code=trust_remote_code), exports, url=url, port=port)

@@ -16,5 +16,6 @@ def studio(
         run: a run's folder, of any method that trains an adapter.
         browser: open the page in the browser.
     """
+    load("badit.integrations.web")  # names the extra if it is missing
     server = load("badit.integrations.studio.server")
     server.serve(Run(run, trust_remote_code=trust_remote_code), port=port, browser=browser)

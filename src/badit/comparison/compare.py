@@ -22,7 +22,7 @@ from badit.comparison.rates import find_rate
 from badit.comparison.results import RESULTS, Results, load_results
 from badit.comparison.worker import error_of, progress_of, start_cell
 from badit.metrics.answers import METRICS
-from badit.models.loading import device, warn_of_slow_dtype
+from badit.models import device, warn_of_slow_dtype
 from badit.recipe.loading import make_recipe
 from badit.recipe.schema import RecipeLike
 from badit.support.console import say, status

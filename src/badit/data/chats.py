@@ -2,26 +2,20 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from badit.data.source import Turns
-from badit.data.tasks import Messages
 from badit.support.errors import BaditError
 
 # The names of roles in ShareGPT and other datasets.
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 
 
-class Answer(NamedTuple):
-    """An assistant message with the user message before it and the messages before that."""
+def answers(messages: Sequence[Any], turns: Turns) -> Iterator[dict[str, Any]]:
+    """Yields the fields of an instance for every answer of a chat, or only for the last one.
 
-    history: Messages
-    input: str
-    output: str
-
-
-def answers(messages: Sequence[Any], turns: Turns) -> Iterator[Answer]:
-    """Yields every answer of a chat, or only the last one; BaditError for an invalid message."""
+    BaditError for an invalid message.
+    """
     chat = tuple(_role_and_content(number, message) for number, message in enumerate(messages))
     numbers = [number for number, (role, _) in enumerate(chat) if role == "assistant"]
     if not numbers:
@@ -36,7 +30,7 @@ def answers(messages: Sequence[Any], turns: Turns) -> Iterator[Answer]:
                 f"messages.{number}: an assistant message must follow a user message, "
                 f"not {role!r:.60}"
             )
-        yield Answer(chat[: number - 1], text, chat[number][1])
+        yield {"history": chat[: number - 1], "input": text, "output": chat[number][1]}
 
 
 def _role_and_content(number: int, message: Any) -> tuple[str, str]:

@@ -64,8 +64,8 @@ def default_instruction(row: Fields, source: Source) -> Any:
 
 def refuse_form(row: Fields, source: Source, values: Mapping[str, Any]) -> NoReturn:
     """Raises BaditError for a row to which no form applies; ``values`` are those of its columns."""
-    if not source.maps_text:
-        for name in row.keys() & {"messages", "conversations"}:
+    for name in ("messages", "conversations"):
+        if name in row and not source.maps_text:
             raise BaditError(f"{name}: must be a list of messages, not {row[name]!r:.60}")
     answer_columns = [name for form in FORMS for name in form.columns[1:]]
     for name in ("outputs", *answer_columns):
@@ -92,8 +92,7 @@ def _from_chat(row: Fields, columns: Columns, source: Source) -> Iterator[Fields
     messages = [message for name in columns for message in row[name]]
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": row["system"]})
-    for answer in answers(messages, source.turns):
-        yield answer._asdict()
+    return answers(messages, source.turns)
 
 
 def _from_instruction(row: Fields, columns: Columns, source: Source) -> Iterator[Fields]:

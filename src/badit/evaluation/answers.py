@@ -24,7 +24,7 @@ from badit.tuner.prompt import IGNORED_LABEL, cache_of, drop_last
 Answer = Callable[[list[list[int]]], list[str]]
 
 
-def score_model(
+def score_model(  # noqa: PLR0913 (what is scored, and how)
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,

@@ -10,7 +10,7 @@ from badit.training.encoding import encoded_texts, refuse_long_prompts
 from badit.training.loading import load_run
 
 
-def answer_texts(
+def answer_texts(  # noqa: PLR0913 (the options of badit generate)
     run: ResolvedRun,
     texts: Sequence[str],
     *,

@@ -11,7 +11,7 @@ from badit.data.encoding import end_of_turn_id
 from badit.evaluation.answers import Answer, score_model
 from badit.evaluation.scoring import evaluate
 from badit.export.exporting import SCORES, Export
-from badit.models.loading import device, load_base_model, resolve_model
+from badit.models import device, load_base_model, resolve_model
 from badit.recipe.schema import Recipe
 from badit.runs.fingerprints import changed_inputs, task_fingerprints
 from badit.runs.resolved import ResolvedRun

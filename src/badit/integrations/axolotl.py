@@ -1,4 +1,8 @@
-"""Axolotl plugin: ``plugins: [badit.integrations.axolotl.BaditPlugin]``, ``adapter: badit`` and options under ``badit``."""
+"""Axolotl plugin: trains a BADIT adapter, with its options under the key ``badit``.
+
+plugins: [badit.integrations.axolotl.BaditPlugin]
+adapter: badit
+"""
 
 from typing import Any
 
@@ -12,7 +16,10 @@ from badit.tuner import BaditConfig, hooks_of
 
 
 class BaditSection(BaseModel):
-    """The key ``badit``: options of ``BaditConfig``, and ``regroup`` with options of ``RegroupCallback`` (for DOG)."""
+    """The key ``badit``: options of ``BaditConfig``.
+
+    Its key ``regroup`` (for DOG) has options of ``RegroupCallback``.
+    """
 
     badit: dict[str, Any] = {}
 
@@ -21,9 +28,8 @@ class BaditPlugin(BasePlugin):
     """Trains a BADIT adapter, or continues the one in ``lora_model_dir``."""
 
     def register(self, cfg: Any) -> None:
-        if cfg.get("adapter") == "badit" and cfg.get(
-            "merge_lora"
-        ):  # Axolotl would write the base model and only warn
+        # Axolotl would write the base model and only warn.
+        if cfg.get("adapter") == "badit" and cfg.get("merge_lora"):
             raise BaditError(
                 "merge-lora: a BADIT adapter has no single weight to merge into; load it with PEFT"
             )
@@ -37,7 +43,10 @@ class BaditPlugin(BasePlugin):
     def load_adapter(
         self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
     ) -> Any:
-        """Returns the adapted model and its configuration; with ``config_only`` (DPO) TRL adapts the model itself."""
+        """Returns the adapted model and its configuration.
+
+        With ``config_only`` (DPO), TRL adapts the model itself.
+        """
         if cfg.adapter != "badit":
             return None
         options = {name: value for name, value in cfg.badit.items() if name != "regroup"}
@@ -54,8 +63,7 @@ class BaditPlugin(BasePlugin):
             return []
         hooks_of(trainer.model).start_task({"all": trainer.get_train_dataloader()})
         regroup = cfg.badit.get("regroup")
-        return (
-            []
-            if regroup in (None, False)
-            else [RegroupCallback(**({} if regroup is True else regroup))]
-        )
+        if regroup in (None, False):
+            return []
+        options = {} if regroup is True else regroup
+        return [RegroupCallback(**options)]

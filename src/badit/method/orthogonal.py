@@ -78,7 +78,7 @@ def no_moments(x_ND: Tensor) -> Moments:
     }
 
 
-def orthogonal_updates(
+def orthogonal_updates(  # noqa: PLR0913 (what one step of an optimizer needs)
     factors: Pair,
     gradients: Pair,
     moments: tuple[Moments, Moments],

@@ -1,4 +1,4 @@
-"""The ``training`` section of a recipe: the fields of transformers' TrainingArguments, and badit's own keys."""
+"""The ``training`` section of a recipe: transformers' TrainingArguments, and badit's own keys."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -15,12 +15,10 @@ from pydantic.functional_validators import field_validator, model_validator
 
 from badit.support.console import status
 from badit.support.errors import nearest, problems
-from badit.support.steps import PositiveSteps, Steps
+from badit.support.steps import LARGEST, PositiveSteps, Steps
 
-# The largest integer that every library accepts. Seeds are at least 0, because numpy refuses negative ones.
-LARGEST = 2**31 - 1
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
-CountOrZero = Annotated[int, Field(ge=0, le=LARGEST)]
+CountOrZero = Annotated[int, Field(ge=0, le=LARGEST)]  # also seeds: numpy refuses negative ones
 
 
 class Section(BaseModel):
@@ -29,19 +27,23 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_value_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        is_given = any(
-            isinstance(each, bool) for each in (value if isinstance(value, list) else [value])
-        )
-        kind = str(cls.model_fields[info.field_name or ""].annotation) if is_given else ""
-        if re.search(r"\b(int|float)\b", kind) and not re.search(r"\b(bool|dict)\b", kind):
+        # pydantic would convert true to 1.
+        values = value if isinstance(value, list) else [value]
+        if not any(isinstance(item, bool) for item in values):
+            return value
+        annotation = str(cls.model_fields[info.field_name or ""].annotation)
+        if re.search(r"\b(bool|dict)\b", annotation):
+            return value
+        if re.search(r"\b(int|float)\b", annotation):
             raise ValueError("must be a number, not true or false")
         return value
 
 
 class TrainingSection(Section, extra="allow"):
-    """Declares badit's own fields and those of TrainingArguments with another default or stricter checks.
+    """badit's own fields, and those of TrainingArguments with another default or stricter checks.
 
-    All other fields of TrainingArguments are accepted and passed on (:func:`build_recipe` checks them).
+    All other fields of TrainingArguments are accepted and passed on (:func:`build_recipe` checks
+    them).
     """
 
     num_train_epochs: float = Field(1.0, gt=0, le=1e6, description="passes over the training data")
@@ -52,7 +54,8 @@ class TrainingSection(Section, extra="allow"):
     gradient_accumulation_steps: Count = Field(1, description="micro-batches of a step")
     optimizer: Literal["adamw", "lora+", "orthogonal"] = Field(
         "adamw",
-        description="lora+: B learns lora_plus_ratio times as fast as A; orthogonal: badit.OrthogonalUpdates",
+        description="lora+: B learns lora_plus_ratio times as fast as A; "
+        "orthogonal: badit.OrthogonalUpdates",
     )
     lora_plus_ratio: float = Field(
         16.0, gt=0, description="learning rate of B over that of A, with optimizer: lora+"
@@ -91,14 +94,16 @@ class TrainingSection(Section, extra="allow"):
     )
     load_best_model_at_end: bool = Field(
         False,
-        description="keep the adapter with the lowest eval_loss; saves a checkpoint at every evaluation",
+        description="keep the adapter with the lowest eval_loss; "
+        "saves a checkpoint at every evaluation",
     )
     metric_for_best_model: Literal["loss", "eval_loss"] | None = Field(
         None, description="only the loss is measured"
     )
     early_stopping_patience: Count | None = Field(
         None,
-        description="stop after this many evaluations without a lower eval_loss (needs load_best_model_at_end)",
+        description="stop after this many evaluations without a lower eval_loss "
+        "(needs load_best_model_at_end)",
     )
     report_to: list[str] = Field(
         [], description="tensorboard, trackio (both in badit[trackers]), wandb, mlflow, …"
@@ -106,9 +111,10 @@ class TrainingSection(Section, extra="allow"):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_as_text(cls, values: Any) -> Any:  # YAML reads no as false
+    def _no_as_text(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        # YAML reads no as false.
         strategies = [
             key for key in values if str(key).endswith("_strategy") and values[key] is False
         ]
@@ -117,7 +123,11 @@ class TrainingSection(Section, extra="allow"):
     @field_validator("report_to", mode="before")
     @classmethod
     def _one_or_several(cls, names: Any) -> Any:
-        return ([] if names == "none" else [names]) if isinstance(names, str) else names
+        if names == "none":
+            return []
+        if isinstance(names, str):
+            return [names]
+        return names
 
     @model_validator(mode="after")
     def _options_agree(self) -> Self:
@@ -125,10 +135,8 @@ class TrainingSection(Section, extra="allow"):
             raise ValueError("early_stopping_patience needs load_best_model_at_end: true")
         if self.eval_steps and self.eval_strategy != "steps":
             raise ValueError("eval_steps needs eval_strategy: steps")
-        if self.load_best_model_at_end and "no" in (
-            self.eval_strategy,
-            (self.model_extra or {}).get("save_strategy"),
-        ):
+        strategies = self.eval_strategy, (self.model_extra or {}).get("save_strategy")
+        if self.load_best_model_at_end and "no" in strategies:
             raise ValueError(
                 "load_best_model_at_end needs eval_strategy and save_strategy: steps or epoch"
             )
@@ -137,30 +145,30 @@ class TrainingSection(Section, extra="allow"):
     @classmethod
     def key_problems(cls, training: Mapping[Any, Any]) -> Iterator[str]:
         """Yields the problems with the section's keys, each as ``training.KEY: …``."""
-        known = {*cls.model_fields, *argument_names()}
+        names = {*cls.model_fields, *argument_names()}
         for key in training:
             if key in RENAMED_ARGUMENTS:
                 yield f"training.{key}: is now called {RENAMED_ARGUMENTS[key]}, as in transformers"
             elif reason := fixed_reason(key):
                 yield f"training.{key}: cannot be set in a recipe: {reason}"
-            elif key not in known and isinstance(key, str):  # the schema refuses other keys
-                close = get_close_matches(key, [*known, *RENAMED_ARGUMENTS], n=1)
-                hint = (
-                    f" (did you mean '{RENAMED_ARGUMENTS.get(close[0], close[0])}'?)"
-                    if close
-                    else ""
-                )
+            elif key not in names and isinstance(key, str):  # the schema refuses other keys
+                hint = ""
+                for close in get_close_matches(key, [*names, *RENAMED_ARGUMENTS], n=1):
+                    hint = f" (did you mean '{RENAMED_ARGUMENTS.get(close, close)}'?)"
                 yield f"training.{key:.120}: unknown key{hint}"
 
     def value_problems(self) -> Iterator[str]:
-        """Yields the problems with values that only transformers can check; imports it if there are such values."""
-        given = dict(self.model_extra or {})
-        for key in ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"):
-            if self.optimizer == "orthogonal" and key in given:
-                yield f"training.{key}: cannot be combined with optimizer: orthogonal; remove one of them"
+        """Yields the problems with values that only transformers can check.
+
+        transformers is imported only if there are such values, because this takes seconds.
+        """
+        values = dict(self.model_extra or {})
+        if self.optimizer == "orthogonal":
+            problem = "cannot be combined with optimizer: orthogonal; remove one of them"
+            yield from (f"training.{key}: {problem}" for key in _OF_ADAMW if key in values)
         if self.lr_scheduler_type not in ("cosine", "linear", "constant", "constant_with_warmup"):
-            given["lr_scheduler_type"] = self.lr_scheduler_type
-        if not given and not self.report_to:
+            values["lr_scheduler_type"] = self.lr_scheduler_type
+        if not values and not self.report_to:
             return
         with status("loading libraries"):
             from transformers import TrainingArguments
@@ -168,21 +176,30 @@ class TrainingSection(Section, extra="allow"):
 
         for name in self.report_to:
             if name not in INTEGRATION_TO_CALLBACK and name != "all":
-                yield f"training.report_to: unknown tracker {name!r:.60}{nearest(name, INTEGRATION_TO_CALLBACK)}"
-        types = get_type_hints(TrainingArguments)
-        for key, value in given.items():
-            wanted: Any = types[key]
-            for part in get_args(wanted) or (wanted,):
-                if isinstance(part, type) and issubclass(part, Enum):  # only the enum's values
-                    wanted = Literal[tuple(member.value for member in part)]
-            wanted = Annotated[wanted, _RANGES.get(key, Field())]
+                hint = nearest(name, INTEGRATION_TO_CALLBACK)
+                yield f"training.report_to: unknown tracker {name!r:.60}{hint}"
+        annotations = get_type_hints(TrainingArguments)
+        for key, value in values.items():
+            kind: Any = Annotated[_values_of(annotations[key]), _RANGES.get(key, Field())]
             try:
-                TypeAdapter(wanted).validate_python(value, strict=True)
+                TypeAdapter(kind).validate_python(value, strict=True)
             except ValidationError as error:
-                yield f"training.{key}: {problems(error, value)[0][1]}"
+                _, text = problems(error, value)[0]
+                yield f"training.{key}: {text}"
 
 
-RENAMED_ARGUMENTS = {  # field names of earlier releases (and one of transformers'), with the current names
+def _values_of(annotation: Any) -> Any:
+    """Returns the type of a field in YAML, which has the values of an enum, not its members."""
+    for kind in get_args(annotation) or (annotation,):
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            return Literal[tuple(member.value for member in kind)]
+    return annotation
+
+
+_OF_ADAMW = ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
+
+# Field names of earlier releases (and one of transformers'), with the current names.
+RENAMED_ARGUMENTS = {
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
     "gradient_accumulation": "gradient_accumulation_steps",
@@ -194,24 +211,35 @@ RENAMED_ARGUMENTS = {  # field names of earlier releases (and one of transformer
     "save_every": "save_steps",
 }
 
-_FIXED_ARGUMENTS = {  # fields of TrainingArguments that a recipe cannot set (* is a wildcard), and the reasons
+# Fields of TrainingArguments that a recipe cannot set (* is a wildcard), and the reasons.
+_FIXED_ARGUMENTS = {
     "output_dir": "set output, the run's folder",
     "resume_from_checkpoint": "a run resumes from its own last checkpoint",
-    "do_* prediction_loss_only include_for_metrics batch_eval_metrics *_full_eval eval_accumulation_steps "
-    "eval_do_concat_batches eval_use_gather_object": "evaluation during training measures only the loss",
+    "do_* prediction_loss_only include_for_metrics batch_eval_metrics *_full_eval "
+    "eval_accumulation_steps eval_do_concat_batches eval_use_gather_object": (
+        "evaluation during training measures only the loss"
+    ),
     "eval_on_start": "a resumed run would evaluate again",
     "per_device_eval_batch_size": "set evaluation.batch_size instead",
     "restore_callback_states_from_checkpoint": "badit always restores them on resuming",
-    "remove_unused_columns label_names": "badit builds batches with exactly the columns that the method needs",
-    "group_by_length train_sampling_strategy length_column_name": "batches of similar length contain few tasks; "
-    "for less padding raise gradient_accumulation_steps: the examples of each step are sorted by length",
+    "remove_unused_columns label_names": (
+        "badit builds batches with exactly the columns that the method needs"
+    ),
+    "group_by_length train_sampling_strategy length_column_name": (
+        "batches of similar length contain few tasks; for less padding raise "
+        "gradient_accumulation_steps: the examples of each step are sorted by length"
+    ),
     "activation_checkpointing": "set gradient_checkpointing instead",
     "*_checkpointing_kwargs": "badit needs use_reentrant=False and sets it",
     "greater_is_better": "the best model has the lowest eval_loss",
     "auto_find_batch_size accelerator_config": "exact resuming needs a fixed batch size and order",
-    "save_total_limit save_only_model": "the last two checkpoints and the best are kept, with all that resuming needs",
+    "save_total_limit save_only_model": (
+        "the last two checkpoints and the best are kept, with all that resuming needs"
+    ),
     "enable_jit_checkpoint": "badit already saves a checkpoint on SIGTERM",
-    "fp16*": "steps that its loss scaling skips would count as skipped_steps; set model.dtype, or bf16",
+    "fp16*": (
+        "steps that its loss scaling skips would count as skipped_steps; set model.dtype, or bf16"
+    ),
     "push_to_hub hub_*": "publish a finished run with badit push",
     "disable_tqdm": "badit has its own progress bar",
     "dataloader_drop_last": "the last instances of an epoch are trained too",
@@ -225,19 +253,20 @@ _RANGES = {"label_smoothing_factor": Field(ge=0, le=1), "neftune_noise_alpha": F
 
 @cache
 def argument_names() -> set[str]:
-    """Returns the field names of TrainingArguments, read from its source: importing transformers takes seconds."""
-    source = package_folder("transformers") / "training_args.py"
+    """Returns the field names of TrainingArguments.
+
+    They are read from its source, because importing transformers takes seconds.
+    """
+    package: Any = find_spec("transformers")
+    source = Path(package.origin).with_name("training_args.py")
     return set(re.findall(r"^    (\w+): ", source.read_text(encoding="utf-8"), re.M))
-
-
-def package_folder(name: str) -> Path:
-    """Returns the folder of an installed package, without importing it."""
-    return Path(find_spec(name).origin).parent  # pyright: ignore
 
 
 def fixed_reason(key: object) -> str | None:
     """Returns why a recipe cannot set a field of TrainingArguments, or None if it can."""
     if key in TrainingSection.model_fields:
         return None
-    known = ((name, reason) for names, reason in _FIXED_ARGUMENTS.items() for name in names.split())
-    return next((reason for name, reason in known if fnmatchcase(str(key), name)), None)
+    for patterns, reason in _FIXED_ARGUMENTS.items():
+        if any(fnmatchcase(str(key), pattern) for pattern in patterns.split()):
+            return reason
+    return None

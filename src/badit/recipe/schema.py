@@ -20,7 +20,7 @@ from badit.data.sampling import hold_out, limit, quotas
 from badit.data.source import Format, Source, Turns
 from badit.data.tasks import Split as DataSplit
 from badit.data.tasks import Task
-from badit.models.loading import Quantisation
+from badit.models import Quantisation
 from badit.recipe.arguments import LARGEST, Count, CountOrZero, Section, TrainingSection
 from badit.support.errors import BaditError
 

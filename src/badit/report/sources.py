@@ -195,8 +195,7 @@ def _add_regroupings(source: Source, run: RunFolder) -> None:
         return
     flow = component_flow(run)
     source.add("component_flow", flow, run.regroupings_path.name)
-    log = run.angles_path if flow.empty else run.regroupings_path
-    source.add("expert_angles", expert_angles(run), log.name)
+    source.add("expert_angles", expert_angles(run), run.regroupings_path.name)
 
 
 def _add_gradient_cosines(source: Source) -> None:

@@ -50,8 +50,6 @@ class RunFolder:
         self.adapter_path = self.path / "adapter"
         self.checkpoints_path = self.path / "checkpoints"  # from which an interrupted run resumes
         self.regroupings_path = self.path / "regroupings.jsonl"  # the log of regroupings (DOG)
-        # Angles between experts, in runs without regrouping.
-        self.angles_path = self.path / "angles.jsonl"
         self.analysis_path = self.path / "analysis"  # the tables of `badit analyze`, one .json each
         # Mean gates per task, measured by `badit export` or `studio`.
         self.gates_path = self.path / "gates.json"

@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Terminal control characters, bidirectional text marks and lone surrogates; not line feeds and tabs.
+# Terminal control characters, bidirectional text marks and lone surrogates;
+# not line feeds and tabs.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -21,19 +22,24 @@ def one_line(text: str) -> str:
 
 
 def say(line: str, *, red: bool = False) -> None:
-    """Prints a line to stderr, escaped by :func:`one_line`; red on a terminal unless NO_COLOR is set."""
-    in_red = red and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    print(
-        f"\x1b[31m{one_line(line)}\x1b[0m" if in_red else one_line(line),
-        file=sys.stderr,
-        flush=True,
-    )
+    """Prints a line to stderr, escaped by :func:`one_line`.
+
+    ``red`` has an effect on terminals only, and not if NO_COLOR is set.
+    """
+    line = one_line(line)
+    if red and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
+        line = f"\x1b[31m{line}\x1b[0m"
+    print(line, file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:
-    """Prints a result to stdout; escapes what its encoding lacks, and control characters except line feeds and tabs."""
+    """Prints a result to stdout.
+
+    Escapes what the encoding of stdout lacks, and control characters except line feeds and tabs.
+    """
+    # This form of escape is also valid in JSON.
+    escaped = _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     encoding = sys.stdout.encoding or "utf-8"
-    escaped = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # valid in JSON too
     print(escaped.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
@@ -43,38 +49,47 @@ def is_main_process() -> bool:
 
 
 def quiet_notices() -> None:
-    """Hides notices of torch, torchao, bitsandbytes, transformers and PEFT; levels and filters of the user stay."""
+    """Hides notices of torch, torchao, bitsandbytes, transformers and PEFT.
+
+    Log levels and warning filters that the user has set stay.
+    """
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(transformers|peft)\.", append=True
     )
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
-        if (logger := logging.getLogger(name)).level == logging.NOTSET:
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
             logger.setLevel(logging.ERROR)
 
 
-_waiting = False
+_is_waiting = False
 
 
 @contextmanager
 def status(text: str) -> Iterator[Callable[[str], None]]:
-    """Shows a status line on a terminal within the context, unless nested; yields a function that changes its text."""
-    global _waiting
-    if _waiting or not sys.stderr.isatty() or not is_main_process():
+    """Shows a status line on a terminal within the context, unless nested.
+
+    Yields a function that changes its text.
+    """
+    global _is_waiting
+    if _is_waiting or not sys.stderr.isatty() or not is_main_process():
         yield lambda text: None
         return
+
     from rich.console import Console
     from rich.text import Text
 
-    _waiting = True
+    _is_waiting = True
     try:
-        with Console(stderr=True).status("") as shown:
+        with Console(stderr=True).status("") as status_line:
 
             def change(text: str) -> None:
                 line = Text(one_line(f"badit: {text} …"))
-                line.truncate(shown.console.width - 2, overflow="ellipsis")
-                shown.update(line, spinner="dots")  # with a spinner, the line is shown immediately
+                line.truncate(status_line.console.width - 2, overflow="ellipsis")
+                # With a spinner, the line is shown immediately.
+                status_line.update(line, spinner="dots")
 
             change(text)
             yield change
     finally:
-        _waiting = False
+        _is_waiting = False

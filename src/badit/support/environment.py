@@ -11,55 +11,77 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+_PACKAGES = [
+    "badit",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "scipy",
+    "numpy",
+    "trl",
+]
+
 
 def environment() -> dict[str, Any]:
     """Returns versions, hardware and thread settings of this process."""
     import torch
 
-    packages, commit, processor = {}, None, platform.processor() or platform.machine()
-    for name in (
-        "badit",
-        "torch",
-        "transformers",
-        "peft",
-        "accelerate",
-        "safetensors",
-        "scipy",
-        "numpy",
-        "trl",
-    ):
-        with suppress(metadata.PackageNotFoundError):
-            packages[name] = metadata.version(name)
-    if ((root := Path(__file__).parents[3]) / ".git").exists():  # badit is imported from a checkout
-        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-        with suppress(OSError, subprocess.SubprocessError):
-            commit = subprocess.run(
-                command, capture_output=True, text=True, check=True, timeout=10
-            ).stdout.strip()
-    with suppress(OSError):
-        if model := re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M):
-            processor = model[1].strip()
     return {
-        "commit": commit,
+        "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": processor,
-        "instructions": torch.backends.cpu.get_cpu_capability(),  # virtual machines of one name differ in them
+        "processor": _processor(),
+        # Virtual machines of one processor name differ in the instructions.
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "packages": packages,
+        "packages": _versions(),
     }
 
 
 def peak_memory() -> float:
-    """Returns the peak memory of this process in GiB: of its GPUs if there are any, else the resident set size."""
+    """Returns the peak memory of this process in GiB.
+
+    This is the memory of its GPUs if there are any, else the resident set size.
+    """
     import torch
 
     if torch.cuda.is_available():
-        most = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-    else:  # getrusage returns kilobytes, on macOS bytes
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
-    return round(most / 2**30, 2)
+        devices = range(torch.cuda.device_count())
+        peak_bytes = sum(torch.cuda.max_memory_allocated(i) for i in devices)
+    else:
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if sys.platform != "darwin":  # elsewhere, the unit is the kilobyte
+            peak_bytes *= 1024
+    return round(peak_bytes / 2**30, 2)
+
+
+def _commit() -> str | None:
+    """Returns the checked out commit if badit is imported from a checkout."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    with suppress(OSError, subprocess.SubprocessError):
+        git = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return git.stdout.strip()
+    return None
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        model_name = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M)
+        if model_name:
+            return model_name[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions

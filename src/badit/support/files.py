@@ -1,7 +1,8 @@
-"""File operations: strict reading, atomic writing, and protection against links that lead out of a folder.
+"""File operations: strict reading, atomic writing, and protection against links out of a folder.
 
-Commands on a folder that may be untrusted (a run, a comparison, an export) first call :func:`refuse_links`. File names
-that are read from a file are checked by :func:`inside`. BaditError if a file cannot be read or written.
+Commands on a folder that may be untrusted (a run, a comparison, an export) first call
+:func:`refuse_links`. File names that are read from a file are checked by :func:`inside`.
+BaditError if a file cannot be read or written.
 """
 
 import fcntl
@@ -20,6 +21,9 @@ from badit.support.errors import BaditError, explained
 
 OWNER = ".owner"  # in a folder that is in use: the name of the process that uses it
 
+# The folders that this process has locked.
+_locked: set[Path] = set()
+
 
 def read_text(file: Path) -> str:
     """Returns the text of a UTF-8 file; BaditError for a pipe or a device."""
@@ -34,9 +38,8 @@ def lines_of(file: Path) -> Iterator[tuple[int, str]]:
         with file.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                    raise BaditError(
-                        f"{file}: starts with a byte order mark; save the file as UTF-8 without one"
-                    )
+                    problem = "starts with a byte order mark; save the file as UTF-8 without one"
+                    raise BaditError(f"{file}: {problem}")
                 try:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
@@ -46,72 +49,92 @@ def lines_of(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def parse_json(text: str, *, file: Path, first_line: int = 1, constants: bool = False) -> Any:
-    """Parses `text`, which starts at line `first_line` of `file`, as JSON; `constants` allows NaN and infinities."""
+    """Parses text as JSON and refuses repeated keys.
 
-    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(entries := dict(pairs)) < len(pairs):
-            repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise ValueError(f"the key {repeated!r:.60} is there twice; keep one")
-        return entries
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not valid JSON; use a number or null")
-
+    Args:
+        text: the text.
+        file: the file that it comes from.
+        first_line: the text's first line in the file.
+        constants: allow NaN and infinities.
+    """
+    parse_constant = None if constants else _refuse_constant
     try:
-        value = json.loads(
-            text, parse_constant=None if constants else refuse, object_pairs_hook=distinct
-        )
+        value = json.loads(text, parse_constant=parse_constant, object_pairs_hook=_distinct)
         if "\\ud" in text.lower():  # escaped surrogates; encoding fails for a lone one
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise BaditError(
-            f"{file}: invalid JSON at line {line} column {error.colno}: {error.msg}"
-        ) from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also for too deep nesting, and for numbers with thousands of digits
-        problem = (
-            "has half a surrogate pair"
-            if isinstance(error, UnicodeError)
-            else str(error).split("; use sys.")[0]
-        )
+        place = f"line {first_line + error.lineno - 1} column {error.colno}"
+        raise BaditError(f"{file}: invalid JSON at {place}: {error.msg}") from None
+    except UnicodeEncodeError:
+        raise BaditError(f"{file}: has half a surrogate pair (from line {first_line})") from None
+    # Also too deep nesting, and numbers with thousands of digits, with advice for programmers.
+    except (ValueError, RecursionError) as error:
+        problem = str(error).partition("; use sys.")[0]
         raise BaditError(f"{file}: {problem} (from line {first_line})") from None
     return value
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        repeated_key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {repeated_key!r:.60} is there twice; keep one")
+    return entries
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not valid JSON; use a number or null")
+
+
 def read_json(path: Path, text: str | None = None, line: int = 1) -> dict[str, Any]:
-    """Reads a file, or the ``text`` of its ``line``, as one JSON object; NaN and infinities are allowed."""
-    value = parse_json(
-        read_text(path) if text is None else text, file=path, first_line=line, constants=True
-    )
+    """Reads a file, or the ``text`` of its ``line``, as one JSON object.
+
+    NaN and infinities are allowed.
+    """
+    if text is None:
+        text = read_text(path)
+    value = parse_json(text, file=path, first_line=line, constants=True)
     if not isinstance(value, dict):
-        raise BaditError(
-            f"{path}: must hold one JSON object, not a {type(value).__name__} (line {line})"
-        )
+        kind = type(value).__name__
+        raise BaditError(f"{path}: must hold one JSON object, not a {kind} (line {line})")
     return value
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a JSONL file, none if it is missing; an incomplete last line (after a crash) is skipped."""
-    for number, line in lines_of(path) if path.is_file() else ():
+    """Yields the objects of a JSONL file, none if it is missing.
+
+    An incomplete last line (after a crash) is skipped.
+    """
+    if not path.is_file():
+        return
+    for number, line in lines_of(path):
         if line.endswith("\n"):
             yield read_json(path, line[:-1], number)
 
 
-def refuse_other_format(content: Mapping[str, Any], path: Path, known: int) -> None:
-    """Raises BaditError unless the ``format`` of a file, the version of its structure, is ``known``."""
-    found = content.get("format")
-    if found is True or found != known:
-        fix = "pip install --upgrade badit, or create the file again"
+def refuse_other_format(content: Mapping[str, Any], path: Path, version: int) -> None:
+    """Raises BaditError unless ``version`` is the ``format`` of a file, its structure's version."""
+    file_version = content.get("format")
+    if file_version is True or file_version != version:
         raise BaditError(
-            f"{path}: format: is {found!r:.60}, this badit version reads {known}: {fix}"
+            f"{path}: format: is {file_version!r:.60}, this badit version reads {version}: "
+            "pip install --upgrade badit, or create the file again"
         )
 
 
+def is_number(value: Any) -> bool:
+    """Returns whether a value from a JSON file is a finite number."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    # math.isfinite raises OverflowError for very large integers.
+    return abs(value) <= sys.float_info.max
+
+
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file atomically: it is complete or unchanged, even if the process or the machine stops."""
+    """Writes a file atomically.
+
+    The file is complete or unchanged, even if the process or the machine stops.
+    """
     if path.is_dir():
         raise BaditError(f"{path}: is a folder; name a file")
     partial = path.with_name(path.name + ".partial")
@@ -133,21 +156,6 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def rewind_log(path: Path, step: int) -> None:
-    """Removes the lines of a JSONL log after ``step``, because a run that resumes at ``step`` logs them again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = read_jsonl(path) if step else ()
-    kept = [line for line in lines if isinstance(at := line.get("step"), int) and at <= step]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def append_to_log(path: Path, *lines: Mapping[str, Any]) -> None:
-    """Appends lines to a JSONL log; a link at its path is not followed."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-    with open(os.open(path, flags, mode=0o666), "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
 def sync(path: Path) -> None:
     """Waits until a file, or a folder's list of files, is on disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -155,6 +163,24 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rewind_log(path: Path, step: int) -> None:
+    """Removes the lines of a JSONL log after ``step``.
+
+    A run that resumes at ``step`` logs them again.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = read_jsonl(path) if step else ()
+    earlier = [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in earlier))
+
+
+def append_to_log(path: Path, *lines: Mapping[str, Any]) -> None:
+    """Appends lines to a JSONL log; a link at its path is not followed."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    with open(os.open(path, flags, mode=0o666), "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def remove(path: Path) -> None:
@@ -166,18 +192,24 @@ def remove(path: Path) -> None:
 
 
 def replace_folder(partial: Path, final: Path) -> None:
-    """Renames a complete folder to ``final``, which it replaces. Its files get the folder's read and write mode."""
+    """Renames a complete folder to ``final``, which it replaces.
+
+    Its files get the folder's read and write mode.
+    """
     for path in [*partial.rglob("*"), partial]:
         if path.is_file():  # safetensors creates files that only the owner can read
             path.chmod(partial.stat().st_mode & 0o666)
         sync(path)
-    remove(final)
+    remove(final)  # os.replace does not replace a folder with files
     os.replace(partial, final)
     sync(final.parent)
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Replaces ``target`` by a complete copy of ``source``; BaditError for a link that leads out of ``source``."""
+    """Replaces ``target`` by a complete copy of ``source``.
+
+    BaditError for a link that leads out of ``source``.
+    """
     refuse_links(source)
     partial = target.with_name(target.name + ".partial")
     remove(partial)
@@ -186,7 +218,10 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises BaditError if a link in the folder leads out of it; the folder itself may be a link."""
+    """Raises BaditError if a link in the folder leads out of it.
+
+    The folder itself may be a link.
+    """
     top = folder.resolve()
     for place, folders, files in os.walk(top):  # does not follow links to folders
         for path in (Path(place, name) for name in (*folders, *files)):
@@ -199,50 +234,49 @@ def refuse_links(folder: Path) -> None:
 def inside(folder: Path, path: Path) -> Path:
     """Returns the path; BaditError if it leads out of the folder or is not a valid path."""
     try:
-        leaves = not path.resolve().is_relative_to(folder.resolve())
+        is_inside = path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError):  # a loop of links, or a NUL character
-        leaves = True
-    if leaves:
+        is_inside = False
+    if not is_inside:
         raise BaditError(f"{path}: leads out of {folder}; copy the file itself into the folder")
     return path
 
 
-_held: set[Path] = set()
+def cache_folder() -> Path:
+    """Returns `$BADIT_CACHE`, else `$XDG_CACHE_HOME/badit`, else `~/.cache/badit`.
+
+    The folder may not exist yet.
+    """
+    badit_cache = os.environ.get("BADIT_CACHE")
+    if badit_cache:
+        return Path(os.path.expanduser(badit_cache))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "badit")
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Locks a folder against other processes within the context; creates it if it does not exist.
 
-    The lock is reentrant and ends with the process. On file systems without locks, the folder is not locked.
-    BaditError if another process holds the lock, or a link leads out of the folder.
+    The lock is reentrant and ends with the process. On file systems without locks, the folder is
+    not locked. BaditError if another process holds the lock, or a link leads out of the folder.
     """
-    place, is_new = folder.resolve(), not folder.exists()
-    if place in _held:
+    place = folder.resolve()
+    if place in _locked:
         yield
         return
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     owner = folder / OWNER
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            known = "another process"
-            with suppress(BaditError):  # the file is not there yet, or no longer
-                known = read_text(owner).strip()
-            raise BaditError(
-                f"{folder}: is in use by {known}; wait until it ends, or stop it"
-            ) from None
-        except OSError:
-            pass
-        _held.add(place)
+        _lock(folder, descriptor)
+        _locked.add(place)
         refuse_links(folder)
         write_text(owner, f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
-        if place in _held:
-            _held.remove(place)
+        if place in _locked:
+            _locked.remove(place)
             with suppress(OSError):  # the file system is read-only, or has become so
                 owner.unlink()
             if is_new and not any(folder.iterdir()):
@@ -250,18 +284,13 @@ def exclusive(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def cache_folder() -> Path:
-    """Returns `$BADIT_CACHE`, else `$XDG_CACHE_HOME/badit`, else `~/.cache/badit`. The folder may not exist yet."""
-    if chosen := os.environ.get("BADIT_CACHE"):
-        return Path(os.path.expanduser(chosen))
-    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "badit")
-
-
-def is_number(value: Any) -> bool:
-    """Returns whether a value from a JSON file is a finite number."""
-    # Not with math.isfinite, which raises OverflowError for very large integers.
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and abs(value) <= sys.float_info.max
-    )
+def _lock(folder: Path, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        user = "another process"
+        with suppress(BaditError):  # the file is not there yet, or no longer
+            user = read_text(folder / OWNER).strip()
+        raise BaditError(f"{folder}: is in use by {user}; wait until it ends, or stop it") from None
+    except OSError:  # a file system without locks
+        pass

@@ -1,7 +1,7 @@
 """Attention for training on a CPU in bfloat16: two plain matrix products for short sequences.
 
-For these, PyTorch's fused attention is slower: a training step on 200 tokens takes 1.2 times as long with it. Longer
-sequences, float32 and passes without gradients use the fused attention.
+For these, PyTorch's fused attention is slower: a training step on 200 tokens takes 1.2 times as
+long with it. Longer sequences, float32 and passes without gradients use the fused attention.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ LONGEST = 512  # up to this length plain products are faster (benchmarks/speed/a
 _NAME = "badit_short"
 
 
-def attention(
+def attention(  # noqa: PLR0913 (prescribed by transformers)
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -28,29 +28,28 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Returns softmax(scaling · q kᵀ + mask) v, (B, T, H, D), as an attention function of transformers.
+    """Returns softmax(scaling · q kᵀ + mask) v, (B, T, H, D).
 
-    The query is (B, H, T, D). Key and value are (B, H/G, T, D), where G heads share one; the value may have another
-    width. The mask is (B, 1, T, T), 0 where attending is allowed and the lowest number elsewhere.
+    It is an attention function of transformers, which prescribes the parameters.
+    The query is (B, H, T, D). Key and value are (B, H/G, T, D), where G heads share one; the value
+    may have another width. The mask is (B, 1, T, T), 0 where attending is allowed and the lowest
+    number elsewhere.
     """
     rows, heads, length, width = query.shape
-    plain = query.requires_grad and query.dtype == torch.bfloat16 and length <= LONGEST
-    if (
-        not plain
-        or attention_mask is None
-        or key.shape[2] != length
-        or kwargs.get("position_bias") is not None
-    ):
+    is_short = query.requires_grad and query.dtype == torch.bfloat16 and length <= LONGEST
+    is_plain = key.shape[2] == length and kwargs.get("position_bias") is None
+    if attention_mask is None or not (is_short and is_plain):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
-    shared = key.shape[1]
+
     query = query * (width**-0.5 if scaling is None else scaling)
     # Heads that share a key are rows of one product, so no key is copied.
-    scores = query.reshape(rows, shared, -1, width) @ key.transpose(2, 3)
+    keys = key.shape[1]
+    scores = query.reshape(rows, keys, -1, width) @ key.transpose(2, 3)
     weights = (scores.view(rows, heads, length, length) + attention_mask).softmax(dim=-1)
     weights = nn.functional.dropout(weights, dropout, training=module.training)
-    mixed = weights.view(rows, shared, -1, length) @ value
+    mixed = weights.view(rows, keys, -1, length) @ value
     return mixed.view(rows, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
@@ -60,13 +59,15 @@ AttentionMaskInterface.register(_NAME, eager_mask)
 
 @contextmanager
 def fast_on_short_sequences(model: PreTrainedModel) -> Iterator[None]:
-    """A context in which a CPU model with PyTorch's fused attention uses plain products for short sequences."""
-    before = model.config._attn_implementation
-    if model.device.type != "cpu" or before != "sdpa":
+    """A context in which a CPU model uses plain products for short sequences.
+
+    It replaces PyTorch's fused attention; a model with another attention keeps it.
+    """
+    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
         yield
         return
     model.set_attn_implementation(_NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation("sdpa")

@@ -1,10 +1,12 @@
-"""Atomic checkpoints: written to a staging folder, sealed with the SHA-256 of every file, then renamed into place.
+"""Atomic checkpoints: written to a staging folder, sealed with checksums, then renamed into place.
 
-The Trainer writes to ``checkpoints/partial/``. A complete checkpoint is sealed and renamed to
-``checkpoints/checkpoint-STEP``. If a run is killed at any point, the last sealed checkpoint stays intact.
+The Trainer writes to ``checkpoints/partial/``. A complete checkpoint is sealed with the SHA-256 of
+every file and renamed to ``checkpoints/checkpoint-STEP``. If a run is killed at any point, the last
+sealed checkpoint stays intact.
 
-The checksums detect damage, not tampering: whoever can write the files can also write the checksums. Files are read
-with ``weights_only=True``, which runs no pickled code (:func:`safe_resuming`).
+The checksums detect damage, not tampering: whoever can write the files can also write the
+checksums. Files are read with ``weights_only=True``, which runs no pickled code
+(:func:`safe_resuming`).
 """
 
 import hashlib
@@ -33,6 +35,7 @@ STAGING = "partial"
 SEAL = "seal.json"
 _PREFIX = "checkpoint-"
 _SUMS = "badit_sums.json"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _DEEPSPEED_TYPES = (  # the objects in DeepSpeed's checkpoints, apart from tensors and plain values
     "deepspeed.runtime.fp16.loss_scaler:LossScaler",
     "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",
@@ -42,34 +45,45 @@ _DEEPSPEED_TYPES = (  # the objects in DeepSpeed's checkpoints, apart from tenso
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
-    """Returns the newest undamaged checkpoint, if any; rank 0 reports the damaged checkpoints that are skipped."""
+    """Returns the newest undamaged checkpoint, if any; rank 0 reports the damaged ones."""
     for folder in reversed(_folders(checkpoints)):
-        try:
-            sealed, present = read_json(folder / SEAL), checksums(folder)
-            changed = [
-                name
-                for name in sealed.keys() | present.keys()
-                if sealed.get(name) != present.get(name)
-            ]
-            if not changed:
-                return folder
-            damage = f"{min(changed)} does not match seal.json"
-        except (BaditError, OSError) as error:
-            damage = str(error).removeprefix(f"{folder}/")
+        damage = _damage(folder)
+        if damage is None:
+            return folder
         if is_main_process():
             say(f"badit: {folder} is damaged ({damage}); trying the previous checkpoint")
     return None
 
 
+def _damage(folder: Path) -> str | None:
+    """Compares a checkpoint with its seal; returns the first difference, or None."""
+    try:
+        sealed = read_json(folder / SEAL)
+        present = checksums(folder)
+    except (BaditError, OSError) as error:
+        return str(error).removeprefix(f"{folder}/")
+    changed = [
+        name for name in sealed.keys() | present.keys() if sealed.get(name) != present.get(name)
+    ]
+    if not changed:
+        return None
+    return f"{min(changed)} does not match seal.json"
+
+
 def seal(staged: Path, checkpoints: Path, best: str | None = None) -> None:
-    """Seals a staged checkpoint, moves it to ``checkpoints``, and deletes all others but the previous and ``best``."""
+    """Seals a staged checkpoint and moves it to ``checkpoints``.
+
+    All other checkpoints but the previous one and ``best`` are deleted.
+    """
     write_json(staged / SEAL, checksums(staged))
     final = checkpoints / staged.name
     replace_folder(staged, final)
+
     # Checkpoints of later steps are left from before the run resumed from an earlier step.
-    earlier = [folder.name for folder in _folders(checkpoints) if step_of(folder) < step_of(final)]
-    for folder in _folders(checkpoints):
-        if folder.name not in (final.name, *earlier[-1:], best):
+    folders = _folders(checkpoints)
+    previous = [folder.name for folder in folders if step_of(folder) < step_of(final)][-1:]
+    for folder in folders:
+        if folder.name not in (final.name, *previous, best):
             shutil.rmtree(folder)
 
 
@@ -80,139 +94,155 @@ def discard(folder: Path) -> None:
 
 
 def engine_of(trainer: Any) -> str:
-    """Returns the engine that determines the format of a trainer's checkpoints (of weights and optimizer state)."""
+    """Returns the engine that determines the format of the weights and the optimizer's state."""
     if trainer.is_deepspeed_enabled:  # every rank has its own file
         return f"DeepSpeed in {trainer.accelerator.num_processes} processes"
-    return "FSDP, unsharded" if trainer.is_fsdp_enabled else "neither FSDP nor DeepSpeed"
+    if trainer.is_fsdp_enabled:
+        return "FSDP, unsharded"
+    return "neither FSDP nor DeepSpeed"
 
 
 @contextmanager
 def safe_resuming(trainer: Any, checkpoint: Path | None) -> Iterator[None]:
-    """A context for a training that may resume, in which torch executes no pickled code of the ``checkpoint``.
+    """A context for a training that may resume, in which torch executes no pickled code.
 
-    FSDP's checkpoints become single files of the trained weights, because torch unpickles sharded ones unrestrictedly.
-    DeepSpeed, which asks torch for its unrestricted reader, gets the restricted one.
+    FSDP's checkpoints become single files of the trained weights, because torch unpickles sharded
+    ones unrestrictedly. DeepSpeed, which asks torch for its unrestricted reader, gets the
+    restricted one.
 
-    BaditError if the checkpoint is another engine's, has tensors of other shapes, or other pickled objects.
+    BaditError if the checkpoint is another engine's, has tensors of other shapes, or other pickled
+    objects.
     """
-    wrote = None if checkpoint is None else read_json(checkpoint / _SUMS).get("engine")
-    if wrote not in (None, engine_of(trainer)):
-        fix = "launch the training in the same way, or remove the run's folder to start over"
-        raise BaditError(f"{checkpoint}: was written with {wrote}; {fix}")
+    if checkpoint is not None:
+        _refuse_other_engine(trainer, checkpoint)
     if trainer.is_fsdp_enabled:
         plugin = trainer.accelerator.state.fsdp_plugin
-        plugin.state_dict_config = plugin.optim_state_dict_config = (
-            None  # else those of the former type are kept
-        )
+        # Otherwise the configurations of the former type are kept.
+        plugin.state_dict_config = None
+        plugin.optim_state_dict_config = None
         plugin.set_state_dict_type("FULL_STATE_DICT")
-    known = (
-        [resolve_name(name) for name in _DEEPSPEED_TYPES] if trainer.is_deepspeed_enabled else []
-    )
-    variables = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"} if trainer.is_deepspeed_enabled else {}
+
+    variables = {}
+    allowed_types = []
+    if trainer.is_deepspeed_enabled:
+        variables = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
+        allowed_types = [resolve_name(name) for name in _DEEPSPEED_TYPES]
     try:
-        with patch_environment(**variables), torch.serialization.safe_globals(known):
+        with patch_environment(**variables), torch.serialization.safe_globals(allowed_types):
             yield
     except UnpicklingError:  # torch's loader found something other than tensors and plain values
         problem = "contains pickled objects that badit does not write, which were not executed"
-        raise BaditError(
-            f"{checkpoint}: {problem}; remove the folder to resume from the previous checkpoint"
-        ) from None
+        fix = "remove the folder to resume from the previous checkpoint"
+        raise BaditError(f"{checkpoint}: {problem}; {fix}") from None
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
         problem = "does not fit the run, as after a change of the number of tasks"
+        fix = "restore them, or remove the run's folder to start over"
+        raise BaditError(f"{checkpoint}: {problem}; {fix}") from None
+
+
+def _refuse_other_engine(trainer: Any, checkpoint: Path) -> None:
+    engine = read_json(checkpoint / _SUMS).get("engine")
+    if engine != engine_of(trainer):
         raise BaditError(
-            f"{checkpoint}: {problem}; restore them, or remove the run's folder to start over"
-        ) from None
+            f"{checkpoint}: was written with {engine}; launch the training in the same way, or "
+            "remove the run's folder to start over"
+        )
 
 
 class Checkpoints(TrainerCallback):
-    """Seals the checkpoint that the Trainer and the callbacks before this one, the last, have written.
+    """Seals the checkpoint that the Trainer and the callbacks before this one have written.
 
-    It also saves what the Trainer does not save: the sum of the losses since the last log line (without it, the next
-    line would be a mean over fewer steps), the number of skipped steps, the time, and the name of the best checkpoint.
+    It must be the last callback. It also saves what the Trainer does not save: the sum of the
+    losses since the last log line (without it, the next line would be a mean over fewer steps), the
+    number of skipped steps, the time, and the name of the best checkpoint.
 
-    In its context, Ctrl-C or SIGTERM to any process finishes the step, saves a checkpoint, then stops all processes. A
-    second Ctrl-C stops at once. Incomplete checkpoints are deleted.
+    In its context, Ctrl-C or SIGTERM to any process finishes the step, saves a checkpoint, then
+    stops all processes. A second Ctrl-C stops at once. Incomplete checkpoints are deleted.
     """
 
     def __init__(self, trainer: Any, checkpoints: Path) -> None:
         self._trainer = trainer
-        self._checkpoints, self._began = checkpoints, time.monotonic()
-        self._asked = self._stopping = False
-        self._former: dict[int, Any] = {}
+        self._checkpoints = checkpoints
+        self._began = time.monotonic()
+        self._asked = False  # a signal has come to this process
+        self._stopping = False  # a signal has come to some process
+        self._former_handlers: dict[int, Any] = {}
 
     @property
     def seconds(self) -> float:
-        """The time of the training, and of its interrupted parts up to the checkpoints that it resumed from."""
+        """The time of the training, with its earlier parts up to the resumed checkpoints."""
         return time.monotonic() - self._began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step:
-            kept = read_json(resumed_checkpoint(args, state) / _SUMS)
-            self._began -= kept.get("seconds", 0.0)  # checkpoints of earlier releases have no time
-            # Private names of the Trainer, which has no public way to set them.
-            self._trainer._tr_loss += kept["loss"]
-            self._trainer._globalstep_last_logged = kept["last_logged_step"]
-            self._trainer.skipped_steps = kept["skipped_steps"]
-            state.best_model_checkpoint = kept["best"] and str(
-                self._checkpoints / Path(kept["best"]).name
-            )
-            for callback in self._trainer.callback_handler.callbacks:
-                if isinstance(callback, EarlyStoppingCallback):
-                    vars(callback).update(
-                        state.stateful_callbacks["EarlyStoppingCallback"]["attributes"]
-                    )
+        if not state.global_step:
+            return
+        sums = read_json(resumed_checkpoint(args, state) / _SUMS)
+        self._began -= sums["seconds"]
+        # Private names of the Trainer, which has no public way to set them.
+        self._trainer._tr_loss += sums["loss"]
+        self._trainer._globalstep_last_logged = sums["last_logged_step"]
+        self._trainer.skipped_steps = sums["skipped_steps"]
+        self._set_best(state, sums["best"])
+        for callback in self._trainer.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                saved = state.stateful_callbacks["EarlyStoppingCallback"]
+                vars(callback).update(saved["attributes"])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        accelerator = self._trainer.accelerator
         # The log has the mean over the ranks, so every rank resumes with this mean.
-        mean = self._trainer.accelerator.reduce(self._trainer._tr_loss, reduction="mean")
-        best = state.best_model_checkpoint and Path(state.best_model_checkpoint).name
-        self._trainer.accelerator.wait_for_everyone()  # every rank writes its part
+        mean_loss = accelerator.reduce(self._trainer._tr_loss, reduction="mean")
+        best = state.best_model_checkpoint
+        if best is not None:  # the Trainer has its path in the staging folder
+            best = Path(best).name
+        accelerator.wait_for_everyone()  # every rank writes its part
         if state.is_world_process_zero:
-            kept = {
-                "loss": float(mean),
+            staged = checkpoint_being_written(args, state)
+            sums = {
+                "loss": float(mean_loss),
                 "last_logged_step": self._trainer._globalstep_last_logged,
                 "skipped_steps": self._trainer.skipped_steps,
                 "best": best,
                 "seconds": round(self.seconds, 1),
                 "engine": engine_of(self._trainer),
             }
-            staged = checkpoint_being_written(args, state)
-            write_json(staged / _SUMS, kept)
+            write_json(staged / _SUMS, sums)
             seal(staged, self._checkpoints, best)
-        if best:  # the Trainer has its path in the staging folder
-            state.best_model_checkpoint = str(self._checkpoints / best)
-        self._trainer.accelerator.wait_for_everyone()
+        self._set_best(state, best)
+        accelerator.wait_for_everyone()
         if self._stopping:
             raise KeyboardInterrupt
 
+    def _set_best(self, state: Any, best: str | None) -> None:
+        # Whatever path a file names, the best checkpoint is one of this run.
+        if best is not None:
+            best = str(self._checkpoints / Path(best).name)
+        state.best_model_checkpoint = best
+
     def __enter__(self) -> None:
         discard(self._checkpoints / STAGING)  # left by a killed process
-        with suppress(
-            ValueError
-        ):  # only the main thread may set handlers; in other threads the caller handles them
-            self._former = {
-                number: signal.signal(number, self._handle)
-                for number in (signal.SIGINT, signal.SIGTERM)
-            }
+        # Only the main thread may set handlers; in other threads the caller handles the signals.
+        with suppress(ValueError):
+            for number in _SIGNALS:
+                self._former_handlers[number] = signal.signal(number, self._handle)
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._former.items():
+        for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
         if error[0] is not None:
             discard(self._checkpoints / STAGING)
-        elif any_of_all(
-            self._asked
-        ):  # the signal came after the last step, which saved a checkpoint
+        elif any_of_all(self._asked):
+            # The signal came after the last step, which saved a checkpoint.
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if (
-            self._asked and number == signal.SIGINT
-        ):  # SIGTERM may come twice: from a batch system and from torchrun
+        # SIGTERM may come twice: from a batch system and from torchrun.
+        if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if is_main_process() and not self._asked:  # print is not safe in a signal handler
+        if is_main_process() and not self._asked:
+            # print is not safe in a signal handler.
             os.write(2, b"\nbadit: finishing the step and saving; press Ctrl-C again to stop now\n")
         self._asked = True
 
@@ -222,20 +252,24 @@ class Checkpoints(TrainerCallback):
 
 
 def checkpoint_being_written(args: Any, state: Any) -> Path:
-    """Returns the folder of the Trainer's checkpoint for this step; a hyperparameter search has subfolders."""
-    output, name = Path(args.output_dir), f"{_PREFIX}{state.global_step}"
-    trials = output.glob(f"*/{name}") if state.is_hyper_param_search else ()
-    return max(trials, key=os.path.getmtime, default=output / name)
+    """Returns the folder of the Trainer's checkpoint for this step."""
+    name = f"{_PREFIX}{state.global_step}"
+    folder = Path(args.output_dir, name)
+    if not state.is_hyper_param_search:
+        return folder
+    trials = Path(args.output_dir).glob(f"*/{name}")  # a subfolder for each trial
+    return max(trials, key=os.path.getmtime, default=folder)
 
 
 def resumed_checkpoint(args: Any, state: Any) -> Path:
-    """Returns the folder that a run resumes from: ``resume_from_checkpoint``, else that of the current step."""
-    given = args.resume_from_checkpoint
-    return (
-        Path(given)
-        if isinstance(given, str) and Path(given).is_dir()
-        else checkpoint_being_written(args, state)
-    )
+    """Returns the folder that a run resumes from.
+
+    It is ``resume_from_checkpoint``, or else the checkpoint of the current step.
+    """
+    folder = args.resume_from_checkpoint
+    if isinstance(folder, str) and Path(folder).is_dir():
+        return Path(folder)
+    return checkpoint_being_written(args, state)
 
 
 def _folders(checkpoints: Path) -> list[Path]:
@@ -254,17 +288,17 @@ def step_of(folder: Path) -> int:
 
 
 def checksums(folder: Path, pattern: str = "*") -> dict[str, str]:
-    """Returns the SHA-256 of every file with such a name except the seal, by path relative to the folder."""
+    """Returns the SHA-256 of every file with such a name except the seal, by relative path."""
     sums = {}
     for path in sorted(folder.rglob(pattern)):
-        if path != folder / SEAL and (
-            path.is_symlink() or not path.is_dir()
-        ):  # a link to a folder cannot be read
-            # Without waiting: a pipe reads as empty.
-            with open(
-                path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
-            ) as file:
-                sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(
-                    file, "sha256"
-                ).hexdigest()
+        is_folder = path.is_dir() and not path.is_symlink()  # reading a link to a folder fails
+        if is_folder or path == folder / SEAL:
+            continue
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            name = path.relative_to(folder).as_posix()
+            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe without a writer reads as empty

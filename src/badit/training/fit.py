@@ -27,8 +27,9 @@ from badit.training.checkpoints import Checkpoints, discard, last_checkpoint, sa
 from badit.training.encoding import encoded, refuse_beyond_model
 from badit.training.hf_arguments import training_arguments
 from badit.training.loading import load_base, model_dtype
+from badit.training.logs import MetricsLog, ProgressBar, trackers_of, tracking
 from badit.training.methods import Method, training_method
-from badit.training.trainer import AnswerTrainer, MetricsLog, ProgressBar, trackers_of, tracking
+from badit.training.trainer import AnswerTrainer
 from badit.tuner import hooks_of
 from badit.tuner.distributed import parameter_count, whole_weights
 

@@ -12,7 +12,7 @@ from badit.runs.resolved import ResolvedRun
 from badit.support.errors import BaditError, explained
 from badit.training.checkpoints import STAGING
 from badit.training.loading import model_dtype
-from badit.training.trainer import trackers_of
+from badit.training.logs import trackers_of
 
 
 def training_arguments(

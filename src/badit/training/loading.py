@@ -7,7 +7,7 @@ from accelerate.utils import release_memory
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from badit.data.encoding import end_of_turn_id
-from badit.models.loading import Dtype, device, fast_dtype, load_base_model, warn_of_slow_dtype
+from badit.models import Dtype, device, fast_dtype, load_base_model, warn_of_slow_dtype
 from badit.recipe.schema import Recipe
 from badit.runs.fingerprints import BASE_MODEL, changed_inputs, model_fingerprint
 from badit.runs.folder import RunFolder

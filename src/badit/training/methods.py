@@ -23,12 +23,12 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from badit.baselines import neurons
-from badit.models.loading import load_skeleton
+from badit.models import load_skeleton
 from badit.recipe.method import KINDS, SURGERY, ResolvedMethod
 from badit.recipe.schema import Recipe
 from badit.runs.folder import RunFolder
 from badit.support.errors import BaditError, explained, first_line
-from badit.training.regrouping import AngleLog, RegroupCallback
+from badit.training.regrouping import RegroupCallback
 from badit.training.saved_adapters import saved_config, tensor_shapes
 from badit.training.surgery import Surgery, SurgeryTrainer
 from badit.training.trainer import AnswerTrainer
@@ -150,14 +150,10 @@ class AdapterMethod(Method):
 
     def callbacks(self, folder: RunFolder) -> list[TrainerCallback]:
         regroup = self.resolved.regroup
-        if regroup is not None:
-            options = dataclasses.asdict(regroup)
-            return [RegroupCallback(**options, log_path=folder.regroupings_path)]
-        # One expert, or experts that share one A, have no angles.
-        has_experts = getattr(self.options, "num_experts", 1) > 1
-        if has_experts and not self.options.shares_A:
-            return [AngleLog(folder.angles_path)]
-        return []
+        if regroup is None:
+            return []
+        options = dataclasses.asdict(regroup)
+        return [RegroupCallback(**options, log_path=folder.regroupings_path)]
 
 
 def _fit_to_conv1d(config: LoraConfig, model: PreTrainedModel) -> None:

@@ -1,18 +1,22 @@
-"""Optimizers for adapters: AdamW, LoRA+ and orthogonal updates, for BADIT, the baselines and PEFT's LoRA.
+"""Optimizers for adapters (BADIT, the baselines, PEFT's LoRA): AdamW, LoRA+, orthogonal updates.
 
-    optimizer = badit.OrthogonalUpdates(model, lr=2e-3)    # Trainer(..., optimizers=(optimizer, None))
+    optimizer = badit.OrthogonalUpdates(model, lr=2e-3)  # Trainer(…, optimizers=(optimizer, None))
 
-Factors are found by name: ``badit_A`` and ``badit_B``, or PEFT's ``lora_A`` and ``lora_B``. All other trainable
-parameters (routers, biases, modules_to_save, the LoRA of embeddings and convolutions) are updated by AdamW.
+Factors are found by name: ``badit_A`` and ``badit_B``, or PEFT's ``lora_A`` and ``lora_B``. All
+other trainable parameters (routers, biases, modules_to_save, the LoRA of embeddings and
+convolutions) are updated by AdamW.
 
-PEFT's ``create_riemannian_optimizer`` and ``create_loraplus_optimizer`` differ: the first passes the scaled gradient to
-Adam's elementwise moments, the second uses B's learning rate for every vector and recognises only ``lora_B``.
+PEFT's ``create_riemannian_optimizer`` and ``create_loraplus_optimizer`` differ: the first passes
+the scaled gradient to Adam's elementwise moments, the second uses B's learning rate for every
+vector and recognises only ``lora_B``.
 
-Shape suffixes: L = layers, N = components (rows of A), I/O = in/out features, D = I or O, K = B's that share one A.
+Shape suffixes: L = layers, N = components (rows of A), I/O = in/out features, D = I or O, K = B's
+that share one A.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,77 +40,96 @@ Pair = tuple[nn.Parameter, nn.Parameter]
 
 _FACTOR = re.compile(r"\b(?:badit|lora|lora_embedding)_([AB])\b")
 _FACTOR_A = re.compile(r"\b(badit|lora)_A\b")
-_OF_FEATURES = (
-    "basis",
-    "first",
-    "features",
-)  # the moments with the factor's feature dimension, sharded as it is
+# The moments with the factor's feature dimension, sharded as it is.
+_OF_FEATURES = ("basis", "first", "features")
 
-_FLATTENED = "orthogonal updates need matrices, but DeepSpeed and FSDP1 flatten them; use FSDP2 or DDP, adamw or lora+"
+_FLATTENED = (
+    "orthogonal updates need matrices, but DeepSpeed and FSDP1 flatten them; use FSDP2 or DDP, "
+    "adamw or lora+"
+)
 
 
 def lora_plus_groups(
     model: nn.Module, lr: float, ratio: float = 16.0, *, other_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """Returns the parameter groups of LoRA+ (Hayou et al. 2024, arXiv 2402.12354), for AdamW or another optimizer.
+    """Returns the parameter groups of LoRA+ (Hayou et al. 2024, arXiv 2402.12354).
 
-    The groups are A with the learning rate ``lr``, B with ``lr`` times ``ratio``, and all other trainable parameters
-    with ``other_lr`` (default: ``lr``), in this order. A group without parameters is left out.
+    The groups are A with the learning rate ``lr``, B with ``lr`` times ``ratio``, and all other
+    trainable parameters with ``other_lr`` (default: ``lr``), in this order. A group without
+    parameters is left out.
 
     Raises:
         BaditError: if a learning rate or the ratio is not positive, or nothing is trainable.
     """
-    other_lr = lr if other_lr is None else other_lr
-    for name, value in (("lr", lr), ("ratio", ratio), ("other_lr", other_lr)):
-        check(name, value, Positive)
-    rates = {"A": lr, "B": lr * ratio, "other": other_lr}
+    if other_lr is None:
+        other_lr = lr
+    check("lr", lr, Positive)
+    check("ratio", ratio, Positive)
+    check("other_lr", other_lr, Positive)
+
     groups: dict[str, dict[str, Any]] = {
-        kind: {"params": [], "lr": rate} for kind, rate in rates.items()
+        "A": {"params": [], "lr": lr},
+        "B": {"params": [], "lr": lr * ratio},
+        "other": {"params": [], "lr": other_lr},
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            found = _FACTOR.search(name)
-            groups[found[1] if found else "other"]["params"].append(parameter)
-    if used := [group for group in groups.values() if group["params"]]:
-        return used
-    raise BaditError("the model has no trainable parameters; add an adapter to it")
+            factor = _FACTOR.search(name)
+            kind = "other" if factor is None else factor[1]
+            groups[kind]["params"].append(parameter)
+
+    used_groups = [group for group in groups.values() if group["params"]]
+    if not used_groups:
+        raise BaditError("the model has no trainable parameters; add an adapter to it")
+    return used_groups
 
 
 def factor_pairs(model: nn.Module) -> list[Pair]:
-    """Returns A (N, I) and B (O, K·N) of every layer and adapter in which both are trainable, in the model's order."""
-    pairs, trained = (
-        [],
-        {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2},
-    )
+    """Returns (A, B) of every layer and adapter in which both are trainable, in the model's order.
+
+    A is (N, I), B is (O, K·N).
+    """
+    trained = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.ndim == 2
+    }
+    pairs = []
     for name, a in trained.items():
         b = trained.get(_FACTOR_A.sub(r"\1_B", name))
-        if b is None or b is a or b.shape[1] % a.shape[0] or len(a) > min(a.shape[1], len(b)):
+        if b is None or b is a:  # the parameter has no B, or is not an A
             continue
-        layer = model.get_submodule(_FACTOR_A.split(name)[0].rstrip("."))
-        if (
-            getattr(layer, "num_experts", 1) == 1
-        ):  # PEFT's LoRA on a fused weight orders A and B differently
+        components, in_features = a.shape
+        out_features, columns = b.shape
+        if columns % components or components > min(in_features, out_features):
+            continue
+        layer_name, *_ = _FACTOR_A.split(name)
+        layer = model.get_submodule(layer_name.rstrip("."))
+        # PEFT's LoRA on a fused weight of several experts orders A and B differently.
+        if getattr(layer, "num_experts", 1) == 1:
             pairs.append((a, b))
     return pairs
 
 
 class OrthogonalUpdates(torch.optim.Optimizer):
-    """Applies orthogonal updates (:mod:`badit.method.orthogonal`) to adapter factors and AdamW to other parameters.
+    """Orthogonal updates (:mod:`badit.method.orthogonal`) of adapter factors, AdamW for the others.
 
-    If experts share one A (HydraLoRA, MTL-LoRA), their B's are treated as one B with K·O out features. Otherwise all
-    experts of a layer are one pair of factors. AdamW updates an A or B whose partner is not trainable, pairs with more
-    components than the weight has inputs or outputs, and PEFT's LoRA on fused weights of several experts. A layer in
-    which a factor has no gradient is skipped in that step.
+    If experts share one A (HydraLoRA, MTL-LoRA), their B's are treated as one B with K·O out
+    features. Otherwise all experts of a layer are one pair of factors. AdamW updates an A or B
+    whose partner is not trainable, pairs with more components than the weight has inputs or
+    outputs, and PEFT's LoRA on fused weights of several experts. A layer in which a factor has no
+    gradient is skipped in that step.
 
     Args:
         model: a model with adapters, optionally wrapped by DDP or sharded by FSDP2.
-        lr: learning rate of the factors. In trials 2e-3 was best for BADIT's defaults, 5e-4 for LoRA.
-        other_lr: learning rate of all other trainable parameters (default: ``lr``).
-        betas: decay rates of the factors' moments.
-        weight_decay: decoupled weight decay of all trainable parameters.
+        lr: learning rate of the factors. In trials 2e-3 was best for BADIT's defaults, 5e-4 for
+        LoRA. other_lr: learning rate of all other trainable parameters (default: ``lr``). betas:
+        decay rates of the factors' moments. weight_decay: decoupled weight decay of all trainable
+        parameters.
 
     Raises:
-        BaditError: if the model has no trainable factors, a number is out of range, or DeepSpeed is used.
+        BaditError: if the model has no trainable factors, a number is out of range, or DeepSpeed is
+        used.
     """
 
     def __init__(
@@ -128,13 +151,15 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             )
         if not all(0 <= beta < 1 for beta in betas):
             raise BaditError(f"betas must be at least 0 and below 1, got {betas!r}")
-        other_lr = lr if other_lr is None else other_lr
+        if other_lr is None:
+            other_lr = lr
         check("weight_decay", weight_decay, NotNegative)
         check("lr", lr, Positive)
         check("other_lr", other_lr, Positive)
+
         factors = [factor for pair in pairs for factor in pair]
-        known = set(factors)
-        others = [p for p in model.parameters() if p.requires_grad and p not in known]
+        are_factors = set(factors)
+        others = [p for p in model.parameters() if p.requires_grad and p not in are_factors]
         groups: list[dict[str, Any]] = [{"params": factors, "lr": lr, "betas": betas}]
         if others:
             groups.append({"params": others, "lr": other_lr})
@@ -147,14 +172,19 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+
         factors, *others = self.param_groups
         if any(factor.ndim != 2 for factor in factors["params"]):
             raise BaditError(_FLATTENED)
-        pairs = list(zip(factors["params"][::2], factors["params"][1::2], strict=True))
+        a_factors = factors["params"][::2]
+        b_factors = factors["params"][1::2]
+        pairs = list(zip(a_factors, b_factors, strict=True))
+        # Only layers that all have moments, or all have none yet, can be stacked.
         for has_moments in (True, False):
-            some = [pair for pair in pairs if bool(self.state.get(pair[0])) == has_moments]
-            for indices in by_shape([(a.grad, b.grad) for a, b in some]):
-                self._move([some[index] for index in indices], factors)
+            alike = [pair for pair in pairs if bool(self.state.get(pair[0])) == has_moments]
+            for indices in by_shape([(a.grad, b.grad) for a, b in alike]):
+                self._move([alike[index] for index in indices], factors)
+
         for group in others:
             adamw = torch.optim.AdamW([dict(group)])
             adamw.state = self.state  # an AdamW keeps nothing else between steps
@@ -162,102 +192,123 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, except that the factors' moments keep their dtype instead of taking the parameters' dtype."""
+        """As in torch, except that the factors' moments keep their dtype.
+
+        In torch they would take the parameters' dtype.
+        """
         super().load_state_dict(state_dict)
-        saved = state_dict["state"]
-        for index, factor in zip(
-            state_dict["param_groups"][0]["params"], self.param_groups[0]["params"], strict=True
-        ):
-            if index in saved:
-                self.state[factor] = {
-                    name: value.to(factor.device) for name, value in saved[index].items()
-                }
+        factors = self.param_groups[0]["params"]
+        indices = state_dict["param_groups"][0]["params"]
+        for index, factor in zip(indices, factors, strict=True):
+            moments = state_dict["state"].get(index, {})
+            for name, moment in moments.items():
+                self.state[factor][name] = moment.to(factor.device)
 
     def _move(self, pairs: Sequence[Pair], group: dict[str, Any]) -> None:
         """Takes one step of layers of equal shape."""
-        sides = list(zip(*pairs, strict=True))  # the A's (N, I) and the B's (O, K·N)
-        (components, in_features), (out_features, columns) = (factors[0].shape for factors in sides)
-        share, lr = columns // components, group["lr"]
-
-        def as_rows(x: torch.Tensor, side: int) -> torch.Tensor:
-            """Converts B (L, O, K·N) to rows (L, N, K·O), joining the K B's of one A, or back; A is unchanged."""
-            return (
-                x.unflatten(-1, (share, x.shape[-1] // share)).permute(0, 3, 2, 1).flatten(-2)
-                if side
-                else x
-            )
-
-        def rows(tensors: Sequence[Any], side: int) -> torch.Tensor:
-            x = stacked(
-                tensors, 1 - side
-            )  # the feature dimension, which can be sharded: 1 of A, 0 of B
-            return as_rows(x.to(torch.promote_types(x.dtype, torch.float32)), side)
-
-        def last_moments(side: int) -> Moments:
-            states = [self.state[factor] for factor in sides[side]]
-            if not states[0]:
-                return no_moments(rows(sides[side], side))
-            values = {name: [state[name] for state in states] for name in states[0]}
-            return {
-                name: rows(of, side) if name in _OF_FEATURES else torch.stack(of)
-                for name, of in values.items()
-            }
+        lr = group["lr"]
+        a_factors, b_factors = zip(*pairs, strict=True)
+        components, in_features = a_factors[0].shape
+        out_features, columns = b_factors[0].shape
+        share = columns // components
+        a = _Side(a_factors, features=1, share=1)
+        b = _Side(b_factors, features=0, share=share)
 
         updates, moments = orthogonal_updates(
-            (rows(sides[0], 0), rows(sides[1], 1)),
-            (rows([a.grad for a in sides[0]], 0), rows([b.grad for b in sides[1]], 1)),
-            (last_moments(0), last_moments(1)),
+            (a.rows(a_factors), b.rows(b_factors)),
+            (
+                a.rows([factor.grad for factor in a_factors]),
+                b.rows([factor.grad for factor in b_factors]),
+            ),
+            (a.moments(self.state), b.moments(self.state)),
             lr=lr,
             betas=group["betas"],
             lengths=(in_features, share * out_features),
-            over_shards=over_shards(sides[0][0]),
+            over_shards=over_shards(a_factors[0]),
         )
-        for side, factors in enumerate(sides):
-            kept = {}
-            for name, moment in moments[side].items():
-                of_features = name in _OF_FEATURES
-                kept[name] = (
-                    _shard(as_rows(moment, side), factors, 1 - side)
-                    if of_features
-                    else moment.unbind()
-                )
-            for index, factor in enumerate(factors):
-                self.state[factor] = {name: parts[index] for name, parts in kept.items()}
-            _subtract(
-                factors, lr * as_rows(updates[side], side), 1 - side, 1 - lr * group["weight_decay"]
-            )
+        for index, side in enumerate((a, b)):
+            side.keep(moments[index], self.state)
+            update = lr * side.as_rows(updates[index])
+            side.subtract(update, shrink=1 - lr * group["weight_decay"])
 
 
-# FSDP2 shards A and B by rows. A is redistributed into column shards, so that a product over features is the sum of the
-# shards' products. The moments keep that sharding.
+# FSDP2 shards A and B by rows. A is redistributed into column shards, so that a product over
+# features is the sum of the shards' products. The moments keep that sharding.
 
 
-def _shard(x: torch.Tensor, like: Sequence[torch.Tensor], features: int) -> Sequence[torch.Tensor]:
-    """Splits a tensor of :func:`badit.tuner.distributed.stacked` into its layers, each sharded along ``features``."""
-    layers = x.contiguous().unbind()
-    first = like[0]
-    if not isinstance(first, DTensor):
-        return layers
-    shape = [
-        first.shape[dim] if dim == features else size for dim, size in enumerate(layers[0].shape)
-    ]
-    return [dtensor(layer, first, placements_along(features, first), shape) for layer in layers]
+@dataclass
+class _Side:
+    """The A's (N, I), or the B's (O, K·N), of several layers of equal shape.
 
+    ``features`` is the dimension of the in or out features, the only one that can be sharded.
+    ``share`` is K, the number of B's that share one A; 1 for the A's.
+    """
 
-def _subtract(
-    factors: Sequence[nn.Parameter], update: torch.Tensor, features: int, shrink: float
-) -> None:
-    """Multiplies the factors by ``shrink`` and subtracts the update (L, …), which is sharded along ``features``."""
-    first, parts = factors[0], list[torch.Tensor](factors)
-    if isinstance(first, DTensor):
-        whole = dtensor(
-            update, first, placements_along(features + 1, first), (len(factors), *first.shape)
-        )
-        along_factors = [
-            Shard(place.dim + 1) if isinstance(place, Shard) else place
-            for place in first.placements
-        ]
-        update = whole.redistribute(placements=along_factors).to_local()
-        parts = [factor.to_local() for factor in factors]  # pyright: ignore[reportAttributeAccessIssue]
-    torch._foreach_mul_(parts, shrink)  # pyright: ignore[reportPrivateImportUsage]
-    torch._foreach_sub_(parts, list(update.unbind()))  # pyright: ignore[reportPrivateImportUsage]
+    factors: Sequence[nn.Parameter]
+    features: int
+    share: int
+
+    def rows(self, tensors: Sequence[Any]) -> torch.Tensor:
+        """Stacks tensors of the factors' shapes to rows (L, N, D) in at least float32."""
+        x = stacked(tensors, self.features)
+        return self.as_rows(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+    def as_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Converts B's (L, O, K·N) to rows (L, N, K·O), joining the K B's of one A, or back.
+
+        A's are rows already.
+        """
+        if self.features == 1:
+            return x
+        return x.unflatten(-1, (self.share, -1)).permute(0, 3, 2, 1).flatten(-2)
+
+    def moments(self, state: Mapping[Any, Any]) -> Moments:
+        """Returns the stacked moments of the optimizer's state; zeros before the first step."""
+        of_layers = [state[factor] for factor in self.factors]
+        if not of_layers[0]:
+            return no_moments(self.rows(self.factors))
+        moments = {}
+        for name in of_layers[0]:
+            values = [of_layer[name] for of_layer in of_layers]
+            stack = self.rows if name in _OF_FEATURES else torch.stack
+            moments[name] = stack(values)
+        return moments
+
+    def keep(self, moments: Moments, state: MutableMapping[Any, Any]) -> None:
+        """Stores the stacked moments in the optimizer's state."""
+        of_layers = {}
+        for name, moment in moments.items():
+            if name in _OF_FEATURES:
+                of_layers[name] = self._layers(self.as_rows(moment))
+            else:
+                of_layers[name] = moment.unbind()
+        for index, factor in enumerate(self.factors):
+            state[factor] = {name: layers[index] for name, layers in of_layers.items()}
+
+    def _layers(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Splits a stacked tensor into its layers, each sharded along the features."""
+        layers = x.contiguous().unbind()
+        first = self.factors[0]
+        if not isinstance(first, DTensor):
+            return layers
+        shape = list(layers[0].shape)
+        shape[self.features] = first.shape[self.features]
+        placements = placements_along(self.features, first)
+        return [dtensor(layer, first, placements, shape) for layer in layers]
+
+    def subtract(self, update: torch.Tensor, shrink: float) -> None:
+        """Multiplies the factors by ``shrink`` and subtracts the update (L, …)."""
+        first = self.factors[0]
+        local = list[torch.Tensor](self.factors)
+        if isinstance(first, DTensor):
+            # From shards along the features to the factors' own.
+            placements = placements_along(self.features + 1, first)
+            whole = dtensor(update, first, placements, (len(self.factors), *first.shape))
+            of_factors = [
+                Shard(place.dim + 1) if isinstance(place, Shard) else place
+                for place in first.placements
+            ]
+            update = whole.redistribute(placements=of_factors).to_local()
+            local = [factor.to_local() for factor in self.factors]  # pyright: ignore[reportAttributeAccessIssue]
+        torch._foreach_mul_(local, shrink)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_sub_(local, list(update.unbind()))  # pyright: ignore[reportPrivateImportUsage]

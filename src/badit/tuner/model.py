@@ -157,7 +157,7 @@ class ExpertModel(Hooks, BaseTuner):
         return peft_config
 
     # PEFT passes these arguments.
-    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _create_and_replace(  # noqa: PLR0913 # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         peft_config: ExpertConfig,
         adapter_name: str,
