@@ -1,6 +1,7 @@
 """Comparisons from recipe to results.json and table: search, failures, task sequences."""
 
 import json
+import shutil
 from pathlib import Path
 from statistics import fmean
 from unittest.mock import Mock
@@ -309,6 +310,20 @@ def test_invalid_comparisons_are_refused_before_any_cell_starts(values, monkeypa
         compared,
         values,
     )
+
+
+@pytest.mark.usefixtures("inline")
+def test_finished_cells_of_results_without_their_runs_are_not_run_again(values, monkeypatch):
+    values["compare"]["learning_rates"] = [0.001, 0.01]
+    first = compared(values)
+    output = Path(values["output"])
+    for name in values["compare"]["methods"]:
+        shutil.rmtree(output / name)
+    monkeypatch.setattr(compare_module, "start_cell", None)  # no cell is started
+    assert compared(values) == first
+    other = {**values, "training": values["training"] | {"max_steps": 3}}
+    message = r"results\.json: .* was made with another recipe \(it differs in training\.max_steps"
+    refuses(message, compared, other)
 
 
 @pytest.mark.usefixtures("inline")

@@ -1,10 +1,9 @@
 """Checks of a comparison before its first run."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
+from badit.comparison.finished import FinishedCells
 from badit.comparison.grid import Cell, Grid, of_key
-from badit.comparison.results import RESULTS, SINGLE_TASK, load_results
 from badit.data import ordered
 from badit.runs.fingerprints import keep_inputs, task_fingerprints
 from badit.runs.folder import RunFolder
@@ -47,15 +46,6 @@ def _refuse_other_output(grid: Grid) -> None:
     if RunFolder.at(output).config_path.is_file():
         fix = "choose another output=FOLDER for the comparison"
         raise BaditError(f"{output}: contains a run; {fix}")
-    file = Path(output) / RESULTS
-    if not file.is_file():
-        return
-    finished = load_results(output).cells.query("status == 'done'")
-    methods = finished["method"].str.removesuffix(SINGLE_TASK)
-    # They would be replaced by results of the new runs only.
-    if len(methods) and not any((Path(output) / name).is_dir() for name in methods):
-        fix = "choose another output=FOLDER, or move the file"
-        raise BaditError(f"{file}: has results without their runs; {fix}")
 
 
 def _refuse_equal_orders(grid: Grid, reference: ResolvedRun) -> None:
@@ -93,8 +83,10 @@ def _refuse_other_budget(grid: Grid, counts: Mapping[str, int]) -> None:
 def _refuse_changed_runs(grid: Grid, tasks: list[str]) -> None:
     """Raises BaditError for runs in the folder that were made with other recipes or other data."""
     fingerprints: dict[str, dict[str, str]] = {}
+    finished = FinishedCells(grid)
     for cell in _all_cells(grid, tasks):
         if not grid.folder_of(cell).config_path.is_file():
+            finished.entry(cell)  # refuses results of another recipe
             continue
         run = grid.run_of(cell)
         run.prepare_folder()
