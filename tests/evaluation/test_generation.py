@@ -1,7 +1,8 @@
-"""Decoding compared with a naive loop: batches, end tokens, adapters, streaming; and scores of answers."""
+"""Decoding compared with a naive loop, and the scores of answers."""
 
 import itertools
 from functools import partial
+from itertools import product
 from statistics import fmean
 from unittest.mock import Mock
 
@@ -110,21 +111,19 @@ def test_model_decoding_options_are_ignored_and_all_state_is_restored(
 ):
     expected = generate(model, tokenizer, prompts)
     tokenizer.padding_side = "right"
-    own = model.generation_config
-    own.do_sample, own.temperature, own.top_p, own.repetition_penalty, own.no_repeat_ngram_size = (
-        True,
-        2.0,
-        0.5,
-        9.0,
-        1,
-    )
+    config = model.generation_config
+    config.do_sample = True
+    config.temperature = 2.0
+    config.top_p = 0.5
+    config.repetition_penalty = 9.0
+    config.no_repeat_ngram_size = 1
     assert generate(model, tokenizer, prompts) == expected
-    assert model.generation_config is own
+    assert model.generation_config is config
     assert tokenizer.padding_side == "right"
     monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(model, tokenizer, prompts)
-    assert model.generation_config is own
+    assert model.generation_config is config
     assert tokenizer.padding_side == "right"
 
 
@@ -139,7 +138,7 @@ def ending(model, free):
 def test_finished_rows_are_removed_from_the_batch(
     ending, tokenizer, prompts, free, routing, monkeypatch
 ):
-    """A row ends at an end token of model or tokenizer; the remaining rows keep their own mixtures."""
+    """A row ends at an end token of model or tokenizer; the others keep their own mixtures."""
     model, expected = (
         ending,
         [words(until({1, *ending.generation_config.eos_token_id}, tokens)) for tokens in free],
@@ -198,10 +197,10 @@ def test_streamed_answer_matches_naive_decoding_and_grows_by_tokens(
         expected = [words(tokens[: i + 1]) for i in range(len(tokens))]
         assert shown == [*expected, *expected[-1:] * ended[-1]]
     assert any(ended)
-    own = model.generation_config
+    config = model.generation_config
     with pytest.raises(ZeroDivisionError):
         stream(model, tokenizer, prompts[1], show=lambda text: 1 / 0)
-    assert model.generation_config == own
+    assert model.generation_config is config
 
 
 def test_incomplete_characters_are_not_streamed(model, prompts):
@@ -262,7 +261,7 @@ def test_scores_and_predictions_match_their_instances(model, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("family", "options"), [*(("llama", one) for one in OPTIONS), ("gpt2", {}), ("gemma2", {})]
+    ("family", "options"), [*product(["llama"], OPTIONS), ("gpt2", {}), ("gemma2", {})]
 )
 def test_shared_prompt_cache_keeps_nll_and_answers(
     family, options, tiny_model, tokenizer, monkeypatch
@@ -344,7 +343,7 @@ def test_invalid_predictions_and_unknown_splits_are_refused(tmp_path):
 
 
 def word_tokenizer(start, **special):
-    """Returns a tokenizer of 128 words, `w0` to `w127`; special tokens replace those before `start`."""
+    """A tokenizer of 128 words, `w0` to `w127`; special tokens replace those before `start`."""
     vocabulary = [*special.values(), *(f"w{i}" for i in range(start, 128))]
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="w127"))
     backend.pre_tokenizer = Whitespace()
@@ -374,9 +373,10 @@ def prompts():
 
 @pytest.fixture
 def free(model, prompts):
-    """Greedy continuations of the prompts, without cache and padding; end tokens do not stop them."""
-    ids = [torch.tensor([prompt]) for prompt in prompts]
-    return [
-        greedy_by_hand(model, each, torch.ones_like(each), 12)[0, each.shape[1] :].tolist()
-        for each in ids
-    ]
+    """Greedy continuations without cache and padding, which end tokens do not stop."""
+    continuations = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        sequence = greedy_by_hand(model, ids, torch.ones_like(ids), 12)
+        continuations.append(sequence[0, len(prompt) :].tolist())
+    return continuations
