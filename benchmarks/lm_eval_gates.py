@@ -69,7 +69,7 @@ def main() -> None:
         print(name, values)
 
 
-def questions_of(run: badit.Run, model: Any, tokenizer: Any, instances: int) -> Iterator[Question]:
+def questions_of(run: badit.Run, tokenizer: Any, instances: int) -> Iterator[Question]:
     recipe = run.recipe
     # All test instances, because a recipe may limit their number.
     for task in badit.plan(recipe, data={"test_per_task": None}).tasks:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from runs import runs_in
 
 RESAMPLES = 10_000
