@@ -84,7 +84,9 @@ def _refuse_changed_runs(grid: Grid, tasks: list[str]) -> None:
     """Raises BaditError for runs in the folder that were made with other recipes or other data."""
     fingerprints: dict[str, dict[str, str]] = {}
     finished = FinishedCells(grid)
-    for cell in _all_cells(grid, tasks):
+    cells = _all_cells(grid, tasks)
+    finished.refuse_others(cells)
+    for cell in cells:
         if not grid.folder_of(cell).config_path.is_file():
             finished.entry(cell)  # refuses results of another recipe
             continue

@@ -4,8 +4,9 @@ Their entries in results.json count as finished: they are kept, and not trained 
 """
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from badit.comparison.grid import Cell, Grid, order_name
 from badit.comparison.results import RESULTS, SINGLE_TASK, finished_cells
@@ -38,9 +39,7 @@ class FinishedCells:
         """
         if self._grid.folder_of(cell).path.is_dir():
             return None
-        method = cell.method if cell.task is None else cell.method + SINGLE_TASK
-        order = None if cell.order is None else order_name(cell.order)
-        entry = self._entries.get((method, cell.seed, order, cell.learning_rate, selected))
+        entry = self._entries.get(_key(cell, selected))
         # The joint entry of single-task runs has no recipe.
         if entry is not None and cell.task is None:
             self._refuse_other_recipe(cell, entry)
@@ -57,11 +56,17 @@ class FinishedCells:
         loss = entry.get("validation_loss")
         return math.inf if loss is None else loss
 
+    def refuse_others(self, cells: Iterable[Cell]) -> None:
+        """Raises BaditError for entries of no cell, which a comparison would remove."""
+        output = Path(self._grid.recipe.output)
+        keys = {_key(cell, selected) for cell in cells for selected in (True, False)}
+        for key in self._entries.keys() - keys:
+            if not (output / key[0].removesuffix(SINGLE_TASK)).is_dir():
+                self._refuse("has results without their runs")
+
     def _refuse_other_recipe(self, cell: Cell, entry: dict[str, Any]) -> None:
-        output = self._grid.recipe.output
         if not entry.get("config"):
-            fix = "choose another output=FOLDER, or move the file"
-            raise BaditError(f"{Path(output) / RESULTS}: has results without their runs; {fix}")
+            self._refuse("has results without their runs")
         run = self._grid.run_of(cell)
         # The entry may have been written before the method's defaults were filled in.
         saved = resolve(build_recipe({**entry["config"], "output": run.recipe.output}), run.tasks)
@@ -70,6 +75,16 @@ class FinishedCells:
             run.recipe.model_dump(mode="json", exclude={"compare"}),
         )
         if keys:
-            problem = f"{cell} was made with another recipe (it differs in {', '.join(keys[:5])})"
-            fix = "choose another output=FOLDER, or move the file"
-            raise BaditError(f"{Path(output) / RESULTS}: {problem}; {fix}")
+            names = ", ".join(keys[:5])
+            self._refuse(f"{cell} was made with another recipe (it differs in {names})")
+
+    def _refuse(self, problem: str) -> NoReturn:
+        file = Path(self._grid.recipe.output) / RESULTS
+        fix = "choose another output=FOLDER, or move the file"
+        raise BaditError(f"{file}: {problem}; {fix}")
+
+
+def _key(cell: Cell, selected: bool) -> Key:
+    method = cell.method if cell.task is None else cell.method + SINGLE_TASK
+    order = None if cell.order is None else order_name(cell.order)
+    return method, cell.seed, order, cell.learning_rate, selected
