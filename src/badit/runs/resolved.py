@@ -4,11 +4,9 @@ Training, evaluation, comparison, analysis and export receive one, and derive no
 folder of a run has the resolved recipe as config.yaml.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from peft.utils import CONFIG_NAME
@@ -184,17 +182,19 @@ def open_run(folder: RunFolder) -> ResolvedRun:
     method = resolve_method(recipe.method)
     # In format 4, only the adapter has the default that depends on the data.
     if method.name == "badit" and "num_clusters" not in recipe.method:
-        method = resolve_method({**recipe.method, **_clusters_of_adapter(folder.adapter_path)})
+        clusters = _clusters_of_adapter(folder.adapter_path)
+        if clusters is not None:
+            method = resolve_method({**recipe.method, "num_clusters": clusters})
     recipe = recipe.model_copy(update={"method": dict(method.section)})
     return ResolvedRun(folder, recipe, method)
 
 
-def _clusters_of_adapter(adapter_path: Path) -> dict[str, Any]:
+def _clusters_of_adapter(adapter_path: Path) -> Any:
+    """Returns the number of clusters in an adapter's configuration, unchecked, or None."""
     config_path = adapter_path / CONFIG_NAME
     if not config_path.is_file():
-        return {}
-    config = read_json(config_path)
-    return {key: config[key] for key in ("num_clusters",) if key in config}
+        return None
+    return read_json(config_path).get("num_clusters")
 
 
 def read_tasks(recipe: Recipe) -> list[Task]:
@@ -206,31 +206,30 @@ def read_tasks(recipe: Recipe) -> list[Task]:
     return tasks
 
 
-def _saved_clusters(folder: RunFolder) -> dict[str, Any]:
-    """Returns the number of clusters of the run in a folder, if it has one.
+def _saved_clusters(folder: RunFolder) -> Any:
+    """Returns the number of clusters of the run in a folder, unchecked, or None.
 
     It stays when the run is resumed, also if tasks were added to the data since.
     """
     if not folder.config_path.is_file():
-        return {}
+        return None
     refuse_links(folder.path)
-    method = folder.recipe.method
-    return {key: method[key] for key in ("num_clusters",) if key in method}
+    return folder.recipe.method.get("num_clusters")
 
 
 def _with_method_defaults(
-    recipe: Recipe, tasks: list[Task], saved: Mapping[str, Any] = MappingProxyType({})
+    recipe: Recipe, tasks: list[Task], saved_clusters: Any = None
 ) -> tuple[Recipe, ResolvedMethod]:
     """Returns a recipe whose method section has every option, and the method.
 
-    ``saved`` has the defaults that the run was begun with.
+    ``saved_clusters`` is the number of clusters that the run was begun with.
     """
     section = dict(recipe.method)
     method = resolve_method(section)
     trained = sum(bool(task.train) for task in tasks)
     is_mixed = recipe.data.order is None
     if method.name == "badit" and is_mixed and 0 < trained <= _ONE_CLUSTER_PER_TASK:
-        section.setdefault("num_clusters", saved.get("num_clusters", trained))
+        section.setdefault("num_clusters", saved_clusters or trained)
         method = resolve_method(section)
     return recipe.model_copy(update={"method": dict(method.section)}), method
 
