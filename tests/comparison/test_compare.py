@@ -324,11 +324,23 @@ def test_finished_cells_of_results_without_their_runs_are_not_run_again(values, 
     output = Path(values["output"])
     for name in values["compare"]["methods"]:
         shutil.rmtree(output / name)
-    monkeypatch.setattr(compare_module, "start_cell", None)  # no cell is started
-    assert compared(values) == first
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_module, "start_cell", None)  # no cell is started
+        assert compared(values) == first
     other = {**values, "training": values["training"] | {"max_steps": 3}}
     message = r"results\.json: .* was made with another recipe \(it differs in training\.max_steps"
     refuses(message, compared, other)
+    data = Path(values["data"]["source"])
+    own = data.with_name("own.jsonl")
+    values["data"]["source"] = str(own)
+    own.write_text(data.read_text())
+    values["output"] += "-own"
+    compared(values)
+    for name in values["compare"]["methods"]:
+        shutil.rmtree(Path(values["output"]) / name)
+    lines = own.read_text().splitlines(keepends=True)
+    own.write_text("".join([*lines, lines[-1].replace('"input": "', '"input": "more ')]))
+    refuses(r"results\.json: .* was made with other data \(task ", compared, values)
 
 
 @pytest.mark.usefixtures("inline")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from badit import BaditError, load_base_model
 from badit.baselines import BASELINES
 from badit.comparison.checks import check
+from badit.comparison.finished import FinishedCells
 from badit.comparison.grid import Cell, Grid, order_name
 from badit.comparison.rates import find_rate
 from badit.recipe.loading import build_recipe
@@ -195,11 +196,10 @@ def test_compare_section_is_required_by_comparisons_and_ignored_by_runs(tmp_path
 
 def checked(material, methods, **compare):
     """Checks a comparison and returns the number of trainable parameters of each method."""
-    return check(
-        Grid(
-            build_recipe(comparison_values(material, material / "none", methods=methods, **compare))
-        )
-    )[1]
+    values = comparison_values(material, material / "none", methods=methods, **compare)
+    grid = Grid(build_recipe(values))
+    _, counts = check(grid, FinishedCells(grid))
+    return counts
 
 
 def test_skeleton_and_real_model_have_equal_parameter_counts(material):

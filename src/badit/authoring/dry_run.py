@@ -12,6 +12,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from badit.comparison.checks import check as check_grid
+from badit.comparison.finished import FinishedCells
 from badit.comparison.grid import Grid
 from badit.data import Task, prompt_text
 from badit.models import device, load_tokenizer
@@ -81,7 +82,7 @@ def check_comparison(recipe: Recipe) -> list[str]:
     first_cell = grid.chosen(reference, grid.start_rates[reference])[0]
     lines_of_run = check(grid.recipe_of(first_cell))[1:]
     with status("checking data and methods"):
-        tasks, counts = check_grid(grid)
+        tasks, counts = check_grid(grid, FinishedCells(grid))
     rows = []
     total = 0
     for name, rate in grid.start_rates.items():

@@ -15,7 +15,7 @@ from badit.training.methods import on_skeleton
 _TOLERANCE = 0.05
 
 
-def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
+def check(grid: Grid, finished: FinishedCells) -> tuple[list[str], dict[str, int]]:
     """Returns the tasks' names and each method's number of trainable parameters.
 
     BaditError if the comparison cannot run.
@@ -37,7 +37,7 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
             method, model = on_skeleton(run.recipe, run.method, tasks)
             counts[name] = method.trained_parameters(model)
     _refuse_other_budget(grid, counts)
-    _refuse_changed_runs(grid, tasks)
+    _refuse_changed_runs(grid, finished, tasks)
     return tasks, counts
 
 
@@ -80,22 +80,24 @@ def _refuse_other_budget(grid: Grid, counts: Mapping[str, int]) -> None:
             raise BaditError(f"compare.methods.{name}: {problem}; {fix}compare.unmatched")
 
 
-def _refuse_changed_runs(grid: Grid, tasks: list[str]) -> None:
-    """Raises BaditError for runs in the folder that were made with other recipes or other data."""
+def _refuse_changed_runs(grid: Grid, finished: FinishedCells, tasks: list[str]) -> None:
+    """Raises BaditError for runs and results that were made with other recipes or other data."""
     fingerprints: dict[str, dict[str, str]] = {}
-    finished = FinishedCells(grid)
     cells = _all_cells(grid, tasks)
     finished.refuse_others(cells)
     for cell in cells:
-        if not grid.folder_of(cell).config_path.is_file():
-            finished.entry(cell)  # refuses results of another recipe
+        has_folder = grid.folder_of(cell).config_path.is_file()
+        if not has_folder and not finished.entries_of(cell):
             continue
         run = grid.run_of(cell)
-        run.prepare_folder()
         data = run.recipe.data.model_dump_json()
         if data not in fingerprints:
             fingerprints[data] = task_fingerprints(run.tasks)
-        keep_inputs(run.folder, fingerprints[data])
+        if has_folder:
+            run.prepare_folder()
+            keep_inputs(run.folder, fingerprints[data])
+        else:
+            finished.refuse_changed(run, fingerprints[data], cell)
 
 
 def _all_cells(grid: Grid, tasks: list[str]) -> list[Cell]:

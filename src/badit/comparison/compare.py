@@ -20,7 +20,7 @@ from badit.comparison.entries import results_content, validation_loss
 from badit.comparison.finished import FinishedCells
 from badit.comparison.grid import Cell, Grid
 from badit.comparison.rates import find_rate
-from badit.comparison.results import RESULTS, Results, load_results
+from badit.comparison.results import RESULTS, Results, load_results, write_results
 from badit.comparison.worker import error_of, progress_of, start_cell
 from badit.metrics.answers import METRICS
 from badit.models import device, warn_of_slow_dtype
@@ -28,7 +28,7 @@ from badit.recipe.loading import make_recipe
 from badit.recipe.schema import RecipeLike
 from badit.support.console import say, status
 from badit.support.errors import BaditError
-from badit.support.files import exclusive, write_json
+from badit.support.files import exclusive
 
 Task = Callable[[], "list[Task] | None"]  # what a thread does; a search returns further tasks
 
@@ -85,8 +85,8 @@ class _Comparison:
         self._grid = grid
         self._jobs = jobs
         self._report = report
-        self._tasks, self._counts = check(grid)
         self._finished = FinishedCells(grid)
+        self._tasks, self._counts = check(grid, self._finished)
         self._rates: dict[str, float | None] = {}  # of the methods whose search has ended
         # The cell and the GPU of each process.
         self._running: dict[Popen[bytes], tuple[Cell, int | None]] = {}
@@ -139,7 +139,7 @@ class _Comparison:
             content = results_content(
                 self._grid, self._finished, self._rates, self._tasks, self._counts
             )
-            write_json(Path(self._grid.recipe.output) / RESULTS, content)
+            write_results(Path(self._grid.recipe.output) / RESULTS, content)
 
     def _stop(self, how: signal.Signals) -> None:
         with self._lock:

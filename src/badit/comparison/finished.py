@@ -4,7 +4,7 @@ Their entries in results.json count as finished: they are kept, and not trained 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +12,8 @@ from badit.comparison.grid import Cell, Grid, order_name
 from badit.comparison.results import RESULTS, SINGLE_TASK, finished_cells
 from badit.recipe.loading import build_recipe
 from badit.recipe.saved import differing_keys
-from badit.runs.resolved import resolve
+from badit.runs.fingerprints import differing_inputs
+from badit.runs.resolved import ResolvedRun, resolve
 from badit.support.errors import BaditError
 
 # Method, seed, order, learning rate, and whether the rate was chosen.
@@ -35,15 +36,19 @@ class FinishedCells:
         """Returns the entry of a cell without a folder; None if it has one, or is not finished.
 
         ``selected``: as the final run of its method, not only as a trial of its learning rate.
-        BaditError if the entry was made with another recipe.
         """
         if self._grid.folder_of(cell).path.is_dir():
             return None
-        entry = self._entries.get(_key(cell, selected))
-        # The joint entry of single-task runs has no recipe.
-        if entry is not None and cell.task is None:
-            self._refuse_other_recipe(cell, entry)
-        return entry
+        return self._entries.get(_key(cell, selected))
+
+    def entries_of(self, cell: Cell) -> list[dict[str, Any]]:
+        """Returns the entries of a cell, as a final run and as a trial."""
+        kinds = [True, False]
+        # With compare.search, trials are runs of their own.
+        if self._grid.section.search is not None:
+            kinds = [not cell.is_search]
+        entries = (self.entry(cell, selected=selected) for selected in kinds)
+        return [entry for entry in entries if entry is not None]
 
     def validation_loss(self, cell: Cell) -> float | None:
         """Returns the loss of a finished cell of the search; infinity if it was not finite."""
@@ -64,19 +69,27 @@ class FinishedCells:
             if not (output / key[0].removesuffix(SINGLE_TASK)).is_dir():
                 self._refuse("has results without their runs")
 
-    def _refuse_other_recipe(self, cell: Cell, entry: dict[str, Any]) -> None:
-        if not entry.get("config"):
-            self._refuse("has results without their runs")
-        run = self._grid.run_of(cell)
-        # The entry may have been written before the method's defaults were filled in.
-        saved = resolve(build_recipe({**entry["config"], "output": run.recipe.output}), run.tasks)
-        keys = differing_keys(
-            saved.recipe.model_dump(mode="json", exclude={"compare"}),
-            run.recipe.model_dump(mode="json", exclude={"compare"}),
-        )
-        if keys:
-            names = ", ".join(keys[:5])
-            self._refuse(f"{cell} was made with another recipe (it differs in {names})")
+    def refuse_changed(self, run: ResolvedRun, fingerprints: Mapping[str, str], cell: Cell) -> None:
+        """Raises BaditError for an entry of a cell that has another recipe or other data."""
+        # The joint entry of single-task runs has no recipe, and the data of only one task.
+        if cell.task is not None:
+            return
+        for entry in self.entries_of(cell):
+            if not entry.get("config"):
+                self._refuse("has results without their runs")
+            # It may have been written before the method's defaults were filled in.
+            config = build_recipe({**entry["config"], "output": run.recipe.output})
+            keys = differing_keys(
+                resolve(config, run.tasks).recipe.model_dump(mode="json", exclude={"compare"}),
+                run.recipe.model_dump(mode="json", exclude={"compare"}),
+            )
+            if keys:
+                names = ", ".join(keys[:5])
+                self._refuse(f"{cell} was made with another recipe (it differs in {names})")
+            environment = entry.get("environment") or {}
+            changed = differing_inputs(environment.get("inputs") or {}, fingerprints)
+            if changed:
+                self._refuse(f"{cell} was made with other data ({', '.join(changed[:5])})")
 
     def _refuse(self, problem: str) -> NoReturn:
         file = Path(self._grid.recipe.output) / RESULTS

@@ -71,7 +71,11 @@ def keep_inputs(
 
 def changed_inputs(folder: RunFolder, fingerprints: Mapping[str, str]) -> list[str]:
     """Returns the names of changed inputs; ``fingerprints`` has all tasks, or the base model."""
-    recorded: dict[str, str] = folder.known_environment.get("inputs", {})
+    return differing_inputs(folder.known_environment.get("inputs", {}), fingerprints)
+
+
+def differing_inputs(recorded: Mapping[str, str], fingerprints: Mapping[str, str]) -> list[str]:
+    """Returns the names of inputs that differ from recorded ones; [] without a record."""
     is_base_model = BASE_MODEL in fingerprints
     comparable = {name for name in recorded if (name == BASE_MODEL) == is_base_model}
     if not comparable:
