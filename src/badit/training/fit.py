@@ -16,7 +16,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from badit.data.examples import AnswerCollator, Examples, batches_by_task, encode_tasks
 from badit.data.sampling import mixture
 from badit.data.tasks import Task
-from badit.runs.fingerprints import BASE_MODEL, keep_inputs, model_fingerprint, task_fingerprints
+from badit.runs.fingerprints import (
+    EXAMPLES,
+    base_fingerprints,
+    keep_inputs,
+    task_fingerprints,
+    tokenizer_fingerprint,
+)
 from badit.runs.resolved import ResolvedRun
 from badit.support.console import is_main_process, say, status
 from badit.support.environment import environment, peak_memory
@@ -27,7 +33,7 @@ from badit.training.checkpoints import Checkpoints, discard, last_checkpoint, sa
 from badit.training.encoding import encoded, refuse_beyond_model
 from badit.training.hf_arguments import training_arguments
 from badit.training.loading import load_base, model_dtype
-from badit.training.logs import MetricsLog, ProgressBar, trackers_of, tracking
+from badit.training.logs import MetricsLog, ProgressBar, divergence, trackers_of, tracking
 from badit.training.methods import Method, training_method
 from badit.training.trainer import AnswerTrainer
 from badit.tuner import hooks_of
@@ -40,8 +46,8 @@ def fit(run: ResolvedRun, *, progress: bool = True, allow_changed_inputs: bool =
     """Trains a run. A sequence of tasks is trained one after another.
 
     The caller locks the run's folder. Under accelerate or torchrun all processes train, and only
-    rank 0 writes it. BaditError as in :func:`badit.train`; also if data or base weights changed,
-    unless ``allow_changed_inputs``.
+    rank 0 writes it. BaditError as in :func:`badit.train`; also if data, base model or
+    tokenizer changed, unless ``allow_changed_inputs``.
     """
     folder = run.folder
     trackers_of(run.recipe.training)
@@ -65,8 +71,10 @@ def fit(run: ResolvedRun, *, progress: bool = True, allow_changed_inputs: bool =
             _Stage(run, number, progress).train(allow_changed_inputs)
         discard(stage_folder.checkpoints_path)  # no longer needed for resuming
     if run.recipe.data.order and is_main_process():
-        summaries = [stage_folder.environment["training"] for stage_folder, _ in stages]
+        records = [stage_folder.environment for stage_folder, _ in stages]
+        summaries = [record["training"] for record in records]
         record = {**folder.environment, "training": joint_training(summaries)}
+        record |= _diverged(next(filter(None, (of.get("diverged") for of in records)), None))
         write_json(folder.environment_path, record)
         copy_folder(stages[-1][0].adapter_path, folder.adapter_path)
 
@@ -81,6 +89,11 @@ def _with_first_dtype(run: ResolvedRun) -> ResolvedRun:
     resumed = replace(run, recipe=run.recipe.model_copy(update={"model": model}))
     resumed.tasks = run.tasks
     return resumed
+
+
+def _diverged(problem: str | None) -> dict[str, str]:
+    """Returns the entry of environment.json for a training that has diverged."""
+    return {} if problem is None else {"diverged": problem}
 
 
 def joint_training(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -124,10 +137,12 @@ class _Stage:
         transformers.set_seed(self.seed)
         dtype = "float32" if self.run.method.trains_base_weights else None
         base, tokenizer = load_base(self.recipe, dtype=dtype)
-        fingerprint = {BASE_MODEL: model_fingerprint(base)}
-        keep_inputs(self.run.folder, fingerprint, allow_changed_inputs)
+        template = self.recipe.prompt.chat_template
+        inputs = base_fingerprints(base) | tokenizer_fingerprint(tokenizer, template)
+        keep_inputs(self.run.folder, inputs, allow_changed_inputs)
         model = self._adapted(base)
         data = self._data(tokenizer, base)
+        keep_inputs(self.run.folder, self._fingerprint_of(data), allow_changed_inputs)
         was_deterministic = torch.are_deterministic_algorithms_enabled()
         checkpoint = last_checkpoint(self.folder.checkpoints_path)
         # Starts the group of processes.
@@ -156,6 +171,12 @@ class _Stage:
         trainer.accelerator.wait_for_everyone()
         # Otherwise the next model, for scoring or the next stage, would be sharded too.
         unset_hf_deepspeed_config()
+
+    def _fingerprint_of(self, data: _StageData) -> dict[str, str]:
+        name = EXAMPLES
+        if self.recipe.data.order:
+            name += f" of {self.tasks[0].name}"
+        return {name: data.examples.fingerprint}
 
     def _adapted(self, base: Any) -> Any:
         with status(f"preparing the model for {self.method.name}"):
@@ -223,7 +244,13 @@ class _Stage:
             "peak_memory_gib": peak_memory(),
         }
         folder = self.folder
-        write_json(folder.environment_path, {**folder.known_environment, "training": summary})
+        problem = None
+        if not trainer.args.load_best_model_at_end:  # else the model of an earlier step is kept
+            problem = divergence(trainer.state.log_history)
+        if problem is not None:
+            say(f"badit: {folder.path}: the training has diverged ({problem})")
+        record = {**folder.known_environment, "training": summary, **_diverged(problem)}
+        write_json(folder.environment_path, record)
         partial = folder.adapter_path.with_name("adapter.partial")
         discard(partial)
         self.method.save(model, partial, self.recipe.model.name, weights)
