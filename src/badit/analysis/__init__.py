@@ -67,30 +67,31 @@ def analyze(
     default = folder if is_run or is_comparison else "runs/analysis"
     output = Path(output or default)
     refuse_links(inside(output, output / "analysis"))
-    if is_comparison:
-        _analyze_comparison(folder, data, output)
-        return output
-
-    weights = folder
-    if is_run:
-        run = open_run(RunFolder(folder, trust_remote_code=trust_remote_code))
-        weights = run.folder.adapter_path
-    else:
-        run = _base_model_run(target, data, output)
-    tasks = _tasks(run, data)
-    prompts = [(task, _measured_instances(task, instances, run.method.trains)) for task in tasks]
-
-    settings = {
-        # Relative to the output folder, so that both can be moved together.
-        "target": os.path.relpath(folder.resolve(), output.resolve()) if is_run else target,
-        "data": data,
-        "instances": instances,
-        "weights": checksums(weights, "*safetensors*"),
-        "tasks": task_fingerprints(tasks),
-    }
-    record = Record(output, settings, with_recipe=not is_run)
-    if not record.is_complete:
-        with exclusive(output):
+    with exclusive(output):
+        if is_comparison:
+            _analyze_comparison(folder, data, output)
+            return output
+        if is_run:
+            run = open_run(RunFolder(folder, trust_remote_code=trust_remote_code))
+            # Relative to the output folder, so that both can be moved together.
+            target = os.path.relpath(folder.resolve(), output.resolve())
+            weights = run.folder.adapter_path
+        else:
+            run = _base_model_run(target, data, output)
+            weights = folder
+        tasks = _tasks(run, data)
+        settings = {
+            "target": target,
+            "data": data,
+            "instances": instances,
+            "weights": checksums(weights, "*safetensors*"),
+            "tasks": task_fingerprints(tasks),
+        }
+        prompts = [
+            (task, _measured_instances(task, instances, run.method.trains)) for task in tasks
+        ]
+        record = Record(output, settings, with_recipe=not is_run)
+        if not record.is_complete:
             _measure(record, run, prompts, progress)
     return output
 

@@ -139,11 +139,14 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise BaditError(f"{path}: is a folder; name a file")
     partial = path.with_name(path.name + ".partial")
     with explained(path, action="written"):
-        partial.unlink(missing_ok=True)
-        with partial.open("xb") as file:  # "x" does not follow links
-            file.write(data)
-        sync(partial)
-        partial.replace(path)
+        partial.unlink(missing_ok=True)  # of a killed process
+        try:
+            with partial.open("xb") as file:  # "x" does not follow links
+                file.write(data)
+            sync(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)  # after an error, such as a full disk
 
 
 def write_text(path: Path, text: str) -> None:
@@ -212,9 +215,12 @@ def copy_folder(source: Path, target: Path) -> None:
     """
     refuse_links(source)
     partial = target.with_name(target.name + ".partial")
-    remove(partial)
-    shutil.copytree(source, partial, symlinks=True)
-    replace_folder(partial, target)
+    remove(partial)  # of a killed process
+    try:
+        shutil.copytree(source, partial, symlinks=True)
+        replace_folder(partial, target)
+    finally:
+        remove(partial)  # after an error, such as a full disk
 
 
 def refuse_links(folder: Path) -> None:
