@@ -1,6 +1,7 @@
 """Comparisons from recipe to results.json and table: search, failures, task sequences."""
 
 import json
+import shutil
 from pathlib import Path
 from statistics import fmean
 from unittest.mock import Mock
@@ -113,10 +114,23 @@ def test_each_method_uses_its_best_rate_and_results_match_the_runs(searched):
     assert summary["trainable_parameters"].to_dict() == results["trainable_parameters"]
 
 
+def remove_runs(output):
+    """Removes everything in a comparison's folder but results.json."""
+    for path in Path(output).iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
 def test_finished_comparison_is_reused_and_other_recipes_are_refused(searched, monkeypatch):
     monkeypatch.setattr(compare_module, "start_cell", None)  # no cell is started
     values, results, _ = searched
     assert compared(values) == results
+    moved = Path(values["output"] + "-runs")
+    shutil.copytree(values["output"], moved)
+    remove_runs(values["output"])
+    assert compared(values) == results, "continued from results.json alone"
+    shutil.rmtree(values["output"])
+    moved.rename(values["output"])
     with pytest.raises(
         BaditError, match=r"holds a run of another recipe .it differs in training\.max_steps"
     ):
@@ -223,6 +237,17 @@ def test_search_with_other_settings_has_its_own_folder(values, inline):
     )
 
 
+def assert_continues_without_runs(values, results):
+    remove_runs(values["output"])
+    *cells, single = compared(values)["cells"]
+    assert cells == results["cells"][:-1]
+    training = results["cells"][-1]["environment"]["training"]
+    assert single["environment"]["training"] == pytest.approx(training, abs=0.1)
+    values["compare"]["single_task"] = []
+    remove_runs(values["output"])
+    refuses("add it to compare.single_task", compared, values)
+
+
 def test_sequential_comparison_with_two_orders_and_single_task_models(values, inline, monkeypatch):
     orders = [["rivers", "cities"], ["cities", "rivers"]]
     values["compare"] |= {
@@ -284,6 +309,9 @@ def test_sequential_comparison_with_two_orders_and_single_task_models(values, in
     assert summary["runs"].tolist() == [2, 1, 1]
     assert summary["forward_transfer_mean"].notna().tolist() == [True, False, False]
 
+    monkeypatch.setattr(compare_module, "start_cell", None)  # no cell is started
+    assert_continues_without_runs(values, results)
+
 
 def test_invalid_comparisons_are_refused_before_any_cell_starts(values, monkeypatch):
     monkeypatch.setattr(compare_module, "start_cell", None)  # no cell is started
@@ -305,7 +333,7 @@ def test_invalid_comparisons_are_refused_before_any_cell_starts(values, monkeypa
         Path(values["output"]), comparison(results_cell("lora", 0, scores), methods=["lora"])
     )
     refuses(
-        "results.json: has results without their runs; choose another output=FOLDER",
+        r"results\.json: cannot be read or written .*config.*; move the file, to begin anew",
         compared,
         values,
     )

@@ -1,10 +1,8 @@
 """Checks of a comparison before its first run."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from badit.comparison.grid import Cell, Grid, of_key
-from badit.comparison.results import RESULTS, SINGLE_TASK, load_results
 from badit.data import ordered
 from badit.runs.fingerprints import keep_inputs, task_fingerprints
 from badit.runs.folder import RunFolder
@@ -22,7 +20,7 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     BaditError if the comparison cannot run.
     """
     section = grid.section
-    _refuse_other_output(grid)
+    _refuse_run_as_output(grid)
     start_rate = grid.start_rates[section.reference]
     reference = grid.run_of(grid.chosen(section.reference, start_rate)[0])
     if section.learning_rates is not None:
@@ -42,20 +40,11 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     return tasks, counts
 
 
-def _refuse_other_output(grid: Grid) -> None:
+def _refuse_run_as_output(grid: Grid) -> None:
     output = grid.recipe.output
     if RunFolder.at(output).config_path.is_file():
         fix = "choose another output=FOLDER for the comparison"
         raise BaditError(f"{output}: contains a run; {fix}")
-    file = Path(output) / RESULTS
-    if not file.is_file():
-        return
-    finished = load_results(output).cells.query("status == 'done'")
-    methods = finished["method"].str.removesuffix(SINGLE_TASK)
-    # They would be replaced by results of the new runs only.
-    if len(methods) and not any((Path(output) / name).is_dir() for name in methods):
-        fix = "choose another output=FOLDER, or move the file"
-        raise BaditError(f"{file}: has results without their runs; {fix}")
 
 
 def _refuse_equal_orders(grid: Grid, reference: ResolvedRun) -> None:

@@ -19,7 +19,8 @@ from badit.comparison.checks import check
 from badit.comparison.entries import results_content, validation_loss
 from badit.comparison.grid import Cell, Grid
 from badit.comparison.rates import find_rate
-from badit.comparison.results import RESULTS, Results, load_results
+from badit.comparison.restoring import restore_runs
+from badit.comparison.results import RESULTS, Results, load_results, write_results
 from badit.comparison.worker import error_of, progress_of, start_cell
 from badit.metrics.answers import METRICS
 from badit.models import device, warn_of_slow_dtype
@@ -27,7 +28,7 @@ from badit.recipe.loading import make_recipe
 from badit.recipe.schema import RecipeLike
 from badit.support.console import say, status
 from badit.support.errors import BaditError
-from badit.support.files import exclusive, write_json
+from badit.support.files import exclusive
 
 Task = Callable[[], "list[Task] | None"]  # what a thread does; a search returns further tasks
 
@@ -60,6 +61,7 @@ def compare(
     output = Path(grid.recipe.output)
     with exclusive(output):
         with status("checking data and methods"):
+            restore_runs(grid)
             comparison = _Comparison(grid, jobs, say if progress else _say_nothing)
         # Those of the cells go to their log files.
         warn_of_slow_dtype(grid.recipe.model.dtype, device())
@@ -135,7 +137,7 @@ class _Comparison:
         """Writes results.json with the runs that are finished so far."""
         with self._lock:
             content = results_content(self._grid, self._rates, self._tasks, self._counts)
-            write_json(Path(self._grid.recipe.output) / RESULTS, content)
+            write_results(Path(self._grid.recipe.output) / RESULTS, content)
 
     def _stop(self, how: signal.Signals) -> None:
         with self._lock:
