@@ -3,11 +3,11 @@
     python benchmarks/compact.py runs/mine benchmarks/results/mine
     python benchmarks/compact.py runs/mine benchmarks/results/mine --files 'lora/*/metrics.jsonl'
 
-The file is a results.json as `badit compare` writes it: one line per run, with its recipe, versions,
-machine and the scores of every instance, which are rounded. Runs that the comparison's own file does
-not have are added: to its cells if they are scored, otherwise, with their losses on held-out
-instances, to ``trials``. ``--files`` adds the logs and tables that a page cites; its patterns are
-relative to the comparison's folder.
+The file is a results.json as `badit compare` writes it: one line per run, with its recipe,
+versions, machine and the scores of every instance, which are rounded. Runs that the comparison's
+own file does not have are added: to its cells if they are scored, otherwise, with their losses on
+held-out instances, to ``trials``. ``--files`` adds the logs and tables that a page cites; its
+patterns are relative to the comparison's folder.
 """
 
 import argparse

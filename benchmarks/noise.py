@@ -2,8 +2,8 @@
 """noise.py [RESULTS [METRIC]]: what the difference between a method and the reference depends on.
 
 Prints the mean paired difference and its standard errors: by the choice of seeds, by the choice of
-test instances, and by single scores (the part that neither a seed nor an instance explains), from an
-analysis of variance per task. `all` is the root of the sum of their squares. `bootstrap` is the
+test instances, and by single scores (the part that neither a seed nor an instance explains), from
+an analysis of variance per task. `all` is the root of the sum of their squares. `bootstrap` is the
 standard error that the pigeonhole bootstrap of `badit table` expects. It counts single scores three
 times (Owen 2007, doi:10.1214/07-AOAS122), so its intervals are too wide. `t interval` is the paired
 95 % t interval over the seeds, for these test instances.
@@ -28,7 +28,7 @@ def by_run(tasks_SN: list[np.ndarray]) -> np.ndarray:
 
 
 def components(tasks_SN: list[np.ndarray]) -> dict[str, float]:
-    """Returns the mean over tasks of differences (S seeds, N instances), and its standard errors."""
+    """Returns the mean over tasks of differences (S seeds, N instances) and its standard errors."""
     runs = len(tasks_SN[0])
     by_seed = by_run(tasks_SN).var(ddof=1) / runs
     by_instance = 0.0

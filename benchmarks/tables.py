@@ -3,8 +3,8 @@
 
 Such a table is between two comments. The first one names the results file and the options of `badit
 table`, or of `noise.py` in a comment that begins with `noise:`. Two options are of this script:
-`methods=NAME,NAME` keeps these methods and their single-task runs, and `times=no` omits the times and
-the memory, for runs on several machines.
+`methods=NAME,NAME` keeps these methods and their single-task runs, and `times=no` omits the times
+and the memory, for runs on several machines.
 """
 
 import re

@@ -26,7 +26,7 @@ import torch
 from model import RigModel
 from options import parsed
 from peft.optimizers import create_riemannian_optimizer
-from runs import RESULTS
+from results import RESULTS
 from tasks import Example, load_examples, number, task_folders
 from torch import nn
 from transformers import AutoTokenizer
