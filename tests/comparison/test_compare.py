@@ -114,23 +114,10 @@ def test_each_method_uses_its_best_rate_and_results_match_the_runs(searched):
     assert summary["trainable_parameters"].to_dict() == results["trainable_parameters"]
 
 
-def remove_runs(output):
-    """Removes everything in a comparison's folder but results.json."""
-    for path in Path(output).iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-
-
 def test_finished_comparison_is_reused_and_other_recipes_are_refused(searched, monkeypatch):
     monkeypatch.setattr(compare_module, "start_cell", None)  # no cell is started
     values, results, _ = searched
     assert compared(values) == results
-    moved = Path(values["output"] + "-runs")
-    shutil.copytree(values["output"], moved)
-    remove_runs(values["output"])
-    assert compared(values) == results, "continued from results.json alone"
-    shutil.rmtree(values["output"])
-    moved.rename(values["output"])
     with pytest.raises(
         BaditError, match=r"holds a run of another recipe .it differs in training\.max_steps"
     ):
@@ -237,17 +224,6 @@ def test_search_with_other_settings_has_its_own_folder(values, inline):
     )
 
 
-def assert_continues_without_runs(values, results):
-    remove_runs(values["output"])
-    *cells, single = compared(values)["cells"]
-    assert cells == results["cells"][:-1]
-    training = results["cells"][-1]["environment"]["training"]
-    assert single["environment"]["training"] == pytest.approx(training, abs=0.1)
-    values["compare"]["single_task"] = []
-    remove_runs(values["output"])
-    refuses("add it to compare.single_task", compared, values)
-
-
 def test_sequential_comparison_with_two_orders_and_single_task_models(values, inline, monkeypatch):
     orders = [["rivers", "cities"], ["cities", "rivers"]]
     values["compare"] |= {
@@ -309,9 +285,6 @@ def test_sequential_comparison_with_two_orders_and_single_task_models(values, in
     assert summary["runs"].tolist() == [2, 1, 1]
     assert summary["forward_transfer_mean"].notna().tolist() == [True, False, False]
 
-    monkeypatch.setattr(compare_module, "start_cell", None)  # no cell is started
-    assert_continues_without_runs(values, results)
-
 
 def test_invalid_comparisons_are_refused_before_any_cell_starts(values, monkeypatch):
     monkeypatch.setattr(compare_module, "start_cell", None)  # no cell is started
@@ -333,10 +306,24 @@ def test_invalid_comparisons_are_refused_before_any_cell_starts(values, monkeypa
         Path(values["output"]), comparison(results_cell("lora", 0, scores), methods=["lora"])
     )
     refuses(
-        r"results\.json: cannot be read or written .*config.*; move the file, to begin anew",
+        "results.json: has results without their runs; choose another output=FOLDER",
         compared,
         values,
     )
+
+
+@pytest.mark.usefixtures("inline")
+def test_finished_cells_of_results_without_their_runs_are_not_run_again(values, monkeypatch):
+    values["compare"]["learning_rates"] = [0.001, 0.01]
+    first = compared(values)
+    output = Path(values["output"])
+    for name in values["compare"]["methods"]:
+        shutil.rmtree(output / name)
+    monkeypatch.setattr(compare_module, "start_cell", None)  # no cell is started
+    assert compared(values) == first
+    other = {**values, "training": values["training"] | {"max_steps": 3}}
+    message = r"results\.json: .* was made with another recipe \(it differs in training\.max_steps"
+    refuses(message, compared, other)
 
 
 @pytest.mark.usefixtures("inline")

@@ -1,4 +1,6 @@
-"""Decoding compared with a naive loop: batches, end tokens, adapters, streaming; and scores of answers."""
+"""Decoding compared with a naive loop: batches, end tokens, adapters, streaming; and scores of
+answers.
+"""
 
 import itertools
 from functools import partial
@@ -139,7 +141,7 @@ def ending(model, free):
 def test_finished_rows_are_removed_from_the_batch(
     ending, tokenizer, prompts, free, routing, monkeypatch
 ):
-    """A row ends at an end token of model or tokenizer; the remaining rows keep their own mixtures."""
+    """A row ends at an end token of model or tokenizer; the others keep their own mixtures."""
     model, expected = (
         ending,
         [words(until({1, *ending.generation_config.eos_token_id}, tokens)) for tokens in free],
@@ -344,7 +346,9 @@ def test_invalid_predictions_and_unknown_splits_are_refused(tmp_path):
 
 
 def word_tokenizer(start, **special):
-    """Returns a tokenizer of 128 words, `w0` to `w127`; special tokens replace those before `start`."""
+    """Returns a tokenizer of 128 words, `w0` to `w127`; special tokens replace those before
+    `start`.
+    """
     vocabulary = [*special.values(), *(f"w{i}" for i in range(start, 128))]
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="w127"))
     backend.pre_tokenizer = Whitespace()
@@ -374,7 +378,7 @@ def prompts():
 
 @pytest.fixture
 def free(model, prompts):
-    """Greedy continuations of the prompts, without cache and padding; end tokens do not stop them."""
+    """Greedy continuations of the prompts, without cache, padding and end tokens."""
     ids = [torch.tensor([prompt]) for prompt in prompts]
     return [
         greedy_by_hand(model, each, torch.ones_like(each), 12)[0, each.shape[1] :].tolist()

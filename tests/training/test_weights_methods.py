@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -169,9 +170,9 @@ def test_lora_pcgrad_and_cagrad_train_different_adapters(recipe_values, tmp_path
     assert len({tuple(adapter.tolist()) for adapter in adapters}) == 3
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The following .*_pattern keys:RuntimeWarning"
-)  # PEFT's, of its own patterns
+@pytest.mark.skipif(peft.__version__ < "0.20", reason="PEFT 0.19 cannot load such a LoRA")
+# A warning of PEFT about its own patterns.
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
 @pytest.mark.parametrize(
     "options",
     [

@@ -12,7 +12,6 @@ Shape suffixes: N = components, I/O = in/out features.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, product
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -84,7 +83,7 @@ def expert_angles(run: RunFolder, held_out: Angles | None = None) -> pd.DataFram
     """Returns the angles that the run logged, and those of the trained adapter if given."""
     rows = []
     with explained(run.regroupings_path, fix=_FIX, any_error=True):
-        for place, line in _logged(run, run.regroupings_path):
+        for place, line in _regroupings(run):
             for measured, prefix in (("before", "previous_"), ("after", "")):
                 # An angle is missing if no step followed the regrouping, and null if there was no
                 # pair.
@@ -107,7 +106,7 @@ def component_flow(run: RunFolder) -> pd.DataFrame:
     """Returns how many components each regrouping moved between experts, and how many stayed."""
     rows = []
     with explained(run.regroupings_path, fix=_FIX, any_error=True):
-        for place, line in _logged(run, run.regroupings_path):
+        for place, line in _regroupings(run):
             moves = Counter(zip(line["previous_labels"], line["labels"], strict=True))
             rows += [(*place, *move, count) for move, count in sorted(moves.items())]
         return COMPONENT_FLOW.checked(
@@ -117,9 +116,9 @@ def component_flow(run: RunFolder) -> pd.DataFrame:
         )
 
 
-def _logged(run: RunFolder, path: Path) -> Iterator[tuple[tuple[Any, int, str], dict[str, Any]]]:
-    """Yields the lines of a log, each with its step, layer and module."""
-    for line in run.log(path):
+def _regroupings(run: RunFolder) -> Iterator[tuple[tuple[Any, int, str], dict[str, Any]]]:
+    """Yields the lines of the log, each with its step, layer and module."""
+    for line in run.log(run.regroupings_path):
         module, _, _ = line["module"].rpartition(".")  # without the adapter's name
         yield (line["step"], *layer_and_module(module)), line
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from badit.comparison.finished import FinishedCells
 from badit.comparison.grid import Cell, Grid, of_key
 from badit.data import ordered
 from badit.runs.fingerprints import keep_inputs, task_fingerprints
@@ -20,7 +21,7 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     BaditError if the comparison cannot run.
     """
     section = grid.section
-    _refuse_run_as_output(grid)
+    _refuse_other_output(grid)
     start_rate = grid.start_rates[section.reference]
     reference = grid.run_of(grid.chosen(section.reference, start_rate)[0])
     if section.learning_rates is not None:
@@ -40,7 +41,7 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     return tasks, counts
 
 
-def _refuse_run_as_output(grid: Grid) -> None:
+def _refuse_other_output(grid: Grid) -> None:
     output = grid.recipe.output
     if RunFolder.at(output).config_path.is_file():
         fix = "choose another output=FOLDER for the comparison"
@@ -82,8 +83,12 @@ def _refuse_other_budget(grid: Grid, counts: Mapping[str, int]) -> None:
 def _refuse_changed_runs(grid: Grid, tasks: list[str]) -> None:
     """Raises BaditError for runs in the folder that were made with other recipes or other data."""
     fingerprints: dict[str, dict[str, str]] = {}
-    for cell in _all_cells(grid, tasks):
+    finished = FinishedCells(grid)
+    cells = _all_cells(grid, tasks)
+    finished.refuse_others(cells)
+    for cell in cells:
         if not grid.folder_of(cell).config_path.is_file():
+            finished.entry(cell)  # refuses results of another recipe
             continue
         run = grid.run_of(cell)
         run.prepare_folder()

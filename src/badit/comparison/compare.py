@@ -17,9 +17,9 @@ import torch
 
 from badit.comparison.checks import check
 from badit.comparison.entries import results_content, validation_loss
+from badit.comparison.finished import FinishedCells
 from badit.comparison.grid import Cell, Grid
 from badit.comparison.rates import find_rate
-from badit.comparison.restoring import restore_runs
 from badit.comparison.results import RESULTS, Results, load_results, write_results
 from badit.comparison.worker import error_of, progress_of, start_cell
 from badit.metrics.answers import METRICS
@@ -61,7 +61,6 @@ def compare(
     output = Path(grid.recipe.output)
     with exclusive(output):
         with status("checking data and methods"):
-            restore_runs(grid)
             comparison = _Comparison(grid, jobs, say if progress else _say_nothing)
         # Those of the cells go to their log files.
         warn_of_slow_dtype(grid.recipe.model.dtype, device())
@@ -87,6 +86,7 @@ class _Comparison:
         self._jobs = jobs
         self._report = report
         self._tasks, self._counts = check(grid)
+        self._finished = FinishedCells(grid)
         self._rates: dict[str, float | None] = {}  # of the methods whose search has ended
         # The cell and the GPU of each process.
         self._running: dict[Popen[bytes], tuple[Cell, int | None]] = {}
@@ -136,7 +136,9 @@ class _Comparison:
     def save(self) -> None:
         """Writes results.json with the runs that are finished so far."""
         with self._lock:
-            content = results_content(self._grid, self._rates, self._tasks, self._counts)
+            content = results_content(
+                self._grid, self._finished, self._rates, self._tasks, self._counts
+            )
             write_results(Path(self._grid.recipe.output) / RESULTS, content)
 
     def _stop(self, how: signal.Signals) -> None:
@@ -163,6 +165,9 @@ class _Comparison:
 
         def loss_of(rate: float) -> float:
             cell = self._grid.searched(name, rate)
+            finished_loss = self._finished.validation_loss(cell)
+            if finished_loss is not None:
+                return finished_loss
             if run:
                 self._run_cell(cell, score=False)
             loss = validation_loss(self._grid.folder_of(cell))
@@ -174,6 +179,8 @@ class _Comparison:
 
     def _run_cell(self, cell: Cell, *, score: bool) -> None:
         """Runs a cell unless it is done. Its error, if any, is written to its folder."""
+        if self._finished.entry(cell) is not None:
+            return
         run = self._grid.run_of(cell)
         run.prepare_folder()
         result = run.folder.instances_path if score else run.folder.validation_path

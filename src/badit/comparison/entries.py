@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from badit.comparison.finished import FinishedCells
 from badit.comparison.grid import Cell, Grid, order_name
 from badit.comparison.results import FORMAT, SINGLE_TASK
 from badit.metrics.answers import mean_scores
@@ -17,12 +18,17 @@ from badit.training.fit import joint_training
 
 
 def results_content(
-    grid: Grid, rates: Mapping[str, float | None], tasks: Sequence[str], counts: Mapping[str, int]
+    grid: Grid,
+    finished: FinishedCells,
+    rates: Mapping[str, float | None],
+    tasks: Sequence[str],
+    counts: Mapping[str, int],
 ) -> dict[str, Any]:
     """Returns the results of the runs that are finished so far.
 
-    ``rates`` has the chosen learning rate of each method whose search has ended, ``tasks`` the
-    names of all tasks, ``counts`` the trainable parameters of each method.
+    ``finished`` has those whose folders are gone, ``rates`` the chosen learning rate of each method
+    whose search has ended, ``tasks`` the names of all tasks, ``counts`` the trainable parameters of
+    each method.
     """
     section = grid.section
     entries = []
@@ -30,14 +36,21 @@ def results_content(
         # The cells at the chosen learning rate, done or not, then the others of the search.
         chosen = grid.chosen(method, rates[method]) if method in rates else []
         searched = [grid.searched(method, rate) for rate in section.learning_rates or ()]
-        entries += [run_entry(grid, cell, selected=True) for cell in chosen]
+        entries += [finished.entry(cell) or run_entry(grid, cell, selected=True) for cell in chosen]
         for cell in searched:
-            if cell not in chosen and grid.folder_of(cell).path.is_dir():
-                entries.append(run_entry(grid, cell, selected=False))
+            if cell in chosen:
+                continue
+            entry = finished.entry(cell, selected=False)
+            if entry is None and grid.folder_of(cell).path.is_dir():
+                entry = run_entry(grid, cell, selected=False)
+            if entry is not None:
+                entries.append(entry)
     alone = [method for method in section.single_task if rates.get(method) is not None]
     for method in alone:
         for seed in grid.seeds_of(method):
-            entries.append(single_task_entry(grid, Cell(method, rates[method], seed), tasks))
+            cell = Cell(method, rates[method], seed)
+            entry = finished.entry(replace(cell, task=tasks[0]))
+            entries.append(entry or single_task_entry(grid, cell, tasks))
     return {
         "format": FORMAT,
         "protocol": "mixed" if section.orders is None else "sequential",

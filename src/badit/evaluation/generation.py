@@ -26,7 +26,7 @@ from badit.tuner.prompt import cache_of, select_rows
 _IGNORE_PADDING_MASK = {"rwkv", "recurrent_gemma", "xlstm", "minimax"}
 
 
-def generate_answers(
+def generate_answers(  # noqa: PLR0913 (documented options)
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],

@@ -125,11 +125,11 @@ def resolve_model(name: str | Path) -> str:
     if os.path.isdir(folder):  # False if the name is too long
         # transformers would add the adapter to the model in the folder.
         if (folder / "adapter_config.json").exists():
-            problem = "has an adapter; name the base model, without an adapter"
-            raise BaditError(f"model {name}: the folder {problem}")
+            problem = "the folder has an adapter; name the base model, without an adapter"
+            raise BaditError(f"model {name}: {problem}")
         if not (folder / "config.json").is_file():
-            problem = "has no config.json; save it with save_pretrained"
-            raise BaditError(f"model {name}: the folder {problem}")
+            problem = "the folder has no config.json; save it with save_pretrained"
+            raise BaditError(f"model {name}: {problem}")
         return str(folder)
     if isinstance(name, str) and HUB_ID.fullmatch(name) and not name.startswith("."):
         return name

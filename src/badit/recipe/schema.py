@@ -58,7 +58,8 @@ class ModelSection(Section):
     )
     dtype: Dtype = Field(
         "fast",
-        description="of the base weights; fast: bfloat16, or float32 on CPUs where it is slow; auto: as saved",
+        description="of the base weights; fast: bfloat16, or float32 on CPUs where it is slow; "
+        "auto: as saved",
     )
     quantisation: Quantisation | None = Field(
         None, description="of the base weights (needs badit[quantised])"

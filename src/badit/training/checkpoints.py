@@ -175,7 +175,7 @@ class Checkpoints(TrainerCallback):
         """The time of the training, with its earlier parts up to the resumed checkpoints."""
         return time.monotonic() - self._began
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args, state, control, **kwargs):
         if not state.global_step:
             return
         sums = read_json(resumed_checkpoint(args, state) / _SUMS)
@@ -185,12 +185,12 @@ class Checkpoints(TrainerCallback):
         self._trainer._globalstep_last_logged = sums["last_logged_step"]
         self._trainer.skipped_steps = sums["skipped_steps"]
         self._set_best(state, sums["best"])
+        saved: Any = state.stateful_callbacks
         for callback in self._trainer.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
-                saved = state.stateful_callbacks["EarlyStoppingCallback"]
-                vars(callback).update(saved["attributes"])
+                vars(callback).update(saved["EarlyStoppingCallback"]["attributes"])
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args, state, control, **kwargs):
         accelerator = self._trainer.accelerator
         # The log has the mean over the ranks, so every rank resumes with this mean.
         mean_loss = accelerator.reduce(self._trainer._tr_loss, reduction="mean")
@@ -246,7 +246,7 @@ class Checkpoints(TrainerCallback):
             os.write(2, b"\nbadit: finishing the step and saving; press Ctrl-C again to stop now\n")
         self._asked = True
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs):
         self._stopping = any_of_all(self._asked)
         control.should_save |= self._stopping
 

@@ -36,11 +36,11 @@ class MetricsLog(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self._log = path
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             rewind_log(self._log, state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_log(self, args, state, control, **kwargs):
         logs = kwargs["logs"]
         if state.is_world_process_zero and logs.keys() & _LOSSES:
             append_to_log(self._log, {"step": state.global_step, **_metrics(logs)})
@@ -63,7 +63,7 @@ def _metrics(logs: Mapping[str, float]) -> dict[str, float | None]:
 class ProgressBar(ProgressCallback):
     """The Trainer's progress bar, which starts at the resumed step and shows the latest losses."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args, state, control, **kwargs):
         self._losses: dict[str, str] = {}
         self.current_step = state.global_step
         if state.is_world_process_zero:
@@ -75,7 +75,7 @@ class ProgressBar(ProgressCallback):
                 initial=state.global_step,
             )
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, args, state, control, logs: Any = None, **kwargs):
         for name in ("loss", "eval_loss"):
             if name in logs:
                 self._losses[name] = f"{logs[name]:.3f}"

@@ -12,7 +12,6 @@ these experts' mean gates.
 The angles between experts (paper, Fig. 4) are logged with the regroupings.
 """
 
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -261,7 +260,7 @@ class RegroupCallback(TrainerCallback):
         self.regrouper: Any = None  # set when training begins
         self._taken: dict[str, float] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state, control, **kwargs):
         model = kwargs["model"]
         _refuse_cut_examples(args, model)
         self.regrouper = Regrouper(
@@ -277,20 +276,20 @@ class RegroupCallback(TrainerCallback):
             self.regrouper.steps = state.global_step
         self.regrouper.open_log()
 
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, *args, **kwargs):
         self.regrouper.after_backward()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, *args, **kwargs):
         self.regrouper.step()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args, state, control, **kwargs):
         path = checkpoint_being_written(args, state) / STATE_FILE
         self.regrouper.windows.save(path, write=args.should_save)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args, state, control, **kwargs):
         self.regrouper.finish()
-        first_due = next(iter(self.regrouper.due), math.inf)
-        if state.global_step < first_due and state.is_world_process_zero:
+        has_regrouped = any(step <= state.global_step for step in self.regrouper.due)
+        if not has_regrouped and state.is_world_process_zero:
             say(f"badit: 0 regroupings in {state.global_step} steps: lower regroup.every")
 
     def take_metrics(self) -> dict[str, float]:

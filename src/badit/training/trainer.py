@@ -276,7 +276,7 @@ class _StepCallback(TrainerCallback):
     def __init__(self, trainer: AnswerTrainer) -> None:
         self._trainer = trainer
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
         model = kwargs["model"]
         micro_batches = self._trainer.micro_batches
         self._trainer.micro_batches = []
@@ -291,10 +291,10 @@ class _StepCallback(TrainerCallback):
                 parameter.grad = None  # optimizers skip parameters without a gradient
         hooks_of(model).before_update()
 
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(self, *args, **kwargs):
         hooks_of(kwargs["model"]).after_update()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs):
         is_last_step = state.global_step >= state.max_steps
         # Evaluate an epoch in its last step, so that a checkpoint of this step includes the
         # evaluation.
@@ -306,7 +306,7 @@ class _StepCallback(TrainerCallback):
         control.should_log |= control.should_evaluate or is_last_step
         control.should_save |= control.should_evaluate and args.load_best_model_at_end
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(self, args, state, control, **kwargs):
         control.should_evaluate = False  # already done in the last step
 
     def _count_skipped_step(

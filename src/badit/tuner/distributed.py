@@ -211,6 +211,8 @@ def rank_and_size() -> tuple[int, int]:
 
 def any_of_all(flag: bool) -> bool:
     """Returns whether the flag is true on any rank."""
+    if rank_and_size()[1] == 1:
+        return flag
     return bool(gathered(torch.tensor(flag)).any())
 
 
