@@ -200,7 +200,7 @@ def test_failed_rates_are_not_selected_and_interruption_keeps_finished_cells(
     assert [(cell["seed"], cell["status"]) for cell in chosen] == [(0, "done"), (1, "missing")]
 
 
-def test_search_with_other_settings_has_its_own_folder(values, inline):
+def test_search_with_other_settings_has_its_own_folder(values, inline, monkeypatch):
     search = {"data": {"train_per_task": 4}, "training": {"max_steps": 1}}
     values["compare"] |= {"learning_rates": [0.01, 0.02], "search": search, "methods": LORA}
     results, output = compared(values), Path(values["output"])
@@ -213,6 +213,11 @@ def test_search_with_other_settings_has_its_own_folder(values, inline):
     assert sum(not cell["selected"] for cell in results["cells"]) == 2
     assert compared(values) == results
     assert len(inline) == 2 + 1, "two rates in the search, and one final training"
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_module, "start_cell", None)  # no cell is started
+        (output / "lora").rename(output.with_name("runs"))
+        assert compared(values) == results, "continued from results.json alone"
+        output.with_name("runs").rename(output / "lora")
     del values["compare"]["learning_rates"]
     unsearched = {**values, "output": values["output"] + "-unsearched"}
     assert compared(unsearched)["cells"] == compared(unsearched)["cells"], (

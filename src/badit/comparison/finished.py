@@ -87,4 +87,6 @@ class FinishedCells:
 def _key(cell: Cell, selected: bool) -> Key:
     method = cell.method if cell.task is None else cell.method + SINGLE_TASK
     order = None if cell.order is None else order_name(cell.order)
-    return method, cell.seed, order, cell.learning_rate, selected
+    # A run of the search with compare.search is a trial only.
+    is_final = selected and not cell.is_search
+    return method, cell.seed, order, cell.learning_rate, is_final

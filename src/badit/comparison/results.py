@@ -174,6 +174,7 @@ def _final_cells(file: Path, contents: _File) -> dict[tuple[Any, ...], Any]:
         if cell.status != "done" or not cell.selected:
             continue
         run = (cell.method, cell.seed, cell.order)
+        # Pairs of runs are found by method, seed and order.
         if run in final:
             problem = "has the method, seed and order of another cell; select only one of them"
             raise BaditError(f"{place}: {problem}")
@@ -182,6 +183,7 @@ def _final_cells(file: Path, contents: _File) -> dict[tuple[Any, ...], Any]:
         sizes = {}
         if cell.scores is not None:
             sizes = {task: means.instances for task, means in cell.scores.tasks.items()}
+        # Means over tasks and paired differences need the same instances in every run.
         expected_sizes = expected_sizes or sizes
         if not sizes or sizes != expected_sizes:
             problem = "must have the tasks and numbers of instances of the other cells"
@@ -282,6 +284,7 @@ def _listed(learning_rates: pd.Series) -> str | None:
 
 def _spreads(results: Results, form: Form) -> dict[str, pd.Series]:
     """Returns the mean and the standard deviation over runs of each metric, by method."""
+    # A missing seed or order is a run too. fmean sums exactly, so the order of rows has no effect.
     groups = results.scores.groupby([*_RUN, "metric"], sort=False, dropna=False)
     by_run = groups["score"].agg(fmean).reset_index().set_index("method")
     transfers = results.continual.query("form == @form").set_index("method")
@@ -331,6 +334,7 @@ def paired(frame: pd.DataFrame, method: str, other: str) -> pd.DataFrame:
     A run without a seed (or order) is paired with the runs of every seed (or order) of the other
     method. The other method's columns are named ``seed_other``, ``order_other``, ``score_other``.
     """
+    # Frames of scores have no column for instances.
     shared = [column for column in ("task", "metric", "instance", "n") if column in frame]
     of_method = frame.query("method == @method")
     of_other = frame.query("method == @other").drop(columns="method")
