@@ -301,7 +301,9 @@ def _spreads(results: Results, form: Form) -> dict[str, pd.Series]:
 
 
 def _deviation(values: pd.Series) -> float | None:
-    return stdev(values) if len(values) > 1 else None
+    if len(values) > 1:
+        return stdev(values)
+    return None
 
 
 def _differences(results: Results, metric: str) -> dict[str, Any]:
