@@ -156,8 +156,8 @@ def continual_scores(
         best.append(max(0.0 if math.isnan(score) else score for score in column))
     forgetting = fmean(best[j] - final[j] for j in earlier_tasks)
     backward = math.fsum(final[j] - scores[j][j] for j in earlier_tasks)
-    divisor = len(tasks) if released else len(earlier_tasks)
-    return ContinualScores(average, forgetting, backward / divisor, forward_transfer)
+    counted_tasks = tasks if released else earlier_tasks
+    return ContinualScores(average, forgetting, backward / len(counted_tasks), forward_transfer)
 
 
 def _refuse_incomplete(
