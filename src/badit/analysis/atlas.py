@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from badit.analysis.experts import Experts, active_experts, changed_gates
+from badit.analysis.experts import AdaptedLayer, active_experts, changed_gates
 from badit.analysis.gates import PromptGates, gates_frame
 from badit.analysis.tables import INDEX, TEXT, Column, Table
 from badit.data import Instance, Task
@@ -179,7 +179,7 @@ def expert_losses(
     for batches_of_task in tasks:
         sums_P, counts_P = prompt_losses(model, batches_of_task)
         sums = [sums_P]
-        for expert in range(experts[0].number):
+        for expert in range(experts[0].num_experts):
             with changed_gates(experts, partial(_without, expert)):
                 sums.append(prompt_losses(model, batches_of_task)[0])
         sums_SP = np.stack(sums)
@@ -197,7 +197,7 @@ def expert_losses(
     return np.stack(losses), np.stack(errors)
 
 
-def _without(expert: int, layer: Experts, gates: torch.Tensor) -> torch.Tensor:
+def _without(expert: int, layer: AdaptedLayer, gates: torch.Tensor) -> torch.Tensor:
     """Returns the gates (..., K) of a layer with that of one expert set to 0."""
     gates = gates.clone()
     gates[..., expert] = 0.0

@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import send_to_device
 from peft import PeftModel
 
-from badit.analysis.experts import Experts, active_experts, adapted_layers, changed_gates
+from badit.analysis.experts import AdaptedLayer, active_experts, adapted_layers, changed_gates
 from badit.analysis.tables import Table, layer_and_module, span
 from badit.data import AnswerCollator, Task, batches_by_task
 from badit.method import prompt_mean
@@ -74,7 +74,7 @@ def prompt_gates(model: Any, batches: TaskBatches) -> PromptGates:
         gates = _gates_of_prompts(model, layers, batches_of_task)
         gates_PMK = torch.stack([*gates.values()], dim=1)
         by_task[task] = (gates_PMK / gates_PMK.mean(dim=-1, keepdim=True)).numpy()
-    return PromptGates([layer_and_module(experts.layer.name) for experts in layers], by_task)
+    return PromptGates([layer_and_module(adapted.layer.name) for adapted in layers], by_task)
 
 
 def mean_gates(model: Any, batches: Iterable[Any]) -> Gates:
@@ -85,17 +85,17 @@ def mean_gates(model: Any, batches: Iterable[Any]) -> Gates:
 
 @torch.no_grad()
 def _gates_of_prompts(
-    model: Any, layers: Sequence[Experts], batches: Iterable[Any]
+    model: Any, layers: Sequence[AdaptedLayer], batches: Iterable[Any]
 ) -> dict[str, torch.Tensor]:
     """Returns the gates (P, K) of each layer by its name, on the CPU.
 
     They are means over each prompt's positions.
     """
-    gates_of_batches: dict[str, list[torch.Tensor]] = {experts.layer.name: [] for experts in layers}
+    gates_of_batches: dict[str, list[torch.Tensor]] = {adapted.layer.name: [] for adapted in layers}
     prompt_BT = torch.empty(0)  # prompt mask of the current batch
 
-    def record(experts: Experts, gates: torch.Tensor) -> torch.Tensor:
-        name = experts.layer.name
+    def record(adapted: AdaptedLayer, gates: torch.Tensor) -> torch.Tensor:
+        name = adapted.layer.name
         # OPT flattens batch and positions into one dimension before its MLP.
         by_row = gates.unflatten(0, prompt_BT.shape) if gates.ndim == 2 else gates
         if by_row.shape[1] not in (1, prompt_BT.shape[1]):
@@ -189,11 +189,11 @@ def read_gates(path: Path, model: PeftModel) -> Gates:
 
 
 def _checked_gates(content: Mapping[str, Any], path: Path, model: PeftModel) -> Gates:
-    # Not Experts.number: a method with a branch for each task has one expert, and a gate for each
+    # Not num_experts: a method with a branch for each task has one expert, and a gate for each
     # branch.
     numbers = {
-        experts.layer.name: int(experts.layer.expert_of(experts.adapter).max()) + 1
-        for experts in adapted_layers(model)
+        adapted.layer.name: int(adapted.layer.expert_of(adapted.adapter).max()) + 1
+        for adapted in adapted_layers(model)
     }
     for name in (*content, *numbers):
         if name not in numbers:

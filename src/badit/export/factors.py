@@ -16,7 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from badit.analysis.gates import Gates, adapted_layers
+from badit.analysis.experts import adapted_layers
+from badit.analysis.gates import Gates
 from badit.method.decomposition import compress
 from badit.runs.resolved import ResolvedRun
 from badit.support.errors import BaditError, explained

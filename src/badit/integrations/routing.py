@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.nn.functional import one_hot
 
-from badit.analysis.gates import GATES_FILE, adapted_layers, mean_gates, read_gates
+from badit.analysis.experts import adapted_layers
+from badit.analysis.gates import GATES_FILE, mean_gates, read_gates
 from badit.data.encoding import IGNORED_LABEL
 from badit.export.adapter import write_adapter
 from badit.export.factors import NOT_A_LORA, beyond_lora, mixture_factors

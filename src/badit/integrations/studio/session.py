@@ -19,7 +19,8 @@ import torch
 from pydantic import BaseModel, Field
 
 from badit.analysis.atlas import ABILITIES
-from badit.analysis.gates import Experts, active_experts, changed_gates, task_gates
+from badit.analysis.experts import AdaptedLayer, active_experts, changed_gates
+from badit.analysis.gates import task_gates
 from badit.analysis.tables import layer_and_module, load_frame
 from badit.data import Task
 from badit.evaluation.generation import stream_answer
@@ -89,7 +90,7 @@ class Session:
             self.base = load_base(self.recipe)[0]
         self.experts = active_experts(self.model)
         self.modules = [layer.name for layer, _ in self.experts]
-        self.number_of_experts = self.experts[0].number if self.experts else 0
+        self.number_of_experts = self.experts[0].num_experts if self.experts else 0
         self._free = threading.Lock()  # held while the model is used
         self._stopped = threading.Event()
         #: The mean gates (M, K) of each task; None until they are measured.
@@ -240,7 +241,7 @@ class Session:
 
 @contextmanager
 def mixed(
-    experts: Sequence[Experts], by_hand: Sequence[float] | None = None
+    experts: Sequence[AdaptedLayer], by_hand: Sequence[float] | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """A context in which prompts are answered with their own gates, or with gates set by hand.
 
@@ -249,7 +250,7 @@ def mixed(
     """
     gates_of_prompt: dict[str, np.ndarray] = {}
 
-    def mixing(adapted: Experts, gates: torch.Tensor) -> torch.Tensor:
+    def mixing(adapted: AdaptedLayer, gates: torch.Tensor) -> torch.Tensor:
         # The neutral gate depends on the method: 1, or 1/K if its gates sum to 1. The sum of a
         # softmax has rounding errors, which must not be multiplied into gates set by hand.
         neutral = gates.mean(dim=-1, keepdim=True).round(decimals=6)
