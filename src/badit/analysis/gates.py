@@ -73,6 +73,7 @@ def prompt_gates(model: Any, batches: TaskBatches) -> PromptGates:
     for task, batches_of_task in batches.items():
         gates = _gates_of_prompts(model, layers, batches_of_task)
         gates_PMK = torch.stack([*gates.values()], dim=1)
+        # Divided by their mean, gates of all methods have the same scale.
         by_task[task] = (gates_PMK / gates_PMK.mean(dim=-1, keepdim=True)).numpy()
     return PromptGates([layer_and_module(adapted.layer.name) for adapted in layers], by_task)
 
@@ -102,6 +103,7 @@ def _gates_of_prompts(
             problem = "does not see every position, so its gates cannot be measured"
             fix = "leave it out of target_modules, or use export --gates"
             raise BaditError(f"{name}: {problem}; {fix}")
+        # Gates computed once for a prompt are those of all its positions.
         gates_BTK = by_row.float().expand(*prompt_BT.shape, -1)
         gates_BK = prompt_mean(gates_BTK, prompt_BT.to(gates.device))
         gates_of_batches[name].append(gates_BK.cpu())
@@ -143,6 +145,7 @@ def task_gates(
 
     They are cached in the run's ``gates.json``.
     """
+    # The cache is used only for the same weights, precision, prompt format and data.
     depends_on = {
         "model": model_fingerprint(model),
         "dtype": model_dtype(recipe),
@@ -170,6 +173,7 @@ def task_gates(
 
 def _cached_gates(path: Path, model: PeftModel, depends_on: dict[str, Any]) -> dict[str, Gates]:
     """Returns the cached gates by task; none if the file is missing, damaged or outdated."""
+    # The cache may be damaged; it is then measured again and replaced.
     with suppress(BaditError, KeyError, TypeError, AttributeError):
         cache = read_json(path)
         if cache["depends_on"] == depends_on:

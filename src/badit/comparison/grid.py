@@ -43,17 +43,17 @@ class Cell:
         """The cell's folder, relative to the folder of the comparison."""
         if self.learning_rate is None:
             return self.method
-        parts = [self.method]
+        names = [self.method]
         if self.task:
-            parts.append("single")
+            names.append("single")
         elif self.order:
-            parts.append(f"order-{order_name(self.order)}")
+            names.append(f"order-{order_name(self.order)}")
         if self.is_search:
-            parts.append("search")
-        parts += [f"lr-{self.learning_rate:g}", f"seed-{self.seed}"]
+            names.append("search")
+        names += [f"lr-{self.learning_rate:g}", f"seed-{self.seed}"]
         if self.task:
-            parts.append(self.task)
-        return "/".join(parts)
+            names.append(self.task)
+        return "/".join(names)
 
 
 def order_name(order: str | Sequence[str]) -> str:

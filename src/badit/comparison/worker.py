@@ -39,8 +39,8 @@ def start_cell(
         visible = environment.get("CUDA_VISIBLE_DEVICES")
         chosen = visible.split(",")[device] if visible else str(device)
         environment["CUDA_VISIBLE_DEVICES"] = chosen
-    part = "score" if score else "search"
-    command = [sys.executable, "-P", "-m", "badit.comparison.worker", str(folder), part]
+    purpose = "score" if score else "search"
+    command = [sys.executable, "-P", "-m", "badit.comparison.worker", str(folder), purpose]
     with (folder / LOG).open("w", encoding="utf-8") as log:
         return subprocess.Popen(
             command,

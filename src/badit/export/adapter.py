@@ -28,6 +28,7 @@ def write_adapter(
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for module, pair in factors.items():
         layer = base_layer(base, module)
+        # Of an adapted layer, its base layer decides how PEFT names and stores the factors.
         layer = getattr(layer, "base_layer", layer)
         base_layers.append(layer)
         weight = module
@@ -49,6 +50,7 @@ def write_adapter(
         "target_modules": short_module_names(base, modules),
         "bias": "none",
         "modules_to_save": None,
+        # Conv1D stores its weight as (in, out), so PEFT must transpose the update.
         "fan_in_fan_out": any(isinstance(layer, Conv1D) for layer in base_layers),
         "use_rslora": False,
         "use_dora": False,
