@@ -125,6 +125,7 @@ class ReferenceLosses:
 
         losses_L, row_L, outputs = answer_losses(self.model, inputs, use_cache=True)
         sums_B = losses_L.new_zeros(len(batch)).index_add(0, row_L, losses_L)
+        # Every token of a reference has a loss, so its length is the number of its losses.
         means_B = sums_B / answers["attention_mask"].sum(dim=1)
         for i, loss in zip(batch, means_B.tolist(), strict=True):
             self.losses[i] = loss

@@ -211,6 +211,7 @@ def _greedy(
         do_sample=False,
         num_beams=1,
         use_cache=True,
+        # The output then has the cache, from which the remaining rows continue.
         return_dict_in_generate=True,
         # Any token will do: padding is masked, and answers are cut before it.
         pad_token_id=tokenizer.pad_token_id or 0,
