@@ -64,6 +64,7 @@ def _has_display() -> bool:
 
 def application(session: Session) -> Starlette:
     """Returns the web application of a loaded run."""
+    # Questions wait in the limiter and take a thread only when the model is free.
     one_at_a_time = anyio.CapacityLimiter(1)
     colours = {mode: chart_config(mode)["range"]["diverging"] for mode in ("light", "dark")}
     description = {**session.about(), "colours": colours}

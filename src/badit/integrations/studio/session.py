@@ -88,6 +88,7 @@ class Session:
         if getattr(self.method.config, "init_lora_weights", True) not in KEEPS_BASE:
             # Initialisations such as PiSSA's change the base weights, also for a disabled adapter.
             self.base = load_base(self.recipe)[0]
+        # Empty for methods without gates.
         self.experts = active_experts(self.model)
         self.modules = [layer.name for layer, _ in self.experts]
         self.number_of_experts = self.experts[0].num_experts if self.experts else 0
@@ -116,9 +117,11 @@ class Session:
             for name in names:
                 if self._stopped.wait(_PAUSE):
                     return
+                # Held for one task at a time, so that questions are answered in between.
                 with self._free:
                     _, gates = next(measured)
                 gates_MK = np.array([gates[module] for module in self.modules])
+                # On the scale of the analysis: 1 is neutral.
                 by_task[name] = gates_MK / gates_MK.mean(axis=1, keepdims=True)
         except BaditError as error:
             # The page works without them: it then shows no nearest tasks.
@@ -180,6 +183,7 @@ class Session:
         experts, gates = self.number_of_experts, question.gates or []
         if not experts:
             raise BaditError(f"gates: {self.method.name} has no gates to set by hand")
+        # On the page's scale, K is the gate of an expert that is used alone.
         if len(gates) != experts or max(gates) > experts:
             raise BaditError(
                 f"gates: must be {experts} numbers from 0 to {experts}, one for each expert"
