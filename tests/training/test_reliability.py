@@ -240,7 +240,7 @@ def test_instances_beyond_model_positions_or_embeddings_are_refused(tiny_model):
         refuse_beyond_model,
         [example],
         model,
-        more=5,
+        new_tokens=5,
     )
     example["input_ids"] = [100]
     refuses(
