@@ -46,6 +46,9 @@ def test_compact_file_has_all_runs_with_rounded_scores(tmp_path):
     write_run(tmp_path / "lora/lr-0.1/seed-0", instances=instances)
     (tmp_path / "lora/lr-0.1/seed-0/metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
     write_run(tmp_path / "dog/search/lr-0.1/seed-0", validation={"loss": 2.5, "tasks": {"a": 2.5}})
+    line = {"step": 3, "module": "m", "components_moved": 2, "labels": [1, 0]}
+    line |= {"objective_before": 100 / 3, "objective_after": 34.0}
+    (tmp_path / "dog/search/lr-0.1/seed-0/regroupings.jsonl").write_text(json.dumps(line) + "\n")
     write_run(tmp_path / "badit/lr-0.1/seed-0", scores=cell["scores"], instances=instances)
 
     content = compact(tmp_path, ["lora/*/*/metrics.jsonl"])
@@ -56,6 +59,14 @@ def test_compact_file_has_all_runs_with_rounded_scores(tmp_path):
     assert (second["method"], second["learning_rate"]) == ("badit", 0.1)
     (trial,) = content["trials"]
     assert (trial["method"], trial["validation_loss"]) == ("dog", 2.5)
+    assert trial["regroupings"] == {
+        "run": ["seed-0"],
+        "step": [3],
+        "module": ["m"],
+        "components_moved": [2],
+        "objective_before": [33.33333],
+        "objective_after": [34.0],
+    }
 
     write_results(tmp_path / "compact.json", content)
     results = load_results(tmp_path / "compact.json")

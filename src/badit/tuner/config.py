@@ -380,7 +380,7 @@ class RegroupOptions:
     solver: Solver = option(
         "swap", "'swap': balanced k-means, then exact swaps; 'paper': the paper's iteration."
     )
-    restarts: CountOrZero = option(10, "Number of random starts of the solver.")
+    restarts: CountOrZero = option(10, "Number of starts of the solver from k-means.")
     rescale: bool = option(
         True, "Multiply moved components by the ratio of their old and new experts' mean gates."
     )
