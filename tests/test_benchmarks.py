@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from badit import BaditConfig, load_results
-from badit.comparison.results import write_results
+from badit.comparison.results import paired_differences, write_results
 from badit.metrics.statistics import paired_bootstrap
 from badit.tuner import BaditModel
 from materials import comparison, results_cell
@@ -100,6 +101,23 @@ def test_noise_is_separated_into_seeds_instances_and_single_scores():
     assert interval == pytest.approx(
         (3 - 4.303 * np.sqrt(7 / 3), 3 + 4.303 * np.sqrt(7 / 3)), abs=1e-3
     )
+
+
+def test_readme_names_the_baselines_that_three_seeds_do_not_separate_from_badit():
+    t_interval = load_script("noise")["t_interval"]
+    root = Path(__file__).parents[1]
+    results = load_results(root / "benchmarks/results/evidence-cpu")
+    results = replace(results, reference="badit")
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    paragraph = next(line for line in readme.splitlines() if line.startswith("- **Other baselines"))
+    undecided = []
+    for method in ("lora-plus", "lora-orthogonal", "mtl-lora", "goat", "loramoe", "hydralora",
+                   "pissa", "lora-rank-4"):  # fmt: skip
+        low, high = t_interval([*paired_differences(results, method, "nll").values()])
+        if low < 0:
+            undecided.append(method)
+            assert f"{low:.3f} to {high:.3f}".replace("-", "−") in paragraph, method
+    assert undecided == ["mtl-lora", "loramoe"]
 
 
 @pytest.mark.parametrize("per_sequence", [False, True])
