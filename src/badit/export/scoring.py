@@ -66,15 +66,15 @@ def _scores_by_task(
     vllm = _VllmEngine(done, recipe) if engine == "vllm" else None
 
     by_task: dict[str, dict[str, float]] = {}
-    for part in done.tasks.values() or [done]:
-        tasks = [task for task in run.tasks if part.record["task"] in (None, task.name)]
+    for exported in done.tasks.values() or [done]:
+        tasks = [task for task in run.tasks if exported.record["task"] in (None, task.name)]
         answer: Answer | None = None
-        model: Any = None  # also frees the previous part's
+        model: Any = None  # also frees the previous export's
         if vllm is not None:
             tokenizer = vllm.tokenizer
-            answer = vllm.answers_of(part)
+            answer = vllm.answers_of(exported)
         else:
-            model, tokenizer = _loaded(part, run)
+            model, tokenizer = _loaded(exported, run)
         frozen, _ = score_model(
             model, tokenizer, recipe, tasks, split, progress=progress, answer=answer
         )
@@ -86,18 +86,18 @@ def _scores_by_task(
     return by_task
 
 
-def _loaded(part: Export, run: ResolvedRun) -> tuple[Any, Any]:
+def _loaded(exported: Export, run: ResolvedRun) -> tuple[Any, Any]:
     """Returns an export's model, loaded without badit's tuner, and its tokenizer."""
     recipe = run.recipe
-    if part.rank is None:
+    if exported.rank is None:
         return load_base_model(
-            part.folder,
+            exported.folder,
             dtype=model_dtype(recipe),
             trust_remote_code=run.folder.trust_remote_code,
             device=device(),
         )
     model, tokenizer = load_base(recipe)
-    return PeftModel.from_pretrained(model, str(part.folder)).eval(), tokenizer
+    return PeftModel.from_pretrained(model, str(exported.folder)).eval(), tokenizer
 
 
 class _VllmEngine:
@@ -124,20 +124,23 @@ class _VllmEngine:
             self._engine = LLM(base, enforce_eager=is_cpu, **options)
         self.tokenizer = self._engine.get_tokenizer()
         self._settings = SamplingParams(
+            # Greedy, as the run's own answers.
             temperature=0.0,
             max_tokens=recipe.evaluation.max_new_tokens,
+            # Answers end with this token in training; the model's configuration may name another.
             stop_token_ids=[end_of_turn_id(self.tokenizer, recipe.prompt.chat_template)],
         )
+        # vLLM identifies LoRAs by positive integers.
         self._numbers = count(1)
 
-    def answers_of(self, part: Export) -> Callable[[list[list[int]]], list[str]]:
-        """Returns the function that answers prompts (token ids) with a part of the export."""
+    def answers_of(self, exported: Export) -> Callable[[list[list[int]]], list[str]]:
+        """Returns the function that answers prompts (token ids) with an export's adapter."""
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
         request = None
-        if part.rank is not None:
+        if exported.rank is not None:
             number = next(self._numbers)
-            request = LoRARequest(str(number), number, str(part.folder.resolve()))
+            request = LoRARequest(str(number), number, str(exported.folder.resolve()))
 
         def answers(prompts: list[list[int]]) -> list[str]:
             inputs = [{"prompt_token_ids": ids} for ids in prompts]
