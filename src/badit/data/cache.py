@@ -33,6 +33,7 @@ def arrow_table(schema: pa.Schema, batches: Iterator[pa.RecordBatch], key: Any =
     with explained(f"cache {path.parent}", fix="set BADIT_CACHE to a folder that can be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # only one process writes the table
+            # Another process may have written it while this one waited for the lock.
             if not path.is_file():
                 _write(path, schema, batches)
     # A damaged file can raise any exception.
