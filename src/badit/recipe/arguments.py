@@ -58,7 +58,6 @@ class TrainingSection(Section, extra="allow"):
         description="lora+: B learns lora_plus_ratio times as fast as A; "
         "orthogonal: badit.OrthogonalUpdates",
     )
-    # 2^4, the ratio that LoRA+ recommends (Hayou et al. 2024, arXiv 2402.12354).
     lora_plus_ratio: float = Field(
         16.0, gt=0, description="learning rate of B over that of A, with optimizer: lora+"
     )
