@@ -78,7 +78,7 @@ def _by_decoding(
         {**example, "input_ids": prompt}
         for example, prompt in zip(prefill.examples, prefill.prompts, strict=True)
     ]
-    refuse_beyond_model(inputs, prefill.model, more=sizes["max_new_tokens"])
+    refuse_beyond_model(inputs, prefill.model, new_tokens=sizes["max_new_tokens"])
     options = {"progress": progress, "tasks": prefill.tasks, "prefill": prefill, **sizes}
     return partial(generate_answers, prefill.model, tokenizer, **options)
 
