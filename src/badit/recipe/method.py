@@ -175,7 +175,7 @@ def _take_regroup(options: dict[str, Any]) -> RegroupOptions | None:
     if preset not in ("default", "paper"):
         raise BaditError(f"method.preset: must be default or paper, got {preset!r:.60}")
     is_paper = preset == "paper"
-    # The paper's form regroups, badit's default does not.
+    # The preset paper regroups, badit's default does not.
     regroup = options.pop("regroup", {} if is_paper else None)
     if regroup is not None and not isinstance(regroup, dict):
         form = "must be a mapping such as {every: 20}, or null to train without DOG"
@@ -247,7 +247,7 @@ def options_of(name: str) -> list[tuple[str, Any, str]]:
     options = [option for option in described(kind.config_class) if option[0] not in hidden]
     if name != "badit":
         return options
-    options.append(("preset", "default", "'paper': the paper's exact form."))
+    options.append(("preset", "default", "'paper': the form of the paper's released code."))
     meaning = "Regroup components (DOG), with the options below or {} (default: do not)."
     options.append(("regroup", None, meaning))
     options += [
