@@ -49,8 +49,10 @@ def read_dataset(source: Source, path: Path) -> list[Task]:
     return build_tasks(source, [*tables, *descriptions], rows())
 
 
-def rows_of_dataset(dataset: Any, place: str) -> PlacedRows:
+def rows_of_dataset(dataset: Any, place: str, first: int = 1) -> PlacedRows:
     """Yields the place and the values of each row, with the values that other files have.
+
+    ``first`` is the number of the first row.
 
     Class labels become their names; NaN and an absent label (−1) become None. Columns of images,
     audio and video are left out, also those within other columns.
@@ -68,7 +70,9 @@ def rows_of_dataset(dataset: Any, place: str) -> PlacedRows:
         dataset = dataset.select_columns(plain)
 
     with explained(place, action="read", any_error=True):
-        for number, row in enumerate(dataset, start=1):
+        # Arrow reads damaged values out of bounds.
+        dataset.data.validate(full=True)
+        for number, row in enumerate(dataset, start=first):
             for name, value in row.items():
                 if value is None:
                     continue
@@ -85,6 +89,8 @@ def _saved_dataset(source: Source) -> Any:
 
     folder = Path(source.path)
     with explained(folder, action="read", any_error=True):
+        for file in folder.rglob("dataset_info.json"):
+            read_json(file)  # so that an error names the file
         # load_from_disk would read any file that these two name.
         for file in (*folder.rglob("dataset_dict.json"), *folder.rglob("state.json")):
             content = read_json(file)
