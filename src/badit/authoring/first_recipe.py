@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from badit.authoring.keys import as_yaml
 from badit.data import Task, hold_out, limit, load_sources
 from badit.recipe.loading import build_recipe
+from badit.recipe.schema import source_of
 from badit.recipe.yaml_text import parse_yaml
 from badit.runs.resolved import resolve
 from badit.support.console import status
@@ -23,14 +24,15 @@ _HELD_OUT = 10  # validation instances of each task, if all tasks have enough tr
 def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     """Returns the text of a commented recipe for the file ``path``.
 
-    ``source`` is the recipe's ``data.source``; ``overrides`` are keys of the data section that are
-    needed to read it, such as ``data.columns.input=text``. BaditError if the data cannot be trained
-    and scored.
+    ``source`` is a path or another ``data.source``; ``overrides`` are keys of the data section that
+    are needed to read it, such as ``data.columns.input=text``. BaditError if the data cannot be
+    trained and scored.
     """
     for override in overrides:
         if not override.startswith("data.") or override.startswith("data.source"):
             problem = "only other data keys can be set here, such as data.columns.input=text"
             raise BaditError(f"{override!r:.60}: {problem}")
+    source = source_of(source)
     data = build_recipe({"data": {"source": source}}, overrides).data
     with status("reading the tasks"):
         tasks = load_sources(data.sources(), data.tasks, data.weights)

@@ -24,5 +24,6 @@ def tasks(source: str, *overrides: str, show: NonNegativeInt = 0) -> str:
     if is_shipped or Path(source).suffix in (".yaml", ".yml"):
         recipe = loading.load_recipe(source, overrides)
     else:
+        source = load("badit.recipe.schema").source_of(source)
         recipe = loading.build_recipe({"data": {"source": source}}, overrides)
     return load("badit.authoring.preview").preview(recipe, show)

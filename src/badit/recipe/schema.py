@@ -295,19 +295,35 @@ class Recipe(Section):
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 
 
+_VARIABLE = re.compile(r"\$(?:\$|(\w+)|\{([^}]*)\})")
+
+
 def expand_source(source: str) -> str:
-    """Returns ``data.source`` with $VARIABLES and ~ expanded; BaditError if one is not set."""
-    expanded = os.path.expandvars(source)
-    # expandvars leaves variables that are not set as they are.
-    unset = re.search(r"\$\{?(\w+)", expanded)
-    if unset:
-        problem = f"the environment variable {unset[1]} is not set; set it, or use data.source=PATH"
-        raise BaditError(f"data.source: {problem}")
-    if not expanded.strip():
+    """Returns ``data.source`` with $VARIABLES and ~ expanded, and $$ as a dollar sign.
+
+    BaditError if a variable is not set.
+    """
+
+    def expanded(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name is None:
+            return "$"
+        if name not in os.environ:
+            fix = "set it, or use data.source=PATH, with $$ for a dollar sign"
+            raise BaditError(f"data.source: the environment variable {name} is not set; {fix}")
+        return os.environ[name]
+
+    path = _VARIABLE.sub(expanded, source)
+    if not path.strip():
         raise BaditError(
             f"data.source: {source} is empty; set the variable, or use data.source=PATH"
         )
-    return os.path.expanduser(expanded)
+    return os.path.expanduser(path)
+
+
+def source_of(path: str) -> str:
+    """Returns the ``data.source`` of a path, in which a dollar sign is part of an existing name."""
+    return path.replace("$", "$$") if os.path.exists(path) else path
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

@@ -147,11 +147,14 @@ def write_bytes(path: Path, data: bytes) -> None:
     with explained(path, action="written"):
         # A process that was killed while writing may have left it.
         partial.unlink(missing_ok=True)
-        with partial.open("xb") as file:  # "x" does not follow links
-            file.write(data)
-        # Else a power failure after the rename could leave an empty file.
-        sync(partial)
-        partial.replace(path)
+        try:
+            with partial.open("xb") as file:  # "x" does not follow links
+                file.write(data)
+            # Else a power failure after the rename could leave an empty file.
+            sync(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)  # after an error, such as a full disk
 
 
 def write_text(path: Path, text: str) -> None:
@@ -223,9 +226,12 @@ def copy_folder(source: Path, target: Path) -> None:
     """
     refuse_links(source)
     partial = target.with_name(target.name + ".partial")
-    remove(partial)
-    shutil.copytree(source, partial, symlinks=True)
-    replace_folder(partial, target)
+    remove(partial)  # of a killed process
+    try:
+        shutil.copytree(source, partial, symlinks=True)
+        replace_folder(partial, target)
+    finally:
+        remove(partial)  # after an error, such as a full disk
 
 
 def refuse_links(folder: Path) -> None:
