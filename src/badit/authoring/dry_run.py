@@ -56,7 +56,7 @@ def check(recipe: Recipe) -> list[str]:
     applied = None
     if checked is not None:
         tried(lambda: training_arguments(checked, Path(recipe.output), 0))
-        applied = tried(lambda: _on_skeleton(checked))
+        applied = tried(lambda: _method_and_model(checked))
     if run is not None:
         tried(run.has_begun)
     if problems or run is None or applied is None:
@@ -71,7 +71,7 @@ def _without_tasks(recipe: Recipe) -> ResolvedRun:
     return run
 
 
-def _on_skeleton(run: ResolvedRun) -> tuple[Method, Any]:
+def _method_and_model(run: ResolvedRun) -> tuple[Method, Any]:
     names = [task.name for task in run.tasks]
     return on_skeleton(run.recipe, run.method, names, dtype=model_dtype(run.recipe))
 
@@ -188,7 +188,7 @@ class _DryRun:
         return product.median / (rows * w.numel()) * weights * passes * _OVERHEAD
 
     def _memory(self, longest: Sequence[dict[str, Any]], trained: int) -> str:
-        """Describes the memory for the longest batch of ``trained`` parameters."""
+        """Describes the memory of the longest batch with this many trained parameters."""
         recipe = self.run.recipe
         tokens = max(len(example["input_ids"]) for example in longest)
         answer_tokens = sum(
@@ -221,9 +221,9 @@ class _DryRun:
         """
         model = self.model
         sizes: dict[int, int] = {}
-        saved = {*model.parameters(), *model.buffers()}
         # Autograd saves parameters and buffers too, which are counted as weights.
-        own_storages = {tensor.untyped_storage()._cdata for tensor in saved}
+        own_tensors = {*model.parameters(), *model.buffers()}
+        own_storages = {tensor.untyped_storage()._cdata for tensor in own_tensors}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             # By storage, because several saved tensors may be views of one.
@@ -250,7 +250,8 @@ class _DryRun:
         # Every layer's input, and the activations of one layer at a time.
         config = model.config.get_text_config()
         layers = config.num_hidden_layers
-        return total / layers + layers * rows * tokens * config.hidden_size * 4
+        layer_input = rows * tokens * config.hidden_size * model.dtype.itemsize
+        return total / layers + layers * layer_input
 
 
 def _processes() -> int:

@@ -22,6 +22,8 @@ CountOrZero = Annotated[int, Field(ge=0, le=LARGEST)]  # also seeds: numpy refus
 
 
 class Section(BaseModel):
+    """A section of a recipe: unknown keys, NaN and infinity are refused, and fields are fixed."""
+
     # Infinities would pass the lower bounds: YAML can write them as .inf.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -38,6 +40,9 @@ class Section(BaseModel):
         if re.search(r"\b(int|float)\b", annotation):
             raise ValueError("must be a number, not true or false")
         return value
+
+
+_FINITE = ConfigDict(allow_inf_nan=False)
 
 
 class TrainingSection(Section, extra="allow"):
@@ -188,7 +193,7 @@ class TrainingSection(Section, extra="allow"):
             kind: Any = Annotated[_values_of(annotations[key]), _RANGES.get(key, Field())]
             try:
                 # Strict: else a number may be given as text, and transformers receives the text.
-                TypeAdapter(kind).validate_python(value, strict=True)
+                TypeAdapter(kind, config=_FINITE).validate_python(value, strict=True)
             except ValidationError as error:
                 _, text = problems(error, value)[0]
                 yield f"training.{key}: {text}"

@@ -25,13 +25,14 @@ from badit.support.files import OWNER, read_json, refuse_links, write_text
 # (docs/experiments/few-tasks.md).
 _ONE_CLUSTER_PER_TASK = 8
 
+_LEAST_TO_HOLD_OUT = 4  # hold_out() takes at most a quarter of a task
 _SCORE_VALIDATION = (
     "to score held-out training instances: evaluation.split=validation data.validation_per_task=10"
 )
 _HOLD_OUT = "set data.validation_per_task to hold out some of its training instances"
 _TOO_FEW = (
-    "at least 4 training instances are needed to hold one out; add some, or leave the task out "
-    "of data.tasks"
+    f"at least {_LEAST_TO_HOLD_OUT} training instances are needed to hold one out; add some, or "
+    "leave the task out of data.tasks"
 )
 
 
@@ -132,7 +133,7 @@ class ResolvedRun:
             if getattr(task, split) or may_lack:
                 continue
             fix = self._fix_of_validation(task)
-            if split == "test" and len(task.train) >= 4:
+            if split == "test" and len(task.train) >= _LEAST_TO_HOLD_OUT:
                 fix = _SCORE_VALIDATION
             raise BaditError(f"data: task {task.name} has no {split} instances; {fix}")
 
@@ -151,8 +152,7 @@ class ResolvedRun:
                 raise BaditError(f"data: task {task.name} {problem}")
 
     def _fix_of_validation(self, task: Task) -> str:
-        # hold_out takes at most a quarter of a task.
-        if self.recipe.data.validation_per_task or 0 < len(task.train) < 4:
+        if self.recipe.data.validation_per_task or len(task.train) < _LEAST_TO_HOLD_OUT:
             return _TOO_FEW
         return _HOLD_OUT
 
