@@ -1,6 +1,7 @@
 """Recipes: valid values, invalid values and their error messages."""
 
 import dataclasses
+import math
 import re
 import subprocess
 import sys
@@ -329,3 +330,11 @@ def test_table_of_method_names_and_options_is_complete():
     options = {key.rpartition(".")[2] for name in NAMES for key, _, _ in options_of(name)}
     # Options of other releases of PEFT are in the table too.
     assert options <= set(words["options"])
+
+
+def test_infinity_is_refused_also_in_arguments_of_transformers():
+    refuses(
+        "training.adam_epsilon: .*finite",
+        build_recipe,
+        {"output": "run", "data": {"source": "builtin"}, "training": {"adam_epsilon": math.inf}},
+    )

@@ -43,8 +43,10 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     all_are_trained = all(task.train for task in tasks)
     all_are_tested = all(task.test for task in tasks)
     split = "test" if all_are_tested or not all_are_trained else "validation"
+    # The template has lines for these.
     excluded = {"source", "validation_per_task"}
 
+    # Strict: a name that the template misspells is an error, not an empty text.
     templates = Environment(keep_trailing_newline=True, trim_blocks=True, undefined=StrictUndefined)
     templates.filters |= {"yaml": as_yaml, "counted": counted, "shell": shlex.quote}
     template = templates.from_string(read_text(Path(__file__).with_name("recipe.yaml.j2")))
@@ -60,12 +62,14 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
         tokens=_answer_tokens(tasks),
         held_out=held_out,
     )
+    # Raises the errors that training with this recipe would raise.
     resolve(build_recipe(parse_yaml(text, where=path), where=path))
     return text
 
 
 def _held_out(tasks: Sequence[Task]) -> int:
     """Returns the number of instances to hold out of each task: at most a quarter."""
+    # Tasks that are too small to hold out any instance do not limit the others.
     quarters = [len(task.train) // 4 for task in tasks if len(task.train) >= 4]
     return min([_HELD_OUT, *quarters]) if quarters else 0
 
@@ -79,5 +83,6 @@ def _answer_tokens(tasks: Sequence[Task]) -> int:
 
 def _most_tokens(text: str) -> float:
     """An upper estimate of the tokens: one per three ASCII characters, 1.5 per other character."""
+    # An estimate, because the model and its tokenizer are not loaded.
     ascii_characters = sum(map(str.isascii, text))
     return ascii_characters / 3 + 1.5 * (len(text) - ascii_characters)

@@ -33,6 +33,7 @@ _NOT_IN_PATHS = re.compile("[\0\ud800-\udfff]")  # NUL and lone surrogates
 
 def _path_text(path: Any) -> Any:
     """Returns a path as text; pydantic refuses values of other types afterwards."""
+    # Values from Python may be paths.
     if isinstance(path, os.PathLike):
         path = os.fspath(path)
     is_valid = not isinstance(path, str) or (path.strip() and not _NOT_IN_PATHS.search(path))
@@ -165,6 +166,7 @@ class DataSection(Section):
         from badit.data import load_sources
 
         tasks = load_sources(self.sources(), self.tasks, self.weights)
+        # Before the limit, so that the held-out instances do not depend on train_per_task.
         tasks = hold_out(tasks, self.validation_per_task, self.seed)
         if self.order is not None and self.quotas(tasks):
             raise BaditError(
@@ -272,6 +274,7 @@ class Recipe(Section):
     model: ModelSection = ModelSection()  # pyright: ignore[reportCallIssue]
     data: DataSection = DataSection()  # pyright: ignore[reportCallIssue]
     prompt: PromptSection = PromptSection()  # pyright: ignore[reportCallIssue]
+    # Not a section: resolve_method checks the options, which needs torch and PEFT.
     method: dict[str, Any] = Field(
         default={"name": "badit"},
         description="the method's name (see badit keys method.name) and its options",
@@ -284,8 +287,8 @@ class Recipe(Section):
     )
 
     def __repr__(self) -> str:
-        about = f"{self.method.get('name', 'badit')} on {self.model.name}"
-        return f"Recipe({about}, data {self.data.source!r}, output {self.output!r})"
+        summary = f"{self.method.get('name', 'badit')} on {self.model.name}"
+        return f"Recipe({summary}, data {self.data.source!r}, output {self.output!r})"
 
 
 #: A file, plain values, or a Recipe.
