@@ -82,6 +82,30 @@ def best_exchange(gradients, labels):
     return max(gains)
 
 
+def k_means_plus_plus(gradients, num_experts, rng):
+    """Returns the nearest of K gradients, the seeds, for each gradient.
+
+    The first seed is drawn uniformly. Each further one is the best of 2 + ⌊ln K⌋ candidates, which
+    are drawn with probability ∝ D², the squared distance to the nearest seed: the one with the
+    smallest Σ D² after it.
+    """
+
+    def squared_distances(seeds):
+        return [[float(((row - gradients[s]) ** 2).sum()) for s in seeds] for row in gradients]
+
+    components = len(gradients)
+    seeds = [rng.integers(components)]
+    while len(seeds) < num_experts:
+        nearest = np.array([min(row) for row in squared_distances(seeds)])
+        weights = nearest if nearest.sum() > 0 else np.ones(components)
+        candidates = rng.choice(
+            components, size=2 + int(math.log(num_experts)), p=weights / weights.sum()
+        )
+        totals = [sum(min(row) for row in squared_distances([*seeds, c])) for c in candidates]
+        seeds.append(candidates[int(np.argmin(totals))])
+    return np.argmin(squared_distances(seeds), axis=1)
+
+
 def polar_grouping(gradients, labels, num_experts, size, rounds=50):
     """Runs the paper's loop until the labels are stable, and returns the labels.
 

@@ -312,7 +312,10 @@ def test_invalid_extends_are_one_line_errors(tmp_path):
 def test_environment_variables_in_the_source_are_expanded(monkeypatch):
     monkeypatch.setenv("TASKS", "/somewhere")
     monkeypatch.delenv("NO_TASKS", raising=False)
-    assert expand_source("$TASKS/superni") == "/somewhere/superni"
+    assert (
+        expand_source("$TASKS/superni") == expand_source("${TASKS}/superni") == "/somewhere/superni"
+    )
+    assert expand_source("$$TASKS/$${TASKS} $") == "$TASKS/${TASKS} $"
     refuses(
         r"NO_TASKS is not set; set it, or use data\.source=PATH",
         expand_source,

@@ -56,6 +56,7 @@ def starts_with_list(file: Path) -> bool:
 def _rows(source: Source, files: Sequence[Path]) -> Iterator[Row]:
     """Yields the rows of files. Among several files, a name such as test.csv gives the split."""
     splits: dict[Path, Split | None] = dict.fromkeys(files)
+    # A single file is a task of its own, even if it is named after a split.
     if len(files) > 1:
         splits = {file: source.split_of_file(file) for file in files}
     # With data.splits, names of files choose the files if any is named after a split.
@@ -74,6 +75,7 @@ def _rows(source: Source, files: Sequence[Path]) -> Iterator[Row]:
         # Other formats are often published datasets, with columns that badit does not need.
         strict = file.suffix in (".json", ".jsonl") and not source.columns
         for row in read_rows(_values(file), source, task, split, strict=strict):
+            # Only if the name of the file or folder has become the task.
             if row.task == task != source.task:
                 # Else two files or folders of one name would become one task.
                 other = origins.setdefault(task, origin)
@@ -127,6 +129,7 @@ def _csv_values(file: Path) -> PlacedRows:
     quotes = 'write " within a value as "", and the value in quotes'
     with (
         explained(file, action="read", any_error=True),
+        # Spreadsheets save CSV with a byte order mark. Line breaks may be within quotes.
         file.open(encoding="utf-8-sig", newline="") as stream,
     ):
         # Spreadsheets of some countries separate with semicolons.

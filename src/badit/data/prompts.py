@@ -53,8 +53,9 @@ def build_prompt(task: Task, instance: Instance, encoding: PromptEncoding = "def
     if definition is None or instance.instruction == "":
         return Prompt("", instance.input, "", instance.history, is_message=True)
 
-    # The white space is that of the official evaluation.
+    # Nothing is left of "def", which has no demonstrations.
     shots = int(encoding.removeprefix("def").removeprefix("+pos") or 0)
+    # The white space is that of the official evaluation.
     head = "".join(
         f" Positive Example {number} -\nInput: {shot.input}\n Output: {shot.output}\n\n"
         for number, shot in enumerate(task.demonstrations[:shots], start=1)
@@ -79,4 +80,5 @@ def own_input(text: str) -> str:
 
     It is the whole text if this has no "Input: ".
     """
+    # Demonstrations have the same labels and come first, so the last "Input: " counts.
     return text.rpartition("Input: ")[2].partition("\nOutput:")[0].strip()

@@ -113,6 +113,7 @@ def _read_path(source: Source, path: Path, wanted: Sequence[str] | None) -> list
     is_saved = any((path / name).is_file() for name in _SAVED)
     if is_saved or not (path.exists() or has_magic(str(path))):
         return read_dataset(source, path)
+    # With format "jsonl", a folder has rows even if it looks like SuperNI.
     if path.is_dir() and source.format != "jsonl":
         tasks = read_superni(source, path, wanted)
         if tasks is not None:
