@@ -184,6 +184,7 @@ def test_paper_preset_sets_the_config_and_the_regrouping():
     for config in (method.config, BaditConfig.paper()):
         assert {name: getattr(config, name) for name in BaditConfig.PAPER} == BaditConfig.PAPER
         assert (config.gates, config.init_weights, config.svd_method) == ("softmax", "bad", "exact")
+        assert config.lora_dropout == 0
     assert method.regroup.solver == "paper"
     changed = resolve_method(
         {"name": "badit", "preset": "paper", "num_experts": 4, "regroup": {"restarts": 3}}
