@@ -173,8 +173,7 @@ def test_system_column_is_the_first_message_and_all_turns_become_instances(tmp_p
         (
             {"user": "me", "talk": CHAT},
             "unknown form of row: found user, talk; name the columns with data.columns.input="
-            "COLUMN data.columns.output=COLUMN; if 'talk' is a chat, with "
-            "data.columns.messages=talk",
+            "COLUMN data.columns.output=COLUMN; if 'talk' is a chat, with",
         ),
     ],
 )
