@@ -29,7 +29,7 @@ def by_run(tasks_SN: list[np.ndarray]) -> np.ndarray:
 
 
 def components(tasks_SN: list[np.ndarray]) -> dict[str, float]:
-    """Returns the mean over tasks of differences (S, N), and its standard errors."""
+    """Returns the mean over tasks of differences (S seeds, N instances) and its standard errors."""
     runs = len(tasks_SN[0])
     by_seed = by_run(tasks_SN).var(ddof=1) / runs
     by_instance = 0.0

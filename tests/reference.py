@@ -1,4 +1,4 @@
-"""Reference implementations of the method's formulas in float64, for the tests.
+"""Reference implementations of the method's formulas in float64, and of Rouge-L, for the tests.
 
 Arguments may be tensors or arrays; functions return arrays. Component i is row i of A (N, in) and
 column i of B (out, N); its gradient is the concatenation of both gradients.
@@ -6,9 +6,11 @@ column i of B (out, N); its gradient is the concatenation of both gradients.
 
 import itertools
 import math
+import unicodedata
 
 import numpy as np
 import torch
+from nltk.stem.porter import PorterStemmer
 from scipy.optimize import linear_sum_assignment
 
 
@@ -260,3 +262,44 @@ def orthogonal_step(A, B, grad_A, grad_B, of_A, of_B, lr, betas, floor=1e-6):
     update_A = min(1.0, largest) * of_A.update(B.T, grad_A, *betas, floor)
     update_B = of_B.update(A, grad_B.T, *betas, floor).T
     return A - lr * update_A, B - lr * update_B
+
+
+# --- Rouge-L ---
+# The beginnings of the names of characters in scripts without spaces between words.
+WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA LETTER", "THAI", "LAO", "KHMER", "MYANMAR")
+
+
+def words(text):
+    """Returns the stemmed words of a text, character by character."""
+    found = []
+    is_open = can_grow = False  # within a word, and whether a letter or digit continues it
+    for character in text.lower():
+        kind = unicodedata.category(character)[0]
+        without_spaces = unicodedata.name(character, "").startswith(WITHOUT_SPACES)
+        if (kind == "M" and is_open) or (kind in "LN" and can_grow and not without_spaces):
+            found[-1] += character
+        elif kind in "LN":
+            found.append(character)
+            is_open, can_grow = True, not without_spaces
+        else:
+            is_open = can_grow = False
+    return [PorterStemmer().stem(word) if len(word) > 3 else word for word in found]
+
+
+def common_length(a, b):
+    """Returns the length of the longest common subsequence."""
+    if not a or not b:
+        return 0
+    if a[0] == b[0]:
+        return 1 + common_length(a[1:], b[1:])
+    return max(common_length(a, b[1:]), common_length(a[1:], b))
+
+
+def rouge_l(prediction, reference):
+    """Returns the F-measure x 100 of the longest common subsequence of words."""
+    answer, target = words(prediction), words(reference)
+    common = common_length(answer, target)
+    if not common:
+        return 0.0
+    precision, recall = common / len(answer), common / len(target)
+    return 100 * 2 * precision * recall / (precision + recall)
