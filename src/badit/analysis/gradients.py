@@ -3,7 +3,7 @@
 Gradients are measured for "weights", the weight matrices of the linear layers inside the
 transformer layers, frozen or not, and for "adapter", the parameters of a PEFT adapter that the loss
 depends on. The backward pass stores them one parameter at a time as count sketches (see
-:mod:`badit.analysis.sketches`).
+:mod:`badit.method.sketches`).
 
 Shape suffixes: T = tasks, R = 2T half-tasks in task order, U = units (rows of a weight), P = places
 (a kind, layer and module), E = pairs of tasks.
@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from badit.analysis.sketches import SketchedSums
+from badit.method.sketches import SketchedSums
 from badit.analysis.tables import COUNT, SHARED, Column, Table, layer_and_module
 from badit.support.errors import BaditError
 from badit.tuner.targets import is_quantised
