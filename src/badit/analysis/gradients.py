@@ -21,8 +21,8 @@ from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from badit.method.sketches import SketchedSums
 from badit.analysis.tables import COUNT, SHARED, Column, Table, layer_and_module
+from badit.method.sketches import SketchedSums
 from badit.support.errors import BaditError
 from badit.tuner.targets import is_quantised
 

@@ -226,7 +226,7 @@ def grouped_codes(energy_CN: Tensor, labels_N: Tensor, overlap: float) -> Tensor
             low = temperature
         else:
             high = temperature
-    return codes_CK.float()
+    return (relative_CK / high).softmax(dim=1).float()
 
 
 def with_norm_of(codes_CK: Tensor, random_CK: Tensor) -> Tensor:

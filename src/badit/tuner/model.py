@@ -17,6 +17,7 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 
 from badit.support.errors import BaditError
+from badit.tuner.abilities import Example, examples_in, find_abilities
 from badit.tuner.badit_layer import BaditLinear
 from badit.tuner.config import BaditConfig, ExpertConfig, peft_type
 from badit.tuner.context import RoutingContext
@@ -34,6 +35,7 @@ from badit.tuner.targets import (
 
 # Batches by task.
 TaskBatches = Mapping[str, Any]
+Place = tuple[BaditLinear, str]  # a layer and the name of one of its adapters
 _PROMPTS_PER_CLUSTER = 32
 # Keyword arguments of packed rows, which are not in the signature of a model's forward.
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -238,6 +240,12 @@ class BaditModel(ExpertModel):
                 "encoder-decoder"
             )
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        if peft_config.key == "embedding":
+            embedding: Any = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+            RoutingContext.of(self.model).embedding_features = embedding.embedding_dim
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     @torch.no_grad()
     def start_task(self, batches: TaskBatches) -> None:
         """Finds the clusters of prompts of new adapters with gates='clusters'.
@@ -259,8 +267,52 @@ class BaditModel(ExpertModel):
                 "ZeRO-3"
             )
         clusters = max(layer.badit_config[name].num_clusters for layer, name in unclustered)
-        prompts = _PROMPTS_PER_CLUSTER * clusters // max(1, len(batches))
-        means = self._prompt_means(batches, max(1, prompts))
+        prompts = max(1, _PROMPTS_PER_CLUSTER * clusters // max(1, len(batches)))
+        self._find_abilities(unclustered, batches, prompts)
+        unclustered = RoutingContext.of(self.model).without_clusters()
+        if unclustered:
+            self._find_clusters(unclustered, batches, prompts)
+        if self._has_reference():
+            self._copy_to_reference()
+
+    def _find_abilities(
+        self, unclustered: Sequence[Place], batches: TaskBatches, prompts: int
+    ) -> None:
+        """Finds the clusters, codes and groups of adapters with a key for the whole model."""
+        layers = defaultdict(list)
+        for layer, name in unclustered:
+            if layer.badit_config[name].key == "embedding":
+                layers[name].append(layer)
+        if not layers:
+            return
+        examples = self._examples(batches, prompts)
+        if not examples:
+            raise BaditError("start_task: the batches have no prompts; pass training batches")
+        with self._evaluating():
+            for name, of_adapter in layers.items():
+                find_abilities(self.model, name, of_adapter, examples)
+
+    def _examples(self, batches: TaskBatches, per_task: int) -> list[Example]:
+        """Returns the first examples of each task."""
+        routing = RoutingContext.of(self.model)
+        examples = []
+        for task_batches in batches.values():
+            of_task: list[Example] = []
+            for batch in task_batches:
+                tensors = self._first_rows(batch, per_task - len(of_task))
+                mask_BT, segments = routing.describe(self.model, tensors).prompt
+                assert mask_BT is not None  # the shape of the batch is known
+                of_task += examples_in(tensors, mask_BT, segments)
+                if len(of_task) >= per_task:
+                    break
+            examples += of_task[:per_task]
+        return examples
+
+    def _find_clusters(
+        self, unclustered: Sequence[Place], batches: TaskBatches, prompts: int
+    ) -> None:
+        """Finds the clusters of layers that have their own."""
+        means = self._prompt_means(batches, prompts)
         for layer, name in unclustered:
             if f"{layer.name}.{name}" not in means:
                 raise BaditError(
@@ -269,17 +321,13 @@ class BaditModel(ExpertModel):
                 )
         for layer, name in unclustered:
             layer.cluster(name, torch.cat(means.pop(f"{layer.name}.{name}")))
-        if self._has_reference() and any(name == "default" for _, name in unclustered):
-            self._copy_to_reference()
 
     def _prompt_means(self, batches: TaskBatches, prompts_per_task: int) -> dict[str, list[Tensor]]:
         """Returns x̄ (B, I) of the first prompts of each task, batch by batch, for each layer."""
         routing = RoutingContext.of(self.model)
         means = routing.prompt_means = defaultdict(list)
-        was_training = {module: module.training for module in self.modules()}
-        self.eval()
         try:
-            with torch.compiler.set_stance("force_eager"):
+            with self._evaluating():
                 for task_batches in batches.values():
                     missing = prompts_per_task
                     for batch in task_batches:
@@ -288,9 +336,19 @@ class BaditModel(ExpertModel):
                             break
         finally:
             routing.prompt_means = None
+        return means
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Runs the model in evaluation mode and without compiling it."""
+        was_training = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
             for module, training in was_training.items():
                 module.training = training
-        return means
 
     def _read_prompts(self, batch: Any, rows: int) -> int:
         """Runs the base model on the first rows of a batch as in training.
@@ -298,9 +356,6 @@ class BaditModel(ExpertModel):
         Returns the number of their prompts.
         """
         tensors = self._first_rows(batch, rows)
-        if "labels" not in tensors and "completion_mask" in tensors:  # as in TRL's preference data
-            is_answer = tensors["completion_mask"].bool()
-            tensors["labels"] = tensors["input_ids"].where(is_answer, IGNORED_LABEL)
         mask_BT, segments = RoutingContext.of(self.model).describe(self.model, tensors).prompt
         # Without a loss and with the logits of one position, to save memory.
         options = {**batch, **tensors, "labels": None, "use_cache": False, "logits_to_keep": 1}
@@ -322,6 +377,9 @@ class BaditModel(ExpertModel):
         by_row = [name for name, tensor in tensors.items() if tensor.ndim > 1]
         if len({len(tensors[name]) for name in by_row}) == 1:
             tensors |= {name: tensors[name][:rows] for name in by_row}
+        if "labels" not in tensors and "completion_mask" in tensors:  # as in TRL's preference data
+            is_answer = tensors["completion_mask"].bool()
+            tensors["labels"] = tensors["input_ids"].where(is_answer, IGNORED_LABEL)
         return tensors
 
 
