@@ -252,7 +252,6 @@ class BaditConfig(ExpertConfig):
         "router_input": "mean",
         "gates": "softmax",
         "init_weights": "bad",
-        "gated": "factors",
         "svd_method": "exact",
     }
 
@@ -276,11 +275,11 @@ class BaditConfig(ExpertConfig):
         "model at step 0. Default: 'clusters'; 'mean_one' with routing='token', "
         "router_input='mean', top_k, init_weights='bad', target_parameters or a single expert.",
     )
-    gated: Literal["change", "factors"] = option(
-        "change",
-        "What the gates scale with init_weights='bad'. 'change': the change of the factors since "
-        "step 0, so step 0 is the base model with any gates. 'factors': the factors, as in the "
-        "released code.",
+    gated: Literal["factors", "change"] = option(
+        "factors",
+        "What the gates scale with init_weights='bad'. 'factors': the factors, as in the released "
+        "code. 'change': the change of the factors since step 0, so that step 0 is the base model "
+        "with any gates.",
     )
     key: Literal["layer", "embedding"] = option(
         "layer",
