@@ -68,12 +68,14 @@ def measured_parameters(model: nn.Module) -> Iterator[tuple[Place, nn.Parameter,
         if (prefix and prefix in name) or is_quantised(module):
             continue
         weight: Any = module.weight
+        # Conv1D stores its weight as (in, out).
         in_dim = 0 if isinstance(module, Conv1D) else 1
         yield ("weights", layer, below), weight, in_dim
     if not prefix:
         return
     for name, parameter in model.named_parameters():
         module_name, mark, _ = name.partition(prefix)
+        # A module's adapter has its own name, because its weight has rows in the same tables.
         if mark:
             yield ("adapter", *layer_and_module(f"{module_name}.adapter")), parameter, None
 
@@ -89,6 +91,7 @@ class TaskGradients:
     def __init__(
         self, model: nn.Module, instances: Sequence[int], sketch_size: int, hooks: ExitStack
     ) -> None:
+        # Instances alternate between the halves and start with the first, which may be larger.
         halves = [[count - count // 2, count // 2] for count in instances]
         self.counts_T2 = torch.tensor(halves, dtype=torch.float64)
         self.row = 0
@@ -96,6 +99,7 @@ class TaskGradients:
         self._squares: dict[int, list[torch.Tensor]] = {}  # by layer, (T, U) of each weight
         # A fixed seed, so that a repeated analysis has the same tables.
         generator = torch.Generator().manual_seed(0)
+        # The backward pass then computes no gradients that are not measured.
         model.requires_grad_(False)
         for place, parameter, in_dim in measured_parameters(model):
             sketch = SketchedSums(
@@ -103,6 +107,7 @@ class TaskGradients:
             )
             self.sketches.setdefault(place, []).append(sketch)
             squares_TU = None
+            # Only rows of weights are units of co-activation.
             if in_dim is not None:
                 rows = parameter.shape[1 - in_dim]
                 squares_TU = torch.zeros(len(instances), rows, device=parameter.device)
@@ -128,10 +133,12 @@ class TaskGradients:
 
         The weights come first.
         """
+        # Inner products of several parameters together are the sum of theirs.
         grams: dict[Place, Any] = {
             place: sum(sketch.gram() for sketch in sketches)
             for place, sketches in self.sketches.items()
         }
+        # The loss does not depend on the other places.
         places = [place for place, gram_RR in grams.items() if gram_RR.any()]
         places.sort(key=lambda place: (place[0] != "weights", place[1]))
         if not places:
@@ -167,20 +174,25 @@ def agreement(
     """
     a_E, b_E = pairs_2E
     counts_T = counts_T2.sum(dim=1)
+    # The half-tasks R = 2T as task and half.
     gram_PT2T2 = gram_PRR.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
     # All inner products of an empty half are 0, and those of its mean are 0 / 0 = NaN.
     means_PT2T2 = gram_PT2T2 / counts_T2[:, :, None, None] / counts_T2
+    # ⟨a_i, a_j⟩ of the halves of each task; diagonal moves T to the end.
     within_P22T = means_PT2T2.diagonal(dim1=1, dim2=3)
     between_PT = within_P22T[:, 0, 1]
+    # ⟨a, b⟩ of the means over both halves.
     means_PTT = gram_PT2T2.sum(dim=(2, 4)) / (counts_T[:, None] * counts_T)
     means_PE = means_PTT[:, a_E, b_E]
 
     squared_PT = means_PTT.diagonal(dim1=-2, dim2=-1)
     norm_PT = squared_PT.sqrt()
     norms_PE = norm_PT[:, a_E] * norm_PT[:, b_E]
+    # √⟨a_1, a_2⟩ is the norm without noise, because the noise of the halves is independent.
     noiseless_PT = torch.where(between_PT > 0, between_PT, torch.nan).sqrt()
     noiseless_PE = noiseless_PT[:, a_E] * noiseless_PT[:, b_E]
     reliability_PT = between_PT / (within_P22T[:, 0, 0] * within_P22T[:, 1, 1]).sqrt()
+    # Clamped, because inner products are estimates and may exceed the product of the norms.
     of_pairs = {
         "cosine": (means_PE / norms_PE).clamp(-1, 1),
         "corrected_cosine": (means_PE / noiseless_PE).clamp(-1, 1),
@@ -212,6 +224,7 @@ def gradient_frames(
     pairs_by_kind, tasks_by_kind = agreement(torch.stack(gram_by_kind), counts_T2, pairs_2E)
     pairs_by_place, tasks_by_place = agreement(gram_PRR, counts_T2, pairs_2E)
     cosine_PE = pairs_by_place["cosine"]
+    # Pairs without a cosine are not counted, instead of counting as agreement.
     conflicts_PE = (cosine_PE < 0).double().masked_fill(cosine_PE.isnan(), torch.nan)
     frames = {
         GRADIENT_OVERALL: _crossed(kinds, pairs, pairs_by_kind),

@@ -126,6 +126,7 @@ class GainLoraGate(BranchGate):
     def project_update(self, before: Mapping[str, Tensor]) -> None:
         """Subtracts the part of each update since ``before`` that acts on earlier tasks' inputs."""
         for name, tensor in self.named_parameters():
+            # Δ ← Δ (I − P): the rows of a matrix act on its inputs, so P is on the right.
             tensor.sub_((tensor - before[name]) @ self.get_buffer(f"seen_by_{name}"))
 
 
@@ -168,6 +169,7 @@ class GainLoraModel(BranchModel):
 
     def before_update(self) -> None:
         gates = self._active_gates()
+        # Copies, because the optimizer changes the parameters in place.
         self._before = [copy.deepcopy(dict(gate.named_parameters())) for gate in gates]
 
     def after_update(self) -> None:

@@ -122,6 +122,7 @@ def load_results(path: str | os.PathLike[str]) -> Results:
             raise BaditError(f"{file.parent}: {problem}; run: badit compare RECIPE")
 
     _, contents = _read(file)
+    # The schema checks each field; these are checks between fields.
     refuse_unknown(f"{file}: reference", contents.reference, contents.methods)
 
     # One row per score, so that every statistic is a group of rows.
@@ -205,6 +206,7 @@ def _frame(rows: Any, columns: list[str]) -> pd.DataFrame:
     types: dict[str, Any] = dict.fromkeys(numbers, float)
     types |= {"seed": "Int64", "trainable_parameters": "Int64"}
     types |= dict.fromkeys(["method", "order", "error"], object)
+    # Declared types, because those of empty columns and of missing integers would be guessed.
     frame = pd.DataFrame(rows, columns=columns)
     return frame.astype({name: types[name] for name in columns if name in types})
 
@@ -256,6 +258,7 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
     cells = results.cells.query("status == 'done' and selected").groupby("method")
     means = task_means(results, metric)
     ascending = METRICS[metric].lower_is_better
+    # Equal scores that differ by rounding errors share a rank.
     task_ranks = means.round(DECIMALS).rank(axis="columns", ascending=ascending)
     columns = {
         "runs": cells.size(),
@@ -268,6 +271,7 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
         "seconds": cells["seconds"].median(),
         "peak_memory_gib": cells["peak_memory_gib"].max(),
     }
+    # The index adds the methods without a finished run.
     summary = pd.DataFrame(columns, index=pd.Index(results.methods, name="method", dtype=object))
     # Nullable types: a method may have no finished run, or no pair of runs with the reference.
     types: dict[str, Any] = dict.fromkeys(columns, float)
@@ -312,6 +316,7 @@ def _differences(results: Results, metric: str) -> dict[str, Any]:
     for method in results.methods:
         if method == results.reference:
             continue
+        # Results without scores of instances have no differences.
         if pairs := paired_differences(results, method, metric):
             rows[method] = paired_bootstrap(pairs)
     frame = pd.DataFrame(rows.values(), index=list(rows), columns=Difference._fields)
@@ -354,6 +359,7 @@ def paired_differences(results: Results, method: str, metric: str) -> dict[str, 
     of_metric = results.instances.query("metric == @metric")
     pairs = paired(of_metric, method, results.reference)
     runs = ["seed", "order", "seed_other", "order_other"]
+    # A run can be paired with several runs of the reference, each a run of its own here.
     pairs["run"] = pairs.groupby(runs, sort=False, dropna=False).ngroup()
     pairs["difference"] = pairs["score"] - pairs["score_other"]
     differences = {}

@@ -62,6 +62,7 @@ class Table(NamedTuple):
 def method_table(results: Results, metric: str = "rouge_l", released: bool = False) -> Table:
     """Returns a table with one row per method that has scores."""
     summary = summarise(results, metric, "released" if released else "standard")
+    # The notes name methods without a finished run.
     summary = summary.query("runs > 0").reset_index(drop=True)
     if results.protocol == "sequential":
         runs, score = "runs", "AP"
@@ -159,6 +160,7 @@ def _difference_texts(summary: pd.DataFrame, metric: str) -> list[str]:
         text = mean
         if mean != UNKNOWN:
             text += f" [{low}, {high}]"
+        # Not decided (NA) without pairs of runs.
         if row["level"] is True:
             text += " ≈"
         texts.append(text)
@@ -207,6 +209,7 @@ def _with_omitted_cells(results: Results, table: Table) -> Table:
         notes.append(f"missing runs: {', '.join(counts)}")
     failed = omitted.query("status == 'failed'").to_dict("records")
     notes += map(_failure_note, failed)
+    # In CSV, a reader also sees the cells that the means leave out.
     numbers = pd.concat([table.numbers.astype(object), omitted])
     return table._replace(notes=[*map(one_line, notes)], numbers=numbers)
 

@@ -121,6 +121,7 @@ def export(
     It is then compressed by SVD.
     """
     output = Path(output)
+    # Everything that can be refused is refused before the model is loaded.
     _refuse_other_files(output)
     _refuse_options(run, options)
     chosen_task = _chosen_task(run, options)
@@ -134,6 +135,7 @@ def export(
         mixtures = [_Mixture(chosen_task)]
 
     exporter = _Exporter(run, output, options, model, tokenizer)
+    # Written beside the folder and renamed, so that a reader never sees half of an export.
     unfinished = output.with_name(f".{output.name}.badit.partial")  # no user's folder has this name
     with status("exporting"), explained(output, action="written"), exclusive(output):
         try:
@@ -164,8 +166,10 @@ class _Exporter:
         self.options = options
         self.model = model
         self.tokenizer = tokenizer
+        # push and serve refuse an export of earlier weights by these checksums.
         weights = checksums(run.folder.adapter_path, "*.safetensors")
         self.common = {"method": run.method.name, "weights": weights}
+        # A whole path, because AutoPeftModel loads the base model by the name in the adapter.
         model_name = Path(run.recipe.model.name).expanduser().resolve()
         self.base_name = hub_id(run.recipe) or str(model_name)
 
@@ -195,6 +199,7 @@ class _Exporter:
             **ranks,
         }
         write_text(place / CARD, model_card(self.run.folder, export=record))
+        # Last, because it lists the folder's files.
         _write_record(place, record)
         return Export(self.output / below, record)
 
@@ -275,6 +280,7 @@ def _chosen_task(run: ResolvedRun, options: ExportOptions) -> str | None:
             problem = "has no training prompts for mean gates; use --gates FILE"
             raise BaditError(f"task {task}: {problem}")
     has_clusters = getattr(run.method.config, "gates", None) == "clusters"
+    # Such a LoRA's NLL was 0.38 per token above the run's (docs/experiments/fixed-gates.md).
     if has_clusters and not options.fixes_gates and len(trained) > 1:
         problem = "with clusters of prompts, the mean gates of several tasks fit no prompt"
         fix = "use --all-tasks, for a LoRA per task, or --task"
@@ -300,6 +306,7 @@ def _mean_gates(
     else:
         groups = {None: trained}
     names = list(chain(*groups.values()))
+    # Cached in the run's folder, for exports with other options and for the studio.
     measured = task_gates(run.folder, model, tokenizer, run.recipe, tasks, names)
     bar = tqdm(measured, desc="Gates", unit="task", total=len(names), disable=not progress)
     gates_by_task = dict(bar)
@@ -336,9 +343,11 @@ def _refuse_other_files(folder: Path) -> None:
         refuse_links(folder)
         files = read_json(folder / RECORD).get("files")
         if isinstance(files, list):
+            # The scores are measured after the record is written.
             written += [RECORD, SCORES, *files]
     for path in sorted(folder.glob("*")):
         if path.name not in written:
             raise BaditError(f"{folder}: holds {path.name}, which badit did not write; {fix}")
+        # An export of all tasks has an export of each task.
         if path.is_dir():
             _refuse_other_files(path)

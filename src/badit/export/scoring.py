@@ -42,15 +42,15 @@ def score_export(
     vllm = _VllmEngine(done, recipe) if engine == "vllm" else None
 
     by_task: dict[str, dict[str, float]] = {}
-    for part in done.tasks.values() or [done]:
-        tasks = [task for task in run.tasks if part.record["task"] in (None, task.name)]
+    for exported in done.tasks.values() or [done]:
+        tasks = [task for task in run.tasks if exported.record["task"] in (None, task.name)]
         answer: Answer | None = None
-        model: Any = None  # also frees the previous part's
+        model: Any = None  # also frees the previous export's
         if vllm is not None:
             tokenizer = vllm.tokenizer
-            answer = vllm.answers_of(part)
+            answer = vllm.answers_of(exported)
         else:
-            model, tokenizer = _loaded(part, run)
+            model, tokenizer = _loaded(exported, run)
         frozen, _ = score_model(
             model, tokenizer, recipe, tasks, split, progress=progress, answer=answer
         )
@@ -61,37 +61,39 @@ def score_export(
             by_task[name] = {"routed": before, "frozen": after, "difference": difference}
 
     content: dict[str, Any] = {}
-    for part in (*done.tasks.values(), done):
-        of_part = {
-            name: scores for name, scores in by_task.items() if part.record["task"] in (None, name)
+    # The whole export comes last, so its content is returned.
+    for exported in (*done.tasks.values(), done):
+        chosen_task = exported.record["task"]
+        scores_by_task = {
+            name: scores for name, scores in by_task.items() if chosen_task in (None, name)
         }
         mean = {}
         for key in ("routed", "frozen", "difference"):
-            mean[key] = fmean(scores[key] for scores in of_part.values())
+            mean[key] = fmean(scores[key] for scores in scores_by_task.values())
         content = {
             "metric": "rouge_l",
             "split": split,
             "engine": engine,
-            "mixture": part.record["mixture"],
-            "tasks": of_part,
+            "mixture": exported.record["mixture"],
+            "tasks": scores_by_task,
             "mean": mean,
         }
-        write_json(part.folder / SCORES, content)
+        write_json(exported.folder / SCORES, content)
     return content
 
 
-def _loaded(part: Export, run: ResolvedRun) -> tuple[Any, Any]:
+def _loaded(exported: Export, run: ResolvedRun) -> tuple[Any, Any]:
     """Returns an export's model, loaded without badit's tuner, and its tokenizer."""
     recipe = run.recipe
-    if part.rank is None:
+    if exported.rank is None:
         return load_base_model(
-            part.folder,
+            exported.folder,
             dtype=model_dtype(recipe),
             trust_remote_code=run.folder.trust_remote_code,
             device=device(),
         )
     model, tokenizer = load_base(recipe)
-    return PeftModel.from_pretrained(model, str(part.folder)).eval(), tokenizer
+    return PeftModel.from_pretrained(model, str(exported.folder)).eval(), tokenizer
 
 
 class _VllmEngine:
@@ -118,20 +120,23 @@ class _VllmEngine:
             self._engine = LLM(base, enforce_eager=is_cpu, **options)
         self.tokenizer = self._engine.get_tokenizer()
         self._settings = SamplingParams(
+            # Greedy, as the run's own answers.
             temperature=0.0,
             max_tokens=recipe.evaluation.max_new_tokens,
+            # Answers end with this token in training; the model's configuration may name another.
             stop_token_ids=[end_of_turn_id(self.tokenizer, recipe.prompt.chat_template)],
         )
+        # vLLM identifies LoRAs by positive integers.
         self._numbers = count(1)
 
-    def answers_of(self, part: Export) -> Callable[[list[list[int]]], list[str]]:
-        """Returns the function that answers prompts (token ids) with a part of the export."""
+    def answers_of(self, exported: Export) -> Callable[[list[list[int]]], list[str]]:
+        """Returns the function that answers prompts (token ids) with an export's adapter."""
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
         request = None
-        if part.rank is not None:
+        if exported.rank is not None:
             number = next(self._numbers)
-            request = LoRARequest(str(number), number, str(part.folder.resolve()))
+            request = LoRARequest(str(number), number, str(exported.folder.resolve()))
 
         def answers(prompts: list[list[int]]) -> list[str]:
             inputs = [{"prompt_token_ids": ids} for ids in prompts]

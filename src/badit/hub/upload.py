@@ -44,13 +44,15 @@ def push_to_hub(source: RunFolder, repository: str, *, private: bool) -> str:
         upload = _export_files(source.path)
     else:
         upload = _adapter_files(source)
+    # Everything local is checked before the hub is asked.
     _refuse_other_files(upload, repository)
     if not HUB_ID.fullmatch(repository):
         raise BaditError(f"{repository!r:.120}: must be ORG/NAME or USER/NAME")
     if not get_token():
         raise BaditError("hub: a token is required; run hf auth login or set HF_TOKEN")
 
-    api, recipe = HfApi(), upload.run.recipe
+    api = HfApi()
+    recipe = upload.run.recipe
     with status(f"uploading to {repository}"), explained(repository, action="reached"):
         licence = base_licence(recipe, online=True)
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
@@ -62,6 +64,7 @@ def push_to_hub(source: RunFolder, repository: str, *, private: bool) -> str:
             config = read_json(upload.folder / CONFIG_NAME)
             config["base_model_name_or_path"] = hub_id(recipe)
             files[CONFIG_NAME] = json.dumps(config, indent=2).encode()
+        # One commit, so that the repository never has weights without their configuration.
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         message = f"Upload {upload.folder.name} with badit"
         commit = api.create_commit(repository, operations, commit_message=message)
@@ -73,6 +76,7 @@ def refuse_other_weights(run: RunFolder, records: Mapping[Path, Mapping[str, Any
 
     ``records`` has the content of ``export.json`` for the folder of each export.
     """
+    # The card describes the run, so the export must be of the run's weights.
     present = checksums(run.adapter_path, "*.safetensors")
     for export, record in records.items():
         if record.get("weights") != present:

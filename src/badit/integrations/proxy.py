@@ -96,6 +96,7 @@ class _Proxy:
         """Sends a request to vLLM with the LoRA for its prompt, and streams the response."""
         content = await json_body(request, MAX_BODY, programs=True)
 
+        # An ASGI application as the response: the LoRA stays in vLLM until the stream has ended.
         async def forward(scope: Scope, receive: Receive, send: Send) -> None:
             async with (
                 ending_with(request),
@@ -122,6 +123,7 @@ class _Proxy:
         model = content.get("model") or AUTO
         if model not in (AUTO, self.router.run.path.resolve().name):
             return nullcontext(str(model))
+        # The gates must depend on the same tokens as vLLM's answer.
         ids = await self._token_ids(request, content)
         gates_MK = await to_thread.run_sync(self.router.gates, ids, limiter=self.one_at_a_time)
         if self.router.exports:

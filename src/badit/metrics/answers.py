@@ -40,6 +40,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     Words are sequences of `a-z0-9` after lower-casing. Text without words, such as Chinese, scores
     0 even if equal. BaditError if ``references`` is empty or a string.
     """
+    # Not at the top: it imports NLTK, which would slow down every command.
     from rouge_score.rouge_scorer import RougeScorer
 
     _refuse_invalid(references)
@@ -60,7 +61,7 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of answers, from 0 to ``most``. ``score`` returns None if an answer has no score.
+    """A metric of answers, from 0 to ``maximum``. ``score`` returns None if an answer has no score.
 
     ``label`` and ``decimals`` are for tables; ``margin`` is for equivalence, see
     :class:`badit.metrics.statistics.Difference`.
@@ -68,7 +69,7 @@ class Metric:
 
     label: str
     score: Callable[[Prediction], float | None]
-    most: float = 100.0
+    maximum: float = 100.0
     margin: float = 0.5
     decimals: int = 1
     lower_is_better: bool = False
@@ -78,8 +79,9 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "rouge_l": Metric("Rouge-L", lambda answer: rouge_l(answer.prediction, answer.references)),
     "exact_match": Metric("EM", lambda answer: exact_match(answer.prediction, answer.references)),
+    # An NLL has no maximum: this one only bounds the values that a file of scores may have.
     "nll": Metric(
-        "NLL", lambda answer: answer.nll, most=1e6, margin=0.01, decimals=3, lower_is_better=True
+        "NLL", lambda answer: answer.nll, maximum=1e6, margin=0.01, decimals=3, lower_is_better=True
     ),
 }
 
@@ -106,6 +108,7 @@ def instance_scores(predictions: Iterable[Prediction]) -> dict[str, dict[str, li
             of_task[name].append(score)
             if score is None:
                 incomplete.add(name)
+    # Also from the other tasks: a mean over fewer tasks would not be comparable.
     for of_task in scores.values():
         for name in incomplete:
             del of_task[name]
@@ -121,6 +124,7 @@ def mean_scores(instances: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[
     tasks: dict[str, dict[str, float]] = {}
     for task, scores in instances.items():
         tasks[task] = {metric: fmean(values) for metric, values in scores.items()}
+        # Every answer has a Rouge-L, but possibly no NLL.
         tasks[task]["instances"] = len(scores["rouge_l"])
 
     means: dict[str, Any] = {}

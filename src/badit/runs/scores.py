@@ -30,7 +30,7 @@ def _by_metric(name: str, *, lists: bool = False) -> Any:
     """Returns a model with a field per metric: a mean or, with ``lists``, a score per instance."""
     fields: dict[str, Any] = {}
     for name_of_metric, metric in METRICS.items():
-        kind: Any = Annotated[float, Field(ge=-_ROUNDING, le=metric.most + _ROUNDING)]
+        kind: Any = Annotated[float, Field(ge=-_ROUNDING, le=metric.maximum + _ROUNDING)]
         if lists:
             kind = list[kind]
         fields[name_of_metric] = (kind | None, None)

@@ -188,6 +188,7 @@ class Checkpoints(TrainerCallback):
         saved: Any = state.stateful_callbacks
         for callback in self._trainer.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
+                # The Trainer restores callbacks only with restore_callback_states_from_checkpoint.
                 vars(callback).update(saved["EarlyStoppingCallback"]["attributes"])
 
     def on_save(self, args, state, control, **kwargs):

@@ -42,6 +42,7 @@ class MetricsLog(TrainerCallback):
 
     def on_log(self, args, state, control, **kwargs):
         logs = kwargs["logs"]
+        # The Trainer's final summary has neither loss.
         if state.is_world_process_zero and logs.keys() & _LOSSES:
             append_to_log(self._log, {"step": state.global_step, **_metrics(logs)})
 
@@ -80,10 +81,12 @@ class ProgressBar(ProgressCallback):
             if name in logs:
                 self._losses[name] = f"{logs[name]:.3f}"
         if self.training_bar is not None:
+            # Shown with the bar's next update, at the end of the step.
             self.training_bar.set_postfix(self._losses, refresh=False)
 
     def close(self) -> None:
         """Closes the bars, so that later output starts on a new line."""
+        # The base class closes them at the end of training, which an error does not reach.
         for bar in (self.prediction_bar, self.training_bar):
             if bar is not None:
                 bar.close()
@@ -110,6 +113,7 @@ def tracking(trainer: AnswerTrainer, folder: Path, checkpoint: Path | None) -> I
     which are logged again. The W&B run begins and ends here: transformers does not end it, so the
     next stage of a sequence would log to it.
     """
+    # transformers' callbacks of trackers write on rank 0 only.
     if not is_main_process():
         yield
         return
@@ -120,13 +124,16 @@ def tracking(trainer: AnswerTrainer, folder: Path, checkpoint: Path | None) -> I
 
         purge_step = None
         if checkpoint is not None:
+            # TensorBoard hides the purge step itself too.
             purge_step = step_of(checkpoint) + 1
         writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+        # Not by report_to: transformers' own writer has no purge_step.
         trainer.add_callback(TensorBoardCallback(writer))
 
     with ExitStack() as stack:
         if "wandb" in trackers:
             wandb = import_module("wandb")
+            # A run that the caller has started also ends with the caller.
             if wandb.run is None:
                 run = wandb.init(
                     project=os.environ.get("WANDB_PROJECT", "badit"),

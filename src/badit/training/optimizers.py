@@ -39,6 +39,7 @@ from badit.tuner.distributed import (
 Pair = tuple[nn.Parameter, nn.Parameter]
 
 _FACTOR = re.compile(r"\b(?:badit|lora|lora_embedding)_([AB])\b")
+# Without lora_embedding_A: AdamW updates the LoRA of embeddings.
 _FACTOR_A = re.compile(r"\b(badit|lora)_A\b")
 # The moments with the factor's feature dimension, sharded as it is.
 _OF_FEATURES = ("basis", "first", "features")
@@ -101,6 +102,7 @@ def factor_pairs(model: nn.Module) -> list[Pair]:
             continue
         components, in_features = a.shape
         out_features, columns = b.shape
+        # B's columns are no multiple of A's rows, or there are no N orthogonal directions.
         if columns % components or components > min(in_features, out_features):
             continue
         layer_name, *_ = _FACTOR_A.split(name)
@@ -141,6 +143,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.98),
         weight_decay: float = 0.0,
     ) -> None:
+        # ZeRO-1 and -2 flatten the weights only later; accelerate's variable tells of them now.
         if is_divided_by_zero3(model) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             raise BaditError(_FLATTENED)
         pairs = factor_pairs(model)
@@ -176,6 +179,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         factors, *others = self.param_groups
         if any(factor.ndim != 2 for factor in factors["params"]):
             raise BaditError(_FLATTENED)
+        # The group lists A and B of each layer in turn.
         a_factors = factors["params"][::2]
         b_factors = factors["params"][1::2]
         pairs = list(zip(a_factors, b_factors, strict=True))
@@ -186,6 +190,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
                 self._move([alike[index] for index in indices], factors)
 
         for group in others:
+            # A copy, because AdamW adds its other options to the group.
             adamw = torch.optim.AdamW([dict(group)])
             adamw.state = self.state  # an AdamW keeps nothing else between steps
             adamw.step()
@@ -208,6 +213,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         """Takes one step of layers of equal shape."""
         lr = group["lr"]
         a_factors, b_factors = zip(*pairs, strict=True)
+        # Global sizes, also of DTensors; a shard has fewer features.
         components, in_features = a_factors[0].shape
         out_features, columns = b_factors[0].shape
         share = columns // components
@@ -291,6 +297,7 @@ class _Side:
         first = self.factors[0]
         if not isinstance(first, DTensor):
             return layers
+        # The layer's global shape: only the features are divided.
         shape = list(layers[0].shape)
         shape[self.features] = first.shape[self.features]
         placements = placements_along(self.features, first)
@@ -303,12 +310,13 @@ class _Side:
         if isinstance(first, DTensor):
             # From shards along the features to the factors' own.
             placements = placements_along(self.features + 1, first)
-            whole = dtensor(update, first, placements, (len(self.factors), *first.shape))
+            sharded_update = dtensor(update, first, placements, (len(self.factors), *first.shape))
             of_factors = [
                 Shard(place.dim + 1) if isinstance(place, Shard) else place
                 for place in first.placements
             ]
-            update = whole.redistribute(placements=of_factors).to_local()
+            update = sharded_update.redistribute(placements=of_factors).to_local()
             local = [factor.to_local() for factor in self.factors]  # pyright: ignore[reportAttributeAccessIssue]
+        # One operation for all layers.
         torch._foreach_mul_(local, shrink)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_sub_(local, list(update.unbind()))  # pyright: ignore[reportPrivateImportUsage]

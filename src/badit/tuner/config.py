@@ -31,6 +31,7 @@ from badit.support.steps import PositiveSteps
 FORMAT = 2
 FORMAT_FIELD = "format_version"
 
+# Strict, because pydantic would otherwise accept "8" and True as numbers.
 Count = Annotated[int, Strict(), Field(ge=1)]
 CountOrZero = Annotated[int, Strict(), Field(ge=0)]
 Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
@@ -71,6 +72,7 @@ def check_options(config: Any, prefix: str = "") -> None:
 
     ``prefix`` precedes the option's name in the message.
     """
+    # With extras, because Annotated has the options' limits.
     kinds = get_type_hints(type(config), include_extras=True)
     for name, _, _ in described(type(config)):
         check(f"{prefix}{name}", getattr(config, name), kinds[name])
@@ -146,11 +148,13 @@ class ExpertConfig(PeftConfig):
         super().__post_init__()
         _refuse_other_format(self.format_version)
         self.peft_type = peft_type(self.method)
+        # Sets, as in PEFT's configurations, which save them as lists; a string is a regex.
         for name in ("target_modules", "exclude_modules"):
             names = getattr(self, name)
             if isinstance(names, (list, tuple)):
                 setattr(self, name, set(names))
         check_options(self)
+        # After check_options, because the limit must be an integer.
         if self.top_k is not None:
             check("top_k", self.top_k, Annotated[int, Strict(), Field(ge=1, le=self.num_experts)])
         if self.layers_pattern is not None and self.layers_to_transform is None:
@@ -158,6 +162,7 @@ class ExpertConfig(PeftConfig):
                 "layers_pattern: needs layers_to_transform, the layers' indices; "
                 "set both or neither"
             )
+        # PEFT applies layers_to_transform to names only.
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise BaditError(
                 "layers_to_transform: needs a list of names in target_modules, "
@@ -217,15 +222,18 @@ class ExpertConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Saves the configuration, and adds to PEFT's README.md how to load the adapter."""
         super().save_pretrained(save_directory, **kwargs)
+        # badit.tuner or badit.baselines: importing it registers the method with PEFT.
         package = ".".join(type(self).__module__.split(".")[:2])
         note = (
             "Before loading this adapter with PEFT: `pip install badit`, "
             f"and `import {package}` in your script."
         )
         path = Path(save_directory, "README.md")
+        # PEFT writes it only if it saves a whole PeftModel.
         if not path.is_file():
             return
         text = path.read_text("utf-8")
+        # An adapter may be saved to the same folder again.
         if note not in text:
             path.write_text(f"{text.rstrip()}\n\n{note}\n", "utf-8")
 
@@ -342,6 +350,7 @@ class BaditConfig(ExpertConfig):
 
     def _default_gates(self) -> GateKind:
         """Returns clusters of prompts, unless they are not possible or would change step 0."""
+        # Clusters are of standardised prompts; with BAD, their random gates would change step 0.
         if self.router_input == "mean" or self.init_weights == "bad":
             return "mean_one"
         if self.num_experts == 1 or self.top_k is not None or self.target_parameters:
@@ -364,6 +373,7 @@ class BaditConfig(ExpertConfig):
             raise BaditError(f"codes: {self.codes!r} needs key='embedding'")
         if self.permute_codes and self.codes == "random":
             raise BaditError("permute_codes: needs codes='matched' or 'grouped'")
+        # PEFT does not apply layers_to_transform to target_parameters.
         can_be_fused = self.routing == "prompt" and self.layers_to_transform is None
         if self.target_parameters and not can_be_fused:
             raise BaditError(
@@ -440,4 +450,5 @@ class RegroupOptions:
             every = max(1, round(self.every * total_steps))
         # Rounded first, because 0.29 · 100 is 28.999999999999996.
         last = math.floor(round(self.stop * total_steps, 6))
+        # Steps are counted from 1, so `last` is included.
         return range(every, last + 1, every)

@@ -66,11 +66,14 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
             self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.badit_config: dict[str, Any] = {}
         self.badit_dropout = nn.ModuleDict()
+        # With an entry for each adapter; PEFT's delete_adapter removes it from all of them.
         for tensors in self.adapter_layer_names:
             setattr(self, tensors, nn.ParameterDict())
         for tensors in self.other_param_names:
+            # badit_config and badit_dropout exist already, and are no tensors.
             if not hasattr(self, tensors):
                 setattr(self, tensors, BufferDict(persistent=True))
+        # Read by PEFT's property active_adapters, which update_layer uses.
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -91,6 +94,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         if not will_be_loaded:
             self.initialise(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        # PEFT sets requires_grad of the new tensors: only those of active adapters are trained.
         self.set_adapter(self.active_adapters)
 
     @torch.no_grad()
@@ -104,6 +108,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
             except BaditError as error:
                 raise BaditError(f"{self.name}: {error}") from None
         if factors is None:
+            # As in PEFT's LoRA: uniform within ±1/√I.
             nn.init.kaiming_uniform_(self.badit_A[adapter_name], a=math.sqrt(5))
             return
         a_NI, b_ON = factors
@@ -121,11 +126,13 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         for adapter in self.running_adapters:
             x_in = self._with_positions(self._cast_input_dtype(x, self.badit_A[adapter].dtype))
             a_PI, b_OM, scale = self.routed_factors(adapter, x_in)
+            # One dropout mask for A and A0: no noise while B A and B0 A0 cancel each other.
             hidden = self.hidden(adapter, self.badit_dropout[adapter](x_in), a_PI)
             if scale is not None:
                 # If the experts share A, each group of P columns of B takes all rows of A.
                 scale = scale.to(hidden.dtype).unflatten(-1, (-1, hidden.shape[-1]))
                 hidden = (hidden[..., None, :] * scale).flatten(-2)
+            # The input may have been reshaped by `_with_positions`.
             y = y + F.linear(hidden, b_OM).reshape(y.shape).to(y.dtype)
         return y
 
@@ -195,6 +202,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         """Returns x as (B, T, I), also in a module whose input is (B·T, I), such as OPT's MLP."""
         if x.ndim != 2 or self.tokens_P is not None:
             return x
+        # Gates are per row, so the rows must be separate again.
         shape = self.routing.forward_pass().shape
         if shape is None or len(x) != shape.numel():
             return x
@@ -249,6 +257,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         if gates_K is not None:
             gates_N = gates_K.to(gates_N)[expert_N]
         a_PI, b_OM, scale_M = self.gated_factors(adapter_name, gates_N)
+        # With a shared A, each of its rows has a column in all K B's, and these add up.
         b_OP = (b_OM.to(dtype) * scale_M).unflatten(1, (-1, len(a_PI))).sum(dim=1)
         return a_PI.to(dtype), b_OP
 

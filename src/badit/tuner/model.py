@@ -128,6 +128,7 @@ class ExpertModel(Hooks, BaseTuner):
             copied = re.sub(rf"({self.prefix}\w+)\.default\b", r"\1.ref", name)
             if copied != name:
                 copies[copied] = tensor.detach().clone()
+        # assign, because the tensors of a new reference are on the meta device.
         self.load_state_dict(copies, strict=False, assign=True)
 
     def _check_new_adapter_config(self, config: ExpertConfig) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -148,6 +149,7 @@ class ExpertModel(Hooks, BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """Sets the default targets, and checks the targets against the model's fused weights."""
+        # Now, because the first forward pass on a CPU would reorder 4-bit weights.
         keep_in_place(self.model)
         peft_config.target_modules = chosen_targets(self.model, peft_config)
         if peft_config.target_modules is None:
@@ -171,6 +173,7 @@ class ExpertModel(Hooks, BaseTuner):
     ) -> None:
         if parameter_name is not None:
             name = f"{current_key.rpartition('.')[0]}.{parameter_name}"
+            # A fused weight: each of its matrices gets a layer of its own, in the list of matrices.
             matrices = split_experts(target, parameter_name, name, RoutingContext.of(self.model))
             for index, matrix in enumerate(matrices):
                 self._create_and_replace(
@@ -182,6 +185,7 @@ class ExpertModel(Hooks, BaseTuner):
                 f"{current_key}: has another method's adapter; call unload() on the model with it "
                 "first"
             )
+        # A further adapter, or a new one in place of one with this name.
         if isinstance(target, ExpertLinear):
             _remove_tensors(target, adapter_name)
             target.update_layer(adapter_name, peft_config)
@@ -191,6 +195,7 @@ class ExpertModel(Hooks, BaseTuner):
         routing = RoutingContext.of(self.model)
         layer = layer_cls(target, current_key, routing, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
+            # As in PEFT's LoRA: an additional adapter is trained only once it is active.
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
@@ -313,6 +318,7 @@ class BaditModel(ExpertModel):
     ) -> None:
         """Finds the clusters of layers that have their own."""
         means = self._prompt_means(batches, prompts)
+        # All layers are checked before the first one is changed.
         for layer, name in unclustered:
             if f"{layer.name}.{name}" not in means:
                 raise BaditError(
@@ -341,7 +347,9 @@ class BaditModel(ExpertModel):
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Runs the model in evaluation mode and without compiling it."""
+        # For each module, because train() would change those that the caller has put in eval mode.
         was_training = {module: module.training for module in self.modules()}
+        # Without dropout, which would make the clusters random.
         self.eval()
         try:
             with torch.compiler.set_stance("force_eager"):
@@ -356,9 +364,11 @@ class BaditModel(ExpertModel):
         Returns the number of their prompts.
         """
         tensors = self._first_rows(batch, rows)
+        # The mask is passed explicitly, because the model gets no labels to find the prompt by.
         mask_BT, segments = RoutingContext.of(self.model).describe(self.model, tensors).prompt
         # Without a loss and with the logits of one position, to save memory.
         options = {**batch, **tensors, "labels": None, "use_cache": False, "logits_to_keep": 1}
+        # Batches may have more columns, such as the tasks of badit's collator.
         accepted = {*inspect.signature(self.model.forward).parameters, *_PACKING}
         options = {name: value for name, value in options.items() if name in accepted}
         self.model(**options, prompt_mask=mask_BT)
@@ -374,6 +384,7 @@ class BaditModel(ExpertModel):
                 "start_task: a batch must be a dict of tensors, as in training; or use "
                 "gates='mean_one'"
             )
+        # Tensors of one dimension, such as cu_seq_lens_q of packed rows, have no rows.
         by_row = [name for name, tensor in tensors.items() if tensor.ndim > 1]
         if len({len(tensors[name]) for name in by_row}) == 1:
             tensors |= {name: tensors[name][:rows] for name in by_row}
@@ -389,6 +400,7 @@ def register(config_cls: Any, model_cls: Any) -> None:
     BaditError if another package has taken the name.
     """
     name = config_cls.method.lower()
+    # PEFT refuses to register a name twice.
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type(config_cls.method))
     if registered is None:
         register_peft_method(

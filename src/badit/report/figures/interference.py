@@ -96,6 +96,7 @@ def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
     left out."""
     rows = of_shown_parameters(frame).dropna(subset="cosine").sort_values("cosine")
     lowest = rows[:_PAIRS_AT_EACH_END]
+    # Not among the lowest, so that no pair of few is listed twice.
     highest = rows[_PAIRS_AT_EACH_END:][-_PAIRS_AT_EACH_END:]
     rows = pd.concat([lowest, highest]).rename(columns={"task_a": "task", "task_b": "other_task"})
     forms = {
@@ -150,6 +151,7 @@ def shared_units(frame: pd.DataFrame) -> Any:
 
 def units_of_tasks(frame: pd.DataFrame) -> Any:
     """Units of all layers that this task alone, some tasks or all tasks mark."""
+    # A single task has nothing to share units with.
     if len(set(frame["task"])) < 2:
         return None
     groups = ["this task alone", "some tasks", "all tasks"]
@@ -173,6 +175,7 @@ def units_of_tasks(frame: pd.DataFrame) -> Any:
             tooltip=["task:N", "part:N", "units:Q", alt.Tooltip("share:Q", format=".1%")],
         )
     )
+    # Computed in the chart, after it has selected the chosen kind of unit.
     chart = chart.transform_joinaggregate(total="sum(units)", groupby=["task"])
     chart = chart.transform_calculate(share="datum.units / datum.total")
     chart = chart.add_params(choice("kind", frame["kind"]))
