@@ -54,8 +54,6 @@ trainer = SFTTrainer(
     ),
     train_dataset=Dataset.from_list(rows[:8] if options.small else rows),
 )
-badit.hooks_of(model).start_task(
-    {"all": trainer.get_train_dataloader()}
-)  # finds the clusters of prompts
+badit.prepare(trainer)  # finds the clusters of prompts
 trainer.train()
 trainer.save_model(f"{options.output}/adapter")

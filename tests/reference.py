@@ -1,4 +1,4 @@
-"""Reference implementations of the method's formulas in float64, for the tests.
+"""Reference implementations of the method's formulas in float64, and of Rouge-L, for the tests.
 
 Arguments may be tensors or arrays; functions return arrays. Component i is row i of A (N, in) and
 column i of B (out, N); its gradient is the concatenation of both gradients.
@@ -6,10 +6,12 @@ column i of B (out, N); its gradient is the concatenation of both gradients.
 
 import itertools
 import math
+import unicodedata
 
 import numpy as np
 import scipy.linalg
 import torch
+from nltk.stem.porter import PorterStemmer
 from scipy.optimize import linear_sum_assignment
 
 
@@ -79,6 +81,30 @@ def best_exchange(gradients, labels):
         exchanged[[i, j]] = exchanged[[j, i]]
         gains.append(objective(gradients, exchanged) - objective(gradients, labels))
     return max(gains)
+
+
+def k_means_plus_plus(gradients, num_experts, rng):
+    """Returns the nearest of K gradients, the seeds, for each gradient.
+
+    The first seed is drawn uniformly. Each further one is the best of 2 + ⌊ln K⌋ candidates, which
+    are drawn with probability ∝ D², the squared distance to the nearest seed: the one with the
+    smallest Σ D² after it.
+    """
+
+    def squared_distances(seeds):
+        return [[float(((row - gradients[s]) ** 2).sum()) for s in seeds] for row in gradients]
+
+    components = len(gradients)
+    seeds = [rng.integers(components)]
+    while len(seeds) < num_experts:
+        nearest = np.array([min(row) for row in squared_distances(seeds)])
+        weights = nearest if nearest.sum() > 0 else np.ones(components)
+        candidates = rng.choice(
+            components, size=2 + int(math.log(num_experts)), p=weights / weights.sum()
+        )
+        totals = [sum(min(row) for row in squared_distances([*seeds, c])) for c in candidates]
+        seeds.append(candidates[int(np.argmin(totals))])
+    return np.argmin(squared_distances(seeds), axis=1)
 
 
 def polar_grouping(gradients, labels, num_experts, size, rounds=50):
@@ -319,3 +345,44 @@ def relative_energy(energy, labels):
         [[row[labels == k].sum() / row.sum() for k in range(labels.max() + 1)] for row in energy]
     )
     return shares / shares.mean(axis=0)
+
+
+# --- Rouge-L ---
+# The beginnings of the names of characters in scripts without spaces between words.
+WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA LETTER", "THAI", "LAO", "KHMER", "MYANMAR")
+
+
+def words(text):
+    """Returns the stemmed words of a text, character by character."""
+    found = []
+    is_open = can_grow = False  # within a word, and whether a letter or digit continues it
+    for character in text.lower():
+        kind = unicodedata.category(character)[0]
+        without_spaces = unicodedata.name(character, "").startswith(WITHOUT_SPACES)
+        if (kind == "M" and is_open) or (kind in "LN" and can_grow and not without_spaces):
+            found[-1] += character
+        elif kind in "LN":
+            found.append(character)
+            is_open, can_grow = True, not without_spaces
+        else:
+            is_open = can_grow = False
+    return [PorterStemmer().stem(word) if len(word) > 3 else word for word in found]
+
+
+def common_length(a, b):
+    """Returns the length of the longest common subsequence."""
+    if not a or not b:
+        return 0
+    if a[0] == b[0]:
+        return 1 + common_length(a[1:], b[1:])
+    return max(common_length(a, b[1:]), common_length(a[1:], b))
+
+
+def rouge_l(prediction, reference):
+    """Returns the F-measure x 100 of the longest common subsequence of words."""
+    answer, target = words(prediction), words(reference)
+    common = common_length(answer, target)
+    if not common:
+        return 0.0
+    precision, recall = common / len(answer), common / len(target)
+    return 100 * 2 * precision * recall / (precision + recall)

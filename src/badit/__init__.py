@@ -1,11 +1,12 @@
 """badit: multi-task instruction tuning by basic-ability decomposition.
 
     from peft import get_peft_model
-    from badit import BaditConfig, hooks_of
+    from badit import BaditConfig, prepare
 
     model = get_peft_model(model, BaditConfig(num_experts=8, r=4))
     trainer = Trainer(model, TrainingArguments(learning_rate=2e-3), ...)
-    hooks_of(model).start_task({"all": trainer.get_train_dataloader()})
+    prepare(trainer)
+    trainer.train()
 
 The commands are also available from Python: ``train``, ``compare``, ``analyze``, and the methods of
 :class:`badit.Run`. Names are imported on first use, so ``import badit`` is fast.
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from badit.report import write_report
     from badit.support.errors import BaditError
     from badit.training.optimizers import OrthogonalUpdates, lora_plus_groups
+    from badit.training.preparation import prepare
     from badit.training.regrouping import RegroupCallback, Regrouper
     from badit.tuner import BaditConfig, BaditModel, hooks_of
 
@@ -42,6 +44,7 @@ _NAMES = {
     "report": ["write_report"],
     "support.errors": ["BaditError"],
     "training.optimizers": ["OrthogonalUpdates", "lora_plus_groups"],
+    "training.preparation": ["prepare"],
     "training.regrouping": ["RegroupCallback", "Regrouper"],
     "tuner": ["BaditConfig", "BaditModel", "hooks_of"],
 }
@@ -65,6 +68,7 @@ __all__ = [
     "load_tasks",
     "lora_plus_groups",
     "plan",
+    "prepare",
     "summarise",
     "table",
     "train",

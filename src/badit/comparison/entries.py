@@ -16,6 +16,9 @@ from badit.support.errors import explained
 from badit.support.files import read_json
 from badit.training.fit import joint_training
 
+# The fields of a line of regroupings.jsonl that results.json keeps.
+_OF_REGROUPINGS = ("step", "module", "components_moved", "objective_before", "objective_after")
+
 
 def results_content(
     grid: Grid,
@@ -125,7 +128,7 @@ def _entry(
         with explained(folders[0].instances_path, fix=fix, any_error=True):
             # From the instances, so that single-task runs get the same means as a run on all tasks.
             scores = mean_scores(instances)
-    return {
+    entry = {
         "method": cell.method,
         "seed": cell.seed,
         "order": None if cell.order is None else order_name(cell.order),
@@ -139,6 +142,27 @@ def _entry(
         "scores": scores,
         "instances": None if scores is None else instances,
     }
+    if done and (regroupings := logged_regroupings(folders)):
+        entry["regroupings"] = regroupings
+    return entry
+
+
+def logged_regroupings(folders: Sequence[RunFolder]) -> dict[str, list[Any]]:
+    """Returns the columns of the runs' logs of regroupings, without labels; empty without a log.
+
+    There is a row for each layer and regrouping. The column ``run`` is the name of its folder.
+    """
+    rows = []
+    for folder in folders:
+        with explained(folder.regroupings_path, fix="delete the file to skip it", any_error=True):
+            rows += [
+                [folder.path.name, *(line[field] for field in _OF_REGROUPINGS)]
+                for line in folder.log(folder.regroupings_path)
+            ]
+    if not rows:
+        return {}
+    names = ("run", *_OF_REGROUPINGS)
+    return {name: [*column] for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 
 
 def _sequence(grid: Grid, cell: Cell, folder: RunFolder) -> dict[str, Any]:

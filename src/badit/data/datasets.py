@@ -41,8 +41,10 @@ def read_dataset(source: Source, path: Path) -> list[Task]:
             placed = rows_of_dataset(dataset, place)
             yield from read_rows(placed, source, task, split, strict=False)
 
-    files = [Path(file["filename"]) for dataset, *_ in splits for file in dataset.cache_files]
-    return build_tasks(source, files, rows())
+    tables = [Path(file["filename"]) for dataset, *_ in splits for file in dataset.cache_files]
+    # The columns' types and labels are in JSON files next to the tables.
+    descriptions = [file for table in tables for file in sorted(table.parent.glob("*.json"))]
+    return build_tasks(source, [*tables, *descriptions], rows())
 
 
 def rows_of_dataset(dataset: Any, place: str) -> PlacedRows:

@@ -99,7 +99,8 @@ def group_components(
         gram_NN: symmetric cosine Gram matrix, or a mean of several.
         current_N: the current labels 0 … K−1, each exactly r = N/K times.
         solver: "swap" (exact pairwise swaps, from the current grouping and from balanced spherical
-            k-means) or "paper" (polar targets and integer assignment, from spherical k-means).
+            k-means) or "paper" (polar targets and integer assignment, from spherical k-means that
+            starts with k-means++).
         restarts: number of k-means starts, of which the best result is used; "paper" uses at least
             one.
         seed: random seed; the same seed and Gram matrix give the same labels.
@@ -124,13 +125,14 @@ def group_components(
     if solver == "paper":
         restarts = max(1, restarts)
     rng = np.random.default_rng(seed)
-    sorted_N = np.sort(current_N)
-    starts = [rng.permutation(sorted_N) for _ in range(restarts)]
     k_means = partial(_until_stable, gram_NN, similarity=_centroid_similarity)
     if solver == "swap":
+        sorted_N = np.sort(current_N)
+        starts = [rng.permutation(sorted_N) for _ in range(restarts)]
         clustered = [k_means(start_N, num_experts) for start_N in starts]
         candidates = _swap_until_optimal(gram_NN, np.stack([current_N, *clustered]), num_experts)
     else:
+        starts = [_k_means_plus_plus(gram_NN, num_experts, rng) for _ in range(restarts)]
         # Plain k-means only gives the first centroids; the assignment to the targets balances.
         clustered = [k_means(start_N, num_experts, balanced=False) for start_N in starts]
         candidates = [
@@ -218,6 +220,31 @@ def expert_angles(gram_NN: np.ndarray, labels_N: np.ndarray) -> ExpertAngles:
 def _mean(values: np.ndarray) -> float:
     """Returns the mean, NaN without values (of which numpy would warn)."""
     return float(values.mean()) if values.size else float("nan")
+
+
+def _k_means_plus_plus(
+    gram_NN: np.ndarray, num_experts: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Returns the nearest of K seeds for each component: greedy k-means++ (Arthur, Vassilvitskii).
+
+    A seed is the best of 2 + ⌊ln K⌋ components that are drawn in proportion to their squared
+    distance to the nearest earlier seed. The distance of unit gradients, 2 − 2⟨ĝ_i, ĝ_j⟩, orders
+    them as their cosine does. From a random partition, k-means would stop at once where gradients
+    are noisy: a centroid of few components is most similar to its own ones.
+    """
+    squared_N = np.diag(gram_NN)
+    distance_NN = np.maximum(squared_N[:, None] + squared_N[None, :] - 2 * gram_NN, 0.0)
+    seeds = [int(rng.integers(len(gram_NN)))]
+    while len(seeds) < num_experts:
+        nearest_N = distance_NN[:, seeds].min(axis=1)
+        if not nearest_N.any():  # every component equals a seed
+            nearest_N = np.ones_like(nearest_N)
+        candidates_C = rng.choice(
+            len(gram_NN), size=2 + int(np.log(num_experts)), p=nearest_N / nearest_N.sum()
+        )
+        total_C = np.minimum(nearest_N[:, None], distance_NN[:, candidates_C]).sum(axis=0)
+        seeds.append(int(candidates_C[total_C.argmin()]))
+    return distance_NN[:, seeds].argmin(axis=1)
 
 
 def _until_stable(

@@ -3,7 +3,7 @@
 The NLL needs no generated answer and has less noise. Rouge-L and exact match range from 0 to 100,
 with the maximum over the references. They follow the official evaluation of
 Super-NaturalInstructions (Wang et al. 2022, arXiv:2204.07705). Rouge-L is computed by
-`rouge-score`.
+`rouge-score`, with words of all scripts.
 """
 
 import string
@@ -15,6 +15,10 @@ from typing import Any
 from badit.support.errors import BaditError
 from badit.support.text import number
 
+# Scripts without spaces between words, as a set of characters.
+_ALONE = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+_LETTER = r"[\p{L}\p{N}]\p{M}*"  # a letter or digit with its marks (accents, vowel signs)
+_WORD = rf"(?={_ALONE}){_LETTER}|(?:(?!{_ALONE}){_LETTER})+"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -37,16 +41,34 @@ class Prediction:
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """Returns the Rouge-L F-measure x 100 with Porter stemming, the maximum over the references.
 
-    Words are sequences of `a-z0-9` after lower-casing. Text without words, such as Chinese, scores
-    0 even if equal. BaditError if ``references`` is empty or a string.
+    Words are sequences of letters and digits after lower-casing. In scripts without spaces between
+    words, such as Chinese, each character is a word. The score of ASCII text is the official one,
+    whose words have the letters a-z only. Text without letters and digits scores 0 even if equal.
+    BaditError if ``references`` is empty or a string.
     """
     # Not at the top: it imports NLTK, which would slow down every command.
     from rouge_score.rouge_scorer import RougeScorer
 
     _refuse_invalid(references)
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     scores = [scorer.score(reference, prediction)["rougeL"] for reference in references]
     return 100.0 * max(score.fmeasure for score in scores)
+
+
+class _Words:
+    """Splits text into words, with the interface of `rouge-score`."""
+
+    def __init__(self) -> None:
+        from nltk.stem.porter import PorterStemmer
+
+        self._stemmer = PorterStemmer()
+
+    def tokenize(self, text: str) -> list[str]:
+        import regex
+
+        words: list[str] = regex.findall(_WORD, text.lower())
+        # As in the official implementation, which does not stem short words.
+        return [self._stemmer.stem(word) if len(word) > 3 else word for word in words]
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:

@@ -239,7 +239,7 @@ def options_of(name: str) -> list[tuple[str, Any, str]]:
     options = [option for option in described(kind.config_class) if option[0] not in hidden]
     if name != "badit":
         return options
-    options.append(("preset", "default", "'paper': the paper's exact form."))
+    options.append(("preset", "default", "'paper': the form of the paper's released code."))
     meaning = "Regroup components (DOG), with the options below or {} (default: do not)."
     options.append(("regroup", None, meaning))
     options += [

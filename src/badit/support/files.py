@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from badit.support.console import say
 from badit.support.errors import BaditError, explained
 
 OWNER = ".owner"  # in a folder that is in use: the name of the process that uses it
@@ -254,6 +255,29 @@ def cache_folder() -> Path:
 
 
 @contextmanager
+def lock(file: Path) -> Iterator[None]:
+    """Locks a file, which is created, against other processes within the context.
+
+    Waits for the process that holds the lock, and names it. The lock ends with its process. On file
+    systems without locks, nothing is locked. OSError for a link.
+    """
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, mode=0o600)
+    with open(descriptor, "r+", encoding="utf-8", errors="replace") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{file}: waiting for {stream.readline().strip() or 'another process'}")
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        stream.truncate(0)
+        stream.seek(0)
+        stream.write(_this_process())
+        stream.flush()
+        yield
+
+
+@contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Locks a folder against other processes within the context; creates it if it does not exist.
 
@@ -272,7 +296,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         _lock(folder, descriptor)
         _locked.add(place)
         refuse_links(folder)
-        write_text(owner, f"process {os.getpid()} on {socket.gethostname()}\n")
+        write_text(owner, _this_process())
         yield
     finally:
         if place in _locked:
@@ -282,6 +306,10 @@ def exclusive(folder: Path) -> Iterator[None]:
             if is_new and not any(folder.iterdir()):
                 folder.rmdir()
         os.close(descriptor)
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
 def _lock(folder: Path, descriptor: int) -> None:

@@ -23,28 +23,28 @@ from badit.support.files import append_to_log, rewind_log
 from badit.training.checkpoints import step_of
 from badit.training.trainer import AnswerTrainer
 
-_LOSSES = {"loss", "eval_loss"}
+_LOSSES = ("loss", "eval_loss")
 
 
 class MetricsLog(TrainerCallback):
     """Appends the Trainer's log lines to a file, without those that a resumed run will log again.
 
-    Omits run times, throughput and the final summary, which depend on the process, and the metrics
-    of regroupings.
+    It has no run times and no throughput, which depend on the process, and no metrics of
+    regroupings, which regroupings.jsonl has by layer.
     """
 
     def __init__(self, path: Path) -> None:
-        self._log = path
+        self._path = path
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            rewind_log(self._log, state.global_step)
+            rewind_log(self._path, state.global_step)
 
     def on_log(self, args, state, control, **kwargs):
         logs = kwargs["logs"]
-        # The Trainer's final summary has neither loss.
-        if state.is_world_process_zero and logs.keys() & _LOSSES:
-            append_to_log(self._log, {"step": state.global_step, **_metrics(logs)})
+        # The Trainer's final summary has train_loss instead.
+        if state.is_world_process_zero and logs.keys() & {*_LOSSES}:
+            append_to_log(self._path, {"step": state.global_step, **_metrics(logs)})
 
 
 def _metrics(logs: Mapping[str, float]) -> dict[str, float | None]:
@@ -77,7 +77,7 @@ class ProgressBar(ProgressCallback):
             )
 
     def on_log(self, args, state, control, logs: Any = None, **kwargs):
-        for name in ("loss", "eval_loss"):
+        for name in _LOSSES:
             if name in logs:
                 self._losses[name] = f"{logs[name]:.3f}"
         if self.training_bar is not None:

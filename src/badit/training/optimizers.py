@@ -125,9 +125,10 @@ class OrthogonalUpdates(torch.optim.Optimizer):
     Args:
         model: a model with adapters, optionally wrapped by DDP or sharded by FSDP2.
         lr: learning rate of the factors. In trials 2e-3 was best for BADIT's defaults, 5e-4 for
-        LoRA. other_lr: learning rate of all other trainable parameters (default: ``lr``). betas:
-        decay rates of the factors' moments. weight_decay: decoupled weight decay of all trainable
-        parameters.
+            LoRA.
+        other_lr: learning rate of all other trainable parameters (default: ``lr``).
+        betas: decay rates of the factors' moments.
+        weight_decay: decoupled weight decay of all trainable parameters.
 
     Raises:
         BaditError: if the model has no trainable factors, a number is out of range, or DeepSpeed is
@@ -186,8 +187,9 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         # Only layers that all have moments, or all have none yet, can be stacked.
         for has_moments in (True, False):
             alike = [pair for pair in pairs if bool(self.state.get(pair[0])) == has_moments]
+            # by_shape leaves out layers in which a factor has no gradient.
             for indices in by_shape([(a.grad, b.grad) for a, b in alike]):
-                self._move([alike[index] for index in indices], factors)
+                self._update([alike[index] for index in indices], factors)
 
         for group in others:
             # A copy, because AdamW adds its other options to the group.
@@ -209,16 +211,16 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             for name, moment in moments.items():
                 self.state[factor][name] = moment.to(factor.device)
 
-    def _move(self, pairs: Sequence[Pair], group: dict[str, Any]) -> None:
+    def _update(self, pairs: Sequence[Pair], group: dict[str, Any]) -> None:
         """Takes one step of layers of equal shape."""
         lr = group["lr"]
         a_factors, b_factors = zip(*pairs, strict=True)
         # Global sizes, also of DTensors; a shard has fewer features.
         components, in_features = a_factors[0].shape
         out_features, columns = b_factors[0].shape
-        share = columns // components
-        a = _Side(a_factors, features=1, share=1)
-        b = _Side(b_factors, features=0, share=share)
+        b_per_a = columns // components
+        a = _Side(a_factors, features=1, b_per_a=1)
+        b = _Side(b_factors, features=0, b_per_a=b_per_a)
 
         updates, moments = orthogonal_updates(
             (a.rows(a_factors), b.rows(b_factors)),
@@ -229,30 +231,29 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             (a.moments(self.state), b.moments(self.state)),
             lr=lr,
             betas=group["betas"],
-            lengths=(in_features, share * out_features),
+            lengths=(in_features, b_per_a * out_features),
             over_shards=over_shards(a_factors[0]),
         )
         for index, side in enumerate((a, b)):
-            side.keep(moments[index], self.state)
+            side.store(moments[index], self.state)
             update = lr * side.as_rows(updates[index])
             side.subtract(update, shrink=1 - lr * group["weight_decay"])
-
-
-# FSDP2 shards A and B by rows. A is redistributed into column shards, so that a product over
-# features is the sum of the shards' products. The moments keep that sharding.
 
 
 @dataclass
 class _Side:
     """The A's (N, I), or the B's (O, K·N), of several layers of equal shape.
 
+    FSDP2 shards A and B by rows. A is redistributed into column shards, so that a product over
+    features is the sum of the shards' products. The moments keep that sharding.
+
     ``features`` is the dimension of the in or out features, the only one that can be sharded.
-    ``share`` is K, the number of B's that share one A; 1 for the A's.
+    ``b_per_a`` is K, the number of B's that share one A; 1 for the A's.
     """
 
     factors: Sequence[nn.Parameter]
     features: int
-    share: int
+    b_per_a: int
 
     def rows(self, tensors: Sequence[Any]) -> torch.Tensor:
         """Stacks tensors of the factors' shapes to rows (L, N, D) in at least float32."""
@@ -266,7 +267,7 @@ class _Side:
         """
         if self.features == 1:
             return x
-        return x.unflatten(-1, (self.share, -1)).permute(0, 3, 2, 1).flatten(-2)
+        return x.unflatten(-1, (self.b_per_a, -1)).permute(0, 3, 2, 1).flatten(-2)
 
     def moments(self, state: Mapping[Any, Any]) -> Moments:
         """Returns the stacked moments of the optimizer's state; zeros before the first step."""
@@ -280,18 +281,18 @@ class _Side:
             moments[name] = stack(values)
         return moments
 
-    def keep(self, moments: Moments, state: MutableMapping[Any, Any]) -> None:
+    def store(self, moments: Moments, state: MutableMapping[Any, Any]) -> None:
         """Stores the stacked moments in the optimizer's state."""
         of_layers = {}
         for name, moment in moments.items():
             if name in _OF_FEATURES:
-                of_layers[name] = self._layers(self.as_rows(moment))
+                of_layers[name] = self._split(self.as_rows(moment))
             else:
                 of_layers[name] = moment.unbind()
         for index, factor in enumerate(self.factors):
             state[factor] = {name: layers[index] for name, layers in of_layers.items()}
 
-    def _layers(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    def _split(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Splits a stacked tensor into its layers, each sharded along the features."""
         layers = x.contiguous().unbind()
         first = self.factors[0]

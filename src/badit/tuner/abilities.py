@@ -48,6 +48,21 @@ class Example(NamedTuple):
     input_ids_T: Tensor
     labels_T: Tensor
     prompt_T: Tensor
+    is_packed: bool = False
+
+    @property
+    def prompt_ids(self) -> Tensor:
+        return self.input_ids_T[self.prompt_T]
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether some token is meant as prompt.
+
+        No position predicts the first token, so it is always prompt. Its label shows whether it is
+        meant to be; collators of packed rows remove this label.
+        """
+        is_answer = self.is_packed or bool((self.labels_T[self.prompt_T] != IGNORED_LABEL).any())
+        return int(self.prompt_T.sum()) > 1 or not is_answer
 
     @property
     def has_answer(self) -> bool:
@@ -70,7 +85,9 @@ def examples_in(
     for segment in range(number):
         is_own_BT = (of_BT == segment) & attended_BT.bool()
         if (prompt_BT & is_own_BT).any():  # not the padding of packed rows
-            yield Example(ids_BT[is_own_BT], labels_BT[is_own_BT], prompt_BT[is_own_BT])
+            is_packed = segments is not None
+            rows = (ids_BT[is_own_BT], labels_BT[is_own_BT], prompt_BT[is_own_BT])
+            yield Example(*rows, is_packed)
 
 
 def frozen_embedding(model: nn.Module) -> Any:
@@ -118,10 +135,7 @@ def _find_clusters(
     embedding = frozen_embedding(model)
     moments = vocabulary_moments(_vocabulary(embedding))
     means_SE = torch.stack(
-        [
-            embedding(example.input_ids_T[example.prompt_T]).float().mean(dim=0)
-            for example in examples
-        ]
+        [embedding(example.prompt_ids).float().mean(dim=0) for example in examples]
     )
     keys_SE = prompt_keys(means_SE.cpu(), *moments)
     clusters = holder.badit_config[adapter].num_clusters

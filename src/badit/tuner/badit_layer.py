@@ -283,10 +283,10 @@ class BaditLinear(ExpertLinear):
         return batches.is_meta or bool(batches)
 
     @torch.no_grad()
-    def cluster(self, adapter_name: str, means_SI: Tensor) -> None:
+    def cluster(self, adapter_name: str, means_SI: Tensor) -> int:
         """Sets moments, centroids and codes from x̄ (S, I) of training prompts.
 
-        All ranks get those of rank 0.
+        All ranks get those of rank 0. Returns the number of distinct centroids on this rank.
         """
         codes_CK = self.badit_codes[adapter_name]
         # NaN in one prompt would reach the moments of all features.
@@ -303,6 +303,7 @@ class BaditLinear(ExpertLinear):
         self.badit_moments[adapter_name].copy_(gathered(moments_2I)[0])
         self.badit_centroids[adapter_name].copy_(gathered(centroids_CI)[0])
         self.badit_batches[adapter_name].fill_(1)
+        return len(first_equal_C.unique())
 
     def _reads_prompt(self) -> bool:
         configs = [self.badit_config[adapter] for adapter in self.running_adapters]

@@ -242,11 +242,12 @@ class ExpertConfig(PeftConfig):
 class BaditConfig(ExpertConfig):
     """BADIT: ``num_experts`` LoRA experts of rank ``r`` in every target module, weighted by gates.
 
-    Pass it to ``get_peft_model`` like any PEFT configuration, call ``hooks_of(model).start_task``
-    with training batches, and train with a learning rate of 2e-3. The sizes are the paper's (arXiv
-    2605.05676: K 8, r 4, alpha 32, dropout 0.05, gate_proj); the initialisation and the gates are
-    not (docs/paper-index.md). :meth:`paper` returns the paper's exact form, which is trained with
-    :class:`badit.RegroupCallback` (DOG).
+    Pass it to ``get_peft_model`` like any PEFT configuration, call ``badit.prepare(trainer)`` (in
+    your own loop, ``hooks_of(model).start_task``), and train with a learning rate of 2e-3. The
+    sizes are the paper's (arXiv 2605.05676: K 8, r 4, alpha 32, dropout 0.05, gate_proj); the
+    initialisation and the gates are not (docs/paper-index.md). :meth:`paper` returns the form of
+    the paper's released code, which is trained with :class:`badit.RegroupCallback` (DOG).
+    docs/method.md lists what still differs.
     """
 
     method: ClassVar[str] = "BADIT"
@@ -277,10 +278,11 @@ class BaditConfig(ExpertConfig):
     gates: GateKind | None = option(
         None,
         "'clusters': no router; in every layer, a prompt gets the fixed random gates, with sum 1, "
-        "of the nearest of num_clusters centroids, which hooks_of(model).start_task(batches) "
-        "finds before training. 'mean_one': K·softmax of a router; all gates are 1 at step 0. "
-        "'softmax': sum 1, the paper's form; with init_weights='bad', gates with sum 1 change the "
-        "model at step 0. Default: 'clusters'; 'mean_one' with routing='token', "
+        "of the nearest of num_clusters centroids, which badit.prepare(trainer) or "
+        "hooks_of(model).start_task(batches) finds before training. 'mean_one': K·softmax of a "
+        "router; all gates are 1 at step 0. 'softmax': sum 1, as in the released code; with "
+        "init_weights='bad', gates with sum 1 change the model at step 0. Default: 'clusters'; "
+        "'mean_one' with routing='token', "
         "router_input='mean', top_k, init_weights='bad', target_parameters or a single expert.",
     )
     gated: Literal["factors", "change"] = option(
@@ -337,7 +339,7 @@ class BaditConfig(ExpertConfig):
 
     @classmethod
     def paper(cls, **options: Any) -> Self:
-        """Returns the paper's exact form (in a recipe ``preset: paper``), with ``options``."""
+        """Returns the form of the paper's released code (``preset: paper``), with ``options``."""
         return cls(**{**cls.PAPER, **options})
 
     def __post_init__(self) -> None:
@@ -426,7 +428,7 @@ class RegroupOptions:
     solver: Solver = option(
         "swap", "'swap': balanced k-means, then exact swaps; 'paper': the paper's iteration."
     )
-    restarts: CountOrZero = option(10, "Number of random starts of the solver.")
+    restarts: CountOrZero = option(10, "Number of starts of the solver from k-means.")
     rescale: bool = option(
         True, "Multiply moved components by the ratio of their old and new experts' mean gates."
     )

@@ -284,9 +284,9 @@ class RoutingContext:
     def _refuse_training_without_clusters(self) -> None:
         if self.unclustered and any(layer.training for layer, _ in self.without_clusters()):
             raise BaditError(
-                "gates='clusters': the prompts have no clusters yet; before training, call "
-                "hooks_of(model).start_task({'all': batches}) with the PeftModel, or use "
-                "gates='mean_one'"
+                "gates='clusters': the prompts have no clusters yet; before trainer.train(), call "
+                "badit.prepare(trainer), or in your own loop hooks_of(model).start_task({'all': "
+                "batches}) with the PeftModel; or use gates='mean_one'"
             )
 
     def _refuse_alone(self, decoder: nn.Module, args: tuple) -> None:

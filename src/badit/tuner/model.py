@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from badit.tuner.abilities import Example, examples_in, find_abilities
 from badit.tuner.badit_layer import BaditLinear
 from badit.tuner.config import BaditConfig, ExpertConfig, peft_type
 from badit.tuner.context import RoutingContext
-from badit.tuner.distributed import is_divided_by_zero3
+from badit.tuner.distributed import any_of_all, is_divided_by_zero3
 from badit.tuner.layer import ExpertLinear
 from badit.tuner.prompt import IGNORED_LABEL
 from badit.tuner.targets import (
@@ -37,6 +38,11 @@ from badit.tuner.targets import (
 TaskBatches = Mapping[str, Any]
 Place = tuple[BaditLinear, str]  # a layer and the name of one of its adapters
 _PROMPTS_PER_CLUSTER = 32
+_PROMPT_FIX = (
+    "set the labels of prompts to -100 (rows of prompt and completion, such as "
+    "badit.data.answer_rows(messages); in TRL also assistant_only_loss=True), or use "
+    "routing='token'"
+)
 # Keyword arguments of packed rows, which are not in the signature of a model's forward.
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -257,7 +263,8 @@ class BaditModel(ExpertModel):
 
         It runs a pass over 32 prompts per cluster, the same number of every task (at least one).
         All processes call it, before the model is wrapped or sharded; the clusters are those of
-        rank 0. BaditError if a layer gets no prompts.
+        rank 0. BaditError if a layer gets no prompts, if no row has a prompt because the labels
+        begin at the first token, or if different prompts get the same gates in every layer.
         """
         if not isinstance(batches, Mapping):
             raise BaditError(
@@ -291,8 +298,7 @@ class BaditModel(ExpertModel):
         if not layers:
             return
         examples = self._examples(batches, prompts)
-        if not examples:
-            raise BaditError("start_task: the batches have no prompts; pass training batches")
+        _refuse_without_prompts(examples)
         with self._evaluating():
             for name, of_adapter in layers.items():
                 find_abilities(self.model, name, of_adapter, examples)
@@ -314,35 +320,50 @@ class BaditModel(ExpertModel):
         return examples
 
     def _find_clusters(
-        self, unclustered: Sequence[Place], batches: TaskBatches, prompts: int
+        self, unclustered: Sequence[Place], batches: TaskBatches, prompts_per_task: int
     ) -> None:
         """Finds the clusters of layers that have their own."""
-        means = self._prompt_means(batches, prompts)
+        clusters = max(layer.badit_config[name].num_clusters for layer, name in unclustered)
+        sample = self._sample(batches, prompts_per_task)
         # All layers are checked before the first one is changed.
         for layer, name in unclustered:
-            if f"{layer.name}.{name}" not in means:
+            if f"{layer.name}.{name}" not in sample.means:
                 raise BaditError(
                     f"start_task: no batch reaches {layer.name}; pass other batches, or use "
                     "gates='mean_one'"
                 )
-        for layer, name in unclustered:
-            layer.cluster(name, torch.cat(means.pop(f"{layer.name}.{name}")))
+        if clusters > 1:
+            _refuse_without_prompts(sample.examples)
+        distinct = [
+            layer.cluster(name, torch.cat(sample.means.pop(f"{layer.name}.{name}")))
+            for layer, name in unclustered
+        ]
+        prompts = {tuple(example.prompt_ids.tolist()) for example in sample.examples}
+        prompts_differ = any_of_all(len(prompts) > 1)
+        if clusters > 1 and prompts_differ and not any_of_all(max(distinct) > 1):
+            for layer, name in unclustered:
+                layer.badit_batches[name].zero_()  # unclustered again, so training is refused
+            raise BaditError(
+                f"start_task: {len(prompts)} different prompts are the same in every layer, "
+                f"so they would get the same gates; check the model's weights, or {_PROMPT_FIX}"
+            )
 
-    def _prompt_means(self, batches: TaskBatches, prompts_per_task: int) -> dict[str, list[Tensor]]:
-        """Returns x̄ (B, I) of the first prompts of each task, batch by batch, for each layer."""
+    def _sample(self, batches: TaskBatches, prompts_per_task: int) -> "_Sample":
+        """Returns the first prompts of each task, as every layer reads them."""
         routing = RoutingContext.of(self.model)
-        means = routing.prompt_means = defaultdict(list)
+        sample = _Sample()
+        routing.prompt_means = sample.means
         try:
             with self._evaluating():
                 for task_batches in batches.values():
                     missing = prompts_per_task
                     for batch in task_batches:
-                        missing -= self._read_prompts(batch, missing)
+                        missing -= self._read_prompts(batch, missing, sample)
                         if missing <= 0:
                             break
         finally:
             routing.prompt_means = None
-        return means
+        return sample
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -358,13 +379,14 @@ class BaditModel(ExpertModel):
             for module, training in was_training.items():
                 module.training = training
 
-    def _read_prompts(self, batch: Any, rows: int) -> int:
+    def _read_prompts(self, batch: Any, rows: int, sample: "_Sample") -> int:
         """Runs the base model on the first rows of a batch as in training.
 
-        Returns the number of their prompts.
+        Adds their prompts to the sample and returns their number.
         """
         tensors = self._first_rows(batch, rows)
         # The mask is passed explicitly, because the model gets no labels to find the prompt by.
+        mask_BT: Any
         mask_BT, segments = RoutingContext.of(self.model).describe(self.model, tensors).prompt
         # Without a loss and with the logits of one position, to save memory.
         options = {**batch, **tensors, "labels": None, "use_cache": False, "logits_to_keep": 1}
@@ -372,7 +394,8 @@ class BaditModel(ExpertModel):
         accepted = {*inspect.signature(self.model.forward).parameters, *_PACKING}
         options = {name: value for name, value in options.items() if name in accepted}
         self.model(**options, prompt_mask=mask_BT)
-        return len(tensors["input_ids"]) if segments is None else segments.number
+        sample.examples += examples_in(tensors, mask_BT, segments)
+        return len(mask_BT) if segments is None else segments.number
 
     def _first_rows(self, batch: Any, rows: int) -> dict[str, Tensor]:
         """Returns a batch's tensors on the model's device, cut to the first rows."""
@@ -392,6 +415,23 @@ class BaditModel(ExpertModel):
             is_answer = tensors["completion_mask"].bool()
             tensors["labels"] = tensors["input_ids"].where(is_answer, IGNORED_LABEL)
         return tensors
+
+
+@dataclass
+class _Sample:
+    """Training prompts that the base model has read."""
+
+    # By layer and adapter, x̄ (B, I) of each batch.
+    means: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    examples: list[Example] = field(default_factory=list)
+
+
+def _refuse_without_prompts(examples: Sequence[Example]) -> None:
+    if not any_of_all(any(example.has_prompt for example in examples)):
+        raise BaditError(
+            "start_task: the labels begin at the first token of every row, so no row has a "
+            f"prompt; {_PROMPT_FIX}"
+        )
 
 
 def register(config_cls: Any, model_cls: Any) -> None:

@@ -104,14 +104,15 @@ def short_module_names(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 def refuse_misplaced_targets(model: nn.Module, config: Any) -> None:
     """Raises BaditError for a fused weight in target_modules, or for none in target_parameters."""
-    fused = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
-    modules = [name.removesuffix(".base_layer") for name, _ in model.named_modules()]
+    # By shape only: split_experts() refuses other weights of three dimensions.
+    fused_names = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    modules = [name for name, _ in model.named_modules()]
 
     def is_among(names: Iterable[str], target: str) -> bool:
         return any(f".{name}".endswith(f".{target}") for name in names)
 
     for target in getattr(config, "target_parameters", None) or ():
-        if not is_among(fused, target):
+        if not is_among(fused_names, target):
             raise BaditError(
                 f"target_parameters: the model has no fused weight {target!r}; see "
                 "named_parameters()"
@@ -119,7 +120,7 @@ def refuse_misplaced_targets(model: nn.Module, config: Any) -> None:
     if not isinstance(config.target_modules, set):  # a regex, or 'all-linear'
         return
     for target in config.target_modules:
-        if is_among(fused, target) and not is_among(modules, target):
+        if is_among(fused_names, target) and not is_among(modules, target):
             raise BaditError(
                 f"target_modules: {target} is a fused weight: name it in target_parameters"
             )
