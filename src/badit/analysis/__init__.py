@@ -33,7 +33,7 @@ from badit.comparison.results import RESULTS
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_sources
 from badit.recipe.loading import build_recipe
 from badit.recipe.method import resolve_method
-from badit.recipe.schema import DataSection
+from badit.recipe.schema import DataSection, source_of
 from badit.runs.fingerprints import task_fingerprints
 from badit.runs.folder import AnyPath, RunFolder
 from badit.runs.resolved import ResolvedRun, open_run
@@ -68,32 +68,32 @@ def analyze(
     output = Path(output or default)
     # The folder may come from others: through a link, the tables would be written elsewhere.
     refuse_links(inside(output, output / "analysis"))
-    if is_comparison:
-        _analyze_comparison(folder, data, output)
-        return output
-
-    weights = folder
-    if is_run:
-        run = open_run(RunFolder(folder, trust_remote_code=trust_remote_code))
-        weights = run.folder.adapter_path
-    else:
-        run = _base_model_run(target, data, output)
-    tasks = _tasks(run, data)
-    prompts = [(task, _measured_instances(task, instances, run.method.trains)) for task in tasks]
-
-    # Tables of other settings, weights or data are refused and not mixed with new ones.
-    settings = {
-        # Relative to the output folder, so that both can be moved together.
-        "target": os.path.relpath(folder.resolve(), output.resolve()) if is_run else target,
-        "data": data,
-        "instances": instances,
-        "weights": checksums(weights, "*safetensors*"),
-        "tasks": task_fingerprints(tasks),
-    }
-    record = Record(output, settings, with_recipe=not is_run)
-    # The model is loaded, and the folder locked, only if a part is missing.
-    if not record.is_complete:
-        with exclusive(output):
+    with exclusive(output):
+        if is_comparison:
+            _analyze_comparison(folder, data, output)
+            return output
+        if is_run:
+            run = open_run(RunFolder(folder, trust_remote_code=trust_remote_code))
+            # Relative to the output folder, so that both can be moved together.
+            target = os.path.relpath(folder.resolve(), output.resolve())
+            weights = run.folder.adapter_path
+        else:
+            run = _base_model_run(target, data, output)
+            weights = folder
+        tasks = _tasks(run, data)
+        # Tables of other settings, weights or data are refused and not mixed with new ones.
+        settings = {
+            "target": target,
+            "data": data,
+            "instances": instances,
+            "weights": checksums(weights, "*safetensors*"),
+            "tasks": task_fingerprints(tasks),
+        }
+        prompts = [
+            (task, _measured_instances(task, instances, run.method.trains)) for task in tasks
+        ]
+        record = Record(output, settings, with_recipe=not is_run)
+        if not record.is_complete:  # only then the model is loaded
             _measure(record, run, prompts, progress)
     return output
 
@@ -123,7 +123,7 @@ def _tasks(run: ResolvedRun, data: str | None) -> Sequence[Task]:
         return run.tasks
     section = run.recipe.data
     if data is not None:
-        section = DataSection(source=data)  # pyright: ignore[reportCallIssue]
+        section = DataSection(source=source_of(data))  # pyright: ignore[reportCallIssue]
     return load_sources(section.sources(), section.tasks)
 
 

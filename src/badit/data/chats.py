@@ -24,6 +24,7 @@ def answers(messages: Sequence[Any], turns: Turns) -> Iterator[dict[str, Any]]:
         del numbers[:-1]
 
     for number in numbers:
+        # The message before the answer; "nothing" if there is none.
         *_, (role, text) = ("nothing", ""), *chat[:number]
         if role != "user":
             raise BaditError(
@@ -40,6 +41,7 @@ def _role_and_content(number: int, message: Any) -> tuple[str, str]:
         fields = message
     role = fields.get("role", fields.get("from"))
     content = fields.get("content", fields.get("value"))
+    # OpenAI's format: a list of parts, of which those without text are refused below.
     if isinstance(content, list):
         with suppress(TypeError, LookupError):  # not all parts are text
             content = "".join(part["text"] for part in content)

@@ -67,6 +67,7 @@ def refuse_form(row: Fields, source: Source, values: Mapping[str, Any]) -> NoRet
     for name in ("messages", "conversations"):
         if name in row and not source.maps_text:
             raise BaditError(f"{name}: must be a list of messages, not {row[name]!r:.60}")
+    # In every form with text, the first column is the prompt and the second the answer.
     answer_columns = [name for form in FORMS for name in form.columns[1:]]
     for name in ("outputs", *answer_columns):
         if name in values and values[name] is None:
@@ -83,6 +84,7 @@ def refuse_misspelt(key: str, keys: Columns) -> None:
     """Raises BaditError if a row lacks a key but has a similar one, which is probably misspelt."""
     if key in keys:
         return
+    # Case is ignored, so that Task is recognised as a misspelt task.
     by_lower_case = {name.lower(): name for name in keys}
     for similar in get_close_matches(key, by_lower_case, n=1, cutoff=0.8):
         raise BaditError(f"found {by_lower_case[similar]!r:.60}, did you mean {key!r}?")

@@ -24,7 +24,7 @@ _SCHEMA = pa.schema(
         "task": _TEXT,
         "about": _TEXT,  # JSON of the task's other fields, only in its first row
         "split": _TEXT,
-        "hash": pa.uint64(),
+        "hash": pa.uint64(),  # of the instance, so that fingerprints need not read the rows
         "id": _TEXT,
         "input": _TEXT,
         "instruction": _TEXT,

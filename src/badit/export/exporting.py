@@ -124,6 +124,8 @@ def export(
     # Everything that can be refused is refused before the model is loaded.
     _refuse_other_files(output)
     _refuse_options(run, options)
+    if options.all_tasks:
+        _refuse_reserved_names(run)
     chosen_task = _chosen_task(run, options)
     model, tokenizer = load_run(run)
     if options.gates is not None:
@@ -267,6 +269,15 @@ def _refuse_options(run: ResolvedRun, options: ExportOptions) -> None:
             raise BaditError(f"method.{name}: {NOT_A_LORA}; export with --merged")
 
 
+def _refuse_reserved_names(run: ResolvedRun) -> None:
+    """Raises BaditError for a task whose folder would have the name of a file of the export."""
+    for task in run.tasks:
+        if task.name.removesuffix(".partial") in (RECORD, SCORES):
+            problem = "its folder would have the name of a file of the export"
+            fix = f"use --task {task.name}, or rename the task"
+            raise BaditError(f"task {task.name}: {problem}; {fix}")
+
+
 def _chosen_task(run: ResolvedRun, options: ExportOptions) -> str | None:
     """Returns the full name of the chosen task; BaditError if gates cannot be fixed to it."""
     if options.gates is not None or not _mixes_experts(run):
@@ -338,7 +349,7 @@ def _refuse_other_files(folder: Path) -> None:
         raise BaditError(f"{folder}: is a file; {fix}")
     if Path.cwd().is_relative_to(folder.resolve()):
         raise BaditError(f"{folder}: contains the current folder and would be replaced; {fix}")
-    written: list[Any] = [OWNER, f"{OWNER}.partial"]  # left by a killed process
+    written: list[Any] = [OWNER]
     if (folder / RECORD).is_file():
         refuse_links(folder)
         files = read_json(folder / RECORD).get("files")
@@ -346,7 +357,7 @@ def _refuse_other_files(folder: Path) -> None:
             # The scores are measured after the record is written.
             written += [RECORD, SCORES, *files]
     for path in sorted(folder.glob("*")):
-        if path.name not in written:
+        if path.name.removesuffix(".partial") not in written:  # left by a killed process
             raise BaditError(f"{folder}: holds {path.name}, which badit did not write; {fix}")
         # An export of all tasks has an export of each task.
         if path.is_dir():

@@ -17,7 +17,7 @@ from badit.runs.fingerprints import changed_inputs, task_fingerprints
 from badit.runs.resolved import ResolvedRun
 from badit.runs.scores import read_scores
 from badit.support.errors import BaditError, explained, refuse_unknown
-from badit.support.files import write_json
+from badit.support.files import exclusive, write_json
 from badit.support.text import text_table
 from badit.training.loading import load_base, model_dtype
 
@@ -32,6 +32,30 @@ def score_export(
     an export of all tasks, each task uses its adapter. Returns the content of the file.
     """
     refuse_unknown("engine", engine, ["transformers", "vllm"])
+    with exclusive(done.folder):  # another export would replace the folder
+        by_task = _scores_by_task(run, done, engine, progress)
+        content: dict[str, Any] = {}
+        for part in (*done.tasks.values(), done):
+            task = part.record["task"]
+            of_part = {name: scores for name, scores in by_task.items() if task in (None, name)}
+            mean = {}
+            for key in ("routed", "frozen", "difference"):
+                mean[key] = fmean(scores[key] for scores in of_part.values())
+            content = {
+                "metric": "rouge_l",
+                "split": run.recipe.evaluation.split,
+                "engine": engine,
+                "mixture": part.record["mixture"],
+                "tasks": of_part,
+                "mean": mean,
+            }
+            write_json(part.folder / SCORES, content)
+    return content
+
+
+def _scores_by_task(
+    run: ResolvedRun, done: Export, engine: str, progress: bool
+) -> dict[str, dict[str, float]]:
     recipe = run.recipe
     split = recipe.evaluation.split
     has_scores = run.folder.scores_path.is_file()
@@ -59,27 +83,7 @@ def score_export(
             after = scores["rouge_l"]
             difference = after - before
             by_task[name] = {"routed": before, "frozen": after, "difference": difference}
-
-    content: dict[str, Any] = {}
-    # The whole export comes last, so its content is returned.
-    for exported in (*done.tasks.values(), done):
-        chosen_task = exported.record["task"]
-        scores_by_task = {
-            name: scores for name, scores in by_task.items() if chosen_task in (None, name)
-        }
-        mean = {}
-        for key in ("routed", "frozen", "difference"):
-            mean[key] = fmean(scores[key] for scores in scores_by_task.values())
-        content = {
-            "metric": "rouge_l",
-            "split": split,
-            "engine": engine,
-            "mixture": exported.record["mixture"],
-            "tasks": scores_by_task,
-            "mean": mean,
-        }
-        write_json(exported.folder / SCORES, content)
-    return content
+    return by_task
 
 
 def _loaded(exported: Export, run: ResolvedRun) -> tuple[Any, Any]:

