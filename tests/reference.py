@@ -206,6 +206,23 @@ def cluster_gates(x, centroids, codes):
     )
 
 
+# --- the adapted layer ---
+def layer_output(weight, x, dropped, factors, initial, gates, scaling, share):
+    """Returns y (rows, out) for inputs x (rows, in), with ``dropped`` in place of x after dropout.
+
+    Component i adds s · g_i B_i A_i x, of which the part s · share · B0_i A0_i x is subtracted.
+    Dropout applies to its change since the start at the present gates, g_i (B_i A_i − B0_i A0_i) x.
+    """
+    x, dropped, gates = float64(x), float64(dropped), float64(gates)
+    (A, B), (A0, B0) = (tuple(map(float64, pair)) for pair in (factors, initial))
+    y = x @ float64(weight).T
+    for row, i in np.ndindex(len(x), len(A)):
+        change = B[:, i] * (A[i] @ dropped[row]) - B0[:, i] * (A0[i] @ dropped[row])
+        kept = B0[:, i] * (A0[i] @ x[row])
+        y[row] += scaling * (gates[row, i] * change + (gates[row, i] - share) * kept)
+    return y
+
+
 # --- orthogonal updates ---
 def power(matrix, exponent, floor):
     """Returns (C + floor·‖C‖·1)^exponent by eigenvalues; zeros for a zero matrix."""

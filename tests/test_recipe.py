@@ -58,7 +58,7 @@ def test_paper_recipes_have_the_papers_settings_and_differ_only_by_model():
         assert recipe.output == f"runs/paper/{path.stem}"
         keys = set(differing_keys(recipes[PAPER[0]].model_dump(), recipe.model_dump()))
         assert keys <= {"model.name", "training.gradient_checkpointing", "output"}
-    badit = {"name": "badit", "num_experts": 8, "r": 4, "lora_alpha": 32, "lora_dropout": 0.05}
+    badit = {"name": "badit", "num_experts": 8, "r": 4, "lora_alpha": 32, "lora_dropout": 0.0}
     options = {"target_modules": ["gate_proj"], "regroup": {"every": 0.1, "stop": 0.5}}
     assert recipe.method == {**badit, **options, "init_weights": "bad", "router_input": "mean"}
     assert recipe.training.num_train_epochs == 10  # docs/paper-index.md has the other values
@@ -257,6 +257,56 @@ def test_invalid_files_are_one_line_errors(tmp_path):
         path = tmp_path / "broken.yaml"
         path.write_bytes(text)
         assert "\n" not in refuses(rf"^{path}.*{message}", load_recipe, path)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '!!binary "/////w=="',
+        '!!binary "*"',
+        "!!set {a, b}",
+        "!!omap [a: 1]",
+        '!!timestamp "x"',
+        "!!python/none x",
+    ],
+)
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("output: VALUE", "output"),
+        ("method: {name: lora, r: VALUE}", "method.r"),
+        ("method: {name: lora, target_modules: [a, VALUE]}", "method.target_modules"),
+        ("training: {lr_scheduler_kwargs: {a: VALUE}}", "training.lr_scheduler_kwargs.a"),
+    ],
+)
+def test_values_that_are_not_plain_are_refused_with_file_and_key(tmp_path, text, key, value):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text.replace("VALUE", value))
+    error = refuses(r"line 1, column \d+: .*: use a plain value", load_recipe, path)
+    assert error.startswith(f"{path}, line 1, column ")
+    assert f"({key}: the tag !!" in error
+
+
+@pytest.mark.parametrize("value", ["!!int x", "!!float x", "!!bool x", "!!int 1:x"])
+def test_values_that_do_not_have_their_tag_are_refused_with_their_place(tmp_path, value):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"output: run\ntraining: {{max_steps: {value}}}")
+    refuses(rf"^{path}, line 2, column 23: .*is not a valid !!", load_recipe, path)
+
+
+def test_keys_that_are_not_text_are_refused_with_their_place(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text('method:\n  ? !!binary "/////w=="\n  : 1\n')
+    refuses(rf"^{path}, line 2, column 5: .*method: the tag !!binary", load_recipe, path)
+
+
+def test_dates_are_text(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("output: 2026-01-31\nmodel: {revision: 2001-12-14 21:59:43}\n")
+    recipe = load_recipe(path)
+    assert (recipe.output, recipe.model.revision) == ("2026-01-31", "2001-12-14 21:59:43")
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(path) == recipe
 
 
 def test_recipe_extends_another_key_by_key(tmp_path):

@@ -224,8 +224,8 @@ def train(
     Args:
         recipe: a file, a Recipe or plain values (default: the default recipe).
         progress: show progress bars on stderr.
-        allow_changed_inputs: resume the run even if its data or base weights have changed, and
-            record the change.
+        allow_changed_inputs: resume the run even if its data, base model or tokenizer have
+            changed, and record the change.
         values: override the recipe's values, such as ``training={"num_train_epochs": 2}`` and
             ``output="runs/mine"``.
 

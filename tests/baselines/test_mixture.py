@@ -1,5 +1,6 @@
 """Mixture layers against loops over experts, their initialisation and their balance losses."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +45,24 @@ def test_forward_matches_loop_over_experts(method, options, kind):
     )
     torch.testing.assert_close(layer(x[:, 0]), layer(x)[:, 0])
     assert (layer(x) - layer.get_base_layer()(x)).abs().mean() > 0.03
+
+
+def test_dropout_of_goat_acts_on_the_change_of_its_experts():
+    start = make_layer("goat", at_start=True, lora_dropout=0.5)
+    x = torch.randn(3, 5, IN, dtype=torch.float64)
+    torch.testing.assert_close(start.train()(x), start.eval()(x), atol=1e-12, rtol=0)
+    layer = make_layer("goat", lora_dropout=0.5).train()
+    torch.manual_seed(3)
+    inputs = layer.badit_dropout["default"](x)
+    torch.manual_seed(3)
+    y = layer(x)
+    gates_N = layer.component_gates("default", x).flatten(0, 1)
+    pairs = [layer.factors("default"), layer.kept_factors("default")]
+    options = (gates_N, layer.badit_config["default"].scaling, 1 / 4)
+    rows = (x.flatten(0, 1), inputs.flatten(0, 1))
+    expected = reference.layer_output(layer.weight_OI, *rows, *pairs, *options)
+    expected += reference.float64(layer.get_base_layer().bias)
+    np.testing.assert_allclose(reference.float64(y).reshape(expected.shape), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["loramoe", "hydralora"])

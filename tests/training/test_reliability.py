@@ -18,12 +18,14 @@ from badit import Run, load_tasks
 from badit.cli import main
 from badit.comparison.worker import start_cell
 from badit.data import Task
+from badit.data import examples as examples_module
 from badit.data.prompts import Prompt
 from badit.recipe.loading import build_recipe
 from badit.runs.fingerprints import keep_inputs
 from badit.support.files import OWNER, exclusive
 from badit.training import encoding
 from badit.training.encoding import refuse_beyond_model
+from data.examples import CHATML
 from fuzz.command import STRESS
 from refusals import refuses
 from training import killed
@@ -186,7 +188,7 @@ def test_run_with_changed_tasks_or_base_weights_is_refused(
             "train", recipe_file, code=2
         )
     assert main(["train", str(recipe_file), "--allow-changed-inputs"]) == 0
-    assert len(run.environment["changed_inputs"]) == 1
+    assert run.environment["changed_inputs"] == ["task rivers"]
     inputs = run.environment["inputs"]
     task_file.write_text("".join(lines))
     assert main(["train", str(recipe_file), "--allow-changed-inputs"]) == 0
@@ -200,6 +202,118 @@ def test_run_with_changed_tasks_or_base_weights_is_refused(
     shutil.rmtree(run.adapter_path)
     run.scores_path.unlink()
     assert f"{run.path}: the base model changed" in command("train", recipe_file, code=2)
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def change_template(folder):
+    (folder / "chat_template.jinja").write_text(CHATML.replace("|im_end|>", "|im_end|>!"))
+
+
+def change_splitting(folder):
+    """The same vocabulary and template, but other tokens for the same text."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-40]
+    path.write_text(json.dumps(content))
+
+
+def change_epsilon(folder):
+    change_json(folder / "config.json", rms_norm_eps=0.1)
+
+
+def change_positions(folder):
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    change_json(folder / "config.json", rope_parameters=rope)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (change_template, "the tokenizer"),
+        (change_splitting, "the tokenizer"),
+        (change_epsilon, "the model's rms_norm_eps"),
+        (change_positions, "the model's rope_parameters"),
+    ],
+)
+def test_training_with_another_tokenizer_or_configuration_is_refused(
+    recipe_file, recipe_values, model_folder, command, change, name
+):
+    run = fit_until(
+        2, build_recipe(recipe_values, ["training.max_steps=4", "training.save_steps=1"])
+    )
+    options = ["training.max_steps=4", "training.save_steps=1"]
+    inputs = run.environment["inputs"]
+    change(model_folder)
+    error = command("train", recipe_file, *options, code=2)
+    assert f"{run.path}: {name} changed since the run began; restore" in error
+    assert run.environment["inputs"] == inputs
+    assert main(["train", str(recipe_file), *options, "--allow-changed-inputs"]) == 0
+    changed = {name}
+    if name == "the tokenizer":
+        changed.add("the encoded training examples")
+    assert set(run.environment["changed_inputs"]) == changed
+
+
+def test_training_with_other_token_ids_of_the_same_tokenizer_is_refused(
+    recipe_file, recipe_values, command, monkeypatch
+):
+    """As a chat template that writes the date, or another release's way of encoding."""
+    options = ["training.max_steps=4", "training.save_steps=1"]
+    run = fit_until(2, build_recipe(recipe_values, options))
+    encode = examples_module.encode_examples
+
+    def other_encode(*arguments, **keywords):
+        examples = encode(*arguments, **keywords)
+        return [{**example, "input_ids": [5, *example["input_ids"][1:]]} for example in examples]
+
+    monkeypatch.setattr(examples_module, "encode_examples", other_encode)
+    error = command("train", recipe_file, *options, code=2)
+    assert f"{run.path}: the encoded training examples changed since the run began" in error
+
+
+def test_runs_of_earlier_releases_without_these_fingerprints_continue(
+    recipe_file, recipe_values, model_folder, command
+):
+    options = ["training.max_steps=4", "training.save_steps=1"]
+    run = fit_until(2, build_recipe(recipe_values, options))
+    inputs = run.environment["inputs"]
+    early = {
+        name: value
+        for name, value in inputs.items()
+        if name == "the base model" or name.startswith("task ")
+    }
+    change_json(run.environment_path, inputs=early)
+    change_json(model_folder / "config.json", a_later_setting=1)
+    command("train", recipe_file, *options)
+    assert run.environment["inputs"] == {**inputs, "the model's a_later_setting": "1"}
+    change_json(run.environment_path, inputs=early)
+    change_template(model_folder)
+    change_epsilon(model_folder)
+    command("evaluate", run.path)
+
+
+def test_sequence_records_the_encoded_examples_of_each_task(recipe_values, recipe_file, command):
+    command("train", recipe_file, "data.order=[cities, rivers]")
+    inputs = Run(recipe_values["output"]).environment["inputs"]
+    names = [name for name in inputs if name.startswith("the encoded")]
+    assert names == [f"the encoded training examples of {task}" for task in ("cities", "rivers")]
+
+
+def test_finished_run_with_another_tokenizer_or_configuration(run, model_folder, capsys, command):
+    command("evaluate", run.path)
+    assert "changed" not in capsys.readouterr().err
+    change_template(model_folder)
+    for words in (["evaluate", run.path], ["generate", run.path, "Lima", "--max-new-tokens", "2"]):
+        assert main([*map(str, words)]) == 0
+        assert "the tokenizer changed since the run was trained" in capsys.readouterr().err
+    change_positions(model_folder)
+    error = command("evaluate", run.path, code=2)
+    assert (
+        "has changed since the run was trained (the model's rope_parameters); restore it" in error
+    )
 
 
 def test_generate_for_a_task_uses_the_prompt_format_of_training(run, recipe_values, monkeypatch):

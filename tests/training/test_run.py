@@ -1,6 +1,7 @@
 """A run from recipe to scores on a tiny model: files, resuming, validation loss and refusals."""
 
 import json
+import math
 import re
 import shutil
 import weakref
@@ -15,6 +16,7 @@ import torch
 from analysis.naive_experts import batched, losses
 from badit import BaditError, Run
 from badit.api import train
+from badit.cli import main
 from badit.comparison.grid import Grid
 from badit.models import devices as models
 from badit.recipe.loading import build_recipe
@@ -23,6 +25,7 @@ from badit.support.files import read_json, read_jsonl, write_json
 from badit.training import loading
 from badit.training.encoding import encoded
 from badit.training.loading import load_base
+from badit.training.logs import divergence
 from badit.training.methods import AdapterMethod
 from badit.training.optimizers import OrthogonalUpdates
 from materials import make_recipe
@@ -368,3 +371,36 @@ def test_run_uses_the_optimizer_of_its_recipe(recipe_values, tmp_path):
     assert isinstance(used[2], OrthogonalUpdates)
     changed = next(key for key in adapters[0] if key.endswith("badit_B"))
     assert not any(torch.equal(adapters[0][changed], other[changed]) for other in adapters[1:])
+
+
+@pytest.mark.parametrize("order", [[], ["data.order=[cities, rivers]"]])
+def test_training_that_has_diverged_ends_with_code_2_and_keeps_its_files(
+    recipe_file, recipe_values, command, order
+):
+    """With this rate, all gradients are 0 from the third step on; the losses stay finite."""
+    options = ["training.learning_rate=1e30", *order]
+    run = Run.at(recipe_values["output"])
+    assert main(["train", str(recipe_file), *options]) == 2
+    error = command("train", recipe_file, *options, code=2)  # also when nothing is left to do
+    assert f"{run.path}: the training has diverged (the last gradient norms are 0, 0, 0)" in error
+    assert "lower training.learning_rate" in error
+    assert run.environment["diverged"] == "the last gradient norms are 0, 0, 0"
+    assert run.adapter_path.is_dir()
+    assert len(run.scores) == 6
+    main(["evaluate", str(run.path)])
+    assert run.environment["diverged"]
+
+
+@pytest.mark.parametrize(
+    ("norms", "problem"),
+    [
+        ([], None),
+        ([0.1, 0.0], None),
+        ([0.1, 0.0, math.nan, 0.0], "the last gradient norms are 0, nan, 0"),
+        ([math.inf], "the last gradient norms are inf"),
+        ([0.0, 0.0, 1e-30], None),
+    ],
+)
+def test_last_gradient_norms_tell_whether_a_training_has_diverged(norms, problem):
+    lines = [{"loss": 1.0, "grad_norm": norm} for norm in norms]
+    assert divergence([*lines, {"eval_loss": 1.0}]) == problem

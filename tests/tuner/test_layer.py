@@ -103,6 +103,57 @@ def test_outputs_and_gradients_equal_a_loop_over_experts(kind, options):
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)  # the router computes in float32
 
 
+def dropped(layer, x, seed):
+    """The inputs that the layer's next pass has after dropout."""
+    torch.manual_seed(seed)
+    return layer.badit_dropout["default"](x)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("routing", ["prompt", "token"])
+def test_dropout_acts_on_the_change_of_the_initial_factors(routing, gates, seed):
+    """Also with regrouped components (``randomise`` permutes the labels)."""
+    layer = make(routing=routing, gates=gates, lora_dropout=0.3).train()
+    x, mask = batch()
+    inputs = dropped(layer, x, seed)
+    torch.manual_seed(seed)
+    y = run(layer, x, mask)
+    gates_N = naive_gates(layer, x, mask).expand(3, 5, -1)[..., layer.expert_of("default")]
+    pairs = [layer.factors("default"), layer.kept_factors("default")]
+    rows = (x.flatten(0, 1), inputs.flatten(0, 1))
+    options = (gates_N.flatten(0, 1), layer.badit_config["default"].scaling, 1.0)
+    expected = reference.layer_output(layer.weight_OI, *rows, *pairs, *options)
+    expected += reference.float64(layer.get_base_layer().bias)
+    np.testing.assert_allclose(reference.float64(y).reshape(expected.shape), expected, atol=1e-5)
+    assert not torch.allclose(run(layer.eval(), x, mask), y, atol=1e-2)
+
+
+@pytest.mark.parametrize("routing", ["prompt", "token"])
+@pytest.mark.parametrize("gates", [{"gates": "mean_one"}, {"gates": "softmax"}, {"top_k": 1}])
+def test_dropout_adds_no_noise_before_the_initial_factors_change(gates, routing):
+    layer = make(at_start=True, routing=routing, lora_dropout=0.5, **gates).train()
+    x, mask = batch()
+    y = run(layer, x, mask)
+    torch.testing.assert_close(y, run(layer.eval(), x, mask), atol=1e-12, rtol=0)
+    if gates == {"gates": "mean_one"}:
+        torch.testing.assert_close(y, layer.get_base_layer()(x), atol=1e-12, rtol=0)
+
+
+def test_dropout_of_the_change_has_exact_gradients():
+    layer = make(routing="token", gates="softmax", lora_dropout=0.3).train()
+    layer.badit_router["default"].data *= 0.1
+    x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
+
+    def output(x, *_):
+        torch.manual_seed(1)
+        return layer(x)
+
+    factors = [layer.badit_A["default"], layer.badit_B["default"]]
+    # In float64, apart from the gates, which are computed in float32.
+    torch.autograd.gradcheck(output, (x, *factors), eps=1e-4, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("init_weights", "gates"),

@@ -1,9 +1,12 @@
-"""Conflicts between the gradients of tasks.
+"""Agreement and conflicts between the gradients of tasks.
 
 Gradients are measured for "weights", the weight matrices of the linear layers inside the
 transformer layers, frozen or not, and for "adapter", the parameters of a PEFT adapter that the loss
 depends on. The backward pass stores them one parameter at a time as count sketches (see
 :mod:`badit.method.sketches`).
+
+Noise alone makes half of all cosines negative. Two tasks conflict if their cosine, corrected for
+noise, is negative and both gradients are reliable; otherwise the pair is not decided.
 
 Shape suffixes: T = tasks, R = 2T half-tasks in task order, U = units (rows of a weight), P = places
 (a kind, layer and module), E = pairs of tasks.
@@ -21,6 +24,7 @@ from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from badit.analysis.reliability import RELIABLE, instances_needed, spearman_brown
 from badit.analysis.tables import COUNT, SHARED, Column, Table, layer_and_module
 from badit.method.sketches import SketchedSums
 from badit.support.errors import BaditError
@@ -32,23 +36,36 @@ MOST_PAIRS = 1_000_000  # rows of the table gradient_pairs, about 60 MB
 Place = tuple[str, int, str]
 
 GRADIENT_PAIRS = Table("gradient_pairs", "task_a task_b layer module cosine magnitude_similarity")
+_SIGNAL = (
+    "reliability of the whole gradient, from that of its halves (Spearman–Brown): the share of its "
+    "squared norm that is not noise"
+)
+_NEEDED = f"predicted instances per task for a signal of {RELIABLE}"
 GRADIENT_OVERALL = Table(
     "gradient_overall",
     "task_a task_b parameters cosine corrected_cosine magnitude_similarity",
     corrected_cosine="estimated cosine of the gradients without noise, from two halves of the "
     "instances; null if the reliability is not positive",
+    signal=f"{_SIGNAL}; the lower one of the two tasks",
+    conflict="1 if the corrected cosine is negative, 0 if it is not; null if the signal is below "
+    f"{RELIABLE}, so that the pair is not decided",
+    instances_needed=f"{_NEEDED} in both tasks; null if a reliability is not positive",
 )
 GRADIENT_SUMMARY = Table(
     "gradient_summary",
     "layer module parameters",
-    conflict_rate="share of the pairs of tasks whose gradients have a negative cosine",
+    conflict_rate="share of the decided pairs of tasks that conflict; null if none is decided",
+    decided=f"share of the pairs of tasks that are decided: both signals are at least {RELIABLE}",
     reliability=f"{SHARED['reliability'].meaning}; mean over tasks",
+    instances_needed=f"{_NEEDED} in both tasks of half of the pairs; null if it is not known",
 )
 GRADIENT_TASKS = Table(
     "gradient_tasks",
     "task parameters norm reliability",
     norm="norm of the task's gradient, in nats per token and unit of the parameters",
+    signal=_SIGNAL,
     instances=Column("number of instances that the gradient is averaged over", COUNT),
+    instances_needed=f"{_NEEDED}; null if the reliability is not positive",
 )
 
 
@@ -166,11 +183,11 @@ def agreement(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Returns how well the gradients of pairs of tasks agree (P, E), and the tasks' values (P, T).
 
-    The tasks' values are norms and reliabilities. All are computed from inner products of the
-    halves' sums; NaN where undefined. If a_1 and a_2 are the means of a task's gradients over its
-    even and its odd instances, the reliability is cos(a_1, a_2) and the corrected cosine is
-    ⟨a, b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩) (Spearman's correction for attenuation). Yu et al. 2020,
-    arXiv 2001.06782, define the magnitude similarity.
+    The tasks' values are norms, reliabilities and what follows from these. All are computed from
+    inner products of the halves' sums; NaN where undefined. If a_1 and a_2 are the means of a
+    task's gradients over its even and its odd instances, the reliability is cos(a_1, a_2) and the
+    corrected cosine is ⟨a, b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩) (Spearman's correction for attenuation).
+    Yu et al. 2020, arXiv 2001.06782, define the magnitude similarity.
     """
     a_E, b_E = pairs_2E
     counts_T = counts_T2.sum(dim=1)
@@ -193,12 +210,26 @@ def agreement(
     noiseless_PE = noiseless_PT[:, a_E] * noiseless_PT[:, b_E]
     reliability_PT = between_PT / (within_P22T[:, 0, 0] * within_P22T[:, 1, 1]).sqrt()
     # Clamped, because inner products are estimates and may exceed the product of the norms.
+    reliability_PT = reliability_PT.clamp(-1, 1)
+    signal_PT = spearman_brown(reliability_PT, 2)
+    needed_PT = instances_needed(signal_PT, counts_T)
+    corrected_PE = (means_PE / noiseless_PE).clamp(-1, 1)
+    signal_PE = torch.minimum(signal_PT[:, a_E], signal_PT[:, b_E])
     of_pairs = {
         "cosine": (means_PE / norms_PE).clamp(-1, 1),
-        "corrected_cosine": (means_PE / noiseless_PE).clamp(-1, 1),
+        "corrected_cosine": corrected_PE,
         "magnitude_similarity": 2 * norms_PE / (squared_PT[:, a_E] + squared_PT[:, b_E]),
+        "signal": signal_PE,
+        "conflict": torch.where(signal_PE >= RELIABLE, (corrected_PE < 0).double(), torch.nan),
+        "instances_needed": torch.maximum(needed_PT[:, a_E], needed_PT[:, b_E]),
     }
-    return of_pairs, {"norm": norm_PT, "reliability": reliability_PT.clamp(-1, 1)}
+    of_tasks = {
+        "norm": norm_PT,
+        "reliability": reliability_PT,
+        "signal": signal_PT,
+        "instances_needed": needed_PT,
+    }
+    return of_pairs, of_tasks
 
 
 def gradient_frames(
@@ -223,13 +254,13 @@ def gradient_frames(
     ]
     pairs_by_kind, tasks_by_kind = agreement(torch.stack(gram_by_kind), counts_T2, pairs_2E)
     pairs_by_place, tasks_by_place = agreement(gram_PRR, counts_T2, pairs_2E)
-    cosine_PE = pairs_by_place["cosine"]
-    # Pairs without a cosine are not counted, instead of counting as agreement.
-    conflicts_PE = (cosine_PE < 0).double().masked_fill(cosine_PE.isnan(), torch.nan)
+    conflict_PE = pairs_by_place["conflict"]
     frames = {
         GRADIENT_OVERALL: _crossed(kinds, pairs, pairs_by_kind),
         GRADIENT_SUMMARY: places.assign(
-            conflict_rate=conflicts_PE.nanmean(dim=1).numpy(),
+            conflict_rate=conflict_PE.nanmean(dim=1).numpy(),
+            decided=(~conflict_PE.isnan()).double().mean(dim=1).numpy(),
+            instances_needed=_of_half(pairs_by_place["instances_needed"]).numpy(),
             reliability=tasks_by_place["reliability"].nanmean(dim=1).numpy(),
         ),
         GRADIENT_TASKS: _crossed(kinds, single, tasks_by_kind),
@@ -243,6 +274,14 @@ def gradient_frames(
             f"{rows:,} rows."
         )
     return [table.frame(frame, description) for table, frame in frames.items()]
+
+
+def _of_half(needed_PE: torch.Tensor) -> torch.Tensor:
+    """Returns the number of instances that suffices for half of the pairs; infinite if unknown."""
+    if not needed_PE.shape[1]:
+        return torch.full((len(needed_PE),), torch.inf)
+    # A pair whose number is not known needs more than any number.
+    return needed_PE.nan_to_num(nan=torch.inf).median(dim=1).values
 
 
 def _crossed(

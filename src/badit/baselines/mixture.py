@@ -16,7 +16,8 @@
 The other two initialise A as LoRA does and B_k with zeros; all three initialise W_g like LoRA's A.
 At step 0, GOAT's model adds (1/ρ) · Σ_k (g_k − 1/K) P_k to W, where P_k is the part of W from which
 expert k starts. This is zero on average over evenly used experts. For a single token its norm is at
-most (1 − 1/K) σ₁/ρ, below a tenth of W's norm σ₁.
+most (1 − 1/K) σ₁/ρ, below a tenth of W's norm σ₁. Dropout acts only on the change of B_k A_k since
+step 0.
 
 GOAT's balance loss is that of Switch Transformers with both choices of a token counted, summed over
 layers, as in the released code. Assumptions: the router's initialisation; r 32 (experts of rank 4)

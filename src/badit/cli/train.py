@@ -2,6 +2,7 @@
 
 from badit.cli.app import Overrides, app, load, read_recipe
 from badit.support.console import is_main_process
+from badit.support.errors import BaditError
 
 
 @app.command
@@ -10,14 +11,15 @@ def train(
 ) -> str | None:
     """Train and score a recipe.
 
-    The same command resumes an interrupted run. Finished work is not repeated.
+    The same command resumes an interrupted run. Finished work is not repeated. If the last
+    gradient norms are 0 or not finite, the exit code is 2, after everything is written.
 
     Args:
         recipe: a YAML file, or the name of a recipe that comes with badit, such as own-tasks.
         dry_run: check recipe, data and model, print the steps and the estimated costs, and exit
             without training.
-        allow_changed_inputs: resume the run even if its data or base weights have changed, and
-            record the change.
+        allow_changed_inputs: resume the run even if its data, base model or tokenizer have
+            changed, and record the change.
     """
     loaded_recipe = read_recipe(recipe, overrides)
     if dry_run:
@@ -27,4 +29,8 @@ def train(
     # Only rank 0 scores.
     if not is_main_process():
         return None
+    problem = run.environment.get("diverged")
+    if problem is not None:
+        fix = "its files are complete; train again with a lower training.learning_rate"
+        raise BaditError(f"{run.path}: the training has diverged ({problem}); {fix}")
     return f"{load('badit.runs.scores').score_table(run.scores)}\n\nRun: {run.path}"

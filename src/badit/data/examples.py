@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,6 +54,17 @@ class Examples(TableItems[dict[str, Any]]):
     def tasks(self) -> list[str]:
         """The task name of each example."""
         return self.table["task"].to_numpy()[self.rows].tolist()
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the token ids and the lengths of prompts in the whole table."""
+        ids = self.table["input_ids"]
+        columns = (self.table["prompt_length"], _compute.list_value_length(ids))
+        digest = hashlib.sha256()
+        for column in (*columns, _compute.list_flatten(ids)):
+            for chunk in column.chunks:
+                digest.update(chunk.to_numpy())
+        return digest.hexdigest()[:16]
 
     @property
     def largest_id(self) -> int:

@@ -73,10 +73,12 @@ def refuse_form(row: Fields, source: Source, values: Mapping[str, Any]) -> NoRet
         if name in values and values[name] is None:
             raise BaditError(f"{name}: has no answer; remove the row")
     refuse_misspelt("output", tuple(row))
-    raise BaditError(
-        f"unknown form of row: found {', '.join(row):.200}; "
-        "name the columns with data.columns.input=COLUMN data.columns.output=COLUMN"
-    )
+    fix = "name the columns with data.columns.input=COLUMN data.columns.output=COLUMN"
+    for name, value in row.items():
+        if isinstance(value, list) and not source.columns:
+            fix += f"; if {name!r:.60} is a chat, with data.columns.messages={name:.60}"
+            break
+    raise BaditError(f"unknown form of row: found {', '.join(row):.200}; {fix}")
 
 
 @lru_cache  # most rows have the same keys
@@ -115,6 +117,8 @@ def _from_instruction(row: Fields, columns: Columns, source: Source) -> Iterator
 
 def _from_prompt(row: Fields, columns: Columns, source: Source) -> Iterator[Fields]:
     prompt, answer = columns
+    if isinstance(row[prompt], list) or (answer == "completion" and isinstance(row[answer], list)):
+        raise BaditError(f"{prompt}, {answer}: must both be text, or both lists of messages")
     yield {"input": row[prompt], "output": row[answer]}
 
 

@@ -1,25 +1,70 @@
-"""Fingerprints of a run's inputs, so that it never continues with other data or base weights."""
+"""Fingerprints of a run's inputs, so that it never continues with others.
+
+The inputs are the data, the base model's weights and configuration, the tokenizer, and the token
+ids of the training examples.
+"""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from badit.data.encoding import ChatTemplate, end_of_turn_id, token_ids, uses_template
 from badit.data.tasks import Task
 from badit.runs.folder import RunFolder
 from badit.support.console import is_main_process, say
 from badit.support.errors import BaditError
 from badit.support.files import write_json
 
-# The key of the base model's fingerprint among a run's inputs; all others are tasks.
+# Names of inputs. Those of tasks begin with "task ", those of configurations with "the model's ".
 BASE_MODEL = "the base model"
+TOKENIZER = "the tokenizer"
+EXAMPLES = "the encoded training examples"
+
 _SAMPLED = 64  # numbers of a weight that are part of its fingerprint
+# Words, cases, numbers, spaces, accents and scripts, which normalisation and splitting can affect.
+_TEXT = "Name the capital of FRANCE:  3.14, 2026\n\tdef f(x): return été, ﬁ, straße, 東京, мир 🙂"
+# What does not affect the numbers that a model computes, or is a part of the recipe.
+_NOT_COMPUTED = {
+    "architectures",
+    "chunk_size_feed_forward",
+    "dtype",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "quantization_config",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 
 
 def task_fingerprints(tasks: Sequence[Task]) -> dict[str, str]:
     """Returns a hash of each task's definition, demonstrations and instances."""
     return {f"task {task.name}": task.fingerprint for task in tasks}
+
+
+def base_fingerprints(model: PreTrainedModel) -> dict[str, str]:
+    """Returns a hash of a base model's weights, and the settings of its configuration.
+
+    Each setting is compared by itself, so that settings that a later release of transformers adds
+    or renames are no change.
+    """
+    fingerprints = {BASE_MODEL: model_fingerprint(model)}
+    for name, value in model.config.get_text_config().to_dict().items():
+        if name in _NOT_COMPUTED or name.startswith("_") or name.endswith("_token_id"):
+            continue
+        text = json.dumps(value, sort_keys=True, default=str)
+        if len(text) > 64:
+            text = hashlib.sha256(text.encode()).hexdigest()[:16]
+        fingerprints[f"the model's {name}"] = text
+    return fingerprints
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
@@ -40,6 +85,23 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {total}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(
+    tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate
+) -> dict[str, str]:
+    """Returns a hash of the vocabulary, the used chat template, and the tokens of a text."""
+    template = None
+    if uses_template(tokenizer, chat_template):
+        template = tokenizer.chat_template
+    parts = [
+        sorted(tokenizer.get_vocab().items()),
+        template,
+        end_of_turn_id(tokenizer, chat_template),
+        tokenizer("")["input_ids"],  # a BOS that it adds
+        token_ids(tokenizer, [_TEXT]),
+    ]
+    return {TOKENIZER: hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}
 
 
 def keep_inputs(
@@ -72,16 +134,20 @@ def keep_inputs(
 
 
 def changed_inputs(folder: RunFolder, fingerprints: Mapping[str, str]) -> list[str]:
-    """Returns the names of changed inputs; ``fingerprints`` has all tasks, or the base model."""
+    """Returns the names of inputs that differ from those that the run began with."""
     return differing_inputs(folder.known_environment.get("inputs", {}), fingerprints)
 
 
 def differing_inputs(recorded: Mapping[str, str], fingerprints: Mapping[str, str]) -> list[str]:
-    """Returns the names of inputs that differ from recorded ones; [] without a record."""
-    # Tasks and the base model are recorded and compared at different times.
-    is_base_model = BASE_MODEL in fingerprints
-    comparable = {name for name in recorded if (name == BASE_MODEL) == is_base_model}
-    if not comparable:
-        return []
-    names = comparable | fingerprints.keys()
+    """Returns the names of inputs that differ from recorded ones.
+
+    All tasks are compared together, so that an added or removed task differs; of other inputs,
+    those that both have. Inputs that were not recorded, as by earlier releases, are no difference.
+    """
+    kinds = {_kind(name) for name in recorded} & {_kind(name) for name in fingerprints}
+    names = {name for name in (*recorded, *fingerprints) if _kind(name) in kinds}
     return sorted(name for name in names if recorded.get(name) != fingerprints.get(name))
+
+
+def _kind(name: str) -> str:
+    return "task" if name.startswith("task ") else name

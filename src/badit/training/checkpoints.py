@@ -253,12 +253,15 @@ class Checkpoints(TrainerCallback):
 
 
 def checkpoint_being_written(args: Any, state: Any) -> Path:
-    """Returns the folder of the Trainer's checkpoint for this step."""
+    """Returns the folder of the Trainer's checkpoint for this step.
+
+    ``Trainer.hyperparameter_search`` writes it into a subfolder for each trial.
+    """
     name = f"{_PREFIX}{state.global_step}"
     folder = Path(args.output_dir, name)
     if not state.is_hyper_param_search:
         return folder
-    trials = Path(args.output_dir).glob(f"*/{name}")  # a subfolder for each trial
+    trials = Path(args.output_dir).glob(f"*/{name}")
     return max(trials, key=os.path.getmtime, default=folder)
 
 

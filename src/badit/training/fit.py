@@ -16,7 +16,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from badit.data.examples import AnswerCollator, Examples, batches_by_task, encode_tasks
 from badit.data.sampling import mixture
 from badit.data.tasks import Task
-from badit.runs.fingerprints import BASE_MODEL, keep_inputs, model_fingerprint, task_fingerprints
+from badit.runs.fingerprints import (
+    EXAMPLES,
+    base_fingerprints,
+    keep_inputs,
+    task_fingerprints,
+    tokenizer_fingerprint,
+)
 from badit.runs.resolved import ResolvedRun
 from badit.support.console import is_main_process, say, status
 from badit.support.environment import environment, peak_memory
@@ -27,7 +33,7 @@ from badit.training.checkpoints import Checkpoints, discard, last_checkpoint, sa
 from badit.training.encoding import encoded, refuse_beyond_model
 from badit.training.hf_arguments import training_arguments
 from badit.training.loading import load_base, model_dtype
-from badit.training.logs import MetricsLog, ProgressBar, trackers_of, tracking
+from badit.training.logs import MetricsLog, ProgressBar, divergence, trackers_of, tracking
 from badit.training.methods import Method, training_method
 from badit.training.trainer import AnswerTrainer
 from badit.tuner import hooks_of
@@ -40,8 +46,8 @@ def fit(run: ResolvedRun, *, progress: bool = True, allow_changed_inputs: bool =
     """Trains a run. A sequence of tasks is trained one after another.
 
     The caller locks the run's folder. Under accelerate or torchrun all processes train, and only
-    rank 0 writes it. BaditError as in :func:`badit.train`; also if data or base weights changed,
-    unless ``allow_changed_inputs``.
+    rank 0 writes it. BaditError as in :func:`badit.train`; also if data, base model or
+    tokenizer changed, unless ``allow_changed_inputs``.
     """
     folder = run.folder
     # Refuses trackers that are not installed, before anything is written.
@@ -68,8 +74,10 @@ def fit(run: ResolvedRun, *, progress: bool = True, allow_changed_inputs: bool =
         discard(stage_folder.checkpoints_path)  # no longer needed for resuming
     # The run's adapter is that of its last stage.
     if run.recipe.data.order and is_main_process():
-        summaries = [stage_folder.environment["training"] for stage_folder, _ in stages]
+        records = [stage_folder.environment for stage_folder, _ in stages]
+        summaries = [record["training"] for record in records]
         record = {**folder.environment, "training": joint_training(summaries)}
+        record |= _diverged(next(filter(None, (of.get("diverged") for of in records)), None))
         write_json(folder.environment_path, record)
         copy_folder(stages[-1][0].adapter_path, folder.adapter_path)
 
@@ -85,6 +93,11 @@ def _with_first_dtype(run: ResolvedRun) -> ResolvedRun:
     # A cached property, which replace() does not copy: the tasks would be read again.
     resumed.tasks = run.tasks
     return resumed
+
+
+def _diverged(problem: str | None) -> dict[str, str]:
+    """Returns the entry of environment.json for a training that has diverged."""
+    return {} if problem is None else {"diverged": problem}
 
 
 def joint_training(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -130,10 +143,12 @@ class _Stage:
         # bfloat16 would round small updates of a weight away.
         dtype = "float32" if self.run.method.trains_base_weights else None
         base, tokenizer = load_base(self.recipe, dtype=dtype)
-        fingerprint = {BASE_MODEL: model_fingerprint(base)}
-        keep_inputs(self.run.folder, fingerprint, allow_changed_inputs)
+        template = self.recipe.prompt.chat_template
+        inputs = base_fingerprints(base) | tokenizer_fingerprint(tokenizer, template)
+        keep_inputs(self.run.folder, inputs, allow_changed_inputs)
         model = self._adapted(base)
         data = self._data(tokenizer, base)
+        keep_inputs(self.run.folder, self._fingerprint_of(data), allow_changed_inputs)
         was_deterministic = torch.are_deterministic_algorithms_enabled()
         checkpoint = last_checkpoint(self.folder.checkpoints_path)
         # Starts the group of processes.
@@ -164,6 +179,12 @@ class _Stage:
         trainer.accelerator.wait_for_everyone()
         # Otherwise the next model, for scoring or the next stage, would be sharded too.
         unset_hf_deepspeed_config()
+
+    def _fingerprint_of(self, data: _StageData) -> dict[str, str]:
+        name = EXAMPLES
+        if self.recipe.data.order:
+            name += f" of {self.tasks[0].name}"
+        return {name: data.examples.fingerprint}
 
     def _adapted(self, base: Any) -> Any:
         with status(f"preparing the model for {self.method.name}"):
@@ -232,8 +253,14 @@ class _Stage:
             "peak_memory_gib": peak_memory(),
         }
         folder = self.folder
+        problem = None
+        if not trainer.args.load_best_model_at_end:  # else the model of an earlier step is kept
+            problem = divergence(trainer.state.log_history)
+        if problem is not None:
+            say(f"badit: {folder.path}: the training has diverged ({problem})")
         # Before the adapter, whose folder marks the stage as trained.
-        write_json(folder.environment_path, {**folder.known_environment, "training": summary})
+        record = {**folder.known_environment, "training": summary, **_diverged(problem)}
+        write_json(folder.environment_path, record)
         # Renamed when complete, so that a killed process leaves no incomplete adapter.
         partial = folder.adapter_path.with_name("adapter.partial")
         discard(partial)

@@ -9,9 +9,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from badit.data.encoding import end_of_turn_id
 from badit.models import Dtype, device, fast_dtype, load_base_model, warn_of_slow_dtype
 from badit.recipe.schema import Recipe
-from badit.runs.fingerprints import BASE_MODEL, changed_inputs, model_fingerprint
+from badit.runs.fingerprints import (
+    BASE_MODEL,
+    base_fingerprints,
+    changed_inputs,
+    tokenizer_fingerprint,
+)
 from badit.runs.folder import RunFolder
 from badit.runs.resolved import ResolvedRun
+from badit.support.console import say
 from badit.support.errors import BaditError
 from badit.training.methods import training_method
 
@@ -34,12 +40,23 @@ def load_run(
         fix = f"finish its training with: {shlex.join(words)}"
         raise BaditError(f"{folder.path}: has no adapter yet; {fix}")
     model, tokenizer = load_base(run.recipe)
-    # An adapter is valid only with the weights that it was trained on.
-    if changed_inputs(run.folder, {BASE_MODEL: model_fingerprint(model)}):
-        problem = f"the base model {run.recipe.model.name} has changed since the run was trained"
-        fix = "restore it, or train again with another output=FOLDER"
-        raise BaditError(f"{folder.path}: {problem}; {fix}")
+    _refuse_changed_base(run, model, folder)
+    template = run.recipe.prompt.chat_template
+    for name in changed_inputs(run.folder, tokenizer_fingerprint(tokenizer, template)):
+        say(f"badit: {name} changed since the run was trained, so it has other prompts")
     return training_method(run.method).load(model, folder.adapter_path), tokenizer
+
+
+def _refuse_changed_base(run: ResolvedRun, model: PreTrainedModel, folder: RunFolder) -> None:
+    # An adapter is valid only with the weights that it was trained on.
+    changed = changed_inputs(run.folder, base_fingerprints(model))
+    if not changed:
+        return
+    problem = f"the base model {run.recipe.model.name} has changed since the run was trained"
+    if BASE_MODEL not in changed:
+        problem += f" ({', '.join(changed)})"
+    fix = "restore it, or train again with another output=FOLDER"
+    raise BaditError(f"{folder.path}: {problem}; {fix}")
 
 
 def load_base(

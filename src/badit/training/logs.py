@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +24,7 @@ from badit.training.checkpoints import step_of
 from badit.training.trainer import AnswerTrainer
 
 _LOSSES = ("loss", "eval_loss")
+_LAST_NORMS = 3  # a single step may have no answers, and then a gradient of 0
 
 
 class MetricsLog(TrainerCallback):
@@ -59,6 +60,17 @@ def _metrics(logs: Mapping[str, float]) -> dict[str, float | None]:
         elif name in _LOSSES:
             metrics[name] = None
     return metrics
+
+
+def divergence(lines: Sequence[Mapping[str, Any]]) -> str | None:
+    """Returns what is wrong with the last gradient norms of a training's log lines, or None.
+
+    They are wrong if all are 0 or not finite, as after a learning rate that is far too high.
+    """
+    norms = [line["grad_norm"] for line in lines if "grad_norm" in line][-_LAST_NORMS:]
+    if not norms or any(0 < norm < math.inf for norm in norms):
+        return None
+    return f"the last gradient norms are {', '.join(f'{norm:g}' for norm in norms)}"
 
 
 class ProgressBar(ProgressCallback):

@@ -134,7 +134,9 @@ class BaditLinear(ExpertLinear):
         key = self._key(adapter_name)
         if key not in stored:
             a_PI, b_OM, scale = super().routed_factors(adapter_name, x)
-            if scale is not None and len(scale) == 1:  # one row, or the same gates in all rows
+            can_scale = not self.drops_change(adapter_name)
+            # One row, or the same gates in all rows.
+            if can_scale and scale is not None and len(scale) == 1:
                 b_OM = b_OM * scale.flatten().to(b_OM.dtype)
                 scale = None
             stored[key] = (a_PI, b_OM, scale)

@@ -120,7 +120,9 @@ class ExpertConfig(PeftConfig):
     r: Count = option(4, "Rank of each expert; the adapter's total rank is num_experts × r.")
     lora_alpha: Positive = option(32, "LoRA's alpha; the scaling is lora_alpha / r.")
     lora_dropout: Dropout = option(
-        0.05, "Dropout probability of the adapter's input, in training only."
+        0.05,
+        "Dropout probability of the adapter's input, in training only. It acts on the change of "
+        "the initial factors.",
     )
     target_modules: list[str] | str | None = option(
         None,
@@ -251,12 +253,13 @@ class BaditConfig(ExpertConfig):
     """
 
     method: ClassVar[str] = "BADIT"
-    #: The options of :meth:`paper`. With them, step 0 differs from the base model.
+    #: The options of :meth:`paper`. With them, step 0 differs from the base model. The paper has
+    #: dropout 0.05, but its released code applies none.
     PAPER: ClassVar[dict[str, Any]] = {
         "num_experts": 8,
         "r": 4,
         "lora_alpha": 32,
-        "lora_dropout": 0.05,
+        "lora_dropout": 0.0,
         "routing": "prompt",
         "router_input": "mean",
         "gates": "softmax",

@@ -13,6 +13,12 @@ layer). A0 and B0 are the frozen initial factors of methods whose experts are in
 of the base weight. Subtracting them in the forward pass equals the paper's residual Ŵ and does not
 change W.
 
+In training, dropout d acts on the experts' change, so that it adds no noise to the base model:
+
+    y = W x + s · (B (g ∘ A d(x)) − B0 (g ∘ A0 d(x)) + B0 ((g − share) ∘ A0 x))
+
+Without dropout (d(x) = x), and with B0 = 0, both forms are equal.
+
 Shape suffixes: B = batch, T = positions, I/O = in/out features, K = experts, N = components, R =
 rows of A (N, or r if the experts share one A), P = rows of A and A0 together (R, or 2N with the
 initial factors); M = columns of B and B0 together (N, or 2N).
@@ -128,13 +134,29 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
             a_PI, b_OM, scale = self.routed_factors(adapter, x_in)
             # One dropout mask for A and A0: no noise while B A and B0 A0 cancel each other.
             hidden = self.hidden(adapter, self.badit_dropout[adapter](x_in), a_PI)
-            if scale is not None:
+            if self.drops_change(adapter):
+                hidden = self._change_and_kept(adapter, x_in, hidden, scale)
+            elif scale is not None:
                 # If the experts share A, each group of P columns of B takes all rows of A.
                 scale = scale.to(hidden.dtype).unflatten(-1, (-1, hidden.shape[-1]))
                 hidden = (hidden[..., None, :] * scale).flatten(-2)
             # The input may have been reshaped by `_with_positions`.
             y = y + F.linear(hidden, b_OM).reshape(y.shape).to(y.dtype)
         return y
+
+    def drops_change(self, adapter_name: str) -> bool:
+        """Returns whether the next pass applies dropout to an adapter with initial factors."""
+        config = self.badit_config[adapter_name]
+        has_dropout = bool(config.lora_dropout) and self.badit_dropout[adapter_name].training
+        return has_dropout and bool(config.subtracted_share)
+
+    def _change_and_kept(self, adapter_name: str, x: Tensor, dropped: Tensor, scale: Any) -> Tensor:
+        """Returns the inputs (…, 2N) of B and B0, for [A; A0] d(x) (…, 2N) and their scale."""
+        a0_NI, _ = self.kept_factors(adapter_name)
+        gate, minus_share = scale.to(dropped.dtype).chunk(2, dim=-1)  # both times s
+        change, change_0 = (dropped * torch.cat([gate, gate], dim=-1)).chunk(2, dim=-1)
+        kept = F.linear(x, a0_NI) * (gate + minus_share)
+        return torch.cat([change, kept - change_0], dim=-1)
 
     def routed_factors(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns A (P, I), B (O, M) and the scale (…, M) of their components for x (…, I).
