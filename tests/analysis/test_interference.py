@@ -14,8 +14,8 @@ from torch import nn
 from analysis import naive_interference as naive
 from badit.analysis import gradients, interference
 from badit.analysis.coactivation import coactivation
-from badit.analysis.sketches import SketchedSums
 from badit.analysis.tables import layer_and_module
+from badit.method.sketches import SketchedSums
 from refusals import refuses
 from tuner.helpers import adapted
 

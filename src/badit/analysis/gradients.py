@@ -3,7 +3,7 @@
 Gradients are measured for "weights", the weight matrices of the linear layers inside the
 transformer layers, frozen or not, and for "adapter", the parameters of a PEFT adapter that the loss
 depends on. The backward pass stores them one parameter at a time as count sketches (see
-:mod:`badit.analysis.sketches`).
+:mod:`badit.method.sketches`).
 
 Noise alone makes half of all cosines negative. Two tasks conflict if their cosine, corrected for
 noise, is negative and both gradients are reliable; otherwise the pair is not decided.
@@ -25,8 +25,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from badit.analysis.reliability import RELIABLE, instances_needed, spearman_brown
-from badit.analysis.sketches import SketchedSums
 from badit.analysis.tables import COUNT, SHARED, Column, Table, layer_and_module
+from badit.method.sketches import SketchedSums
 from badit.support.errors import BaditError
 from badit.tuner.targets import is_quantised
 

@@ -209,6 +209,11 @@ class ExpertConfig(PeftConfig):
         """
         return 0.0
 
+    @property
+    def gates_change(self) -> bool:
+        """Whether the gates scale the change of the initial factors instead of the factors."""
+        return False
+
     def initial_factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
         """Returns A (N, I) and B (O, N) at step 0 for this base weight.
 
@@ -283,6 +288,27 @@ class BaditConfig(ExpertConfig):
         "'mean_one' with routing='token', "
         "router_input='mean', top_k, init_weights='bad', target_parameters or a single expert.",
     )
+    gated: Literal["factors", "change"] = option(
+        "factors",
+        "What the gates scale with init_weights='bad'. 'factors': the factors, as in the released "
+        "code. 'change': the change of the factors since step 0, so that step 0 is the base model "
+        "with any gates.",
+    )
+    key: Literal["layer", "embedding"] = option(
+        "layer",
+        "What clusters of prompts are found from. 'layer': each layer's input. 'embedding': the "
+        "prompt's mean token embedding, so that a prompt has the same cluster in all layers.",
+    )
+    codes: Literal["random", "matched", "grouped"] = option(
+        "random",
+        "The gates of clusters. 'random'. 'matched' (needs key='embedding'): clusters whose "
+        "gradients agree share experts, and components join the experts that use them. 'grouped' "
+        "(the same): components are grouped by their gradients, and clusters have large gates "
+        "where their gradients are large.",
+    )
+    permute_codes: bool = option(
+        False, "Give the codes to other clusters: a placebo for experiments with codes."
+    )
     num_clusters: Count = option(
         16, "Clusters of prompts per layer; in recipes of up to 8 mixed tasks, their number."
     )
@@ -346,6 +372,12 @@ class BaditConfig(ExpertConfig):
             raise BaditError(
                 "gates: 'clusters' needs routing='prompt', router_input='standardised' and no top_k"
             )
+        if self.key == "embedding" and self.gates != "clusters":
+            raise BaditError("key: 'embedding' needs gates='clusters'")
+        if self.codes != "random" and self.key != "embedding":
+            raise BaditError(f"codes: {self.codes!r} needs key='embedding'")
+        if self.permute_codes and self.codes == "random":
+            raise BaditError("permute_codes: needs codes='matched' or 'grouped'")
         # PEFT does not apply layers_to_transform to target_parameters.
         can_be_fused = self.routing == "prompt" and self.layers_to_transform is None
         if self.target_parameters and not can_be_fused:
@@ -363,6 +395,10 @@ class BaditConfig(ExpertConfig):
     @property
     def subtracted_share(self) -> float:
         return 1.0 if self.init_weights == "bad" else 0.0
+
+    @property
+    def gates_change(self) -> bool:
+        return self.gated == "change"
 
     def initial_factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.init_weights == "lora":

@@ -1,5 +1,12 @@
 """The adapted layer:  y = W x + s · (B (g ∘ A x) − share · B0 A0 x),   g_i = gate[expert_of[i]].
 
+If the gates scale the change since step 0 (``gates_change`` of the configuration):
+
+    y = W x + s · (B (g ∘ A x) − B0 (g ∘ A0 x))
+      = W x + s · ((B − B0) (g ∘ A x) + B0 (g ∘ (A − A0) x))
+
+The last form is exactly W x at step 0 for all gates.
+
 The experts form one LoRA of rank N = K·r, whose components are scaled by gates. A method defines
 the initial factors (``initial_factors`` of its configuration) and the gates (``gates`` of its
 layer). A0 and B0 are the frozen initial factors of methods whose experts are initialised as a part
@@ -171,8 +178,12 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         scale = config.scaling * gates
         if not config.subtracted_share:
             return a_RI, b_ON, scale
-        # B0 A0 are N more components with a negative gate: two products instead of four.
+        # B0 A0 are N more components, so there are two products instead of four.
         a0_NI, b0_ON = self.kept_factors(adapter_name)
+        if config.gates_change:
+            a_PI = torch.cat([a_RI, a_RI - a0_NI])
+            b_OM = torch.cat([b_ON - b0_ON, b0_ON], dim=1)
+            return a_PI, b_OM, torch.cat([scale, scale], dim=-1)
         subtracted = torch.full_like(scale, -config.scaling * config.subtracted_share)
         a_PI = torch.cat([a_RI, a0_NI])
         b_OM = torch.cat([b_ON, b0_ON], dim=1)
