@@ -54,6 +54,10 @@ def test_gated_change_leaves_step_0_bit_identical_with_any_gates(tiny_model, gat
             for layer in layers(model):
                 layer.badit_router["default"].normal_()
         assert torch.equal(model(input_ids=ids).logits, expected)
+        # Dropout acts on the change only.
+        for layer in layers(model):
+            layer.badit_dropout["default"] = torch.nn.Dropout(0.5)
+        assert torch.equal(model.train()(input_ids=ids).logits, expected)
 
 
 def test_the_change_is_scaled_by_the_gates(tiny_model):

@@ -145,8 +145,13 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         return y
 
     def drops_change(self, adapter_name: str) -> bool:
-        """Returns whether the next pass applies dropout to an adapter with initial factors."""
+        """Returns whether the next pass applies dropout to an adapter with initial factors.
+
+        If the gates scale the change, the factors already are those of the change.
+        """
         config = self.badit_config[adapter_name]
+        if config.gates_change:
+            return False
         has_dropout = bool(config.lora_dropout) and self.badit_dropout[adapter_name].training
         return has_dropout and bool(config.subtracted_share)
 
