@@ -238,6 +238,7 @@ def test_unreliable_gradients_and_tasks_without_answers_give_random_codes(tiny_m
     )
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT 0.19
 def test_the_key_reads_the_frozen_embedding(tiny_model):
     model = _started(adapt(tiny_model("llama"), **KEY, modules_to_save=["embed_tokens"]))
     randomise_factors(model)
