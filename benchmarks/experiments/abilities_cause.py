@@ -11,6 +11,8 @@ interrupted continues from its last checkpoint in runs/abilities-cause, at most 
 
 Shape suffixes as in badit: B = batch, T = positions, I = in features, K = experts, N = components,
 C = clusters, S = prompts, L = answer tokens, V = vocabulary.
+
+Run it in a checkout of commit deee141f, whose modules it changes.
 """
 
 from __future__ import annotations
@@ -32,18 +34,18 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
+from badit.files import append_to_log, read_json, read_jsonl, rewind_log, write_text
+from badit.methods import AdapterMethod, build_method
+from badit.run import Run
+from badit.train import fit
+from badit.trainer import AnswerTrainer, answer_losses
 from scipy import stats
 from torch import nn
 from transformers import TrainerCallback
 
-from badit.files import append_to_log, read_json, read_jsonl, rewind_log, write_text
 from badit.method import prompt_mean
 from badit.method.routing import cluster_gates, prompt_centroids, random_codes
-from badit.methods import AdapterMethod, build_method
 from badit.recipe import Recipe, make_recipe
-from badit.run import Run
-from badit.train import fit
-from badit.trainer import AnswerTrainer, answer_losses
 from badit.tuner import hooks_of
 from badit.tuner.layer import BaditLinear
 from badit.tuner.model import BaditModel
@@ -359,7 +361,7 @@ def run_cell(name: str, seed: int) -> None:
     """Trains a cell and writes its result."""
     say(f"{name}, seed {seed}: started")
     _, run = trained(CELLS[name], seed, RUNS / f"{name}-{seed}")
-    environment = run.environment
+    environment = run.environment  # before the folder is removed
     tasks = losses_by_task(read_jsonl(run.path / RECORDS))
     result = {
         "cell": name,
