@@ -1,10 +1,12 @@
 """Checkpoints: damaged ones are skipped, code in them is not run, old ones are deleted; signals."""
 
 import os
+import pickle
 import shutil
 import signal
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,11 +112,26 @@ def test_run_with_damaged_checkpoint_ends_bit_identical(
 
 def put_code(checkpoint, pattern, marker, good):
     """Replaces a checkpoint by the good one with code in some files, and seals it."""
+    for file in good.rglob(pattern):
+        replace_file(checkpoint, file.name, lambda path: torch.save(Mark(marker), path), good)
+
+
+def replace_file(checkpoint, name, write, good):
+    """Replaces a checkpoint by the good one with another file, and seals it."""
     staged = shutil.copytree(good, checkpoint.parent / STAGING / checkpoint.name)
-    for file in staged.rglob(pattern):
-        torch.save(Mark(marker), file)
+    write(staged / name)
     (staged / SEAL).unlink()
     seal(staged, checkpoint.parent)
+
+
+LEGACY = {"_use_new_zipfile_serialization": False}  # torch's format before 1.6
+
+
+def with_code(path, marker):
+    """Code beside the values that torch and transformers allow in a random state."""
+    states = torch.load(path, weights_only=False)
+    objects = np.array([Mark(marker)], dtype=object)
+    torch.save({**states, "numpy": ("MT19937", objects, 1, 0, 0.0)}, path)
 
 
 def test_pickled_code_in_sealed_checkpoint_is_never_executed(recipe_values, tmp_path, stopped):
@@ -138,6 +155,49 @@ def test_pickled_code_in_sealed_checkpoint_is_never_executed(recipe_values, tmp_
                 progress=False,
             )
         assert not marker.exists()
+
+
+def test_code_in_a_random_state_and_in_a_pickled_adapter_is_never_executed(
+    recipe_values, tmp_path, stopped
+):
+    checkpoint, marker = stopped.checkpoints_path / "checkpoint-10", tmp_path / "attacked"
+    good = shutil.copytree(checkpoint, tmp_path / "good")
+    attacks = [
+        ("rng_state.pth", lambda path: with_code(path, marker)),
+        ("scheduler.pt", lambda path: path.write_bytes(pickle.dumps(Mark(marker), protocol=2))),
+        ("optimizer.pt", lambda path: torch.save(Mark(marker), path, **LEGACY)),
+    ]
+    for name, write in attacks:
+        replace_file(checkpoint, name, write, good)
+        message = "checkpoint-10: (contains pickled objects|cannot be resumed from)"
+        refuses(message, fit, build_recipe(recipe_values), progress=False)
+    (good / "adapter_model.safetensors").unlink()
+    replace_file(checkpoint, "adapter_model.bin", lambda path: torch.save(Mark(marker), path), good)
+    refuses("checkpoint-10: ", fit, build_recipe(recipe_values), progress=False)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:200]),
+        lambda path: torch.save([1, 2, 3], path),
+    ],
+    ids=["empty", "cut", "another type"],
+)
+def test_sealed_files_that_cannot_be_read_are_refused_in_one_line(
+    recipe_values, tmp_path, stopped, write
+):
+    checkpoint = stopped.checkpoints_path / "checkpoint-10"
+    good = shutil.copytree(checkpoint, tmp_path / "good")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"):
+        replace_file(checkpoint, name, write, good)
+        message = "checkpoint-10: .*remove the folder to resume from the previous checkpoint"
+        error = refuses(message, fit, build_recipe(recipe_values), progress=False)
+        assert "\n" not in error
+    shutil.rmtree(checkpoint)
+    fit(build_recipe(recipe_values), progress=False)
 
 
 def test_signals_are_deferred_but_a_second_ctrl_c_interrupts_at_once(tmp_path, capfd):

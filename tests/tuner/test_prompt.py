@@ -17,6 +17,7 @@ from badit.tuner.context import RoutingContext
 from refusals import refuses
 from tuner import helpers
 from tuner.helpers import (
+    CLUSTERS,
     FAMILIES,
     adapted,
     cached_steps,
@@ -170,7 +171,7 @@ def test_decoder_calls_block_masks_and_data_parallel_are_refused(tiny_model):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("options", [{}, {"router_input": "standardised"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"router_input": "standardised"}, CLUSTERS], ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 def test_loss_and_gradients_of_packed_rows_equal_those_of_padded_rows(
     tiny_model, family, options, checkpointing
@@ -209,6 +210,20 @@ def test_loss_and_gradients_of_packed_rows_equal_those_of_padded_rows(
     for number in (1, 2):
         torch.testing.assert_close(results[number], results[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(gate_sums[number], gate_sums[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("unlabelled", [0, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_first_or_last_row_of_a_batch_may_have_no_labels(tiny_model, unlabelled, packed):
+    """As when its answer is truncated away."""
+    ids = torch.tensor(random_rows(6, 6, 6))
+    labels = ids.index_fill(1, torch.arange(3), -100)
+    labels[unlabelled] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    if packed:
+        batch = {name: rows.view(1, -1) for name, rows in batch.items()}
+        batch["position_ids"] = torch.arange(6).repeat(3)[None]
+    assert adapted(tiny_model("llama")).train()(**batch, use_cache=False).loss.isfinite()
 
 
 def test_packed_segments_have_their_own_prompts_from_labels_or_mask(tiny_model):

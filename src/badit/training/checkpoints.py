@@ -27,7 +27,7 @@ from accelerate.utils import patch_environment
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from badit.support.console import is_main_process, say
-from badit.support.errors import BaditError
+from badit.support.errors import BaditError, first_line
 from badit.support.files import read_json, replace_folder, write_json
 from badit.tuner.distributed import any_of_all
 
@@ -110,11 +110,13 @@ def safe_resuming(trainer: Any, checkpoint: Path | None) -> Iterator[None]:
     ones unrestrictedly. DeepSpeed, which asks torch for its unrestricted reader, gets the
     restricted one.
 
-    BaditError if the checkpoint is another engine's, has tensors of other shapes, or other pickled
-    objects.
+    BaditError if the checkpoint is another engine's, has tensors of other shapes, other pickled
+    objects, or cannot be read for another reason.
     """
+    first_step = _FirstStep()
     if checkpoint is not None:
         _refuse_other_engine(trainer, checkpoint)
+        trainer.add_callback(first_step)
     if trainer.is_fsdp_enabled:
         plugin = trainer.accelerator.state.fsdp_plugin
         # Otherwise the configurations of the former type are kept.
@@ -134,12 +136,27 @@ def safe_resuming(trainer: Any, checkpoint: Path | None) -> Iterator[None]:
         problem = "contains pickled objects that badit does not write, which were not executed"
         fix = "remove the folder to resume from the previous checkpoint"
         raise BaditError(f"{checkpoint}: {problem}; {fix}") from None
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
+    except BaditError:
+        raise
+    except Exception as error:
+        if checkpoint is None or first_step.has_begun:
             raise
-        problem = "does not fit the run, as after a change of the number of tasks"
-        fix = "restore them, or remove the run's folder to start over"
+        # Before the first step the trainer only loads, and a damaged file can raise any error.
+        problem = f"cannot be resumed from ({first_line(error)})"
+        fix = "remove the folder to resume from the previous checkpoint"
+        if "size mismatch" in str(error):
+            problem = "does not fit the run, as after a change of the number of tasks"
+            fix = "restore them, or remove the run's folder to start over"
         raise BaditError(f"{checkpoint}: {problem}; {fix}") from None
+
+
+class _FirstStep(TrainerCallback):
+    """Notes that a training has begun its first step."""
+
+    has_begun = False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.has_begun = True
 
 
 def _refuse_other_engine(trainer: Any, checkpoint: Path) -> None:

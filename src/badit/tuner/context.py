@@ -415,8 +415,8 @@ class RoutingContext:
         labelled_P = (labels_BT != IGNORED_LABEL).flatten()
         starts_P = labelled_P.clone()
         starts_P[1:] &= ~labelled_P[:-1] | (of_P[1:] != of_P[:-1])
-        prompts_S = of_P[prompt_BT.flatten()].bincount(minlength=1)
-        answers_S = of_P[starts_P].bincount(minlength=1)
+        prompts_S = of_P[prompt_BT.flatten()].bincount(minlength=segments.number)
+        answers_S = of_P[starts_P].bincount(minlength=segments.number)
         if int(prompts_S.masked_fill(answers_S == 0, 2).min()) <= 1:
             self._warn_once(
                 "labels begin at the first token, so the gates depend on that token only",
