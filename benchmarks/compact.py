@@ -4,10 +4,11 @@
     python benchmarks/compact.py runs/mine benchmarks/results/mine --files 'lora/*/metrics.jsonl'
 
 The file is a results.json as `badit compare` writes it: one line per run, with its recipe,
-versions, machine and the scores of every instance, which are rounded. Runs that the comparison's
-own file does not have are added: to its cells if they are scored, otherwise, with their losses on
-held-out instances, to ``trials``. ``--files`` adds the logs and tables that a page cites; its
-patterns are relative to the comparison's folder.
+versions, machine and the scores of every instance, which are rounded. Runs that regroup have their
+log of regroupings, without labels. Runs that the comparison's own file does not have are added: to
+its cells if they are scored, otherwise, with their losses on held-out instances, to ``trials``.
+``--files`` adds the logs and tables that a page cites; its patterns are relative to the
+comparison's folder.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from badit.comparison.entries import logged_regroupings
 from badit.comparison.results import FORMAT, RESULTS, write_results
 from badit.runs.folder import RunFolder
 from badit.support.files import read_json, read_jsonl
@@ -38,8 +40,12 @@ def compact(folder: Path, patterns: Sequence[str] = ()) -> dict[str, Any]:
         if cell is None:
             cell = cell_of(run, name.split("/")[0])
             (cells if cell["scores"] else trials).append(cell)
+        if regroupings := logged_regroupings([run]):
+            cell["regroupings"] = regroupings
         if files := files_of(run, folder, patterns):
             cell["files"] = files
+    for cell in [*cells, *trials]:
+        round_values(cell)
     if trials:
         content["trials"] = trials
     if not cells:
@@ -48,11 +54,18 @@ def compact(folder: Path, patterns: Sequence[str] = ()) -> dict[str, Any]:
     methods = dict.fromkeys([*content["methods"], *(cell["method"] for cell in cells)])
     content["methods"] = [*methods]
     content.setdefault("reference", "lora" if "lora" in methods else content["methods"][0])
-    for cell in cells:
-        for scores in (cell["instances"] or {}).values():
-            for metric, values in scores.items():
-                scores[metric] = [rounded(value) for value in values]
     return content
+
+
+def round_values(cell: dict[str, Any]) -> None:
+    """Rounds the scores of a cell's instances, and its objectives of regroupings."""
+    regroupings = cell.get("regroupings", {})
+    objectives = {
+        name: values for name, values in regroupings.items() if name.startswith("objective")
+    }
+    for columns in (*(cell["instances"] or {}).values(), objectives):
+        for values in columns.values():
+            values[:] = [rounded(value) for value in values]
 
 
 def is_of(cell: dict[str, Any], name: str) -> bool:

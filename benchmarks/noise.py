@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""noise.py [RESULTS [METRIC]]: what the difference between a method and the reference depends on.
+"""noise.py [RESULTS [METRIC [REFERENCE]]]: what a method's difference to the reference depends on.
 
 Prints the mean paired difference and its standard errors: by the choice of seeds, by the choice of
 test instances, and by single scores (the part that neither a seed nor an instance explains), from
@@ -10,6 +10,7 @@ times (Owen 2007, doi:10.1214/07-AOAS122), so its intervals are too wide. `t int
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def by_run(tasks_SN: list[np.ndarray]) -> np.ndarray:
 
 
 def components(tasks_SN: list[np.ndarray]) -> dict[str, float]:
-    """Returns the mean over tasks of differences (S, N), and its standard errors."""
+    """Returns the mean over tasks of differences (S seeds, N instances) and its standard errors."""
     runs = len(tasks_SN[0])
     by_seed = by_run(tasks_SN).var(ddof=1) / runs
     by_instance = 0.0
@@ -63,9 +64,11 @@ def t_interval(tasks_SN: list[np.ndarray]) -> tuple[float, float]:
     return stats.t.interval(0.95, len(means_S) - 1, means_S.mean(), stats.sem(means_S))
 
 
-def table(path: str | Path = RESULTS, metric: str = "rouge_l") -> str:
+def table(path: str | Path = RESULTS, metric: str = "rouge_l", reference: str = "") -> str:
     """Returns a Markdown table with a row per method that has pairs of runs with the reference."""
     results = badit.load_results(path)
+    if reference:
+        results = replace(results, reference=reference)
     rows = {}
     for method in results.scored_methods:
         tasks_SN = list(paired_differences(results, method, metric).values())

@@ -10,8 +10,6 @@ directly and through the proxies, to measure the time of the proxies. Writes
 results/serving-routed.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex
@@ -26,7 +24,7 @@ from operator import eq
 from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryDirectory, gettempdir
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx2
 import torch
@@ -48,112 +46,143 @@ RESULTS = Path(__file__).parent / "results" / "serving-routed.json"
 PORT = 8765
 
 
+class Questions(NamedTuple):
+    """The test instances of a run's tasks, and their prompts as tokens."""
+
+    pairs: list[tuple[Task, Instance]]
+    prompts: list[list[int]]
+
+    @property
+    def tasks(self) -> list[str]:
+        return [task.name for task, _ in self.pairs]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", help="a run's folder; vLLM must be able to load its base model")
     parser.add_argument("--vllm", help="a Python interpreter that has vLLM")
-    parser.add_argument(
-        "--prompts", type=int, default=20, help="number of timed prompts (default: 20)"
-    )
+    parser.add_argument("--prompts", type=int, default=20, help="number to time (default: 20)")
     options = parser.parse_args()
+
     run = badit.Run(options.run)
     with TemporaryDirectory() as folder:
-        exported = run.export(f"{folder}/tasks", all_tasks=True, progress=False)
-        loras = {name: part.folder for name, part in exported.tasks.items()}
-        loras["mean"] = mean_export(run, exported.tasks, Path(folder)).folder
-        router = Router(run, exported.folder)
-        pairs = [
-            (task, instance) for task in badit.plan(run.recipe).tasks for instance in task.test
-        ]
+        exports = run.export(f"{folder}/tasks", all_tasks=True, progress=False)
+        loras = {name: export.folder for name, export in exports.tasks.items()}
+        loras["mean"] = mean_export(run, exports.tasks, Path(folder)).folder
+        router = Router(run, exports.folder)
         base, tokenizer = load_base(run.recipe)
-        examples = encoded(tokenizer, run.recipe, pairs, base)
-        prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
-        content = answered(run, router, loras, pairs, prompts, base, tokenizer)
-        chosen = prompts[:: max(1, len(prompts) // options.prompts)]
-        content["processor_seconds"] = processor_seconds(router, chosen)
+        questions = questions_of(run, base, tokenizer)
+        gates = torch.stack([router.gates(prompt) for prompt in questions.prompts])
+        chosen = {
+            "nearest LoRA": [router.nearest(gates_MK) for gates_MK in gates],
+            "own task's LoRA": questions.tasks,
+            "mean gates' LoRA": ["mean"] * len(questions.prompts),
+        }
+        answers = {"exact routing": own_answers(run, questions)}
+        answers |= lora_answers(run, base, tokenizer, loras, questions.prompts, chosen)
+
+        content = {
+            "recipe": run.recipe.model_dump(mode="json", exclude={"compare", "output"}),
+            "training": run.environment["training"],
+            "environment": environment(),
+            "prompts": len(questions.prompts),
+            "mean_prompt_tokens": fmean(map(len, questions.prompts)),
+            **compared(questions, answers),
+            **routed(questions.tasks, chosen["nearest LoRA"], nearest_by_gates(router, gates)),
+        }
+        prompts = questions.prompts[:: max(1, len(questions.prompts) // options.prompts)]
+        content["processor_seconds"] = processor_seconds(router, prompts)
         write_json(RESULTS, content)
-        if options.vllm:
-            with ExitStack() as stack:
-                vllm = stack.enter_context(
-                    served_by_vllm(options.vllm, run, loras, exported.max_lora_rank)
-                )
-                nearest = stack.enter_context(
-                    proxy(str(run.path), str(exported.folder), f"--url={vllm}")
-                )
-                exact = stack.enter_context(proxy(str(run.path), f"--url={vllm}"))
-                ways: dict[str, Any] = {
-                    "direct": (vllm, cycle(loras)),
-                    "proxy, named model": (nearest, cycle(loras)),
-                }
-                auto = {"badit serve RUN EXPORTS": nearest, "badit serve RUN": exact}
-                ways |= {name: (url, cycle(["auto"])) for name, url in auto.items()}
-                content["seconds_for_one_token"] = timed(ways, chosen)
-            content["vllm"] = version(options.vllm)
-            write_json(RESULTS, content)
+        if options.vllm is None:
+            return
+        with ExitStack() as stack:
+            vllm = stack.enter_context(
+                served_by_vllm(options.vllm, run, loras, exports.max_lora_rank)
+            )
+            url = f"--url={vllm}"
+            nearest = stack.enter_context(proxy(str(run.path), str(exports.folder), url))
+            exact = stack.enter_context(proxy(str(run.path), url))
+            ways: dict[str, tuple[str, Iterator[str]]] = {
+                "direct": (vllm, cycle(loras)),
+                "proxy, named model": (nearest, cycle(loras)),
+                "badit serve RUN EXPORTS": (nearest, cycle(["auto"])),
+                "badit serve RUN": (exact, cycle(["auto"])),
+            }
+            content["seconds_for_one_token"] = timed(ways, prompts)
+        content["vllm"] = version(options.vllm)
+        write_json(RESULTS, content)
 
 
-def answered(
+def questions_of(run: badit.Run, base: Any, tokenizer: Any) -> Questions:
+    pairs = [(task, instance) for task in badit.plan(run.recipe).tasks for instance in task.test]
+    examples = encoded(tokenizer, run.recipe, pairs, base)
+    prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
+    return Questions(pairs, prompts)
+
+
+def own_answers(run: badit.Run, questions: Questions) -> list[str]:
+    """Returns the answers of the run itself, which has scored them."""
+    predictions = run.predictions.set_index(["task", "instance_id"])["prediction"]
+    return [str(predictions[task.name, instance.id]) for task, instance in questions.pairs]
+
+
+def lora_answers(
     run: badit.Run,
-    router: Router,
-    loras: Mapping[str, Path],
-    pairs: Sequence[tuple[Task, Instance]],
-    prompts: Sequence[list[int]],
     base: Any,
     tokenizer: Any,
-) -> dict[str, Any]:
-    """Returns Rouge-L of the run and of the chosen LoRAs, and how often each LoRA is chosen."""
-    own = [task.name for task, _ in pairs]
-    gates = torch.stack([router.gates(prompt) for prompt in prompts])
-    plain = (router.gates_TMK - gates[:, None]).square().sum(dim=(2, 3)).argmin(dim=1)
-    by_gates = [router.exports[i] for i in plain.tolist()]
-    nearest = [router.nearest(each) for each in gates]
-    chosen = {
-        "nearest LoRA": nearest,
-        "own task's LoRA": own,
-        "mean gates' LoRA": ["mean"] * len(own),
+    loras: Mapping[str, Path],
+    prompts: Sequence[list[int]],
+    chosen: Mapping[str, Sequence[str]],
+) -> dict[str, list[str]]:
+    """Returns the answers by way of choosing a LoRA; ``chosen`` has the LoRA of each prompt."""
+    settings: dict[str, Any] = {
+        "max_new_tokens": run.recipe.evaluation.max_new_tokens,
+        "batch_size": 16,
     }
     model: Any = None
     texts: dict[tuple[str, int], str] = {}
-    for name, folder in loras.items():
+    for lora, folder in loras.items():
         if model is None:
-            model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
+            model = PeftModel.from_pretrained(base, str(folder), adapter_name=lora)
         else:
-            model.load_adapter(str(folder), adapter_name=name)
-        model.set_adapter(name)
-        asked = [i for i in range(len(own)) if any(of_way[i] == name for of_way in chosen.values())]
-        settings: dict[str, Any] = {
-            "max_new_tokens": run.recipe.evaluation.max_new_tokens,
-            "batch_size": 16,
-        }
-        found = generate_answers(model, tokenizer, [prompts[i] for i in asked], **settings)
-        texts |= {(name, i): text for i, text in zip(asked, found, strict=True)}
-        print(name, len(asked), flush=True)
-    kept = {
-        (task, id_): text
-        for task, id_, text in run.predictions[["task", "instance_id", "prediction"]].values
-    }
-    answers = {"exact routing": [kept[task.name, instance.id] for task, instance in pairs]}
-    answers |= {
-        way: [texts[name, i] for i, name in enumerate(names)] for way, names in chosen.items()
-    }
-    others: dict[str, Counter[str]] = {}
-    for task, adapter in zip(own, nearest, strict=True):
-        others.setdefault(task, Counter())[adapter] += 1
+            model.load_adapter(str(folder), adapter_name=lora)
+        model.set_adapter(lora)
+        # A prompt for which several ways choose this LoRA is answered once.
+        asked = [i for i, names in enumerate(zip(*chosen.values(), strict=True)) if lora in names]
+        answers = generate_answers(model, tokenizer, [prompts[i] for i in asked], **settings)
+        texts |= {(lora, i): answer for i, answer in zip(asked, answers, strict=True)}
+        print(lora, len(asked), flush=True)
+    return {way: [texts[lora, i] for i, lora in enumerate(names)] for way, names in chosen.items()}
+
+
+def nearest_by_gates(router: Router, gates: torch.Tensor) -> list[str]:
+    """Returns the exports with the nearest gates, in place of the nearest weights."""
+    distances = (router.gates_TMK - gates[:, None]).square().sum(dim=(2, 3))
+    return [router.exports[i] for i in distances.argmin(dim=1).tolist()]
+
+
+def compared(questions: Questions, answers: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Returns Rouge-L of each way, and how many answers equal those of exact routing."""
+    exact = answers["exact routing"]
     return {
-        "recipe": run.recipe.model_dump(mode="json", exclude={"compare", "output"}),
-        "training": run.environment["training"],
-        "environment": environment(),
-        "prompts": len(prompts),
-        "mean_prompt_tokens": sum(map(len, prompts)) / len(prompts),
-        "rouge_l": {way: rouge(pairs, found) for way, found in answers.items()},
+        "rouge_l": {way: rouge(questions.pairs, texts) for way, texts in answers.items()},
         "answers_equal_to_exact_routing": {
-            way: sum(map(eq, found, answers["exact routing"])) for way, found in answers.items()
+            way: sum(map(eq, texts, exact)) for way, texts in answers.items()
         },
-        "to_own_task": sum(map(eq, own, nearest)),
-        "to_own_task_by_distance_of_gates": sum(map(eq, own, by_gates)),
-        "routed": others,
+    }
+
+
+def routed(tasks: list[str], nearest: list[str], by_gates: list[str]) -> dict[str, Any]:
+    """Returns how often the nearest LoRA is that of the task, and of each task the LoRAs."""
+    loras_of_task: dict[str, Counter[str]] = {}
+    for task, lora in zip(tasks, nearest, strict=True):
+        loras_of_task.setdefault(task, Counter())[lora] += 1
+    return {
+        "to_own_task": sum(map(eq, tasks, nearest)),
+        "to_own_task_by_distance_of_gates": sum(map(eq, tasks, by_gates)),
+        "routed": loras_of_task,
     }
 
 
@@ -177,19 +206,25 @@ def served_by_vllm(
     words += "--enable-lora --max-loras 8 --max-cpu-loras 40 "
     words += f"--max-lora-rank {rank} --host 127.0.0.1 --port {PORT} --lora-modules"
     modules = [f"{name}={folder}" for name, folder in loras.items()]
-    settings = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    command = [python, *shlex.split(words), *modules]
+    variables = {
+        **os.environ,
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
     log_file = Path(gettempdir(), "badit-vllm.log")
-    with log_file.open("w") as log:
-        command, environment = [python, *shlex.split(words), *modules], {**os.environ, **settings}
-        with subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process:
-            try:
-                while not answers_on(PORT):
-                    assert process.poll() is None, f"vLLM has exited; see {log_file}"
-                    time.sleep(1)
-                yield f"http://127.0.0.1:{PORT}"
-            finally:
-                process.terminate()
+    with (
+        log_file.open("w") as log,
+        subprocess.Popen(command, env=variables, stdout=log, stderr=log) as process,
+    ):
+        try:
+            while not answers_on(PORT):
+                assert process.poll() is None, f"vLLM has exited; see {log_file}"
+                time.sleep(1)
+            yield f"http://127.0.0.1:{PORT}"
+        finally:
+            process.terminate()
 
 
 def answers_on(port: int) -> bool:
@@ -211,11 +246,9 @@ def proxy(*words: str) -> Iterator[str]:
             process.terminate()
 
 
-def ask(url: str, model: str, prompt: list[int], tokens: int) -> tuple[str, str]:
-    """Returns the greedy answer and the adapter that the proxy reports."""
-    content = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-    answer = httpx2.post(f"{url}/v1/completions", json=content, timeout=600).raise_for_status()
-    return answer.json()["choices"][0]["text"].strip(), answer.headers.get("x-badit-adapter", model)
+def ask_for_one_token(url: str, model: str, prompt: list[int]) -> None:
+    content = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+    httpx2.post(f"{url}/v1/completions", json=content, timeout=600).raise_for_status()
 
 
 def timed(
@@ -226,10 +259,13 @@ def timed(
     for prompt in [prompts[0], *prompts]:
         for name, (url, models) in ways.items():
             began = time.monotonic()
-            ask(url, next(models), prompt, 1)
+            ask_for_one_token(url, next(models), prompt)
             times[name].append(time.monotonic() - began)
-    measured = {name: of_way[1:] for name, of_way in times.items()}  # the first prompt is slower
-    return {name: {"median": median(of_way), "each": of_way} for name, of_way in measured.items()}
+    # Without the first prompt, which is slower.
+    return {
+        name: {"median": median(seconds[1:]), "each": seconds[1:]}
+        for name, seconds in times.items()
+    }
 
 
 def processor_seconds(router: Router, prompts: Sequence[list[int]]) -> dict[str, float]:
@@ -249,12 +285,9 @@ def processor_seconds(router: Router, prompts: Sequence[list[int]]) -> dict[str,
 
 def version(python: str) -> str:
     code = "from importlib.metadata import version; print(version('vllm-cpu'))"
-    return (
-        "vllm-cpu "
-        + subprocess.run(
-            [python, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    )
+    command = [python, "-c", code]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return f"vllm-cpu {printed.strip()}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Reference implementations of the method's formulas in float64, for the tests.
+"""Reference implementations of the method's formulas in float64, and of Rouge-L, for the tests.
 
 Arguments may be tensors or arrays; functions return arrays. Component i is row i of A (N, in) and
 column i of B (out, N); its gradient is the concatenation of both gradients.
@@ -6,9 +6,12 @@ column i of B (out, N); its gradient is the concatenation of both gradients.
 
 import itertools
 import math
+import unicodedata
 
 import numpy as np
+import scipy.linalg
 import torch
+from nltk.stem.porter import PorterStemmer
 from scipy.optimize import linear_sum_assignment
 
 
@@ -78,6 +81,30 @@ def best_exchange(gradients, labels):
         exchanged[[i, j]] = exchanged[[j, i]]
         gains.append(objective(gradients, exchanged) - objective(gradients, labels))
     return max(gains)
+
+
+def k_means_plus_plus(gradients, num_experts, rng):
+    """Returns the nearest of K gradients, the seeds, for each gradient.
+
+    The first seed is drawn uniformly. Each further one is the best of 2 + ⌊ln K⌋ candidates, which
+    are drawn with probability ∝ D², the squared distance to the nearest seed: the one with the
+    smallest Σ D² after it.
+    """
+
+    def squared_distances(seeds):
+        return [[float(((row - gradients[s]) ** 2).sum()) for s in seeds] for row in gradients]
+
+    components = len(gradients)
+    seeds = [rng.integers(components)]
+    while len(seeds) < num_experts:
+        nearest = np.array([min(row) for row in squared_distances(seeds)])
+        weights = nearest if nearest.sum() > 0 else np.ones(components)
+        candidates = rng.choice(
+            components, size=2 + int(math.log(num_experts)), p=weights / weights.sum()
+        )
+        totals = [sum(min(row) for row in squared_distances([*seeds, c])) for c in candidates]
+        seeds.append(candidates[int(np.argmin(totals))])
+    return np.argmin(squared_distances(seeds), axis=1)
 
 
 def polar_grouping(gradients, labels, num_experts, size, rounds=50):
@@ -253,3 +280,126 @@ def orthogonal_step(A, B, grad_A, grad_B, of_A, of_B, lr, betas, floor=1e-6):
     update_A = min(1.0, largest) * of_A.update(B.T, grad_A, *betas, floor)
     update_B = of_B.update(A, grad_B.T, *betas, floor).T
     return A - lr * update_A, B - lr * update_B
+
+
+# --- abilities ---
+def prompt_key(mean_embedding, embeddings, ridge=1e-3):
+    """Returns z of one prompt: the whitened difference to the vocabulary's mean, as unit vector."""
+    rows = float64(embeddings)
+    mean = rows.mean(axis=0)
+    covariance = sum(np.outer(row - mean, row - mean) for row in rows) / (len(rows) - 1)
+    covariance += ridge * np.trace(covariance) / len(mean) * np.eye(len(mean))
+    key = scipy.linalg.fractional_matrix_power(covariance, -0.5) @ (float64(mean_embedding) - mean)
+    return key / np.linalg.norm(key)
+
+
+def cluster_cosines(first, second):
+    """Returns corrected cosines and reliabilities of clusters, from their halves' gradients."""
+    first = float64(first) - float64(first).mean(axis=0)
+    second = float64(second) - float64(second).mean(axis=0)
+    clusters = range(len(first))
+    norms = [np.linalg.norm(first[c]) * np.linalg.norm(second[c]) for c in clusters]
+    squared = [max(first[c] @ second[c], 0.1 * norms[c]) for c in clusters]
+    cosines = [
+        [
+            (first[c] @ second[d] + second[c] @ first[d]) / 2 / math.sqrt(squared[c] * squared[d])
+            for d in clusters
+        ]
+        for c in clusters
+    ]
+    return np.array(cosines), np.array([first[c] @ second[c] / norms[c] for c in clusters])
+
+
+def target_overlap(cosines):
+    clusters = len(cosines)
+    clipped = np.clip(cosines, 0, 1)
+    pairs = [clipped[c, d] for c in range(clusters) for d in range(clusters) if c != d]
+    target = 0.75 * clipped + 0.25 * np.mean(pairs)
+    for c in range(clusters):
+        target[c, c] = 1.0
+    return target
+
+
+def code_distance(codes, target):
+    """Returns Σ over pairs of (overlap − target)² + 0.02 Σ_k (load_k − 1)², for codes (C, K)."""
+    codes, target = float64(codes), float64(target)
+    clusters, experts = codes.shape
+    total = 0.0
+    for c, d in itertools.permutations(range(clusters), 2):
+        overlap = codes[c] @ codes[d] / np.linalg.norm(codes[c]) / np.linalg.norm(codes[d])
+        total += (overlap - target[c, d]) ** 2
+    return total + 0.02 * sum((experts * codes[:, k].mean() - 1) ** 2 for k in range(experts))
+
+
+def use_of_components(codes, energy):
+    """Returns E (N, K): expert k's mean gate over clusters, weighted by component i's energy."""
+    codes, energy = float64(codes), float64(energy)
+    return np.array(
+        [
+            [np.average(codes[:, k], weights=energy[:, i]) for k in range(codes.shape[1])]
+            for i in range(energy.shape[1])
+        ]
+    )
+
+
+def centred_gram(gradients):
+    """Returns cosines (N, N) of gradients (C, N, P), minus their mean over clusters."""
+    gradients = float64(gradients)
+    centred = gradients - gradients.mean(axis=0)
+    rows = [centred[:, i].ravel() for i in range(gradients.shape[1])]
+    return np.array(
+        [
+            [row @ other / np.linalg.norm(row) / np.linalg.norm(other) for other in rows]
+            for row in rows
+        ]
+    )
+
+
+def relative_energy(energy, labels):
+    """Returns e (C, K): shares of energy in the experts, relative to their means over clusters."""
+    energy, labels = float64(energy), np.asarray(labels)
+    shares = np.array(
+        [[row[labels == k].sum() / row.sum() for k in range(labels.max() + 1)] for row in energy]
+    )
+    return shares / shares.mean(axis=0)
+
+
+# --- Rouge-L ---
+# The beginnings of the names of characters in scripts without spaces between words.
+WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA LETTER", "THAI", "LAO", "KHMER", "MYANMAR")
+
+
+def words(text):
+    """Returns the stemmed words of a text, character by character."""
+    found = []
+    is_open = can_grow = False  # within a word, and whether a letter or digit continues it
+    for character in text.lower():
+        kind = unicodedata.category(character)[0]
+        without_spaces = unicodedata.name(character, "").startswith(WITHOUT_SPACES)
+        if (kind == "M" and is_open) or (kind in "LN" and can_grow and not without_spaces):
+            found[-1] += character
+        elif kind in "LN":
+            found.append(character)
+            is_open, can_grow = True, not without_spaces
+        else:
+            is_open = can_grow = False
+    return [PorterStemmer().stem(word) if len(word) > 3 else word for word in found]
+
+
+def common_length(a, b):
+    """Returns the length of the longest common subsequence."""
+    if not a or not b:
+        return 0
+    if a[0] == b[0]:
+        return 1 + common_length(a[1:], b[1:])
+    return max(common_length(a, b[1:]), common_length(a[1:], b))
+
+
+def rouge_l(prediction, reference):
+    """Returns the F-measure x 100 of the longest common subsequence of words."""
+    answer, target = words(prediction), words(reference)
+    common = common_length(answer, target)
+    if not common:
+        return 0.0
+    precision, recall = common / len(answer), common / len(target)
+    return 100 * 2 * precision * recall / (precision + recall)

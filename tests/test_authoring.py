@@ -86,6 +86,24 @@ def test_tasks_with_few_rows_do_not_keep_the_others_from_being_held_out(tmp_path
     assert recipe["data"]["validation_per_task"] == 3
 
 
+@pytest.mark.parametrize("name", ["${HOME}", "a$HOME.jsonl", "$", "$$.jsonl", "{{ 7 }}.jsonl"])
+def test_dollar_signs_in_the_name_of_a_file_are_taken_literally(
+    tmp_path, monkeypatch, command, name
+):
+    monkeypatch.chdir(tmp_path)
+    place = Path("of $HOME", name)
+    place.parent.mkdir()
+    Path(rows(tmp_path, 8)).rename(place)
+    if place.suffix != ".jsonl":
+        place.rename("rows.jsonl")
+        place.mkdir()
+        Path("rows.jsonl").rename(place / "a.jsonl")
+    command("init", place)
+    for words in (["recipe.yaml"], [place]):
+        assert "all valid" in command("tasks", *words)
+    assert Path(load_recipe("recipe.yaml").data.sources()[0].path) == place
+
+
 def test_few_rows_give_no_validation_or_rate_search_and_any_file_name_works(tmp_path):
     text = first_recipe(rows(tmp_path, 3), "my recipe #2.yaml", ["data.order=[a]"])
     assert "badit compare 'my recipe #2.yaml' 'output=runs/my recipe #2-compared' " in text

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from badit import BaditConfig, load_results
-from badit.comparison.results import write_results
+from badit.comparison.results import paired_differences, write_results
 from badit.metrics.statistics import paired_bootstrap
 from badit.tuner import BaditModel
 from materials import comparison, results_cell
@@ -46,6 +47,9 @@ def test_compact_file_has_all_runs_with_rounded_scores(tmp_path):
     write_run(tmp_path / "lora/lr-0.1/seed-0", instances=instances)
     (tmp_path / "lora/lr-0.1/seed-0/metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
     write_run(tmp_path / "dog/search/lr-0.1/seed-0", validation={"loss": 2.5, "tasks": {"a": 2.5}})
+    line = {"step": 3, "module": "m", "components_moved": 2, "labels": [1, 0]}
+    line |= {"objective_before": 100 / 3, "objective_after": 34.0}
+    (tmp_path / "dog/search/lr-0.1/seed-0/regroupings.jsonl").write_text(json.dumps(line) + "\n")
     write_run(tmp_path / "badit/lr-0.1/seed-0", scores=cell["scores"], instances=instances)
 
     content = compact(tmp_path, ["lora/*/*/metrics.jsonl"])
@@ -56,6 +60,14 @@ def test_compact_file_has_all_runs_with_rounded_scores(tmp_path):
     assert (second["method"], second["learning_rate"]) == ("badit", 0.1)
     (trial,) = content["trials"]
     assert (trial["method"], trial["validation_loss"]) == ("dog", 2.5)
+    assert trial["regroupings"] == {
+        "run": ["seed-0"],
+        "step": [3],
+        "module": ["m"],
+        "components_moved": [2],
+        "objective_before": [33.33333],
+        "objective_after": [34.0],
+    }
 
     write_results(tmp_path / "compact.json", content)
     results = load_results(tmp_path / "compact.json")
@@ -89,6 +101,23 @@ def test_noise_is_separated_into_seeds_instances_and_single_scores():
     assert interval == pytest.approx(
         (3 - 4.303 * np.sqrt(7 / 3), 3 + 4.303 * np.sqrt(7 / 3)), abs=1e-3
     )
+
+
+def test_readme_names_the_baselines_that_three_seeds_do_not_separate_from_badit():
+    t_interval = load_script("noise")["t_interval"]
+    root = Path(__file__).parents[1]
+    results = load_results(root / "benchmarks/results/evidence-cpu")
+    results = replace(results, reference="badit")
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    paragraph = next(line for line in readme.splitlines() if line.startswith("- **Other baselines"))
+    undecided = []
+    for method in ("lora-plus", "lora-orthogonal", "mtl-lora", "goat", "loramoe", "hydralora",
+                   "pissa", "lora-rank-4"):  # fmt: skip
+        low, high = t_interval([*paired_differences(results, method, "nll").values()])
+        if low < 0:
+            undecided.append(method)
+            assert f"{low:.3f} to {high:.3f}".replace("-", "−") in paragraph, method
+    assert undecided == ["mtl-lora", "loramoe"]
 
 
 @pytest.mark.parametrize("per_sequence", [False, True])

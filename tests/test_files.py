@@ -1,5 +1,6 @@
 """File operations: strict reading, writing, and protection against links out of a folder."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -74,6 +75,25 @@ def test_rewind_log_removes_lines_after_a_step(tmp_path):
     assert list(files.read_jsonl(path)) == [{"step": 5}, {"step": 10}, {"step": 10}]
     files.rewind_log(path, 0)
     assert list(files.read_jsonl(path)) == []
+
+
+def test_failed_writes_leave_no_partial_files(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    files.write_text(folder / "notes.txt", "earlier")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for step in ("os.fsync", "os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(step, full)
+            refuses("the disk .* is full", files.write_text, folder / "notes.txt", "later")
+            with pytest.raises(OSError, match="No space left"):
+                files.copy_folder(folder, tmp_path / "copy")
+        assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert files.read_text(folder / "notes.txt") == "earlier"
 
 
 def test_writes_replace_or_refuse_links_and_keep_their_targets(outside, tmp_path):

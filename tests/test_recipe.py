@@ -1,6 +1,7 @@
 """Recipes: valid values, invalid values and their error messages."""
 
 import dataclasses
+import math
 import re
 import subprocess
 import sys
@@ -362,7 +363,10 @@ def test_invalid_extends_are_one_line_errors(tmp_path):
 def test_environment_variables_in_the_source_are_expanded(monkeypatch):
     monkeypatch.setenv("TASKS", "/somewhere")
     monkeypatch.delenv("NO_TASKS", raising=False)
-    assert expand_source("$TASKS/superni") == "/somewhere/superni"
+    assert (
+        expand_source("$TASKS/superni") == expand_source("${TASKS}/superni") == "/somewhere/superni"
+    )
+    assert expand_source("$$TASKS/$${TASKS} $") == "$TASKS/${TASKS} $"
     refuses(
         r"NO_TASKS is not set; set it, or use data\.source=PATH",
         expand_source,
@@ -376,3 +380,11 @@ def test_table_of_method_names_and_options_is_complete():
     options = {key.rpartition(".")[2] for name in NAMES for key, _, _ in options_of(name)}
     # Options of other releases of PEFT are in the table too.
     assert options <= set(words["options"])
+
+
+def test_infinity_is_refused_also_in_arguments_of_transformers():
+    refuses(
+        "training.adam_epsilon: .*finite",
+        build_recipe,
+        {"output": "run", "data": {"source": "builtin"}, "training": {"adam_epsilon": math.inf}},
+    )

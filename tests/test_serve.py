@@ -3,8 +3,13 @@
 import asyncio
 import json
 import shutil
+import signal
+import socketserver
+import subprocess
+import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +60,7 @@ def vllm(run, tmp_path):
         asked=[],
         loaded=[],
         removed_too_early=False,
+        hangs=None,  # the path of the requests that are never answered
         copies=tmp_path,
         goes_on=threading.Event(),
         ended=threading.Event(),
@@ -95,14 +101,16 @@ def vllm(run, tmp_path):
         if request.url.path == "/v1/load_lora_adapter":
             shutil.copytree(content["lora_path"], server.copies / content["lora_name"])
             server.loaded.append(content["lora_name"])
-        else:
+        elif content["lora_name"] in server.loaded:
             server.loaded.remove(content["lora_name"])
             server.removed_too_early |= not Path(content["lora_path"]).is_dir()
         return PlainTextResponse("Success")
 
     calls = {"tokenize": tokenize, "v1/load_lora_adapter": lora, "v1/unload_lora_adapter": lora}
     calls |= dict.fromkeys(["v1/completions", "v1/chat/completions"], complete)
-    routes = [Route(f"/{path}", call, methods=["POST"]) for path, call in calls.items()]
+    routes = [
+        Route(f"/{path}", answering(server, call), methods=["POST"]) for path, call in calls.items()
+    ]
     routes.append(Route("/v1/models", JSONResponse(MODELS)))
     with served(Starlette(routes=routes)) as server.port:
         yield server
@@ -119,6 +127,46 @@ def client(router, vllm):
         httpx2.Client(base_url=f"http://127.0.0.1:{port}/v1") as client,
     ):
         yield client
+
+
+def answering(server, call):
+    """Returns the call, which does not answer the path ``server.hangs``."""
+
+    async def answer(request):
+        if request.url.path != server.hangs:
+            return await call(request)
+        while not await request.is_disconnected():
+            await asyncio.sleep(0.01)
+        return PlainTextResponse("")
+
+    return answer
+
+
+@contextmanager
+def closing_reused_connections():
+    """A server that closes a connection at its second request; yields its port.
+
+    So does every server whose time for idle connections ends while a request is on its way.
+    """
+    answer = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
+
+    class Connection(socketserver.StreamRequestHandler):
+        def handle(self):
+            length = 0
+            while line := self.rfile.readline().strip().lower():
+                if line.startswith(b"content-length:"):
+                    length = int(line.partition(b":")[2])
+            self.rfile.read(length)
+            self.wfile.write(answer)
+            self.rfile.read(1)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Connection) as closing:
+        closing.daemon_threads = True
+        threading.Thread(target=closing.serve_forever).start()
+        try:
+            yield closing.server_address[1]
+        finally:
+            closing.shutdown()
 
 
 def unloaded(vllm):
@@ -289,6 +337,49 @@ def test_unreachable_vllm_or_missing_lora_loading_is_reported(router, vllm):
             url = f"http://127.0.0.1:{port}/v1/{path}"
             answer = httpx2.request(method, url, json={"prompt": "a"})
             assert (answer.status_code, "check --url" in answer.text) == (502, True)
+
+
+def test_connections_that_vllm_closes_when_idle_are_not_used_again(router):
+    with closing_reused_connections() as closing, proxied(router, closing) as port:
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        for _ in range(4):
+            answer = httpx2.post(url, json={"model": "base", "prompt": "a"}, timeout=WAIT)
+            assert (answer.status_code, answer.text) == (200, "{}")
+
+
+@pytest.mark.parametrize("hanging", ["load", "unload"])
+def test_folder_of_a_lora_is_removed_while_vllm_hangs(router, vllm, tmp_path, monkeypatch, hanging):
+    monkeypatch.setattr("badit.integrations.vllm.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    vllm.hangs = f"/v1/{hanging}_lora_adapter"
+    with proxied(Router(router.run, None), vllm.port) as port:
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        answer = httpx2.post(url, json={"prompt": [1, 2]}, timeout=WAIT)
+        if hanging == "load":
+            assert answer.status_code == 502
+            assert "does not answer: ReadTimeout" in answer.json()["error"]["message"]
+        else:
+            assert answer.status_code == 200
+    assert not list(tmp_path.glob("badit-*-*")), "the temporary folder must be removed"
+
+
+def test_command_serves_until_it_is_stopped(run, vllm):
+    command = [sys.executable, "-m", "badit", "serve", str(run.path), "--port=0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    url = f"--url=http://127.0.0.1:{vllm.port}"
+    with subprocess.Popen([*command, url], **pipes) as process:
+        try:
+            address = process.stdout.readline().split()[1].removesuffix(",")
+            answer = httpx2.post(f"{address}/completions", json={"prompt": "land 3"}, timeout=WAIT)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=WAIT)
+        finally:
+            process.kill()
+    assert answer.status_code == 200
+    assert vllm.asked[-1][3] == [answer.headers["x-badit-adapter"]]
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+    assert unloaded(vllm)
 
 
 def test_unsuitable_runs_exports_and_urls_are_refused(run, trained, tmp_path, command):

@@ -361,18 +361,19 @@ def run_cell(name: str, seed: int) -> None:
     """Trains a cell and writes its result."""
     say(f"{name}, seed {seed}: started")
     _, run = trained(CELLS[name], seed, RUNS / f"{name}-{seed}")
+    environment = run.environment  # before the folder is removed
     tasks = losses_by_task(read_jsonl(run.path / RECORDS))
     result = {
         "cell": name,
         "seed": seed,
         "screening_loss": round(screening_loss(tasks), 5),
-        "environment": run.environment,
+        "environment": environment,
         "recipe": run.recipe.model_dump(mode="json", exclude={"output", "compare"}),
         "tasks": tasks,
     }
     write_result(result, path_of(name, seed))
     shutil.rmtree(run.path)
-    loss, seconds = result["screening_loss"], run.environment["training"]["seconds"]
+    loss, seconds = result["screening_loss"], environment["training"]["seconds"]
     say(f"{name}, seed {seed}: screening loss {loss:.4f} in {seconds:.0f} s")
 
 

@@ -26,13 +26,13 @@ import torch
 from model import RigModel
 from options import parsed
 from peft.optimizers import create_riemannian_optimizer
+from results import RESULTS
 from tasks import Example, load_examples, number, task_folders
 from torch import nn
 from transformers import AutoTokenizer
 
 from badit.support.files import append_to_log
 from badit.training.optimizers import OrthogonalUpdates
-from runs import RESULTS
 
 WARMUP = 0.05  # share of the steps; the final learning rate is also 5 % of the highest
 LAST_REGROUPING = 0.7  # share of the steps

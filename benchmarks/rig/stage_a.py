@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runs import runs_in
+from results import runs_in
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "results" / "rig-a"

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from runs import runs_in
+from results import runs_in
 
 RESAMPLES = 10_000
 NLL, EXACT_MATCH = 1, 2  # columns of a run's instances; the first one is the task

@@ -60,10 +60,10 @@ def theirs(
 ) -> Callable[[], object]:
     rows = [
         {
-            "input_ids": one["input_ids"],
-            "completion_mask": [int(label != -100) for label in one["labels"]],
+            "input_ids": example["input_ids"],
+            "completion_mask": [int(label != -100) for label in example["labels"]],
         }
-        for one in examples
+        for example in examples
     ]
     model = base(DTYPE)
     model.set_attn_implementation(attention)
@@ -89,7 +89,7 @@ def theirs(
 def main(arguments: argparse.Namespace) -> None:
     _, tokenizer = load_base_model("smollm2-135m", dtype=DTYPE)  # pyright: ignore[reportArgumentType]
     examples = instances(tokenizer, arguments.data, PER_TASK)
-    tokens = sum(len(one["input_ids"]) for one in examples)
+    tokens = sum(len(example["input_ids"]) for example in examples)
     pad = tokenizer.pad_token_id
     with tempfile.TemporaryDirectory() as folder:
         runs = {

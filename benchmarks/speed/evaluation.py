@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from operator import ne
 from typing import Any, NamedTuple
 
 import torch
@@ -54,8 +55,9 @@ def plain_loop(model: Any, tokenizer: Any, examples: Sequence[dict[str, Any]]) -
             logits = model(
                 input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]
             ).logits
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        generated = tokens[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+        answers += [text.strip() for text in texts]
         for row, labels in zip(logits[:, :-1].float(), padded["labels"][:, 1:], strict=True):
             losses.append(float(torch.nn.functional.cross_entropy(row, labels)))
     return Scored(answers, sum(losses) / len(losses))
@@ -76,7 +78,8 @@ def two_passes(
 
 def badit(model: Any, tokenizer: Any, recipe: Recipe, tasks: Sequence[Task]) -> Scored:
     scores, predictions = score_model(model, tokenizer, recipe, tasks, "test", progress=False)
-    return Scored([each.prediction for each in predictions], scores["nll_instances"])
+    answers = [prediction.prediction for prediction in predictions]
+    return Scored(answers, scores["nll_instances"])
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -85,34 +88,33 @@ def main(arguments: argparse.Namespace) -> None:
     values = {"data": {"source": arguments.data, "test_per_task": PER_TASK}}
     recipe = build_recipe({**values, "evaluation": {"batch_size": BATCH, "max_new_tokens": NEW}})
     tasks = recipe.data.load()
-    examples = encoded(
-        tokenizer, recipe, [(task, one) for task in tasks for one in task.test], model
-    )
+    pairs = [(task, instance) for task in tasks for instance in task.test]
+    examples = encoded(tokenizer, recipe, pairs, model)
     ways = {
         "plain loop": lambda: plain_loop(model, tokenizer, examples),
         "two passes": lambda: two_passes(model, tokenizer, recipe, examples),
         "badit": lambda: badit(model, tokenizer, recipe, tasks),
     }
-    found = {name: way() for name, way in ways.items()}
+    scored = {name: way() for name, way in ways.items()}
+    differences = {
+        name: sum(map(ne, result.answers, scored["badit"].answers))
+        for name, result in scored.items()
+    }
     samples = in_turns(ways, rounds=arguments.rounds, warmup=0)
-    keep(
-        "evaluation",
-        {
-            "prompts": len(examples),
-            "prompt tokens": sum(example["prompt_length"] for example in examples),
-            "batch size": BATCH,
-            "answers that differ from badit's": {
-                name: sum(a != b for a, b in zip(one.answers, found["badit"].answers, strict=True))
-                for name, one in found.items()
-            },
-            METRICS["nll"].label: {name: one.nll for name, one in found.items()},
-            "answers per second": {
-                name: [len(examples) / s for s in seconds] for name, seconds in samples.items()
-            },
-            "speed to the plain loop's": ratio(samples, "plain loop", "badit"),
-            "speed to two passes": ratio(samples, "two passes", "badit"),
-        },
-    )
+    speeds = {
+        name: [len(examples) / seconds for seconds in of_way] for name, of_way in samples.items()
+    }
+    result = {
+        "prompts": len(examples),
+        "prompt tokens": sum(example["prompt_length"] for example in examples),
+        "batch size": BATCH,
+        "answers that differ from badit's": differences,
+        METRICS["nll"].label: {name: result.nll for name, result in scored.items()},
+        "answers per second": speeds,
+        "speed to the plain loop's": ratio(samples, "plain loop", "badit"),
+        "speed to two passes": ratio(samples, "two passes", "badit"),
+    }
+    keep("evaluation", result)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def measure(dtype: str, rounds: int) -> dict[str, Any]:
     samples = in_turns(alternatives, rounds=rounds, warmup=2)
     for name in OPTIMIZERS:
         samples[name] = [seconds / STEPS for seconds in samples[name]]
-    more = [
+    shares = [
         (ours - adamw) / step
         for ours, adamw, step in zip(
             samples["orthogonal"], samples["adamw"], samples["training step"], strict=True
@@ -62,7 +62,7 @@ def measure(dtype: str, rounds: int) -> dict[str, Any]:
     return {
         "seconds": samples,
         "ratio to adamw": {name: ratio(samples, name, "adamw") for name in ("lora+", "orthogonal")},
-        "share of a training step": {"median": statistics.median(more), "values": more},
+        "share of a training step": {"median": statistics.median(shares), "values": shares},
     }
 
 

@@ -47,26 +47,27 @@ OTHERS = "the rest"
 
 
 def kind_of(operation: str) -> str:
-    return next(
-        (kind for kind, parts in KINDS.items() if any(part in operation.lower() for part in parts)),
-        OTHERS,
-    )
+    for kind, words in KINDS.items():
+        if any(word in operation.lower() for word in words):
+            return kind
+    return OTHERS
 
 
 def seconds_by_kind(call: Callable[[], object]) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CPU]) as record:
         call()
-    found: dict[str, float] = defaultdict(float)
+    seconds: dict[str, float] = defaultdict(float)
     for event in record.key_averages():
-        found[kind_of(event.key)] += event.self_cpu_time_total / 1e6
-    return found
+        seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
+    return seconds
 
 
 def median_by_kind(call: Callable[[], object], rounds: int) -> dict[str, float]:
     call()
-    found = [seconds_by_kind(call) for _ in range(rounds)]
+    profiles = [seconds_by_kind(call) for _ in range(rounds)]
     return {
-        kind: statistics.median(one.get(kind, 0.0) for one in found) for kind in (*KINDS, OTHERS)
+        kind: statistics.median(seconds.get(kind, 0.0) for seconds in profiles)
+        for kind in (*KINDS, OTHERS)
     }
 
 

@@ -3,13 +3,11 @@
 python benchmarks/speed/table.py
 """
 
-from __future__ import annotations
-
 import re
-import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import median
+from typing import Any
 
 from badit.support.files import read_json, write_text
 
@@ -30,26 +28,7 @@ _REMOVED = "badit folded"
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
-class Row(NamedTuple):
-    """One target: the measurement, its baseline, and whether the target is met."""
-
-    what: str
-    against: str
-    value: float
-    target: float
-    at_least: bool
-    form: Callable[[float], str]
-
-    def cells(self) -> list[str]:
-        met = self.value >= self.target if self.at_least else self.value <= self.target
-        sign = "≥" if self.at_least else "≤"
-        return [
-            self.what,
-            self.against,
-            self.form(self.value),
-            f"{sign} {self.form(self.target)}",
-            "yes" if met else "**no**",
-        ]
+Format = Callable[[float], str]
 
 
 def _times(value: float) -> str:
@@ -68,139 +47,91 @@ def _seconds(value: float) -> str:
     return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.1f} s"
 
 
-def _median(values: list[float]) -> float:
-    return statistics.median(values)
-
-
 def _ratio(values: list[float], others: list[float]) -> float:
     """Returns the median of the ratios within a round."""
-    return _median([a / b for a, b in zip(values, others, strict=True)])
+    return median([a / b for a, b in zip(values, others, strict=True)])
 
 
-def targets() -> list[Row]:
-    step, regrouping, svd = _read("training_step"), _read("regrouping"), _read("decomposition")
+def _at_most(what: str, against: str, value: float, limit: float, form: Format) -> list[str]:
+    """Returns a row: the measurement, its baseline, the target, and whether it is met."""
+    met = "yes" if value <= limit else "**no**"
+    return [what, against, form(value), f"≤ {form(limit)}", met]
+
+
+def _at_least(what: str, against: str, value: float, limit: float, form: Format) -> list[str]:
+    met = "yes" if value >= limit else "**no**"
+    return [what, against, form(value), f"≥ {form(limit)}", met]
+
+
+def targets() -> list[list[str]]:
     rows = []
-    for dtype, one in _by_dtype(step):
-        lora, badit = one["ratio to lora"], one["ratio to badit"]
-        rows += [
-            Row(
-                f"training step, {dtype}",
-                "PEFT LoRA, r 32",
-                lora["badit"]["median"],
-                1.03,
-                False,
-                _times,
-            ),
-            Row(
-                f"peak memory, {dtype}",
-                "PEFT LoRA, r 32",
-                one["peak ratio to lora"]["badit"],
-                1.05,
-                False,
-                _times,
-            ),
-        ]
-        for peer in ("experts in a loop", "experts per sequence"):
-            rows.append(
-                Row(f"speed of a step, {dtype}", peer, badit[peer]["median"], 1.5, True, _times)
-            )
-    for dtype, one in _by_dtype(_read("optimizer")):
-        share = one["share of a training step"]["median"]
-        rows.append(
-            Row(
-                f"orthogonal updates, {dtype}",
-                "AdamW, share of a step",
-                share,
-                0.03,
-                False,
-                _percent,
-            )
-        )
-    layer = regrouping["one layer"]
-    one_layer = next(value for key, value in layer.items() if key.startswith("one layer"))
-    end, scored, imported = _read("end_to_end"), _read("evaluation"), _read("imports")
+    for dtype, step in _by_dtype(_read("training_step")):
+        rows += _step_targets(dtype, step)
+    for dtype, optimizer in _by_dtype(_read("optimizer")):
+        share = optimizer["share of a training step"]["median"]
+        name = f"orthogonal updates, {dtype}"
+        rows.append(_at_most(name, "AdamW, share of a step", share, 0.03, _percent))
+    rows += [*_method_targets(), *_run_targets()]
+    for dtype, decoding in _by_dtype(_read("decoding")):
+        speed = decoding["1 prompts at a time"]["speed to the base model's"]
+        for name, adapter, limit in (
+            ("tokens per second", "badit", 0.95),
+            ("merged", "merged", 1.0),
+        ):
+            what = f"decoding, {name}, {dtype}"
+            ratio = speed[adapter]["median"]
+            rows.append(_at_least(what, "base model", ratio, limit, _near_times))
+    seconds = _read("imports")["seconds"]
+    rows += [
+        _at_most("`import badit`", "–", median(seconds["import badit"]), 0.3, _seconds),
+        _at_most("`badit --help`", "–", median(seconds["badit --help"]), 0.5, _seconds),
+    ]
+    return rows
+
+
+def _step_targets(dtype: str, step: dict[str, Any]) -> list[list[str]]:
+    peft = "PEFT LoRA, r 32"
+    seconds = step["ratio to lora"]["badit"]["median"]
+    memory = step["peak ratio to lora"]["badit"]
+    rows = [
+        _at_most(f"training step, {dtype}", peft, seconds, 1.03, _times),
+        _at_most(f"peak memory, {dtype}", peft, memory, 1.05, _times),
+    ]
+    for peer in ("experts in a loop", "experts per sequence"):
+        speed = step["ratio to badit"][peer]["median"]
+        rows.append(_at_least(f"speed of a step, {dtype}", peer, speed, 1.5, _times))
+    return rows
+
+
+def _method_targets() -> list[list[str]]:
+    regrouping, svd = _read("regrouping"), _read("decomposition")
+    share = regrouping["share of training"]
+    (layer,) = [
+        seconds for name, seconds in regrouping["one layer"].items() if name.startswith("one layer")
+    ]
+    speed = svd["exact / randomised"]["median"]
+    start = median(svd["initialisation seconds"])
+    exact = "torch's exact SVD"
     return [
-        *rows,
-        Row(
-            "DOG, every 20 steps",
-            "run time",
-            regrouping["share of training"],
-            0.005,
-            False,
-            _percent,
-        ),
-        Row("DOG of one layer, N 128, D 20,000", "–", one_layer, 0.05, False, _seconds),
-        Row(
-            "speed of the SVD, 4096 × 14336, N 32",
-            "torch's exact SVD",
-            svd["exact / randomised"]["median"],
-            20,
-            True,
-            _times,
-        ),
-        Row(
-            "initialisation on SmolLM2, 30 layers",
-            "–",
-            _median(svd["initialisation seconds"]),
-            2.0,
-            False,
-            _seconds,
-        ),
-        Row(
-            "training, tokens per second",
-            "TRL SFTTrainer + LoRA, faster attention",
-            _over_the_best_of_trl(end["tokens per second"]),
-            1.5,
-            True,
-            _times,
-        ),
-        Row(
-            "scoring, answers per second",
-            "generate in file order",
-            scored["speed to the plain loop's"]["median"],
-            2.0,
-            True,
-            _times,
-        ),
-        *_decoding(),
-        Row(
-            "`import badit`",
-            "–",
-            _median(imported["seconds"]["import badit"]),
-            0.3,
-            False,
-            _seconds,
-        ),
-        Row(
-            "`badit --help`",
-            "–",
-            _median(imported["seconds"]["badit --help"]),
-            0.5,
-            False,
-            _seconds,
-        ),
+        _at_most("DOG, every 20 steps", "run time", share, 0.005, _percent),
+        _at_most("DOG of one layer, N 128, D 20,000", "–", layer, 0.05, _seconds),
+        _at_least("speed of the SVD, 4096 × 14336, N 32", exact, speed, 20, _times),
+        _at_most("initialisation on SmolLM2, 30 layers", "–", start, 2.0, _seconds),
     ]
 
 
-def _decoding() -> list[Row]:
-    rows = []
-    for dtype, one in _by_dtype(_read("decoding")):
-        speed = one["1 prompts at a time"]["speed to the base model's"]
-        rows += [
-            Row(
-                f"decoding, {what}, {dtype}",
-                "base model",
-                speed[name]["median"],
-                target,
-                True,
-                _near_times,
-            )
-            for what, name, target in (
-                ("tokens per second", "badit", 0.95),
-                ("merged", "merged", 1.0),
-            )
-        ]
-    return rows
+def _run_targets() -> list[list[str]]:
+    speeds = _read("end_to_end")["tokens per second"]
+    training = min(
+        _ratio(speeds["badit, BADIT"], speeds[name]) for name in speeds if name.startswith("TRL")
+    )
+    scoring = _read("evaluation")["speed to the plain loop's"]["median"]
+    trl = "TRL SFTTrainer + LoRA, faster attention"
+    loop = "generate in file order"
+    return [
+        _at_least("training, tokens per second", trl, training, 1.5, _times),
+        _at_least("scoring, answers per second", loop, scoring, 2.0, _times),
+    ]
 
 
 def _by_dtype(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -208,31 +139,18 @@ def _by_dtype(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(dtype, result[dtype]) for dtype in ("bfloat16", "float32") if dtype in result]
 
 
-def _over_the_best_of_trl(speeds: dict[str, list[float]]) -> float:
-    ours = speeds["badit, BADIT"]
-    theirs = [values for name, values in speeds.items() if name.startswith("TRL")]
-    return min(_ratio(ours, values) for values in theirs)
-
-
 def steps() -> list[list[str]]:
     """Returns seconds of a step by adapter, also as a multiple of the floor, and peak memory."""
     rows = []
-    for dtype, one in _by_dtype(_read("training_step")):
-        floor = one["floor seconds"]
+    for dtype, step in _by_dtype(_read("training_step")):
+        floor = step["floor seconds"]
         rows.append([dtype, "floor: the base model's products", f"{floor:.2f}", "1.00", ""])
-        for name, values in one["seconds"].items():
+        for name, values in step["seconds"].items():
             if name == _REMOVED:
                 continue
-            gib = one["peak bytes"][name] / 2**30
-            rows.append(
-                [
-                    dtype,
-                    name,
-                    f"{_median(values):.2f}",
-                    f"{_median(values) / floor:.2f}",
-                    f"{gib:.2f}",
-                ]
-            )
+            seconds = median(values)
+            gib = step["peak bytes"][name] / 2**30
+            rows.append([dtype, name, f"{seconds:.2f}", f"{seconds / floor:.2f}", f"{gib:.2f}"])
     return rows
 
 
@@ -241,40 +159,33 @@ def growth() -> list[list[str]]:
     scaling = _read("scaling")
     rows = []
     for quantity in ("experts", "tokens", "rows", "tasks"):
-        seconds, peaks = scaling[quantity]["seconds"], scaling[quantity].get("peak bytes", {})
+        seconds = scaling[quantity]["seconds"]
+        peaks = scaling[quantity].get("peak bytes", {})
         baseline = "mtl-lora" if quantity == "tasks" else "lora"
-        for value in (
-            point.removeprefix("badit, ") for point in seconds if point.startswith("badit, ")
-        ):
-            pair = (f"badit, {value}", f"{baseline}, {value}")
-            ours, theirs = (seconds[point] for point in pair)
-            times = [
-                f"{_median(ours):.2f}",
-                f"{_median(theirs):.2f}",
-                baseline,
-                f"{_ratio(ours, theirs):.2f}",
-            ]
-            gib = [f"{peaks[point] / 2**30:.2f}" if point in peaks else "" for point in pair]
-            rows.append([quantity, value, *times, *gib])
+        for point in seconds:
+            if not point.startswith("badit, "):
+                continue
+            value = point.removeprefix("badit, ")
+            pair = (point, f"{baseline}, {value}")
+            times = [f"{median(seconds[name]):.2f}" for name in pair]
+            ratio = _ratio(*(seconds[name] for name in pair))
+            gib = [f"{peaks[name] / 2**30:.2f}" if name in peaks else "" for name in pair]
+            rows.append([quantity, value, *times, baseline, f"{ratio:.2f}", *gib])
     return rows
 
 
 def profiles() -> list[list[str]]:
     """Returns milliseconds of a step, and of a decoded token, by kind of operation."""
     rows = []
-    for dtype, one in _by_dtype(_read("step_profile")):
-        for what, key, count in (
-            ("step", "seconds of a step", 1),
-            ("token", "seconds of 64 tokens", 64),
-        ):
-            for name, kinds in one[key].items():
-                if name == _REMOVED:
-                    continue
-                values = [1000 * kinds[kind] / count for kind in _KINDS]
-                digits = 0 if count == 1 else 2
-                rows.append(
-                    [f"{what}, {dtype}", name, *(f"{value:.{digits}f}" for value in values)]
-                )
+    for dtype, profile in _by_dtype(_read("step_profile")):
+        for name, kinds in profile["seconds of a step"].items():
+            if name != _REMOVED:
+                values = [f"{1000 * kinds[kind]:.0f}" for kind in _KINDS]
+                rows.append([f"step, {dtype}", name, *values])
+        for name, kinds in profile["seconds of 64 tokens"].items():
+            if name != _REMOVED:
+                values = [f"{1000 * kinds[kind] / 64:.2f}" for kind in _KINDS]
+                rows.append([f"token, {dtype}", name, *values])
     return rows
 
 
@@ -283,39 +194,25 @@ def dog() -> list[list[str]]:
     layer = _read("regrouping")["one layer"]
     rows = []
     for point, values in layer["gram seconds"].items():
-        components, size = (part.split()[1] for part in point.split(", "))
-        grouping = _median(layer["grouping seconds"][f"N {components}"])
-        rows.append([components, size, f"{1000 * _median(values):.2f}", f"{1000 * grouping:.1f}"])
+        components, size = (number.split()[1] for number in point.split(", "))
+        gram = 1000 * median(values)
+        grouping = 1000 * median(layer["grouping seconds"][f"N {components}"])
+        rows.append([components, size, f"{gram:.2f}", f"{grouping:.1f}"])
     return rows
 
 
 def exponents() -> list[list[str]]:
     """Returns exponents of power laws fitted to the points of the table above."""
-    return [
-        [what, f"{value:.2f}"]
-        for what, value in _read("regrouping")["one layer"]["exponents"].items()
-    ]
+    fitted = _read("regrouping")["one layer"]["exponents"]
+    return [[name, f"{exponent:.2f}"] for name, exponent in fitted.items()]
 
 
+_GROWTH = ["varied", "value", "BADIT, s", "baseline, s", "baseline", "ratio"]
+_GROWTH += ["BADIT, GiB", "baseline, GiB"]
 TABLES: dict[str, tuple[list[str], Callable[[], list[list[str]]]]] = {
-    "targets": (
-        ["what", "against", "measured", "target", "met"],
-        lambda: [row.cells() for row in targets()],
-    ),
+    "targets": (["what", "against", "measured", "target", "met"], targets),
     "steps": (["dtype", "adapter", "s", "× floor", "peak GiB"], steps),
-    "growth": (
-        [
-            "varied",
-            "value",
-            "BADIT, s",
-            "baseline, s",
-            "baseline",
-            "ratio",
-            "BADIT, GiB",
-            "baseline, GiB",
-        ],
-        growth,
-    ),
+    "growth": (_GROWTH, growth),
     "profile": (["ms per", "adapter", *_KINDS.values()], profiles),
     "dog": (["N", "D", "Gram, every step, ms", "grouping, every 20 steps, ms"], dog),
     "exponents": (["time grows as", "exponent"], exponents),

@@ -17,6 +17,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# For type checkers and editors, which do not call __getattr__.
 if TYPE_CHECKING:
     from badit.api import Run, analyze, plan, table, train
     from badit.comparison.compare import compare
@@ -81,6 +82,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'badit' has no attribute {name!r}")
     from badit.support.console import quiet_notices
 
+    # Before the import, during which libraries print their notices.
     quiet_notices()
     return getattr(import_module(_HOMES[name]), name)
 

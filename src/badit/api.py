@@ -77,6 +77,7 @@ class Run(RunFolder):
 
         run = open_run(self)
         if batch_size is not None:
+            # Validated as in a recipe.
             run.recipe = make_recipe(run.recipe, {"evaluation": {"batch_size": batch_size}})
         return scores_frame(evaluate(run, split=split, progress=progress))
 
@@ -242,6 +243,7 @@ def train(
     train_and_score(run, progress=progress, allow_changed_inputs=allow_changed_inputs)
     return Run(
         run.folder.path,
+        # Other ranks may get here before rank 0 has written the folder.
         check=is_main_process(),
         trust_remote_code=run.recipe.model.trust_remote_code,
     )
@@ -328,6 +330,7 @@ def table(
     from badit.comparison.tables import FORMATS, method_table, task_table
     from badit.metrics.answers import METRICS
 
+    # Errors name the options of badit table, which is this function.
     refuse_unknown("--format", format, FORMATS)
     refuse_unknown("--metric", metric, METRICS)
     loaded = load_results(results)

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from badit.data import AnswerCollator
 from training.trainers import examples
 
+RELIABLE = 0.7
 _WEIGHT = re.compile(
     r"\.(?:layers|h)\.(\d+)\.((?:self_attn|attn|mlp)\.[a-z_]+)(?:\.base_layer)?\.weight$"
 )
@@ -98,7 +99,38 @@ def corrected(a, b):
     return max(-1.0, min(1.0, float(a.mean(dim=0) @ b.mean(dim=0)) / math.sqrt(of_a * of_b)))
 
 
-def tables(model, examples):
+def longer_reliability(reliability, factor):
+    """Returns the share of signal in a mean over ``factor`` times as many instances.
+
+    With a signal of squared norm 1, a reliability of 1 / (1 + noise) means this noise.
+    """
+    if not reliability > 0:
+        return math.nan if math.isnan(reliability) else 0.0
+    noise = 1 / reliability - 1
+    return 1 / (1 + noise / factor)
+
+
+def needed(reliability, instances):
+    """Counts up to the first number of instances that is predicted to be reliable."""
+    if not reliability > 0:
+        return math.nan
+    count = 2
+    while longer_reliability(reliability, count / instances) < RELIABLE - 1e-9:
+        count += 1
+    return count
+
+
+def decision(a, b, reliable):
+    """Returns signal, conflict and needed instances of two tasks' gradients (one per row)."""
+    signals = [longer_reliability(cosine(*halves(rows)), 2) for rows in (a, b)]
+    counts = [needed(of, len(rows)) for of, rows in zip(signals, (a, b), strict=True)]
+    if any(math.isnan(of) for of in signals):
+        return [math.nan] * 3
+    conflict = float(corrected(a, b) < 0) if min(signals) >= reliable else math.nan
+    return [min(signals), conflict, math.nan if any(map(math.isnan, counts)) else max(counts)]
+
+
+def tables(model, examples, reliable=RELIABLE):
     """Returns the rows of the four gradient tables."""
     by_task = gradients(model, examples)
     measured = places(model)
@@ -111,9 +143,14 @@ def tables(model, examples):
         tables_["gradient_pairs"] += [
             [*pair, layer, module, *of] for pair, of in zip(pairs, values, strict=True)
         ]
-        cosines, _ = np.transpose(values)
         reliability = np.nanmean([cosine(*halves(rows)) for rows in vectors.values()])
-        numbers = [np.mean(cosines[~np.isnan(cosines)] < 0), reliability]
+        decisions = [decision(vectors[a], vectors[b], reliable) for a, b in pairs]
+        conflicts = [of for _, of, _ in decisions if not math.isnan(of)]
+        rate = np.mean(conflicts) if conflicts else math.nan
+        counts = sorted(math.inf if math.isnan(of) else of for _, _, of in decisions)
+        half = counts[(len(counts) - 1) // 2]
+        half = math.nan if math.isinf(half) else half
+        numbers = [rate, len(conflicts) / len(pairs), reliability, half]
         tables_["gradient_summary"].append([layer, module, kind, *map(float, numbers)])
     for kind in {kind for kind, _, _ in measured}:
         of_kind = [names for place, names in measured.items() if place[0] == kind]
@@ -125,10 +162,14 @@ def tables(model, examples):
                 cosine(first, second),
                 corrected(vectors[a], vectors[b]),
                 magnitude(first, second),
+                *decision(vectors[a], vectors[b], reliable),
             ]
             tables_["gradient_overall"].append([a, b, kind, *overall])
         for task, rows in vectors.items():
-            numbers = [float(rows.mean(dim=0).norm()), cosine(*halves(rows)), len(rows)]
+            reliability = cosine(*halves(rows))
+            signal = longer_reliability(reliability, 2)
+            numbers = [float(rows.mean(dim=0).norm()), reliability, signal, len(rows)]
+            numbers.append(needed(signal, len(rows)))
             tables_["gradient_tasks"].append([task, kind, *numbers])
     return tables_
 

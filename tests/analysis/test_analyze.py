@@ -1,7 +1,10 @@
 """Complete analyses of a tiny run: written tables, resuming, and error messages."""
 
+import fcntl
 import json
+import os
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 
@@ -88,6 +91,28 @@ def test_report_in_another_folder_shows_the_runs_scores(recipe_values, tmp_path,
     page = (apart / "report.html").read_text()
     assert "scores.json</code>" in page
     assert "<code>analysis/gates.json</code> of apart" in page
+
+
+def test_folder_in_use_is_refused_also_if_its_analysis_is_finished(
+    recipe_values, tmp_path, command
+):
+    run, comparison = train(recipe_values, progress=False).path, tmp_path / "comparison"
+    write_comparison(comparison)
+    analyze(run, instances=2, progress=False)
+    for target in (run, comparison):
+        with held(target):
+            message = command("analyze", target, *["--instances=2"] * (target == run), code=2)
+        assert f"{target}: is in use by another process; wait until it ends" in message
+        assert not (target / "report.html").exists()
+
+
+@contextmanager
+def held(folder):
+    """A lock of another process on a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+    os.close(descriptor)
 
 
 def test_base_model_is_measured_on_given_data(model_folder, task_file, tmp_path):

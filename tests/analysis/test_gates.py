@@ -1,5 +1,6 @@
 """The gates of every method against each layer's own router, without side effects."""
 
+from collections import Counter
 from statistics import fmean
 
 import numpy as np
@@ -10,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from analysis import naive_experts as naive
 from analysis.naive_experts import BATCHES, METHODS, ROWS, TASKS
 from badit.analysis.coactivation import coactivation, marked_experts
-from badit.analysis.experts import active_experts, changed_gates
+from badit.analysis.experts import active_experts, adapted_layers, changed_gates
 from badit.analysis.gates import gates_frame, prompt_gates
 from badit.baselines.branches import OLoraConfig
 from refusals import refuses
@@ -56,6 +57,41 @@ def test_gates_at_step_0_are_neutral_and_an_error_restores_the_layers(tiny_model
     gates = prompt_gates(model, BATCHES)
     np.testing.assert_allclose(gates.means, 1, atol=1e-6)
     assert not any(marked_TU.any() for marked_TU in marked_experts(gates).values())
+
+
+def test_an_inner_change_of_gates_gets_those_of_the_outer_one_and_restores_it(tiny_model):
+    model = helpers.adapted(tiny_model("llama"))
+    layers = active_experts(model)
+    seen = []
+
+    def observe(adapted, gates):
+        seen.append(set(gates.flatten().tolist()))
+        return gates
+
+    with changed_gates(layers, lambda adapted, gates: torch.full_like(gates, 0.5)):
+        outer = naive.losses(model, ROWS["cities"][0])
+        with changed_gates(layers, observe):
+            assert naive.losses(model, ROWS["cities"][0]) == outer
+        assert naive.losses(model, ROWS["cities"][0]) == outer
+    assert seen == [{0.5}] * len(layers)
+    assert not any("gates" in vars(adapted.layer) for adapted in layers)
+    assert naive.losses(model, ROWS["cities"][0]) != outer
+
+
+def test_a_change_of_gates_gets_those_of_its_own_adapter_only(tiny_model):
+    model = helpers.adapted(tiny_model("llama"))
+    model.add_adapter("second", helpers.config(num_experts=2))
+    model.base_model.set_adapter(["default", "second"])
+    calls = Counter()
+
+    def count(adapted, gates):
+        calls[adapted.adapter, gates.shape[-1]] += 1
+        return gates
+
+    with changed_gates(adapted_layers(model), count):
+        naive.losses(model, ROWS["cities"][0])
+    assert calls == {("default", 3): 2, ("second", 2): 2}
+    assert not any("gates" in vars(layer) for layer in naive.layers(model))
 
 
 def test_table_has_the_mean_over_prompts(tiny_model):

@@ -14,8 +14,8 @@ from torch import nn
 from analysis import naive_interference as naive
 from badit.analysis import gradients, interference
 from badit.analysis.coactivation import coactivation
-from badit.analysis.sketches import SketchedSums
 from badit.analysis.tables import layer_and_module
+from badit.method.sketches import SketchedSums
 from refusals import refuses
 from tuner.helpers import adapted
 
@@ -120,17 +120,27 @@ def assert_same_rows(frame, expected):
     def key(row):
         return [str(value) for value in row if not isinstance(value, float) and value is not None]
 
+    # Rounding may add or remove an instance: the place of this column, if there is one.
+    counts = [*frame.columns].index("instances_needed") if "instances_needed" in frame else None
     for row, twin in zip(
         sorted(naive.rows(frame), key=key), sorted(expected, key=key), strict=True
     ):
         twin = [None if value != value else value for value in twin]  # NaN: undefined
+        if counts is not None:
+            found, expected_count = row.pop(counts), twin.pop(counts)
+            assert (found is None) == (expected_count is None)
+            assert found is None or found == pytest.approx(expected_count, rel=1e-3, abs=1)
         assert row == pytest.approx(twin, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "badit", "lora"])
 def test_large_sketches_match_naive_tables(tiny_model, kind, monkeypatch):
     monkeypatch.setattr("badit.analysis.interference.SHARE", SHARE)
-    model, examples = make_model(tiny_model, kind), naive.make_examples(SIZES)
+    # Random gradients have little signal: with this limit some pairs are decided, not all.
+    reliable = 0.02
+    monkeypatch.setattr("badit.analysis.gradients.RELIABLE", reliable)
+    model = make_model(tiny_model, kind)
+    examples = naive.make_examples({**SIZES, "songs": 6, "words": 4})
     places = naive.places(model)
     parameters = dict(model.named_parameters())
     expected_places = {
@@ -147,7 +157,7 @@ def test_large_sketches_match_naive_tables(tiny_model, kind, monkeypatch):
         "neurons": naive.neuron_means(model, examples),
         "parameters": naive.row_scores(model, examples),
     }
-    expected = naive.tables(model, examples)
+    expected = naive.tables(model, examples, reliable)
     for of_kind, by_task in scores.items():
         marks = {
             task: [naive.marked(layer, SHARE) for layer in layers]
@@ -159,7 +169,8 @@ def test_large_sketches_match_naive_tables(tiny_model, kind, monkeypatch):
     for name, rows in expected.items():
         assert_same_rows(tables[name], rows)
     assert "strongest 0.2 of the units" in tables["coactivation"].attrs["about"]
-    assert tables["gradient_summary"]["conflict_rate"].nunique() > 1, "the rates must differ"
+    if kind != "gpt2":  # its random gradients have no signal
+        assert tables["gradient_summary"]["decided"].nunique() > 1, "the shares must differ"
     monkeypatch.setattr("badit.analysis.gradients.MOST_PAIRS", len(tables["gradient_pairs"]) - 1)
     without = interference_tables(model, examples, sketch_size=10**4)
     assert without.keys() == tables.keys() - {"gradient_pairs"}

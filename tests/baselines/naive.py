@@ -214,14 +214,20 @@ def branch_forward(layer, x, a):
     return forward_by_position(layer, x, lambda where: branch_parts)
 
 
-def projector(projector_before, inputs, share):
-    """Adds one direction at a time to a projector until it holds the share of the energy."""
+def projector(projector_before, inputs, share, stop_below=False):
+    """Adds one direction at a time to a projector until it holds the share of the energy.
+
+    ``stop_below``: without the last direction, unless it is the only one.
+    """
     P = projector_before.copy()
     total = float((inputs**2).sum())
+    added = []
     while total - float(((inputs - inputs @ P) ** 2).sum()) < share * total:
         remainder = inputs - inputs @ P
-        direction = np.linalg.eigh(remainder.T @ remainder)[1][:, -1]
-        P = P + np.outer(direction, direction)
+        added.append(np.linalg.eigh(remainder.T @ remainder)[1][:, -1])
+        P = P + np.outer(added[-1], added[-1])
+    if stop_below and len(added) > 1:
+        P = P - np.outer(added[-1], added[-1])
     return P
 
 

@@ -36,8 +36,33 @@ def test_covariance_energy_needs_fewer_directions():
         made.end_task(prompts)
         ranks.append(round(made.seen_by_down.trace().item()))
         powers = np.linalg.svd(prompts.double().numpy(), compute_uv=False) ** exponent
-        assert ranks[-1] == 1 + np.searchsorted(np.cumsum(powers) / powers.sum(), 0.995)
+        below = int((np.cumsum(powers) / powers.sum() < 0.995).sum())
+        # The released code leaves out the direction that reaches the share, after the first task.
+        assert ranks[-1] == below + (energy == "inputs")
     assert ranks[0] < ranks[1]
+
+
+@pytest.mark.parametrize("energy", ["covariance", "inputs"])
+def test_projectors_hold_the_share_after_every_task_but_stop_below_it_after_the_first(energy):
+    """Stopping below the share, with at least one direction, is the released code's rule."""
+    made = new_gate(energy=energy)
+    P = np.zeros((WIDTH, WIDTH))
+    for task in range(3):
+        prompts = torch.randn(50, WIDTH) * torch.logspace(0, -2, WIDTH).roll(5 * task)
+        inputs = prompts.double().numpy()
+        if energy == "covariance":
+            inputs = inputs.T @ inputs
+        stop_below = energy == "covariance" and task == 0
+        P = projector(P, inputs, 0.995 + 0.005 * task / 15, stop_below)
+        made.end_task(prompts)
+        np.testing.assert_allclose(made.seen_by_down, P, atol=1e-4)
+        made.next_task()
+
+
+def test_a_single_direction_is_kept_after_the_first_task():
+    made = new_gate()
+    made.end_task(torch.randn(5, 1) @ torch.randn(1, WIDTH))
+    assert made.seen_by_down.trace().item() == pytest.approx(1, abs=1e-5)
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.floats(0.5, 0.9999), st.integers(0, 2**32 - 1))
@@ -47,9 +72,11 @@ def test_projector_grows_by_the_fewest_directions_that_hold_the_share(first, sec
     for count in (first, second):
         inputs = torch.randn(count, 8, generator=generator, dtype=torch.float64)
         before = P
-        P = grown_projector(P, inputs, share)
-        np.testing.assert_allclose(P, projector(before.numpy(), inputs.numpy(), share), atol=1e-6)
-        torch.testing.assert_close(P @ P, P)
+        for stop_below in (True, False):
+            P = grown_projector(before, inputs, share, stop_below=stop_below)
+            expected = projector(before.numpy(), inputs.numpy(), share, stop_below)
+            np.testing.assert_allclose(P, expected, atol=1e-6)
+            torch.testing.assert_close(P @ P, P)
     torch.testing.assert_close(grown_projector(P, inputs, share), P)
 
 
@@ -66,7 +93,7 @@ def test_share_of_energy_grows_with_the_number_of_tasks(monkeypatch, past):
     shares = []
     monkeypatch.setattr(
         "badit.baselines.gain_lora.grown_projector",
-        lambda P, inputs, share: shares.append(share) or P,
+        lambda P, inputs, share, stop_below: shares.append(share) or P,
     )
     new_gate(past_branches=past).end_task(torch.randn(4, WIDTH))
     assert shares == pytest.approx(3 * [0.995 + 0.005 * min(past, 15) / 15])
@@ -135,7 +162,7 @@ def train(model, ids, mask, *, projected, steps=40):
 @pytest.mark.parametrize("projected", [True, False])
 def test_only_projected_training_keeps_the_first_tasks_outputs(tiny_model, monkeypatch, projected):
     monkeypatch.setattr("badit.baselines.gain_lora._SHARE_OF_ENERGY", 1.0)
-    model = adapt(tiny_model("llama"), "gainlora", gate_hidden_size=20)
+    model = adapt(tiny_model("llama"), "gainlora", gate_hidden_size=20, energy="inputs")
     train(model, *FIRST, projected=projected, steps=5)
     prompt_mask = (torch.arange(5) < 3).expand(4, -1)
     model.base_model.end_task(batches(FIRST[0], prompt_mask))

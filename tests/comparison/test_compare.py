@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from unittest.mock import Mock
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -16,7 +17,7 @@ from badit.metrics.answers import METRICS
 from badit.metrics.statistics import FORMS, continual_scores
 from badit.recipe.loading import build_recipe
 from badit.runs.resolved import resolve
-from badit.support.files import read_json
+from badit.support.files import read_json, read_jsonl
 from badit.training.methods import AdapterMethod, NeuronMethod
 from comparison.cells import (
     LORA,
@@ -373,3 +374,24 @@ def test_compare_command_dry_run_and_results(values, tmp_path, capsys, command):
     assert summary["rank"].to_dict() == {"lora": 1.5, "again": 1.5, "base": 3}
     assert summary["nll_mean"].idxmax() == "base"
     assert "+0.000 [+0.000, +0.000] ≈" in command("table", values["output"], "--metric", "nll")
+
+
+def test_results_have_the_log_of_regroupings_of_runs_that_regroup(values, inline):
+    regrouping = {"name": "badit", "num_experts": 4, "r": 2, "regroup": {"every": 1, "stop": 1.0}}
+    values["compare"]["methods"]["badit"] = regrouping
+    values["compare"]["single_task"] = ["badit"]
+    lora, badit, alone = compared(values)["cells"]
+    assert "regroupings" not in lora
+
+    folder = Path(values["output"]) / "badit/lr-0.01/seed-0"
+    lines = [*read_jsonl(folder / "regroupings.jsonl")]
+    rows = pd.DataFrame(badit["regroupings"])
+    assert rows["step"].tolist() == [line["step"] for line in lines] == [1, 1, 2, 2]
+    fields = ["module", "components_moved", "objective_before", "objective_after"]
+    assert rows[fields].to_dict("records") == [
+        {field: line[field] for field in fields} for line in lines
+    ]
+    assert len(alone["regroupings"]["run"]) == 4 * len(set(alone["regroupings"]["run"])) > 4
+
+    shutil.rmtree(folder)
+    assert compared(values)["cells"][1]["regroupings"] == badit["regroupings"]

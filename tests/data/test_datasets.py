@@ -1,5 +1,6 @@
 """Saved datasets and those on the hub: class labels, columns of media, and named splits."""
 
+import struct
 from pathlib import Path
 
 import datasets
@@ -43,6 +44,24 @@ def test_files_outside_of_a_saved_dataset_are_not_read(reviews):
     state = reviews / "train" / "state.json"
     state.write_text(state.read_text().replace('"data-', '"../validation/../../data-'))
     assert "leads out of" in refusal(reviews)
+
+
+@pytest.mark.parametrize("name", ["saved", "rows.arrow"])
+def test_damaged_offsets_are_refused(tmp_path, name):
+    """Arrow would read the text that they describe out of bounds."""
+    path = write_rows(tmp_path / name, *[HELLO] * 10)
+    file = next(path.rglob("*.arrow"), path)
+    offsets = struct.pack("<3i", 9, 18, 27)  # of the column "prompt"
+    assert offsets in file.read_bytes()
+    damaged = struct.pack("<3i", 9, 2**30, 2**30 + 9)
+    file.write_bytes(file.read_bytes().replace(offsets, damaged))
+    assert refusal(path).startswith(f"{path}: ")
+
+
+def test_a_damaged_description_is_named(reviews):
+    file = reviews / "train" / "dataset_info.json"
+    file.write_text(file.read_text()[:-9])
+    assert refusal(reviews).startswith(f"{file}: invalid JSON")
 
 
 @pytest.mark.parametrize("is_nested", [False, True])

@@ -1,5 +1,7 @@
 """Files of rows: every format, CSV, and the splits and tasks that their names stand for."""
 
+from pathlib import Path
+
 import pytest
 
 from badit.data import Instance, Source, load_sources, load_tasks
@@ -64,10 +66,28 @@ def test_malformed_files_are_refused(tmp_path, name, text, message):
     assert refusal(file).startswith(f"{file}: {message}")
 
 
-def test_corrupt_tables_are_refused(tmp_path):
-    table = tmp_path / "rows.parquet"
-    table.write_bytes(b'input,output\n"a,b\x00\xff' * 3)
-    assert refusal(table).startswith(f"{table}: ")
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("damage", ["text", "truncated", "data"])
+def test_corrupt_tables_are_refused_in_one_line(tmp_path, command, suffix, damage):
+    file = write_rows(tmp_path / f"rows.{suffix}", *[HELLO] * 100)
+    content = file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(
+        {
+            "text": b'input,output\n"a,b\x00\xff' * 3,
+            "truncated": content[:middle],
+            "data": content[:8] + b"\xff" * middle + content[8 + middle :],
+        }[damage]
+    )
+    assert f"{file}: cannot be read (" in command("tasks", file, code=2)
+
+
+@pytest.mark.parametrize(
+    "name", ["a::b.parquet", "a::b.arrow", "zip::c.parquet", "50%20 {x}.arrow"]
+)
+def test_names_of_tables_are_not_interpreted(tmp_path, name):
+    file = write_rows(tmp_path / f"plain{Path(name).suffix}", HELLO).rename(tmp_path / name)
+    assert task_of(file).train[0].outputs == ("hello",)
 
 
 def test_files_of_one_name_are_refused_and_links_have_their_own(tmp_path):

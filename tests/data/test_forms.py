@@ -87,6 +87,11 @@ def test_task_may_have_several_instructions_and_empty_inputs(tmp_path, suffix):
     assert build_prompt(task, task.train[1]).head.startswith("Say it.")
 
 
+def test_a_chat_may_have_another_column(tmp_path):
+    file = write_rows(tmp_path / "a.jsonl", {"user": "me", "talk": CHAT})
+    assert task_of(file, columns={"messages": "talk"}).train[0].outputs == ("Lima",)
+
+
 def test_mapped_columns_decide_the_form(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", {"text": "x", "output": "y", "context": "z"})
     assert task_of(file, columns={"input": "text"}).train[0].input == "x"
@@ -133,14 +138,43 @@ def test_system_column_is_the_first_message_and_all_turns_become_instances(tmp_p
         ),
         ({"messages": CHAT, "instruction": "b"}, "instruction: not used in a row with messages; "),
         ({"messages": CHAT, "tools": ["f"]}, "tools: not used in a row with messages"),
-        ({"messages": CHAT[:2]}, "messages: there is no assistant message; add an answer"),
+        (
+            {"messages": CHAT[:2]},
+            "messages: there is no assistant message (roles: system, user); add",
+        ),
+        (
+            {"messages": [{**CHAT[2], "role": "Assistant"}]},
+            "messages: there is no assistant message (roles: Assistant)",
+        ),
         (
             {"messages": [CHAT[0], CHAT[2]]},
             "messages.1: an assistant message must follow a user message, not 'system'",
         ),
         ({"messages": CHAT[2:3]}, "messages.0: an assistant message must follow a user message"),
         ({"messages": "[]"}, "messages: must be a list of messages, not '[]'"),
-        ({"messages": [{**CHAT[0], "tool_calls": ["f"]}]}, "messages.0: must have a role and text"),
+        ({"messages": [{**CHAT[0], "tool_calls": ["f"]}]}, "messages.0: tool_calls: not used"),
+        (
+            {"messages": [{**CHAT[0], "function_call": {"name": "f"}}]},
+            "messages.0: function_call: not used; remove it",
+        ),
+        (
+            {"messages": [{**CHAT[0], "reasoning_content": "So"}]},
+            "messages.0: reasoning_content: not used; remove",
+        ),
+        ({"messages": [{**CHAT[0], "content": None}]}, "messages.0: must have a role and text"),
+        (
+            {"prompt": CHAT[1:2], "completion": "b"},
+            "prompt, completion: must both be text, or both lists",
+        ),
+        (
+            {"prompt": "a", "completion": CHAT[2:3]},
+            "prompt, completion: must both be text, or both lists",
+        ),
+        (
+            {"user": "me", "talk": CHAT},
+            "unknown form of row: found user, talk; name the columns with data.columns.input="
+            "COLUMN data.columns.output=COLUMN; if 'talk' is a chat, with",
+        ),
     ],
 )
 def test_invalid_rows_are_refused_with_their_line(tmp_path, row, message):

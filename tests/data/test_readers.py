@@ -68,7 +68,7 @@ def sapt(tmp_path: Path) -> Path:
 
 
 def test_builtin_suite_and_selected_tasks():
-    assert load_tasks("builtin") == builtin_tasks()
+    assert load_tasks("builtin") == load_tasks(Path("builtin")) == builtin_tasks()
     names = ["which_day", "got_more"]
     assert [task.name for task in load_tasks("builtin", tasks=names)] == names
     refuses("must be 'builtin'", load_tasks, Source("elsewhere", "builtin"))

@@ -16,9 +16,7 @@ TASKS = {"task002_quoref": 3, "task_b": 2}
 
 
 def cell(method, seed, level, **fields):
-    """Returns a finished cell with scores around `level`; `seed` is None for a method without
-    training.
-    """
+    """Returns a finished cell with scores around `level`; `seed` is None without training."""
     shift = seed or 0
     instances = {}
     for task, size in TASKS.items():
@@ -132,8 +130,7 @@ def test_summary_of_a_partial_comparison(tmp_path):
         == (3, 2, 1)
     )
     assert (goat.runs, goat.rouge_l_mean, goat.rank, goat.difference_runs) == (0, None, None, None)
-    # Paired by run: 43 - 40 for seed 0 and 48 - 42 for seed 2; the instances shift both methods
-    # equally.
+    # Paired by run: 43 - 40 for seed 0 and 48 - 42 for seed 2.
     assert badit.difference_runs == 2
     assert (badit.difference_mean, badit.difference_low, badit.difference_high) == pytest.approx(
         (4.5, 3, 6)
@@ -155,8 +152,7 @@ def test_sequential_summary_over_seeds_and_orders(tmp_path):
         assert getattr(lora, f"{name}_mean") == mean
         assert getattr(lora, f"{name}_std") == pytest.approx(stdev([5, 6, 7, 8]))
     assert (badit.difference_mean, badit.difference_runs) == (pytest.approx(5), 4)
-    # A method without task order is paired by seed; lora has 30 and 31 for seed 0, and 32 and 33
-    # for seed 1.
+    # A method without task order is paired by seed; lora has 30 and 31 for seed 0, 32 and 33 for 1.
     assert joint.forgetting_mean is None
     assert (joint.difference_mean, joint.difference_runs) == (
         pytest.approx(fmean([20, 19, 28, 27])),

@@ -21,9 +21,7 @@ NAN = np.nan
 
 
 def naive_bootstrap(tasks, resamples, rng):
-    """Returns the mean over tasks of the mean over seeds and instances, and its percentile
-    interval.
-    """
+    """Returns the mean over tasks of the mean over seeds and instances, and its interval."""
 
     def mean(seeds, instances):
         means = [
@@ -90,9 +88,7 @@ def test_result_does_not_depend_on_task_order_or_chunk_size(monkeypatch):
 
 
 def naive_scores(a, released):
-    """Plain formulas; the released form includes scores from before a task was trained, and divides
-    BWT by T.
-    """
+    """Plain formulas; the released form has scores from before a task and divides BWT by T."""
     T = len(a)
     best = [max(a[i][j] for i in range(0 if released else j, T - 1)) for j in range(T - 1)]
     forgetting = sum(best[j] - a[T - 1][j] for j in range(T - 1)) / (T - 1)
@@ -106,8 +102,7 @@ def test_continual_scores_match_the_formulas(form, matrix):
     assert continual_scores(matrix, form=form) == pytest.approx(
         naive_scores(matrix, form == "released"), abs=1e-9
     )
-    # Without scores from before a task was trained, which the standard form ignores, both forms
-    # agree on forgetting.
+    # Without scores from before a task was trained, both forms agree on forgetting.
     measured = [
         [score if j <= i else NAN for j, score in enumerate(row)] for i, row in enumerate(matrix)
     ]

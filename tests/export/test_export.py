@@ -359,6 +359,7 @@ def test_folder_is_replaced_atomically_and_only_if_badit_wrote_it(trained, tmp_p
     other = os.open(out, os.O_RDONLY)  # simulates another process that exports to this folder
     fcntl.flock(other, fcntl.LOCK_EX)
     refuses("out: is in use by another process", export, run, out)
+    refuses("out: is in use by another process", score_export, run, Export(out, {"task": None}))
     os.close(other)
     assert export(run, out).folder == out
     assert not (out / OWNER).exists()
@@ -373,6 +374,29 @@ def test_folder_is_replaced_atomically_and_only_if_badit_wrote_it(trained, tmp_p
         (run.config_path, "is a file"),
     ):
         refuses(message, export, run, folder)
+
+
+def test_interrupted_write_of_export_scores_does_not_block_the_folder(trained, tmp_path):
+    run, out = trained(BADIT), tmp_path / "out"
+    export(run, out, all_tasks=True)
+    for folder in (out, out / "cities"):
+        (folder / "scores.json.partial").write_text("{")
+    assert export(run, out, all_tasks=True).folder == out
+
+
+@pytest.mark.parametrize("name", ["export.json", "scores.json", "scores.json.partial"])
+def test_tasks_named_as_files_of_an_export_are_refused_before_the_work(
+    trained, tmp_path, monkeypatch, name
+):
+    run = trained(BADIT)
+    source = Path(run.recipe.data.source)
+    renamed = tmp_path / "renamed.jsonl"
+    renamed.write_text(source.read_text().replace('"cities"', json.dumps(name)))
+    run.config_path.write_text(run.config_path.read_text().replace(str(source), str(renamed)))
+    monkeypatch.setattr("badit.export.exporting.load_run", lambda *_: pytest.fail("loaded a model"))
+    message = rf"task {name}: its folder would have the name of a file .*; use --task {name}"
+    refuses(message, export, run, tmp_path / "out", all_tasks=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_of_a_run_without_varying_gates_has_the_same_scores(trained, tmp_path):

@@ -161,6 +161,14 @@ def test_only_files_written_by_badit_are_uploaded(run, hub, tmp_path):
     for name in ("link.txt", "missing.txt"):
         message = f"{name}: must be a file and not a link"
         refuses_changed(message, files=[*record["files"], name])
+    for name, value in (
+        ("relative_error", "large"),
+        ("relative_error", {"total": "0.1"}),
+        ("relative_error", {}),
+        ("rank", "[32](http://evil.example)"),
+        ("exact_rank", [64]),
+    ):
+        refuses_changed(rf"export\.json: {name}: must be .*; export again", **{name: value})
     message = "was not exported from the present weights of .*; export it again"
     refuses_changed(message, weights={})
     assert hub.files == {}

@@ -8,13 +8,14 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.recipe.loading import build_recipe
-from data.examples import write_rows
+from data.examples import CHAT, write_rows
 from data.test_readers import OFFICIAL as RECORD
 from evaluation.test_results import cell, mixed, sequential
 from fuzz import command
@@ -34,6 +35,7 @@ from report.samples import Shape, write_run, write_sequence
 from steps import fit
 
 pytestmark = pytest.mark.slow
+ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
 SPLIT_NAMES = ("train", "validation", "test")
 LINES = [
     {
@@ -106,6 +108,12 @@ def write(contents, folder, material=None):
         (folder / name).write_bytes(content)
 
 
+def saved_dataset(folder, material):
+    rows = datasets.Dataset.from_list([{"messages": CHAT, "id": str(i)} for i in range(20)])
+    splits = datasets.DatasetDict({"train": rows, "test": rows.select(range(3))})
+    splits.save_to_disk(folder / "saved")
+
+
 def run_files(folder, material):
     write_run(folder / "analysed", SHAPE)
     write_run(folder / "regroupings", SHAPE, analysed=False)
@@ -131,6 +139,27 @@ def comparison(content, commands, cases=60):
     )
 
 
+CHATS = {"chats.jsonl": as_lines([{"messages": CHAT, "id": "a"}, {"messages": CHAT[:3]}])}
+TURNS = [{"from": ROLES[each["role"]], "value": each["content"]} for each in CHAT]
+SHARED = {"chats.json": as_json([{"conversations": TURNS[1:], "system": "Be brief."}] * 2)}
+READ_CHATS = [["tasks", ".", f"data.turns={turns}"] for turns in ("last", "all")]
+SAVED = ["train/data-00000-of-00001.arrow", "train/dataset_info.json", "train/state.json"]
+SEVERAL = {
+    "data": {
+        "source": [
+            "chats.jsonl",
+            {"path": "rows.csv", "columns": {"input": "text", "output": "label"}, "weight": 2},
+            {"path": "chats.json", "task": "chat", "turns": "all", "instruction": "Answer."},
+        ],
+        "weights": {"chat": 0.5},
+    }
+}
+SOURCES = {
+    **CHATS,
+    **SHARED,
+    "rows.csv": b"text,label\nFine,good\n",
+    "recipe.yaml": as_yaml(SEVERAL),
+}
 TASKS = {"tasks.jsonl": as_lines(LINES)}
 SPLITS = {
     f"{split}.jsonl": as_lines([line for line in LINES if line["split"] == split])
@@ -169,6 +198,14 @@ SUBJECTS = {
     "one file": Subject(partial(write, TASKS), ["tasks.jsonl"], [["tasks", "tasks.jsonl"]]),
     "a file per split": Subject(partial(write, SPLITS), ["train.jsonl"], [["tasks", "."]]),
     "sapt": Subject(partial(write, SAPT), ["task1_a/train.json"], [["tasks", "."]]),
+    "chats": Subject(partial(write, CHATS), ["chats.jsonl"], READ_CHATS, 80),
+    "sharegpt": Subject(partial(write, SHARED), ["chats.json"], READ_CHATS, 80),
+    "saved": Subject(
+        saved_dataset,
+        [f"saved/{name}" for name in (*SAVED, "dataset_dict.json")],
+        [["tasks", "saved"]],
+    ),
+    "sources": Subject(partial(write, SOURCES), [*SOURCES], [["tasks", "recipe.yaml"]]),
     "superni": Subject(partial(write, SUPERNI), ["tasks/task1_a.json", LIST], [["tasks", "."]]),
     **{
         f"recipe {method}": recipe({"recipe.yaml": recipe_values(method)}, ["recipe.yaml"])

@@ -53,6 +53,14 @@ def tables(shape=SMALL):
     def cosine(pair, scale=1.0):
         return float(np.clip(scale * alike[pair] + noise(0.08), -1, 1))
 
+    def decision(i, corrected):
+        """Returns corrected cosine, magnitude similarity, signal, conflict, instances needed."""
+        if i % 5 == 4:
+            return None, 0.5, 0.0, None, None
+        if i % 5 == 3:
+            return corrected, 0.5, 0.5, None, 19
+        return corrected, 0.5, 0.8, float(corrected < 0), 5
+
     moves = [
         (place, expert, int(rng.integers(shape.experts))) for place in places for expert in experts
     ]
@@ -65,15 +73,16 @@ def tables(shape=SMALL):
             for pair, (layer, module) in product(pairs, places)
         ],
         "gradient_overall": [
-            (*pair, "adapter", cosine(pair), None if i % 5 == 4 else cosine(pair, 2.2), 0.5)
+            (*pair, "adapter", cosine(pair), *decision(i, cosine(pair, 2.2)))
             for i, pair in enumerate(pairs)
         ],
         "gradient_summary": [
-            (*place, "adapter", abs(noise(0.2)), 0.35 + noise(0.05))
+            (*place, "adapter", abs(noise(0.2)), 0.6, 0.35 + noise(0.05), 19)
             for place in [*places, (-1, "all")]
         ],
         "gradient_tasks": [
-            (task, "adapter", rng.uniform(0.2, 9), rng.uniform(0.1, 0.7), 8) for task in tasks
+            (task, "adapter", rng.uniform(0.2, 9), rng.uniform(0.1, 0.7), 0.5, 8, 19)
+            for task in tasks
         ],
         "coactivation": [
             (

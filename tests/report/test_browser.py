@@ -87,10 +87,8 @@ def test_tables_sort_by_click_and_keyboard(browser, page):
     button.send_keys(Keys.ENTER)
     assert header.get_attribute("aria-sort") == "ascending"
     assert numbers() == sorted(numbers())
-    assert (
-        map_elements(browser, f"#{table} thead th", "one.getAttribute('aria-sort')").count("none")
-        == 4
-    )
+    directions = map_elements(browser, f"#{table} thead th", "one.getAttribute('aria-sort')")
+    assert directions.count("none") == len(directions) - 1
     assert sorted(column(browser, table, 4)) == sorted(before)
     browser.find_element(By.CSS_SELECTOR, "#scores-table thead button").click()
     assert column(browser, "scores-table", 1)[0] == "002 quoref", (

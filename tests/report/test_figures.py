@@ -105,12 +105,22 @@ def test_gradient_pairs_are_limited_and_long_loss_curves_are_averaged():
         itertools.combinations([f"t{i}" for i in range(20)], 2), columns=["task_a", "task_b"]
     )
     frame = pairs.assign(
-        cosine=np.linspace(-1, 1, len(pairs)), parameters="adapter", corrected_cosine=np.nan
+        cosine=np.linspace(-1, 1, len(pairs)),
+        parameters="adapter",
+        corrected_cosine=np.nan,
+        conflict=[0.0, 1.0, np.nan, *[np.nan] * (len(pairs) - 3)],
+        instances_needed=[8, 8, np.nan, *[1234] * (len(pairs) - 3)],
     )
     table = interference.gradient_pairs(frame.assign(magnitude_similarity=1.0))
     assert len(table) == 120
     assert table["cosine"].iloc[[0, -1]].tolist() == ["−1.000", "1.000"]
     assert set(table["corrected cosine"]) == {"–"}
+    assert table["conflict"][:4].tolist() == [
+        "no",
+        "yes",
+        "not decided: unknown instances",
+        "not decided: 1,234 instances",
+    ]
     points = pd.DataFrame(
         {"series": "a", "run": "a", "step": range(1, 1001), "loss": np.arange(1.0, 1001.0)}
     )
@@ -118,6 +128,31 @@ def test_gradient_pairs_are_limited_and_long_loss_curves_are_averaged():
     assert len(records) == 250
     assert records[0] == {"series": "a", "run": "a", "step": 4, "loss": 2.5}
     assert records[-1]["step"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("conflict", "needed", "expected"),
+    [
+        ([np.nan] * 3, [9, 30, np.nan], ["0", "this data does not decide", "30", "unknown"]),
+        ([1, 0, 0], [5, 7, 8], ["3", "1 of 3 decided pairs conflict", "7", "8"]),
+        (
+            [1, 1, np.nan],
+            [5, 8, 40],
+            [
+                "2",
+                "2 of 2 decided pairs conflict; this data does not decide the other 1",
+                "8",
+                "40",
+            ],
+        ),
+    ],
+)
+def test_conflicts_are_stated_only_for_decided_pairs(conflict, needed, expected):
+    frame = pd.DataFrame(
+        {"parameters": "adapter", "conflict": conflict, "instances_needed": needed}
+    )
+    (row,) = interference.gradient_conflicts(frame).to_numpy().tolist()
+    assert row == ["adapter", "3", *expected]
 
 
 def test_scores_table_ends_with_means_and_marks_the_best():

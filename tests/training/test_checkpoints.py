@@ -4,13 +4,21 @@ import os
 import pickle
 import shutil
 import signal
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 from badit.recipe.loading import build_recipe
-from badit.training.checkpoints import SEAL, STAGING, Checkpoints, last_checkpoint, seal
+from badit.training.checkpoints import (
+    SEAL,
+    STAGING,
+    Checkpoints,
+    checkpoint_being_written,
+    last_checkpoint,
+    seal,
+)
 from refusals import refuses
 from steps import fit
 from test_security import Mark
@@ -24,6 +32,17 @@ def sealed(checkpoints, step):
     (folder / "shards" / "0.bin").write_bytes(bytes(range(step)))
     seal(folder, checkpoints)
     return checkpoints / folder.name
+
+
+def test_checkpoint_of_a_hyperparameter_search_is_in_the_folder_of_the_current_trial(tmp_path):
+    args, state = Mock(output_dir=str(tmp_path)), Mock(global_step=4, is_hyper_param_search=True)
+    for seconds, trial in enumerate(["run-1", "run-0"]):
+        folder = tmp_path / trial / "checkpoint-4"
+        folder.mkdir(parents=True)
+        os.utime(folder, (seconds, seconds))
+    assert checkpoint_being_written(args, state) == tmp_path / "run-0" / "checkpoint-4"
+    state.is_hyper_param_search = False
+    assert checkpoint_being_written(args, state) == tmp_path / "checkpoint-4"
 
 
 def flip(path):

@@ -120,6 +120,7 @@ def test_full_or_read_only_disk_is_one_error_and_repeating_gives_same_files(
     with with_room(room) as problem:
         code = main(arguments)
     said = capsys.readouterr().err.splitlines()
+    assert not list(folder.rglob("*.partial"))
     if code != 0 or room is None or STRESS == 1:  # otherwise the space was sufficient
         assert code == 2, said
         assert said[-1].startswith(f"badit: {folder}")

@@ -1,5 +1,8 @@
 """Regrouping in a Trainer and in a plain loop: partitions, angles, weights, state, refusals."""
 
+import gc
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -290,3 +293,36 @@ def test_plain_loop_resumes_from_an_accelerate_checkpoint_or_a_state_file(tiny_m
     assert loaded["windows"] == state["windows"]
     assert_same(loaded["tensors"], state["tensors"])
     refuses("another model", resumed.regrouper.load_state_dict, {**state, "windows": {}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["swap", "paper"])
+def test_hundreds_of_regroupings_do_not_use_more_memory(tiny_model, tmp_path, solver):
+    model = adapted(tiny_model("llama")).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    log = tmp_path / LOG
+    regrouper = Regrouper(model, 400, every=1, stop=1.0, solver=solver, log_path=log)
+    ids = torch.randint(5, 20, (2, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    batch["labels"][:, :3] = -100
+
+    def regroup(times):
+        """Returns the number of objects and of traced bytes after further regroupings."""
+        for _ in range(times):
+            model(**batch).loss.backward()
+            regrouper.after_backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            regrouper.step()
+        gc.collect()
+        return len(gc.get_objects()), tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        objects, size = regroup(100)
+        more_objects, more_size = regroup(300)
+    finally:
+        tracemalloc.stop()
+    assert more_objects - objects < 300, "less than one object for each regrouping"
+    assert more_size - size < 300 * 256, "less than a Gram matrix of 8 × 8"
+    assert len(list(read_jsonl(log))) == 399 * 2, "the last one waits for its angles"

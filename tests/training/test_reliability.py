@@ -347,14 +347,14 @@ def test_instances_beyond_model_positions_or_embeddings_are_refused(tiny_model):
         tiny_model("gpt2", n_positions=64),
         tiny_model("llama", max_position_embeddings=20),
     )
-    refuse_beyond_model([example], model, more=4)
+    refuse_beyond_model([example], model, new_tokens=4)
     refuse_beyond_model([example], rotary)
     refuses(
         "has 60 tokens plus 5 new, but the model has 64 positions",
         refuse_beyond_model,
         [example],
         model,
-        more=5,
+        new_tokens=5,
     )
     example["input_ids"] = [100]
     refuses(

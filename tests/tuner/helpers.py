@@ -70,9 +70,10 @@ def randomise(model, adapter="default", seed=0):
             layer.badit_moments[adapter].copy_(noise(layer.badit_moments[adapter], 1.0).abs() + 0.5)
             layer.badit_batches[adapter].fill_(3)
         if adapter in getattr(layer, "badit_codes", ()):
-            # As in training, prompts differ in their direction from the mean.
-            layer.badit_moments[adapter][0] = 0.0
-            layer.badit_centroids[adapter].copy_(noise(layer.badit_centroids[adapter], 1.0))
+            if adapter in layer.badit_centroids:
+                # As in training, prompts differ in their direction from the mean.
+                layer.badit_moments[adapter][0] = 0.0
+                layer.badit_centroids[adapter].copy_(noise(layer.badit_centroids[adapter], 1.0))
             layer.badit_codes[adapter].copy_(noise(layer.badit_codes[adapter], 2.0).softmax(dim=1))
         if adapter in getattr(layer, "badit_expert_of", ()):
             labels = layer.expert_of(adapter)

@@ -33,7 +33,7 @@ from badit.comparison.results import RESULTS
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_sources
 from badit.recipe.loading import build_recipe
 from badit.recipe.method import resolve_method
-from badit.recipe.schema import DataSection
+from badit.recipe.schema import DataSection, source_of
 from badit.runs.fingerprints import task_fingerprints
 from badit.runs.folder import AnyPath, RunFolder
 from badit.runs.resolved import ResolvedRun, open_run
@@ -66,31 +66,34 @@ def analyze(
     is_comparison = (folder / RESULTS).is_file()
     default = folder if is_run or is_comparison else "runs/analysis"
     output = Path(output or default)
+    # The folder may come from others: through a link, the tables would be written elsewhere.
     refuse_links(inside(output, output / "analysis"))
-    if is_comparison:
-        _analyze_comparison(folder, data, output)
-        return output
-
-    weights = folder
-    if is_run:
-        run = open_run(RunFolder(folder, trust_remote_code=trust_remote_code))
-        weights = run.folder.adapter_path
-    else:
-        run = _base_model_run(target, data, output)
-    tasks = _tasks(run, data)
-    prompts = [(task, _measured_instances(task, instances, run.method.trains)) for task in tasks]
-
-    settings = {
-        # Relative to the output folder, so that both can be moved together.
-        "target": os.path.relpath(folder.resolve(), output.resolve()) if is_run else target,
-        "data": data,
-        "instances": instances,
-        "weights": checksums(weights, "*safetensors*"),
-        "tasks": task_fingerprints(tasks),
-    }
-    record = Record(output, settings, with_recipe=not is_run)
-    if not record.is_complete:
-        with exclusive(output):
+    with exclusive(output):
+        if is_comparison:
+            _analyze_comparison(folder, data, output)
+            return output
+        if is_run:
+            run = open_run(RunFolder(folder, trust_remote_code=trust_remote_code))
+            # Relative to the output folder, so that both can be moved together.
+            target = os.path.relpath(folder.resolve(), output.resolve())
+            weights = run.folder.adapter_path
+        else:
+            run = _base_model_run(target, data, output)
+            weights = folder
+        tasks = _tasks(run, data)
+        # Tables of other settings, weights or data are refused and not mixed with new ones.
+        settings = {
+            "target": target,
+            "data": data,
+            "instances": instances,
+            "weights": checksums(weights, "*safetensors*"),
+            "tasks": task_fingerprints(tasks),
+        }
+        prompts = [
+            (task, _measured_instances(task, instances, run.method.trains)) for task in tasks
+        ]
+        record = Record(output, settings, with_recipe=not is_run)
+        if not record.is_complete:  # only then the model is loaded
             _measure(record, run, prompts, progress)
     return output
 
@@ -109,6 +112,7 @@ def _base_model_run(model: str, data: str | None, output: Path) -> ResolvedRun:
     if data is None:
         fix = "to analyze a base model, set its tasks with --data"
         raise BaditError(f"{model}: not a run's folder; {fix}")
+    # As a run of the untuned model, because all measurements receive a resolved run.
     values = {"model": {"name": model}, "data": {"source": data}, "method": {"name": "base"}}
     recipe = build_recipe({**values, "output": str(output)})
     return ResolvedRun(RunFolder.at(output), recipe, resolve_method(recipe.method))
@@ -119,7 +123,7 @@ def _tasks(run: ResolvedRun, data: str | None) -> Sequence[Task]:
         return run.tasks
     section = run.recipe.data
     if data is not None:
-        section = DataSection(source=data)  # pyright: ignore[reportCallIssue]
+        section = DataSection(source=source_of(data))  # pyright: ignore[reportCallIssue]
     return load_sources(section.sources(), section.tasks)
 
 
@@ -129,6 +133,7 @@ def _measured_instances(task: Task, count: int, trains: bool) -> Sequence[Instan
     if trains:
         splits = [task.validation, task.test, task.train]
     for split in splits:
+        # Gradients of two halves are compared.
         if len(split) >= 2:
             return split[:count]
     problem = "has no split with at least 2 instances"
@@ -148,7 +153,9 @@ def _measure(record: Record, run: ResolvedRun, prompts: Prompts, progress: bool)
     examples = encoded(tokenizer, run.recipe, pairs, model)
     collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
     batches = batches_by_task(examples, collate, batch_size=4)
+    # A batch's gradient does not have the squared gradients of single instances.
     one_by_one = batches_by_task(examples, collate, batch_size=1)
+    # A base model and plain LoRA have no gates, and then no tables of experts.
     gates = prompt_gates(model, batches) if active_experts(model) else None
 
     def interference() -> list[pd.DataFrame]:
@@ -158,6 +165,8 @@ def _measure(record: Record, run: ResolvedRun, prompts: Prompts, progress: bool)
         if gates is None:
             return []
         atlas = ability_atlas(model, batches, gates, prompts, progress=progress)
+        # A grouping fits the gradients it was computed from, so trained instances are not measured.
+        # All instances of a task are from one split, so the first one decides.
         held_out = None
         if all(instances[0] not in task.train[:1] for task, instances in prompts):
             held_out = held_out_angles(model, batches, progress=progress)
@@ -169,6 +178,7 @@ def _measure(record: Record, run: ResolvedRun, prompts: Prompts, progress: bool)
     elif folder.scores_path.is_file():
         # Otherwise a later analysis measures it, once the run is scored.
         measurements["learning"] = lambda: [transfer(folder)]
+    # Each part is recorded when it ends, so an interrupted analysis repeats at most one.
     for name, measure in measurements.items():
         if name not in record.finished:
             began = time.monotonic()

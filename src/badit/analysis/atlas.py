@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from badit.analysis.experts import Experts, active_experts, changed_gates
+from badit.analysis.experts import AdaptedLayer, active_experts, changed_gates
 from badit.analysis.gates import PromptGates, gates_frame
 from badit.analysis.tables import INDEX, TEXT, Column, Table
 from badit.data import Instance, Task
@@ -28,11 +28,11 @@ from badit.tuner.model import TaskBatches
 _NEAREST = 5
 _SHOWN_CHARACTERS = 300
 _CONSTANT = 1e-6  # a gate with a smaller deviation over all prompts or tasks counts as constant
-_LEAST_SPREAD = 0.02
-_STANDARD_ERRORS = 3
+_LEAST_SPREAD = 0.02  # of the tasks' mean gates; below it, no task stands out
+_STANDARD_ERRORS = 3  # a smaller lead over the mean counts as noise
 _NO_CHANGE = 0.005  # nats per token
 _LEAST_LEAD = 0.25  # the largest change must exceed the mean by more than this share of the mean
-_PERMUTATIONS = 10_000
+_PERMUTATIONS = 10_000  # so the smallest p-value is 1 / 10,001
 _SEED = 0
 
 Prompts = Sequence[tuple[Task, Sequence[Instance]]]
@@ -98,6 +98,7 @@ def ability_atlas(
     ``ability_recovery`` needs at least two tasks, all with known abilities.
     """
     losses_TS, errors_TK = expert_losses(model, batches, progress=progress)
+    # State 0 has all experts.
     changes_TK = losses_TS[:, 1:] - losses_TS[:, :1]
     frames = [
         gates_frame(gates),
@@ -117,6 +118,7 @@ def similarity(gates: PromptGates) -> np.ndarray:
 
     NaN for a task whose gates equal the mean over tasks.
     """
+    # What all tasks share is subtracted, because it would make every correlation large.
     profiles = gates.means.reshape(len(gates.by_task), -1).astype(np.float64)
     unit = _standardised(profiles - profiles.mean(axis=0), _CONSTANT)
     return np.clip(unit @ unit.T, -1.0, 1.0)
@@ -126,6 +128,7 @@ def gate_similarity(gates: PromptGates) -> pd.DataFrame:
     """Returns the similarity of the gates of every two tasks."""
     tasks = list(gates.by_task)
     similarity_TT = pd.DataFrame(similarity(gates), tasks, tasks)
+    # The T deviations from their mean sum to 0, so unrelated ones correlate by −1 / (T − 1).
     unrelated = -1 / max(1, len(tasks) - 1)
     return GATE_SIMILARITY.frame(
         [(a, b, similarity_TT.at[a, b]) for a, b in combinations(sorted(tasks), 2)],
@@ -160,6 +163,7 @@ def prompt_scores(gates: PromptGates) -> np.ndarray:
     They are gates standardised over prompts, then averaged over modules.
     """
     gates_PMK = np.concatenate(list(gates.by_task.values())).astype(np.float64)
+    # Without standardisation, the modules with the largest deviations would decide the mean.
     deviation_PMK = gates_PMK - gates_PMK.mean(axis=0)
     std_MK = gates_PMK.std(axis=0)
     scores_PMK = deviation_PMK / np.fmax(std_MK, _CONSTANT)
@@ -179,7 +183,8 @@ def expert_losses(
     for batches_of_task in tasks:
         sums_P, counts_P = prompt_losses(model, batches_of_task)
         sums = [sums_P]
-        for expert in range(experts[0].number):
+        # Disabled in all modules at once: expert k stands for the experts k of all modules.
+        for expert in range(experts[0].num_experts):
             with changed_gates(experts, partial(_without, expert)):
                 sums.append(prompt_losses(model, batches_of_task)[0])
         sums_SP = np.stack(sums)
@@ -189,6 +194,8 @@ def expert_losses(
 
         # The loss per token is a ratio of two sums over prompts. Its error is computed by linear
         # approximation.
+        # SE² = P / (P − 1) · Σ_p (Δ_p − Δ n_p)² / (Σ_p n_p)², with Δ_p the change of prompt p's
+        # summed loss, n_p its answer tokens and Δ = Σ_p Δ_p / Σ_p n_p.
         change_K1 = (loss_S[1:] - loss_S[0])[:, None]
         residual_KP = sums_SP[1:] - sums_SP[0] - change_K1 * counts_P
         squares_K = np.square(residual_KP).sum(axis=1)
@@ -197,8 +204,9 @@ def expert_losses(
     return np.stack(losses), np.stack(errors)
 
 
-def _without(expert: int, layer: Experts, gates: torch.Tensor) -> torch.Tensor:
+def _without(expert: int, layer: AdaptedLayer, gates: torch.Tensor) -> torch.Tensor:
     """Returns the gates (..., K) of a layer with that of one expert set to 0."""
+    # The layer may keep the original for later passes.
     gates = gates.clone()
     gates[..., expert] = 0.0
     return gates
@@ -232,6 +240,7 @@ def expert_abilities(
         gate_T = gate_TK[:, expert]
         spread = np.ptp(gate_T)
         drawn = []
+        # With many prompts, differences too small to matter are significant too.
         if spread >= _LEAST_SPREAD:
             drawn = _standing_out(gate_T, gate_error_TK[:, expert])
 
@@ -239,6 +248,7 @@ def expert_abilities(
         mean = change_T.mean()
         largest = change_T.max()
         hurt = []
+        # If all tasks need the expert alike, none stands out.
         if largest >= _NO_CHANGE and largest - mean > _LEAST_LEAD * mean:
             hurt = _standing_out(change_T, error_TK[:, expert])
         names = (", ".join(tasks[t] for t in chosen) for chosen in (drawn, hurt))
@@ -252,6 +262,7 @@ def expert_abilities(
 
 def _mean_error(gates_PMK: np.ndarray) -> np.ndarray:
     """Returns the standard error (K) of a task's mean gates; 0 for a single prompt."""
+    # Averaged over modules first: the gates of one prompt are not independent.
     gates_PK = gates_PMK.mean(axis=1)
     prompts = len(gates_PK)
     return gates_PK.std(axis=0, ddof=min(1, prompts - 1)) / np.sqrt(prompts)
@@ -278,6 +289,7 @@ def ability_recovery(
     The p-values are Mantel's (1967), as pairs are not independent.
     """
     sets = [set(names) for names in abilities]
+    # Jaccard: |A ∩ B| / |A ∪ B|.
     overlap_TT = np.array([[len(a & b) / len(a | b) for b in sets] for a in sets])
     tasks = np.arange(len(sets))
     # The observed order comes first, and counts as a permutation.
@@ -286,6 +298,7 @@ def ability_recovery(
     order_RT = np.vstack([tasks, permuted_RT])
 
     first_E, second_E = np.triu_indices(len(tasks), k=1)
+    # Mantel's test permutes tasks and not pairs: rows and columns of the overlaps together.
     overlap_RE = overlap_TT[order_RT[:, first_E], order_RT[:, second_E]]
     similarity_1E = similarity_TT[first_E, second_E][None]
     correlation_R = _standardised(overlap_RE) @ _standardised(similarity_1E)[0]
@@ -294,6 +307,7 @@ def ability_recovery(
     others_TT = np.where(np.eye(len(tasks), dtype=bool), -np.inf, similarity_TT)
     neighbour_RT = order_RT[:, others_TT.argmax(axis=1)]
     related_R = (overlap_TT > 0)[order_RT, neighbour_RT].mean(axis=1)
+    # argmax takes NaN for the maximum, so no nearest neighbour is known.
     if np.isnan(others_TT).any():
         related_R = np.full(len(order_RT), np.nan)
 

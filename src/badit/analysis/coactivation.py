@@ -67,6 +67,7 @@ class NeuronOutputs:
 
     def _add(self, layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         output_NU = output.detach().flatten(0, -2)
+        # In bfloat16, a sum over many positions would lose most of its digits.
         sum_U = output_NU.sum(dim=0, dtype=torch.float32)
         zeros_TU = sum_U.new_zeros(len(self.positions_T), len(sum_U))
         self._sums_TU.setdefault(layer, zeros_TU)[self.task] += sum_U
@@ -91,6 +92,7 @@ def _first_projections(model: nn.Module) -> list[nn.Module]:
         layer, below = layer_and_module(name)
         if layer < 0 or name.endswith(".base_layer"):
             continue
+        # The default targets are full names where the last parts are ambiguous.
         if name in names or below.rpartition(".")[2] in names:
             projections.append((layer, module))
     config: Any = model.config
@@ -118,6 +120,7 @@ def marked_experts(gates: PromptGates) -> Marks:
     marked_TMK = gates.means > 1 + _ROUNDING
     marks = {}
     for layer in np.unique(layers_M).tolist():
+        # Experts of a layer's modules are different units, also those with the same number.
         of_layer_TMK = marked_TMK[:, layers_M == layer]
         marks[layer] = of_layer_TMK.reshape(len(marked_TMK), -1)
     return marks
@@ -135,6 +138,7 @@ def coactivation(
         for layer, marked_TU in layers.items():
             counts += [(kind, layer, *row) for row in _counts(marked_TU)]
             of_tasks += [(kind, task, layer, *row) for task, *row in _by_task(tasks, marked_TU)]
+        # Without layers, as for parameters if all weights are quantised, overlaps are not defined.
         if layers:
             pairs += [(kind, *row) for row in _overlaps(tasks, layers)]
     return [
@@ -167,11 +171,13 @@ def _by_task(tasks: Sequence[str], marked_TU: np.ndarray) -> Iterator[tuple]:
 
 def _overlaps(tasks: Sequence[str], layers: Marks) -> Iterator[tuple]:
     """Yields each pair of tasks with the Jaccard overlap of their units in all layers."""
+    # Jaccard: |A ∩ B| / |A ∪ B|, where |A ∪ B| = |A| + |B| − |A ∩ B|.
     marked_TU = np.concatenate([*layers.values()], axis=1).astype(float)
     both_TT = marked_TU @ marked_TU.T
     sizes_T = marked_TU.sum(axis=1)
     with np.errstate(invalid="ignore"):  # NaN where neither task marks a unit
         overlap_TT = both_TT / (sizes_T[:, None] + sizes_T - both_TT)
+    # task_b is later in alphabetical order.
     order = sorted(range(len(tasks)), key=tasks.__getitem__)
     for a, b in combinations(order, 2):
         yield tasks[a], tasks[b], overlap_TT[a, b]

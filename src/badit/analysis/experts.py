@@ -15,59 +15,71 @@ from badit.support.errors import BaditError
 from badit.tuner.layer import ExpertLinear
 
 
-class Experts(NamedTuple):
+class AdaptedLayer(NamedTuple):
     """An adapted layer and an active adapter of it."""
 
     layer: ExpertLinear
     adapter: str
 
     @property
-    def number(self) -> int:
+    def num_experts(self) -> int:
         return self.layer.badit_config[self.adapter].num_experts
 
 
 #: Gets a layer's experts and its gates (B, 1 or T, K), and returns the gates to use instead.
-GateChange = Callable[[Experts, torch.Tensor], torch.Tensor]
+GateChange = Callable[[AdaptedLayer, torch.Tensor], torch.Tensor]
 
 
-def adapted_layers(model: nn.Module) -> list[Experts]:
+def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
     """Returns the layers of all active adapters in model order.
 
     Adapters with a single expert are included.
     """
     layers = (module for module in model.modules() if isinstance(module, ExpertLinear))
-    return [Experts(layer, adapter) for layer in layers for adapter in layer.running_adapters]
+    return [AdaptedLayer(layer, adapter) for layer in layers for adapter in layer.running_adapters]
 
 
-def active_experts(model: nn.Module) -> list[Experts]:
+def active_experts(model: nn.Module) -> list[AdaptedLayer]:
     """Returns the layers of the active adapter with several experts.
 
     BaditError if several such adapters are active.
     """
-    layers = [experts for experts in adapted_layers(model) if experts.number > 1]
-    if len({experts.adapter for experts in layers}) > 1:
+    layers = [adapted for adapted in adapted_layers(model) if adapted.num_experts > 1]
+    # Measurements are per layer, and expert k of two adapters would be counted as one.
+    if len({adapted.adapter for adapted in layers}) > 1:
         fix = "activate only one with model.set_adapter(NAME)"
         raise BaditError(f"model: several adapters are active; {fix}")
     return layers
 
 
 @contextmanager
-def changed_gates(layers: Sequence[Experts], change: GateChange) -> Iterator[None]:
+def changed_gates(layers: Sequence[AdaptedLayer], change: GateChange) -> Iterator[None]:
     """A context in which every layer of a loaded model uses the gates that ``change`` returns.
 
     All that reads or fixes the gates of a forward pass goes through it: measured gates, disabled
-    experts, and gates set by hand. The layers have their own gates again afterwards, also after an
-    error. One thread at a time may use a model in it.
+    experts, and gates set by hand. Contexts can be nested: an inner ``change`` gets the gates of
+    the outer one. Afterwards the layers have their earlier gates again, also after an error. One
+    thread at a time may use the model while gates are changed.
     """
 
-    def gates(experts: Experts, compute: Callable, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        return change(experts, compute(adapter, x))
+    def gates(
+        adapted: AdaptedLayer, compute: Callable, adapter: str, x: torch.Tensor
+    ) -> torch.Tensor:
+        gates_of_adapter = compute(adapter, x)
+        # The layer computes the gates of its other active adapters with the same method.
+        if adapter != adapted.adapter:
+            return gates_of_adapter
+        return change(adapted, gates_of_adapter)
 
+    # Changes of an enclosing context; None if the layer has only its class's method.
+    outer_gates = {adapted.layer: vars(adapted.layer).get("gates") for adapted in layers}
     try:
-        for experts in layers:
+        for adapted in layers:
             # The attribute of the instance hides the method of its class.
-            vars(experts.layer)["gates"] = partial(gates, experts, experts.layer.gates)
+            vars(adapted.layer)["gates"] = partial(gates, adapted, adapted.layer.gates)
         yield
     finally:
-        for experts in layers:
-            vars(experts.layer).pop("gates", None)
+        for layer, outer in outer_gates.items():
+            vars(layer).pop("gates", None)
+            if outer is not None:
+                vars(layer)["gates"] = outer

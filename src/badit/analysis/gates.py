@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import send_to_device
 from peft import PeftModel
 
-from badit.analysis.experts import Experts, active_experts, adapted_layers, changed_gates
+from badit.analysis.experts import AdaptedLayer, active_experts, adapted_layers, changed_gates
 from badit.analysis.tables import Table, layer_and_module, span
 from badit.data import AnswerCollator, Task, batches_by_task
 from badit.method import prompt_mean
@@ -73,8 +73,9 @@ def prompt_gates(model: Any, batches: TaskBatches) -> PromptGates:
     for task, batches_of_task in batches.items():
         gates = _gates_of_prompts(model, layers, batches_of_task)
         gates_PMK = torch.stack([*gates.values()], dim=1)
+        # Divided by their mean, gates of all methods have the same scale.
         by_task[task] = (gates_PMK / gates_PMK.mean(dim=-1, keepdim=True)).numpy()
-    return PromptGates([layer_and_module(experts.layer.name) for experts in layers], by_task)
+    return PromptGates([layer_and_module(adapted.layer.name) for adapted in layers], by_task)
 
 
 def mean_gates(model: Any, batches: Iterable[Any]) -> Gates:
@@ -85,23 +86,24 @@ def mean_gates(model: Any, batches: Iterable[Any]) -> Gates:
 
 @torch.no_grad()
 def _gates_of_prompts(
-    model: Any, layers: Sequence[Experts], batches: Iterable[Any]
+    model: Any, layers: Sequence[AdaptedLayer], batches: Iterable[Any]
 ) -> dict[str, torch.Tensor]:
     """Returns the gates (P, K) of each layer by its name, on the CPU.
 
     They are means over each prompt's positions.
     """
-    gates_of_batches: dict[str, list[torch.Tensor]] = {experts.layer.name: [] for experts in layers}
+    gates_of_batches: dict[str, list[torch.Tensor]] = {adapted.layer.name: [] for adapted in layers}
     prompt_BT = torch.empty(0)  # prompt mask of the current batch
 
-    def record(experts: Experts, gates: torch.Tensor) -> torch.Tensor:
-        name = experts.layer.name
+    def record(adapted: AdaptedLayer, gates: torch.Tensor) -> torch.Tensor:
+        name = adapted.layer.name
         # OPT flattens batch and positions into one dimension before its MLP.
         by_row = gates.unflatten(0, prompt_BT.shape) if gates.ndim == 2 else gates
         if by_row.shape[1] not in (1, prompt_BT.shape[1]):
             problem = "does not see every position, so its gates cannot be measured"
             fix = "leave it out of target_modules, or use export --gates"
             raise BaditError(f"{name}: {problem}; {fix}")
+        # Gates computed once for a prompt are those of all its positions.
         gates_BTK = by_row.float().expand(*prompt_BT.shape, -1)
         gates_BK = prompt_mean(gates_BTK, prompt_BT.to(gates.device))
         gates_of_batches[name].append(gates_BK.cpu())
@@ -143,6 +145,7 @@ def task_gates(
 
     They are cached in the run's ``gates.json``.
     """
+    # The cache is used only for the same weights, precision, prompt format and data.
     depends_on = {
         "model": model_fingerprint(model),
         "dtype": model_dtype(recipe),
@@ -170,6 +173,7 @@ def task_gates(
 
 def _cached_gates(path: Path, model: PeftModel, depends_on: dict[str, Any]) -> dict[str, Gates]:
     """Returns the cached gates by task; none if the file is missing, damaged or outdated."""
+    # The cache may be damaged; it is then measured again and replaced.
     with suppress(BaditError, KeyError, TypeError, AttributeError):
         cache = read_json(path)
         if cache["depends_on"] == depends_on:
@@ -189,11 +193,11 @@ def read_gates(path: Path, model: PeftModel) -> Gates:
 
 
 def _checked_gates(content: Mapping[str, Any], path: Path, model: PeftModel) -> Gates:
-    # Not Experts.number: a method with a branch for each task has one expert, and a gate for each
+    # Not num_experts: a method with a branch for each task has one expert, and a gate for each
     # branch.
     numbers = {
-        experts.layer.name: int(experts.layer.expert_of(experts.adapter).max()) + 1
-        for experts in adapted_layers(model)
+        adapted.layer.name: int(adapted.layer.expert_of(adapted.adapter).max()) + 1
+        for adapted in adapted_layers(model)
     }
     for name in (*content, *numbers):
         if name not in numbers:

@@ -1,9 +1,12 @@
-"""Conflicts between the gradients of tasks.
+"""Agreement and conflicts between the gradients of tasks.
 
 Gradients are measured for "weights", the weight matrices of the linear layers inside the
 transformer layers, frozen or not, and for "adapter", the parameters of a PEFT adapter that the loss
 depends on. The backward pass stores them one parameter at a time as count sketches (see
-:mod:`badit.analysis.sketches`).
+:mod:`badit.method.sketches`).
+
+Noise alone makes half of all cosines negative. Two tasks conflict if their cosine, corrected for
+noise, is negative and both gradients are reliable; otherwise the pair is not decided.
 
 Shape suffixes: T = tasks, R = 2T half-tasks in task order, U = units (rows of a weight), P = places
 (a kind, layer and module), E = pairs of tasks.
@@ -21,8 +24,9 @@ from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from badit.analysis.sketches import SketchedSums
+from badit.analysis.reliability import RELIABLE, instances_needed, spearman_brown
 from badit.analysis.tables import COUNT, SHARED, Column, Table, layer_and_module
+from badit.method.sketches import SketchedSums
 from badit.support.errors import BaditError
 from badit.tuner.targets import is_quantised
 
@@ -32,23 +36,36 @@ MOST_PAIRS = 1_000_000  # rows of the table gradient_pairs, about 60 MB
 Place = tuple[str, int, str]
 
 GRADIENT_PAIRS = Table("gradient_pairs", "task_a task_b layer module cosine magnitude_similarity")
+_SIGNAL = (
+    "reliability of the whole gradient, from that of its halves (Spearman–Brown): the share of its "
+    "squared norm that is not noise"
+)
+_NEEDED = f"predicted instances per task for a signal of {RELIABLE}"
 GRADIENT_OVERALL = Table(
     "gradient_overall",
     "task_a task_b parameters cosine corrected_cosine magnitude_similarity",
     corrected_cosine="estimated cosine of the gradients without noise, from two halves of the "
     "instances; null if the reliability is not positive",
+    signal=f"{_SIGNAL}; the lower one of the two tasks",
+    conflict="1 if the corrected cosine is negative, 0 if it is not; null if the signal is below "
+    f"{RELIABLE}, so that the pair is not decided",
+    instances_needed=f"{_NEEDED} in both tasks; null if a reliability is not positive",
 )
 GRADIENT_SUMMARY = Table(
     "gradient_summary",
     "layer module parameters",
-    conflict_rate="share of the pairs of tasks whose gradients have a negative cosine",
+    conflict_rate="share of the decided pairs of tasks that conflict; null if none is decided",
+    decided=f"share of the pairs of tasks that are decided: both signals are at least {RELIABLE}",
     reliability=f"{SHARED['reliability'].meaning}; mean over tasks",
+    instances_needed=f"{_NEEDED} in both tasks of half of the pairs; null if it is not known",
 )
 GRADIENT_TASKS = Table(
     "gradient_tasks",
     "task parameters norm reliability",
     norm="norm of the task's gradient, in nats per token and unit of the parameters",
+    signal=_SIGNAL,
     instances=Column("number of instances that the gradient is averaged over", COUNT),
+    instances_needed=f"{_NEEDED}; null if the reliability is not positive",
 )
 
 
@@ -68,12 +85,14 @@ def measured_parameters(model: nn.Module) -> Iterator[tuple[Place, nn.Parameter,
         if (prefix and prefix in name) or is_quantised(module):
             continue
         weight: Any = module.weight
+        # Conv1D stores its weight as (in, out).
         in_dim = 0 if isinstance(module, Conv1D) else 1
         yield ("weights", layer, below), weight, in_dim
     if not prefix:
         return
     for name, parameter in model.named_parameters():
         module_name, mark, _ = name.partition(prefix)
+        # A module's adapter has its own name, because its weight has rows in the same tables.
         if mark:
             yield ("adapter", *layer_and_module(f"{module_name}.adapter")), parameter, None
 
@@ -89,6 +108,7 @@ class TaskGradients:
     def __init__(
         self, model: nn.Module, instances: Sequence[int], sketch_size: int, hooks: ExitStack
     ) -> None:
+        # Instances alternate between the halves and start with the first, which may be larger.
         halves = [[count - count // 2, count // 2] for count in instances]
         self.counts_T2 = torch.tensor(halves, dtype=torch.float64)
         self.row = 0
@@ -96,6 +116,7 @@ class TaskGradients:
         self._squares: dict[int, list[torch.Tensor]] = {}  # by layer, (T, U) of each weight
         # A fixed seed, so that a repeated analysis has the same tables.
         generator = torch.Generator().manual_seed(0)
+        # The backward pass then computes no gradients that are not measured.
         model.requires_grad_(False)
         for place, parameter, in_dim in measured_parameters(model):
             sketch = SketchedSums(
@@ -103,6 +124,7 @@ class TaskGradients:
             )
             self.sketches.setdefault(place, []).append(sketch)
             squares_TU = None
+            # Only rows of weights are units of co-activation.
             if in_dim is not None:
                 rows = parameter.shape[1 - in_dim]
                 squares_TU = torch.zeros(len(instances), rows, device=parameter.device)
@@ -128,10 +150,12 @@ class TaskGradients:
 
         The weights come first.
         """
+        # Inner products of several parameters together are the sum of theirs.
         grams: dict[Place, Any] = {
             place: sum(sketch.gram() for sketch in sketches)
             for place, sketches in self.sketches.items()
         }
+        # The loss does not depend on the other places.
         places = [place for place, gram_RR in grams.items() if gram_RR.any()]
         places.sort(key=lambda place: (place[0] != "weights", place[1]))
         if not places:
@@ -159,34 +183,53 @@ def agreement(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Returns how well the gradients of pairs of tasks agree (P, E), and the tasks' values (P, T).
 
-    The tasks' values are norms and reliabilities. All are computed from inner products of the
-    halves' sums; NaN where undefined. If a_1 and a_2 are the means of a task's gradients over its
-    even and its odd instances, the reliability is cos(a_1, a_2) and the corrected cosine is
-    ⟨a, b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩) (Spearman's correction for attenuation). Yu et al. 2020,
-    arXiv 2001.06782, define the magnitude similarity.
+    The tasks' values are norms, reliabilities and what follows from these. All are computed from
+    inner products of the halves' sums; NaN where undefined. If a_1 and a_2 are the means of a
+    task's gradients over its even and its odd instances, the reliability is cos(a_1, a_2) and the
+    corrected cosine is ⟨a, b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩) (Spearman's correction for attenuation).
+    Yu et al. 2020, arXiv 2001.06782, define the magnitude similarity.
     """
     a_E, b_E = pairs_2E
     counts_T = counts_T2.sum(dim=1)
+    # The half-tasks R = 2T as task and half.
     gram_PT2T2 = gram_PRR.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
     # All inner products of an empty half are 0, and those of its mean are 0 / 0 = NaN.
     means_PT2T2 = gram_PT2T2 / counts_T2[:, :, None, None] / counts_T2
+    # ⟨a_i, a_j⟩ of the halves of each task; diagonal moves T to the end.
     within_P22T = means_PT2T2.diagonal(dim1=1, dim2=3)
     between_PT = within_P22T[:, 0, 1]
+    # ⟨a, b⟩ of the means over both halves.
     means_PTT = gram_PT2T2.sum(dim=(2, 4)) / (counts_T[:, None] * counts_T)
     means_PE = means_PTT[:, a_E, b_E]
 
     squared_PT = means_PTT.diagonal(dim1=-2, dim2=-1)
     norm_PT = squared_PT.sqrt()
     norms_PE = norm_PT[:, a_E] * norm_PT[:, b_E]
+    # √⟨a_1, a_2⟩ is the norm without noise, because the noise of the halves is independent.
     noiseless_PT = torch.where(between_PT > 0, between_PT, torch.nan).sqrt()
     noiseless_PE = noiseless_PT[:, a_E] * noiseless_PT[:, b_E]
     reliability_PT = between_PT / (within_P22T[:, 0, 0] * within_P22T[:, 1, 1]).sqrt()
+    # Clamped, because inner products are estimates and may exceed the product of the norms.
+    reliability_PT = reliability_PT.clamp(-1, 1)
+    signal_PT = spearman_brown(reliability_PT, 2)
+    needed_PT = instances_needed(signal_PT, counts_T)
+    corrected_PE = (means_PE / noiseless_PE).clamp(-1, 1)
+    signal_PE = torch.minimum(signal_PT[:, a_E], signal_PT[:, b_E])
     of_pairs = {
         "cosine": (means_PE / norms_PE).clamp(-1, 1),
-        "corrected_cosine": (means_PE / noiseless_PE).clamp(-1, 1),
+        "corrected_cosine": corrected_PE,
         "magnitude_similarity": 2 * norms_PE / (squared_PT[:, a_E] + squared_PT[:, b_E]),
+        "signal": signal_PE,
+        "conflict": torch.where(signal_PE >= RELIABLE, (corrected_PE < 0).double(), torch.nan),
+        "instances_needed": torch.maximum(needed_PT[:, a_E], needed_PT[:, b_E]),
     }
-    return of_pairs, {"norm": norm_PT, "reliability": reliability_PT.clamp(-1, 1)}
+    of_tasks = {
+        "norm": norm_PT,
+        "reliability": reliability_PT,
+        "signal": signal_PT,
+        "instances_needed": needed_PT,
+    }
+    return of_pairs, of_tasks
 
 
 def gradient_frames(
@@ -211,12 +254,13 @@ def gradient_frames(
     ]
     pairs_by_kind, tasks_by_kind = agreement(torch.stack(gram_by_kind), counts_T2, pairs_2E)
     pairs_by_place, tasks_by_place = agreement(gram_PRR, counts_T2, pairs_2E)
-    cosine_PE = pairs_by_place["cosine"]
-    conflicts_PE = (cosine_PE < 0).double().masked_fill(cosine_PE.isnan(), torch.nan)
+    conflict_PE = pairs_by_place["conflict"]
     frames = {
         GRADIENT_OVERALL: _crossed(kinds, pairs, pairs_by_kind),
         GRADIENT_SUMMARY: places.assign(
-            conflict_rate=conflicts_PE.nanmean(dim=1).numpy(),
+            conflict_rate=conflict_PE.nanmean(dim=1).numpy(),
+            decided=(~conflict_PE.isnan()).double().mean(dim=1).numpy(),
+            instances_needed=_of_half(pairs_by_place["instances_needed"]).numpy(),
             reliability=tasks_by_place["reliability"].nanmean(dim=1).numpy(),
         ),
         GRADIENT_TASKS: _crossed(kinds, single, tasks_by_kind),
@@ -230,6 +274,14 @@ def gradient_frames(
             f"{rows:,} rows."
         )
     return [table.frame(frame, description) for table, frame in frames.items()]
+
+
+def _of_half(needed_PE: torch.Tensor) -> torch.Tensor:
+    """Returns the number of instances that suffices for half of the pairs; infinite if unknown."""
+    if not needed_PE.shape[1]:
+        return torch.full((len(needed_PE),), torch.inf)
+    # A pair whose number is not known needs more than any number.
+    return needed_PE.nan_to_num(nan=torch.inf).median(dim=1).values
 
 
 def _crossed(

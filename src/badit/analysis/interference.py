@@ -41,6 +41,7 @@ def measure_interference(
     sizes = [len(instances) for instances in batches.values()]
     parameter = next(model.parameters())
     with ExitStack() as hooks, torch.enable_grad():
+        # Both measurements share each instance's forward and backward pass.
         gradients = TaskGradients(model, sizes, SKETCH_SIZE, hooks)
         neurons = NeuronOutputs(model, len(tasks), hooks)
         bar = hooks.enter_context(tqdm(total=sum(sizes), desc="Gradients", disable=not progress))

@@ -84,6 +84,7 @@ def expert_angles(run: RunFolder, held_out: Angles | None = None) -> pd.DataFram
     rows = []
     with explained(run.regroupings_path, fix=_FIX, any_error=True):
         for place, line in _regroupings(run):
+            # Both groupings are measured on the same steps, so their angles can be compared.
             for measured, prefix in (("before", "previous_"), ("after", "")):
                 # An angle is missing if no step followed the regrouping, and null if there was no
                 # pair.
@@ -94,6 +95,7 @@ def expert_angles(run: RunFolder, held_out: Angles | None = None) -> pd.DataFram
             training = run.known_environment.get("training") or {}
             step = training.get("steps")
             rows += [(step, *place, "held-out", *angles) for place, angles in held_out.items()]
+        # The log may come from others, so its values are checked.
         return EXPERT_ANGLES.checked(
             [row for row in rows if any(angle is not None for angle in row[4:])],
             "Angles between the gradients of components of one expert (within) and of two experts "
@@ -186,6 +188,7 @@ def task_gap(path: AnyPath) -> pd.DataFrame:
     """
     results = load_results(path)
     scores = results.scores.query("metric == 'rouge_l'")
+    # Single-task runs have no order: each is paired with the runs of every order.
     pairs = pd.concat([paired(scores, method, method + SINGLE_TASK) for method in results.methods])
     means = (
         pairs.groupby(["method", "task"], sort=False)

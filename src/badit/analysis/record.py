@@ -33,6 +33,7 @@ class Record:
             f"it, {self.path.name} and config.yaml" if with_recipe else f"it and {self.path.name}"
         )
         fix = f"delete {files} to measure again, or choose another --output"
+        # In a damaged file, any value may be missing or have another type.
         with explained(self.tables, action="resumed", fix=fix, any_error=True):
             self.content = read_json(self.path)
             # Tables of other settings must not be mixed with new ones.

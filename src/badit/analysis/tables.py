@@ -23,6 +23,7 @@ FORMAT = 1
 # The kinds of columns: types that the values of a file are validated against.
 TEXT = Annotated[str, Strict()]
 NUMBER = Annotated[float, Strict(), Field(allow_inf_nan=False)] | None
+# Within these bounds integers are exact as float64, the dtype of a column with missing values.
 INDEX = Annotated[int, Strict(), Field(ge=-(2**53), le=2**53)]
 COUNT = INDEX | None
 # Bounded, because figures have a row or column per expert.
@@ -76,6 +77,7 @@ class Table:
         self.name = name
         self.columns: dict[str, Column] = {}
         for column in dict.fromkeys([*first.split(), *columns]):
+            # A column in both has its place from ``first`` and its meaning from ``columns``.
             declared = {**SHARED, **columns}[column]
             self.columns[column] = Column(declared) if isinstance(declared, str) else declared
         fields: dict[str, Any] = {
@@ -93,6 +95,7 @@ class Table:
         for name, (_, kind) in self.columns.items():
             if kind is TEXT:
                 frame[name] = frame[name].astype("str")
+            # Columns of integers cannot hold missing values.
             elif kind is NUMBER or frame[name].hasnans:
                 numbers = frame[name].astype("float64")
                 frame[name] = numbers.where(np.isfinite(numbers))
@@ -105,6 +108,7 @@ class Table:
     def checked(self, rows: Any, description: str, columns: Iterable[str] = ()) -> pd.DataFrame:
         """Returns :meth:`frame` of a file's rows, after checking the values' types and ranges."""
         columns = list(columns or self.columns)
+        # Other dtypes would convert the values before their types are checked.
         values = pd.DataFrame(rows, columns=columns, dtype=object).to_dict("list")
         return self.frame(self.values.model_validate(values).model_dump(), description)
 
@@ -121,6 +125,7 @@ def save_frame(frame: pd.DataFrame, folder: Path) -> Path:
     lines = [json.dumps(row, ensure_ascii=False) for row in zip(*columns, strict=True)]
     rows = ",\n".join(f"  {line}" for line in lines)
     head = json.dumps({"format": FORMAT, **frame.attrs}, indent=1, ensure_ascii=False)
+    # The rows follow in place of the head's closing brace, each on a line of its own.
     write_text(path, f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
     return path
 
@@ -128,6 +133,7 @@ def save_frame(frame: pd.DataFrame, folder: Path) -> Path:
 def _plain_values(column: Any, kind: Any) -> list[Any]:
     if kind is TEXT:
         return list(column)
+    # json does not write numpy's integers.
     to_plain = _six_digits if kind is NUMBER else int
     return [to_plain(value) if np.isfinite(value) else None for value in column]
 
@@ -163,8 +169,10 @@ def layer_and_module(name: str) -> tuple[int, str]:
 
     The layer is −1 outside the transformer layers.
     """
+    # PEFT inserts base_layer into names, but a module has the same name in all tables.
     words = [word for word in name.split(".") if word != "base_layer"]
     for position, word in enumerate(words):
         if word.isdigit():
             return int(word), ".".join(words[position + 1 :])
+    # Without the prefixes that PEFT and transformers add to all names.
     return -1, ".".join(dropwhile(lambda word: word in ("base_model", "model"), words))

@@ -56,10 +56,11 @@ def check(recipe: Recipe) -> list[str]:
     applied = None
     if checked is not None:
         tried(lambda: training_arguments(checked, Path(recipe.output), 0))
-        applied = tried(lambda: _on_skeleton(checked))
+        applied = tried(lambda: _method_and_model(checked))
     if run is not None:
         tried(run.has_begun)
     if problems or run is None or applied is None:
+        # Several checks may find the same problem.
         raise BaditError(*dict.fromkeys(problems))
     return _DryRun(run, tokenizer, *applied).lines()
 
@@ -70,7 +71,7 @@ def _without_tasks(recipe: Recipe) -> ResolvedRun:
     return run
 
 
-def _on_skeleton(run: ResolvedRun) -> tuple[Method, Any]:
+def _method_and_model(run: ResolvedRun) -> tuple[Method, Any]:
     names = [task.name for task in run.tasks]
     return on_skeleton(run.recipe, run.method, names, dtype=model_dtype(run.recipe))
 
@@ -80,6 +81,7 @@ def check_comparison(recipe: Recipe) -> list[str]:
     grid = Grid(recipe)
     reference = grid.section.reference
     first_cell = grid.chosen(reference, grid.start_rates[reference])[0]
+    # Without the first line, which names the folder of this one run.
     lines_of_run = check(grid.recipe_of(first_cell))[1:]
     with status("checking data and methods"):
         tasks, counts = check_grid(grid, FinishedCells(grid))
@@ -117,6 +119,7 @@ class _DryRun:
         counts = f"{run.training_instances} training and {run.test_instances}"
         counts += f" {recipe.evaluation.split} instances"
         lines = [f"{tasks}, {counts}; the run would be written to {recipe.output}"]
+        # Also if nothing is trained: encoding refuses instances that the model cannot take.
         with status("reading the longest prompts"):
             longest, sample = self._longest(), self._sample()
         if not run.method.trains:
@@ -128,6 +131,7 @@ class _DryRun:
         lines.append(f"{sum(steps)} steps of {rows * _processes()} instances")
         mean_length = sum(len(example["input_ids"]) for example in sample) / len(sample)
         seconds = sum(steps) * rows * mean_length * self._seconds_per_token()
+        # The estimate is a lower bound. Measured overheads reach 2.5 times _OVERHEAD.
         minutes = math.ceil(seconds / 60)
         machine = "minutes of training on this machine, without other load"
         lines.append(f"{minutes:,} to {3 * minutes:,} {machine}")
@@ -149,6 +153,7 @@ class _DryRun:
             prompt = prompt_text(task, instance, recipe.prompt.encoding)
             return len(prompt) + len(instance.outputs[0])
 
+        # By characters, because tokenising all instances would take long.
         pairs = ((task, instance) for task in self.run.tasks for instance in task.train)
         rows = recipe.training.per_device_train_batch_size
         longest = heapq.nlargest(rows, pairs, key=length)
@@ -157,6 +162,7 @@ class _DryRun:
     def _sample(self) -> list[dict[str, Any]]:
         """Returns some encoded training instances of all tasks."""
         step = max(1, self.run.training_instances // _SAMPLED)
+        # Every task is included: a slice with a step has at least the first instance.
         pairs = [(task, instance) for task in self.run.tasks for instance in task.train[::step]]
         return encoded(self.tokenizer, self.run.recipe, pairs, self.model)
 
@@ -165,11 +171,13 @@ class _DryRun:
         weight = self.model.get_input_embeddings().weight
         hidden = weight.shape[1]
         rows = 1024
+        # A product of the size of those in an MLP.
         x = torch.randn(rows, hidden, dtype=weight.dtype, device=device())
         w = torch.randn(hidden, 4 * hidden, dtype=weight.dtype, device=device())
         names = {"x": x, "w": w}
         timer = Timer("x @ w", globals=names, num_threads=torch.get_num_threads())
         product = timer.blocked_autorange(min_run_time=0.2)
+        # Embeddings are looked up, and logits are computed for answers only.
         embeddings = {weight, self.model.get_output_embeddings().weight}  # may be one weight
         weights = sum(p.numel() for p in self.model.parameters() if p.dim() == 2)
         weights -= sum(embedding.numel() for embedding in embeddings)
@@ -180,7 +188,7 @@ class _DryRun:
         return product.median / (rows * w.numel()) * weights * passes * _OVERHEAD
 
     def _memory(self, longest: Sequence[dict[str, Any]], trained: int) -> str:
-        """Describes the memory for the longest batch of ``trained`` parameters."""
+        """Describes the memory of the longest batch with this many trained parameters."""
         recipe = self.run.recipe
         tokens = max(len(example["input_ids"]) for example in longest)
         answer_tokens = sum(
@@ -190,7 +198,7 @@ class _DryRun:
         weights = sum(p.numel() * p.element_size() for p in frozen)
         vocabulary = self.model.config.get_text_config().vocab_size
         activations = self._activations(len(longest), tokens)
-        parts = {
+        estimates = {
             "weights": weights * _SIZES.get(recipe.model.quantisation, 0.5),
             # Weight, gradient and two moments in float32.
             "gradients and optimizer": 16 * trained,
@@ -199,12 +207,12 @@ class _DryRun:
             "logits": 12 * answer_tokens * vocabulary,
         }
         shown = []
-        for name, size in parts.items():
+        for name, size in estimates.items():
             shown.append(f"{name} ?" if size is None else f"{name} {size / 2**30:.1f}")
-        total = sum(size or 0 for size in parts.values()) / 2**30
-        about = "more than" if activations is None else "about"
+        total = sum(size or 0 for size in estimates.values()) / 2**30
+        qualifier = "more than" if activations is None else "about"
         batch = f"a batch of {len(longest)} × {tokens} tokens"
-        return f"{about} {total:.1f} GiB of memory for {batch} ({', '.join(shown)})"
+        return f"{qualifier} {total:.1f} GiB of memory for {batch} ({', '.join(shown)})"
 
     def _activations(self, rows: int, tokens: int) -> float | None:
         """Returns the bytes that autograd saves in a forward pass, counted on the meta device.
@@ -213,14 +221,17 @@ class _DryRun:
         """
         model = self.model
         sizes: dict[int, int] = {}
-        saved = {*model.parameters(), *model.buffers()}
-        own_storages = {tensor.untyped_storage()._cdata for tensor in saved}
+        # Autograd saves parameters and buffers too, which are counted as weights.
+        own_tensors = {*model.parameters(), *model.buffers()}
+        own_storages = {tensor.untyped_storage()._cdata for tensor in own_tensors}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
+            # By storage, because several saved tensors may be views of one.
             storage = tensor.untyped_storage()
             sizes[storage._cdata] = storage.nbytes()
             return tensor
 
+        # Logits are estimated separately, so only those of one position are computed.
         inputs: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
         try:
             hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
@@ -239,7 +250,8 @@ class _DryRun:
         # Every layer's input, and the activations of one layer at a time.
         config = model.config.get_text_config()
         layers = config.num_hidden_layers
-        return total / layers + layers * rows * tokens * config.hidden_size * 4
+        layer_input = rows * tokens * config.hidden_size * model.dtype.itemsize
+        return total / layers + layers * layer_input
 
 
 def _processes() -> int:

@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from badit.authoring.keys import as_yaml
 from badit.data import Task, hold_out, limit, load_sources
 from badit.recipe.loading import build_recipe
+from badit.recipe.schema import source_of
 from badit.recipe.yaml_text import parse_yaml
 from badit.runs.resolved import resolve
 from badit.support.console import status
@@ -23,14 +24,15 @@ _HELD_OUT = 10  # validation instances of each task, if all tasks have enough tr
 def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     """Returns the text of a commented recipe for the file ``path``.
 
-    ``source`` is the recipe's ``data.source``; ``overrides`` are keys of the data section that are
-    needed to read it, such as ``data.columns.input=text``. BaditError if the data cannot be trained
-    and scored.
+    ``source`` is a path or another ``data.source``; ``overrides`` are keys of the data section that
+    are needed to read it, such as ``data.columns.input=text``. BaditError if the data cannot be
+    trained and scored.
     """
     for override in overrides:
         if not override.startswith("data.") or override.startswith("data.source"):
             problem = "only other data keys can be set here, such as data.columns.input=text"
             raise BaditError(f"{override!r:.60}: {problem}")
+    source = source_of(source)
     data = build_recipe({"data": {"source": source}}, overrides).data
     with status("reading the tasks"):
         tasks = load_sources(data.sources(), data.tasks, data.weights)
@@ -41,8 +43,10 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     all_are_trained = all(task.train for task in tasks)
     all_are_tested = all(task.test for task in tasks)
     split = "test" if all_are_tested or not all_are_trained else "validation"
+    # The template has lines for these.
     excluded = {"source", "validation_per_task"}
 
+    # Strict: a name that the template misspells is an error, not an empty text.
     templates = Environment(keep_trailing_newline=True, trim_blocks=True, undefined=StrictUndefined)
     templates.filters |= {"yaml": as_yaml, "counted": counted, "shell": shlex.quote}
     template = templates.from_string(read_text(Path(__file__).with_name("recipe.yaml.j2")))
@@ -58,12 +62,14 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
         tokens=_answer_tokens(tasks),
         held_out=held_out,
     )
+    # Raises the errors that training with this recipe would raise.
     resolve(build_recipe(parse_yaml(text, where=path), where=path))
     return text
 
 
 def _held_out(tasks: Sequence[Task]) -> int:
     """Returns the number of instances to hold out of each task: at most a quarter."""
+    # Tasks that are too small to hold out any instance do not limit the others.
     quarters = [len(task.train) // 4 for task in tasks if len(task.train) >= 4]
     return min([_HELD_OUT, *quarters]) if quarters else 0
 
@@ -77,5 +83,6 @@ def _answer_tokens(tasks: Sequence[Task]) -> int:
 
 def _most_tokens(text: str) -> float:
     """An upper estimate of the tokens: one per three ASCII characters, 1.5 per other character."""
+    # An estimate, because the model and its tokenizer are not loaded.
     ascii_characters = sum(map(str.isascii, text))
     return ascii_characters / 3 + 1.5 * (len(text) - ascii_characters)

@@ -47,6 +47,7 @@ def _method_keys() -> Iterator[Key]:
     methods: dict[Key, list[str]] = {}
     for method in NAMES:
         for key, default, text in options_of(method):
+            # Methods that share an option with its default share a line.
             option = (key, as_yaml(default), " ".join(text.split()))
             methods.setdefault(option, []).append(method)
     for (key, default, text), names in methods.items():
@@ -59,6 +60,7 @@ def schema() -> dict[str, Any]:
     definitions = recipe["$defs"]
     method_options = _method_properties()
     of_transformers = {name: {} for name in sorted(argument_names()) if not fixed_reason(name)}
+    # The pydantic models accept any key here; an editor needs the names.
     for section, properties in (
         (recipe["properties"]["method"], method_options),
         (definitions["ComparedMethod"], method_options),
@@ -66,10 +68,12 @@ def schema() -> dict[str, Any]:
     ):
         section["properties"] = {**properties, **section.get("properties", {})}
         section["additionalProperties"] = False
+    # Keys that are removed before the recipe is validated.
     recipe["properties"] |= {
         "extends": {"type": "string", "description": "the recipe that this recipe extends"},
         "format": {"type": "integer", "description": "the version of a run's config.yaml"},
     }
+    # One tracker may be given without a list.
     definitions["TrainingSection"]["properties"]["report_to"]["type"] = ["array", "string"]
     return recipe
 
@@ -108,6 +112,8 @@ def _type_text(field: dict[str, Any]) -> str:
 
 def as_yaml(value: Any) -> str:
     """Formats a plain value as YAML on one line."""
+    # YAML would need several lines; a JSON string is YAML too.
     if isinstance(value, str) and "\n" in value:
         return json.dumps(value, ensure_ascii=False)
+    # PyYAML ends a plain scalar with a line "...".
     return to_yaml(value, default_flow_style=True, width=math.inf).split("\n")[0]

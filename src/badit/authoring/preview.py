@@ -82,6 +82,7 @@ def _token_row(tokenizer: Any, task: Task, section: PromptSection) -> list[str]:
 
 def _lengths(tokenizer: Any, texts: list[str], limit: int) -> list[str]:
     """Returns the median and maximum number of tokens, and how many texts exceed ``limit``."""
+    # A task may have no training instances, of which there is no median.
     lengths = [len(ids) for ids in token_ids(tokenizer, texts)] or [0]
     cut = sum(length > limit for length in lengths)
     return [f"{median(lengths):.0f}", str(max(lengths)), str(cut)]
@@ -96,5 +97,6 @@ def _prompts(tokenizer: Any, task: Task, section: PromptSection, count: int) -> 
         start = example["prompt_length"]
         text = f"{tokenizer.decode(ids[:start])}⟦{tokenizer.decode(ids[start:])}⟧"
         heading = f"── {task.name}, instance {example['id']}, {len(ids)} tokens"
+        # Lines are escaped one by one, so that line breaks of the prompt stay.
         texts.append("\n".join(map(one_line, [heading, *text.split("\n")])))
     return texts

@@ -61,5 +61,6 @@ def baseline(name: str, model_cls: type[ExpertModel]) -> Callable[[type[Config]]
     return enter
 
 
+# At the end, because the modules import `baseline` from this package.
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -147,6 +147,7 @@ class BranchLinear(ExpertLinear):
         past_A_PI, past_B_OP = self.factors(adapter_name)
         self.badit_A_past[adapter_name] = past_A_PI
         self.badit_B_past[adapter_name] = past_B_OP
+        # `initialise` leaves B as it is: zero in a new adapter.
         self.badit_B[adapter_name].zero_()
         self.initialise(adapter_name)
 
@@ -165,6 +166,7 @@ class BranchLinear(ExpertLinear):
                 "(not inputs_embeds), decode from a cache filled with the same rows and adapter, "
                 "or leave the layer out of target_modules"
             )
+        # Reentrant checkpointing first runs a layer without gradients.
         if held is None and weights_BK.requires_grad and not torch.is_grad_enabled():
             raise BaditError(
                 "gradient checkpointing: the gates would have no gradient; set use_reentrant=False"
@@ -180,6 +182,7 @@ class BranchModel(ExpertModel):
 
     badit_gate: Any  # a ModuleDict with the BranchGate of each adapter
 
+    # Not in __init__: PEFT's constructor already adds the first adapter, after this hook.
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
         self.badit_gate = nn.ModuleDict()
@@ -194,6 +197,7 @@ class BranchModel(ExpertModel):
             )
         embeddings = self.model.get_input_embeddings()
         saved = tuple(config.modules_to_save or ())
+        # As PEFT finds them: by the ends of names.
         names = [name for name, module in self.model.named_modules() if module is embeddings]
         if any(name.endswith(saved) for name in names):
             raise BaditError(
@@ -203,6 +207,7 @@ class BranchModel(ExpertModel):
     def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
+        # PEFT calls this for each layer; the first call creates the gate.
         if peft_config.gate_cls is not None and adapter_name not in self.badit_gate:
             embeddings = self.model.get_input_embeddings()
             width, device = embeddings.weight.shape[1], embeddings.weight.device
@@ -297,8 +302,10 @@ class OLoraModel(BranchModel):
             for name in layer.running_adapters:
                 config = self.peft_config[name]
                 if config.past_branches and config.orthogonality_weight:
+                    # One product for all i < t: A_past has the rows of all earlier branches.
                     overlap = (layer.badit_A_past[name] @ layer.badit_A[name].T).abs().sum()
                     penalty = config.orthogonality_weight * overlap
+                    # Layers of a model with a device map are on several devices.
                     penalties.append(penalty.to(attention_mask.device))
         return torch.stack(penalties).sum() if penalties else None
 
@@ -328,6 +335,7 @@ class SaptGate(BranchGate):
         self.start_key()
 
     def forward(self, prompt_BD: Tensor) -> Tensor:
+        # q = LayerNorm(SiLU(W2 W1 p0)), a = softmax_i(q · k_i / √d).
         silu_BD = F.silu(prompt_BD @ self.down.T @ self.up.T)
         query_BD = F.layer_norm(silu_BD, self.key.shape, self.norm_weight, self.norm_bias)
         scores_BK = query_BD @ self.of_all_tasks("key").T / math.sqrt(len(self.key))

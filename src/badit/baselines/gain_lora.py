@@ -13,7 +13,8 @@ its gate is near 0 on these tasks. Training keeps it there: an update Δ of G1, 
 t = 1, 2, … P is extended as in gradient projection memory (Saha et al. 2021, arXiv 2103.09762): by
 the leading singular directions of the inputs' part outside of its span, until P holds the share
 0.995 + 0.005 · (t − 1)/15 of the energy, the sum of the squared singular values of the inputs X
-(the paper) or of XᵀX (the released code, and the default here).
+(the paper) or of XᵀX (the released code, and the default here). After the first task, the released
+code leaves out the direction with which this share would be reached, unless it is the only one.
 
 From the paper: gates, projections, shares and hidden size 100. From its authors' code: the task
 count (t − 1, at most 15), and the new key: the leading singular direction of the new task's z after
@@ -110,8 +111,12 @@ class GainLoraGate(BranchGate):
         for name, inputs in self._inputs(prompt_ND).items():
             if self.of_covariance:
                 inputs = inputs.double().T @ inputs.double()
-            projector = self.get_buffer(f"seen_by_{name}")
-            grown = grown_projector(projector, inputs, _SHARE_OF_ENERGY + missing_share)
+            grown = grown_projector(
+                self.get_buffer(f"seen_by_{name}"),
+                inputs,
+                _SHARE_OF_ENERGY + missing_share,
+                stop_below=self.of_covariance and earlier_tasks == 0,  # the released code's rule
+            )
             setattr(self, f"seen_by_{name}", grown)
 
     def _inputs(self, prompt_ND: Tensor) -> dict[str, Tensor]:
@@ -126,14 +131,18 @@ class GainLoraGate(BranchGate):
     def project_update(self, before: Mapping[str, Tensor]) -> None:
         """Subtracts the part of each update since ``before`` that acts on earlier tasks' inputs."""
         for name, tensor in self.named_parameters():
+            # Δ ← Δ (I − P): the rows of a matrix act on its inputs, so P is on the right.
             tensor.sub_((tensor - before[name]) @ self.get_buffer(f"seen_by_{name}"))
 
 
-def grown_projector(projector_DD: Tensor, inputs_ND: Tensor, share: float) -> Tensor:
+def grown_projector(
+    projector_DD: Tensor, inputs_ND: Tensor, share: float, *, stop_below: bool = False
+) -> Tensor:
     """Returns the projector P = M Mᵀ (D, D) that holds the share of ‖inputs‖².
 
     It has the fewest possible new columns in M. They are leading right singular vectors of
-    inputs (I − P); energy already in P counts (arXiv 2103.09762, eq. 8, 9).
+    inputs (I − P); energy already in P counts (arXiv 2103.09762, eq. 8, 9). With ``stop_below``,
+    the last of these columns is left out if there are several.
     """
     projector = projector_DD.double()
     inputs = inputs_ND.double()
@@ -143,6 +152,8 @@ def grown_projector(projector_DD: Tensor, inputs_ND: Tensor, share: float) -> Te
     total = inputs.square().sum()
     held_before = total - energy.sum() + energy.cumsum(dim=0) - energy
     is_new = (held_before < share * total) & (s > _NEGLIGIBLE * total.sqrt())
+    if stop_below and is_new.sum() > 1:
+        is_new[is_new.sum() - 1] = False
     return (projector + vh[is_new].T @ vh[is_new]).to(projector_DD.dtype)
 
 
@@ -168,6 +179,7 @@ class GainLoraModel(BranchModel):
 
     def before_update(self) -> None:
         gates = self._active_gates()
+        # Copies, because the optimizer changes the parameters in place.
         self._before = [copy.deepcopy(dict(gate.named_parameters())) for gate in gates]
 
     def after_update(self) -> None:

@@ -81,6 +81,7 @@ class MixtureLinear(ExpertLinear):
     @torch.no_grad()
     def initialise(self, adapter_name: str) -> None:
         super().initialise(adapter_name)
+        # Uniform within ±1/√I, as LoRA's A.
         nn.init.kaiming_uniform_(self.badit_router[adapter_name], a=math.sqrt(5))
 
     def gates(self, adapter_name: str, x: Tensor) -> Tensor:
@@ -95,6 +96,7 @@ class MixtureLinear(ExpertLinear):
 
     def take_logits(self, adapter_name: str, attention_mask: Tensor) -> Tensor:
         """Removes and returns the logits (L, K) of the last training pass at attended positions."""
+        # Removed, so that a later loss cannot use the logits of an earlier pass.
         logits = self.router_logits.pop(adapter_name, None)
         if logits is None:
             raise BaditError(
@@ -123,6 +125,7 @@ class MixtureModel(ExpertModel):
                 config = self.peft_config[adapter_name]
                 if config.balance_weight:
                     logits_LK = layer.take_logits(adapter_name, attention_mask)
+                    # Layers of a model with a device map are on several devices.
                     loss = config.imbalance(logits_LK).to(attention_mask.device)
                     losses.append(loss * config.balance_weight)
         return torch.stack(losses).sum() if losses else None
@@ -188,6 +191,7 @@ class GoatConfig(MixtureConfig):
 
     @property
     def subtracted_share(self) -> float:
+        # The mean of the K gates, which have sum 1.
         return 1 / self.num_experts
 
     def initial_factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,10 +204,12 @@ class GoatConfig(MixtureConfig):
                 f"{self.num_experts} experts, too few for r = {self.r}; use at most r = "
                 f"{chunk * self.num_experts}"
             )
+        # The whole spectrum, because its last chunk has the smallest singular values.
         u, s, vh = top_singular_triples(weight_OI, directions, method="exact")
         # The first `rank` directions of each of the spectrum's chunks.
         chosen_N = [k * chunk + i for k in range(self.num_experts) for i in range(rank)]
         triples = SingularTriples(u[:, chosen_N], s[chosen_N], vh[chosen_N])
+        # B0 A0 = part / (s ρ), so s · B0 A0 is 1/ρ of the experts' part of the weight.
         return expert_factors(triples, self.scaling * self.rho)
 
     def imbalance(self, logits_LK: Tensor) -> Tensor:
@@ -211,6 +217,7 @@ class GoatConfig(MixtureConfig):
 
         f_k is the share of positions that choose expert k, p_k its mean softmax value.
         """
+        # Experts that are not chosen have a gate of exactly 0. Only p has a gradient.
         f_K = (self.gates(logits_LK) > 0).float().mean(dim=0)
         p_K = logits_LK.softmax(dim=-1).mean(dim=0)
         return self.num_experts * (f_K * p_K).sum()

@@ -47,6 +47,7 @@ class MtlLoraLinear(ExpertLinear):
 
     def update_layer(self, adapter_name: str, config: "MtlLoraConfig") -> None:
         tasks = len(config.tasks or ())
+        # Λ_t is the identity, so that all tasks begin with the same adapter.
         lambda_MRR = torch.eye(config.r).repeat(tasks, 1, 1)
         self.badit_lambda[adapter_name] = nn.Parameter(lambda_MRR)
         logits_MK = torch.zeros(tasks, config.num_experts)
@@ -56,14 +57,17 @@ class MtlLoraLinear(ExpertLinear):
     @torch.no_grad()
     def initialise(self, adapter_name: str) -> None:
         super().initialise(adapter_name)
+        # Uniform within ±1/√K: equal logits would keep all B_k equal.
         nn.init.kaiming_uniform_(self.badit_task_logits[adapter_name], a=math.sqrt(5))
 
     def gates(self, adapter_name: str, x: Tensor) -> Tensor:
         """Returns the gates (B, 1, …, K): the same at all positions of a row."""
         config: MtlLoraConfig = self.badit_config[adapter_name]
+        # softmax(w_t / τ) of all tasks, then the row of each row's task.
         logits_MK = self.badit_task_logits[adapter_name].float() / config.temperature
         gates_MK = expert_gates(logits_MK, kind="softmax")
         gates_BK = gates_MK[self._tasks_of_rows(adapter_name, x)]
+        # Dimensions of size 1 for the positions between row and expert.
         return gates_BK.unflatten(0, (-1, *[1] * (x.ndim - 2)))
 
     def hidden(self, adapter_name: str, x: Tensor, a_PI: Tensor) -> Tensor:
@@ -74,6 +78,7 @@ class MtlLoraLinear(ExpertLinear):
     def frozen_factors(self, adapter_name: str, gates_K: Tensor | None = None) -> Pair:
         """Returns A' = Λ_t A (R, I) and B' (O, R) for the task set with MtlLoraModel.rows_of."""
         a_RI, b_OR = super().frozen_factors(adapter_name, gates_K)
+        # As for an input of one row, so a single task must be set.
         (task,) = self._tasks_of_rows(adapter_name, a_RI[:1])
         return self.badit_lambda[adapter_name][task].to(a_RI) @ a_RI, b_OR
 
@@ -117,6 +122,7 @@ class MtlLoraModel(ExpertModel):
         for layer in self.expert_layers():
             for adapter_name in layer.running_adapters:
                 if adapter_name not in row_tasks:
+                    # Adapters may list their tasks in different orders.
                     indices = _indices(names, self.peft_config[adapter_name].tasks)
                     row_tasks[adapter_name] = indices.to(layer.device)
         routing = RoutingContext.of(self.model)

@@ -104,6 +104,7 @@ def _sum_of_losses(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
     labelled_BT = targets_BT != IGNORED_LABEL
     logits_LV = model(**texts, use_cache=False).logits[:, :-1][labelled_BT].float()
     losses_L = F.cross_entropy(logits_LV, targets_BT[labelled_BT], reduction="none")
+    # The example of each label: each loss is divided by its example's number of labels.
     rows_L = labelled_BT.nonzero()[:, 0]
     return (losses_L / labelled_BT.sum(dim=1)[rows_L]).sum()
 
@@ -154,6 +155,7 @@ def trained_parameters(
     for name, mlp in _mlps(model).items():
         for key, (parameter, _) in mlp.parameters.items():
             counts[key] = parameter.numel()
+            # All neurons of an MLP have equally many entries.
             if masks is not None:
                 counts[key] = parameter.numel() // len(masks[name]) * int(masks[name].sum())
     return counts
@@ -178,6 +180,7 @@ def _mlps(model: PreTrainedModel) -> dict[str, Mlp]:
                 for key, has_rows in rows.items()
             }
             mlps[name] = Mlp(children[last], parameters)
+    # Otherwise layers of another kind would stay frozen without notice.
     if len(mlps) != getattr(model.config.get_text_config(), "num_hidden_layers", None):
         raise BaditError(
             f"task neurons do not support this model of type {model.config.model_type}; every "

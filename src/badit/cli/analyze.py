@@ -9,8 +9,10 @@ from badit.cli.derived import derive
 
 
 def _shown(target: str, tables: Any, options: dict[str, Any]) -> str:
+    # A run or a comparison has one of these; else the target is a base model.
     names = ("config.yaml", "results.json")
     is_folder = any((Path(target) / name).is_file() for name in names)
+    # The folder that analyze() has written to.
     folder = Path(options.get("output") or (target if is_folder else "runs/analysis"))
     rows = [[name, f"{len(frame):,}"] for name, frame in tables.items()]
     listed = load("badit.support.text").text_table(["table", "rows"], rows, right={1})

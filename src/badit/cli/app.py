@@ -20,7 +20,9 @@ app = App(
     ),
     version=f"badit {__version__}",
     help_format="plaintext",
+    # Flags have no --no-NAME unless they are of the type Enabled.
     default_parameter=Parameter(negative_bool=()),
+    # main() prints the result, and reports an interruption.
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )

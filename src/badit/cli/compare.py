@@ -28,16 +28,17 @@ def compare(
         dry_run: check everything, print the methods, their budgets and the estimated costs of one
             run, and exit.
     """
-    given = read_recipe(recipe, overrides)
+    loaded_recipe = read_recipe(recipe, overrides)
     if dry_run:
-        return "\n".join(load("badit.authoring.dry_run").check_comparison(given))
+        return "\n".join(load("badit.authoring.dry_run").check_comparison(loaded_recipe))
     # SIGTERM (from a batch system) is handled like Ctrl-C: the cells run in separate sessions and
     # must be stopped too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    results = load("badit.comparison.compare").compare(given, jobs=jobs)
-    path = Path(given.output) / load("badit.comparison.results").RESULTS
+    results = load("badit.comparison.compare").compare(loaded_recipe, jobs=jobs)
+    path = Path(loaded_recipe.output) / load("badit.comparison.results").RESULTS
+    # Printed here, because the returned value is the exit code.
     show(f"{table(path)}\n\nResults: {path}")
-    show(write_report_if_possible([given.output], path.with_name("report.html")))
+    show(write_report_if_possible([loaded_recipe.output], path.with_name("report.html")))
     return int("failed" in set(results.cells["status"]))
 
 

@@ -27,6 +27,7 @@ def derive(function: Callable[..., Any], show: Show, module: str) -> None:
         load(module)
         return show(target, function(target, *arguments, **options), options)
 
+    # cyclopts reads the parameters and the help from these attributes of a function.
     signature = inspect.Signature(parameters)
     command.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -43,8 +44,10 @@ def _parameters(function: Callable[..., Any], is_method: bool) -> list[inspect.P
     else:
         parameters = [first.replace(annotation="str")]
     for parameter in others:
+        # Annotations in api.py are strings, because their evaluation is postponed.
         path_type = "Output" if parameter.name == "output" else "str"
         annotation = parameter.annotation.replace("AnyPath", path_type)
+        # A flag that is set by default needs --no-NAME.
         if parameter.default is True:
             annotation = "Enabled"
         parameters.append(parameter.replace(annotation=annotation))

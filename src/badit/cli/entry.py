@@ -30,6 +30,7 @@ _COMMANDS = (
     "push",
     "generate",
 )
+# A command's module adds it to the app.
 for _name in _COMMANDS:
     import_module(f"badit.cli.{_name}")
 
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with explained():
             _refuse_launcher(words)
+            # cyclopts raises its errors, so that all errors are printed in the same form.
             result = app(words, exit_on_error=False, print_error=False)
         if isinstance(result, str) and is_main_process():
             show(result)
@@ -69,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _report_interruption(words)
         return 130
     except BrokenPipeError:  # the reader of the pipe (head, less) has closed it
+        # Python flushes stdout again when it exits, which would fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return result if isinstance(result, int) else 0
@@ -82,6 +85,7 @@ def _refuse_launcher(words: Sequence[str]) -> None:
 
 
 def _is_training_in_processes() -> bool:
+    # A process that has not imported torch has not begun to train.
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available():
         return False
@@ -103,6 +107,7 @@ def _complain(text: str) -> None:
 
 def quiet_libraries() -> None:
     """Hides notices of libraries, unless environment variables are set."""
+    # Libraries read their verbosity when they are imported, which is later.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # its errors are also raised
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

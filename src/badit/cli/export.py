@@ -16,6 +16,7 @@ def _shown(run: Run, exported: Any, options: dict[str, Any]) -> str:
     no_gates = "none: the run has no gates that depend on the prompt"
     facts = {"mixture": exported.record["mixture"] or no_gates}
     folder = shlex.quote(str(exported.folder))
+    # A merged model has no rank.
     if exported.rank is None:
         facts["model"] = folder
         facts["vLLM"] = f"vllm serve {folder}"
@@ -39,11 +40,12 @@ def _facts_of_adapter(run: Run, exported: Any) -> dict[str, str]:
     if recipe.model.revision:
         vllm += ["--revision", recipe.model.revision]
     vllm += ["--enable-lora", "--max-lora-rank", str(exported.max_lora_rank), "--lora-modules"]
-    for part in exported.tasks.values() or [exported]:
-        vllm.append(f"{part.folder.resolve().name}={part.folder}")
+    for lora in exported.tasks.values() or [exported]:
+        vllm.append(f"{lora.folder.resolve().name}={lora.folder}")
     folder = shlex.quote(str(exported.folder))
     adapter = f"{folder}/TASK" if exported.tasks else folder
     convert = f"convert_lora_to_gguf.py {adapter}"
+    # The converter looks the base model up on the hub, unless --base is given.
     if not hub_id(recipe):
         convert += f" --base {shlex.quote(base)}"
     return {

@@ -16,6 +16,7 @@ from badit.support.files import lines_of, read_json
 @app.command
 def generate(  # noqa: PLR0913 (the command's options)
     run: RunPath,
+    # Also for the prompt - (standard input).
     prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     *,
     file: str | None = None,
@@ -43,6 +44,7 @@ def generate(  # noqa: PLR0913 (the command's options)
     if file is None:
         text = prompt or ""
         if text == "-":
+            # echo and editors add a line break.
             text = sys.stdin.read().removesuffix("\n")
         return opened.generate(text, task=task, raw=raw, max_new_tokens=max_new_tokens)
     texts = _inputs(Path(file))

@@ -19,9 +19,11 @@ def tasks(source: str, *overrides: str, show: NonNegativeInt = 0) -> str:
             statistics.
     """
     loading = load("badit.recipe.loading")
+    # Data in the current directory may have the name of a recipe.
     is_shipped = source in loading.shipped_recipes() and not Path(source).exists()
     if is_shipped or Path(source).suffix in (".yaml", ".yml"):
         recipe = loading.load_recipe(source, overrides)
     else:
+        source = load("badit.recipe.schema").source_of(source)
         recipe = loading.build_recipe({"data": {"source": source}}, overrides)
     return load("badit.authoring.preview").preview(recipe, show)

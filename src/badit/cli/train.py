@@ -21,11 +21,12 @@ def train(
         allow_changed_inputs: resume the run even if its data, base model or tokenizer have
             changed, and record the change.
     """
-    given = read_recipe(recipe, overrides)
+    loaded_recipe = read_recipe(recipe, overrides)
     if dry_run:
-        text = load("badit.recipe.saved").dump_recipe(given)
-        return "\n".join([text, *load("badit.authoring.dry_run").check(given)])
-    run = load("badit.api").train(given, allow_changed_inputs=allow_changed_inputs)
+        text = load("badit.recipe.saved").dump_recipe(loaded_recipe)
+        return "\n".join([text, *load("badit.authoring.dry_run").check(loaded_recipe)])
+    run = load("badit.api").train(loaded_recipe, allow_changed_inputs=allow_changed_inputs)
+    # Only rank 0 scores.
     if not is_main_process():
         return None
     problem = run.environment.get("diverged")

@@ -23,8 +23,10 @@ def check(grid: Grid, finished: FinishedCells) -> tuple[list[str], dict[str, int
     section = grid.section
     _refuse_other_output(grid)
     start_rate = grid.start_rates[section.reference]
+    # All methods train on the reference's data, so its tasks are checked for all.
     reference = grid.run_of(grid.chosen(section.reference, start_rate)[0])
     if section.learning_rates is not None:
+        # The search compares validation losses.
         reference.refuse_unscorable("validation")
     _refuse_equal_orders(grid, reference)
     if section.single_task:
@@ -32,6 +34,7 @@ def check(grid: Grid, finished: FinishedCells) -> tuple[list[str], dict[str, int
     tasks = [task.name for task in reference.tasks]
     counts = {}
     for name in section.methods:
+        # The model is a skeleton on the meta device: counting needs no weights.
         with of_key(f"methods.{name}"):
             run = grid.run_of(Cell(name))
             method, model = on_skeleton(run.recipe, run.method, tasks)
@@ -51,6 +54,7 @@ def _refuse_other_output(grid: Grid) -> None:
 def _refuse_equal_orders(grid: Grid, reference: ResolvedRun) -> None:
     sequences = []
     for order in grid.section.orders or ():
+        # Orders with different names can be equal for the chosen tasks.
         sequence = [task.name for task in ordered(reference.tasks, order)]
         if sequence in sequences:
             problem = "two of them order these tasks in the same way; remove one"
@@ -73,6 +77,7 @@ def _refuse_other_budget(grid: Grid, counts: Mapping[str, int]) -> None:
         return
     budget = counts[section.budget]
     for name, count in counts.items():
+        # A method that trains nothing cannot match a budget.
         is_exempt = not count or name in section.unmatched
         if not is_exempt and abs(count - budget) > _TOLERANCE * budget:
             problem = f"trains {count:,} parameters, {section.budget} trains {budget:,}"
@@ -91,9 +96,11 @@ def _refuse_changed_runs(grid: Grid, finished: FinishedCells, tasks: list[str]) 
             continue
         run = grid.run_of(cell)
         data = run.recipe.data.model_dump_json()
+        # Hashing the tasks takes long, and most cells have the same data.
         if data not in fingerprints:
             fingerprints[data] = task_fingerprints(run.tasks)
         if has_folder:
+            # Refuses a folder with a run of another recipe.
             run.prepare_folder()
             keep_inputs(run.folder, fingerprints[data])
         else:
@@ -104,6 +111,7 @@ def _all_cells(grid: Grid, tasks: list[str]) -> list[Cell]:
     ladder = grid.section.learning_rates
     cells = []
     for name, start_rate in grid.start_rates.items():
+        # The search may choose any rate of the ladder, so the final cells of each are checked.
         for rate in ladder or [start_rate]:
             cells += grid.chosen(name, rate, tasks)
             if ladder:

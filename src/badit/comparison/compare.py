@@ -67,6 +67,7 @@ def compare(
         try:
             comparison.run()
         finally:
+            # Also after an error or Ctrl-C: results.json has all cells that finished.
             comparison.save()
     return load_results(output)
 
@@ -90,11 +91,12 @@ class _Comparison:
         self._rates: dict[str, float | None] = {}  # of the methods whose search has ended
         # The cell and the GPU of each process.
         self._running: dict[Popen[bytes], tuple[Cell, int | None]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # for _running, _stopping and the file of results
         self._stopping = False
 
     def run(self) -> None:
         self._find_known_rates()
+        # Each method starts with its search, which returns its further cells.
         todo = deque[Task](partial(self._search, name) for name in self._grid.start_rates)
         running: set[Future[list[Task] | None]] = set()
         with ThreadPoolExecutor(self._jobs) as pool, status("starting") as show:
@@ -102,6 +104,7 @@ class _Comparison:
                 while todo or running:
                     while todo and len(running) < self._jobs:
                         running.add(pool.submit(todo.popleft()))
+                    # The timeout keeps the progress up to date while no cell ends.
                     done, running = wait(running, timeout=2, return_when=FIRST_COMPLETED)
                     show(self._progress())
                     for future in done:
@@ -110,6 +113,7 @@ class _Comparison:
                         todo.extendleft(cells[:1])
                         todo.extend(cells[1:])
             except BaseException:
+                # Each cell saves a checkpoint and ends, so the same command continues all of them.
                 self._stop(signal.SIGTERM)
                 try:
                     pool.shutdown(wait=True, cancel_futures=True)
@@ -166,6 +170,7 @@ class _Comparison:
         def loss_of(rate: float) -> float:
             cell = self._grid.searched(name, rate)
             finished_loss = self._finished.validation_loss(cell)
+            # The cell's folder is gone, but its entry is in results.json.
             if finished_loss is not None:
                 return finished_loss
             if run:
@@ -183,6 +188,7 @@ class _Comparison:
             return
         run = self._grid.run_of(cell)
         run.prepare_folder()
+        # The file that a cell writes last, so it says that the cell is done.
         result = run.folder.instances_path if score else run.folder.validation_path
         if result.is_file():
             return
@@ -192,6 +198,7 @@ class _Comparison:
             code = process.wait()
         with self._lock:
             del self._running[process]
+        # The comparison stopped the cell, so its end is not a failure.
         if self._stopping and code != 0:
             raise KeyboardInterrupt
 
@@ -199,6 +206,7 @@ class _Comparison:
         outcome = "done" if error is None else f"FAILED ({error})"
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
         self._report(f"{cell}: {outcome} in {minutes}:{seconds:02d}")
+        # badit table and report can show the results while other cells run.
         if score:
             self.save()
 
@@ -206,6 +214,7 @@ class _Comparison:
         """Starts a cell's process; KeyboardInterrupt if the comparison is stopping."""
         threads = gpu = None  # a single job uses all cores and GPUs
         with self._lock:
+            # Under the lock: a process started after the signal to all cells would not receive it.
             if self._stopping:
                 raise KeyboardInterrupt
             self._report(f"{cell}: {'training and scoring' if score else 'training'}")

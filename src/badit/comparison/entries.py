@@ -16,6 +16,9 @@ from badit.support.errors import explained
 from badit.support.files import read_json
 from badit.training.fit import joint_training
 
+# The fields of a line of regroupings.jsonl that results.json keeps.
+_OF_REGROUPINGS = ("step", "module", "components_moved", "objective_before", "objective_after")
+
 
 def results_content(
     grid: Grid,
@@ -38,9 +41,11 @@ def results_content(
         searched = [grid.searched(method, rate) for rate in section.learning_rates or ()]
         entries += [finished.entry(cell) or run_entry(grid, cell, selected=True) for cell in chosen]
         for cell in searched:
+            # Without compare.search, the trial of the chosen rate is also a final run.
             if cell in chosen:
                 continue
             entry = finished.entry(cell, selected=False)
+            # The search does not try every rate.
             if entry is None and grid.folder_of(cell).path.is_dir():
                 entry = run_entry(grid, cell, selected=False)
             if entry is not None:
@@ -49,6 +54,7 @@ def results_content(
     for method in alone:
         for seed in grid.seeds_of(method):
             cell = Cell(method, rates[method], seed)
+            # One entry stands for the runs on all tasks, so any task finds it.
             entry = finished.entry(replace(cell, task=tasks[0]))
             entries.append(entry or single_task_entry(grid, cell, tasks))
     return {
@@ -70,6 +76,7 @@ def run_entry(grid: Grid, cell: Cell, *, selected: bool) -> dict[str, Any]:
     if loss is not None and math.isfinite(loss):  # JSON has no NaN or infinity
         entry["validation_loss"] = loss
     recipe = grid.run_of(cell).recipe
+    # A later comparison recognises changed recipes by it if the run's folder is gone.
     entry["config"] = recipe.model_dump(mode="json", exclude={"compare"})
     entry["environment"] = folder.known_environment
     if cell.order is not None and entry["scores"] is not None:
@@ -85,6 +92,7 @@ def single_task_entry(grid: Grid, cell: Cell, tasks: Sequence[str]) -> dict[str,
     entry["method"] += SINGLE_TASK
     if done:
         trainings = [folder.environment["training"] for folder in folders]
+        # As one model per task, whose parameters add up; joint_training takes the maximum.
         trained = sum(training["trainable_parameters"] for training in trainings)
         joint = {**joint_training(trainings), "trainable_parameters": trained}
         entry["environment"] = {**folders[0].known_environment, "training": joint}
@@ -109,6 +117,7 @@ def _entry(
         status = "done"
     elif errors:
         status = "failed"
+    # Each single-task run has the instances of its own task.
     instances: dict[str, Any] = {}
     for folder in folders:
         if folder.instances_path.is_file():
@@ -117,8 +126,9 @@ def _entry(
     if done and instances:
         fix = "delete the file to write it again"
         with explained(folders[0].instances_path, fix=fix, any_error=True):
+            # From the instances, so that single-task runs get the same means as a run on all tasks.
             scores = mean_scores(instances)
-    return {
+    entry = {
         "method": cell.method,
         "seed": cell.seed,
         "order": None if cell.order is None else order_name(cell.order),
@@ -132,11 +142,33 @@ def _entry(
         "scores": scores,
         "instances": None if scores is None else instances,
     }
+    if done and (regroupings := logged_regroupings(folders)):
+        entry["regroupings"] = regroupings
+    return entry
+
+
+def logged_regroupings(folders: Sequence[RunFolder]) -> dict[str, list[Any]]:
+    """Returns the columns of the runs' logs of regroupings, without labels; empty without a log.
+
+    There is a row for each layer and regrouping. The column ``run`` is the name of its folder.
+    """
+    rows = []
+    for folder in folders:
+        with explained(folder.regroupings_path, fix="delete the file to skip it", any_error=True):
+            rows += [
+                [folder.path.name, *(line[field] for field in _OF_REGROUPINGS)]
+                for line in folder.log(folder.regroupings_path)
+            ]
+    if not rows:
+        return {}
+    names = ("run", *_OF_REGROUPINGS)
+    return {name: [*column] for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 
 
 def _sequence(grid: Grid, cell: Cell, folder: RunFolder) -> dict[str, Any]:
     """Returns the fields of a sequence's entry: tasks, matrix, and scores of continual learning."""
     scores = read_scores(folder.scores_path)
+    # Forward transfer needs the score of a model trained on each task alone.
     singles = _single_task_folders(grid, cell, scores["order"])
     scores_alone = None
     if all(single.instances_path.is_file() for single in singles):
@@ -155,6 +187,7 @@ def validation_loss(folder: RunFolder) -> float | None:
         fix = "delete the file to measure the loss again"
         with explained(path, fix=fix, any_error=True):
             return float(read_json(path)["loss"])
+    # The search continues without the rates that failed.
     if (folder.path / ERROR).is_file():
         return math.inf
     return None

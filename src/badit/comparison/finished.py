@@ -66,6 +66,7 @@ class FinishedCells:
         output = Path(self._grid.recipe.output)
         keys = {_key(cell, selected) for cell in cells for selected in (True, False)}
         for key in self._entries.keys() - keys:
+            # In the method's folder, a recipe with these cells would find their results again.
             if not (output / key[0].removesuffix(SINGLE_TASK)).is_dir():
                 self._refuse("has results without their runs")
 

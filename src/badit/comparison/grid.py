@@ -43,30 +43,31 @@ class Cell:
         """The cell's folder, relative to the folder of the comparison."""
         if self.learning_rate is None:
             return self.method
-        parts = [self.method]
+        names = [self.method]
         if self.task:
-            parts.append("single")
+            names.append("single")
         elif self.order:
-            parts.append(f"order-{order_name(self.order)}")
+            names.append(f"order-{order_name(self.order)}")
         if self.is_search:
-            parts.append("search")
-        parts += [f"lr-{self.learning_rate:g}", f"seed-{self.seed}"]
+            names.append("search")
+        names += [f"lr-{self.learning_rate:g}", f"seed-{self.seed}"]
         if self.task:
-            parts.append(self.task)
-        return "/".join(parts)
+            names.append(self.task)
+        return "/".join(names)
 
 
 def order_name(order: str | Sequence[str]) -> str:
     """Returns a short folder name for an order; a name that is cut ends with a hash."""
     if isinstance(order, str):
         return order
+    # The numbers identify tasks of Super-NaturalInstructions.
     numbers = [re.sub(r"^(task\d+)_.*", r"\1", name) for name in order]
     are_distinct = len(set(numbers)) == len(numbers)
     name = "-".join(numbers if are_distinct else order)
     if len(name) <= _LONGEST_NAME:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{name[: _LONGEST_NAME - 9]}-{digest}"
+    return f"{name[: _LONGEST_NAME - 9]}-{digest}"  # 9: the hyphen and the hash
 
 
 class Grid:
@@ -88,11 +89,13 @@ class Grid:
             self.start_rates[name] = self._start_rate(name)
         self._refuse_section()
         reference = self.section.reference
+        # Only to check compare.search before any run starts.
         with of_key("search"):
             self.recipe_of(self.searched(reference, self.start_rates[reference]))
 
     def _start_rate(self, name: str) -> float | None:
         """Returns the rate at which a method's search begins, or None if it does not train."""
+        # The name is part of folder names, so it has no slash and no leading dot.
         if not re.fullmatch(r"[\w][\w.+-]*", name):
             fix = "use letters, digits, - and _"
             raise BaditError(f"compare.methods: {name!r:.60} is not a valid name; {fix}")
@@ -145,6 +148,7 @@ class Grid:
     def chosen(self, method: str, rate: float | None, tasks: Sequence[str] = ()) -> list[Cell]:
         """Returns all cells of a method at its chosen rate, and those of the single ``tasks``."""
         if self.start_rates[method] is None:
+            # An untrained model depends on no rate, seed or order.
             return [Cell(method)]
         seeds = self.seeds_of(method)
         cells = [Cell(method, rate, seed, order) for seed in seeds for order in self.orders]
@@ -153,7 +157,9 @@ class Grid:
         return cells
 
     def recipe_of(self, cell: Cell) -> Recipe:
+        # Only what was set: whether training.learning_rate is a default decides if it is refused.
         values = self.recipe.model_dump(exclude={"compare"}, exclude_unset=True)
+        # Sections that were not set must exist, because values are added below.
         values = merged({"training": {}, "data": {}}, values)
         entry = self.section.methods[cell.method]
         values["method"] = dict(entry.model_extra or {})
@@ -181,6 +187,7 @@ class Grid:
 
     def folder_of(self, cell: Cell) -> RunFolder:
         output = Path(self.recipe.output)
+        # Names of tasks come from data, and must not lead out of the comparison's folder.
         return RunFolder.at(inside(output, output / str(cell)))
 
 

@@ -27,8 +27,10 @@ def find_rate(
         return losses.get(index, math.inf)
 
     while True:
+        # The lower neighbour comes first: if it is better, the higher one is not trained.
         lower_is_better = loss_at(best) > loss_at(best - 1)
         all_failed = min(losses.values()) == math.inf
+        # If all losses are infinite, the rates were probably too high.
         if lower_is_better or (best and all_failed):
             best -= 1
         elif loss_at(best) > loss_at(best + 1):
@@ -36,4 +38,5 @@ def find_rate(
         else:
             break
     level_rates = [index for index, loss in losses.items() if loss < losses[best] + level]
+    # The list is empty with level 0, and if all runs failed.
     return ladder[min([*level_rates, best])]

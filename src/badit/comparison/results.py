@@ -121,13 +121,12 @@ def load_results(path: str | os.PathLike[str]) -> Results:
             problem = f"has no {RESULTS}, so it is not a comparison"
             raise BaditError(f"{file.parent}: {problem}; run: badit compare RECIPE")
 
-    content = read_json(file)
-    refuse_other_format(content, file, FORMAT)
-    with explained(file):
-        contents = _File.model_validate(content)
+    _, contents = _read(file)
+    # The schema checks each field; these are checks between fields.
     refuse_unknown(f"{file}: reference", contents.reference, contents.methods)
-    final = _final_cells(file, contents)
 
+    # One row per score, so that every statistic is a group of rows.
+    final = _final_cells(file, contents)
     scores = [
         (*run, task, metric, score, means.instances)
         for run, cell in final.items()
@@ -158,6 +157,14 @@ def load_results(path: str | os.PathLike[str]) -> Results:
     )
 
 
+def _read(file: Path) -> tuple[dict[str, Any], _File]:
+    """Returns the content of a results file, as it is and in its schema."""
+    content = read_json(file)
+    refuse_other_format(content, file, FORMAT)
+    with explained(file):
+        return content, _File.model_validate(content)
+
+
 def _final_cells(file: Path, contents: _File) -> dict[tuple[Any, ...], Any]:
     """Returns the finished cells with a chosen learning rate, by run; BaditError if they differ."""
     final = {}
@@ -168,20 +175,26 @@ def _final_cells(file: Path, contents: _File) -> dict[tuple[Any, ...], Any]:
         if cell.status != "done" or not cell.selected:
             continue
         run = (cell.method, cell.seed, cell.order)
+        # Pairs of runs are found by method, seed and order.
         if run in final:
             problem = "has the method, seed and order of another cell; select only one of them"
             raise BaditError(f"{place}: {problem}")
         final[run] = cell
 
-        tasks = cell.scores.tasks if cell.scores else {}
-        sizes = {task: means.instances for task, means in tasks.items()}
+        sizes = {}
+        if cell.scores is not None:
+            sizes = {task: means.instances for task, means in cell.scores.tasks.items()}
+        # Means over tasks and paired differences need the same instances in every run.
         expected_sizes = expected_sizes or sizes
         if not sizes or sizes != expected_sizes:
             problem = "must have the tasks and numbers of instances of the other cells"
             raise BaditError(f"{place}.scores.tasks: {problem}")
-        by_task = cell.instances or {}
+
         for metric in METRICS:
-            lengths = {task: len(getattr(by_task[task], metric) or ()) for task in by_task}
+            lengths = {}
+            for task, scores in (cell.instances or {}).items():
+                lengths[task] = len(getattr(scores, metric) or ())
+            # Stored results may have no scores of instances, or none in this metric.
             if any(lengths.values()) and lengths != sizes:
                 problem = f"needs one {metric} score for each instance of scores.tasks"
                 raise BaditError(f"{place}.instances: {problem}")
@@ -193,6 +206,7 @@ def _frame(rows: Any, columns: list[str]) -> pd.DataFrame:
     types: dict[str, Any] = dict.fromkeys(numbers, float)
     types |= {"seed": "Int64", "trainable_parameters": "Int64"}
     types |= dict.fromkeys(["method", "order", "error"], object)
+    # Declared types, because those of empty columns and of missing integers would be guessed.
     frame = pd.DataFrame(rows, columns=columns)
     return frame.astype({name: types[name] for name in columns if name in types})
 
@@ -200,13 +214,13 @@ def _frame(rows: Any, columns: list[str]) -> pd.DataFrame:
 def write_results(file: Path, content: Mapping[str, Any]) -> None:
     """Writes a results file with one line per cell, so that a difference names its cell."""
     as_json = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
-    parts = []
+    fields = []
     for key, value in content.items():
         text = as_json(value)
         if isinstance(value, list):
             text = "[\n" + ",\n".join(map(as_json, value)) + "\n]"
-        parts.append(f"{as_json(key)}: {text}")
-    write_text(file, "{\n" + ",\n".join(parts) + "\n}\n")
+        fields.append(f"{as_json(key)}: {text}")
+    write_text(file, "{\n" + ",\n".join(fields) + "\n}\n")
 
 
 def finished_cells(folder: Path) -> list[dict[str, Any]]:
@@ -217,8 +231,8 @@ def finished_cells(folder: Path) -> list[dict[str, Any]]:
     file = folder / RESULTS
     if not file.is_file():
         return []
-    load_results(file)  # BaditError if it is damaged
-    return [cell for cell in read_json(file)["cells"] if cell["status"] == "done"]
+    content, _ = _read(file)
+    return [cell for cell in content["cells"] if cell["status"] == "done"]
 
 
 def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard") -> pd.DataFrame:
@@ -241,10 +255,10 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
         ``peak_memory_gib``, the maximum.
     """
     refuse_unknown("form", form, FORMS)
-    final = results.cells.loc[(results.cells["status"] == "done") & results.cells["selected"]]
-    cells = final.groupby("method")
+    cells = results.cells.query("status == 'done' and selected").groupby("method")
     means = task_means(results, metric)
     ascending = METRICS[metric].lower_is_better
+    # Equal scores that differ by rounding errors share a rank.
     task_ranks = means.round(DECIMALS).rank(axis="columns", ascending=ascending)
     columns = {
         "runs": cells.size(),
@@ -257,10 +271,15 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
         "seconds": cells["seconds"].median(),
         "peak_memory_gib": cells["peak_memory_gib"].max(),
     }
+    # The index adds the methods without a finished run.
     summary = pd.DataFrame(columns, index=pd.Index(results.methods, name="method", dtype=object))
-    types = {**dict.fromkeys(columns, float), "learning_rate": object, "level": "boolean"}
+    # Nullable types: a method may have no finished run, or no pair of runs with the reference.
+    types: dict[str, Any] = dict.fromkeys(columns, float)
+    types |= {"learning_rate": object, "level": "boolean"}
     types |= dict.fromkeys(["trainable_parameters", "difference_runs"], "Int64")
-    return summary.astype(types).fillna({"runs": 0}).astype({"runs": int}).reset_index()
+    summary = summary.astype(types)
+    summary["runs"] = summary["runs"].fillna(0).astype(int)
+    return summary.reset_index()
 
 
 def _listed(learning_rates: pd.Series) -> str | None:
@@ -269,21 +288,26 @@ def _listed(learning_rates: pd.Series) -> str | None:
 
 def _spreads(results: Results, form: Form) -> dict[str, pd.Series]:
     """Returns the mean and the standard deviation over runs of each metric, by method."""
+    # A missing seed or order is a run too. fmean sums exactly, so the order of rows has no effect.
     groups = results.scores.groupby([*_RUN, "metric"], sort=False, dropna=False)
     by_run = groups["score"].agg(fmean).reset_index().set_index("method")
-    transfers = results.continual.loc[results.continual["form"] == form].set_index("method")
-    values = {name: by_run.loc[by_run["metric"] == name, "score"] for name in METRICS}
-    values |= {name: transfers[name].dropna() for name in Transfer.model_fields}
+    transfers = results.continual.query("form == @form").set_index("method")
     columns = {}
-    for name, scores in values.items():
-        by_method = scores.groupby("method")
+    for name in (*METRICS, *Transfer.model_fields):
+        if name in METRICS:
+            values = by_run.query("metric == @name")["score"]
+        else:
+            values = transfers[name].dropna()
+        by_method = values.groupby("method")
         columns[f"{name}_mean"] = by_method.agg(fmean)
         columns[f"{name}_std"] = by_method.agg(_deviation)
     return columns
 
 
 def _deviation(values: pd.Series) -> float | None:
-    return stdev(values) if len(values) > 1 else None
+    if len(values) > 1:
+        return stdev(values)
+    return None
 
 
 def _differences(results: Results, metric: str) -> dict[str, Any]:
@@ -292,9 +316,11 @@ def _differences(results: Results, metric: str) -> dict[str, Any]:
     for method in results.methods:
         if method == results.reference:
             continue
+        # Results without scores of instances have no differences.
         if pairs := paired_differences(results, method, metric):
             rows[method] = paired_bootstrap(pairs)
     frame = pd.DataFrame(rows.values(), index=list(rows), columns=Difference._fields)
+    # Two one-sided tests at 5 %.
     margin = METRICS[metric].margin
     level = (frame["inner_low"] > -margin) & (frame["inner_high"] < margin)
     return {**frame.add_prefix("difference_"), "level": level}
@@ -302,7 +328,7 @@ def _differences(results: Results, metric: str) -> dict[str, Any]:
 
 def task_means(results: Results, metric: str = "rouge_l") -> pd.DataFrame:
     """Returns the mean scores over runs: a row per task, a column per method that has scores."""
-    scores = results.scores.loc[results.scores["metric"] == metric]
+    scores = results.scores.query("metric == @metric")
     if results.scored_methods and scores.empty:
         raise BaditError(f"metric: the results have no scores in {metric}; choose another metric")
     means = scores.pivot_table("score", "task", "method", fmean, sort=False)
@@ -315,25 +341,29 @@ def paired(frame: pd.DataFrame, method: str, other: str) -> pd.DataFrame:
     A run without a seed (or order) is paired with the runs of every seed (or order) of the other
     method. The other method's columns are named ``seed_other``, ``order_other``, ``score_other``.
     """
+    # Frames of scores have no column for instances.
     shared = [column for column in ("task", "metric", "instance", "n") if column in frame]
-    of_method = frame.loc[frame["method"] == method]
-    of_other = frame.loc[frame["method"] == other].drop(columns="method")
+    of_method = frame.query("method == @method")
+    of_other = frame.query("method == @other").drop(columns="method")
     pairs = of_method.merge(of_other, on=shared, suffixes=("", "_other"))
     for column in ("seed", "order"):
         ours = pairs[column]
         theirs = pairs[f"{column}_other"]
-        pairs = pairs.loc[((ours == theirs) | ours.isna() | theirs.isna()).astype(bool)]
+        is_pair = (ours == theirs) | ours.isna() | theirs.isna()
+        pairs = pairs.loc[is_pair.astype(bool)]
     return pairs
 
 
 def paired_differences(results: Results, method: str, metric: str) -> dict[str, np.ndarray]:
     """Returns the differences (S runs, N instances) to the reference, per task; {} if no pairs."""
-    of_metric = results.instances.loc[results.instances["metric"] == metric]
+    of_metric = results.instances.query("metric == @metric")
     pairs = paired(of_metric, method, results.reference)
     runs = ["seed", "order", "seed_other", "order_other"]
+    # A run can be paired with several runs of the reference, each a run of its own here.
     pairs["run"] = pairs.groupby(runs, sort=False, dropna=False).ngroup()
     pairs["difference"] = pairs["score"] - pairs["score_other"]
-    return {
-        str(task): of_task.pivot(index="run", columns="instance", values="difference").to_numpy()
-        for task, of_task in pairs.groupby("task")
-    }
+    differences = {}
+    for task, of_task in pairs.groupby("task"):
+        table_SN = of_task.pivot(index="run", columns="instance", values="difference")
+        differences[str(task)] = table_SN.to_numpy()
+    return differences

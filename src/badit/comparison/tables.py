@@ -20,6 +20,7 @@ _TRANSFER_TITLES = {
     "backward_transfer": "BWT",
     "forward_transfer": "FWT",
 }
+_PLACE = ["seed", "order", "learning_rate"]  # of a cell of a method
 _COSTS = {
     "rank": ("rank", "g"),
     "task_rank": ("task rank", ".1f"),
@@ -61,7 +62,8 @@ class Table(NamedTuple):
 def method_table(results: Results, metric: str = "rouge_l", released: bool = False) -> Table:
     """Returns a table with one row per method that has scores."""
     summary = summarise(results, metric, "released" if released else "standard")
-    summary = summary.loc[summary["runs"] > 0].reset_index(drop=True)
+    # The notes name methods without a finished run.
+    summary = summary.query("runs > 0").reset_index(drop=True)
     if results.protocol == "sequential":
         runs, score = "runs", "AP"
         spreads = {"rouge_l": score, **_TRANSFER_TITLES}
@@ -96,11 +98,12 @@ def method_table(results: Results, metric: str = "rouge_l", released: bool = Fal
         columns[title] = [number(value, form) for value in summary[name]]
 
     numbers = ["method", "trainable_parameters", "learning_rate", "runs"]
-    numbers += [f"{name}_{part}" for name in spreads for part in ("mean", "std")]
+    numbers += [f"{name}_{statistic}" for name in spreads for statistic in ("mean", "std")]
     numbers += [name for name in summary if name.startswith("difference_")] + ["level", *costs]
     notes = [*_difference_notes(results, summary, score, metric), *notes]
     texts = pd.DataFrame(columns, dtype=object)
-    return _with_omitted_cells(results, Table(texts, best, notes, summary[numbers]))
+    table = Table(texts, best, notes, summary.filter(numbers))
+    return _with_omitted_cells(results, table)
 
 
 def task_table(results: Results, metric: str) -> Table:
@@ -152,11 +155,12 @@ def _difference_texts(summary: pd.DataFrame, metric: str) -> list[str]:
     texts = []
     for row in summary.to_dict("records"):
         mean, low, high = (
-            score_text(row[f"difference_{part}"], metric, "+") for part in ("mean", "low", "high")
+            score_text(row[f"difference_{end}"], metric, "+") for end in ("mean", "low", "high")
         )
         text = mean
         if mean != UNKNOWN:
             text += f" [{low}, {high}]"
+        # Not decided (NA) without pairs of runs.
         if row["level"] is True:
             text += " ≈"
         texts.append(text)
@@ -175,7 +179,7 @@ def _difference_notes(
     ]
     if True in summary["level"].fillna(False).tolist():
         notes.append(f"≈: equivalent, the 90 % interval lies within ±{METRICS[metric].margin:g}")
-    compared = summary.loc[summary["method"] != reference].fillna({"difference_runs": 0})
+    compared = summary.query("method != @reference").fillna({"difference_runs": 0})
     columns = compared[["method", "runs", "difference_runs"]]
     for method, runs, shared in columns.itertuples(index=False):
         if shared < runs:
@@ -193,28 +197,30 @@ def _with_omitted_cells(results: Results, table: Table) -> Table:
     The latter become the last rows of the numbers.
     """
     notes = [*table.notes]
-    if unscored := [name for name in results.methods if name not in results.scored_methods]:
+    unscored = [name for name in results.methods if name not in results.scored_methods]
+    if unscored:
         notes.append(f"no finished run: {', '.join(unscored)}")
 
-    place = ["seed", "order", "learning_rate"]
-    is_omitted = results.cells["status"] != "done"
-    omitted = results.cells.loc[is_omitted, ["method", *place, "status", "error"]].astype(object)
-    missing = Counter(omitted.loc[omitted["status"] == "missing", "method"])
+    omitted = results.cells.query("status != 'done'")
+    omitted = omitted[["method", *_PLACE, "status", "error"]].astype(object)
+    missing = Counter(omitted.query("status == 'missing'")["method"])
     if missing:
-        counts = (f"{count} of {method}" for method, count in missing.items())
+        counts = [f"{count} of {method}" for method, count in missing.items()]
         notes.append(f"missing runs: {', '.join(counts)}")
-
-    failed = omitted.loc[omitted["status"] == "failed"]
-    for cell in failed.where(failed.notna(), None).to_dict("records"):
-        parts = [
-            f"{name.replace('_', ' ')} {cell[name]}" for name in place if cell[name] is not None
-        ]
-        note = f"failed: {', '.join([cell['method'], *parts])}"
-        if cell["error"]:
-            note += f" ({' '.join(cell['error'].split()):.100})"
-        notes.append(note)
+    failed = omitted.query("status == 'failed'").to_dict("records")
+    notes += map(_failure_note, failed)
+    # In CSV, a reader also sees the cells that the means leave out.
     numbers = pd.concat([table.numbers.astype(object), omitted])
     return table._replace(notes=[*map(one_line, notes)], numbers=numbers)
+
+
+def _failure_note(cell: dict[str, Any]) -> str:
+    coordinates = [name for name in _PLACE if pd.notna(cell[name])]
+    place = [f"{name.replace('_', ' ')} {cell[name]}" for name in coordinates]
+    note = f"failed: {', '.join([cell['method'], *place])}"
+    if pd.isna(cell["error"]) or not cell["error"]:
+        return note
+    return f"{note} ({' '.join(cell['error'].split()):.100})"
 
 
 def _lines(

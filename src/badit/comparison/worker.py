@@ -18,7 +18,7 @@ _BAR = re.compile(r"([^:\r\n]+): +(\d+%)\|[^|\r\n]*\| ([^\r\n]+)")
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
-    "TQDM_MININTERVAL": "5",
+    "TQDM_MININTERVAL": "5",  # seconds; each update adds a bar to the log
 }
 
 
@@ -32,15 +32,18 @@ def start_cell(
     """
     with exclusive(folder):  # a cell of a killed comparison may still be saving
         (folder / ERROR).unlink(missing_ok=True)
+    # Variables that the user has set take precedence.
     environment = {**_QUIET, **os.environ}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     if device is not None:
         visible = environment.get("CUDA_VISIBLE_DEVICES")
+        # torch counts only visible GPUs, so the index is one in this list.
         chosen = visible.split(",")[device] if visible else str(device)
         environment["CUDA_VISIBLE_DEVICES"] = chosen
-    part = "score" if score else "search"
-    command = [sys.executable, "-P", "-m", "badit.comparison.worker", str(folder), part]
+    purpose = "score" if score else "search"
+    # -P: a file in the current folder must not replace a module of Python or badit.
+    command = [sys.executable, "-P", "-m", "badit.comparison.worker", str(folder), purpose]
     with (folder / LOG).open("w", encoding="utf-8") as log:
         return subprocess.Popen(
             command,
@@ -68,6 +71,7 @@ def _description(code: int, folder: Path) -> str:
     if code >= 0:
         return f"ended with exit code {code}; see {folder / LOG}"
     name = signal.Signals(-code).name
+    # Linux ends processes by SIGKILL if memory runs out.
     hint = " (out of memory?)" if code == -signal.SIGKILL else ""
     return f"killed by {name}{hint}"
 
@@ -105,8 +109,9 @@ def run_cell(folder: Path, *, score: bool) -> int:
         with explained(folder), exclusive(folder):
             _run(folder, score)
     except KeyboardInterrupt:
-        return 130
+        return 130  # 128 + SIGINT, as in a shell
     except Exception as error:
+        # The log has the whole traceback, the comparison shows one line.
         traceback.print_exc()
         message = str(error)
         if not isinstance(error, BaditError):

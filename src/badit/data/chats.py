@@ -9,6 +9,8 @@ from badit.support.errors import BaditError
 
 # The names of roles in ShareGPT and other datasets.
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
+# Keys of messages whose content would be lost.
+_LOST = ("tool_calls", "function_call", "reasoning_content")
 
 
 def answers(messages: Sequence[Any], turns: Turns) -> Iterator[dict[str, Any]]:
@@ -19,16 +21,21 @@ def answers(messages: Sequence[Any], turns: Turns) -> Iterator[dict[str, Any]]:
     chat = tuple(_role_and_content(number, message) for number, message in enumerate(messages))
     numbers = [number for number, (role, _) in enumerate(chat) if role == "assistant"]
     if not numbers:
-        raise BaditError("messages: there is no assistant message; add an answer")
+        roles = ", ".join(sorted({role for role, _ in chat})) or "none"
+        raise BaditError(
+            f"messages: there is no assistant message (roles: {roles:.60}); add an answer, or name "
+            "its role assistant"
+        )
     if turns == "last":
         del numbers[:-1]
 
     for number in numbers:
+        # The message before the answer; "nothing" if there is none.
         *_, (role, text) = ("nothing", ""), *chat[:number]
         if role != "user":
             raise BaditError(
                 f"messages.{number}: an assistant message must follow a user message, "
-                f"not {role!r:.60}"
+                f"not {role!r:.60}; remove the row"
             )
         yield {"history": chat[: number - 1], "input": text, "output": chat[number][1]}
 
@@ -40,14 +47,15 @@ def _role_and_content(number: int, message: Any) -> tuple[str, str]:
         fields = message
     role = fields.get("role", fields.get("from"))
     content = fields.get("content", fields.get("value"))
+    # OpenAI's format: a list of parts, of which those without text are refused below.
     if isinstance(content, list):
         with suppress(TypeError, LookupError):  # not all parts are text
             content = "".join(part["text"] for part in content)
-    if not isinstance(role, str) or not isinstance(content, str) or fields.get("tool_calls"):
-        raise BaditError(
-            f"messages.{number}: must have a role and text as content, and no tool calls; "
-            "remove the row"
-        )
+    for key in _LOST:
+        if fields.get(key):
+            raise BaditError(f"messages.{number}: {key}: not used; remove it, or the row")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise BaditError(f"messages.{number}: must have a role and text as content; remove the row")
     return _ROLES.get(role, role), content
 
 

@@ -34,6 +34,7 @@ def read_dataset(source: Source, path: Path) -> list[Task]:
             (dataset[name], source.split_of(name), f"{source.path}: {name}")
             for name in _split_names(source, [*map(str, dataset)])
         ]
+    # The path may be ".", and the name of a dataset may have a configuration (org/name:CONFIG).
     task = source.task or os.path.basename(os.path.abspath(path)).partition(":")[0]
 
     def rows() -> Iterator[Row]:
@@ -41,12 +42,17 @@ def read_dataset(source: Source, path: Path) -> list[Task]:
             placed = rows_of_dataset(dataset, place)
             yield from read_rows(placed, source, task, split, strict=False)
 
-    files = [Path(file["filename"]) for dataset, *_ in splits for file in dataset.cache_files]
-    return build_tasks(source, files, rows())
+    # The Arrow files of the dataset, by which the cache knows whether the data has changed.
+    tables = [Path(file["filename"]) for dataset, *_ in splits for file in dataset.cache_files]
+    # The columns' types and labels are in JSON files next to the tables.
+    descriptions = [file for table in tables for file in sorted(table.parent.glob("*.json"))]
+    return build_tasks(source, [*tables, *descriptions], rows())
 
 
-def rows_of_dataset(dataset: Any, place: str) -> PlacedRows:
+def rows_of_dataset(dataset: Any, place: str, first: int = 1) -> PlacedRows:
     """Yields the place and the values of each row, with the values that other files have.
+
+    ``first`` is the number of the first row.
 
     Class labels become their names; NaN and an absent label (−1) become None. Columns of images,
     audio and video are left out, also those within other columns.
@@ -64,10 +70,13 @@ def rows_of_dataset(dataset: Any, place: str) -> PlacedRows:
         dataset = dataset.select_columns(plain)
 
     with explained(place, action="read", any_error=True):
-        for number, row in enumerate(dataset, start=1):
+        # Arrow reads damaged values out of bounds.
+        dataset.data.validate(full=True)
+        for number, row in enumerate(dataset, start=first):
             for name, value in row.items():
                 if value is None:
                     continue
+                # Only NaN differs from itself.
                 if value != value or (name in labels and value < 0):
                     row[name] = None
                 elif name in labels:
@@ -80,6 +89,9 @@ def _saved_dataset(source: Source) -> Any:
 
     folder = Path(source.path)
     with explained(folder, action="read", any_error=True):
+        for file in folder.rglob("dataset_info.json"):
+            read_json(file)  # so that an error names the file
+        # load_from_disk would read any file that these two name.
         for file in (*folder.rglob("dataset_dict.json"), *folder.rglob("state.json")):
             content = read_json(file)
             names = [entry["filename"] for entry in content.get("_data_files", ())]
@@ -90,6 +102,7 @@ def _saved_dataset(source: Source) -> Any:
                     raise BaditError(
                         f"{path}: is missing, or not a regular file; save the dataset again"
                     )
+        # The saved format can be that of torch, whose rows have tensors instead of plain values.
         return load_from_disk(str(folder)).with_format(None)
 
 

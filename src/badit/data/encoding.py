@@ -54,6 +54,7 @@ def encode_examples(
     end = end_of_turn_id(tokenizer, chat_template)
     examples = []
     for (task, instance), prompt, answer in zip(pairs, prompts, answers, strict=True):
+        # The end token follows the truncation, so that a truncated answer ends, too.
         example = {
             "task": task.name,
             "id": instance.id,
@@ -106,6 +107,7 @@ def _templated(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     """Returns the chat template's text of a prompt and its history."""
     turns = (*prompt.history, ("user", prompt.text))
     text = _rendered(tokenizer, turns, add_generation_prompt=True)
+    # A template may strip the message, but without it the answer would have no prompt.
     if prompt.text.strip() not in text:
         problem = "the rendered prompt lacks the message text"
         raise BaditError(f"chat_template: {problem}; {_TEMPLATE_FIX}")
@@ -147,6 +149,7 @@ def _truncated(
         if length > limit:
             text = _truncated_text(tokenizer, prompt, limit)
             prompt = prompt._replace(head="", input=text, tail="")
+        # A truncated text leaves no room, so its whole history is dropped.
         history = _recent_messages(tokenizer, prompt.history, limit - length)
         truncated[number] = prompt._replace(history=history)
     return truncated
@@ -162,6 +165,7 @@ def _truncated_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, limit: i
     for before, text in ((prompt.head, prompt.input), ("", prompt.head)):
         if fits(before + prompt.tail):
             # Bisect the number of characters to cut from the end.
+            # At least one, because text[:-0] is empty; cutting all of them fits, as just checked.
             cut = bisect_left(
                 range(len(text)), True, 1, key=lambda cut: fits(before + text[:-cut] + prompt.tail)
             )
@@ -218,6 +222,7 @@ def uses_template(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplat
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Returns the token ids of texts without special tokens."""
+    # A fast tokenizer raises an exception for an empty list.
     if not texts:
         return []
     # No warning about texts longer than the model's context window; they are truncated later.

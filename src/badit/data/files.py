@@ -4,8 +4,11 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from glob import escape, glob
+from glob import glob
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from badit.data.datasets import rows_of_dataset
 from badit.data.records import Row, build_tasks
@@ -14,6 +17,8 @@ from badit.data.source import SUFFIXES, Source
 from badit.data.tasks import SPLITS, Split, Task
 from badit.support.errors import BaditError, explained
 from badit.support.files import lines_of, parse_json, read_text
+
+_ROWS_PER_BATCH = 1_000  # of a Parquet file
 
 
 def read_files(source: Source, path: Path) -> list[Task]:
@@ -51,6 +56,7 @@ def starts_with_list(file: Path) -> bool:
 def _rows(source: Source, files: Sequence[Path]) -> Iterator[Row]:
     """Yields the rows of files. Among several files, a name such as test.csv gives the split."""
     splits: dict[Path, Split | None] = dict.fromkeys(files)
+    # A single file is a task of its own, even if it is named after a split.
     if len(files) > 1:
         splits = {file: source.split_of_file(file) for file in files}
     # With data.splits, names of files choose the files if any is named after a split.
@@ -69,6 +75,7 @@ def _rows(source: Source, files: Sequence[Path]) -> Iterator[Row]:
         # Other formats are often published datasets, with columns that badit does not need.
         strict = file.suffix in (".json", ".jsonl") and not source.columns
         for row in read_rows(_values(file), source, task, split, strict=strict):
+            # Only if the name of the file or folder has become the task.
             if row.task == task != source.task:
                 # Else two files or folders of one name would become one task.
                 other = origins.setdefault(task, origin)
@@ -83,17 +90,37 @@ def _values(file: Path) -> PlacedRows:
     """Yields the place and the value of each row of a file."""
     if file.suffix in (".csv", ".tsv"):
         return _csv_values(file)
-    if file.suffix not in (".parquet", ".arrow"):
-        return _json_values(file)
+    if file.suffix in (".parquet", ".arrow"):
+        return _table_values(file)
+    return _json_values(file)
 
-    from datasets import load_dataset
 
+def _table_values(file: Path) -> PlacedRows:
+    """Yields the rows of a Parquet or Arrow file."""
+    from datasets import Dataset
+
+    first = 1
     # A damaged file can raise any exception.
     with explained(file, action="read", any_error=True):
-        dataset = load_dataset(
-            file.suffix[1:], data_files=escape(str(file)), split="train", streaming=True
-        )
-    return rows_of_dataset(dataset, str(file))
+        for batch in _record_batches(file):
+            dataset = Dataset(pa.Table.from_batches([batch]), fingerprint="unused")
+            yield from rows_of_dataset(dataset, str(file), first)
+            first += len(batch)
+
+
+def _record_batches(file: Path) -> Iterator[pa.RecordBatch]:
+    if file.suffix == ".parquet":
+        with pq.ParquetFile(file) as table:
+            yield from table.iter_batches(_ROWS_PER_BATCH)
+        return
+    with pa.OSFile(str(file)) as stream:
+        is_stream = stream.read(6) != b"ARROW1"  # the beginning of Arrow's other format
+        stream.seek(0)
+        if is_stream:
+            yield from pa.ipc.open_stream(stream)
+            return
+        reader = pa.ipc.open_file(stream)
+        yield from map(reader.get_batch, range(reader.num_record_batches))
 
 
 def _csv_values(file: Path) -> PlacedRows:
@@ -102,6 +129,7 @@ def _csv_values(file: Path) -> PlacedRows:
     quotes = 'write " within a value as "", and the value in quotes'
     with (
         explained(file, action="read", any_error=True),
+        # Spreadsheets save CSV with a byte order mark. Line breaks may be within quotes.
         file.open(encoding="utf-8-sig", newline="") as stream,
     ):
         # Spreadsheets of some countries separate with semicolons.

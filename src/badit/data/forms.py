@@ -67,15 +67,18 @@ def refuse_form(row: Fields, source: Source, values: Mapping[str, Any]) -> NoRet
     for name in ("messages", "conversations"):
         if name in row and not source.maps_text:
             raise BaditError(f"{name}: must be a list of messages, not {row[name]!r:.60}")
+    # In every form with text, the first column is the prompt and the second the answer.
     answer_columns = [name for form in FORMS for name in form.columns[1:]]
     for name in ("outputs", *answer_columns):
         if name in values and values[name] is None:
             raise BaditError(f"{name}: has no answer; remove the row")
     refuse_misspelt("output", tuple(row))
-    raise BaditError(
-        f"unknown form of row: found {', '.join(row):.200}; "
-        "name the columns with data.columns.input=COLUMN data.columns.output=COLUMN"
-    )
+    fix = "name the columns with data.columns.input=COLUMN data.columns.output=COLUMN"
+    for name, value in row.items():
+        if isinstance(value, list) and not source.columns:
+            fix += f"; if {name!r:.60} is a chat, with data.columns.messages={name:.60}"
+            break
+    raise BaditError(f"unknown form of row: found {', '.join(row):.200}; {fix}")
 
 
 @lru_cache  # most rows have the same keys
@@ -83,6 +86,7 @@ def refuse_misspelt(key: str, keys: Columns) -> None:
     """Raises BaditError if a row lacks a key but has a similar one, which is probably misspelt."""
     if key in keys:
         return
+    # Case is ignored, so that Task is recognised as a misspelt task.
     by_lower_case = {name.lower(): name for name in keys}
     for similar in get_close_matches(key, by_lower_case, n=1, cutoff=0.8):
         raise BaditError(f"found {by_lower_case[similar]!r:.60}, did you mean {key!r}?")
@@ -113,6 +117,8 @@ def _from_instruction(row: Fields, columns: Columns, source: Source) -> Iterator
 
 def _from_prompt(row: Fields, columns: Columns, source: Source) -> Iterator[Fields]:
     prompt, answer = columns
+    if isinstance(row[prompt], list) or (answer == "completion" and isinstance(row[answer], list)):
+        raise BaditError(f"{prompt}, {answer}: must both be text, or both lists of messages")
     yield {"input": row[prompt], "output": row[answer]}
 
 

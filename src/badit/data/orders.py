@@ -22,6 +22,7 @@ def ordered(tasks: Sequence[Task], order: str | Sequence[str]) -> list[Task]:
     seeded-4 replace the BADIT paper's five orders, which cannot be recovered.
     """
     by_name = {task.name: task for task in tasks}
+    # Sorted, so that a seeded order does not depend on the order of loading.
     names = _names_in_order(sorted(by_name), order)
     if missing := by_name.keys() - names:
         fix = "add it, or remove it from data.tasks"

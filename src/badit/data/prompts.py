@@ -17,6 +17,8 @@ PromptEncoding = Literal[
     "def+pos8",
     "def+pos9",
 ]
+_INPUT = "Input: "
+_OUTPUT = "\nOutput:"
 
 
 class Prompt(NamedTuple):
@@ -53,16 +55,17 @@ def build_prompt(task: Task, instance: Instance, encoding: PromptEncoding = "def
     if definition is None or instance.instruction == "":
         return Prompt("", instance.input, "", instance.history, is_message=True)
 
+    # Nothing is left of "def", which has no demonstrations.
+    num_shots = int(encoding.removeprefix("def").removeprefix("+pos") or 0)
     # The white space is that of the official evaluation.
-    shots = int(encoding.removeprefix("def").removeprefix("+pos") or 0)
     head = "".join(
-        f" Positive Example {number} -\nInput: {shot.input}\n Output: {shot.output}\n\n"
-        for number, shot in enumerate(task.demonstrations[:shots], start=1)
+        f" Positive Example {number} -\n{_INPUT}{shot.input}\n Output: {shot.output}\n\n"
+        for number, shot in enumerate(task.demonstrations[:num_shots], start=1)
     )
     if definition:
         head = f"{definition}\n\n{head}"
-    head += "Now complete the following example -\nInput: "
-    return Prompt(head, instance.input, "\nOutput: ", instance.history)
+    head += f"Now complete the following example -\n{_INPUT}"
+    return Prompt(head, instance.input, f"{_OUTPUT} ", instance.history)
 
 
 def prompt_text(task: Task, instance: Instance, encoding: PromptEncoding = "def") -> str:
@@ -77,6 +80,7 @@ def prompt_text(task: Task, instance: Instance, encoding: PromptEncoding = "def"
 def own_input(text: str) -> str:
     """Returns the instance's input from the text of its prompt.
 
-    It is the whole text if this has no "Input: ".
+    It is the whole text if this has no "Input: ", and is cut if the input itself has one.
     """
-    return text.rpartition("Input: ")[2].partition("\nOutput:")[0].strip()
+    # Demonstrations have the same labels and come first, so the last "Input: " counts.
+    return text.rpartition(_INPUT)[2].partition(_OUTPUT)[0].strip()

@@ -93,12 +93,12 @@ def _refuse_split_file(source: Source) -> None:
 def _read(source: Source, wanted: Sequence[str] | None) -> list[Task]:
     """Reads the tasks of a source; of an official collection only the wanted ones."""
     refuse_unknown("format", source.format, get_args(Format))
-    if source.path == "builtin" and source.format in ("auto", "builtin"):
+    if str(source.path) == "builtin" and source.format in ("auto", "builtin"):
         source.refuse_row_options()
         return builtin_tasks()
     if source.format == "builtin":
         path = repr(str(source.path))
-        raise BaditError(f"source: must be 'builtin' with format 'builtin', not {path:.60}")
+        raise BaditError(f"data.source: must be 'builtin' with format 'builtin', not {path:.60}")
 
     source.refuse_missing()
     with explained(source.path, action="read"):
@@ -113,6 +113,7 @@ def _read_path(source: Source, path: Path, wanted: Sequence[str] | None) -> list
     is_saved = any((path / name).is_file() for name in _SAVED)
     if is_saved or not (path.exists() or has_magic(str(path))):
         return read_dataset(source, path)
+    # With format "jsonl", a folder has rows even if it looks like SuperNI.
     if path.is_dir() and source.format != "jsonl":
         tasks = read_superni(source, path, wanted)
         if tasks is not None:

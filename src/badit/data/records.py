@@ -24,7 +24,7 @@ _SCHEMA = pa.schema(
         "task": _TEXT,
         "about": _TEXT,  # JSON of the task's other fields, only in its first row
         "split": _TEXT,
-        "hash": pa.uint64(),
+        "hash": pa.uint64(),  # of the instance, so that fingerprints need not read the rows
         "id": _TEXT,
         "input": _TEXT,
         "instruction": _TEXT,
@@ -78,13 +78,17 @@ def build_tasks(
 
 def _cache_key(source: Source, files: Sequence[Path], layout: Any) -> Any:
     """Returns what determines the rows of files; None if they are too small for the cache."""
-    # A changed file has another size or time of modification.
     stats = [(os.path.abspath(file), file.stat()) for file in files]
     if sum(stat.st_size for _, stat in stats) < _LARGE:
         return None
     columns = dict(source.columns)
     options = [source.task, source.instruction, columns, dict(source.splits), source.turns, layout]
-    return options + [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    # Tools may restore the size and the time of modification, but not the inode and the time of
+    # change.
+    return options + [
+        (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        for path, stat in stats
+    ]
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:

@@ -68,6 +68,7 @@ def _parsed(values: Any, source: Source, default_task: str, strict: bool) -> Ite
     if split and source.splits and split not in source.splits:
         return
     _set_output(row, source)
+    # With data.columns, other columns may have any name.
     if not source.columns:
         _refuse_misspelt_keys(row, source)
     form = form_of(row, source)
@@ -79,6 +80,7 @@ def _parsed(values: Any, source: Source, default_task: str, strict: bool) -> Ite
     identity = str(row.get("id", ""))
     shared = {
         "task": source.task or row.get("task", row.get("task_name", default_task)),
+        # An unknown name stays, so that the validation of the row reports it.
         "split": source.split_of(split) or split or None,
         "instruction": default_instruction(row, source),
         "id": identity or None,

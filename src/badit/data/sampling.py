@@ -35,6 +35,7 @@ def _with_validation(task: Task, per_task: int, seed: int) -> Task:
     # Each task has its own seed, so that other tasks do not change its choice.
     for index in shuffled(indices, f"hold_out/{seed}/{task.name}"):
         chat = chats.get(index, [index])
+        # A chat is held out only as a whole, so one that exceeds the quarter is trained.
         if index not in held_out and len(held_out) + len(chat) <= len(indices) // 4:
             held_out.update(chat)
         if len(held_out) >= per_task:
@@ -68,6 +69,7 @@ def _chats(instances: Sequence[Instance]) -> dict[int, list[int]]:
     counts = Counter(turns_of_instances)
     chats = defaultdict[Any, list[int]](list)
     for index, turns in enumerate(turns_of_instances):
+        # Beginnings of at least a question and its answer.
         beginnings = (turns[:length] for length in range(2, len(turns)))
         # A beginning that occurs more often than the whole belongs to several chats.
         of_this_chat = (start for start in beginnings if 0 < counts[start] <= counts[turns])
@@ -89,6 +91,7 @@ def limit(tasks: Iterable[Task], train: int | None, test: int | None, seed: int)
     """
     limited = []
     for task in tasks:
+        # Prefixes of one shuffled list, so that a smaller set is a subset of a larger one.
         chosen = shuffled(range(len(task.train)), f"limit/{seed}/{task.name}")[:train]
         # Both sets keep their order.
         splits = {"train": select(task.train, sorted(chosen)), "test": task.test[:test]}

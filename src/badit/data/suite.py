@@ -25,6 +25,7 @@ def builtin_tasks() -> list[Task]:
             {"id": f"{name}-{i}", "input": example["input"], "outputs": example["output"]}
             for i, example in enumerate(examples[2:])
         ]
+        # The order in suite.json decides the splits, so they are the same everywhere.
         splits = {
             "demonstrations": examples[:2],
             "train": instances[:_TRAINING_INSTANCES],

@@ -63,6 +63,7 @@ def read_superni(source: Source, folder: Path, wanted: Sequence[str] | None) -> 
     if wanted is not None:
         names = resolve_names(wanted, {file.task for file in files})
         files = [file for file in files if file.task in names]
+    # The splits come from other files, so they are a part of the cache's key.
     layout = [(file.task, file.first, file.others) for file in files]
     return build_tasks(source, [file.path for file in files], _rows(files), layout)
 
@@ -102,6 +103,7 @@ def _splits(folder: Path, tasks: Sequence[str]) -> dict[str, tuple[Split, Split 
     places = (folder / "splits", folder.absolute().parent / "splits")
     parent = next((place for place in places if place.is_dir()), None)
     if parent is None:
+        # Without lists, every task is trained and scored.
         return dict.fromkeys(tasks, ("test", "train"))
 
     lists = [parent / "default"]
@@ -113,4 +115,5 @@ def _splits(folder: Path, tasks: Sequence[str]) -> dict[str, tuple[Split, Split 
     test = read_text(lists[0] / "test_tasks.txt").split()
     for task in sorted({*train} & {*test}):
         raise BaditError(f"{folder}: task {task!r:.60} is in both split lists; keep it in one")
+    # As in the official evaluation: a training task is only trained, a test task only scored.
     return {**dict.fromkeys(train, ("train", "train")), **dict.fromkeys(test, ("test", None))}

@@ -26,6 +26,7 @@ class TableItems(Sequence[Item]):
         self.rows = np.asarray(rows, dtype=np.int64)
         self._make = make
         self._batches = table.to_batches()
+        # The first row number of every batch: searchsorted finds the batch of a row.
         self._starts = np.cumsum([0, *map(len, self._batches)])
 
     def __len__(self) -> int:
@@ -52,6 +53,7 @@ class TableItems(Sequence[Item]):
         return [value for batch in batches for value in batch.column(name).to_pylist()]
 
     def select(self, indices: Indices) -> Self:
+        # A shallow copy shares the table and its batches.
         selected = copy(self)
         selected.rows = self.rows[np.asarray(indices, dtype=np.int64)]
         return selected
@@ -63,6 +65,7 @@ class TableItems(Sequence[Item]):
 
         # pa.Table.take would first copy the whole table.
         numbers = np.searchsorted(self._starts, self.rows, side="right") - 1
+        # Where consecutive items are in different batches.
         run_ends = np.flatnonzero(np.diff(numbers)) + 1
         for rows in np.split(self.rows, run_ends):
             number = np.searchsorted(self._starts, rows[0], side="right") - 1

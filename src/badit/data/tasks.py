@@ -140,5 +140,6 @@ class Task(BaseModel, frozen=True, extra="forbid", arbitrary_types_allowed=True)
         # The hashes of instances are in their table, so that large data need not be read.
         digest = hashlib.sha256(repr((self.name, self.definition, self.demonstrations)).encode())
         for instances in (self.train, self.validation, self.test):
+            # The separator distinguishes splits: moving an instance to another one is a change.
             digest.update(np.asarray(column(instances, "hash"), dtype=np.uint64).tobytes() + b"|")
         return digest.hexdigest()[:16]

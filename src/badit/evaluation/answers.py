@@ -53,6 +53,7 @@ def score_model(  # noqa: PLR0913 (what is scored, and how)
 
     losses: Sequence[float | None] = [None] * len(examples)
     if answer is None:
+        # One pass over a prompt measures its reference's NLL and fills the cache for decoding.
         prefill = ReferenceLosses(model, examples, prompts)
         losses = prefill.losses
         answer = _by_decoding(prefill, tokenizer, recipe, progress)
@@ -74,11 +75,12 @@ def _by_decoding(
 ) -> Answer:
     """Returns the function that answers by greedy decoding; BaditError if a prompt is too long."""
     sizes = recipe.evaluation.model_dump(include={"max_new_tokens", "batch_size"})
+    # Prompts without references: the generated tokens take their place.
     inputs = [
         {**example, "input_ids": prompt}
         for example, prompt in zip(prefill.examples, prefill.prompts, strict=True)
     ]
-    refuse_beyond_model(inputs, prefill.model, more=sizes["max_new_tokens"])
+    refuse_beyond_model(inputs, prefill.model, new_tokens=sizes["max_new_tokens"])
     options = {"progress": progress, "tasks": prefill.tasks, "prefill": prefill, **sizes}
     return partial(generate_answers, prefill.model, tokenizer, **options)
 
@@ -109,10 +111,12 @@ class ReferenceLosses:
         ``padded`` has the prompts' input_ids and attention_mask (B, T), padded on the left.
         """
         rows = [{"input_ids": ids, "labels": ids} for ids in (self.references[i] for i in batch)]
+        # Prompts are padded on the left, references on the right: all start in one column.
         answers = send_to_device(AnswerCollator(0)(rows), self.model.device)
         inputs: dict[str, Any] = {}
         for name in padded:
             inputs[name] = torch.cat([padded[name], answers[name]], dim=1)
+        # As in generate, positions do not count padding, which would otherwise be −1.
         positions = inputs["attention_mask"].cumsum(dim=1) - 1
         inputs["position_ids"] = positions.clamp(min=0)
         prompt_width = padded["input_ids"].shape[1]
@@ -121,6 +125,7 @@ class ReferenceLosses:
 
         losses_L, row_L, outputs = answer_losses(self.model, inputs, use_cache=True)
         sums_B = losses_L.new_zeros(len(batch)).index_add(0, row_L, losses_L)
+        # Every token of a reference has a loss, so its length is the number of its losses.
         means_B = sums_B / answers["attention_mask"].sum(dim=1)
         for i, loss in zip(batch, means_B.tolist(), strict=True):
             self.losses[i] = loss

@@ -57,6 +57,7 @@ def generate_answers(  # noqa: PLR0913 (documented options)
     if model.config.model_type in _IGNORE_PADDING_MASK:
         batch_size = 1
     answers = [""] * len(prompts)
+    # Prompts of similar length need little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     with (
@@ -95,6 +96,7 @@ def _continuations(
 
     def half_ended(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         ended_R = ended(input_ids[:, width:])  # in the current call
+        # generate stops when the criterion holds for all rows, so all get the same value.
         return (2 * ended_R.sum() >= len(ended_R)).expand(len(ended_R))
 
     while True:
@@ -168,6 +170,7 @@ def stream_answer(
     with _greedy(model, tokenizer, [prompt], max_new_tokens=max_new_tokens) as settings:
         ends: Any = settings.eos_token_id
 
+        # A stopping criterion, because generate calls it after every token; it never stops.
         def show_all(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             text = _decode(tokenizer, input_ids[0, len(prompt) :].tolist(), ends)
             show(text.rstrip("\ufffd"))  # replacement character of an incomplete UTF-8 sequence
@@ -195,6 +198,7 @@ def _greedy(
         if not len(prompt):
             raise BaditError(f"prompts: prompt {i} has no tokens; give a non-empty prompt")
 
+    # generate of a PeftModel uses the base model's configuration.
     owner: Any = model
     if isinstance(model, PeftModel):
         owner = model.get_base_model()
@@ -207,7 +211,9 @@ def _greedy(
         do_sample=False,
         num_beams=1,
         use_cache=True,
+        # The output then has the cache, from which the remaining rows continue.
         return_dict_in_generate=True,
+        # Any token will do: padding is masked, and answers are cut before it.
         pad_token_id=tokenizer.pad_token_id or 0,
         eos_token_id=sorted({tokenizer.eos_token_id, *end_tokens} - {None}),
     )

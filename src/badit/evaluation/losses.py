@@ -26,6 +26,7 @@ def prompt_losses(
         losses_L, row_L, _ = answer_losses(model, send_to_device(batch, model.device))
         row_L = row_L.cpu()
         rows = len(batch["input_ids"])
+        # minlength, because the last rows may have no answer tokens.
         sums.append(row_L.bincount(losses_L.cpu().double(), minlength=rows))
         counts.append(row_L.bincount(minlength=rows))
     return torch.cat(sums).numpy(), torch.cat(counts).numpy()
@@ -45,6 +46,7 @@ def validation_loss(run: ResolvedRun) -> None:
     losses = {}
     for task, batches_of_task in batches.items():
         sums_P, counts_P = prompt_losses(model, batches_of_task)
+        # A mean over tokens: long answers count more within a task, but not across tasks.
         losses[task] = float(sums_P.sum() / counts_P.sum())
     content = {"loss": fmean(losses.values()), "tasks": losses}
     write_json(run.folder.validation_path, content)

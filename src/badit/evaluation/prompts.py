@@ -21,6 +21,7 @@ def answer_texts(  # noqa: PLR0913 (the options of badit generate)
     progress: bool,
 ) -> list[str]:
     """Answers texts by greedy decoding; options and errors as of :meth:`badit.Run.generate`."""
+    # Refused before the model is loaded, which takes long.
     if not all(text.strip() for text in texts):
         raise BaditError("the prompt is empty")
     chosen_task = _chosen_task(run, task, raw)

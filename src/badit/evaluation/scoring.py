@@ -42,6 +42,7 @@ def train_and_score(
     with explained(folder.path), lock:
         fit(run, progress=progress and is_main, allow_changed_inputs=allow_changed_inputs)
         if torch.distributed.is_initialized():
+            # The other processes end here and take no part in the scoring.
             torch.distributed.destroy_process_group()
         if not is_main:
             return
@@ -73,6 +74,7 @@ def evaluate(
     with exclusive(run.folder.path):
         if split != own_split:
             return scoring.score(run.folder, run.tasks)
+        # The untuned model has no stages.
         if run.recipe.data.order and run.method.trains:
             scores = scoring.score_stages()
         else:
@@ -112,6 +114,7 @@ class _Scoring:
                 model, tokenizer, self.run.recipe, tasks, self.split, progress=self.progress
             )
             write_predictions(folder.path / f"predictions{suffix}", predictions)
+            # After the predictions: the file of scores marks a stage as finished.
             write_json(path, scores)
         return read_scores(path)
 
@@ -121,6 +124,7 @@ class _Scoring:
         scores_by_stage = []
         for number, (folder, _) in enumerate(run.stages, start=1):
             tasks = run.tasks
+            # Scores of tasks not trained yet are optional; the matrix has None for them.
             if not run.recipe.evaluation.unseen_tasks:
                 tasks = tasks[:number]
             scores_by_stage.append(self.score(folder, tasks))
@@ -130,6 +134,7 @@ class _Scoring:
         for stage_scores in scores_by_stage:
             by_task = stage_scores["tasks"]
             matrix.append([by_task.get(name, {}).get("rouge_l") for name in names])
+        # The run's own predictions and scores are those of its last stage.
         last_folder, _ = run.stages[-1]
         copy_folder(last_folder.predictions_path, run.folder.predictions_path)
         scores = scores_by_stage[-1]

@@ -121,8 +121,11 @@ def export(
     It is then compressed by SVD.
     """
     output = Path(output)
+    # Everything that can be refused is refused before the model is loaded.
     _refuse_other_files(output)
     _refuse_options(run, options)
+    if options.all_tasks:
+        _refuse_reserved_names(run)
     chosen_task = _chosen_task(run, options)
     model, tokenizer = load_run(run)
     if options.gates is not None:
@@ -134,6 +137,7 @@ def export(
         mixtures = [_Mixture(chosen_task)]
 
     exporter = _Exporter(run, output, options, model, tokenizer)
+    # Written beside the folder and renamed, so that a reader never sees half of an export.
     unfinished = output.with_name(f".{output.name}.badit.partial")  # no user's folder has this name
     with status("exporting"), explained(output, action="written"), exclusive(output):
         try:
@@ -164,8 +168,10 @@ class _Exporter:
         self.options = options
         self.model = model
         self.tokenizer = tokenizer
+        # push and serve refuse an export of earlier weights by these checksums.
         weights = checksums(run.folder.adapter_path, "*.safetensors")
         self.common = {"method": run.method.name, "weights": weights}
+        # A whole path, because AutoPeftModel loads the base model by the name in the adapter.
         model_name = Path(run.recipe.model.name).expanduser().resolve()
         self.base_name = hub_id(run.recipe) or str(model_name)
 
@@ -195,6 +201,7 @@ class _Exporter:
             **ranks,
         }
         write_text(place / CARD, model_card(self.run.folder, export=record))
+        # Last, because it lists the folder's files.
         _write_record(place, record)
         return Export(self.output / below, record)
 
@@ -262,6 +269,15 @@ def _refuse_options(run: ResolvedRun, options: ExportOptions) -> None:
             raise BaditError(f"method.{name}: {NOT_A_LORA}; export with --merged")
 
 
+def _refuse_reserved_names(run: ResolvedRun) -> None:
+    """Raises BaditError for a task whose folder would have the name of a file of the export."""
+    for task in run.tasks:
+        if task.name.removesuffix(".partial") in (RECORD, SCORES):
+            problem = "its folder would have the name of a file of the export"
+            fix = f"use --task {task.name}, or rename the task"
+            raise BaditError(f"task {task.name}: {problem}; {fix}")
+
+
 def _chosen_task(run: ResolvedRun, options: ExportOptions) -> str | None:
     """Returns the full name of the chosen task; BaditError if gates cannot be fixed to it."""
     if options.gates is not None or not _mixes_experts(run):
@@ -275,6 +291,7 @@ def _chosen_task(run: ResolvedRun, options: ExportOptions) -> str | None:
             problem = "has no training prompts for mean gates; use --gates FILE"
             raise BaditError(f"task {task}: {problem}")
     has_clusters = getattr(run.method.config, "gates", None) == "clusters"
+    # Such a LoRA's NLL was 0.38 per token above the run's (docs/experiments/fixed-gates.md).
     if has_clusters and not options.fixes_gates and len(trained) > 1:
         problem = "with clusters of prompts, the mean gates of several tasks fit no prompt"
         fix = "use --all-tasks, for a LoRA per task, or --task"
@@ -300,6 +317,7 @@ def _mean_gates(
     else:
         groups = {None: trained}
     names = list(chain(*groups.values()))
+    # Cached in the run's folder, for exports with other options and for the studio.
     measured = task_gates(run.folder, model, tokenizer, run.recipe, tasks, names)
     bar = tqdm(measured, desc="Gates", unit="task", total=len(names), disable=not progress)
     gates_by_task = dict(bar)
@@ -331,14 +349,16 @@ def _refuse_other_files(folder: Path) -> None:
         raise BaditError(f"{folder}: is a file; {fix}")
     if Path.cwd().is_relative_to(folder.resolve()):
         raise BaditError(f"{folder}: contains the current folder and would be replaced; {fix}")
-    written: list[Any] = [OWNER, f"{OWNER}.partial"]  # left by a killed process
+    written: list[Any] = [OWNER]
     if (folder / RECORD).is_file():
         refuse_links(folder)
         files = read_json(folder / RECORD).get("files")
         if isinstance(files, list):
+            # The scores are measured after the record is written.
             written += [RECORD, SCORES, *files]
     for path in sorted(folder.glob("*")):
-        if path.name not in written:
+        if path.name.removesuffix(".partial") not in written:  # left by a killed process
             raise BaditError(f"{folder}: holds {path.name}, which badit did not write; {fix}")
+        # An export of all tasks has an export of each task.
         if path.is_dir():
             _refuse_other_files(path)

@@ -16,7 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from badit.analysis.gates import Gates, adapted_layers
+from badit.analysis.experts import adapted_layers
+from badit.analysis.gates import Gates
 from badit.method.decomposition import compress
 from badit.runs.resolved import ResolvedRun
 from badit.support.errors import BaditError, explained
@@ -73,6 +74,7 @@ def mixture_factors(model: PeftModel, gates: Gates | None, task: str | None = No
     None: the method's own gates.
     """
     factors = {}
+    # MTL-LoRA's factors depend on the task.
     with hooks_of(model).rows_of(None if task is None else [task]):
         for layer, adapter in adapted_layers(model):
             gates_K = None
@@ -89,8 +91,10 @@ def lora_factors(model: PeftModel, run: ResolvedRun) -> Factors:
     Those of PiSSA and OLoRA are minus those of the untrained adapter, and so have twice the rank.
     """
     factors = _factors_of_peft(model)
+    # W − s·B0 A0 + s·B A is, for the unchanged base W, the LoRA [s·B, −s·B0] [A; A0].
     if run.method.config.init_lora_weights in _CHANGES_BASE:
         base, _ = load_base(run.recipe)
+        # They are not saved, but depend only on the base weights.
         initial = _factors_of_peft(training_method(run.method).apply(base))
         for name, (a_PI, b_OP) in factors.items():
             a0_PI, b0_OP = initial[name]
@@ -133,9 +137,11 @@ def compressed(factors: Factors, rank: int | None) -> tuple[Factors, dict[str, A
     for name, (a_PI, b_OP) in factors.items():
         a_PI, b_OP, loss, norm = compress(a_PI, b_OP, rank)
         smaller[name] = a_PI, b_OP
+        # An adapter that did not learn is zero, and exact at any rank.
         errors[name] = loss / norm if norm else 0.0
         losses.append(loss)
         norms.append(norm)
+    # Squared Frobenius norms add up over modules.
     total_norm = math.hypot(*norms)
     total = math.hypot(*losses) / total_norm if total_norm else 0.0
     error = {"total": total, "modules": errors}
@@ -156,6 +162,7 @@ def merged_model(model: Any, factors: Factors) -> Any:
         with explained("the adapter", action="merged", any_error=True):  # NaN in a merged weight
             return model.merge_and_unload(safe_merge=True)
 
+    # Without factors here, the base weights themselves were trained.
     base = model.unload() if factors else model
     merge(base, factors)
     output_head = base.get_output_embeddings()
@@ -182,6 +189,7 @@ def merge(base: nn.Module, factors: Factors) -> None:
 
 def _refuse_shared(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Raises BaditError if a layer shares its weight, such as tied embeddings."""
+    # With duplicates, a shared parameter is listed once per owner.
     parameters = model.named_parameters(remove_duplicate=False)
     owners = Counter(id(parameter) for _, parameter in parameters)
     for name, layer in layers.items():

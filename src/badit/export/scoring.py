@@ -17,7 +17,7 @@ from badit.runs.fingerprints import changed_inputs, task_fingerprints
 from badit.runs.resolved import ResolvedRun
 from badit.runs.scores import read_scores
 from badit.support.errors import BaditError, explained, refuse_unknown
-from badit.support.files import write_json
+from badit.support.files import exclusive, write_json
 from badit.support.text import text_table
 from badit.training.loading import load_base, model_dtype
 
@@ -32,6 +32,30 @@ def score_export(
     an export of all tasks, each task uses its adapter. Returns the content of the file.
     """
     refuse_unknown("engine", engine, ["transformers", "vllm"])
+    with exclusive(done.folder):  # another export would replace the folder
+        by_task = _scores_by_task(run, done, engine, progress)
+        content: dict[str, Any] = {}
+        for part in (*done.tasks.values(), done):
+            task = part.record["task"]
+            of_part = {name: scores for name, scores in by_task.items() if task in (None, name)}
+            mean = {}
+            for key in ("routed", "frozen", "difference"):
+                mean[key] = fmean(scores[key] for scores in of_part.values())
+            content = {
+                "metric": "rouge_l",
+                "split": run.recipe.evaluation.split,
+                "engine": engine,
+                "mixture": part.record["mixture"],
+                "tasks": of_part,
+                "mean": mean,
+            }
+            write_json(part.folder / SCORES, content)
+    return content
+
+
+def _scores_by_task(
+    run: ResolvedRun, done: Export, engine: str, progress: bool
+) -> dict[str, dict[str, float]]:
     recipe = run.recipe
     split = recipe.evaluation.split
     has_scores = run.folder.scores_path.is_file()
@@ -42,15 +66,15 @@ def score_export(
     vllm = _VllmEngine(done, recipe) if engine == "vllm" else None
 
     by_task: dict[str, dict[str, float]] = {}
-    for part in done.tasks.values() or [done]:
-        tasks = [task for task in run.tasks if part.record["task"] in (None, task.name)]
+    for exported in done.tasks.values() or [done]:
+        tasks = [task for task in run.tasks if exported.record["task"] in (None, task.name)]
         answer: Answer | None = None
-        model: Any = None  # also frees the previous part's
+        model: Any = None  # also frees the previous export's
         if vllm is not None:
             tokenizer = vllm.tokenizer
-            answer = vllm.answers_of(part)
+            answer = vllm.answers_of(exported)
         else:
-            model, tokenizer = _loaded(part, run)
+            model, tokenizer = _loaded(exported, run)
         frozen, _ = score_model(
             model, tokenizer, recipe, tasks, split, progress=progress, answer=answer
         )
@@ -59,39 +83,21 @@ def score_export(
             after = scores["rouge_l"]
             difference = after - before
             by_task[name] = {"routed": before, "frozen": after, "difference": difference}
-
-    content: dict[str, Any] = {}
-    for part in (*done.tasks.values(), done):
-        of_part = {
-            name: scores for name, scores in by_task.items() if part.record["task"] in (None, name)
-        }
-        mean = {}
-        for key in ("routed", "frozen", "difference"):
-            mean[key] = fmean(scores[key] for scores in of_part.values())
-        content = {
-            "metric": "rouge_l",
-            "split": split,
-            "engine": engine,
-            "mixture": part.record["mixture"],
-            "tasks": of_part,
-            "mean": mean,
-        }
-        write_json(part.folder / SCORES, content)
-    return content
+    return by_task
 
 
-def _loaded(part: Export, run: ResolvedRun) -> tuple[Any, Any]:
+def _loaded(exported: Export, run: ResolvedRun) -> tuple[Any, Any]:
     """Returns an export's model, loaded without badit's tuner, and its tokenizer."""
     recipe = run.recipe
-    if part.rank is None:
+    if exported.rank is None:
         return load_base_model(
-            part.folder,
+            exported.folder,
             dtype=model_dtype(recipe),
             trust_remote_code=run.folder.trust_remote_code,
             device=device(),
         )
     model, tokenizer = load_base(recipe)
-    return PeftModel.from_pretrained(model, str(part.folder)).eval(), tokenizer
+    return PeftModel.from_pretrained(model, str(exported.folder)).eval(), tokenizer
 
 
 class _VllmEngine:
@@ -118,20 +124,23 @@ class _VllmEngine:
             self._engine = LLM(base, enforce_eager=is_cpu, **options)
         self.tokenizer = self._engine.get_tokenizer()
         self._settings = SamplingParams(
+            # Greedy, as the run's own answers.
             temperature=0.0,
             max_tokens=recipe.evaluation.max_new_tokens,
+            # Answers end with this token in training; the model's configuration may name another.
             stop_token_ids=[end_of_turn_id(self.tokenizer, recipe.prompt.chat_template)],
         )
+        # vLLM identifies LoRAs by positive integers.
         self._numbers = count(1)
 
-    def answers_of(self, part: Export) -> Callable[[list[list[int]]], list[str]]:
-        """Returns the function that answers prompts (token ids) with a part of the export."""
+    def answers_of(self, exported: Export) -> Callable[[list[list[int]]], list[str]]:
+        """Returns the function that answers prompts (token ids) with an export's adapter."""
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
         request = None
-        if part.rank is not None:
+        if exported.rank is not None:
             number = next(self._numbers)
-            request = LoRARequest(str(number), number, str(part.folder.resolve()))
+            request = LoRARequest(str(number), number, str(exported.folder.resolve()))
 
         def answers(prompts: list[list[int]]) -> list[str]:
             inputs = [{"prompt_token_ids": ids} for ids in prompts]

@@ -5,7 +5,6 @@ header fields. The template, card.md.j2, passes them through ``text``, which is 
 """
 
 import html
-import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,10 +16,11 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from badit.models import BUILT_IN, BUILT_IN_HUB_ID, HUB_ID
 from badit.recipe.method import resolve_method
-from badit.recipe.schema import Recipe
+from badit.recipe.schema import Recipe, expand_source
 from badit.runs.folder import RunFolder
 from badit.runs.scores import read_scores
 from badit.support.console import one_line
+from badit.support.errors import BaditError
 from badit.support.files import read_text, write_text
 
 CARD = "README.md"
@@ -38,6 +38,7 @@ def hub_id(recipe: Recipe) -> str | None:
     name = recipe.model.name
     if name == BUILT_IN:
         return BUILT_IN_HUB_ID
+    # transformers prefers a folder of this name to the hub.
     if HUB_ID.fullmatch(name) and not Path(name).expanduser().is_dir():
         return name
     return None
@@ -49,7 +50,7 @@ def base_licence(recipe: Recipe, *, online: bool = False) -> str | None:
     That of a model on the hub is known only ``online``.
     """
     if recipe.model.name == BUILT_IN:
-        return "apache-2.0"
+        return "apache-2.0"  # of SmolLM2
     base = hub_id(recipe)
     metadata = None
     if base is None:
@@ -58,6 +59,7 @@ def base_licence(recipe: Recipe, *, online: bool = False) -> str | None:
     elif online:
         metadata = HfApi().model_info(base).card_data
     licence = metadata and metadata.get("license")
+    # A card's header may have a list, or any other value.
     return licence if isinstance(licence, str) else None
 
 
@@ -131,15 +133,18 @@ def _training(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     rows = {"data": ", ".join(names), "prompt": recipe.prompt.encoding}
     model = recipe.model.model_dump(include={"revision", "quantisation"}, exclude_none=True)
     rows |= {f"model.{name}": value for name, value in model.items()}
+    # Nested options get dotted names, such as method.regroup.every.
     rows |= pd.json_normalize({"method": recipe.method}).to_dict("records")[0]
     options = recipe.training.model_dump(exclude=_WITHOUT_EFFECT, exclude_none=True)
     for name, value in options.items():
+        # It may be a path, such as that of a DeepSpeed configuration.
         if isinstance(value, str):
             value = _last_part(value)
         rows[name] = value
 
     environment = run.known_environment
     for name in ("trainable_parameters", "steps", "tokens"):
+        # The environment is missing until a run is trained, and may be damaged.
         count = environment.get("training", {}).get(name)
         if isinstance(count, int):
             rows[name] = f"{count:,}"
@@ -151,7 +156,9 @@ def _training(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
 
 def _last_part(path: str) -> str:
     """Returns the last part of a path; the other parts could name the user's folders."""
-    return Path(os.path.expandvars(path)).name
+    with suppress(BaditError):  # a variable that is not set here
+        path = expand_source(path)
+    return Path(path).name
 
 
 def _text(value: Any) -> str:

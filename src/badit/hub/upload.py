@@ -17,7 +17,7 @@ from badit.recipe.method import resolve_method
 from badit.runs.folder import RECORD, RunFolder
 from badit.support.console import status
 from badit.support.errors import BaditError, explained
-from badit.support.files import read_json
+from badit.support.files import is_number, read_json
 from badit.training.checkpoints import checksums
 
 _VISIBLE = re.compile(r"[^./\\\0][^/\\\0]*")  # the name of a visible file directly in the folder
@@ -44,13 +44,15 @@ def push_to_hub(source: RunFolder, repository: str, *, private: bool) -> str:
         upload = _export_files(source.path)
     else:
         upload = _adapter_files(source)
+    # Everything local is checked before the hub is asked.
     _refuse_other_files(upload, repository)
     if not HUB_ID.fullmatch(repository):
         raise BaditError(f"{repository!r:.120}: must be ORG/NAME or USER/NAME")
     if not get_token():
         raise BaditError("hub: a token is required; run hf auth login or set HF_TOKEN")
 
-    api, recipe = HfApi(), upload.run.recipe
+    api = HfApi()
+    recipe = upload.run.recipe
     with status(f"uploading to {repository}"), explained(repository, action="reached"):
         licence = base_licence(recipe, online=True)
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
@@ -62,6 +64,7 @@ def push_to_hub(source: RunFolder, repository: str, *, private: bool) -> str:
             config = read_json(upload.folder / CONFIG_NAME)
             config["base_model_name_or_path"] = hub_id(recipe)
             files[CONFIG_NAME] = json.dumps(config, indent=2).encode()
+        # One commit, so that the repository never has weights without their configuration.
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         message = f"Upload {upload.folder.name} with badit"
         commit = api.create_commit(repository, operations, commit_message=message)
@@ -73,6 +76,7 @@ def refuse_other_weights(run: RunFolder, records: Mapping[Path, Mapping[str, Any
 
     ``records`` has the content of ``export.json`` for the folder of each export.
     """
+    # The card describes the run, so the export must be of the run's weights.
     present = checksums(run.adapter_path, "*.safetensors")
     for export, record in records.items():
         if record.get("weights") != present:
@@ -87,6 +91,7 @@ def _export_files(folder: Path) -> _Upload:
     # The run's path in the record is relative to the export's folder.
     run = RunFolder(folder.resolve() / str(record.get("run")))
     refuse_other_weights(run, {folder: record})
+    _refuse_damaged_numbers(folder / RECORD, record)
     names: Any = record.get("files")
     if not isinstance(names, list) or not all(
         isinstance(name, str) and _VISIBLE.fullmatch(name) for name in names
@@ -96,6 +101,16 @@ def _export_files(folder: Path) -> _Upload:
         )
     names = [name for name in names if name != CARD]  # the card is written again
     return _Upload(run, folder, names, record)
+
+
+def _refuse_damaged_numbers(path: Path, record: Mapping[str, Any]) -> None:
+    """Raises BaditError if the card could not show the numbers of an export's record."""
+    for name in ("rank", "exact_rank"):
+        if not isinstance(record.get(name, 0), int | None):
+            raise BaditError(f"{path}: {name}: must be a whole number; export again")
+    error = record.get("relative_error", {"total": 0.0})
+    if not isinstance(error, Mapping) or not is_number(error.get("total")):
+        raise BaditError(f"{path}: relative_error: must be an object with a total; export again")
 
 
 def _adapter_files(run: RunFolder) -> _Upload:

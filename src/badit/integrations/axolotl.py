@@ -61,9 +61,11 @@ class BaditPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         if cfg.adapter != "badit":
             return []
+        # The clusters of prompts are found on the training data, before the first step.
         hooks_of(trainer.model).start_task({"all": trainer.get_train_dataloader()})
         regroup = cfg.badit.get("regroup")
         if regroup in (None, False):
             return []
+        # regroup: true means the default options.
         options = {} if regroup is True else regroup
         return [RegroupCallback(**options)]

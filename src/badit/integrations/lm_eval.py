@@ -98,6 +98,7 @@ class BaditLM(_HFLM):
             pretrained, tokenizer = _load(folder, task, device)
             options.setdefault("tokenizer", tokenizer)
         elif isinstance(pretrained, str):
+            # lm_eval does not know the name of the built-in model.
             pretrained = resolve_model(pretrained)
         super().__init__(
             pretrained=pretrained,
@@ -123,9 +124,11 @@ class BaditLM(_HFLM):
         def length(request: Request) -> int:
             return len(request[1]) + len(request[2])
 
+        # As in hf, the longest first, so that a lack of memory shows at the start.
         collator = Collator(requests, sort_fn=lambda request: -length(request))
         size = override_bs or self.batch_size
         if size == "auto" and requests:
+            # Requests differ in length, and a batch of the longest must fit.
             size = self._detect_batch_size([max(requests, key=length)])
         scores: list[Score] = []
         with tqdm(
@@ -137,6 +140,7 @@ class BaditLM(_HFLM):
             for batch in batches:
                 scores += self._scored(batch)
                 for (texts, *_), score in zip(batch, scores[-len(batch) :], strict=True):
+                    # Windows of a longer text have no texts, which are the cache's keys.
                     if texts is not None:
                         self.cache_hook.add_partial("loglikelihood", texts, score)
                 bar.update(len(batch))
@@ -166,6 +170,7 @@ class BaditLM(_HFLM):
             raise BaditError(
                 f"a continuation has {size} tokens; must have 1 to {self.max_length} (max_length)"
             )
+        # One token more than the model reads, because the last one is only predicted.
         ids = [*(context or [self.prefix_token_id]), *continuation][-(self.max_length + 1) :]
         return {"input_ids": ids, "prompt_length": len(ids) - size, "task": self._task}
 
@@ -205,9 +210,11 @@ def run_command_line(run: str, arguments: Sequence[str]) -> None:
     if any(argument.partition("=")[0] in ("--model", "-m") for argument in arguments):
         raise BaditError("--model: is the run; use lm_eval itself for other models")
     model = ["--model", "badit", "--model_args", json.dumps({"run": run})]
+    # cli_evaluate reads its options from the arguments of the process.
     sys.argv = ["lm_eval", "run", *model, *arguments]
     try:
         cli_evaluate()
+    # A BaditError is a ValueError too.
     except BaditError:
         raise
     except ValueError as error:

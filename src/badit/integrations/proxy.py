@@ -96,12 +96,13 @@ class _Proxy:
         """Sends a request to vLLM with the LoRA for its prompt, and streams the response."""
         content = await json_body(request, MAX_BODY, programs=True)
 
+        # An ASGI application as the response: the LoRA stays in vLLM until the stream has ended.
         async def forward(scope: Scope, receive: Receive, send: Send) -> None:
             async with (
                 ending_with(request),
                 await self._lora_for(request, content) as lora,
-                self.vllm.http.stream(
-                    "POST", request.url.path, json={**content, "model": lora}, headers=_key(request)
+                self.vllm.complete(
+                    request.url.path, _key(request), {**content, "model": lora}
                 ) as answer,
             ):
                 headers = {
@@ -122,6 +123,7 @@ class _Proxy:
         model = content.get("model") or AUTO
         if model not in (AUTO, self.router.run.path.resolve().name):
             return nullcontext(str(model))
+        # The gates must depend on the same tokens as vLLM's answer.
         ids = await self._token_ids(request, content)
         gates_MK = await to_thread.run_sync(self.router.gates, ids, limiter=self.one_at_a_time)
         if self.router.exports:
@@ -148,7 +150,7 @@ class _Proxy:
         message = getattr(error, "detail", str(error))
         if isinstance(error, httpx2.HTTPError):
             status = 502
-            message = f"{self.vllm.url}: does not answer: {error or type(error).__name__}"
+            message = f"{self.vllm.url}: does not answer: {str(error) or type(error).__name__}"
         kind = "invalid_request" if status < 500 else "server_error"
         content = {"message": message, "type": kind, "param": None, "code": status}
         return JSONResponse({"error": content}, status_code=status)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.nn.functional import one_hot
 
-from badit.analysis.gates import GATES_FILE, adapted_layers, mean_gates, read_gates
+from badit.analysis.experts import adapted_layers
+from badit.analysis.gates import GATES_FILE, mean_gates, read_gates
 from badit.data.encoding import IGNORED_LABEL
 from badit.export.adapter import write_adapter
 from badit.export.factors import NOT_A_LORA, beyond_lora, mixture_factors
@@ -71,6 +72,7 @@ class Router:
         self.gates_TMK = torch.tensor(
             [[gates[module] for module in self.modules] for gates in gates_of_exports]
         )
+        # Computed once, because G depends on the factors only.
         self.gram_MKK = torch.stack([_gram(layer, adapter) for layer, adapter in self.layers])
 
     def gates(self, ids: Any) -> torch.Tensor:
@@ -103,6 +105,7 @@ class Router:
 
     def nearest(self, gates_MK: torch.Tensor) -> str:
         """Returns the export whose weights are nearest to those of the gates."""
+        # Σ (g − m)ᵀ G (g − m) over modules; the factor s² does not change the nearest export.
         difference_TMK = self.gates_TMK - gates_MK
         distances_T = torch.einsum("tmk,mkl,tml->t", difference_TMK, self.gram_MKK, difference_TMK)
         return self.exports[int(distances_T.argmin())]

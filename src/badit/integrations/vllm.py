@@ -1,7 +1,7 @@
 """A vLLM server: its HTTP client, and LoRAs that it has loaded for a single request."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +13,8 @@ from anyio import to_thread
 from starlette.exceptions import HTTPException
 
 _LOAD_FIX = "; vLLM must run on this machine, with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+
+ANSWER_SECONDS = 30  # for every request except completions, which may take longer
 
 Headers = Mapping[str, str]
 
@@ -32,9 +34,18 @@ class VllmClient:
             trust_env=False,  # HTTP_PROXY is for other servers
             # The bytes of a response are forwarded as they are.
             headers={"accept-encoding": "identity"},
-            limits=httpx2.Limits(),  # no limit on connections
-            timeout=httpx2.Timeout(10, read=None),  # an answer can take long
+            # Each request has its own connection. vLLM may close an idle one at any time, also
+            # while the next request is sent, and this request must not be sent twice.
+            limits=httpx2.Limits(max_keepalive_connections=0),
+            timeout=httpx2.Timeout(10, read=ANSWER_SECONDS),
         )
+
+    def complete(
+        self, path: str, headers: Headers, content: Any
+    ) -> AbstractAsyncContextManager[httpx2.Response]:
+        """Sends a completion request; a context with its response, which may take any time."""
+        timeout = httpx2.Timeout(10, read=None)
+        return self.http.stream("POST", path, json=content, headers=headers, timeout=timeout)
 
     async def ask(
         self, path: str, headers: Headers, content: Any = None, *, fix: str = ""
@@ -73,9 +84,9 @@ async def temporary_lora(
         await to_thread.run_sync(write, Path(folder))
         # A new name for each request: vLLM caches prefixes by name.
         lora = {"lora_name": f"badit-{uuid4().hex}", "lora_path": folder}
-        with anyio.CancelScope(shield=True):  # a disconnect now would leave the LoRA in vLLM
-            await client.ask("/v1/load_lora_adapter", headers, lora, fix=_LOAD_FIX)
         try:
+            with anyio.CancelScope(shield=True):  # a disconnect now would leave the LoRA in vLLM
+                await client.ask("/v1/load_lora_adapter", headers, lora, fix=_LOAD_FIX)
             yield lora["lora_name"]
         finally:
             with anyio.CancelScope(shield=True), suppress(HTTPException, httpx2.HTTPError):

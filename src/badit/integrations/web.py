@@ -102,9 +102,11 @@ async def json_body(request: Request, limit: int, *, programs: bool = False) -> 
     this_page = f"http://{request.headers.get('host')}"
     if request.headers.get("origin", this_page if programs else "") != this_page:
         raise HTTPException(403, "the request does not come from this page")
+    # Browsers send JSON to another site only after a preflight request, which is refused.
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise HTTPException(415, "the request must be application/json")
 
+    # The received bytes are counted, because a stated length may be missing or wrong.
     body = bytearray()
     async for chunk in request.stream():
         body += chunk

@@ -27,8 +27,10 @@ _EXACT_UP_TO = 1024
 # A Gram matrix squares σ_N / σ_1. Above this ratio, its float64 eigenvalues still give every triple
 # more digits than float32 can hold.
 _GRAM_DOWN_TO = 1e-4
+# Columns of a block beyond the rank: with them, the last triples converge in fewer passes.
 _OVERSAMPLING = 16
 _MAX_PASSES = 200
+# Limits the memory of the two bases, and the SVD of R in each pass.
 _MAX_BLOCKS = 8
 
 
@@ -78,6 +80,7 @@ def top_singular_triples(
     if not torch.isfinite(torch.stack(w_OI.aminmax())).all():
         raise BaditError("the weight holds NaN or infinite values; it cannot be decomposed")
 
+    # A basis of few blocks would already span a weight with a side below four times the rank.
     is_small = min(w_OI.shape) <= max(_EXACT_UP_TO, 4 * rank)
     if method == "exact" or (method == "auto" and is_small):
         u_ON, s_N, vh_NI = _exact_svd(w_OI, rank)
@@ -157,12 +160,15 @@ def _svd_of_gram(w_OI: Tensor, rank: int) -> SingularTriples | None:
     if not is_wide:
         w_OI = w_OI.T
     wide_SL = w_OI.double()
+    # W Wᵀ = U Σ² Uᵀ.
     squares_S, vectors_SS = torch.linalg.eigh(wide_SL @ wide_SL.T)  # ascending
+    # Rounding can make a zero eigenvalue negative.
     s_N = squares_S[-rank:].clamp_min(0).sqrt().flip(0)
     if s_N[-1] <= _GRAM_DOWN_TO * s_N[0]:
         return None
 
     short_SN = vectors_SS[:, -rank:].flip(1)
+    # The other side's vectors: vᵀ = uᵀ W / σ.
     long_NL = short_SN.T @ wide_SL / s_N[:, None]
     if is_wide:
         return SingularTriples(short_SN.float(), s_N.float(), long_NL.float())
@@ -182,6 +188,7 @@ def _randomized_svd(w_OI: Tensor, rank: int, tolerance: float, seed: int) -> Sin
     block = min(rank + _OVERSAMPLING, out_features, in_features)
     longest_basis = min(_MAX_BLOCKS * block, out_features, in_features)
 
+    # Drawn on the CPU, so that all devices start from the same block.
     generator = torch.Generator(device="cpu").manual_seed(seed)
     new_IP = torch.randn(in_features, block, generator=generator).to(w_OI.device)
     u_OM = w_OI.new_empty(out_features, 0)
@@ -195,6 +202,7 @@ def _randomized_svd(w_OI: Tensor, rank: int, tolerance: float, seed: int) -> Sin
         v_IM = torch.cat([v_IM, new_IP], dim=1)
         r_MM = torch.cat([F.pad(r_MM, (0, 0, 0, block)), r_MP], dim=1)
 
+        # Uᵀ W V = Rᵀ in the two bases: the triples of this small matrix are the Ritz triples of W.
         left_MM, s_M, right_MM = torch.linalg.svd(r_MM.T)
         u_ON = u_OM @ left_MM[:, :rank]
         s_N = s_M[:rank]
@@ -206,8 +214,10 @@ def _randomized_svd(w_OI: Tensor, rank: int, tolerance: float, seed: int) -> Sin
             return SingularTriples(u_ON, s_N * unit, v_IN.T)
 
         if u_OM.shape[1] + block > longest_basis:
+            # The leading Ritz vectors keep what the dropped blocks have found.
             new_IP = v_IM @ right_MM[:block].T
             u_OM, v_IM, r_MM = u_OM[:, :0], v_IM[:, :0], r_MM[:0, :0]
+    # No convergence within the limit.
     u_ON, s_N, vh_NI = _exact_svd(w_OI, rank)
     return SingularTriples(u_ON, s_N * unit, vh_NI)
 
@@ -219,6 +229,7 @@ def _power_of_two(w_OI: Tensor) -> Tensor:
     """
     low, high = w_OI.aminmax()
     peak = torch.maximum(-low, high).clamp_min(torch.finfo(torch.float32).tiny)
+    # peak = mantissa · 2^e with 1/2 ≤ mantissa < 1, so this is 2^(e − 1).
     return peak / (2 * torch.frexp(peak).mantissa)
 
 

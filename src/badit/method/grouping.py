@@ -62,6 +62,7 @@ def cosine_gram(
     peak_N1 = torch.where(peak_N > 0, peak_N, 1.0).unsqueeze(-1)
     a_NI = a_NI / peak_N1
     b_NO = b_NO / peak_N1
+    # Component i concatenates its rows of both gradients, so their inner products add up.
     products_NN = over_shards(a_NI @ a_NI.mT + b_NO @ b_NO.mT, "sum")
 
     squared_N = products_NN.diagonal(dim1=-2, dim2=-1)
@@ -98,7 +99,8 @@ def group_components(
         gram_NN: symmetric cosine Gram matrix, or a mean of several.
         current_N: the current labels 0 … K−1, each exactly r = N/K times.
         solver: "swap" (exact pairwise swaps, from the current grouping and from balanced spherical
-            k-means) or "paper" (polar targets and integer assignment, from spherical k-means).
+            k-means) or "paper" (polar targets and integer assignment, from spherical k-means that
+            starts with k-means++).
         restarts: number of k-means starts, of which the best result is used; "paper" uses at least
             one.
         seed: random seed; the same seed and Gram matrix give the same labels.
@@ -115,19 +117,23 @@ def group_components(
     gram_NN = np.asarray(gram_NN, dtype=np.float64)
     current_N = np.asarray(current_N, dtype=np.int64)
     _refuse_unsuitable(gram_NN, current_N)
+    # The swaps read rows for columns, but rounding may leave the matrix slightly asymmetric.
     gram_NN = (gram_NN + gram_NN.T) / 2
     num_experts = int(current_N.max()) + 1
 
+    # "swap" also starts from the current grouping, "paper" only from k-means.
     if solver == "paper":
         restarts = max(1, restarts)
     rng = np.random.default_rng(seed)
-    sorted_N = np.sort(current_N)
-    starts = [rng.permutation(sorted_N) for _ in range(restarts)]
     k_means = partial(_until_stable, gram_NN, similarity=_centroid_similarity)
     if solver == "swap":
+        sorted_N = np.sort(current_N)
+        starts = [rng.permutation(sorted_N) for _ in range(restarts)]
         clustered = [k_means(start_N, num_experts) for start_N in starts]
         candidates = _swap_until_optimal(gram_NN, np.stack([current_N, *clustered]), num_experts)
     else:
+        starts = [_k_means_plus_plus(gram_NN, num_experts, rng) for _ in range(restarts)]
+        # Plain k-means only gives the first centroids; the assignment to the targets balances.
         clustered = [k_means(start_N, num_experts, balanced=False) for start_N in starts]
         candidates = [
             _until_stable(gram_NN, start_N, num_experts, _polar_similarity) for start_N in clustered
@@ -163,6 +169,7 @@ def _refuse_unsuitable(gram_NN: np.ndarray, labels_N: np.ndarray) -> None:
 def match_labels(labels_N: np.ndarray, reference_N: np.ndarray) -> np.ndarray:
     """Renames the groups of ``labels_N`` to keep as many labels of ``reference_N`` as possible."""
     one_KK = np.eye(int(labels_N.max()) + 1)
+    # Entry (a, b): the number of components in group a that have label b in the reference.
     overlap_KK = one_KK[labels_N].T @ one_KK[reference_N]
     _, name_K = linear_sum_assignment(overlap_KK, maximize=True)
     return name_K[labels_N]
@@ -197,6 +204,7 @@ def expert_angles(gram_NN: np.ndarray, labels_N: np.ndarray) -> ExpertAngles:
     root_N = np.sqrt(np.diag(gram_NN).astype(np.float64))
     norm_NN = np.outer(root_N, root_N)
     cosine_NN = np.clip(gram_NN / np.fmax(norm_NN, 1e-12), -1.0, 1.0)
+    # Every pair once, without components that never had a gradient: they have no direction.
     pair_NN = np.triu(norm_NN, k=1) > 0
     same_NN = labels_N[:, None] == labels_N[None, :]
     intra = cosine_NN[pair_NN & same_NN]
@@ -212,6 +220,31 @@ def expert_angles(gram_NN: np.ndarray, labels_N: np.ndarray) -> ExpertAngles:
 def _mean(values: np.ndarray) -> float:
     """Returns the mean, NaN without values (of which numpy would warn)."""
     return float(values.mean()) if values.size else float("nan")
+
+
+def _k_means_plus_plus(
+    gram_NN: np.ndarray, num_experts: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Returns the nearest of K seeds for each component: greedy k-means++ (Arthur, Vassilvitskii).
+
+    A seed is the best of 2 + ⌊ln K⌋ components that are drawn in proportion to their squared
+    distance to the nearest earlier seed. The distance of unit gradients, 2 − 2⟨ĝ_i, ĝ_j⟩, orders
+    them as their cosine does. From a random partition, k-means would stop at once where gradients
+    are noisy: a centroid of few components is most similar to its own ones.
+    """
+    squared_N = np.diag(gram_NN)
+    distance_NN = np.maximum(squared_N[:, None] + squared_N[None, :] - 2 * gram_NN, 0.0)
+    seeds = [int(rng.integers(len(gram_NN)))]
+    while len(seeds) < num_experts:
+        nearest_N = distance_NN[:, seeds].min(axis=1)
+        if not nearest_N.any():  # every component equals a seed
+            nearest_N = np.ones_like(nearest_N)
+        candidates_C = rng.choice(
+            len(gram_NN), size=2 + int(np.log(num_experts)), p=nearest_N / nearest_N.sum()
+        )
+        total_C = np.minimum(nearest_N[:, None], distance_NN[:, candidates_C]).sum(axis=0)
+        seeds.append(int(candidates_C[total_C.argmin()]))
+    return distance_NN[:, seeds].argmin(axis=1)
 
 
 def _until_stable(
@@ -239,6 +272,7 @@ def _until_stable(
 
 def _centroid_similarity(onehot_NK: np.ndarray, sums_NK: np.ndarray) -> np.ndarray:
     """Returns ⟨ĝ_i, c_k⟩ for unit centroids c_k, from Π and GΠ; 0 if a group sums to zero."""
+    # ‖Σ_{i ∈ k} ĝ_i‖² = (ΠᵀGΠ)_kk.
     squared_K = (onehot_NK * sums_NK).sum(axis=0)
     return np.where(squared_K > 1e-12, sums_NK / np.sqrt(np.maximum(squared_K, 1e-12)), 0.0)
 
@@ -251,6 +285,7 @@ def _polar_similarity(onehot_NK: np.ndarray, sums_NK: np.ndarray) -> np.ndarray:
     values_K, vectors_KK = np.linalg.eigh(onehot_NK.T @ sums_NK)
     # A linearly dependent or empty centroid has no polar direction; the pseudo-inverse ignores it.
     usable_K = values_K > 1e-10 * max(values_K.max(), 1e-30)
+    # GΠ (ΠᵀGΠ)^(−1/2), by the eigenvectors of ΠᵀGΠ.
     inverse_root_K = np.where(usable_K, 1 / np.sqrt(np.where(usable_K, values_K, 1.0)), 0.0)
     return sums_NK @ (vectors_KK * inverse_root_K) @ vectors_KK.T
 
@@ -292,13 +327,16 @@ def _swap_until_optimal(gram_NN: np.ndarray, starts_SN: np.ndarray, num_experts:
         i, j = np.divmod(gain_SRR.reshape(starts, -1).argmax(axis=1), size)
         i = a * size + i
         j = np.where(improves_S, b * size + j, i)  # a converged grouping swaps i with itself
+        # S = GΠ: group a loses column i of G and gains column j, group b the reverse.
         exchange_SN = gram_SNN[s, j] - gram_SNN[s, i]
         sums_SNK[s, :, a] += exchange_SN
         sums_SNK[s, :, b] -= exchange_SN
+        # The Gram matrices change places in rows and, by the transposed view, in columns.
         for rows in (order_SN, sums_SNK, gram_SNN, gram_SNN.transpose(0, 2, 1)):
             rows[s, i], rows[s, j] = rows[s, j], rows[s, i]
         changed_SC = np.stack([a, b], axis=1)
 
+    # From positions sorted by expert back to the components' own order.
     labels_SN = np.empty_like(starts_SN)
     labels_SN[s[:, None], order_SN] = np.arange(components) // size
     if improves_S.any():
@@ -315,7 +353,9 @@ def _update_best_gains(
     back_SCKR = move_SKRK.transpose(0, 3, 1, 2)[rows, changed_SC]
     gain_SCRKR = there_SCRK[..., None] + back_SCKR[:, :, None] - gram_SKRKR[rows, changed_SC]
     best_SCK = gain_SCRKR.max(axis=2).max(axis=-1)
+    # A swap of a and b is one of b and a, so rows and columns have the same gains.
     best_SKK[rows, changed_SC] = best_SCK
     best_SKK[rows, :, changed_SC] = best_SCK
+    # A swap within an expert changes nothing.
     diagonal = np.arange(best_SKK.shape[1])
     best_SKK[:, diagonal, diagonal] = 0.0

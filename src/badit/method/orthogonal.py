@@ -61,6 +61,7 @@ Moments = dict[str, Tensor]
 
 # Matrices up to this norm count as zero; above it, inverse roots are finite in float32.
 _TINY = 1e-60
+# A larger error ‖Z Y − 1‖ means that C has a negative eigenvalue, see `inverse_root`.
 _CONVERGED = 1e-3
 _LARGEST_CHANGE = 0.1  # relative change of ΔW in a step of A
 
@@ -131,7 +132,9 @@ def orthogonal_updates(  # noqa: PLR0913 (what one step of an optimizer needs)
     square_NN = over_shards(torch.stack(squares), "sum").to(root_NN)
     moved_NN = _transported(torch.stack([last["second"] for last in moments]), transport_NN)
     second_NN = _each(has_frame) * (beta_2 * moved_NN + (1 - beta_2) * square_NN)  # V
+    # (1 − β₁) (V / w₂)^(−1/2): the factor of H in M.
     whiten_NN = _each((1 - beta_1) * weight_2.sqrt()) * inverse_root(second_NN, floor)
+    # R_Y⁻¹ / w₁, for A with the limit l.
     unframe_NN = frame_NN / _each(torch.where(weight_1 > 0, weight_1, 1.0))
     unframe_NN[0] *= _each(_limit(gram_NN, lengths[0], lr))
 

@@ -85,6 +85,7 @@ def batch_moments(x_BI: Tensor, add_up: Callable[[Tensor], Tensor] = lambda x: x
     x_BI = x_BI.float()
     counts_B1 = x_BI.any(dim=1, keepdim=True).float()
     sums = add_up(torch.cat([x_BI.sum(dim=0), counts_B1.sum(dim=0)]))
+    # In two passes, because a difference of means of squares would lose digits.
     mean_I = sums[:-1] / sums[-1]
     squares_I = add_up(((x_BI - mean_I) * counts_B1).square().sum(dim=0))
     return torch.stack([mean_I, squares_I / sums[-1]])
@@ -94,6 +95,7 @@ def updated_moments(moments_2I: Tensor, batches: Tensor, new_2I: Tensor) -> Tens
     """Returns μ and v (2, I) with batch number n = ``batches`` added, of weight max(1/n, 1/50)."""
     weight = (1 / batches).clamp_min(_LEAST_WEIGHT)
     mean_I, variance_I = torch.lerp(moments_2I, new_2I, weight)
+    # The variance of two groups together includes the distance of their means.
     between_I = weight * (1 - weight) * (new_2I[0] - moments_2I[0]).square()
     return torch.stack([mean_I, variance_I + between_I])
 
@@ -146,6 +148,7 @@ def _distant_rows(unit_SI: Tensor, count: int, generator: torch.Generator) -> Te
     chosen_C = torch.randint(len(unit_SI), (1,), generator=generator, device="cpu")
     while len(chosen_C) < count:
         distance_S = 1 - (unit_SI @ unit_SI[chosen_C].T).amax(dim=1)
+        # Above zero: multinomial refuses weights that are all zero, as of equal prompts.
         drawn = torch.multinomial(distance_S.clamp_min(1e-6), 1, generator=generator)
         chosen_C = torch.cat([chosen_C, drawn])
     return unit_SI[chosen_C]

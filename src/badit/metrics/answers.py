@@ -3,7 +3,7 @@
 The NLL needs no generated answer and has less noise. Rouge-L and exact match range from 0 to 100,
 with the maximum over the references. They follow the official evaluation of
 Super-NaturalInstructions (Wang et al. 2022, arXiv:2204.07705). Rouge-L is computed by
-`rouge-score`.
+`rouge-score`, with words of all scripts.
 """
 
 import string
@@ -15,6 +15,10 @@ from typing import Any
 from badit.support.errors import BaditError
 from badit.support.text import number
 
+# Scripts without spaces between words, as a set of characters.
+_ALONE = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+_LETTER = r"[\p{L}\p{N}]\p{M}*"  # a letter or digit with its marks (accents, vowel signs)
+_WORD = rf"(?={_ALONE}){_LETTER}|(?:(?!{_ALONE}){_LETTER})+"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -37,15 +41,34 @@ class Prediction:
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """Returns the Rouge-L F-measure x 100 with Porter stemming, the maximum over the references.
 
-    Words are sequences of `a-z0-9` after lower-casing. Text without words, such as Chinese, scores
-    0 even if equal. BaditError if ``references`` is empty or a string.
+    Words are sequences of letters and digits after lower-casing. In scripts without spaces between
+    words, such as Chinese, each character is a word. The score of ASCII text is the official one,
+    whose words have the letters a-z only. Text without letters and digits scores 0 even if equal.
+    BaditError if ``references`` is empty or a string.
     """
+    # Not at the top: it imports NLTK, which would slow down every command.
     from rouge_score.rouge_scorer import RougeScorer
 
     _refuse_invalid(references)
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     scores = [scorer.score(reference, prediction)["rougeL"] for reference in references]
     return 100.0 * max(score.fmeasure for score in scores)
+
+
+class _Words:
+    """Splits text into words, with the interface of `rouge-score`."""
+
+    def __init__(self) -> None:
+        from nltk.stem.porter import PorterStemmer
+
+        self._stemmer = PorterStemmer()
+
+    def tokenize(self, text: str) -> list[str]:
+        import regex
+
+        words: list[str] = regex.findall(_WORD, text.lower())
+        # As in the official implementation, which does not stem short words.
+        return [self._stemmer.stem(word) if len(word) > 3 else word for word in words]
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
@@ -60,7 +83,7 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of answers, from 0 to ``most``. ``score`` returns None if an answer has no score.
+    """A metric of answers, from 0 to ``maximum``. ``score`` returns None if an answer has no score.
 
     ``label`` and ``decimals`` are for tables; ``margin`` is for equivalence, see
     :class:`badit.metrics.statistics.Difference`.
@@ -68,7 +91,7 @@ class Metric:
 
     label: str
     score: Callable[[Prediction], float | None]
-    most: float = 100.0
+    maximum: float = 100.0
     margin: float = 0.5
     decimals: int = 1
     lower_is_better: bool = False
@@ -78,8 +101,9 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "rouge_l": Metric("Rouge-L", lambda answer: rouge_l(answer.prediction, answer.references)),
     "exact_match": Metric("EM", lambda answer: exact_match(answer.prediction, answer.references)),
+    # An NLL has no maximum: this one only bounds the values that a file of scores may have.
     "nll": Metric(
-        "NLL", lambda answer: answer.nll, most=1e6, margin=0.01, decimals=3, lower_is_better=True
+        "NLL", lambda answer: answer.nll, maximum=1e6, margin=0.01, decimals=3, lower_is_better=True
     ),
 }
 
@@ -106,6 +130,7 @@ def instance_scores(predictions: Iterable[Prediction]) -> dict[str, dict[str, li
             of_task[name].append(score)
             if score is None:
                 incomplete.add(name)
+    # Also from the other tasks: a mean over fewer tasks would not be comparable.
     for of_task in scores.values():
         for name in incomplete:
             del of_task[name]
@@ -121,6 +146,7 @@ def mean_scores(instances: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[
     tasks: dict[str, dict[str, float]] = {}
     for task, scores in instances.items():
         tasks[task] = {metric: fmean(values) for metric, values in scores.items()}
+        # Every answer has a Rouge-L, but possibly no NLL.
         tasks[task]["instances"] = len(scores["rouge_l"])
 
     means: dict[str, Any] = {}

@@ -62,6 +62,7 @@ def paired_bootstrap(differences_by_task: Mapping[str, np.ndarray]) -> Differenc
     """
     tasks_SN = [differences_by_task[task] for task in sorted(differences_by_task)]
     runs = len(tasks_SN[0])
+    # A fixed seed: the same scores always give the same intervals.
     rng = np.random.default_rng(0)
 
     # The same resampled runs for every task.
@@ -75,6 +76,7 @@ def paired_bootstrap(differences_by_task: Mapping[str, np.ndarray]) -> Differenc
         mean=float(np.mean([task_SN.mean() for task_SN in tasks_SN])),
         low=low,
         high=high,
+        # Rounded, so that a resample of equal scores counts as not positive.
         share_not_positive=float((np.round(estimates_R, DECIMALS) <= 0).mean()),
         inner_low=inner_low,
         inner_high=inner_high,
@@ -88,6 +90,7 @@ def _resampled_means(
     """Returns a task's mean difference in every resample (R)."""
     instances = task_SN.shape[1]
     chunks_SR = []
+    # All runs get the same drawn instances, so these are averaged first, for every run.
     for _ in range(_RESAMPLES // _CHUNK):
         drawn_RN = rng.integers(instances, size=(_CHUNK, instances))
         chunks_SR.append(task_SN[:, drawn_RN].mean(axis=2))
@@ -142,6 +145,7 @@ def continual_scores(
     average = fmean(final)
     forward_transfer = None
     if single_task is not None:
+        # FWT = 1/T Σ_j (a_jj − single_j).
         forward_transfer = fmean(scores[j][j] - single_task[j] for j in tasks)
 
     earlier_tasks = tasks[:-1]
@@ -153,11 +157,14 @@ def continual_scores(
     for j in earlier_tasks:
         since = 0 if released else j
         column = [scores[i][j] for i in earlier_tasks[since:]]
+        # Only the released form can meet NaN here, above the diagonal.
         best.append(max(0.0 if math.isnan(score) else score for score in column))
+    # F = 1/(T − 1) Σ_{j<T} (max_i a_ij − a_Tj).
     forgetting = fmean(best[j] - final[j] for j in earlier_tasks)
+    # BWT = 1/(T − 1) Σ_{j<T} (a_Tj − a_jj), in the released form 1/T.
     backward = math.fsum(final[j] - scores[j][j] for j in earlier_tasks)
-    divisor = len(tasks) if released else len(earlier_tasks)
-    return ContinualScores(average, forgetting, backward / divisor, forward_transfer)
+    counted_tasks = tasks if released else earlier_tasks
+    return ContinualScores(average, forgetting, backward / len(counted_tasks), forward_transfer)
 
 
 def _refuse_incomplete(
@@ -165,6 +172,7 @@ def _refuse_incomplete(
 ) -> None:
     count = len(scores)
     is_square = count > 0 and all(len(row) == count for row in scores)
+    # Entries above the diagonal are of tasks not yet trained.
     measured = (score for i, row in enumerate(scores) for score in row[: i + 1])
     if not is_square or not all(map(math.isfinite, measured)):
         raise BaditError(

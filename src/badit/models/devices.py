@@ -26,9 +26,11 @@ def device() -> torch.device:
     """
     import torch
 
+    # Without the check, this is the accelerator that torch was built for, present or not.
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"):
         return torch.device("cpu")
+    # A launcher starts one process per accelerator of a machine and numbers them.
     return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 

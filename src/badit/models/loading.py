@@ -69,6 +69,7 @@ def load_base_model(
             source,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            # Unpickling can run code.
             use_safetensors=True,
             **options,
         )
@@ -131,6 +132,7 @@ def resolve_model(name: str | Path) -> str:
             problem = "the folder has no config.json; save it with save_pretrained"
             raise BaditError(f"model {name}: {problem}")
         return str(folder)
+    # ./name and ../name have the form of a hub id, but are folders that do not exist.
     if isinstance(name, str) and HUB_ID.fullmatch(name) and not name.startswith("."):
         return name
     raise BaditError(
@@ -139,13 +141,13 @@ def resolve_model(name: str | Path) -> str:
     )
 
 
-def _loading(source: str, part: str) -> AbstractContextManager[None]:
+def _loading(source: str, component: str) -> AbstractContextManager[None]:
     """Converts every exception of transformers into a BaditError.
 
     It can raise any for a missing, damaged or unsupported model.
     """
     origin = "" if Path(source).is_dir() else " (not a local folder, so loaded from the hub)"
-    return explained(f"model {source}{origin}: {part}", action="loaded", any_error=True)
+    return explained(f"model {source}{origin}: {component}", action="loaded", any_error=True)
 
 
 @contextmanager
@@ -170,6 +172,7 @@ def _refuse_other_shards(source: str, revision: str) -> None:
         index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
     except OSError:  # the weights are in one file
         return
+    # transformers would read shards of another suffix with torch.load, and from any folder.
     for shard in read_json(Path(str(index)))["weight_map"].values():
         if not re.fullmatch(r"[^/\\]+\.safetensors", shard):
             problem = f"{shard!r:.120}: must be a .safetensors file there"

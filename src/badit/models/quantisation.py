@@ -26,6 +26,7 @@ def quantisation_config(kind: Quantisation, dtype: Any) -> Any:
         return TorchAoConfig(Int8WeightOnlyConfig())
     if kind == "bnb-8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
+    # NF4 is the 4-bit data type of QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

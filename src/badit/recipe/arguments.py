@@ -22,6 +22,9 @@ CountOrZero = Annotated[int, Field(ge=0, le=LARGEST)]  # also seeds: numpy refus
 
 
 class Section(BaseModel):
+    """A section of a recipe: unknown keys, NaN and infinity are refused, and fields are fixed."""
+
+    # Infinities would pass the lower bounds: YAML can write them as .inf.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
@@ -37,6 +40,9 @@ class Section(BaseModel):
         if re.search(r"\b(int|float)\b", annotation):
             raise ValueError("must be a number, not true or false")
         return value
+
+
+_FINITE = ConfigDict(allow_inf_nan=False)
 
 
 class TrainingSection(Section, extra="allow"):
@@ -63,6 +69,7 @@ class TrainingSection(Section, extra="allow"):
     router_lr_ratio: float = Field(
         1.0, gt=0, description="learning rate of other parameters, over that of the factors"
     )
+    # The best rate of BADIT's defaults with AdamW (docs/experiments/harness-c.md).
     learning_rate: float = Field(
         2e-3, gt=0, description="of the factors; see router_lr_ratio and lora_plus_ratio"
     )
@@ -135,6 +142,7 @@ class TrainingSection(Section, extra="allow"):
             raise ValueError("early_stopping_patience needs load_best_model_at_end: true")
         if self.eval_steps and self.eval_strategy != "steps":
             raise ValueError("eval_steps needs eval_strategy: steps")
+        # save_strategy is an argument of transformers without a field here.
         strategies = self.eval_strategy, (self.model_extra or {}).get("save_strategy")
         if self.load_best_model_at_end and "no" in strategies:
             raise ValueError(
@@ -153,6 +161,7 @@ class TrainingSection(Section, extra="allow"):
                 yield f"training.{key}: cannot be set in a recipe: {reason}"
             elif key not in names and isinstance(key, str):  # the schema refuses other keys
                 hint = ""
+                # A former name that is misspelt, too, is suggested under its present form.
                 for close in get_close_matches(key, [*names, *RENAMED_ARGUMENTS], n=1):
                     hint = f" (did you mean '{RENAMED_ARGUMENTS.get(close, close)}'?)"
                 yield f"training.{key:.120}: unknown key{hint}"
@@ -166,6 +175,7 @@ class TrainingSection(Section, extra="allow"):
         if self.optimizer == "orthogonal":
             problem = "cannot be combined with optimizer: orthogonal; remove one of them"
             yield from (f"training.{key}: {problem}" for key in _OF_ADAMW if key in values)
+        # Common schedules are known here, so that most recipes need no import of transformers.
         if self.lr_scheduler_type not in ("cosine", "linear", "constant", "constant_with_warmup"):
             values["lr_scheduler_type"] = self.lr_scheduler_type
         if not values and not self.report_to:
@@ -182,7 +192,8 @@ class TrainingSection(Section, extra="allow"):
         for key, value in values.items():
             kind: Any = Annotated[_values_of(annotations[key]), _RANGES.get(key, Field())]
             try:
-                TypeAdapter(kind).validate_python(value, strict=True)
+                # Strict: else a number may be given as text, and transformers receives the text.
+                TypeAdapter(kind, config=_FINITE).validate_python(value, strict=True)
             except ValidationError as error:
                 _, text = problems(error, value)[0]
                 yield f"training.{key}: {text}"
@@ -196,6 +207,7 @@ def _values_of(annotation: Any) -> Any:
     return annotation
 
 
+# Arguments of transformers' optimizers, which optimizer: orthogonal replaces.
 _OF_ADAMW = ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 # Field names of earlier releases (and one of transformers'), with the current names.
@@ -259,6 +271,7 @@ def argument_names() -> set[str]:
     """
     package: Any = find_spec("transformers")
     source = Path(package.origin).with_name("training_args.py")
+    # Only the fields of the dataclass are annotated at this indentation.
     return set(re.findall(r"^    (\w+): ", source.read_text(encoding="utf-8"), re.M))
 
 

@@ -30,6 +30,7 @@ def make_recipe(recipe: RecipeLike | None, values: Mapping[str, Any]) -> Recipe:
         path = _file_or_shipped(Path(recipe))
         return build_recipe(merged(_values_with_base(path), values), where=path)
     if isinstance(recipe, Recipe):
+        # Without defaults: some checks ask whether the recipe sets a value, as the learning rate.
         recipe = recipe.model_dump(exclude_unset=True)
     return build_recipe(merged(recipe or {}, values))
 
@@ -54,6 +55,7 @@ def shipped_recipes() -> dict[str, Path]:
     """Returns the recipes that come with badit, by name."""
     package = Path(__file__).parents[1]
     checkout = package.parents[1]
+    # In an installed package, and in a checkout.
     for folder in (package / "recipes", checkout / "recipes"):
         if folder.is_dir():
             files = sorted(folder.glob("**/*.yaml"))
@@ -63,6 +65,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 def _file_or_shipped(path: Path, name: str | None = None) -> Path:
     """Returns the path or, if there is no such file, the recipe of this name with badit."""
+    # With this suffix, a missing file is reported as such when it is read.
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return path
     name = name or str(path)
@@ -98,6 +101,7 @@ def _values_with_base(path: Path, extending: tuple[Path, ...] = ()) -> dict[str,
         problem = f"extends: {path.name} already extends this file; remove one of the two"
         raise BaditError(f"{extending[-1]}: {problem}")
     content = read_values(path)
+    # The config.yaml of a run is a recipe too.
     drop_format(content, path)
     if "extends" not in content:
         return content
@@ -157,11 +161,13 @@ def build_recipe(
 
     Every line of an error message starts with ``where``.
     """
+    # merged copies all sections, which the overrides change.
     values = merged({}, content)
     # The method's name first, because another name clears the method's options.
     for override in sorted(overrides, key=lambda text: not text.startswith(_METHOD_NAMES)):
         _override(values, override)
 
+    # All problems are collected, so that every mistake is reported at once.
     lines = list(_unknown_keys(values))
     try:
         recipe = Recipe.model_validate(values)
@@ -169,6 +175,7 @@ def build_recipe(
         lines += [f"{place}: {text}" for place, text in problems(error, values, _known_keys)]
     else:
         if not lines:
+            # Only now, because it may import transformers, which takes seconds.
             lines = list(recipe.training.value_problems())
         if not lines:
             return recipe
@@ -186,12 +193,12 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise BaditError(f"{override!r:.80}: {form}")
     *parents, last = key.split(".")
     section: Any = values
-    for part in parents:
-        if section.get(part) is None:
-            section[part] = {}
-        section = section[part]
+    for parent in parents:
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
         if not isinstance(section, dict):
-            raise BaditError(f"{override!r:.80}: {part} is a single value and has no keys")
+            raise BaditError(f"{override!r:.80}: {parent} is a single value and has no keys")
     if key == "method.name" and section.get("name", "badit") != text:
         section.clear()  # the options of one method do not apply to another
     section[last] = _override_value(text.strip(), override)
@@ -203,7 +210,7 @@ def _override_value(text: str, override: str) -> Any:
         return parse_yaml(text, where=override)
     try:
         value = parse_yaml(text, where=override)
-    except BaditError:
+    except BaditError:  # such as *.csv, which YAML reads as an alias
         return text
     if value is None or isinstance(value, int | float):
         return value
@@ -252,8 +259,8 @@ def method_words() -> dict[str, list[str]]:
 def _known_keys(location: Sequence[int | str]) -> list[str]:
     """Returns the keys of the section at a location in the recipe."""
     section: Any = Recipe
-    for part in location:
-        field = section.model_fields.get(str(part))
+    for step in location:
+        field = section.model_fields.get(str(step))
         if field is not None:  # else an index, or the alternative of a union
             section = section_of(field.annotation)
     return list(section.model_fields)

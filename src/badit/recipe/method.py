@@ -33,6 +33,7 @@ BOOKKEEPING = {
     "past_branches",
     FORMAT_FIELD,
 }
+# auto_mapping names a module that PEFT would import.
 _NOT_OPTIONS = BOOKKEEPING | {"peft_type", "auto_mapping", "runtime_config"}
 
 SURGERY = ("pcgrad", "cagrad")  # LoRA with gradient surgery, see badit.training.surgery
@@ -119,6 +120,7 @@ class ResolvedMethod:
 
     def _refuse_adapter_settings(self, recipe: Recipe) -> None:
         training = recipe.training
+        # Base weights in float16 would need loss scaling, which badit does not use.
         if recipe.model.dtype == "float16":
             problem = "base weights cannot be trained in float16"
             raise BaditError(f"model.dtype: {problem}; use bfloat16 with {self.name}")
@@ -144,6 +146,7 @@ def resolve_method(section: Mapping[str, Any]) -> ResolvedMethod:
         hint = f"{nearest(name, NAMES)}; known: {', '.join(NAMES)}"
         raise BaditError(f"method.name: unknown method {name!r:.60}{hint}")
     kind = KINDS[name]
+    # Another value would make it another method, as use_dora: false with the name dora.
     for key in options.keys() & kind.fixed.keys():
         problem = f"is set by the method name {name} (to {kind.fixed[key]}); delete it"
         raise BaditError(f"method.{key}: {problem}")
@@ -156,6 +159,7 @@ def resolve_method(section: Mapping[str, Any]) -> ResolvedMethod:
     if regroup is not None and config.top_k is not None and config.top_k < config.num_experts:
         raise BaditError(f"method.regroup: {TOP_K_REFUSED} (regroup: null)")
 
+    # See ResolvedMethod.section for the methods of PEFT.
     if isinstance(config, PeftConfig) and not isinstance(config, ExpertConfig):
         resolved = {"name": name, **options}
     else:
@@ -171,11 +175,13 @@ def _take_regroup(options: dict[str, Any]) -> RegroupOptions | None:
     if preset not in ("default", "paper"):
         raise BaditError(f"method.preset: must be default or paper, got {preset!r:.60}")
     is_paper = preset == "paper"
+    # The preset paper regroups, badit's default does not.
     regroup = options.pop("regroup", {} if is_paper else None)
     if regroup is not None and not isinstance(regroup, dict):
         form = "must be a mapping such as {every: 20}, or null to train without DOG"
         raise BaditError(f"method.regroup: {form}")
     if is_paper:
+        # Options in the recipe take precedence over the preset.
         for key, value in BaditConfig.PAPER.items():
             options.setdefault(key, value)
     if regroup is None:
@@ -206,13 +212,14 @@ def _refuse_options_of_peft(options: Mapping[str, Any]) -> None:
 def _built(name: str, kind: Kind, options: Mapping[str, Any], place: str = "method") -> Any:
     """Builds a configuration; errors begin with ``place`` and the option's name."""
     fields = dataclasses.fields(kind.config_class)
-    known = {field.name for field in fields if field.init} - _NOT_OPTIONS - kind.fixed.keys()
+    allowed = {field.name for field in fields if field.init} - _NOT_OPTIONS - kind.fixed.keys()
     for key in options:
-        if key not in known:
-            hint = f"{nearest(key, known)}; see: badit keys method"
+        if key not in allowed:
+            hint = f"{nearest(key, allowed)}; see: badit keys method"
             raise BaditError(f"{place}.{key}: {name} has no such option{hint}")
     fixed = dict(kind.fixed)
     if issubclass(kind.config_class, PeftConfig):
+        # badit trains causal language models only; PEFT's wrapper depends on this type.
         fixed["task_type"] = "CAUSAL_LM"
     try:
         return kind.config_class(**fixed, **options)
@@ -228,6 +235,7 @@ def _option_values(config: Any, kind: Kind) -> dict[str, Any]:
         if name in _NOT_OPTIONS or name in kind.fixed:
             continue
         value = getattr(config, name)
+        # The configurations turn lists of modules into sets, which are not plain YAML.
         values[name] = sorted(value) if isinstance(value, set) else value
     return values
 
@@ -239,7 +247,7 @@ def options_of(name: str) -> list[tuple[str, Any, str]]:
     options = [option for option in described(kind.config_class) if option[0] not in hidden]
     if name != "badit":
         return options
-    options.append(("preset", "default", "'paper': the paper's exact form."))
+    options.append(("preset", "default", "'paper': the form of the paper's released code."))
     meaning = "Regroup components (DOG), with the options below or {} (default: do not)."
     options.append(("regroup", None, meaning))
     options += [

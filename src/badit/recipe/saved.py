@@ -12,6 +12,7 @@ from badit.support.files import refuse_other_format
 
 def dump_recipe(recipe: Recipe) -> str:
     """Returns a run's recipe as YAML with every field."""
+    # A single run ignores the section compare.
     values = {"format": FORMAT, **recipe.model_dump(mode="json", exclude={"compare"})}
     return to_yaml(values, sort_keys=False)
 
@@ -24,13 +25,16 @@ def load_config(path: Path) -> Recipe:
     return build_recipe(content, where=path)
 
 
-def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differing_keys(
+    first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
     """Returns the dotted keys in which two nested mappings differ."""
     keys = []
-    for key in one.keys() | other.keys():
-        a, b = one.get(key), other.get(key)
+    for key in first.keys() | second.keys():
+        a, b = first.get(key), second.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             keys += differing_keys(a, b, f"{prefix}{key}.")
-        elif a != b or (key in one) != (key in other):
+        # get returns None for a missing key, which differs from a key that is null.
+        elif a != b or (key in first) != (key in second):
             keys.append(f"{prefix}{key}")
     return sorted(keys)

@@ -33,6 +33,7 @@ _NOT_IN_PATHS = re.compile("[\0\ud800-\udfff]")  # NUL and lone surrogates
 
 def _path_text(path: Any) -> Any:
     """Returns a path as text; pydantic refuses values of other types afterwards."""
+    # Values from Python may be paths.
     if isinstance(path, os.PathLike):
         path = os.fspath(path)
     is_valid = not isinstance(path, str) or (path.strip() and not _NOT_IN_PATHS.search(path))
@@ -165,6 +166,7 @@ class DataSection(Section):
         from badit.data import load_sources
 
         tasks = load_sources(self.sources(), self.tasks, self.weights)
+        # Before the limit, so that the held-out instances do not depend on train_per_task.
         tasks = hold_out(tasks, self.validation_per_task, self.seed)
         if self.order is not None and self.quotas(tasks):
             raise BaditError(
@@ -272,6 +274,7 @@ class Recipe(Section):
     model: ModelSection = ModelSection()  # pyright: ignore[reportCallIssue]
     data: DataSection = DataSection()  # pyright: ignore[reportCallIssue]
     prompt: PromptSection = PromptSection()  # pyright: ignore[reportCallIssue]
+    # Not a section: resolve_method checks the options, which needs torch and PEFT.
     method: dict[str, Any] = Field(
         default={"name": "badit"},
         description="the method's name (see badit keys method.name) and its options",
@@ -284,26 +287,43 @@ class Recipe(Section):
     )
 
     def __repr__(self) -> str:
-        about = f"{self.method.get('name', 'badit')} on {self.model.name}"
-        return f"Recipe({about}, data {self.data.source!r}, output {self.output!r})"
+        summary = f"{self.method.get('name', 'badit')} on {self.model.name}"
+        return f"Recipe({summary}, data {self.data.source!r}, output {self.output!r})"
 
 
 #: A file, plain values, or a Recipe.
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 
 
+_VARIABLE = re.compile(r"\$(?:\$|(\w+)|\{([^}]*)\})")
+
+
 def expand_source(source: str) -> str:
-    """Returns ``data.source`` with $VARIABLES and ~ expanded; BaditError if one is not set."""
-    expanded = os.path.expandvars(source)
-    unset = re.search(r"\$\{?(\w+)", expanded)
-    if unset:
-        problem = f"the environment variable {unset[1]} is not set; set it, or use data.source=PATH"
-        raise BaditError(f"data.source: {problem}")
-    if not expanded.strip():
+    """Returns ``data.source`` with $VARIABLES and ~ expanded, and $$ as a dollar sign.
+
+    BaditError if a variable is not set.
+    """
+
+    def expanded(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name is None:
+            return "$"
+        if name not in os.environ:
+            fix = "set it, or use data.source=PATH, with $$ for a dollar sign"
+            raise BaditError(f"data.source: the environment variable {name} is not set; {fix}")
+        return os.environ[name]
+
+    path = _VARIABLE.sub(expanded, source)
+    if not path.strip():
         raise BaditError(
             f"data.source: {source} is empty; set the variable, or use data.source=PATH"
         )
-    return os.path.expanduser(expanded)
+    return os.path.expanduser(path)
+
+
+def source_of(path: str) -> str:
+    """Returns the ``data.source`` of a path, in which a dollar sign is part of an existing name."""
+    return path.replace("$", "$$") if os.path.exists(path) else path
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

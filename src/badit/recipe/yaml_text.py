@@ -30,6 +30,7 @@ def parse_yaml(text: str, *, where: str | Path) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
+        # Aliases still share their node, so counting can stop before they are expanded.
         _count_values(node, MAX_VALUES)
         return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
@@ -73,8 +74,10 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int | str:
 
 
 _Loader.add_constructor(f"{_TAG}int", _whole_number)
+# YAML 1.1 requires a dot in a float, so PyYAML reads 5e-4 as a string.
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+$")
 for _class in (_Loader, _Dumper):
+    # PyYAML selects the patterns to try by the first character of a value.
     _class.add_implicit_resolver(f"{_TAG}float", _EXPONENT, list("+-0123456789"))
 
 # Constructing a date would fail for some of them, and no key takes one.
@@ -91,8 +94,8 @@ def _refusal(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
-def _count_values(node: yaml.Node, left: int, key_path: str = "") -> int:
-    """Returns ``left`` minus the number of values in a node, with all aliases expanded.
+def _count_values(node: yaml.Node, remaining: int, key_path: str = "") -> int:
+    """Returns ``remaining`` minus the number of values in a node, with all aliases expanded.
 
     Raises MarkedYAMLError for too many values, for one that is not plain, and for a key that is
     there twice.
@@ -101,18 +104,19 @@ def _count_values(node: yaml.Node, left: int, key_path: str = "") -> int:
         place = f"{key_path}: " if key_path else ""
         tag = node.tag.replace(_TAG, "!!")
         raise _refusal(node, f"{place}the tag {tag:.60}: use a plain value")
-    if left <= 0:
+    if remaining <= 0:
         raise _refusal(
             node, f"more than {MAX_VALUES:,} values, with all aliases expanded; remove some"
         )
     if isinstance(node, yaml.ScalarNode):
         node.value.encode()  # raises for a lone surrogate, which UTF-8 cannot encode
-        return left - 1
+        return remaining - 1
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            left = _count_values(item, left, key_path)
-        return left - 1
+            remaining = _count_values(item, remaining, key_path)
+        return remaining - 1
 
+    # PyYAML keeps the last of repeated keys. With the tag, because 1 and "1" are two keys.
     seen_keys: set[tuple[str, str]] = set()
     for key, value in node.value:
         name = "?"
@@ -121,6 +125,6 @@ def _count_values(node: yaml.Node, left: int, key_path: str = "") -> int:
             if (key.tag, key.value) in seen_keys:
                 raise _refusal(key, f"the key {key.value!r:.60} is there twice; keep one")
             seen_keys.add((key.tag, key.value))
-        left = _count_values(key, left, key_path)
-        left = _count_values(value, left, f"{key_path}.{name:.60}".lstrip("."))
-    return left - 1
+        remaining = _count_values(key, remaining, key_path)
+        remaining = _count_values(value, remaining, f"{key_path}.{name:.60}".lstrip("."))
+    return remaining - 1

@@ -40,6 +40,7 @@ def write_report(
     output = Path(output)
 
     with status("writing the report"):
+        # They need the extra, and take long to import.
         from badit.report.page import export_figures, render
         from badit.report.sections import sections_of
         from badit.report.sources import read_sources

@@ -48,6 +48,7 @@ class Block(NamedTuple):
         """The chart's Vega-Lite specification without colours, which the page sets."""
         text = json.dumps(self.content.to_dict(validate=False))
         specification = json.loads(_NOT_IN_XML.sub("\ufffd", text))
+        # page.js passes the config of its theme, and the mode, which the schema would name.
         del specification["config"], specification["$schema"]
         # Screen readers read the description.
         description = f"{self.title}. {self.caption}".strip()
@@ -72,14 +73,17 @@ def figure_blocks(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
         name = figure.draw.__name__.replace("_", "-")
         label = source.prefix.removesuffix(": ")
         if label:
+            # The number keeps names apart whose labels have the same letters and digits.
             slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[:40]
             name = f"{name}-{number}-{slug}".rstrip("-")
         kind = "table" if isinstance(content, pd.DataFrame) else "figure"
         width = figure.width
         if kind == "figure" and len(shown) > 1:
+            # Two figures fit side by side, for comparison.
             width = "half"
         file = source.frames[figure.table].attrs["file"]
         yield Block(kind, figure.title, content, name, caption, width, file, label)
+        # Repeated captions would only lengthen the page.
         caption = ""
 
 
@@ -102,6 +106,7 @@ def _no_finished_run(source: Source) -> Block:
     reasons = [f"{source.prefix}no run has finished"]
     if source.results:
         notes_of_table = method_table(source.results).notes
+        # The table's other notes explain its columns.
         reasons += [note for note in notes_of_table if note.startswith(("missing", "failed"))]
     return Block("note", "; ".join(reasons), "")
 

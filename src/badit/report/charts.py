@@ -111,6 +111,7 @@ def all_or_one(frame: pd.DataFrame, name: str, label_of_all: str = "") -> alt.Pa
 def with_all(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """Returns the rows, and copies with ALL in each column without it, for a choice of the mean."""
     for column in columns:
+        # These rows may be measured for all together, which is not the mean.
         if ALL in set(frame[column]):
             continue
         singles = frame.assign(**{column: frame[column].astype(str)})
@@ -123,6 +124,7 @@ def chart_of(frame: pd.DataFrame, chosen: str = "") -> alt.Chart:
 
     ``chosen`` names a column and a choice; the chart shows the rows with the chosen value.
     """
+    # JSON has no NaN; Vega reads null as a missing value.
     records = frame.astype(object).where(frame.notna(), None).to_dict("records")
     chart = alt.Chart(alt.InlineData(values=records))
     if not chosen:
@@ -144,6 +146,7 @@ def chart_by_choice(
     for name in options:
         keys += "|" + frame[name].astype(str)
     frame = frame.assign(key=keys.str[1:])
+    # Means over what is not chosen, such as the modules of a layer.
     values = frame.pivot_table("value", places, "key", sort=False, observed=True)
 
     has_all = [ALL in key.split("|") for key in values]

@@ -59,8 +59,10 @@ def heat_map(cells: pd.DataFrame, look: Look, choices: Sequence[alt.Parameter] =
     columns = names_in(cells, "column")
     cells = cells.astype({"row": str, "column": str})
     base, values = chart_by_choice(cells, ["row", "column"], choices)
+    # The layer is the first option in the keys of the columns.
     is_mean = np.array([key.split("|")[0] == ALL for key in values], dtype=bool)
     limits = [_limit(values.loc[:, is_mean], look), _limit(values.loc[:, ~is_mean], look)]
+    # An expression of the chart, because the reader changes the choice on the page.
     limit = "limits[1]"
     if is_mean.any():
         limit = f"limits[{choices[0].name} === '{ALL}' ? 0 : 1]"
@@ -94,6 +96,7 @@ def heat_map(cells: pd.DataFrame, look: Look, choices: Sequence[alt.Parameter] =
 def share_limits(drawn: Iterable[Any]) -> None:
     """Gives the heat maps of one figure, which are shown side by side, the same colour scale."""
     lists = [getattr(chart, "params", None) for chart in drawn]
+    # Tables have no parameters, and Altair marks a chart without any as Undefined.
     parameters = [param for params in lists if isinstance(params, list) for param in params]
     limits = [parameter for parameter in parameters if parameter.name == "limits"]
     for parameter in limits:
@@ -108,11 +111,13 @@ def _limit(values: pd.DataFrame, look: Look) -> float:
     if look.limit is not None:
         return look.limit
     distances = pd.Series(np.ravel(values - look.middle), dtype=float).abs()
+    # At least 0.01, so that equal values still give a scale.
     return float(f"{max(0.01, distances.quantile(0.98)):.2g}")
 
 
 def _colour_scale(look: Look, limit: str) -> alt.Scale:
     end = {"expr": f"{look.middle} + {limit}"}
+    # Values beyond the limit have the colour of the end.
     scale = alt.Scale(clamp=True, interpolate="rgb", domainMax=end)
     if look.signed:
         scale.range = "diverging"

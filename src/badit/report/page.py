@@ -44,6 +44,7 @@ def render(title: str, sections: Mapping[str, Sequence[Block]]) -> str:
         sections=sections,
         version=__version__,
         hashes=[_hash(script) for script in scripts],
+        # Files of the package, which must not be escaped; all text of runs is.
         style=Markup(style),
         scripts=[Markup(script) for script in scripts],
         themes={"light": chart_config("light"), "dark": chart_config("dark")},
@@ -60,6 +61,7 @@ def _hash(script: str) -> str:
 def _library() -> str:
     """Returns Vega, Vega-Lite and Vega-Embed as one script."""
     script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", _VEGA_LITE)
+    # Within a script element, the HTML parser would take these for markup.
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
@@ -77,6 +79,7 @@ def export_figures(sections: Mapping[str, Sequence[Block]], folder: Path) -> Non
             path = folder / block.name
             # Vega cannot draw some names, such as "constructor".
             with explained(path, action="drawn", any_error=True):
+                # allowed_base_urls: a chart must not load anything from the network.
                 svg = vl_convert.vegalite_to_svg(
                     chart, vl_version=_VEGA_LITE, config=config, allowed_base_urls=[]
                 )

@@ -39,6 +39,7 @@ def sections_of(sources: Sequence[Source]) -> dict[str, list[Block]]:
         "samples": [*_samples(sources)],
         "settings": [*_settings(sources)],
     }
+    # Figures of all sources together precede those of each source.
     shown = [together(sources), *sources]
     for section, figures in SECTIONS.items():
         sections[section] = [block for figure in figures for block in figure_blocks(figure, shown)]
@@ -120,6 +121,7 @@ def _samples_of_task(task: str, models: Mapping[str, Source]) -> list[dict[str, 
         name: run.predictions[task] for name, run in models.items() if task in run.predictions
     }
     first = next(iter(answers.values()))
+    # Answers can be compared only for instances that all models answered.
     shared = [
         instance for instance in first if all(instance in by_model for by_model in answers.values())
     ]

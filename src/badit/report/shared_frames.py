@@ -40,6 +40,7 @@ def _add_losses(shared: Source, runs: Sequence[tuple[str, Source]]) -> None:
     for series, source in runs:
         for line in source.run.log(_LOG):
             for key, losses in rows.items():
+                # A loss that was not finite is logged as null.
                 if is_number(line["step"]) and is_number(line.get(key)):
                     losses.append((line["step"], line[key], series, source.label))
     columns = ["step", "loss", "series", "run"]
@@ -58,6 +59,7 @@ def _differences(scored: Sequence[Source]) -> pd.DataFrame:
         # The untuned model is not one of the trained methods that are compared.
         if differences.empty or source.config.get("method") == {"name": "base"}:
             continue
+        # One pair of runs: (S = 1, N).
         by_task = {
             str(task): values.to_numpy()[None] for task, values in differences.groupby(level=0)
         }

@@ -20,6 +20,7 @@ import pandas as pd
 
 from badit.analysis.learning import component_flow, expert_angles, task_gap, transfer
 from badit.analysis.tables import load_frames
+from badit.comparison.grid import Cell
 from badit.comparison.results import RESULTS, Results, load_results
 from badit.comparison.tables import method_table
 from badit.data import own_input
@@ -69,15 +70,15 @@ class Source:
 
         A comparison's runs whose folders do not exist any more are left out.
         """
-        from badit.comparison.compare import Cell
-
         if self.results is None:
             return [(self.label, self)]
         cells = self.results.cells
         methods = self.results.methods
         is_scored = (cells["status"] == "done") & cells["selected"]
         scored = cells.loc[is_scored, ["method", "learning_rate", "seed", "order"]]
+        # Cell has None for a missing rate, seed or order.
         rows = scored.astype(object).where(scored.notna(), None).to_numpy().tolist()
+        # Figures and samples show methods in the order of the table.
         rows.sort(key=lambda row: methods.index(row[0]))
         runs = []
         for row in rows:
@@ -136,6 +137,7 @@ def _labels(folders: Sequence[Path]) -> list[str]:
     paths = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, paths)) + 1):
         labels = ["/".join(names[-length:]) for names in paths]
+        # Labels name the runs in legends, so they are short.
         if len(set(labels)) == len(labels):
             return labels
     return [str(folder) for folder in folders]
@@ -154,6 +156,7 @@ def _read(folder: Path, label: str) -> Source:
         _add_comparison(source)
     elif run.scores_path.is_file():
         _add_scores(source, run)
+    # After the tables of an analysis, whose angles also have held-out data, and which are kept.
     _add_regroupings(source, run)
     _add_gradient_cosines(source)
     return source
@@ -168,6 +171,7 @@ def _add_comparison(source: Source) -> None:
     texts.attrs["notes"] = table.notes
     source.add("methods", texts, RESULTS)
 
+    # An untrained model is never among the differences.
     trained = results.cells.dropna(subset="learning_rate")["method"]
     numbers = table.numbers[table.numbers["method"].isin(trained)]
     differences = numbers.rename(columns=lambda name: name.removeprefix("difference_"))
@@ -175,6 +179,7 @@ def _add_comparison(source: Source) -> None:
     source.add("differences", differences.dropna(), RESULTS)
 
     scores = results.scores
+    # Categories keep the order of the methods in the groups.
     methods = pd.Categorical(scores["method"], results.scored_methods)
     groups = scores.assign(run=methods).groupby(["run", "task", "metric"], observed=True)
     means = groups[["score", "n"]].mean().reset_index()

@@ -13,6 +13,7 @@ _CIVIDIS = ["#00204d", "#213d6b", "#555b6c", "#7b7a77", "#a59c74", "#d3c064", "#
 _RANGES = {
     "light": {
         "category": ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5f6368"],
+        # Reversed and without its brightest colour: low values are close to the page's colour.
         "heatmap": ["#fdf6d8", *_CIVIDIS[5::-1]],
         "diverging": ["#8f3b00", "#d56a10", "#f3b06b", "#f6f4f0", "#85bbdf", "#2a7ab8", "#08457e"],
     },

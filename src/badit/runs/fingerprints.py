@@ -78,7 +78,9 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         if is_quantised or not parameter.is_floating_point():
             continue
         flat = parameter.detach().flatten()
+        # In bfloat16, since model.dtype fast may load the same weights in float32 elsewhere.
         sample = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].bfloat16().float().cpu()
+        # A sum of integers is exact in any order, so it does not depend on the threads.
         total = int(flat.bfloat16().view(torch.int16).sum(dtype=torch.int64))
         digest.update(f"{name} {tuple(parameter.shape)} {total}".encode())
         digest.update(sample.numpy().tobytes())

@@ -136,11 +136,13 @@ class RunFolder:
         Steps of a sequence are counted from the start of its first stage.
         """
         first_step = 0
+        # Sorted names of stages are in training order.
         for folder in sorted(self.path.glob("stages/*")) or [self.path]:
             file = folder / path.name
             with explained(file, fix="delete the file to skip it", any_error=True):
                 for line in read_jsonl(file):
                     yield {**line, "step": first_step + line["step"]}
+            # The last step of a stage is always in metrics.jsonl, but not in other logs.
             metrics = folder / self.metrics_path.name
             with explained(metrics, any_error=True):
                 first_step += max((line["step"] for line in read_jsonl(metrics)), default=0)
@@ -149,10 +151,10 @@ class RunFolder:
     def environment(self) -> dict[str, Any]:
         """Versions and hardware; under ``training``: parameters, steps, seconds and memory."""
         content = read_json(self.environment_path)
-        for part in ("inputs", "training"):
-            if not isinstance(content.get(part, {}), dict):
+        for section in ("inputs", "training"):
+            if not isinstance(content.get(section, {}), dict):
                 fix = "restore it, or train again"
-                raise BaditError(f"{self.environment_path}: {part}: must be an object; {fix}")
+                raise BaditError(f"{self.environment_path}: {section}: must be an object; {fix}")
         return content
 
     @property

@@ -35,6 +35,7 @@ def read_predictions(folder: str | Path) -> list[Prediction]:
     """
     form = TypeAdapter(Prediction)
     predictions = []
+    # Names of tasks do not begin with a dot, so hidden files are not predictions.
     for file in sorted(Path(folder).glob("[!.]*.jsonl")):
         for number, fields in enumerate(read_jsonl(file), start=1):
             with explained(f"{file}: line {number}", fix="evaluate the run again"):

@@ -25,13 +25,14 @@ from badit.support.files import OWNER, read_json, refuse_links, write_text
 # (docs/experiments/few-tasks.md).
 _ONE_CLUSTER_PER_TASK = 8
 
+_LEAST_TO_HOLD_OUT = 4  # hold_out() takes at most a quarter of a task
 _SCORE_VALIDATION = (
     "to score held-out training instances: evaluation.split=validation data.validation_per_task=10"
 )
 _HOLD_OUT = "set data.validation_per_task to hold out some of its training instances"
 _TOO_FEW = (
-    "at least 4 training instances are needed to hold one out; add some, or leave the task out "
-    "of data.tasks"
+    f"at least {_LEAST_TO_HOLD_OUT} training instances are needed to hold one out; add some, or "
+    "leave the task out of data.tasks"
 )
 
 
@@ -83,6 +84,7 @@ class ResolvedRun:
         if self.has_begun():
             return
         self.folder.path.mkdir(parents=True, exist_ok=True)
+        # Left by an attempt that failed, maybe with other data.
         self.folder.environment_path.unlink(missing_ok=True)
         write_text(self.folder.config_path, dump_recipe(self.recipe))
 
@@ -106,6 +108,7 @@ class ResolvedRun:
 
     def _refuse_other_recipe(self) -> None:
         saved, _ = _with_method_defaults(self.folder.recipe, self.tasks)
+        # A run may have been moved, and ignores the section compare.
         excluded = {"output", "compare"}
         keys = differing_keys(
             saved.model_dump(mode="json", exclude=excluded),
@@ -130,7 +133,7 @@ class ResolvedRun:
             if getattr(task, split) or may_lack:
                 continue
             fix = self._fix_of_validation(task)
-            if split == "test" and len(task.train) >= 4:
+            if split == "test" and len(task.train) >= _LEAST_TO_HOLD_OUT:
                 fix = _SCORE_VALIDATION
             raise BaditError(f"data: task {task.name} has no {split} instances; {fix}")
 
@@ -149,7 +152,7 @@ class ResolvedRun:
                 raise BaditError(f"data: task {task.name} {problem}")
 
     def _fix_of_validation(self, task: Task) -> str:
-        if self.recipe.data.validation_per_task or 0 < len(task.train) < 4:
+        if self.recipe.data.validation_per_task or len(task.train) < _LEAST_TO_HOLD_OUT:
             return _TOO_FEW
         return _HOLD_OUT
 
@@ -160,6 +163,7 @@ def resolve(recipe: Recipe, tasks: list[Task] | None = None) -> ResolvedRun:
     ``tasks`` are the tasks of the recipe, if they are read already. Loads no model.
     """
     method = resolve_method(recipe.method)
+    # Before the tasks are read, which may take long.
     method.refuse_recipe(recipe)
     if tasks is None:
         tasks = read_tasks(recipe)
@@ -167,6 +171,7 @@ def resolve(recipe: Recipe, tasks: list[Task] | None = None) -> ResolvedRun:
     folder = RunFolder(recipe.output, check=False, trust_remote_code=trusts_code)
     recipe, method = _with_method_defaults(recipe, tasks, _saved_clusters(folder))
     run = ResolvedRun(folder, recipe, method)
+    # Fills the cached property, so that the data is not read again.
     run.tasks = tasks
     run.refuse_untrainable()
     run.refuse_unscorable(recipe.evaluation.split)
@@ -229,6 +234,7 @@ def _with_method_defaults(
     trained = sum(bool(task.train) for task in tasks)
     is_mixed = recipe.data.order is None
     if method.name == "badit" and is_mixed and 0 < trained <= _ONE_CLUSTER_PER_TASK:
+        # A number in the recipe takes precedence.
         section.setdefault("num_clusters", saved_clusters or trained)
         method = resolve_method(section)
     return recipe.model_copy(update={"method": dict(method.section)}), method

@@ -29,11 +29,13 @@ class Checked(BaseModel):
 def _by_metric(name: str, *, lists: bool = False) -> Any:
     """Returns a model with a field per metric: a mean or, with ``lists``, a score per instance."""
     fields: dict[str, Any] = {}
-    for metric, about in METRICS.items():
-        score: Any = Annotated[float, Field(ge=-_ROUNDING, le=about.most + _ROUNDING)]
+    for name_of_metric, metric in METRICS.items():
+        kind: Any = Annotated[float, Field(ge=-_ROUNDING, le=metric.maximum + _ROUNDING)]
         if lists:
-            score = list[score]
-        fields[metric] = (score, ...) if metric in _REQUIRED else (score | None, None)
+            kind = list[kind]
+        fields[name_of_metric] = (kind | None, None)
+        if name_of_metric in _REQUIRED:
+            fields[name_of_metric] = (kind, ...)
     return create_model(name, __base__=Checked, **fields)
 
 

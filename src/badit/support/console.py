@@ -40,11 +40,13 @@ def show(text: str) -> None:
     # This form of escape is also valid in JSON.
     escaped = _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     encoding = sys.stdout.encoding or "utf-8"
+    # Flushed at once, so that main() catches the error of a closed pipe, not Python's exit.
     print(escaped.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def is_main_process() -> bool:
     """Returns whether this is rank 0 (accelerate, torchrun), or the only process."""
+    # The launchers' variable, because torch.distributed is known only after importing torch.
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -53,6 +55,7 @@ def quiet_notices() -> None:
 
     Log levels and warning filters that the user has set stay.
     """
+    # Appended, so that filters of the user (-W, PYTHONWARNINGS) are matched first.
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(transformers|peft)\.", append=True
     )
@@ -72,6 +75,7 @@ def status(text: str) -> Iterator[Callable[[str], None]]:
     Yields a function that changes its text.
     """
     global _is_waiting
+    # Two live displays, also those of two ranks, would overwrite each other's line.
     if _is_waiting or not sys.stderr.isatty() or not is_main_process():
         yield lambda text: None
         return
@@ -85,6 +89,7 @@ def status(text: str) -> Iterator[Callable[[str], None]]:
 
             def change(text: str) -> None:
                 line = Text(one_line(f"badit: {text} …"))
+                # The spinner and a space take two columns; a longer text would wrap.
                 line.truncate(status_line.console.width - 2, overflow="ellipsis")
                 # With a spinner, the line is shown immediately.
                 status_line.update(line, spinner="dots")

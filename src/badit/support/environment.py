@@ -62,6 +62,7 @@ def peak_memory() -> float:
 def _commit() -> str | None:
     """Returns the checked out commit if badit is imported from a checkout."""
     root = Path(__file__).parents[3]
+    # git would also find a repository around an installed package, with its own commits.
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "rev-parse", "HEAD"]
@@ -72,6 +73,7 @@ def _commit() -> str | None:
 
 
 def _processor() -> str:
+    # On Linux, platform.processor() is empty or only the architecture.
     with suppress(OSError):
         model_name = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M)
         if model_name:
@@ -82,6 +84,7 @@ def _processor() -> str:
 def _versions() -> dict[str, str]:
     versions = {}
     for package in _PACKAGES:
+        # trl comes only with an extra.
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions

@@ -27,6 +27,7 @@ class BaditError(ValueError):
     def __init__(self, *messages: str) -> None:
         lines = []
         for line in map(one_line, messages):
+            # The beginning of a message names the file and the field, and its end the fix.
             if len(line) > 1200:
                 line = f"{line[:800]} … {line[-300:]}"
             lines.append(line)
@@ -53,6 +54,7 @@ def explained(
     except (BaditError, BrokenPipeError):  # a closed stdout is not an error
         raise
     except Exception as error:
+        # The error may concern another file than the one that the caller names.
         file = str(getattr(error, "filename", None) or "")
         place = str(where) or file
         problem = _explanation(error, action, file if file != place else "")
@@ -74,6 +76,7 @@ def _explanation(error: Any, action: str, file: str) -> str | None:
         if _is(error, classes) and re.search(pattern, str(error)):
             if callable(text):
                 return text(error)
+            # The text of an OSError repeats the number and the file; strerror is the reason alone.
             reason = getattr(error, "strerror", None) or first_line(error)
             return text.format(error=error, action=action, reason=reason, file=file)
     return None
@@ -124,6 +127,7 @@ _EXPLANATIONS: list[tuple[str, str, str | Callable[[Any], str]]] = [
         "the device is out of memory ({reason:.80}); lower training.per_device_train_batch_size "
         "or evaluation.batch_size; more in docs/troubleshooting.md",
     ),
+    # Before its base class HTTPError: the hub has answered, so its status says what to do.
     ("huggingface_hub.errors:HfHubHTTPError", "", _refusal_of_hub),
     (
         "huggingface_hub.errors:HTTPError OfflineModeIsEnabled LocalTokenNotFoundError",
@@ -173,6 +177,7 @@ def problems(
     messages: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         place = ".".join(map(str, _place(problem, values)))
+        # The alternatives of a union report a problem each for the same value; one is enough.
         messages.setdefault(f"{place:.120}", _described(problem, known_keys))
     # pydantic reports every alternative of a union. Those that do not reach as deep are dropped.
     return [
@@ -212,6 +217,7 @@ def _described(problem: Any, known_keys: Callable[[Sequence[int | str]], Iterabl
 
 def _message(problem: Any) -> str:
     """Returns the message of one problem of a ValidationError, without pydantic's prefix."""
+    # pydantic also offers an instance of its class, which a file cannot have.
     message = re.sub(r" or instance of \w+", "", problem["msg"])
     message = message.removeprefix("Value error, ").replace("\n", " ")
     if problem["type"] == "missing" and isinstance(problem["input"], dict):

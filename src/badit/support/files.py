@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from badit.support.console import say
 from badit.support.errors import BaditError, explained
 
 OWNER = ".owner"  # in a folder that is in use: the name of the process that uses it
@@ -33,8 +34,10 @@ def read_text(file: Path) -> str:
 def lines_of(file: Path) -> Iterator[tuple[int, str]]:
     """Yields the numbers (from 1) and lines of a UTF-8 file; only \\n ends a line."""
     with explained(file, action="read"):
+        # Opening a pipe would block, and a device may have no end. A folder raises its own error.
         if file.exists() and not file.is_file() and not file.is_dir():
             raise BaditError(f"{file}: cannot be read (a pipe or a device); use a regular file")
+        # Text mode would also end lines at \r, and str.splitlines at U+2028 within a string.
         with file.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if number == 1 and line.startswith(b"\xef\xbb\xbf"):
@@ -75,6 +78,7 @@ def parse_json(text: str, *, file: Path, first_line: int = 1, constants: bool = 
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # json.loads would silently keep the last value of a repeated key.
     entries = dict(pairs)
     if len(entries) < len(pairs):
         repeated_key = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -115,6 +119,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 def refuse_other_format(content: Mapping[str, Any], path: Path, version: int) -> None:
     """Raises BaditError unless ``version`` is the ``format`` of a file, its structure's version."""
     file_version = content.get("format")
+    # In Python, True equals version 1.
     if file_version is True or file_version != version:
         raise BaditError(
             f"{path}: format: is {file_version!r:.60}, this badit version reads {version}: "
@@ -137,13 +142,19 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     if path.is_dir():
         raise BaditError(f"{path}: is a folder; name a file")
+    # In the same folder: a rename is atomic only within one file system.
     partial = path.with_name(path.name + ".partial")
     with explained(path, action="written"):
+        # A process that was killed while writing may have left it.
         partial.unlink(missing_ok=True)
-        with partial.open("xb") as file:  # "x" does not follow links
-            file.write(data)
-        sync(partial)
-        partial.replace(path)
+        try:
+            with partial.open("xb") as file:  # "x" does not follow links
+                file.write(data)
+            # Else a power failure after the rename could leave an empty file.
+            sync(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)  # after an error, such as a full disk
 
 
 def write_text(path: Path, text: str) -> None:
@@ -179,6 +190,7 @@ def rewind_log(path: Path, step: int) -> None:
 def append_to_log(path: Path, *lines: Mapping[str, Any]) -> None:
     """Appends lines to a JSONL log; a link at its path is not followed."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    # As open() does: the default mode of os.open would make the log executable.
     with open(os.open(path, flags, mode=0o666), "a", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
@@ -196,12 +208,14 @@ def replace_folder(partial: Path, final: Path) -> None:
 
     Its files get the folder's read and write mode.
     """
+    # The content must be on disk before the new name is.
     for path in [*partial.rglob("*"), partial]:
         if path.is_file():  # safetensors creates files that only the owner can read
             path.chmod(partial.stat().st_mode & 0o666)
         sync(path)
     remove(final)  # os.replace does not replace a folder with files
     os.replace(partial, final)
+    # A rename is a change of the parent folder.
     sync(final.parent)
 
 
@@ -212,9 +226,12 @@ def copy_folder(source: Path, target: Path) -> None:
     """
     refuse_links(source)
     partial = target.with_name(target.name + ".partial")
-    remove(partial)
-    shutil.copytree(source, partial, symlinks=True)
-    replace_folder(partial, target)
+    remove(partial)  # of a killed process
+    try:
+        shutil.copytree(source, partial, symlinks=True)
+        replace_folder(partial, target)
+    finally:
+        remove(partial)  # after an error, such as a full disk
 
 
 def refuse_links(folder: Path) -> None:
@@ -228,6 +245,7 @@ def refuse_links(folder: Path) -> None:
             # wandb/ has links to logs in the user's cache, which badit does not read.
             is_log = path.suffix == ".log" and "wandb" in path.parts and not path.is_dir()
             if path.is_symlink() and not is_log:
+                # Under the folder's given name, which the error message shows.
                 inside(folder, folder / path.relative_to(top))
 
 
@@ -254,6 +272,29 @@ def cache_folder() -> Path:
 
 
 @contextmanager
+def lock(file: Path) -> Iterator[None]:
+    """Locks a file, which is created, against other processes within the context.
+
+    Waits for the process that holds the lock, and names it. The lock ends with its process. On file
+    systems without locks, nothing is locked. OSError for a link.
+    """
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, mode=0o600)
+    with open(descriptor, "r+", encoding="utf-8", errors="replace") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{file}: waiting for {stream.readline().strip() or 'another process'}")
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        stream.truncate(0)
+        stream.seek(0)
+        stream.write(_this_process())
+        stream.flush()
+        yield
+
+
+@contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Locks a folder against other processes within the context; creates it if it does not exist.
 
@@ -261,27 +302,36 @@ def exclusive(folder: Path) -> Iterator[None]:
     not locked. BaditError if another process holds the lock, or a link leads out of the folder.
     """
     place = folder.resolve()
+    # flock would refuse a second descriptor of the folder, even in the same process.
     if place in _locked:
         yield
         return
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     owner = folder / OWNER
+    # The folder itself is locked: the kernel releases the lock even if the process is killed.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         _lock(folder, descriptor)
         _locked.add(place)
         refuse_links(folder)
-        write_text(owner, f"process {os.getpid()} on {socket.gethostname()}\n")
+        # For the error message of other processes.
+        write_text(owner, _this_process())
         yield
     finally:
+        # Only if the lock was taken: else the owner's file belongs to another process.
         if place in _locked:
             _locked.remove(place)
             with suppress(OSError):  # the file system is read-only, or has become so
                 owner.unlink()
+            # A command that fails before it writes anything leaves no folder.
             if is_new and not any(folder.iterdir()):
                 folder.rmdir()
         os.close(descriptor)
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
 def _lock(folder: Path, descriptor: int) -> None:

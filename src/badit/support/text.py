@@ -17,6 +17,7 @@ def number(value: Any, form: str = ".1f", sign: str = "-") -> str:
     """
     if pd.isna(value):
         return UNKNOWN
+    # The option "z" drops the minus sign of a value that rounds to zero.
     return f"{value:{sign}z,{form}}".replace("-", "−")
 
 
@@ -38,6 +39,7 @@ def text_table(
         right = range(1, len(header))
     columns = []
     for i, cells in enumerate(zip(header, *rows, strict=True)):
+        # A line break within a cell would break the row, and a control character the terminal.
         title, *texts = map(one_line, cells)
         width = max(map(len, (title, *texts)))
         align = str.rjust if i in right else str.ljust

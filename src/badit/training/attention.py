@@ -37,6 +37,7 @@ def attention(  # noqa: PLR0913 (prescribed by transformers)
     """
     rows, heads, length, width = query.shape
     is_short = query.requires_grad and query.dtype == torch.bfloat16 and length <= LONGEST
+    # Fused attention handles the rest: a cache of keys, a learned bias of positions (T5).
     is_plain = key.shape[2] == length and kwargs.get("position_bias") is None
     if attention_mask is None or not (is_short and is_plain):
         return sdpa_attention_forward(
@@ -54,6 +55,7 @@ def attention(  # noqa: PLR0913 (prescribed by transformers)
 
 
 AttentionInterface.register(_NAME, attention)
+# Its mask is additive; that of fused attention is boolean, or missing if it is causal.
 AttentionMaskInterface.register(_NAME, eager_mask)
 
 

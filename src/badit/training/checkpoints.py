@@ -205,6 +205,7 @@ class Checkpoints(TrainerCallback):
         saved: Any = state.stateful_callbacks
         for callback in self._trainer.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
+                # The Trainer restores callbacks only with restore_callback_states_from_checkpoint.
                 vars(callback).update(saved["EarlyStoppingCallback"]["attributes"])
 
     def on_save(self, args, state, control, **kwargs):
@@ -269,12 +270,15 @@ class Checkpoints(TrainerCallback):
 
 
 def checkpoint_being_written(args: Any, state: Any) -> Path:
-    """Returns the folder of the Trainer's checkpoint for this step."""
+    """Returns the folder of the Trainer's checkpoint for this step.
+
+    ``Trainer.hyperparameter_search`` writes it into a subfolder for each trial.
+    """
     name = f"{_PREFIX}{state.global_step}"
     folder = Path(args.output_dir, name)
     if not state.is_hyper_param_search:
         return folder
-    trials = Path(args.output_dir).glob(f"*/{name}")  # a subfolder for each trial
+    trials = Path(args.output_dir).glob(f"*/{name}")
     return max(trials, key=os.path.getmtime, default=folder)
 
 

@@ -40,6 +40,7 @@ def encoded_texts(
     prompts: list[Any] = list(texts)
     if not raw:
         task = task or Task(name="prompt", definition=None)
+        # An instance needs an output, which is no part of its prompt.
         inputs = [Instance(id="", input=text, outputs=("",)) for text in texts]
         prompts = [build_prompt(task, instance, recipe.prompt.encoding) for instance in inputs]
     options = recipe.prompt.model_dump(include={"max_source_tokens", "chat_template"})
@@ -49,26 +50,28 @@ def encoded_texts(
 def refuse_long_prompts(prompts: Sequence[Sequence[int]], model: Any, new_tokens: int) -> None:
     """Raises BaditError if a prompt with ``new_tokens`` more tokens exceeds the model."""
     examples = [{"task": "prompt", "id": i, "input_ids": ids} for i, ids in enumerate(prompts)]
-    refuse_beyond_model(examples, model, more=new_tokens)
+    refuse_beyond_model(examples, model, new_tokens)
 
 
-def refuse_beyond_model(examples: Iterable[Mapping[str, Any]], model: Any, more: int = 0) -> None:
+def refuse_beyond_model(
+    examples: Iterable[Mapping[str, Any]], model: Any, new_tokens: int = 0
+) -> None:
     """Raises BaditError if an instance exceeds the model.
 
-    Its tokens plus ``more`` may exceed the model's positions, or an id its embeddings.
+    Its tokens plus ``new_tokens`` may exceed the model's positions, or an id its embeddings.
     """
     positions = _positions(model.config.get_text_config())
     embeddings = len(model.get_input_embeddings().weight)
     if isinstance(examples, Examples):  # the table finds the extremes quickly
         longest = max(examples.lengths, default=0)
-        if longest + more <= positions and examples.largest_id < embeddings:
+        if longest + new_tokens <= positions and examples.largest_id < embeddings:
             return
     for example in examples:
         ids = example["input_ids"]
         where = f"instance {example['task']}/{example['id']}"
-        if len(ids) + more > positions:
-            new = f" plus {more} new" if more else ""
-            problem = f"has {len(ids)} tokens{new}, but the model has {positions} positions"
+        if len(ids) + new_tokens > positions:
+            addition = f" plus {new_tokens} new" if new_tokens else ""
+            problem = f"has {len(ids)} tokens{addition}, but the model has {positions} positions"
             fix = "lower prompt.max_source_tokens or the number of new tokens"
             raise BaditError(f"{where}: {problem}; {fix}")
         largest_id = max(ids, default=0)
@@ -79,6 +82,7 @@ def refuse_beyond_model(examples: Iterable[Mapping[str, Any]], model: Any, more:
 
 def _positions(config: Any) -> float:
     """Returns the number of positions of a model; infinite with rotary embeddings."""
+    # Learned positions are a table; rotary embeddings are computed for any position.
     is_rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
     if is_rotary:
         return math.inf

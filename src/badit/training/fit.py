@@ -50,6 +50,7 @@ def fit(run: ResolvedRun, *, progress: bool = True, allow_changed_inputs: bool =
     tokenizer changed, unless ``allow_changed_inputs``.
     """
     folder = run.folder
+    # Refuses trackers that are not installed, before anything is written.
     trackers_of(run.recipe.training)
     dtype = model_dtype(run.recipe)  # reads the model's configuration, before anything is written
     # Only rank 0 writes; the other ranks wait for it in the first training step.
@@ -67,9 +68,11 @@ def fit(run: ResolvedRun, *, progress: bool = True, allow_changed_inputs: bool =
     run = _with_first_dtype(run)
     stages = run.stages
     for number, (stage_folder, _) in enumerate(stages):
+        # Stages that an interrupted run has completed are not trained again.
         if not stage_folder.adapter_path.is_dir():
             _Stage(run, number, progress).train(allow_changed_inputs)
         discard(stage_folder.checkpoints_path)  # no longer needed for resuming
+    # The run's adapter is that of its last stage.
     if run.recipe.data.order and is_main_process():
         records = [stage_folder.environment for stage_folder, _ in stages]
         summaries = [record["training"] for record in records]
@@ -87,6 +90,7 @@ def _with_first_dtype(run: ResolvedRun) -> ResolvedRun:
         return run
     model = model.model_copy(update={"dtype": first})
     resumed = replace(run, recipe=run.recipe.model_copy(update={"model": model}))
+    # A cached property, which replace() does not copy: the tasks would be read again.
     resumed.tasks = run.tasks
     return resumed
 
@@ -134,7 +138,9 @@ class _Stage:
 
     def train(self, allow_changed_inputs: bool) -> None:
         """Trains from the base model or the previous stage's adapter, and saves the result."""
+        # Before the model is prepared, because adapters start from random numbers.
         transformers.set_seed(self.seed)
+        # bfloat16 would round small updates of a weight away.
         dtype = "float32" if self.run.method.trains_base_weights else None
         base, tokenizer = load_base(self.recipe, dtype=dtype)
         template = self.recipe.prompt.chat_template
@@ -155,6 +161,7 @@ class _Stage:
         bar = ProgressBar()
         trainer = self._trainer(model, arguments, data, bar)
         saving = Checkpoints(trainer, self.folder.checkpoints_path)
+        # After all callbacks that write to a checkpoint, because it seals the checkpoint.
         trainer.add_callback(saving)
         tracked = tracking(trainer, self.folder.path, checkpoint)
         with safe_resuming(trainer, checkpoint), saving, tracked, fast_on_short_sequences(base):
@@ -168,6 +175,7 @@ class _Stage:
         with status("saving"):
             hooks_of(model).end_task(data.batches)
             self._save(model, trainer, saving.seconds)
+        # In the next stage, all ranks read the adapter that rank 0 has written.
         trainer.accelerator.wait_for_everyone()
         # Otherwise the next model, for scoring or the next stage, would be sharded too.
         unset_hf_deepspeed_config()
@@ -186,6 +194,7 @@ class _Stage:
                 previous, _ = self.run.stages[self.number - 1]
                 model = self.method.proceed(base, previous.adapter_path)
         if self.recipe.training.gradient_checkpointing:
+            # The embeddings are frozen: else no gradient would reach checkpointed layers.
             model.enable_input_require_grads()
         return model
 
@@ -249,8 +258,10 @@ class _Stage:
             problem = divergence(trainer.state.log_history)
         if problem is not None:
             say(f"badit: {folder.path}: the training has diverged ({problem})")
+        # Before the adapter, whose folder marks the stage as trained.
         record = {**folder.known_environment, "training": summary, **_diverged(problem)}
         write_json(folder.environment_path, record)
+        # Renamed when complete, so that a killed process leaves no incomplete adapter.
         partial = folder.adapter_path.with_name("adapter.partial")
         discard(partial)
         self.method.save(model, partial, self.recipe.model.name, weights)

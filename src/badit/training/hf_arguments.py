@@ -23,7 +23,7 @@ def training_arguments(
     BaditError if they are incompatible. The first call in a process starts its group of processes.
     """
     recipe = run.recipe
-    given = recipe.training.model_dump(include=argument_names())  # without badit's own fields
+    settings = recipe.training.model_dump(include=argument_names())  # without badit's own fields
     defaults = {
         # Trained base weights are stored in float32.
         "bf16": run.method.trains_base_weights and model_dtype(recipe) == "bfloat16",
@@ -35,8 +35,8 @@ def training_arguments(
         "project": "badit",
         "run_name": folder.resolve().name,
     }
-    if given.pop("gradient_checkpointing"):
-        given |= _gradient_checkpointing()
+    if settings.pop("gradient_checkpointing"):
+        settings |= _gradient_checkpointing()
     fixed = {
         "output_dir": str(folder / "checkpoints" / STAGING),
         # Read by the callbacks.
@@ -50,15 +50,15 @@ def training_arguments(
         "prediction_loss_only": True,
         "per_device_eval_batch_size": recipe.evaluation.batch_size,
     }
-    if given.get("use_liger_kernel") and not is_liger_kernel_available():
+    if settings.get("use_liger_kernel") and not is_liger_kernel_available():
         problem = "liger-kernel is not installed; install it, or remove this key"
         raise BaditError(f"training.use_liger_kernel: {problem}")
-    keeps_best = given.pop("load_best_model_at_end")
-    if keeps_best or given.get("save_strategy") == "best":
-        given["metric_for_best_model"] = "loss"
+    keeps_best = settings.pop("load_best_model_at_end")
+    if keeps_best or settings.get("save_strategy") == "best":
+        settings["metric_for_best_model"] = "loss"
     # Incompatible values, or DeepSpeed is not installed.
     with explained("training", action="used", any_error=True):
-        arguments = TrainingArguments(**{**defaults, **given, **fixed})
+        arguments = TrainingArguments(**{**defaults, **settings, **fixed})
     # Set afterwards: transformers refuses other intervals of checkpoints, but AnswerTrainer saves
     # at every evaluation.
     arguments.load_best_model_at_end = keeps_best

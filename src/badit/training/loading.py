@@ -34,6 +34,7 @@ def load_run(
     if not run.method.trains:
         return load_base(run.recipe)
     folder = stage or run.folder
+    # Checked before the base model is loaded, which takes longer.
     if not folder.adapter_path.is_dir():
         words = ["badit", "train", str(run.folder.config_path), f"output={run.folder.path}"]
         fix = f"finish its training with: {shlex.join(words)}"
@@ -47,6 +48,7 @@ def load_run(
 
 
 def _refuse_changed_base(run: ResolvedRun, model: PreTrainedModel, folder: RunFolder) -> None:
+    # An adapter is valid only with the weights that it was trained on.
     changed = changed_inputs(run.folder, base_fingerprints(model))
     if not changed:
         return
@@ -76,6 +78,7 @@ def load_base(
 def _add_end_token(model: PreTrainedModel, end_id: int) -> None:
     """Adds the token that ends answers in training to those that end a generated answer."""
     config = model.generation_config
+    # None, an id or a list of ids.
     end_ids = config.eos_token_id
     if not isinstance(end_ids, list):
         end_ids = [] if end_ids is None else [end_ids]

@@ -23,28 +23,29 @@ from badit.support.files import append_to_log, rewind_log
 from badit.training.checkpoints import step_of
 from badit.training.trainer import AnswerTrainer
 
-_LOSSES = {"loss", "eval_loss"}
+_LOSSES = ("loss", "eval_loss")
 _LAST_NORMS = 3  # a single step may have no answers, and then a gradient of 0
 
 
 class MetricsLog(TrainerCallback):
     """Appends the Trainer's log lines to a file, without those that a resumed run will log again.
 
-    Omits run times, throughput and the final summary, which depend on the process, and the metrics
-    of regroupings.
+    It has no run times and no throughput, which depend on the process, and no metrics of
+    regroupings, which regroupings.jsonl has by layer.
     """
 
     def __init__(self, path: Path) -> None:
-        self._log = path
+        self._path = path
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            rewind_log(self._log, state.global_step)
+            rewind_log(self._path, state.global_step)
 
     def on_log(self, args, state, control, **kwargs):
         logs = kwargs["logs"]
-        if state.is_world_process_zero and logs.keys() & _LOSSES:
-            append_to_log(self._log, {"step": state.global_step, **_metrics(logs)})
+        # The Trainer's final summary has train_loss instead.
+        if state.is_world_process_zero and logs.keys() & {*_LOSSES}:
+            append_to_log(self._path, {"step": state.global_step, **_metrics(logs)})
 
 
 def _metrics(logs: Mapping[str, float]) -> dict[str, float | None]:
@@ -88,14 +89,16 @@ class ProgressBar(ProgressCallback):
             )
 
     def on_log(self, args, state, control, logs: Any = None, **kwargs):
-        for name in ("loss", "eval_loss"):
+        for name in _LOSSES:
             if name in logs:
                 self._losses[name] = f"{logs[name]:.3f}"
         if self.training_bar is not None:
+            # Shown with the bar's next update, at the end of the step.
             self.training_bar.set_postfix(self._losses, refresh=False)
 
     def close(self) -> None:
         """Closes the bars, so that later output starts on a new line."""
+        # The base class closes them at the end of training, which an error does not reach.
         for bar in (self.prediction_bar, self.training_bar):
             if bar is not None:
                 bar.close()
@@ -122,6 +125,7 @@ def tracking(trainer: AnswerTrainer, folder: Path, checkpoint: Path | None) -> I
     which are logged again. The W&B run begins and ends here: transformers does not end it, so the
     next stage of a sequence would log to it.
     """
+    # transformers' callbacks of trackers write on rank 0 only.
     if not is_main_process():
         yield
         return
@@ -132,13 +136,16 @@ def tracking(trainer: AnswerTrainer, folder: Path, checkpoint: Path | None) -> I
 
         purge_step = None
         if checkpoint is not None:
+            # TensorBoard hides the purge step itself too.
             purge_step = step_of(checkpoint) + 1
         writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+        # Not by report_to: transformers' own writer has no purge_step.
         trainer.add_callback(TensorBoardCallback(writer))
 
     with ExitStack() as stack:
         if "wandb" in trackers:
             wandb = import_module("wandb")
+            # A run that the caller has started also ends with the caller.
             if wandb.run is None:
                 run = wandb.init(
                     project=os.environ.get("WANDB_PROJECT", "badit"),

@@ -92,6 +92,7 @@ class AdapterMethod(Method):
 
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> PeftModel:
         """Adds the adapter. All methods have the same default target modules."""
+        # A copy, because PEFT fills in fields, such as the target modules.
         config: Any = copy.deepcopy(self.options)
         if isinstance(self.options, LoraConfig):
             _fit_to_conv1d(config, model)
@@ -123,6 +124,7 @@ class AdapterMethod(Method):
         convert_peft_config_for_transformers(wanted, model, None)
         config = saved_config(folder / CONFIG_NAME, wanted, shapes)
         with explained(folder, action="loaded", any_error=True), warnings.catch_warnings():
+            # PEFT only warns of missing tensors, which would keep their initial values.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(
                 model, str(folder), config=config, is_trainable=trainable
@@ -132,6 +134,7 @@ class AdapterMethod(Method):
             problem = "holds NaN or infinite values: its training has diverged"
             fix = "train again with a lower training.learning_rate"
             raise BaditError(f"{folder}: {problem}; {fix}")
+        # PEFT ignores tensors that the model has no place for.
         unknown = sorted(shapes.keys() - loaded.keys())
         if unknown:
             reason = f"because it has the tensor {unknown[0]!r:.120}"
@@ -181,8 +184,8 @@ class WeightsMethod(Method):
     ) -> PreTrainedModel:
         path = folder / WEIGHTS
         shapes = tensor_shapes(path)
-        known = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        unknown = [name for name in shapes if shapes[name] != known.get(name)]
+        expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        unknown = [name for name in shapes if shapes[name] != expected.get(name)]
         if unknown:
             fix = f"use the one with the weight {unknown[0]!r:.120}"
             raise BaditError(f"{path}: belongs to another base model; {fix}")
@@ -192,6 +195,7 @@ class WeightsMethod(Method):
                 f"{path}: has no weight {missing[0]}; remove the folder to train it again"
             )
         with explained(path, action="loaded", any_error=True):
+            # Not strict: the file has no buffers and, for task neurons, no frozen weights.
             model.load_state_dict(load_file(path), strict=False)
         return model if trainable else model.eval()
 
@@ -230,6 +234,7 @@ class NeuronMethod(WeightsMethod):
         return super()._saved_names(model) & neurons.trained_parameters(model).keys()
 
     def before_training(self, model: PreTrainedModel, batches: TaskBatches) -> None:
+        # The batches of all ranks, which every rank runs, so that all have the same masks.
         count = self.options.score_batches * rank_and_size()[1]
         masks = []
         for batches_of_task in batches.values():
@@ -237,6 +242,7 @@ class NeuronMethod(WeightsMethod):
             masks.append(neurons.top_neurons(scores, self.options.share))
         self._masks = {}
         for name in masks[0]:
+            # A neuron is trained if it is among the top neurons of any task.
             of_tasks = torch.stack([mask[name] for mask in masks])
             self._masks[name] = of_tasks.any(dim=0)
         neurons.train_only(model, self._masks)
@@ -264,6 +270,7 @@ def on_skeleton(
 
     Used to count and to check parameters without loading weights.
     """
+    # A skeleton has no values that could be quantised.
     options = recipe.model.model_dump(exclude={"dtype", "quantisation"})
     model = load_skeleton(**options, dtype=dtype)
     method = training_method(resolved)

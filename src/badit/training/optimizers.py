@@ -39,6 +39,7 @@ from badit.tuner.distributed import (
 Pair = tuple[nn.Parameter, nn.Parameter]
 
 _FACTOR = re.compile(r"\b(?:badit|lora|lora_embedding)_([AB])\b")
+# Without lora_embedding_A: AdamW updates the LoRA of embeddings.
 _FACTOR_A = re.compile(r"\b(badit|lora)_A\b")
 # The moments with the factor's feature dimension, sharded as it is.
 _OF_FEATURES = ("basis", "first", "features")
@@ -101,6 +102,7 @@ def factor_pairs(model: nn.Module) -> list[Pair]:
             continue
         components, in_features = a.shape
         out_features, columns = b.shape
+        # B's columns are no multiple of A's rows, or there are no N orthogonal directions.
         if columns % components or components > min(in_features, out_features):
             continue
         layer_name, *_ = _FACTOR_A.split(name)
@@ -123,9 +125,10 @@ class OrthogonalUpdates(torch.optim.Optimizer):
     Args:
         model: a model with adapters, optionally wrapped by DDP or sharded by FSDP2.
         lr: learning rate of the factors. In trials 2e-3 was best for BADIT's defaults, 5e-4 for
-        LoRA. other_lr: learning rate of all other trainable parameters (default: ``lr``). betas:
-        decay rates of the factors' moments. weight_decay: decoupled weight decay of all trainable
-        parameters.
+            LoRA.
+        other_lr: learning rate of all other trainable parameters (default: ``lr``).
+        betas: decay rates of the factors' moments.
+        weight_decay: decoupled weight decay of all trainable parameters.
 
     Raises:
         BaditError: if the model has no trainable factors, a number is out of range, or DeepSpeed is
@@ -141,6 +144,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.98),
         weight_decay: float = 0.0,
     ) -> None:
+        # ZeRO-1 and -2 flatten the weights only later; accelerate's variable tells of them now.
         if is_divided_by_zero3(model) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             raise BaditError(_FLATTENED)
         pairs = factor_pairs(model)
@@ -176,16 +180,19 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         factors, *others = self.param_groups
         if any(factor.ndim != 2 for factor in factors["params"]):
             raise BaditError(_FLATTENED)
+        # The group lists A and B of each layer in turn.
         a_factors = factors["params"][::2]
         b_factors = factors["params"][1::2]
         pairs = list(zip(a_factors, b_factors, strict=True))
         # Only layers that all have moments, or all have none yet, can be stacked.
         for has_moments in (True, False):
             alike = [pair for pair in pairs if bool(self.state.get(pair[0])) == has_moments]
+            # by_shape leaves out layers in which a factor has no gradient.
             for indices in by_shape([(a.grad, b.grad) for a, b in alike]):
-                self._move([alike[index] for index in indices], factors)
+                self._update([alike[index] for index in indices], factors)
 
         for group in others:
+            # A copy, because AdamW adds its other options to the group.
             adamw = torch.optim.AdamW([dict(group)])
             adamw.state = self.state  # an AdamW keeps nothing else between steps
             adamw.step()
@@ -204,15 +211,16 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             for name, moment in moments.items():
                 self.state[factor][name] = moment.to(factor.device)
 
-    def _move(self, pairs: Sequence[Pair], group: dict[str, Any]) -> None:
+    def _update(self, pairs: Sequence[Pair], group: dict[str, Any]) -> None:
         """Takes one step of layers of equal shape."""
         lr = group["lr"]
         a_factors, b_factors = zip(*pairs, strict=True)
+        # Global sizes, also of DTensors; a shard has fewer features.
         components, in_features = a_factors[0].shape
         out_features, columns = b_factors[0].shape
-        share = columns // components
-        a = _Side(a_factors, features=1, share=1)
-        b = _Side(b_factors, features=0, share=share)
+        b_per_a = columns // components
+        a = _Side(a_factors, features=1, b_per_a=1)
+        b = _Side(b_factors, features=0, b_per_a=b_per_a)
 
         updates, moments = orthogonal_updates(
             (a.rows(a_factors), b.rows(b_factors)),
@@ -223,30 +231,29 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             (a.moments(self.state), b.moments(self.state)),
             lr=lr,
             betas=group["betas"],
-            lengths=(in_features, share * out_features),
+            lengths=(in_features, b_per_a * out_features),
             over_shards=over_shards(a_factors[0]),
         )
         for index, side in enumerate((a, b)):
-            side.keep(moments[index], self.state)
+            side.store(moments[index], self.state)
             update = lr * side.as_rows(updates[index])
             side.subtract(update, shrink=1 - lr * group["weight_decay"])
-
-
-# FSDP2 shards A and B by rows. A is redistributed into column shards, so that a product over
-# features is the sum of the shards' products. The moments keep that sharding.
 
 
 @dataclass
 class _Side:
     """The A's (N, I), or the B's (O, K·N), of several layers of equal shape.
 
+    FSDP2 shards A and B by rows. A is redistributed into column shards, so that a product over
+    features is the sum of the shards' products. The moments keep that sharding.
+
     ``features`` is the dimension of the in or out features, the only one that can be sharded.
-    ``share`` is K, the number of B's that share one A; 1 for the A's.
+    ``b_per_a`` is K, the number of B's that share one A; 1 for the A's.
     """
 
     factors: Sequence[nn.Parameter]
     features: int
-    share: int
+    b_per_a: int
 
     def rows(self, tensors: Sequence[Any]) -> torch.Tensor:
         """Stacks tensors of the factors' shapes to rows (L, N, D) in at least float32."""
@@ -260,7 +267,7 @@ class _Side:
         """
         if self.features == 1:
             return x
-        return x.unflatten(-1, (self.share, -1)).permute(0, 3, 2, 1).flatten(-2)
+        return x.unflatten(-1, (self.b_per_a, -1)).permute(0, 3, 2, 1).flatten(-2)
 
     def moments(self, state: Mapping[Any, Any]) -> Moments:
         """Returns the stacked moments of the optimizer's state; zeros before the first step."""
@@ -274,23 +281,24 @@ class _Side:
             moments[name] = stack(values)
         return moments
 
-    def keep(self, moments: Moments, state: MutableMapping[Any, Any]) -> None:
+    def store(self, moments: Moments, state: MutableMapping[Any, Any]) -> None:
         """Stores the stacked moments in the optimizer's state."""
         of_layers = {}
         for name, moment in moments.items():
             if name in _OF_FEATURES:
-                of_layers[name] = self._layers(self.as_rows(moment))
+                of_layers[name] = self._split(self.as_rows(moment))
             else:
                 of_layers[name] = moment.unbind()
         for index, factor in enumerate(self.factors):
             state[factor] = {name: layers[index] for name, layers in of_layers.items()}
 
-    def _layers(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    def _split(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Splits a stacked tensor into its layers, each sharded along the features."""
         layers = x.contiguous().unbind()
         first = self.factors[0]
         if not isinstance(first, DTensor):
             return layers
+        # The layer's global shape: only the features are divided.
         shape = list(layers[0].shape)
         shape[self.features] = first.shape[self.features]
         placements = placements_along(self.features, first)
@@ -303,12 +311,13 @@ class _Side:
         if isinstance(first, DTensor):
             # From shards along the features to the factors' own.
             placements = placements_along(self.features + 1, first)
-            whole = dtensor(update, first, placements, (len(self.factors), *first.shape))
+            sharded_update = dtensor(update, first, placements, (len(self.factors), *first.shape))
             of_factors = [
                 Shard(place.dim + 1) if isinstance(place, Shard) else place
                 for place in first.placements
             ]
-            update = whole.redistribute(placements=of_factors).to_local()
+            update = sharded_update.redistribute(placements=of_factors).to_local()
             local = [factor.to_local() for factor in self.factors]  # pyright: ignore[reportAttributeAccessIssue]
+        # One operation for all layers.
         torch._foreach_mul_(local, shrink)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_sub_(local, list(update.unbind()))  # pyright: ignore[reportPrivateImportUsage]

@@ -120,6 +120,7 @@ class Regrouper:
 
         Call it when they are complete, before the step uses them.
         """
+        # Only now, because load_state_dict may come first, and then earlier lines stay.
         if not self._log_is_open:
             self.open_log()
         self.windows.after_backward()
@@ -161,7 +162,9 @@ class Regrouper:
 
     def _regroup(self) -> None:
         grams = self.windows.mean_grams()
+        # This window's gradients are new to the last grouping, so they measure its angles.
         self._write_pending(grams)
+        # Seeds of step and layer, so that a resumed run draws the same starts.
         for index, (name, gram_NN) in enumerate(grams.items()):
             line = self._regroup_layer(name, gram_NN, seed=[0, self.steps, index])
             self.windows.pending[name] = line
@@ -182,6 +185,7 @@ class Regrouper:
 
         gate_sums = self.windows.sums.get(f"gate_sums:{name}")
         if self.options.rescale and gate_sums is not None:
+            # Unlike gradients, gates are not reduced over the ranks.
             total = gathered(gate_sums).sum(dim=0)
             scale_columns(layer.badit_B[adapter], _scale_of_moved(total, old_N, new_N))
         layer.expert_of(adapter).copy_(labels_N)
@@ -231,9 +235,11 @@ def _means(lines: Collection[Mapping[str, Any]]) -> dict[str, float]:
 
 def _scale_of_moved(gate_sums: torch.Tensor, old_N: np.ndarray, new_N: np.ndarray) -> torch.Tensor:
     """Returns the factors of B's columns: the ratio of the old and the new expert's mean gates."""
+    # The count is 0 if the layer has seen no prompt.
     mean_K = gate_sums[:-1] / gate_sums[-1].clamp_min(1.0)
     labels_2N = torch.from_numpy(np.stack([old_N, new_N])).to(mean_K.device)
     old_gate_N, new_gate_N = mean_K[labels_2N]
+    # ḡ_new · (b ḡ_old / ḡ_new) = ḡ_old b: the component's mean contribution stays.
     ratio_N = old_gate_N / new_gate_N.clamp_min(1e-6)
     ratio_N = ratio_N.clamp(1 / _RESCALE_LIMIT, _RESCALE_LIMIT)
     return torch.where(labels_2N[0] == labels_2N[1], 1.0, ratio_N)
@@ -270,6 +276,7 @@ class RegroupCallback(TrainerCallback):
             optimizer=kwargs.get("optimizer"),
             **self._options,
         )
+        # A resumed run needs the sums of the steps since its last regrouping.
         if state.global_step > 0:
             checkpoint = self._checkpoint or resumed_checkpoint(args, state)
             self.regrouper.windows.load(Path(checkpoint) / STATE_FILE)
@@ -297,6 +304,7 @@ class RegroupCallback(TrainerCallback):
         metrics = {} if self.regrouper is None else self.regrouper.metrics
         if metrics == self._taken:
             return {}
+        # A copy, because the regrouper updates its dict in place.
         self._taken = dict(metrics)
         return {f"regroup/{name}": value for name, value in metrics.items()}
 
@@ -304,6 +312,7 @@ class RegroupCallback(TrainerCallback):
 def _refuse_cut_examples(args: Any, model: nn.Module) -> None:
     """Raises BaditError if TRL's packing may separate an answer from the prompt that routes it."""
     strategy = getattr(args, "packing_strategy", "")
+    # Only TRL's arguments have these fields.
     if not getattr(args, "packing", False) or strategy not in ("wrapped", "bfd_split"):
         return
     for _, (layer, adapter) in trainable_adapters(model):

@@ -37,6 +37,7 @@ class EpochSampler(Sampler[int]):
         return sum(self.quotas.values())
 
     def __iter__(self) -> Iterator[int]:
+        # Every pair of seed and epoch has its own number: no run has as many epochs as this prime.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
         order = _shuffled(self._examples(generator), generator)
 
@@ -44,6 +45,7 @@ class EpochSampler(Sampler[int]):
         size = self.examples_per_step
         for start in range(0, len(order), size):
             step = order[start : start + size]
+            # The longest example of a step comes first, and is read below.
             step.sort(key=self.lengths.__getitem__, reverse=True)
             steps.append(step)
 
@@ -68,6 +70,7 @@ class EpochSampler(Sampler[int]):
         for task, indices in by_task.items():
             repeats, remainder = divmod(self.quotas[task], len(indices))
             examples += indices * repeats
+            # The generator depends on the epoch, so every epoch draws another subset.
             examples += _shuffled(indices, generator)[:remainder]
         return examples
 

@@ -47,6 +47,7 @@ def saved_config(path: Path, wanted: Any, shapes: Shapes) -> Any:
         settings = config_class.check_kwargs(**saved)  # refuses other formats
         _refuse_unknown(settings.keys() - expected.keys())
         config = config_class(**settings)
+        # The file's own type, because the class sets peft_type whatever the file says.
         values = _fields(config) | {"peft_type": saved.get("peft_type")}
     except Exception as error:  # the values can have any type
         raise BaditError(f"{path}: {first_line(error)}") from None
@@ -89,6 +90,7 @@ def _refuse_regex(path: Path, names: Any, wanted: Any) -> None:
 
 def _refuse_sizes(path: Path, config: Any, shapes: Shapes) -> None:
     """Raises BaditError if tensors would be created that are larger than those of the file."""
+    # PEFT creates the tensors from the configuration before it reads the file's.
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     for size in _sizes(config):
         if size > largest:

@@ -84,6 +84,7 @@ class Windows:
         means = {}
         for name, steps in self.steps.items():
             if steps:
+                # In float64, as the solver computes.
                 mean_NN = self.sums[f"gram_sum:{name}"] / steps
                 means[name] = mean_NN.cpu().double().numpy()
         return means
@@ -97,6 +98,7 @@ class Windows:
         """Returns tensors and plain values. All ranks must call it, because each has own gates."""
         tensors = {}
         for key in sorted(self.sums):  # in the same order on all ranks
+            # safetensors refuses other tensors.
             tensors[key] = self.sums[key].contiguous()
             if key.startswith("gate_sums:"):
                 tensors[key] = gathered(tensors[key])

@@ -23,6 +23,7 @@ from badit.method import (
 from badit.method.routing import cluster_gates, prompt_centroids, random_codes
 from badit.support.errors import BaditError
 from badit.tuner.config import BaditConfig
+from badit.tuner.context import ForwardPass
 from badit.tuner.distributed import gathered
 from badit.tuner.layer import Buffers, ExpertLinear
 from badit.tuner.prompt import Segments
@@ -44,6 +45,8 @@ class BaditLinear(ExpertLinear):
         "badit_batches",
         "badit_centroids",
         "badit_codes",
+        "badit_key",
+        "badit_key_offset",
     )
     other_param_names = (*ExpertLinear.other_param_names, *exact_buffers)
 
@@ -53,6 +56,8 @@ class BaditLinear(ExpertLinear):
     badit_batches: Buffers
     badit_centroids: Buffers
     badit_codes: Buffers
+    badit_key: Buffers
+    badit_key_offset: Buffers
 
     def __init__(self, *args: Any) -> None:
         # By adapter, for regrouping: the sums of its K gates in training and, as last entry, the
@@ -67,17 +72,26 @@ class BaditLinear(ExpertLinear):
         experts = torch.arange(config.num_experts)
         self.badit_expert_of[adapter_name] = experts.repeat_interleave(config.r)
         if config.router_input == "standardised":
-            self.badit_moments[adapter_name] = torch.zeros(2, self.in_features)
             self.badit_batches[adapter_name] = torch.zeros(())
+        if config.router_input == "standardised" and config.key == "layer":
+            self.badit_moments[adapter_name] = torch.zeros(2, self.in_features)
         if config.gates == "clusters":
             self.routing.unclustered.append((self, adapter_name))
             codes_CK = torch.ones(config.num_clusters, config.num_experts) / config.num_experts
             self.badit_codes[adapter_name] = codes_CK
-            self.badit_centroids[adapter_name] = torch.zeros(config.num_clusters, self.in_features)
+            self._add_centroids(adapter_name, config)
         else:
             router_KI = torch.zeros(config.num_experts, self.in_features)
             self.badit_router[adapter_name] = nn.Parameter(router_KI)
         super().update_layer(adapter_name, config)
+
+    def _add_centroids(self, adapter_name: str, config: BaditConfig) -> None:
+        if config.key == "layer":
+            self.badit_centroids[adapter_name] = torch.zeros(config.num_clusters, self.in_features)
+        elif self.routing.holds_key(self, adapter_name):
+            features = self.routing.embedding_features
+            self.badit_key[adapter_name] = torch.zeros(config.num_clusters, features)
+            self.badit_key_offset[adapter_name] = torch.zeros(config.num_clusters)
 
     # A cast of the model, or PEFT's to the base layer's dtype, changes neither dtypes nor values of
     # the exact buffers.
@@ -139,6 +153,8 @@ class BaditLinear(ExpertLinear):
         forward_pass = self.routing.forward_pass()
         if forward_pass.held is not None:
             return self._held_gates(adapter_name, x, forward_pass.held)
+        if self.badit_config[adapter_name].key == "embedding":
+            return self._gates_by_key(adapter_name, x, forward_pass)
         mask_BT, segments = forward_pass.prompt
         if mask_BT is None:  # the whole input is the prompt
             mask_BT = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
@@ -153,6 +169,22 @@ class BaditLinear(ExpertLinear):
         if forward_pass.fills_cache:
             # Only then: a layer's name in compiled code makes torch.compile compile every layer
             # separately.
+            forward_pass.fresh[self._key(adapter_name)] = gates.detach()
+        return gates
+
+    def _gates_by_key(self, adapter_name: str, x: Tensor, forward_pass: ForwardPass) -> Tensor:
+        """Returns the gates of the clusters of a pass, which are those of all layers."""
+        cluster_S = self.routing.clusters(adapter_name)
+        gates_SK = self.badit_codes[adapter_name].float()[cluster_S.to(x.device)]
+        if self.training and torch.is_grad_enabled():
+            self._add_to_gate_sums(adapter_name, torch.ones_like(gates_SK), gates_SK)
+        _, segments = forward_pass.prompt
+        if segments is not None:
+            return gates_SK[segments.of_BT.to(x.device)]
+        gates = gates_SK[:, None]
+        if x.ndim == 2 and self.tokens_P is None:
+            gates = gates_SK
+        if forward_pass.fills_cache:
             forward_pass.fresh[self._key(adapter_name)] = gates.detach()
         return gates
 

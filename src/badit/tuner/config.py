@@ -31,6 +31,7 @@ from badit.support.steps import PositiveSteps
 FORMAT = 2
 FORMAT_FIELD = "format_version"
 
+# Strict, because pydantic would otherwise accept "8" and True as numbers.
 Count = Annotated[int, Strict(), Field(ge=1)]
 CountOrZero = Annotated[int, Strict(), Field(ge=0)]
 Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
@@ -71,6 +72,7 @@ def check_options(config: Any, prefix: str = "") -> None:
 
     ``prefix`` precedes the option's name in the message.
     """
+    # With extras, because Annotated has the options' limits.
     kinds = get_type_hints(type(config), include_extras=True)
     for name, _, _ in described(type(config)):
         check(f"{prefix}{name}", getattr(config, name), kinds[name])
@@ -148,11 +150,13 @@ class ExpertConfig(PeftConfig):
         super().__post_init__()
         _refuse_other_format(self.format_version)
         self.peft_type = peft_type(self.method)
+        # Sets, as in PEFT's configurations, which save them as lists; a string is a regex.
         for name in ("target_modules", "exclude_modules"):
             names = getattr(self, name)
             if isinstance(names, (list, tuple)):
                 setattr(self, name, set(names))
         check_options(self)
+        # After check_options, because the limit must be an integer.
         if self.top_k is not None:
             check("top_k", self.top_k, Annotated[int, Strict(), Field(ge=1, le=self.num_experts)])
         if self.layers_pattern is not None and self.layers_to_transform is None:
@@ -160,6 +164,7 @@ class ExpertConfig(PeftConfig):
                 "layers_pattern: needs layers_to_transform, the layers' indices; "
                 "set both or neither"
             )
+        # PEFT applies layers_to_transform to names only.
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise BaditError(
                 "layers_to_transform: needs a list of names in target_modules, "
@@ -204,6 +209,11 @@ class ExpertConfig(PeftConfig):
         """
         return 0.0
 
+    @property
+    def gates_change(self) -> bool:
+        """Whether the gates scale the change of the initial factors instead of the factors."""
+        return False
+
     def initial_factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
         """Returns A (N, I) and B (O, N) at step 0 for this base weight.
 
@@ -214,15 +224,18 @@ class ExpertConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Saves the configuration, and adds to PEFT's README.md how to load the adapter."""
         super().save_pretrained(save_directory, **kwargs)
+        # badit.tuner or badit.baselines: importing it registers the method with PEFT.
         package = ".".join(type(self).__module__.split(".")[:2])
         note = (
             "Before loading this adapter with PEFT: `pip install badit`, "
             f"and `import {package}` in your script."
         )
         path = Path(save_directory, "README.md")
+        # PEFT writes it only if it saves a whole PeftModel.
         if not path.is_file():
             return
         text = path.read_text("utf-8")
+        # An adapter may be saved to the same folder again.
         if note not in text:
             path.write_text(f"{text.rstrip()}\n\n{note}\n", "utf-8")
 
@@ -234,8 +247,9 @@ class BaditConfig(ExpertConfig):
     Pass it to ``get_peft_model`` like any PEFT configuration, call ``badit.prepare(trainer)`` (in
     your own loop, ``hooks_of(model).start_task``), and train with a learning rate of 2e-3. The
     sizes are the paper's (arXiv 2605.05676: K 8, r 4, alpha 32, dropout 0.05, gate_proj); the
-    initialisation and the gates are not (docs/paper-index.md). :meth:`paper` returns the paper's
-    exact form, which is trained with :class:`badit.RegroupCallback` (DOG).
+    initialisation and the gates are not (docs/paper-index.md). :meth:`paper` returns the form of
+    the paper's released code, which is trained with :class:`badit.RegroupCallback` (DOG).
+    docs/method.md lists what still differs.
     """
 
     method: ClassVar[str] = "BADIT"
@@ -269,10 +283,31 @@ class BaditConfig(ExpertConfig):
         "'clusters': no router; in every layer, a prompt gets the fixed random gates, with sum 1, "
         "of the nearest of num_clusters centroids, which badit.prepare(trainer) or "
         "hooks_of(model).start_task(batches) finds before training. 'mean_one': K·softmax of a "
-        "router; all gates are 1 at step 0. "
-        "'softmax': sum 1, the paper's form; with init_weights='bad', gates with sum 1 change the "
-        "model at step 0. Default: 'clusters'; 'mean_one' with routing='token', "
+        "router; all gates are 1 at step 0. 'softmax': sum 1, as in the released code; with "
+        "init_weights='bad', gates with sum 1 change the model at step 0. Default: 'clusters'; "
+        "'mean_one' with routing='token', "
         "router_input='mean', top_k, init_weights='bad', target_parameters or a single expert.",
+    )
+    gated: Literal["factors", "change"] = option(
+        "factors",
+        "What the gates scale with init_weights='bad'. 'factors': the factors, as in the released "
+        "code. 'change': the change of the factors since step 0, so that step 0 is the base model "
+        "with any gates.",
+    )
+    key: Literal["layer", "embedding"] = option(
+        "layer",
+        "What clusters of prompts are found from. 'layer': each layer's input. 'embedding': the "
+        "prompt's mean token embedding, so that a prompt has the same cluster in all layers.",
+    )
+    codes: Literal["random", "matched", "grouped"] = option(
+        "random",
+        "The gates of clusters. 'random'. 'matched' (needs key='embedding'): clusters whose "
+        "gradients agree share experts, and components join the experts that use them. 'grouped' "
+        "(the same): components are grouped by their gradients, and clusters have large gates "
+        "where their gradients are large.",
+    )
+    permute_codes: bool = option(
+        False, "Give the codes to other clusters: a placebo for experiments with codes."
     )
     num_clusters: Count = option(
         16, "Clusters of prompts per layer; in recipes of up to 8 mixed tasks, their number."
@@ -307,7 +342,7 @@ class BaditConfig(ExpertConfig):
 
     @classmethod
     def paper(cls, **options: Any) -> Self:
-        """Returns the paper's exact form (in a recipe ``preset: paper``), with ``options``."""
+        """Returns the form of the paper's released code (``preset: paper``), with ``options``."""
         return cls(**{**cls.PAPER, **options})
 
     def __post_init__(self) -> None:
@@ -320,6 +355,7 @@ class BaditConfig(ExpertConfig):
 
     def _default_gates(self) -> GateKind:
         """Returns clusters of prompts, unless they are not possible or would change step 0."""
+        # Clusters are of standardised prompts; with BAD, their random gates would change step 0.
         if self.router_input == "mean" or self.init_weights == "bad":
             return "mean_one"
         if self.num_experts == 1 or self.top_k is not None or self.target_parameters:
@@ -336,6 +372,13 @@ class BaditConfig(ExpertConfig):
             raise BaditError(
                 "gates: 'clusters' needs routing='prompt', router_input='standardised' and no top_k"
             )
+        if self.key == "embedding" and self.gates != "clusters":
+            raise BaditError("key: 'embedding' needs gates='clusters'")
+        if self.codes != "random" and self.key != "embedding":
+            raise BaditError(f"codes: {self.codes!r} needs key='embedding'")
+        if self.permute_codes and self.codes == "random":
+            raise BaditError("permute_codes: needs codes='matched' or 'grouped'")
+        # PEFT does not apply layers_to_transform to target_parameters.
         can_be_fused = self.routing == "prompt" and self.layers_to_transform is None
         if self.target_parameters and not can_be_fused:
             raise BaditError(
@@ -352,6 +395,10 @@ class BaditConfig(ExpertConfig):
     @property
     def subtracted_share(self) -> float:
         return 1.0 if self.init_weights == "bad" else 0.0
+
+    @property
+    def gates_change(self) -> bool:
+        return self.gated == "change"
 
     def initial_factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.init_weights == "lora":
@@ -384,7 +431,7 @@ class RegroupOptions:
     solver: Solver = option(
         "swap", "'swap': balanced k-means, then exact swaps; 'paper': the paper's iteration."
     )
-    restarts: CountOrZero = option(10, "Number of random starts of the solver.")
+    restarts: CountOrZero = option(10, "Number of starts of the solver from k-means.")
     rescale: bool = option(
         True, "Multiply moved components by the ratio of their old and new experts' mean gates."
     )
@@ -408,4 +455,5 @@ class RegroupOptions:
             every = max(1, round(self.every * total_steps))
         # Rounded first, because 0.29 · 100 is 28.999999999999996.
         last = math.floor(round(self.stop * total_steps, 6))
+        # Steps are counted from 1, so `last` is included.
         return range(every, last + 1, every)

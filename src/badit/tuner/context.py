@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from badit.method.routing import prompt_mean, segment_means
 from badit.support.errors import BaditError
 from badit.tuner.prompt import (
     HELD,
@@ -57,6 +58,10 @@ class ForwardPass:
     begun_with_gradients: bool = field(default_factory=torch.is_grad_enabled)
     # By layer, the moments that standardised its prompts, for recomputation by checkpointing.
     moments: dict[str, Tensor] = field(default_factory=dict)
+    # The mean token embedding (S, E) of every prompt, if an adapter has a key; and, by adapter, the
+    # clusters (S) of these prompts.
+    mean_embeddings_SE: Tensor | None = None
+    clusters: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def prompt(self) -> tuple[Tensor | None, Segments | None]:
@@ -104,10 +109,14 @@ class RoutingContext:
         self.mask_readers: list[Callable[[], bool]] = []
         # Layers and adapters that may have no clusters of prompts.
         self.unclustered: list[tuple[Any, str]] = []
+        # By adapter, the layer that has the adapter's key.
+        self.key_holders: dict[str, Any] = {}
+        self.embedding_features = 0  # 0 until an adapter with a key is added
         self.row_tasks: Mapping[str, Tensor] = {}  # of the next forward passes
         # While they are collected: by layer, x̄ (B, I) of each batch.
         self.prompt_means: dict[str, list[Tensor]] | None = None
         self.hooks: list[Any] = []
+        self._embedding_hooks: list[Any] = []  # of the running pass
         self._generate: Callable[..., Any] | None = None  # the model's own attribute, if it had one
 
     @classmethod
@@ -133,6 +142,13 @@ class RoutingContext:
             # Not a closure: a deep or pickled copy of the model binds it to the copy.
             model.__dict__["generate"] = partial(self.generate, model)
 
+    def holds_key(self, layer: Any, adapter: str) -> bool:
+        """Returns whether a layer has the key of an adapter: the first layer with this adapter."""
+        holder = self.key_holders.get(adapter)
+        if holder is None or adapter not in holder.badit_key:
+            self.key_holders[adapter] = layer
+        return self.key_holders[adapter] is layer
+
     def detach(self, model: nn.Module) -> None:
         """Removes the hooks from a model whose adapters are unloaded."""
         for hook in self.hooks:
@@ -144,7 +160,8 @@ class RoutingContext:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out of copies of the model what belongs to running passes."""
-        no_passes = {"_running": None, "_last_training_pass": None, "_generation": Generation()}
+        no_passes: dict[str, Any] = {"_running": None, "_last_training_pass": None}
+        no_passes |= {"_generation": Generation(), "_embedding_hooks": []}
         return vars(self) | no_passes
 
     # What layers ask for
@@ -156,6 +173,23 @@ class RoutingContext:
         """
         forward_pass = self._last_training_pass if self.runs_again() else self._running
         return forward_pass or ForwardPass(row_tasks=self.row_tasks)
+
+    def clusters(self, adapter: str) -> Tensor:
+        """Returns the cluster (S) of every prompt of the calling layer's forward pass."""
+        forward_pass = self.forward_pass()
+        if adapter not in forward_pass.clusters:
+            means_SE = forward_pass.mean_embeddings_SE
+            if means_SE is None:
+                raise BaditError(
+                    "key='embedding': the prompt's embeddings are not known; call the whole model "
+                    "with input_ids"
+                )
+            holder = self.key_holders[adapter]
+            directions_CE = holder.badit_key[adapter].float().to(means_SE.device)
+            offsets_C = holder.badit_key_offset[adapter].float().to(means_SE.device)
+            scores_SC = torch.addmm(offsets_C, means_SE, directions_CE.T)
+            forward_pass.clusters[adapter] = scores_SC.argmax(dim=1)
+        return forward_pass.clusters[adapter]
 
     def runs_again(self) -> bool:
         """Returns whether gradient checkpointing is recomputing the calling layer."""
@@ -201,10 +235,27 @@ class RoutingContext:
             self._refuse_training_without_clusters()
         if self._running.held is None and self._reads_prompt():
             _ = self._running.prompt  # a cached property: computed here
+            if self.embedding_features:
+                # Only for this pass: PEFT may replace the module by a trained copy, with its hooks.
+                embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+                hook = embedding.register_forward_hook(self._read_embeddings)
+                self._embedding_hooks.append(hook)
         return args, kwargs
+
+    @torch.no_grad()
+    def _read_embeddings(self, embedding: Any, args: tuple, output: Tensor) -> None:
+        running = self._running
+        if running is None or running.shape != output.shape[:2]:
+            return
+        # PEFT trains a copy of the embedding, if it does; the key reads the frozen one.
+        frozen = getattr(embedding, "original_module", None)
+        embedded_BTE = output if frozen is None else frozen(*args)
+        running.mean_embeddings_SE = _mean_embeddings(embedded_BTE, *running.prompt)
 
     def _leave(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         running, self._running = self._running, None
+        while self._embedding_hooks:
+            self._embedding_hooks.pop().remove()
         if running is None:
             return
         if torch.is_grad_enabled():
@@ -384,6 +435,21 @@ class RoutingContext:
         if problem not in self._warned:
             self._warned.add(problem)
             warnings.warn(f"{problem}; {fix}, or use routing='token'", stacklevel=2)
+
+
+def _mean_embeddings(
+    embedded_BTE: Tensor, mask_BT: Tensor | None, segments: Segments | None
+) -> Tensor:
+    """Returns the mean (S, E) of the embeddings of each row's or segment's prompt, in float32."""
+    embedded_BTE = embedded_BTE.detach().float()
+    if mask_BT is None:  # the whole input is the prompt
+        return embedded_BTE.mean(dim=1)
+    mask_BT = mask_BT.to(embedded_BTE.device)
+    if segments is None:
+        return prompt_mean(embedded_BTE, mask_BT)
+    return segment_means(
+        embedded_BTE, mask_BT, segments.of_BT.to(embedded_BTE.device), segments.number
+    )
 
 
 def inside_backward() -> bool:

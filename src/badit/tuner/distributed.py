@@ -54,6 +54,7 @@ def by_shape(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> Iterator[l
 
     They have equal shapes, dtypes, devices and placements.
     """
+    # Keyed by all that must be equal for one torch.stack.
     alike: dict[Any, list[int]] = defaultdict(list)
     for index, (a, b) in enumerate(pairs):
         if a is not None and b is not None:
@@ -73,6 +74,7 @@ def stacked(tensors: Sequence[Tensor], features: int) -> Tensor:
     stack = torch.stack(list(tensors))
     if not isinstance(stack, DTensor):
         return stack
+    # The stack's first dimension is the layer.
     return stack.redistribute(placements=placements_along(features + 1, stack)).to_local()
 
 
@@ -94,6 +96,7 @@ def dtensor(
         placements,
         run_check=False,
         shape=torch.Size(shape),
+        # Without shape and strides, from_local assumes that all shards are equal.
         stride=torch.empty(tuple(shape), device="meta").stride(),
     )
 
@@ -102,6 +105,7 @@ def over_shards(like: Tensor) -> OverShards:
     """Returns a function that all-reduces in place over the processes with shards of ``like``."""
     groups = []
     if isinstance(like, DTensor):
+        # Not over replicating mesh dimensions (HSDP): their processes have the same values.
         groups = [
             like.device_mesh.get_group(i)
             for i, place in enumerate(like.placements)
@@ -125,6 +129,7 @@ def scale_columns(b_ON: nn.Parameter, scale_N: Tensor) -> None:
     """
     if isinstance(b_ON, DTensor):
         replicated = [Replicate()] * b_ON.device_mesh.ndim
+        # DTensor operations do not mix with plain tensors.
         scale = DTensor.from_local(scale_N.to(b_ON), b_ON.device_mesh, replicated, run_check=False)
         b_ON.mul_(scale)
     elif _is_kept_by_deepspeed(b_ON):
@@ -134,6 +139,7 @@ def scale_columns(b_ON: nn.Parameter, scale_N: Tensor) -> None:
 
 
 def _scale_columns_in_deepspeed(b_ON: Any, scale_N: Tensor) -> None:
+    # The optimizer's float32 weight: b_ON itself may be a 16-bit copy or empty.
     master_ON = _deepspeed().safe_get_full_fp32_param(b_ON)
     scaled_ON = master_ON * scale_N.to(master_ON)
     _deepspeed().safe_set_full_fp32_param(b_ON, scaled_ON)
@@ -153,6 +159,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
     is_dtensor = [isinstance(parameter, DTensor) for parameter in model.parameters()]
     if not any(is_dtensor) and not is_divided_by_zero3(model):
         return None
+    # FSDP and ZeRO shard parameters only.
     tensors = dict(model.named_buffers())
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -195,10 +202,12 @@ def is_divided_by_zero3(model: nn.Module) -> bool:
 
 
 def _is_kept_by_deepspeed(parameter: nn.Parameter) -> bool:
+    # Set by DeepSpeed: _hp_mapping in stages 1 and 2, ds_id in stage 3.
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
 def _deepspeed() -> Any:
+    # Imported when used, because DeepSpeed is optional.
     return import_module("deepspeed.utils")
 
 

@@ -1,5 +1,12 @@
 """The adapted layer:  y = W x + s · (B (g ∘ A x) − share · B0 A0 x),   g_i = gate[expert_of[i]].
 
+If the gates scale the change since step 0 (``gates_change`` of the configuration):
+
+    y = W x + s · (B (g ∘ A x) − B0 (g ∘ A0 x))
+      = W x + s · ((B − B0) (g ∘ A x) + B0 (g ∘ (A − A0) x))
+
+The last form is exactly W x at step 0 for all gates.
+
 The experts form one LoRA of rank N = K·r, whose components are scaled by gates. A method defines
 the initial factors (``initial_factors`` of its configuration) and the gates (``gates`` of its
 layer). A0 and B0 are the frozen initial factors of methods whose experts are initialised as a part
@@ -65,11 +72,14 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
             self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.badit_config: dict[str, Any] = {}
         self.badit_dropout = nn.ModuleDict()
+        # With an entry for each adapter; PEFT's delete_adapter removes it from all of them.
         for tensors in self.adapter_layer_names:
             setattr(self, tensors, nn.ParameterDict())
         for tensors in self.other_param_names:
+            # badit_config and badit_dropout exist already, and are no tensors.
             if not hasattr(self, tensors):
                 setattr(self, tensors, BufferDict(persistent=True))
+        # Read by PEFT's property active_adapters, which update_layer uses.
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -90,6 +100,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         if not will_be_loaded:
             self.initialise(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        # PEFT sets requires_grad of the new tensors: only those of active adapters are trained.
         self.set_adapter(self.active_adapters)
 
     @torch.no_grad()
@@ -103,6 +114,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
             except BaditError as error:
                 raise BaditError(f"{self.name}: {error}") from None
         if factors is None:
+            # As in PEFT's LoRA: uniform within ±1/√I.
             nn.init.kaiming_uniform_(self.badit_A[adapter_name], a=math.sqrt(5))
             return
         a_NI, b_ON = factors
@@ -120,6 +132,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         for adapter in self.running_adapters:
             x_in = self._with_positions(self._cast_input_dtype(x, self.badit_A[adapter].dtype))
             a_PI, b_OM, scale = self.routed_factors(adapter, x_in)
+            # One dropout mask for A and A0: no noise while B A and B0 A0 cancel each other.
             hidden = self.hidden(adapter, self.badit_dropout[adapter](x_in), a_PI)
             if self.drops_change(adapter):
                 hidden = self._change_and_kept(adapter, x_in, hidden, scale)
@@ -127,12 +140,18 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
                 # If the experts share A, each group of P columns of B takes all rows of A.
                 scale = scale.to(hidden.dtype).unflatten(-1, (-1, hidden.shape[-1]))
                 hidden = (hidden[..., None, :] * scale).flatten(-2)
+            # The input may have been reshaped by `_with_positions`.
             y = y + F.linear(hidden, b_OM).reshape(y.shape).to(y.dtype)
         return y
 
     def drops_change(self, adapter_name: str) -> bool:
-        """Returns whether the next pass applies dropout to an adapter with initial factors."""
+        """Returns whether the next pass applies dropout to an adapter with initial factors.
+
+        If the gates scale the change, the factors already are those of the change.
+        """
         config = self.badit_config[adapter_name]
+        if config.gates_change:
+            return False
         has_dropout = bool(config.lora_dropout) and self.badit_dropout[adapter_name].training
         return has_dropout and bool(config.subtracted_share)
 
@@ -164,8 +183,12 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         scale = config.scaling * gates
         if not config.subtracted_share:
             return a_RI, b_ON, scale
-        # B0 A0 are N more components with a negative gate: two products instead of four.
+        # B0 A0 are N more components, so there are two products instead of four.
         a0_NI, b0_ON = self.kept_factors(adapter_name)
+        if config.gates_change:
+            a_PI = torch.cat([a_RI, a_RI - a0_NI])
+            b_OM = torch.cat([b_ON - b0_ON, b0_ON], dim=1)
+            return a_PI, b_OM, torch.cat([scale, scale], dim=-1)
         subtracted = torch.full_like(scale, -config.scaling * config.subtracted_share)
         a_PI = torch.cat([a_RI, a0_NI])
         b_OM = torch.cat([b_ON, b0_ON], dim=1)
@@ -206,6 +229,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         """Returns x as (B, T, I), also in a module whose input is (B·T, I), such as OPT's MLP."""
         if x.ndim != 2 or self.tokens_P is not None:
             return x
+        # Gates are per row, so the rows must be separate again.
         shape = self.routing.forward_pass().shape
         if shape is None or len(x) != shape.numel():
             return x
@@ -260,6 +284,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         if gates_K is not None:
             gates_N = gates_K.to(gates_N)[expert_N]
         a_PI, b_OM, scale_M = self.gated_factors(adapter_name, gates_N)
+        # With a shared A, each of its rows has a column in all K B's, and these add up.
         b_OP = (b_OM.to(dtype) * scale_M).unflatten(1, (-1, len(a_PI))).sum(dim=1)
         return a_PI.to(dtype), b_OP
 

@@ -18,12 +18,13 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 
 from badit.support.errors import BaditError
+from badit.tuner.abilities import Example, examples_in, find_abilities
 from badit.tuner.badit_layer import BaditLinear
 from badit.tuner.config import BaditConfig, ExpertConfig, peft_type
 from badit.tuner.context import RoutingContext
 from badit.tuner.distributed import any_of_all, is_divided_by_zero3
 from badit.tuner.layer import ExpertLinear
-from badit.tuner.prompt import IGNORED_LABEL, Segments
+from badit.tuner.prompt import IGNORED_LABEL
 from badit.tuner.targets import (
     chosen_targets,
     join_experts,
@@ -35,6 +36,7 @@ from badit.tuner.targets import (
 
 # Batches by task.
 TaskBatches = Mapping[str, Any]
+Place = tuple[BaditLinear, str]  # a layer and the name of one of its adapters
 _PROMPTS_PER_CLUSTER = 32
 _PROMPT_FIX = (
     "set the labels of prompts to -100 (rows of prompt and completion, such as "
@@ -132,6 +134,7 @@ class ExpertModel(Hooks, BaseTuner):
             copied = re.sub(rf"({self.prefix}\w+)\.default\b", r"\1.ref", name)
             if copied != name:
                 copies[copied] = tensor.detach().clone()
+        # assign, because the tensors of a new reference are on the meta device.
         self.load_state_dict(copies, strict=False, assign=True)
 
     def _check_new_adapter_config(self, config: ExpertConfig) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -152,6 +155,7 @@ class ExpertModel(Hooks, BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """Sets the default targets, and checks the targets against the model's fused weights."""
+        # Now, because the first forward pass on a CPU would reorder 4-bit weights.
         keep_in_place(self.model)
         peft_config.target_modules = chosen_targets(self.model, peft_config)
         if peft_config.target_modules is None:
@@ -175,6 +179,7 @@ class ExpertModel(Hooks, BaseTuner):
     ) -> None:
         if parameter_name is not None:
             name = f"{current_key.rpartition('.')[0]}.{parameter_name}"
+            # A fused weight: each of its matrices gets a layer of its own, in the list of matrices.
             matrices = split_experts(target, parameter_name, name, RoutingContext.of(self.model))
             for index, matrix in enumerate(matrices):
                 self._create_and_replace(
@@ -186,6 +191,7 @@ class ExpertModel(Hooks, BaseTuner):
                 f"{current_key}: has another method's adapter; call unload() on the model with it "
                 "first"
             )
+        # A further adapter, or a new one in place of one with this name.
         if isinstance(target, ExpertLinear):
             _remove_tensors(target, adapter_name)
             target.update_layer(adapter_name, peft_config)
@@ -195,6 +201,7 @@ class ExpertModel(Hooks, BaseTuner):
         routing = RoutingContext.of(self.model)
         layer = layer_cls(target, current_key, routing, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
+            # As in PEFT's LoRA: an additional adapter is trained only once it is active.
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
@@ -244,6 +251,12 @@ class BaditModel(ExpertModel):
                 "encoder-decoder"
             )
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        if peft_config.key == "embedding":
+            embedding: Any = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+            RoutingContext.of(self.model).embedding_features = embedding.embedding_dim
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     @torch.no_grad()
     def start_task(self, batches: TaskBatches) -> None:
         """Finds the clusters of prompts of new adapters with gates='clusters'.
@@ -266,43 +279,82 @@ class BaditModel(ExpertModel):
                 "ZeRO-3"
             )
         clusters = max(layer.badit_config[name].num_clusters for layer, name in unclustered)
-        prompts = _PROMPTS_PER_CLUSTER * clusters // max(1, len(batches))
-        sample = self._sample(batches, max(1, prompts))
+        prompts = max(1, _PROMPTS_PER_CLUSTER * clusters // max(1, len(batches)))
+        self._find_abilities(unclustered, batches, prompts)
+        unclustered = RoutingContext.of(self.model).without_clusters()
+        if unclustered:
+            self._find_clusters(unclustered, batches, prompts)
+        if self._has_reference():
+            self._copy_to_reference()
+
+    def _find_abilities(
+        self, unclustered: Sequence[Place], batches: TaskBatches, prompts: int
+    ) -> None:
+        """Finds the clusters, codes and groups of adapters with a key for the whole model."""
+        layers = defaultdict(list)
+        for layer, name in unclustered:
+            if layer.badit_config[name].key == "embedding":
+                layers[name].append(layer)
+        if not layers:
+            return
+        examples = self._examples(batches, prompts)
+        _refuse_without_prompts(examples)
+        with self._evaluating():
+            for name, of_adapter in layers.items():
+                find_abilities(self.model, name, of_adapter, examples)
+
+    def _examples(self, batches: TaskBatches, per_task: int) -> list[Example]:
+        """Returns the first examples of each task."""
+        routing = RoutingContext.of(self.model)
+        examples = []
+        for task_batches in batches.values():
+            of_task: list[Example] = []
+            for batch in task_batches:
+                tensors = self._first_rows(batch, per_task - len(of_task))
+                mask_BT, segments = routing.describe(self.model, tensors).prompt
+                assert mask_BT is not None  # the shape of the batch is known
+                of_task += examples_in(tensors, mask_BT, segments)
+                if len(of_task) >= per_task:
+                    break
+            examples += of_task[:per_task]
+        return examples
+
+    def _find_clusters(
+        self, unclustered: Sequence[Place], batches: TaskBatches, prompts_per_task: int
+    ) -> None:
+        """Finds the clusters of layers that have their own."""
+        clusters = max(layer.badit_config[name].num_clusters for layer, name in unclustered)
+        sample = self._sample(batches, prompts_per_task)
+        # All layers are checked before the first one is changed.
         for layer, name in unclustered:
             if f"{layer.name}.{name}" not in sample.means:
                 raise BaditError(
                     f"start_task: no batch reaches {layer.name}; pass other batches, or use "
                     "gates='mean_one'"
                 )
-        if clusters > 1 and not any_of_all(sample.has_prompts):
-            raise BaditError(
-                "start_task: the labels begin at the first token of every row, so no row has a "
-                f"prompt; {_PROMPT_FIX}"
-            )
+        if clusters > 1:
+            _refuse_without_prompts(sample.examples)
         distinct = [
             layer.cluster(name, torch.cat(sample.means.pop(f"{layer.name}.{name}")))
             for layer, name in unclustered
         ]
-        prompts_differ = any_of_all(len(sample.prompts) > 1)
+        prompts = {tuple(example.prompt_ids.tolist()) for example in sample.examples}
+        prompts_differ = any_of_all(len(prompts) > 1)
         if clusters > 1 and prompts_differ and not any_of_all(max(distinct) > 1):
             for layer, name in unclustered:
                 layer.badit_batches[name].zero_()  # unclustered again, so training is refused
             raise BaditError(
-                f"start_task: {len(sample.prompts)} different prompts are the same in every layer, "
+                f"start_task: {len(prompts)} different prompts are the same in every layer, "
                 f"so they would get the same gates; check the model's weights, or {_PROMPT_FIX}"
             )
-        if self._has_reference() and any(name == "default" for _, name in unclustered):
-            self._copy_to_reference()
 
     def _sample(self, batches: TaskBatches, prompts_per_task: int) -> "_Sample":
         """Returns the first prompts of each task, as every layer reads them."""
         routing = RoutingContext.of(self.model)
         sample = _Sample()
         routing.prompt_means = sample.means
-        was_training = {module: module.training for module in self.modules()}
-        self.eval()
         try:
-            with torch.compiler.set_stance("force_eager"):
+            with self._evaluating():
                 for task_batches in batches.values():
                     missing = prompts_per_task
                     for batch in task_batches:
@@ -311,9 +363,21 @@ class BaditModel(ExpertModel):
                             break
         finally:
             routing.prompt_means = None
+        return sample
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Runs the model in evaluation mode and without compiling it."""
+        # For each module, because train() would change those that the caller has put in eval mode.
+        was_training = {module: module.training for module in self.modules()}
+        # Without dropout, which would make the clusters random.
+        self.eval()
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
             for module, training in was_training.items():
                 module.training = training
-        return sample
 
     def _read_prompts(self, batch: Any, rows: int, sample: "_Sample") -> int:
         """Runs the base model on the first rows of a batch as in training.
@@ -321,17 +385,17 @@ class BaditModel(ExpertModel):
         Adds their prompts to the sample and returns their number.
         """
         tensors = self._first_rows(batch, rows)
-        if "labels" not in tensors and "completion_mask" in tensors:  # as in TRL's preference data
-            is_answer = tensors["completion_mask"].bool()
-            tensors["labels"] = tensors["input_ids"].where(is_answer, IGNORED_LABEL)
+        # The mask is passed explicitly, because the model gets no labels to find the prompt by.
         mask_BT: Any
         mask_BT, segments = RoutingContext.of(self.model).describe(self.model, tensors).prompt
         # Without a loss and with the logits of one position, to save memory.
         options = {**batch, **tensors, "labels": None, "use_cache": False, "logits_to_keep": 1}
+        # Batches may have more columns, such as the tasks of badit's collator.
         accepted = {*inspect.signature(self.model.forward).parameters, *_PACKING}
         options = {name: value for name, value in options.items() if name in accepted}
         self.model(**options, prompt_mask=mask_BT)
-        return sample.add(tensors, mask_BT, segments)
+        sample.examples += examples_in(tensors, mask_BT, segments)
+        return len(mask_BT) if segments is None else segments.number
 
     def _first_rows(self, batch: Any, rows: int) -> dict[str, Tensor]:
         """Returns a batch's tensors on the model's device, cut to the first rows."""
@@ -343,9 +407,13 @@ class BaditModel(ExpertModel):
                 "start_task: a batch must be a dict of tensors, as in training; or use "
                 "gates='mean_one'"
             )
+        # Tensors of one dimension, such as cu_seq_lens_q of packed rows, have no rows.
         by_row = [name for name, tensor in tensors.items() if tensor.ndim > 1]
         if len({len(tensors[name]) for name in by_row}) == 1:
             tensors |= {name: tensors[name][:rows] for name in by_row}
+        if "labels" not in tensors and "completion_mask" in tensors:  # as in TRL's preference data
+            is_answer = tensors["completion_mask"].bool()
+            tensors["labels"] = tensors["input_ids"].where(is_answer, IGNORED_LABEL)
         return tensors
 
 
@@ -355,32 +423,15 @@ class _Sample:
 
     # By layer and adapter, x̄ (B, I) of each batch.
     means: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    prompts: set[tuple[int, ...]] = field(default_factory=set)  # the token ids of each
-    has_prompts: bool = False  # whether some row has more than the first token of its answer
+    examples: list[Example] = field(default_factory=list)
 
-    def add(self, batch: Mapping[str, Tensor], prompt_BT: Tensor, segments: Segments | None) -> int:
-        """Adds a batch, with its prompts' positions; returns the number of its prompts."""
-        segment_BT, number = segments or Segments.rows(prompt_BT)
-        of_prompt = segment_BT[prompt_BT].tolist()
-        token_ids: dict[int, list[int]] = {segment: [] for segment in of_prompt}
-        for segment, token_id in zip(
-            of_prompt, batch["input_ids"][prompt_BT].tolist(), strict=True
-        ):
-            token_ids[segment].append(token_id)
 
-        # No label counts at the first token, which no position predicts, so it is always prompt.
-        # The labels show whether it is meant to be; collators of packed rows remove this label.
-        labels_BT = batch.get("labels")
-        answered = set()
-        if segments is not None:
-            answered = set(of_prompt)
-        elif labels_BT is not None and labels_BT.shape == prompt_BT.shape:
-            is_labelled = prompt_BT & (labels_BT != IGNORED_LABEL)
-            answered = set(segment_BT[is_labelled].tolist())
-        for segment, ids in token_ids.items():
-            self.prompts.add(tuple(ids))
-            self.has_prompts |= len(ids) > 1 or segment not in answered
-        return number
+def _refuse_without_prompts(examples: Sequence[Example]) -> None:
+    if not any_of_all(any(example.has_prompt for example in examples)):
+        raise BaditError(
+            "start_task: the labels begin at the first token of every row, so no row has a "
+            f"prompt; {_PROMPT_FIX}"
+        )
 
 
 def register(config_cls: Any, model_cls: Any) -> None:
@@ -389,6 +440,7 @@ def register(config_cls: Any, model_cls: Any) -> None:
     BaditError if another package has taken the name.
     """
     name = config_cls.method.lower()
+    # PEFT refuses to register a name twice.
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type(config_cls.method))
     if registered is None:
         register_peft_method(

@@ -33,6 +33,7 @@ PROJECTIONS = (
 )
 # If all MLPs are fused, LoRA's default targets.
 _PATTERNS = (
+    # Only projections of MLPs: attention, routers and norms can have layers with these names.
     *(rf"(?!.*(attn|attention|router|norm)).*\.{name}" for name in PROJECTIONS),
     r".*\.(q_proj|v_proj)",
 )
@@ -82,8 +83,10 @@ def _layers_of_linear_modules(model: Any) -> dict[str, str]:
     layers = {}
     for name, module in model.named_modules():
         layer = re.match(r".*?\.\d+(?=\.)", name)
+        # Also GPTQ's and AWQ's layers: they are refused later, with a message that names them.
         is_linear = isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "qweight")
         if is_linear and layer and name.startswith(prefix):
+            # A module that another adapter has wrapped.
             layers[name.removesuffix(".base_layer")] = layer[0]
     return layers
 
@@ -101,14 +104,15 @@ def short_module_names(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 def refuse_misplaced_targets(model: nn.Module, config: Any) -> None:
     """Raises BaditError for a fused weight in target_modules, or for none in target_parameters."""
-    fused = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
-    modules = [name.removesuffix(".base_layer") for name, _ in model.named_modules()]
+    # By shape only: split_experts() refuses other weights of three dimensions.
+    fused_names = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    modules = [name for name, _ in model.named_modules()]
 
     def is_among(names: Iterable[str], target: str) -> bool:
         return any(f".{name}".endswith(f".{target}") for name in names)
 
     for target in getattr(config, "target_parameters", None) or ():
-        if not is_among(fused, target):
+        if not is_among(fused_names, target):
             raise BaditError(
                 f"target_parameters: the model has no fused weight {target!r}; see "
                 "named_parameters()"
@@ -116,7 +120,7 @@ def refuse_misplaced_targets(model: nn.Module, config: Any) -> None:
     if not isinstance(config.target_modules, set):  # a regex, or 'all-linear'
         return
     for target in config.target_modules:
-        if is_among(fused, target) and not is_among(modules, target):
+        if is_among(fused_names, target) and not is_among(modules, target):
             raise BaditError(
                 f"target_modules: {target} is a fused weight: name it in target_parameters"
             )
@@ -134,6 +138,7 @@ def refuse_unsuitable_layer(layer: nn.Module, name: str, method: str) -> None:
         raise BaditError(
             f"{name} is a {kind}; {method} adapts nn.Linear and Conv1D: change target_modules"
         )
+    # A float8 weight has its scales in another tensor.
     is_readable = layer.weight.is_floating_point() and layer.weight.itemsize > 1
     if not is_readable and not is_quantised(layer):
         raise BaditError(
@@ -180,6 +185,7 @@ def split_experts(experts: Any, parameter: str, name: str, routing: Any) -> nn.M
             "target_parameters"
         )
     if not hasattr(experts, _SPLIT + parameter):
+        # Both, because the new forward calls both; possibly only one of them gets adapters.
         for fused in (first, "down_proj"):
             matrices = [FusedExpert(experts, fused, i) for i in range(experts.num_experts)]
             setattr(experts, _SPLIT + fused, nn.ModuleList(matrices))
@@ -195,6 +201,7 @@ def join_experts(model: nn.Module) -> None:
         lists = [name for name in module._modules if name.startswith(_SPLIT)]
         if not lists:
             continue
+        # Without the attribute, the class's own forward is used again.
         for name in ("forward", "routing", "tokens_P", *lists):
             delattr(module, name)
 
@@ -206,6 +213,7 @@ def base_layer(model: nn.Module, name: str) -> Any:
     """
     weight, _, index = name.rpartition(".")
     parent, _, parameter = weight.rpartition(".")
+    # Matrices of fused weights are named by the parameter, which is not a module.
     if index.isdigit():
         experts = model.get_submodule(parent)
         if isinstance(getattr(experts, parameter, None), nn.Parameter):
@@ -221,6 +229,7 @@ def _forward(
     Sets ``tokens_P``: the indices, in the batch, of the tokens that the adapted layers receive.
     """
     lists = [getattr(self, name) for name in self._modules if name.startswith(_SPLIT)]
+    # Choices sorted by expert: a token that chooses k experts occurs k times.
     choices_C = top_k_index.flatten()
     order_C = choices_C.argsort(stable=True)
     counts = choices_C.bincount(minlength=self.num_experts).tolist()
@@ -245,6 +254,7 @@ def _forward(
 def is_quantised(layer: nn.Module) -> bool:
     """Returns whether the layer's weight has a supported quantised type."""
     kind = type(getattr(layer, "weight", None))
+    # By name, because both libraries are optional.
     return kind.__name__ in _BITSANDBYTES or kind.__module__.startswith("torchao.")
 
 

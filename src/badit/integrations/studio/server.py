@@ -64,9 +64,10 @@ def _has_display() -> bool:
 
 def application(session: Session) -> Starlette:
     """Returns the web application of a loaded run."""
+    # Questions wait in the limiter and take a thread only when the model is free.
     one_at_a_time = anyio.CapacityLimiter(1)
     colours = {mode: chart_config(mode)["range"]["diverging"] for mode in ("light", "dark")}
-    about = {**session.about(), "colours": colours}
+    description = {**session.about(), "colours": colours}
 
     async def task(request: Request) -> Response:
         return JSONResponse(session.task(request.query_params.get("name", "")))
@@ -84,7 +85,7 @@ def application(session: Session) -> Starlette:
     )
     return Starlette(
         routes=[
-            Route("/api/run", JSONResponse(about), methods=["GET"]),
+            Route("/api/run", JSONResponse(description), methods=["GET"]),
             Route("/api/task", task),
             Route("/api/answer", answer, methods=["POST"]),
             Mount("/", files),

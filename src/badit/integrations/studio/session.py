@@ -19,7 +19,8 @@ import torch
 from pydantic import BaseModel, Field
 
 from badit.analysis.atlas import ABILITIES
-from badit.analysis.gates import Experts, active_experts, changed_gates, task_gates
+from badit.analysis.experts import AdaptedLayer, active_experts, changed_gates
+from badit.analysis.gates import task_gates
 from badit.analysis.tables import layer_and_module, load_frame
 from badit.data import Task
 from badit.evaluation.generation import stream_answer
@@ -87,9 +88,10 @@ class Session:
         if getattr(self.method.config, "init_lora_weights", True) not in KEEPS_BASE:
             # Initialisations such as PiSSA's change the base weights, also for a disabled adapter.
             self.base = load_base(self.recipe)[0]
+        # Empty for methods without gates.
         self.experts = active_experts(self.model)
         self.modules = [layer.name for layer, _ in self.experts]
-        self.number_of_experts = self.experts[0].number if self.experts else 0
+        self.number_of_experts = self.experts[0].num_experts if self.experts else 0
         self._free = threading.Lock()  # held while the model is used
         self._stopped = threading.Event()
         #: The mean gates (M, K) of each task; None until they are measured.
@@ -115,9 +117,11 @@ class Session:
             for name in names:
                 if self._stopped.wait(_PAUSE):
                     return
+                # Held for one task at a time, so that questions are answered in between.
                 with self._free:
                     _, gates = next(measured)
                 gates_MK = np.array([gates[module] for module in self.modules])
+                # On the scale of the analysis: 1 is neutral.
                 by_task[name] = gates_MK / gates_MK.mean(axis=1, keepdims=True)
         except BaditError as error:
             # The page works without them: it then shows no nearest tasks.
@@ -179,6 +183,7 @@ class Session:
         experts, gates = self.number_of_experts, question.gates or []
         if not experts:
             raise BaditError(f"gates: {self.method.name} has no gates to set by hand")
+        # On the page's scale, K is the gate of an expert that is used alone.
         if len(gates) != experts or max(gates) > experts:
             raise BaditError(
                 f"gates: must be {experts} numbers from 0 to {experts}, one for each expert"
@@ -240,7 +245,7 @@ class Session:
 
 @contextmanager
 def mixed(
-    experts: Sequence[Experts], by_hand: Sequence[float] | None = None
+    experts: Sequence[AdaptedLayer], by_hand: Sequence[float] | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """A context in which prompts are answered with their own gates, or with gates set by hand.
 
@@ -249,7 +254,7 @@ def mixed(
     """
     gates_of_prompt: dict[str, np.ndarray] = {}
 
-    def mixing(adapted: Experts, gates: torch.Tensor) -> torch.Tensor:
+    def mixing(adapted: AdaptedLayer, gates: torch.Tensor) -> torch.Tensor:
         # The neutral gate depends on the method: 1, or 1/K if its gates sum to 1. The sum of a
         # softmax has rounding errors, which must not be multiplied into gates set by hand.
         neutral = gates.mean(dim=-1, keepdim=True).round(decimals=6)

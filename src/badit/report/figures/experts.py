@@ -61,6 +61,7 @@ def _by_step(frame: pd.DataFrame, unit: str, title: str, *, zero: bool) -> Any:
     values = values.dropna(subset=["value"])
     if values.empty:
         return None
+    # Layer −1 stands for parameters outside the layers.
     choices = [all_or_one(rows.query("layer >= 0"), "layer")]
     base, _ = chart_by_choice(values, ["step", "measured", "group"], choices)
     base = base.encode(
@@ -74,6 +75,7 @@ def _by_step(frame: pd.DataFrame, unit: str, title: str, *, zero: bool) -> Any:
         logged = base.transform_filter(f"datum.measured !== '{_HELD_OUT}'")
         dash = (
             alt.StrokeDash("measured:N")
+            # Dashed before and solid after a regrouping; a single period is solid.
             .scale(domain=periods, range=[[3, 3], [1, 0]][-len(periods) :])
             .legend(legend(periods, symbolStrokeColor=_GREY))
         )

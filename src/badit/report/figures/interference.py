@@ -6,6 +6,7 @@
 from typing import Any
 
 import altair as alt
+import numpy as np
 import pandas as pd
 
 from badit.report.charts import (
@@ -25,14 +26,16 @@ from badit.report.charts import (
 )
 from badit.report.heat_maps import Look, cells_of_pairs, heat_map
 from badit.report.task_order import of_shown_parameters
+from badit.support.text import number
 
 _PAIRS_AT_EACH_END = 60
 
 
 def gradient_cosines(frame: pd.DataFrame) -> Any:
-    """Blue pairs of tasks agree, orange pairs conflict. Gradients are those of the adapter's
-    parameters, or of the model's weights if there is no adapter. For all layers and all modules,
-    all gradients form one vector; otherwise the mean cosine is shown."""
+    """Blue: a cosine above 0, orange: below 0. These cosines are not corrected for noise, which
+    alone makes half of them negative. Gradients are those of the adapter's parameters, or of the
+    model's weights if there is no adapter. For all layers and all modules, all gradients form one
+    vector; otherwise the mean cosine is shown."""
     shown = of_shown_parameters(frame)
     overall = shown.query(f"layer == '{ALL}'")
     single = shown.query(f"layer != '{ALL}'")
@@ -54,8 +57,44 @@ def gradient_cosines_weights(frame: pd.DataFrame) -> Any:
 
 
 def conflict_rate_by_layer(frame: pd.DataFrame) -> Any:
-    """Share of pairs of tasks whose gradients have a negative cosine."""
+    """Share of the decided pairs of tasks that conflict: both gradients are reliable, and their
+    cosine, corrected for noise, is negative. Modules without a decided pair are not shown."""
     return _by_layer(frame, "conflict_rate", "%")
+
+
+def gradient_conflicts(frame: pd.DataFrame) -> pd.DataFrame:
+    """A pair of tasks is decided if the signal of both gradients, the share of their squared norm
+    that is not noise, is at least 0.7. It conflicts if the cosine, corrected for noise, is then
+    negative. The numbers of instances are predictions (Spearman–Brown)."""
+    rows = []
+    for parameters, pairs in frame.groupby("parameters", sort=False):
+        decided = pairs["conflict"].dropna()
+        needed = pairs["instances_needed"].fillna(np.inf)
+        rows.append(
+            {
+                "gradients of": parameters,
+                "pairs": f"{len(pairs)}",
+                "decided": f"{len(decided)}",
+                "answer": _answer(len(pairs), int(decided.sum()), len(decided)),
+                "instances for half of the pairs": _instances(needed.quantile(0.5, "lower")),
+                "instances for all pairs": _instances(needed.max()),
+            }
+        )
+    return pd.DataFrame(rows, dtype=object)
+
+
+def _answer(pairs: int, conflicts: int, decided: int) -> str:
+    if not decided:
+        return "this data does not decide"
+    answer = f"{conflicts} of {decided} decided pairs conflict"
+    if decided < pairs:
+        answer += f"; this data does not decide the other {pairs - decided}"
+    return answer
+
+
+def _instances(count: float) -> str:
+    """Returns a number of instances per task; unknown if it is infinite."""
+    return number(count, ".0f") if np.isfinite(count) else "unknown"
 
 
 def reliability_by_layer(frame: pd.DataFrame) -> Any:
@@ -91,11 +130,13 @@ def _by_layer(frame: pd.DataFrame, column: str, form: str) -> Any:
 
 
 def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
-    """The corrected cosine removes the noise of few instances (a dash: too noisy). The magnitude
-    similarity is 1 for gradients with equal norms. Of more than 120 pairs, those in the middle are
-    left out."""
+    """The corrected cosine removes the noise of few instances (a dash: too noisy). A conflict is
+    stated only for decided pairs; for the others, the number of instances per task that would
+    decide them. The magnitude similarity is 1 for gradients with equal norms. Of more than 120
+    pairs, those in the middle are left out."""
     rows = of_shown_parameters(frame).dropna(subset="cosine").sort_values("cosine")
     lowest = rows[:_PAIRS_AT_EACH_END]
+    # Not among the lowest, so that no pair of few is listed twice.
     highest = rows[_PAIRS_AT_EACH_END:][-_PAIRS_AT_EACH_END:]
     rows = pd.concat([lowest, highest]).rename(columns={"task_a": "task", "task_b": "other_task"})
     forms = {
@@ -105,22 +146,35 @@ def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
         "corrected_cosine": ".2f",
         "magnitude_similarity": ".2f",
     }
-    return as_text(rows, forms)
+    texts = as_text(rows, forms)
+    needed = rows["instances_needed"].fillna(np.inf).map(_instances)
+    texts["conflict"] = rows["conflict"].map({1.0: "yes", 0.0: "no"})
+    texts["conflict"] = texts["conflict"].fillna("not decided: " + needed + " instances")
+    return texts
 
 
 def gradient_tasks(frame: pd.DataFrame) -> pd.DataFrame:
-    """A task with a large norm has more effect on a mixed batch. A task with low reliability needs
-    more instances."""
-    forms = {"task": "", "norm": ".2f", "reliability": ".2f", "instances": ".0f", "parameters": ""}
+    """A task with a large norm has more effect on a mixed batch. The signal is the reliability of
+    the whole gradient; a task whose signal is below 0.7 needs more instances (predicted)."""
+    forms = {
+        "task": "",
+        "norm": ".2f",
+        "reliability": ".2f",
+        "signal": ".2f",
+        "instances": ".0f",
+        "instances_needed": ".0f",
+        "parameters": "",
+    }
     return as_text(frame, forms)
 
 
 GRADIENTS = [
+    Figure("Conflicts that this data decides", "gradient_overall", gradient_conflicts),
     Figure("Cosine between tasks' gradients", "gradient_cosines", gradient_cosines, "square"),
     Figure("Cosine of weight gradients", "gradient_cosines", gradient_cosines_weights, "square"),
     Figure("Conflict rate by layer", "gradient_summary", conflict_rate_by_layer, "half"),
     Figure("Reliability by layer", "gradient_summary", reliability_by_layer, "half"),
-    Figure("Pairs of tasks, the most conflicting first", "gradient_overall", gradient_pairs),
+    Figure("Pairs of tasks, the lowest cosine first", "gradient_overall", gradient_pairs),
     Figure("Gradients of single tasks", "gradient_tasks", gradient_tasks),
 ]
 
@@ -150,6 +204,7 @@ def shared_units(frame: pd.DataFrame) -> Any:
 
 def units_of_tasks(frame: pd.DataFrame) -> Any:
     """Units of all layers that this task alone, some tasks or all tasks mark."""
+    # A single task has nothing to share units with.
     if len(set(frame["task"])) < 2:
         return None
     groups = ["this task alone", "some tasks", "all tasks"]
@@ -173,6 +228,7 @@ def units_of_tasks(frame: pd.DataFrame) -> Any:
             tooltip=["task:N", "part:N", "units:Q", alt.Tooltip("share:Q", format=".1%")],
         )
     )
+    # Computed in the chart, after it has selected the chosen kind of unit.
     chart = chart.transform_joinaggregate(total="sum(units)", groupby=["task"])
     chart = chart.transform_calculate(share="datum.units / datum.total")
     chart = chart.add_params(choice("kind", frame["kind"]))

@@ -63,6 +63,7 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
     means = rows.groupby("task")[next(iter(metrics))].mean()
     tasks = means.sort_values(ascending=False, kind="stable").index
     runs = list(frame["run"].unique())
+    # The order of all figures, so that a run has the same colour in each.
     series = frame.attrs.get("order") or runs
     values = [
         alt.Tooltip(f"{name}:Q", title=metric.label, format=f".{metric.decimals}f")
@@ -87,6 +88,7 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
             tooltip=["task:N", "run:N", *values],
         )
     )
+    # One metric at a time, because their scales differ.
     chart = chart.transform_calculate(score="datum[metric]")
     shown = choice("metric", metrics, [metric.label for metric in metrics.values()])
     return chart.add_params(pick, shown).properties(height=ROW * len(tasks))
@@ -178,6 +180,7 @@ def _thinned(frame: pd.DataFrame) -> pd.DataFrame:
     """Returns at most 250 points per curve, each the mean of adjacent log lines."""
     curves = frame.groupby(["series", "run"], sort=False)
     lengths: Any = curves["step"].transform("size")
+    # Rounded up, so that no curve has more points.
     lines_per_point = -(-lengths // _MOST_POINTS)
     point = curves.cumcount() // lines_per_point
     points = frame.groupby(["series", "run", point], sort=False)
@@ -224,6 +227,7 @@ def transfer(frame: pd.DataFrame) -> Any:
         rows="after training on",
         columns="Rouge-L on",
         signed=False,
+        # At least 1, so that scores of 0 still give a scale.
         limit=float(np.nanmax([*rows["rouge_l"], 1.0])),
         form=".0f",
         written=True,

@@ -1,0 +1,272 @@
+"""Abilities in the tuner: gated change, the key of a prompt, and codes from gradients."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+
+from badit.method.abilities import code_overlap
+from badit.tuner import abilities, hooks_of
+from badit.tuner.abilities import Example, frozen_embedding
+from refusals import refuses
+from tuner.helpers import CLUSTERS, adapt, config, generate, layers, randomise, teacher_forced
+
+KEY = {**CLUSTERS, "key": "embedding"}
+
+
+def _batches(seed=0, rows=24):
+    """Returns two tasks' batches: prompts of five tokens from different parts of a vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = {}
+    for task, first in (("first", 4), ("second", 50)):
+        ids = torch.randint(first, first + 8, (rows, 9), generator=generator)
+        ids[:, 5:] = first  # every task has its own answer, so its gradients are reliable
+        labels = ids.where(torch.arange(9) > 4, -100)
+        batches[task] = [
+            {"input_ids": ids[i : i + 4], "labels": labels[i : i + 4]} for i in range(0, rows, 4)
+        ]
+    return batches
+
+
+def _started(model, **batches):
+    hooks_of(model).start_task(batches or _batches())
+    return model
+
+
+def _codes(model):
+    return torch.stack([layer.badit_codes["default"] for layer in layers(model)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gates", ["clusters", "softmax", "mean_one"])
+def test_gated_change_leaves_step_0_bit_identical_with_any_gates(tiny_model, gates, dtype):
+    base = tiny_model("llama").to(dtype)
+    ids = torch.randint(4, 90, (3, 9))
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+        options = {**CLUSTERS, "gates": gates}
+        model = adapt(copy.deepcopy(base), init_weights="bad", gated="change", **options)
+        if gates == "clusters":
+            _started(model)
+        else:
+            for layer in layers(model):
+                layer.badit_router["default"].normal_()
+        assert torch.equal(model(input_ids=ids).logits, expected)
+        # Dropout acts on the change only.
+        for layer in layers(model):
+            layer.badit_dropout["default"] = torch.nn.Dropout(0.5)
+        assert torch.equal(model.train()(input_ids=ids).logits, expected)
+
+
+def test_the_change_is_scaled_by_the_gates(tiny_model):
+    model = _started(adapt(tiny_model("llama"), init_weights="bad", gated="change", **CLUSTERS))
+    layer = layers(model)[0]
+    with torch.no_grad():
+        layer.badit_A["default"].add_(0.1 * torch.randn_like(layer.badit_A["default"]))
+        layer.badit_B["default"].add_(0.1 * torch.randn_like(layer.badit_B["default"]))
+    gates = torch.rand(3)
+    scale = torch.diag(gates[layer.expert_of("default")])
+    product = layer.badit_B["default"] @ scale @ layer.badit_A["default"]
+    initial = layer.badit_B0["default"] @ scale @ layer.badit_A0["default"]
+    expected = layer.badit_config["default"].scaling * (product - initial)
+    torch.testing.assert_close(layer.get_delta_weight("default", gates), expected)
+
+
+def test_a_prompt_has_one_cluster_in_all_layers_also_in_generation(tiny_model):
+    model = _started(adapt(tiny_model("llama"), **KEY))
+    first, *others = layers(model)
+    assert all("default" not in layer.badit_key for layer in others)
+    assert not any(layer.badit_centroids or layer.badit_moments for layer in layers(model))
+    randomise_factors(model)
+    ids = torch.cat([batch["input_ids"] for batches in _batches(3).values() for batch in batches])
+    mask = torch.ones_like(ids)
+    mask[::2, :2] = 0  # left padding
+    prompts = ids[:, :5]
+    clusters = _clusters_of(model, first, prompts, mask[:, :5])
+    assert len(clusters.unique()) > 1
+    sequences = generate(model, prompts, mask[:, :5], new_tokens=4)
+    whole = torch.cat([mask[:, :5], torch.ones(len(ids), 4, dtype=mask.dtype)], dim=1)
+    logits = teacher_forced(model, sequences, whole, 5)
+    assert torch.equal(logits[:, 4:-1].argmax(dim=-1), sequences[:, 5:])
+    uncached = generate(model, prompts, mask[:, :5], new_tokens=4, use_cache=False)
+    assert torch.equal(uncached, sequences)
+
+
+def randomise_factors(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for layer in layers(model):
+            layer.badit_B["default"].normal_(std=0.3)
+
+
+def _clusters_of(model, holder, ids, mask):
+    """Returns the nearest cluster of each prompt, computed one prompt at a time."""
+    embedding = frozen_embedding(model.get_base_model())
+    clusters = []
+    for row, attended in zip(ids, mask, strict=True):
+        mean = embedding(row[attended.bool()]).mean(dim=0)
+        scores = holder.badit_key["default"] @ mean + holder.badit_key_offset["default"]
+        clusters.append(int(scores.argmax()))
+    return torch.tensor(clusters)
+
+
+def test_prompts_of_different_vocabulary_have_different_clusters(tiny_model):
+    model = _started(adapt(tiny_model("llama"), **{**KEY, "num_clusters": 2}))
+    holder = layers(model)[0]
+    clusters = []
+    for batches in _batches(7).values():
+        ids = torch.cat([batch["input_ids"] for batch in batches])[:, :5]
+        clusters.append(_clusters_of(model, holder, ids, torch.ones_like(ids)))
+    first, second = clusters
+    assert (first == first.mode().values).float().mean() > 0.7
+    assert first.mode().values != second.mode().values
+
+
+def test_packed_rows_have_the_gates_of_separate_rows(tiny_model):
+    model = _started(adapt(tiny_model("llama"), **KEY))
+    randomise_factors(model)
+    batch = _batches()["first"][0]
+    ids, labels = batch["input_ids"], batch["labels"]
+    other = _batches()["second"][0]
+    ids = torch.cat([ids, other["input_ids"]])
+    labels = torch.cat([labels, other["labels"]])
+    with torch.no_grad():
+        separate = model(input_ids=ids, labels=labels, use_cache=False).logits
+        positions = torch.arange(9).repeat(len(ids))[None]
+        rows = {"input_ids": ids.view(1, -1), "labels": labels.view(1, -1)}
+        packed = model(**rows, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed.view_as(separate), separate, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("codes", ["random", "matched", "grouped"])
+def test_adapters_with_a_key_are_saved_and_loaded(tiny_model, tmp_path, codes):
+    model = _started(adapt(tiny_model("llama"), **KEY, codes=codes))
+    randomise_factors(model)
+    ids = torch.randint(4, 90, (8, 7))
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_codes_follow_the_agreement_of_gradients(tiny_model):
+    """Clusters of one task share experts, clusters of tasks with other answers do not."""
+    torch.manual_seed(0)
+    matched = _started(adapt(tiny_model("llama"), **KEY, codes="matched"))
+    holder = layers(matched)[0]
+    task_of = {}
+    for task, batches in _batches().items():
+        ids = torch.cat([batch["input_ids"] for batch in batches])[:, :5]
+        for cluster in _clusters_of(matched, holder, ids, torch.ones_like(ids)).tolist():
+            task_of.setdefault(cluster, []).append(task)
+    # A cluster with prompts of both tasks agrees with neither.
+    tasks = {
+        cluster: names[0]
+        for cluster, names in task_of.items()
+        if max(map(names.count, set(names))) > 0.8 * len(names)
+    }
+    tasks = {cluster: max(task_of[cluster], key=task_of[cluster].count) for cluster in tasks}
+    assert set(tasks.values()) == {"first", "second"}
+    overlap = code_overlap(_codes(matched)).mean(dim=0)
+    pairs = [(c, d) for c in tasks for d in tasks if c < d]
+    same = [float(overlap[c, d]) for c, d in pairs if tasks[c] == tasks[d]]
+    other = [float(overlap[c, d]) for c, d in pairs if tasks[c] != tasks[d]]
+    assert min(same) > max(other)
+
+
+@pytest.mark.parametrize("codes", ["matched", "grouped"])
+def test_codes_have_the_norm_of_random_ones_and_balanced_experts(tiny_model, codes):
+    torch.manual_seed(0)
+    random = _codes(_started(adapt(tiny_model("llama"), **KEY)))
+    torch.manual_seed(0)
+    model = _started(adapt(tiny_model("llama"), **KEY, codes=codes))
+    expected = random.norm(dim=-1).mean(dim=-1, keepdim=True).expand(random.shape[:2])
+    torch.testing.assert_close(_codes(model).norm(dim=-1), expected)
+    for layer in layers(model):
+        assert sorted(layer.expert_of("default").tolist()) == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_placebo_has_the_codes_in_another_order(tiny_model):
+    def codes(**options):
+        torch.manual_seed(0)
+        return _codes(_started(adapt(tiny_model("llama"), **KEY, codes="matched", **options)))
+
+    own, placebo = codes(), codes(permute_codes=True)
+    assert not torch.equal(own, placebo)
+    for of_layer, of_placebo in zip(own, placebo, strict=True):
+        torch.testing.assert_close(of_layer.sort(dim=0).values, of_placebo.sort(dim=0).values)
+
+
+def test_gradients_are_those_of_single_examples(tiny_model):
+    """Compares the energy of a cluster's components with autograd on its examples."""
+    model = adapt(tiny_model("llama"), init_weights="bad", gated="change", **KEY)
+    hooks_of(model).start_task(_batches())
+    for layer in layers(model):
+        layer.badit_codes["default"].fill_(1.0)
+    rows = _batches()["first"][0]
+    examples = [
+        Example(ids, labels, torch.arange(9) < 5)
+        for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)
+    ]
+    evidence = abilities.Evidence(model.get_base_model(), "default", layers(model))
+    evidence.add(1, examples)
+    loss = sum(
+        cross_entropy(model(input_ids=ids[None]).logits[0, 4:-1], ids[5:])
+        for ids in rows["input_ids"]
+    )
+    (loss / 4).backward()
+    for layer, energy in zip(layers(model), evidence.energy_LCN, strict=True):
+        expected = layer.badit_B["default"].grad.square().sum(dim=0)
+        expected = expected + layer.badit_A["default"].grad.square().sum(dim=1)
+        torch.testing.assert_close(energy[1], expected, rtol=1e-3, atol=1e-9)
+
+
+def test_unreliable_gradients_and_tasks_without_answers_give_random_codes(tiny_model, capsys):
+    torch.manual_seed(0)
+    random = _codes(_started(adapt(tiny_model("llama"), **KEY)))
+    without_answers = {
+        task: [{"input_ids": batch["input_ids"]} for batch in batches]
+        for task, batches in _batches().items()
+    }
+    torch.manual_seed(0)
+    model = _started(adapt(tiny_model("llama"), **KEY, codes="matched"), **without_answers)
+    torch.testing.assert_close(_codes(model), random)
+    assert (
+        "are not reliable (0.00, at least 0.1), so the codes are random" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT 0.19
+def test_the_key_reads_the_frozen_embedding(tiny_model):
+    model = _started(adapt(tiny_model("llama"), **KEY, modules_to_save=["embed_tokens"]))
+    randomise_factors(model)
+    ids = torch.randint(4, 90, (8, 7))
+    routing = layers(model)[0].routing
+    seen = []
+    layer = layers(model)[0]
+    layer.register_forward_hook(lambda *_: seen.append(routing.clusters("default")))
+    with torch.no_grad():
+        model(input_ids=ids)
+        model.get_input_embeddings().modules_to_save["default"].weight.normal_()
+        model(input_ids=ids)
+    assert torch.equal(*seen)
+
+
+def test_the_base_model_called_with_embeddings_or_conflicting_options_is_refused(tiny_model):
+    model = _started(adapt(tiny_model("llama"), **KEY))
+    embedded = model.get_input_embeddings()(torch.randint(4, 90, (2, 7)))
+    refuses("key='embedding'.*call the whole model with input_ids", model, inputs_embeds=embedded)
+    refuses("key: 'embedding' needs gates='clusters'", config, key="embedding")
+    refuses("codes: 'matched' needs key='embedding'", config, **CLUSTERS, codes="matched")
+    refuses("permute_codes: needs codes", config, **KEY, permute_codes=True)
+
+
+def test_randomised_adapters_can_be_merged_into_an_equal_lora(tiny_model):
+    """At fixed gates the change is a LoRA of rank 2N."""
+    model = _started(adapt(tiny_model("llama"), init_weights="bad", gated="change", **KEY))
+    randomise(model)
+    layer = layers(model)[0]
+    a_PI, b_OP = layer.frozen_factors("default", torch.rand(3))
+    assert a_PI.shape[0] == b_OP.shape[1] == 12
