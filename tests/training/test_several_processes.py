@@ -15,6 +15,7 @@ def test_two_processes_match_one_process_and_resume_in_one_or_three(
 ):
     launches = Launches(recipe_values, tmp_path, processes)
     launches.train_alone("one", batch=4)
+    assert any("badit_centroids" in name for name in learned(launches.run("one")))
     for engine in ("ddp", "fsdp2"):
         printed = launches.train(engine, 2, engine, launcher=True)
         assert printed.count("mean over tasks") == 1
