@@ -188,3 +188,17 @@ def test_a_model_that_is_not_of_transformers_is_trained_by_default():
     batch = {"input_ids": IDS, "labels": IDS.where(MASK.cumsum(dim=1) > 3, -100)}
     hooks_of(model).start_task({"all": [batch]})
     assert model.train()(**batch).isfinite().all()
+
+
+def test_clusters_of_another_adapter_leave_the_reference_as_it_is(tiny_model):
+    model = adapt(tiny_model("llama"), **CLUSTERS)
+    batch = {"input_ids": IDS, "attention_mask": MASK}
+    model.add_adapter("ref", model.peft_config["default"])
+    hooks_of(model).start_task({"all": [batch]})
+    before = [layer.badit_B["ref"].clone() for layer in layers(model)]
+    randomise(model)  # as training does
+    model.add_adapter("second", config(**CLUSTERS))
+    model.set_adapter("second")
+    hooks_of(model).start_task({"all": [batch]})
+    for layer, factor in zip(layers(model), before, strict=True):
+        assert torch.equal(layer.badit_B["ref"], factor)

@@ -278,13 +278,15 @@ class BaditModel(ExpertModel):
                 "start_task: DeepSpeed has divided the weights; load the model before you set up "
                 "ZeRO-3"
             )
+        adapters = {name for _, name in unclustered}
         clusters = max(layer.badit_config[name].num_clusters for layer, name in unclustered)
         prompts = max(1, _PROMPTS_PER_CLUSTER * clusters // max(1, len(batches)))
         self._find_abilities(unclustered, batches, prompts)
         unclustered = RoutingContext.of(self.model).without_clusters()
         if unclustered:
             self._find_clusters(unclustered, batches, prompts)
-        if self._has_reference():
+        # Not for another adapter: the reference would get the present values of a trained one.
+        if self._has_reference() and "default" in adapters:
             self._copy_to_reference()
 
     def _find_abilities(
