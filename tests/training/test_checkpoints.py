@@ -128,7 +128,7 @@ LEGACY = {"_use_new_zipfile_serialization": False}  # torch's format before 1.6
 
 
 def with_code(path, marker):
-    """Code beside the values that torch and transformers allow in a random state."""
+    """Writes code next to the values that torch and transformers allow in a random state."""
     states = torch.load(path, weights_only=False)
     objects = np.array([Mark(marker)], dtype=object)
     torch.save({**states, "numpy": ("MT19937", objects, 1, 0, 0.0)}, path)

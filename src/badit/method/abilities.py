@@ -29,8 +29,9 @@ experts, N = components, L = layers.
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+from badit.method.grouping import balanced_assignment
 
 _RIDGE = 1e-3  # relative to the mean variance; rare directions of the vocabulary stay bounded
 _LEAST_RELIABILITY = 0.1  # of a half's gradient; limits how much noise a correction amplifies
@@ -169,14 +170,9 @@ def labels_by_use(codes_CK: Tensor, energy_CN: Tensor) -> Tensor:
         codes_CK: the gates of the clusters.
         energy_CN: the squared norms ‖b_ci‖² of the gradient of component i in cluster c.
     """
-    num_experts = codes_CK.shape[1]
-    components = energy_CN.shape[1]
-    size = components // num_experts
     energy_CN = energy_CN.double()
     use_NK = _ratio(energy_CN.T @ codes_CK.double(), energy_CN.sum(dim=0)[:, None])
-    slots = use_NK.repeat_interleave(size, dim=1)
-    _, slot_N = linear_sum_assignment(slots.cpu().numpy(), maximize=True)
-    return torch.from_numpy(slot_N // size)
+    return torch.from_numpy(balanced_assignment(use_NK.cpu().numpy()))
 
 
 def centred_gram(products_NN: Tensor, sums_NN: Tensor, clusters: int) -> Tensor:

@@ -166,6 +166,14 @@ def _refuse_unsuitable(gram_NN: np.ndarray, labels_N: np.ndarray) -> None:
         )
 
 
+def balanced_assignment(similarity_NK: np.ndarray) -> np.ndarray:
+    """Returns the labels (N), r = N/K of each expert, with the largest total similarity."""
+    components, num_experts = similarity_NK.shape
+    size = components // num_experts
+    slots = np.repeat(similarity_NK, size, axis=1)  # every expert has `size` slots
+    return linear_sum_assignment(slots, maximize=True)[1] // size
+
+
 def match_labels(labels_N: np.ndarray, reference_N: np.ndarray) -> np.ndarray:
     """Renames the groups of ``labels_N`` to keep as many labels of ``reference_N`` as possible."""
     one_KK = np.eye(int(labels_N.max()) + 1)
@@ -255,13 +263,11 @@ def _until_stable(
     balanced: bool = True,
 ) -> np.ndarray:
     """Reassigns components to the most similar experts until the labels are stable."""
-    size = len(labels_N) // num_experts
     for _ in range(_MAX_ROUNDS):
         onehot_NK = np.eye(num_experts)[labels_N]
         similarity_NK = similarity(onehot_NK, gram_NN @ onehot_NK)
-        if balanced:  # the exact largest total similarity: every expert has `size` slots
-            slots = np.repeat(similarity_NK, size, axis=1)
-            new_N = linear_sum_assignment(slots, maximize=True)[1] // size
+        if balanced:
+            new_N = balanced_assignment(similarity_NK)
         else:
             new_N = similarity_NK.argmax(axis=1)
         if np.array_equal(new_N, labels_N):

@@ -12,10 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from badit.support.errors import BaditError, explained
-from badit.tuner.badit_layer import BaditLinear
+from badit.tuner.badit_layer import BaditLinear, Place
 from badit.tuner.distributed import before_step, component_grams, gathered, rank_and_size
-
-Place = tuple[BaditLinear, str]  # a layer and the name of one of its adapters
 
 
 def trainable_adapters(model: nn.Module) -> Iterator[tuple[str, Place]]:

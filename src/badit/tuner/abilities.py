@@ -32,7 +32,7 @@ from badit.method.routing import prompt_centroids, random_codes
 from badit.method.sketches import SketchedSums
 from badit.support.console import say
 from badit.tuner.badit_layer import BaditLinear
-from badit.tuner.distributed import gathered, rank_and_size
+from badit.tuner.distributed import gathered, sum_over_ranks
 from badit.tuner.prompt import IGNORED_LABEL, Segments
 
 #: Mean cosine of the halves of a cluster's gradient, below which codes are random.
@@ -213,7 +213,7 @@ class Evidence:
         factors = [self._factors(layer) for layer in self.layers]
         flat = [factor for of_layer in factors for factor in of_layer]
         sums = [torch.zeros(factor.shape, device=factor.device) for factor in flat]
-        count = torch.zeros(())
+        count = sums[0].new_zeros(())
         for example in examples:
             gradients = torch.autograd.grad(self._loss(example), flat, allow_unused=True)
             # An example without a finite gradient does not count.
@@ -222,8 +222,8 @@ class Evidence:
                 for total, gradient in zip(sums, gradients, strict=True):
                     if gradient is not None:  # no token reaches this expert of an MoE
                         total += gradient
-        count = _sum_over_ranks(count).clamp_min(1)
-        means = iter([_sum_over_ranks(total) / count.to(total.device) for total in sums])
+        count = sum_over_ranks(count).clamp_min(1)
+        means = iter([sum_over_ranks(total) / count.to(total.device) for total in sums])
         of_layers = []
         for of_layer in factors:
             mean_ON, *mean_NI = [next(means).float() for _ in of_layer]
@@ -255,12 +255,6 @@ class Evidence:
         present_P = torch.tensor(self.present)
         cosines_CC[present_P[:, None], present_P] = cosines_PP.float()
         return cosines_CC, float(reliability_P.mean())
-
-
-def _sum_over_ranks(tensor: Tensor) -> Tensor:
-    if rank_and_size()[1] == 1:
-        return tensor
-    return gathered(tensor).sum(dim=0).to(tensor.device)
 
 
 def _codes(evidence: Evidence, random_LCK: Tensor) -> Tensor:

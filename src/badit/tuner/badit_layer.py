@@ -24,7 +24,7 @@ from badit.method.routing import cluster_gates, prompt_centroids, random_codes
 from badit.support.errors import BaditError
 from badit.tuner.config import BaditConfig
 from badit.tuner.context import ForwardPass
-from badit.tuner.distributed import gathered
+from badit.tuner.distributed import gathered, sum_over_ranks
 from badit.tuner.layer import Buffers, ExpertLinear
 from badit.tuner.prompt import Segments
 
@@ -166,11 +166,17 @@ class BaditLinear(ExpertLinear):
         if segments is not None:  # each position of packed rows has the gates of its segment
             return self._route_prompts(adapter_name, means_SI)[segments.of_BT.to(x.device)]
         gates = self._route_prompts(adapter_name, means_SI[:, None])
+        self._keep_for_decoding(adapter_name, gates, forward_pass)
+        return gates
+
+    def _keep_for_decoding(
+        self, adapter_name: str, gates: Tensor, forward_pass: ForwardPass
+    ) -> None:
+        """Keeps the gates of a pass that fills a cache."""
         if forward_pass.fills_cache:
             # Only then: a layer's name in compiled code makes torch.compile compile every layer
             # separately.
             forward_pass.fresh[self._key(adapter_name)] = gates.detach()
-        return gates
 
     def _gates_by_key(self, adapter_name: str, x: Tensor, forward_pass: ForwardPass) -> Tensor:
         """Returns the gates of the clusters of a pass, which are those of all layers."""
@@ -184,8 +190,7 @@ class BaditLinear(ExpertLinear):
         gates = gates_SK[:, None]
         if x.ndim == 2 and self.tokens_P is None:
             gates = gates_SK
-        if forward_pass.fills_cache:
-            forward_pass.fresh[self._key(adapter_name)] = gates.detach()
+        self._keep_for_decoding(adapter_name, gates, forward_pass)
         return gates
 
     def _held_gates(self, adapter_name: str, x: Tensor, held: dict[str, Tensor]) -> Tensor:
@@ -246,7 +251,7 @@ class BaditLinear(ExpertLinear):
         if not in_training or router is None or not router.requires_grad:
             return moments_2I
         with torch.no_grad():
-            new_2I = batch_moments(x.detach().flatten(0, -2), _sum_over_ranks)
+            new_2I = batch_moments(x.detach().flatten(0, -2), sum_over_ranks)
             usable = new_2I.isfinite().all()  # otherwise an overflow would remain in the moments
             batches = self.badit_batches[adapter_name]
             batches += usable
@@ -316,10 +321,7 @@ class BaditLinear(ExpertLinear):
         return f"{self.name}.{adapter_name}"
 
 
-def _sum_over_ranks(sums: Tensor) -> Tensor:
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-    return sums
+Place = tuple[BaditLinear, str]  # a layer and the name of one of its adapters
 
 
 def _refuse_broken_labels(layer: BaditLinear, _: Any) -> None:

@@ -225,6 +225,13 @@ def any_of_all(flag: bool) -> bool:
     return bool(gathered(torch.tensor(flag)).any())
 
 
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Replaces a tensor by its sum over all ranks, and returns it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
 def gathered(tensor: Tensor) -> Tensor:
     """Returns the tensors of all ranks, stacked to (ranks, …)."""
     _, processes = rank_and_size()

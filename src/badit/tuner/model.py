@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from badit.support.errors import BaditError
 from badit.tuner.abilities import Example, examples_in, find_abilities
-from badit.tuner.badit_layer import BaditLinear
+from badit.tuner.badit_layer import BaditLinear, Place
 from badit.tuner.config import BaditConfig, ExpertConfig, peft_type
 from badit.tuner.context import RoutingContext
 from badit.tuner.distributed import any_of_all, is_divided_by_zero3
 from badit.tuner.layer import ExpertLinear
-from badit.tuner.prompt import IGNORED_LABEL
+from badit.tuner.prompt import IGNORED_LABEL, Segments
 from badit.tuner.targets import (
     chosen_targets,
     join_experts,
@@ -36,13 +36,14 @@ from badit.tuner.targets import (
 
 # Batches by task.
 TaskBatches = Mapping[str, Any]
-Place = tuple[BaditLinear, str]  # a layer and the name of one of its adapters
 _PROMPTS_PER_CLUSTER = 32
 _PROMPT_FIX = (
     "set the labels of prompts to -100 (rows of prompt and completion, such as "
     "badit.data.answer_rows(messages); in TRL also assistant_only_loss=True), or use "
     "routing='token'"
 )
+# A batch as given, its first rows, and the mask and segments of their prompts.
+_PromptBatch = tuple[Mapping[str, Any], dict[str, Tensor], Tensor, Segments | None]
 # Keyword arguments of packed rows, which are not in the signature of a model's forward.
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -307,19 +308,25 @@ class BaditModel(ExpertModel):
 
     def _examples(self, batches: TaskBatches, per_task: int) -> list[Example]:
         """Returns the first examples of each task."""
-        routing = RoutingContext.of(self.model)
         examples = []
         for task_batches in batches.values():
-            of_task: list[Example] = []
-            for batch in task_batches:
-                tensors = self._first_rows(batch, per_task - len(of_task))
-                mask_BT, segments = routing.describe(self.model, tensors).prompt
-                assert mask_BT is not None  # the shape of the batch is known
+            of_task = []
+            for _, tensors, mask_BT, segments in self._first_prompts(task_batches, per_task):
                 of_task += examples_in(tensors, mask_BT, segments)
-                if len(of_task) >= per_task:
-                    break
             examples += of_task[:per_task]
         return examples
+
+    def _first_prompts(self, task_batches: Any, count: int) -> Iterator[_PromptBatch]:
+        """Yields the batches with the first prompts of a task, cut to them, and their masks."""
+        routing = RoutingContext.of(self.model)
+        for batch in task_batches:
+            tensors = self._first_rows(batch, count)
+            mask_BT: Any  # not None: the shape of the batch is known
+            mask_BT, segments = routing.describe(self.model, tensors).prompt
+            yield batch, tensors, mask_BT, segments
+            count -= len(mask_BT) if segments is None else segments.number
+            if count <= 0:
+                return
 
     def _find_clusters(
         self, unclustered: Sequence[Place], batches: TaskBatches, prompts_per_task: int
@@ -358,11 +365,10 @@ class BaditModel(ExpertModel):
         try:
             with self._evaluating():
                 for task_batches in batches.values():
-                    missing = prompts_per_task
-                    for batch in task_batches:
-                        missing -= self._read_prompts(batch, missing, sample)
-                        if missing <= 0:
-                            break
+                    for prompts in self._first_prompts(task_batches, prompts_per_task):
+                        batch, tensors, mask_BT, segments = prompts
+                        self._run_layers(batch, tensors, mask_BT)
+                        sample.examples += examples_in(tensors, mask_BT, segments)
         finally:
             routing.prompt_means = None
         return sample
@@ -381,23 +387,17 @@ class BaditModel(ExpertModel):
             for module, training in was_training.items():
                 module.training = training
 
-    def _read_prompts(self, batch: Any, rows: int, sample: "_Sample") -> int:
-        """Runs the base model on the first rows of a batch as in training.
-
-        Adds their prompts to the sample and returns their number.
-        """
-        tensors = self._first_rows(batch, rows)
-        # The mask is passed explicitly, because the model gets no labels to find the prompt by.
-        mask_BT: Any
-        mask_BT, segments = RoutingContext.of(self.model).describe(self.model, tensors).prompt
+    def _run_layers(
+        self, batch: Mapping[str, Any], tensors: Mapping[str, Tensor], mask_BT: Tensor
+    ) -> None:
+        """Runs the base model on the first rows of a batch, its tensors, as in training."""
         # Without a loss and with the logits of one position, to save memory.
         options = {**batch, **tensors, "labels": None, "use_cache": False, "logits_to_keep": 1}
         # Batches may have more columns, such as the tasks of badit's collator.
         accepted = {*inspect.signature(self.model.forward).parameters, *_PACKING}
         options = {name: value for name, value in options.items() if name in accepted}
+        # The mask is passed explicitly, because the model gets no labels to find the prompt by.
         self.model(**options, prompt_mask=mask_BT)
-        sample.examples += examples_in(tensors, mask_BT, segments)
-        return len(mask_BT) if segments is None else segments.number
 
     def _first_rows(self, batch: Any, rows: int) -> dict[str, Tensor]:
         """Returns a batch's tensors on the model's device, cut to the first rows."""
