@@ -40,6 +40,9 @@ CELLS = {
     "bad-grouped@2e-3": Cell(clusters(BAD, "grouped"), 2e-3),
     "bad-matched@2e-3": Cell(clusters(BAD, "matched"), 2e-3),
     "bad-layer@2e-3": Cell({**BAD, **LAYER_CLUSTERS, "regroup": None}, 2e-3),
+    "bad-layer-grouped@2e-3": Cell(
+        {**BAD, **LAYER_CLUSTERS, "codes": "grouped", "regroup": None}, 2e-3
+    ),
     "bad-router-regroup@1e-3": Cell({**BAD, **ROUTER, "regroup": PUBLISHED}, 1e-3, SLOW_ROUTER),
     "bad-layer-regroup@2e-3": Cell({**BAD, **LAYER_CLUSTERS, "regroup": PUBLISHED}, 2e-3),
     "bad-grouped@4e-3": Cell(clusters(BAD, "grouped"), 4e-3),
