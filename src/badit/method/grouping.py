@@ -36,7 +36,7 @@ Solver = Literal["swap", "paper"]
 # (tensor, "max" or "sum") -> the tensor, reduced over the processes that hold the shards.
 OverShards = Callable[[Tensor, Literal["max", "sum"]], Tensor]
 
-_MIN_RELATIVE_GAIN = 1e-6  # a new grouping with a smaller gain is rejected as rounding noise
+MIN_RELATIVE_GAIN = 1e-6  # a new grouping with a smaller gain is rejected as rounding noise
 _MAX_ROUNDS = 50
 
 
@@ -142,7 +142,7 @@ def group_components(
     objective = partial(grouping_objective, gram_NN)
     best_N = max(candidates, key=objective)
     present = objective(current_N)
-    if objective(best_N) - present <= _MIN_RELATIVE_GAIN * max(1.0, abs(present)):
+    if objective(best_N) - present <= MIN_RELATIVE_GAIN * max(1.0, abs(present)):
         return current_N.copy()
     return match_labels(best_N, current_N)
 
