@@ -183,6 +183,15 @@ def match_labels(labels_N: np.ndarray, reference_N: np.ndarray) -> np.ndarray:
     return name_K[labels_N]
 
 
+def in_order(labels_N: np.ndarray) -> np.ndarray:
+    """Returns the labels of the same groups, numbered by their first components.
+
+    Equal groups then have equal labels, whichever start of the solver found them.
+    """
+    _, first_K, group_N = np.unique(labels_N, return_index=True, return_inverse=True)
+    return first_K.argsort().argsort()[group_N]
+
+
 class ExpertAngles(NamedTuple):
     """Mean angles in degrees between components' gradients (paper, Fig. 4), and mean |cos|.
 

@@ -26,8 +26,9 @@ def refuse_other_optimizer(optimizer: Any) -> None:
 @torch.no_grad()
 def changes(layer: BaditLinear, adapter: str) -> np.ndarray:
     """Returns the norms (N) of the components' changes since step 0; all ranks must call it."""
-    factors = [_whole(factor) for factor in layer.factors(adapter)]
-    return change_norms(*factors, *layer.kept_factors(adapter)).cpu().numpy()
+    a_NI, b_ON = layer.factors(adapter)
+    norm_N = change_norms(_whole(a_NI), _whole(b_ON), *layer.kept_factors(adapter))
+    return norm_N.cpu().numpy()
 
 
 @torch.no_grad()
