@@ -143,6 +143,11 @@ def prompt_centroids(x_SI: Tensor, clusters: int) -> Tensor:
     return best_CI
 
 
+def first_equal(centroids_CI: Tensor) -> Tensor:
+    """Returns for each centroid the index (C) of the first one that is equal up to rounding."""
+    return (centroids_CI @ centroids_CI.T > 1 - 1e-5).int().argmax(dim=1)
+
+
 def _distant_rows(unit_SI: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Returns random rows (C, I), each drawn by its distance to the earlier ones (k-means++)."""
     chosen_C = torch.randint(len(unit_SI), (1,), generator=generator, device="cpu")

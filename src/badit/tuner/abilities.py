@@ -8,10 +8,13 @@ clusters, K = experts, N = components, L = layers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from itertools import zip_longest
+from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from badit.method.abilities import (
     centred_gram,
@@ -27,12 +30,21 @@ from badit.method.abilities import (
     vocabulary_moments,
     with_norm_of,
 )
-from badit.method.grouping import group_components
-from badit.method.routing import prompt_centroids, random_codes
+from badit.method.grouping import group_components, in_order
+from badit.method.routing import first_equal, prompt_centroids, random_codes
 from badit.method.sketches import SketchedSums
 from badit.support.console import say
+from badit.support.errors import BaditError
+from badit.tuner.answers import answer_logits, has_output_layer
 from badit.tuner.badit_layer import BaditLinear
-from badit.tuner.distributed import gathered, sum_over_ranks
+from badit.tuner.distributed import (
+    gathered,
+    gathered_weight,
+    is_divided_by_zero3,
+    objects_of_ranks,
+    rank_and_size,
+    sum_over_ranks,
+)
 from badit.tuner.prompt import IGNORED_LABEL, Segments
 
 #: Mean cosine of the halves of a cluster's gradient, below which codes are random.
@@ -49,6 +61,13 @@ class Example(NamedTuple):
     labels_T: Tensor
     prompt_T: Tensor
     is_packed: bool = False
+
+    def on_cpu(self) -> Self:
+        return self._replace(
+            input_ids_T=self.input_ids_T.cpu(),
+            labels_T=self.labels_T.cpu(),
+            prompt_T=self.prompt_T.cpu(),
+        )
 
     @property
     def prompt_ids(self) -> Tensor:
@@ -76,7 +95,7 @@ def examples_in(
     """Yields the examples of a batch, also those of packed rows."""
     ids_BT = batch["input_ids"]
     labels_BT = batch.get("labels")
-    if labels_BT is None:
+    if labels_BT is None or labels_BT.shape != ids_BT.shape:  # as of classifiers
         labels_BT = torch.full_like(ids_BT, IGNORED_LABEL)
     attended_BT = batch.get("attention_mask")
     if attended_BT is None or attended_BT.shape != ids_BT.shape:
@@ -90,10 +109,44 @@ def examples_in(
             yield Example(*rows, is_packed)
 
 
+def examples_of_ranks(batches: list[list[Example]]) -> list[Example]:
+    """Returns the examples of all ranks on the CPU, in the order of one process.
+
+    Where ranks have different batches, rank r of R has every R-th one, from batch r on, as in
+    accelerate's data loaders.
+    """
+    batches = [[example.on_cpu() for example in batch] for batch in batches]
+    first, *others = objects_of_ranks(batches)
+    if any(_contents(other) != _contents(first) for other in others):
+        together = zip_longest(first, *others, fillvalue=[])
+        batches = [batch for of_ranks in together for batch in of_ranks]
+    return [example for batch in batches for example in batch]
+
+
+def _contents(batches: list[list[Example]]) -> list[list[int]]:
+    return [
+        [*example.input_ids_T.tolist(), *example.labels_T.tolist(), *example.prompt_T.tolist()]
+        for batch in batches
+        for example in batch
+    ]
+
+
 def frozen_embedding(model: nn.Module) -> Any:
-    """Returns the module of the model's input embeddings, without a copy that PEFT trains."""
-    embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    return getattr(embedding, "original_module", embedding)
+    """Returns the module of the model's input embeddings, without a copy that PEFT trains.
+
+    BaditError if the model has none.
+    """
+    try:
+        embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    embedding = getattr(embedding, "original_module", embedding)
+    if not isinstance(embedding, nn.Embedding):
+        raise BaditError(
+            f"key='embedding': {type(model).__name__} has no table of token embeddings; use "
+            "key='layer'"
+        )
+    return embedding
 
 
 @torch.no_grad()
@@ -102,57 +155,90 @@ def find_abilities(
 ) -> None:
     """Sets the key of an adapter, and the codes and experts of its layers.
 
-    All ranks must call it; they get the same values.
+    All ranks must call it, with the same examples; they get the same values.
     """
     config = layers[0].badit_config[adapter]
-    cluster_S = _find_clusters(model, adapter, layers[0], examples)
+    key = _find_key(model, config.num_clusters, examples)
     random_LCK = torch.stack(
         [random_codes(config.num_clusters, config.num_experts) for _ in layers]
     )
-    random_LCK = gathered(random_LCK)[0]
-    codes_LCK = random_LCK
-    if config.codes != "random":
-        members = [
-            [example for example, number in zip(examples, cluster_S, strict=True) if number == c]
-            for c in range(config.num_clusters)
-        ]
+    # Equal clusters, of fewer prompts than clusters, share a code: rounding must not choose it.
+    distinct_D, number_C = key.first_equal_C.unique(return_inverse=True)
+    codes_LDK = gathered(random_LCK)[0][:, distinct_D]
+    if config.codes != "random" and is_divided_by_zero3(model):
+        say(
+            f"badit: codes={config.codes!r}: DeepSpeed has divided the weights, so there are no "
+            "gradients before training, and the codes are random"
+        )
+    elif config.codes != "random":
         for layer in layers:
             layer.badit_codes[adapter].fill_(1.0)
-        evidence = Evidence(model, adapter, layers)
-        for cluster, of_cluster in enumerate(members):
-            evidence.add(cluster, [example for example in of_cluster if example.has_answer])
-        codes_LCK = _codes(evidence, random_LCK)
+        evidence = Evidence(model, adapter, layers, len(distinct_D))
+        of_example_S = number_C[key.cluster_S].tolist()
+        can_answer = has_output_layer(model)  # else labels are not of the next token
+        for cluster in range(len(distinct_D)):
+            of_cluster = [
+                example
+                for example, own in zip(examples, of_example_S, strict=True)
+                if own == cluster and example.has_answer and can_answer
+            ]
+            evidence.add(cluster, of_cluster)
+        codes_LDK = _codes(evidence, codes_LDK)
 
-    for layer, codes_CK in zip(layers, codes_LCK, strict=True):
-        layer.badit_codes[adapter].copy_(codes_CK)
+    layers[0].badit_key[adapter].copy_(key.directions_CE)
+    layers[0].badit_key_offset[adapter].copy_(key.offsets_C)
+    for layer, codes_DK in zip(layers, codes_LDK, strict=True):
+        layer.badit_codes[adapter].copy_(codes_DK[number_C])
         layer.badit_batches[adapter].fill_(1)
 
 
-def _find_clusters(
-    model: nn.Module, adapter: str, holder: BaditLinear, examples: Sequence[Example]
-) -> list[int]:
-    """Finds the clusters of keys, and returns the cluster of each example."""
+class _Key(NamedTuple):
+    """The clusters of prompts for the whole model."""
+
+    directions_CE: Tensor
+    offsets_C: Tensor
+    cluster_S: Tensor  # of each example
+    first_equal_C: Tensor  # of each cluster, the first one with an equal centroid
+
+
+def _find_key(model: nn.Module, clusters: int, examples: Sequence[Example]) -> _Key:
+    """Finds the clusters of the examples' prompts."""
     embedding = frozen_embedding(model)
-    moments = vocabulary_moments(_vocabulary(embedding))
-    means_SE = torch.stack(
-        [embedding(example.prompt_ids).float().mean(dim=0) for example in examples]
-    )
+    if embedding.weight.requires_grad:
+        say(
+            "badit: key='embedding': the token embeddings are trained, so prompts may change their "
+            "cluster; freeze them, or train a copy of them by modules_to_save"
+        )
+    with gathered_weight(embedding.weight):
+        moments = vocabulary_moments(_vocabulary(embedding))
+        device = embedding.weight.device
+        means_SE = torch.stack(
+            [embedding(e.prompt_ids.to(device)).float().mean(dim=0) for e in examples]
+        )
     keys_SE = prompt_keys(means_SE.cpu(), *moments)
-    clusters = holder.badit_config[adapter].num_clusters
+    if not keys_SE.isfinite().all():
+        raise BaditError(
+            "key='embedding': the model's token embeddings hold NaN or infinite values; check its "
+            "weights, or use key='layer'"
+        )
     centroids_CE = gathered(prompt_centroids(keys_SE, clusters))[0].cpu()
-    directions_CE, offsets_C = key_scores(centroids_CE, *moments)
-    holder.badit_key[adapter].copy_(directions_CE)
-    holder.badit_key_offset[adapter].copy_(offsets_C)
-    return (keys_SE @ centroids_CE.T).argmax(dim=1).tolist()
+    first_equal_C = first_equal(centroids_CE)
+    prompts = {tuple(example.prompt_ids.tolist()) for example in examples}
+    if clusters > 1 and len(prompts) > 1 and not first_equal_C.any():
+        raise BaditError(
+            f"start_task: {len(prompts)} different prompts have equal mean token embeddings, so "
+            "they would get the same gates; check the model's weights, or use key='layer'"
+        )
+    cluster_S = gathered((keys_SE @ centroids_CE.T).argmax(dim=1))[0].cpu()
+    return _Key(*key_scores(centroids_CE, *moments), cluster_S, first_equal_C)
 
 
-def _vocabulary(embedding: Any) -> Tensor:
+def _vocabulary(embedding: nn.Embedding) -> Tensor:
     """Returns the vocabulary's embeddings (V, E) as the model uses them, on the CPU.
 
     They are outputs of the module, because some modules scale or dequantise their weight.
     """
-    device = embedding.weight.device
-    ids = torch.arange(embedding.num_embeddings, device=device)
+    ids = torch.arange(embedding.num_embeddings, device=embedding.weight.device)
     return torch.cat([embedding(some).float().cpu() for some in ids.split(_IDS_AT_A_TIME)])
 
 
@@ -163,12 +249,14 @@ class Evidence:
     and the column of B.
     """
 
-    def __init__(self, model: nn.Module, adapter: str, layers: Sequence[BaditLinear]) -> None:
+    def __init__(
+        self, model: nn.Module, adapter: str, layers: Sequence[BaditLinear], clusters: int
+    ) -> None:
         self.model = model
         self.layers = layers
         self.adapter = adapter
+        self.clusters = clusters
         config = layers[0].badit_config[adapter]
-        self.clusters = config.num_clusters
         shape = (len(layers), self.clusters, config.num_components)
         self.energy_LCN = torch.zeros(shape)
         self.products: list[Any] = [0.0] * len(layers)  # Σ_c ⟨g_ci, g_cj⟩ (N, N)
@@ -209,20 +297,12 @@ class Evidence:
             self.sums[index] = self.sums[index] + mean_NP
 
     def _mean_gradients(self, examples: Sequence[Example]) -> list[Tensor]:
-        """Returns each layer's mean gradient (N, P) over the examples of all ranks."""
+        """Returns each layer's mean gradient (N, P) over the examples, shared among the ranks."""
         factors = [self._factors(layer) for layer in self.layers]
         flat = [factor for of_layer in factors for factor in of_layer]
-        sums = [torch.zeros(factor.shape, device=factor.device) for factor in flat]
-        count = sums[0].new_zeros(())
-        for example in examples:
-            gradients = torch.autograd.grad(self._loss(example), flat, allow_unused=True)
-            # An example without a finite gradient does not count.
-            if all(gradient is None or gradient.isfinite().all() for gradient in gradients):
-                count += 1
-                for total, gradient in zip(sums, gradients, strict=True):
-                    if gradient is not None:  # no token reaches this expert of an MoE
-                        total += gradient
-        count = sum_over_ranks(count).clamp_min(1)
+        rank, ranks = rank_and_size()
+        sums, number = self._sums_of_gradients(examples[rank::ranks], flat)
+        count = sum_over_ranks(sums[0].new_tensor(float(number))).clamp_min(1)
         means = iter([sum_over_ranks(total) / count.to(total.device) for total in sums])
         of_layers = []
         for of_layer in factors:
@@ -230,67 +310,107 @@ class Evidence:
             of_layers.append(torch.cat([mean_ON.T, *mean_NI], dim=1))
         return of_layers
 
-    def _loss(self, example: Example) -> Tensor:
-        """Returns the mean cross-entropy of an example's answer."""
+    def _sums_of_gradients(
+        self, examples: Sequence[Example], factors: Sequence[nn.Parameter]
+    ) -> tuple[list[Tensor], int]:
+        """Returns the factors' gradients, summed over the examples, and the number of examples."""
+        sums = [torch.zeros(factor.shape, device=factor.device) for factor in factors]
+        if not examples:
+            return sums, 0
+        gradients = torch.autograd.grad(self._loss(examples), factors, allow_unused=True)
+        if all(gradient is None or gradient.isfinite().all() for gradient in gradients):
+            for total, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:  # no token reaches this expert of an MoE
+                    total += gradient
+            return sums, len(examples)
+        # An example without a finite gradient does not count.
+        count = 0
+        for example in examples if len(examples) > 1 else ():
+            of_example, number = self._sums_of_gradients([example], factors)
+            sums = [total + gradient for total, gradient in zip(sums, of_example, strict=True)]
+            count += number
+        return sums, count
+
+    def _loss(self, examples: Sequence[Example]) -> Tensor:
+        """Returns the mean cross-entropy of each example's answer, summed over the examples."""
+        device = next(self.model.parameters()).device
+        lengths = torch.tensor([len(example.input_ids_T) for example in examples])
+        labels_BT = _padded([example.labels_T for example in examples], IGNORED_LABEL)
+        batch = {
+            "input_ids": _padded([example.input_ids_T for example in examples], 0).to(device),
+            "attention_mask": (torch.arange(labels_BT.shape[1]) < lengths[:, None]).long(),
+            "use_cache": False,
+        }
+        batch["attention_mask"] = batch["attention_mask"].to(device)
         with torch.enable_grad():
-            output = self.model(
-                input_ids=example.input_ids_T[None], labels=example.labels_T[None], use_cache=False
-            )
-        return output.loss
+            answer = answer_logits(self.model, batch, labels_BT.to(device))
+            losses_L = F.cross_entropy(answer.logits_LV.float(), answer.target_L, reduction="none")
+            labels_B = torch.bincount(answer.row_L, minlength=len(examples))
+            return (losses_L / labels_B[answer.row_L]).sum()
 
     def agreement(self) -> tuple[Tensor, float]:
-        """Returns the corrected cosines (C, C) of the clusters and their mean reliability.
+        """Returns the corrected cosines (P, P) of the clusters with gradients, and reliability.
 
-        Clusters without gradients have cosines of 0.
+        The reliability is the mean over these clusters; 0 without any.
         """
-        cosines_CC = torch.zeros(self.clusters, self.clusters)
-        if not self.present:
-            return cosines_CC, 0.0
+        count = len(self.present)
+        if not count:
+            return torch.zeros(0, 0), 0.0
         rows = self.present + [self.clusters + cluster for cluster in self.present]
         gram_RR = sum(sketch.gram() for sketch in self.sketches)
         assert isinstance(gram_RR, Tensor)
-        count = len(self.present)
         gram_2P2P = gram_RR[rows][:, rows].reshape(2, count, 2, count)
         cosines_PP, reliability_P = cluster_cosines(gram_2P2P)
-        present_P = torch.tensor(self.present)
-        cosines_CC[present_P[:, None], present_P] = cosines_PP.float()
-        return cosines_CC, float(reliability_P.mean())
+        return cosines_PP.float(), float(reliability_P.mean())
+
+
+def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
+    return pad_sequence(list(rows), batch_first=True, padding_value=value)
 
 
 def _codes(evidence: Evidence, random_LCK: Tensor) -> Tensor:
     """Returns the codes (L, C, K) of the layers, and assigns their components to experts.
 
-    If the gradients agree too little between the halves of a cluster, the codes are random.
+    Codes of clusters without gradients are random. If the gradients agree too little between the
+    halves of a cluster, all are.
     """
     config = evidence.layers[0].badit_config[evidence.adapter]
-    cosines_CC, reliability = evidence.agreement()
+    cosines_PP, reliability = evidence.agreement()
     if reliability < LEAST_RELIABILITY:
         say(
             f"badit: codes={config.codes!r}: the gradients of the prompts' clusters are not "
             f"reliable ({reliability:.2f}, at least {LEAST_RELIABILITY}), so the codes are random"
         )
         return random_LCK
+    missing = evidence.clusters - len(evidence.present)
+    if missing:
+        say(
+            f"badit: codes={config.codes!r}: {missing} of {evidence.clusters} clusters have no "
+            "gradients, as without answers, so their codes are random"
+        )
 
-    target_CC = target_overlap(cosines_CC).float()
+    present = evidence.present
+    target_PP = target_overlap(cosines_PP).float()
     # The logits need as many random numbers on every rank.
     starts_LCK = gathered(torch.randn(random_LCK.shape))[0].cpu()
-    matched_LCK = matched_codes(target_CC, starts_LCK) if config.codes == "matched" else None
-    codes = []
+    matched_LPK = None
+    if config.codes == "matched":
+        matched_LPK = matched_codes(target_PP, starts_LCK[:, present])
+    codes_LCK = random_LCK.clone()
     for index, layer in enumerate(evidence.layers):
-        energy_CN = evidence.energy_LCN[index]
-        labels = layer.expert_of(evidence.adapter)
-        if matched_LCK is not None:
-            codes_CK = matched_LCK[index]
-            labels_N = labels_by_use(codes_CK, energy_CN)
+        energy_PN = evidence.energy_LCN[index, present]
+        if matched_LPK is not None:
+            codes_PK = matched_LPK[index]
+            labels_N = labels_by_use(codes_PK, energy_PN)
         else:
             labels_N = _groups(evidence, index)
-            codes_CK = grouped_codes(energy_CN, labels_N, float(mean_overlap(target_CC)))
-        labels.copy_(gathered(labels_N)[0])
-        codes_CK = with_norm_of(codes_CK, random_LCK[index].cpu())
+            codes_PK = grouped_codes(energy_PN, labels_N, float(mean_overlap(target_PP)))
+        layer.expert_of(evidence.adapter).copy_(gathered(labels_N)[0])
+        codes_PK = with_norm_of(codes_PK, random_LCK[index].cpu())
         if config.permute_codes:
-            codes_CK = permuted(codes_CK)
-        codes.append(gathered(codes_CK)[0])
-    return torch.stack(codes)
+            codes_PK = permuted(codes_PK)
+        codes_LCK[index, present] = gathered(codes_PK)[0].to(codes_LCK)
+    return codes_LCK
 
 
 def _groups(evidence: Evidence, index: int) -> Tensor:
@@ -300,4 +420,4 @@ def _groups(evidence: Evidence, index: int) -> Tensor:
     gram_NN = centred_gram(evidence.products[index], sums_NP @ sums_NP.T, len(evidence.present))
     current_N = layer.expert_of(evidence.adapter).cpu().numpy().copy()
     labels_N = group_components(gram_NN.cpu().numpy(), current_N, seed=[0, 0, index])
-    return torch.from_numpy(labels_N)
+    return torch.from_numpy(in_order(labels_N))

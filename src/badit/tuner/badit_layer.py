@@ -20,7 +20,7 @@ from badit.method import (
     standardised,
     updated_moments,
 )
-from badit.method.routing import cluster_gates, prompt_centroids, random_codes
+from badit.method.routing import cluster_gates, first_equal, prompt_centroids, random_codes
 from badit.support.errors import BaditError
 from badit.tuner.config import BaditConfig
 from badit.tuner.context import ForwardPass
@@ -305,7 +305,7 @@ class BaditLinear(ExpertLinear):
         centroids_CI = prompt_centroids(standardised(means_SI, moments_2I), len(codes_CK))
         # Fewer prompts than clusters give equal centroids; rounding must not choose between their
         # codes.
-        first_equal_C = (centroids_CI @ centroids_CI.T > 1 - 1e-5).int().argmax(dim=1)
+        first_equal_C = first_equal(centroids_CI)
         codes_CK.copy_(gathered(random_codes(*codes_CK.shape)[first_equal_C])[0])
         self.badit_moments[adapter_name].copy_(gathered(moments_2I)[0])
         self.badit_centroids[adapter_name].copy_(gathered(centroids_CI)[0])

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from badit.method.routing import prompt_mean, segment_means
 from badit.support.errors import BaditError
+from badit.tuner.answers import has_output_layer
 from badit.tuner.prompt import (
     HELD,
     IGNORED_LABEL,
@@ -379,7 +380,7 @@ class RoutingContext:
         if batch["prompt_mask"] is not None:
             return batch["prompt_mask"].bool(), segments
         labels_BT = batch["labels"]
-        if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+        if not has_output_layer(model):
             labels_BT = None  # a classifier: the whole row is the prompt
         elif labels_BT is None and model.training and torch.is_grad_enabled():
             self._warn_once(

@@ -18,7 +18,13 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 
 from badit.support.errors import BaditError
-from badit.tuner.abilities import Example, examples_in, find_abilities
+from badit.tuner.abilities import (
+    Example,
+    examples_in,
+    examples_of_ranks,
+    find_abilities,
+    frozen_embedding,
+)
 from badit.tuner.badit_layer import BaditLinear, Place
 from badit.tuner.config import BaditConfig, ExpertConfig, peft_type
 from badit.tuner.context import RoutingContext
@@ -251,10 +257,12 @@ class BaditModel(ExpertModel):
                 "routing: 'prompt' is for decoder-only models; use routing='token' for an "
                 "encoder-decoder"
             )
+        if config.key == "embedding":
+            frozen_embedding(self.model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.key == "embedding":
-            embedding: Any = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+            embedding = frozen_embedding(self.model)
             RoutingContext.of(self.model).embedding_features = embedding.embedding_dim
         return super()._prepare_adapter_config(peft_config, model_config)
 
@@ -264,8 +272,9 @@ class BaditModel(ExpertModel):
 
         It runs a pass over 32 prompts per cluster, the same number of every task (at least one).
         All processes call it, before the model is wrapped or sharded; the clusters are those of
-        rank 0. BaditError if a layer gets no prompts, if no row has a prompt because the labels
-        begin at the first token, or if different prompts get the same gates in every layer.
+        rank 0, and with key='embedding' those of the prompts of all ranks. BaditError if a layer
+        gets no prompts, if no row has a prompt because the labels begin at the first token, or if
+        different prompts get the same gates in every layer.
         """
         if not isinstance(batches, Mapping):
             raise BaditError(
@@ -274,7 +283,8 @@ class BaditModel(ExpertModel):
         unclustered = RoutingContext.of(self.model).without_clusters()
         if not unclustered:
             return
-        if is_divided_by_zero3(self.model):
+        has_layer_keys = any(layer.badit_config[name].key == "layer" for layer, name in unclustered)
+        if has_layer_keys and is_divided_by_zero3(self.model):
             raise BaditError(
                 "start_task: DeepSpeed has divided the weights; load the model before you set up "
                 "ZeRO-3"
@@ -307,13 +317,14 @@ class BaditModel(ExpertModel):
                 find_abilities(self.model, name, of_adapter, examples)
 
     def _examples(self, batches: TaskBatches, per_task: int) -> list[Example]:
-        """Returns the first examples of each task."""
+        """Returns the first examples of each task, the same on all ranks."""
         examples = []
         for task_batches in batches.values():
-            of_task = []
-            for _, tensors, mask_BT, segments in self._first_prompts(task_batches, per_task):
-                of_task += examples_in(tensors, mask_BT, segments)
-            examples += of_task[:per_task]
+            of_task = [
+                list(examples_in(tensors, mask_BT, segments))
+                for _, tensors, mask_BT, segments in self._first_prompts(task_batches, per_task)
+            ]
+            examples += examples_of_ranks(of_task)[:per_task]
         return examples
 
     def _first_prompts(self, task_batches: Any, count: int) -> Iterator[_PromptBatch]:
