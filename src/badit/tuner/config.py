@@ -302,8 +302,8 @@ class BaditConfig(ExpertConfig):
     codes: Literal["random", "matched", "grouped"] = option(
         "random",
         "The gates of clusters. 'random'. 'matched' (needs key='embedding'): clusters whose "
-        "gradients agree share experts, and components join the experts that use them. 'grouped' "
-        "(the same): components are grouped by their gradients, and clusters have large gates "
+        "gradients agree share experts, and components join the experts that use them. "
+        "'grouped': components are grouped by their gradients, and clusters have large gates "
         "where their gradients are large.",
     )
     permute_codes: bool = option(
@@ -374,8 +374,10 @@ class BaditConfig(ExpertConfig):
             )
         if self.key == "embedding" and self.gates != "clusters":
             raise BaditError("key: 'embedding' needs gates='clusters'")
-        if self.codes != "random" and self.key != "embedding":
-            raise BaditError(f"codes: {self.codes!r} needs key='embedding'")
+        if self.codes == "matched" and self.key != "embedding":
+            raise BaditError("codes: 'matched' needs key='embedding'; use codes='grouped'")
+        if self.codes != "random" and self.gates != "clusters":
+            raise BaditError(f"codes: {self.codes!r} needs gates='clusters'")
         if self.permute_codes and self.codes == "random":
             raise BaditError("permute_codes: needs codes='matched' or 'grouped'")
         # PEFT does not apply layers_to_transform to target_parameters.
