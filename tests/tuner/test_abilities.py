@@ -237,7 +237,7 @@ def test_gradients_are_those_of_single_examples(tiny_model):
 
 def test_layers_with_their_own_clusters_get_codes_from_gradients(tiny_model):
     """Compares the energies with autograd on each example, in the clusters of each layer."""
-    options = {**CLUSTERS, "init_weights": "bad", "gated": "change"}
+    options = {**CLUSTERS, "init_weights": "bad", "gated": "change", "key": "layer"}
     torch.manual_seed(0)
     random = _started(adapt(tiny_model("llama"), **options))
     torch.manual_seed(0)
@@ -295,7 +295,8 @@ def test_codes_of_layers_are_the_same_in_every_run(tiny_model, few, monkeypatch)
     codes = []
     for _ in range(2):
         torch.manual_seed(0)
-        model = _started(adapt(tiny_model("llama"), **CLUSTERS, codes="grouped"), **batches)
+        options = {**CLUSTERS, "key": "layer", "codes": "grouped"}
+        model = _started(adapt(tiny_model("llama"), **options), **batches)
         codes.append(_codes(model))
     assert torch.equal(*codes)
     if few:
