@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from typing import Any
 
@@ -21,7 +22,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for place, path in stray_pages().items():
-        inclusion = InclusionLevel.NOT_IN_NAV if place == "readme.md" else InclusionLevel.UNDEFINED
+        in_nav = place != "readme.md" and (
+            posixpath.dirname(place) != "experiments" or place == "experiments/README.md"
+        )
+        inclusion = InclusionLevel.UNDEFINED if in_nav else InclusionLevel.NOT_IN_NAV
         files.append(File.generated(config, place, abs_src_path=str(path), inclusion=inclusion))
     linked = {
         target

@@ -20,6 +20,10 @@ STRAY = {
     "SECURITY.md": "security.md",
     "recipes/README.md": "recipes.md",
 }
+STRAY |= {
+    f"benchmarks/experiments/{file.name}": f"experiments/{file.name}"
+    for file in sorted((ROOT / "benchmarks" / "experiments").glob("*.md"))
+}
 _LISTINGS = "source/"
 _LINK = re.compile(r"""(?:(?<=\]\()|(?<=src="))([^)"\s#:]+)(?=[)"#])""")
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".sh": "bash", ".json": "json"}
