@@ -36,7 +36,7 @@ from tuner.helpers import (
 )
 
 TABLE = re.findall(
-    r"^\| ([\w, ]+) \| (`[^|]+|none[^|]+)\|$", Page("docs/peft.md").text, flags=re.MULTILINE
+    r"^\| ([\w, ]+) \| (`[^|]+|none[^|]+)\|$", Page("docs/integrations.md").text, flags=re.MULTILINE
 )
 DEFAULTS = {
     name: set(re.findall(r"`(\w+)`", default))
