@@ -21,7 +21,8 @@ STRAY = {
     "recipes/README.md": "recipes.md",
 }
 STRAY |= {
-    f"benchmarks/experiments/{file.name}": f"experiments/{file.name}"
+    # A page named README would be the index of the section of the navigation that lists it.
+    f"benchmarks/experiments/{file.name}": f"experiments/{file.name}".replace("README", "overview")
     for file in sorted((ROOT / "benchmarks" / "experiments").glob("*.md"))
 }
 _LISTINGS = "source/"
