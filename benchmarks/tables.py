@@ -97,7 +97,8 @@ def renamed(results: Results, names: dict[str, str]) -> Results:
         frames[name] = frame.assign(method=frame["method"].replace(names))
     methods = [names.get(method, method) for method in results.methods]
     reference = names.get(results.reference, results.reference)
-    return replace(results, methods=methods, reference=reference, **frames)
+    # A page that renames methods says itself what they are.
+    return replace(results, methods=methods, titles={}, reference=reference, **frames)
 
 
 if __name__ == "__main__":
