@@ -146,26 +146,6 @@ def steps() -> list[list[str]]:
     return rows
 
 
-def growth() -> list[list[str]]:
-    """Returns seconds and memory of a step by the varied quantity, for BADIT and its baseline."""
-    scaling = _read("scaling")
-    rows = []
-    for quantity in ("experts", "tokens", "rows", "tasks"):
-        seconds = scaling[quantity]["seconds"]
-        peaks = scaling[quantity].get("peak bytes", {})
-        baseline = "mtl-lora" if quantity == "tasks" else "lora"
-        for point in seconds:
-            if not point.startswith("badit, "):
-                continue
-            value = point.removeprefix("badit, ")
-            pair = (point, f"{baseline}, {value}")
-            times = [f"{median(seconds[name]):.2f}" for name in pair]
-            ratio = _ratio(*(seconds[name] for name in pair))
-            gib = [f"{peaks[name] / 2**30:.2f}" if name in peaks else "" for name in pair]
-            rows.append([quantity, value, *times, baseline, f"{ratio:.2f}", *gib])
-    return rows
-
-
 def dog() -> list[list[str]]:
     """Returns milliseconds of one layer's Gram and grouping, for the longest components."""
     layer = _read("regrouping")["one layer"]
@@ -180,12 +160,9 @@ def dog() -> list[list[str]]:
     return rows
 
 
-_GROWTH = ["varied", "value", "BADIT, s", "baseline, s", "baseline", "ratio"]
-_GROWTH += ["BADIT, GiB", "baseline, GiB"]
 TABLES: dict[str, tuple[list[str], Callable[[], list[list[str]]]]] = {
     "targets": (["what", "against", "measured", "target", "met"], targets),
     "steps": (["dtype", "adapter", "s", "× floor", "peak GiB"], steps),
-    "growth": (_GROWTH, growth),
     "dog": (["N", "D", "Gram, every step, ms", "grouping, every 20 steps, ms"], dog),
 }
 
