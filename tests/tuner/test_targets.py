@@ -37,9 +37,9 @@ from tuner.helpers import (
     random_rows,
 )
 
-TABLE = re.findall(
-    r"^\| ([\w, ]+) \| (`[^|]+|none[^|]+)\|$", Page("docs/peft.md").text, flags=re.MULTILINE
-)
+SECTION = Page("docs/integrations.md").text.split("\n## Which modules are adapted\n")[1]
+SECTION = SECTION.split("\n## ")[0]
+TABLE = re.findall(r"^\| ([\w, ]+) \| (`[^|]+|none[^|]+)\|$", SECTION, flags=re.MULTILINE)
 DEFAULTS = {
     name: set(re.findall(r"`(\w+)`", default))
     for names, default in TABLE

@@ -22,7 +22,7 @@ from badit.support.errors import BaditError
 from badit.support.files import OWNER, read_json, refuse_links, write_text
 
 # With up to this number of mixed tasks, one cluster of prompts per task: more raised the loss
-# (docs/experiments/few-tasks.md).
+# (benchmarks/experiments/few-tasks.md).
 _ONE_CLUSTER_PER_TASK = 8
 
 _LEAST_TO_HOLD_OUT = 4  # hold_out() takes at most a quarter of a task
