@@ -181,7 +181,7 @@ def test_resolved_name_is_that_of_the_options():
         (r"method\.preset: must be default or released, got 'papers'", {"preset": "papers"}),
         (r"method\.preset: cluster-gates is a preset itself",
          {"name": "cluster-gates", "preset": "released"}),
-        (r"method\.codes: 'matched' needs gates='clusters' and key='embedding'",
+        (r"method\.codes: 'matched' needs gates='clusters'",
          {"codes": "matched", "gates": "mean_one"}),
         (r"method\.codes: 'grouped' needs gates='clusters'",
          {"codes": "grouped", "routing": "token"}),

@@ -25,6 +25,7 @@ CLUSTERS = {"gates": "clusters", "key": "embedding", "regroup": None}
 # As in the released code: in each tenth of the first half of the training. Gates of the change need
 # no rescaling.
 PUBLISHED = {"every": 0.1, "stop": 0.5, "solver": "paper", "restarts": 10, "rescale": False}
+LAYER_CLUSTERS = {"gates": "clusters", "key": "layer"}
 ROUTER = {"gates": "mean_one"}
 SLOW_ROUTER = {"router_lr_ratio": 0.3}
 
@@ -38,7 +39,12 @@ CELLS = {
     "lora@2e-3": Cell(LORA, 2e-3),
     "bad-grouped@2e-3": Cell(clusters(BAD, "grouped"), 2e-3),
     "bad-matched@2e-3": Cell(clusters(BAD, "matched"), 2e-3),
+    "bad-layer@2e-3": Cell({**BAD, **LAYER_CLUSTERS, "regroup": None}, 2e-3),
+    "bad-layer-grouped@2e-3": Cell(
+        {**BAD, **LAYER_CLUSTERS, "codes": "grouped", "regroup": None}, 2e-3
+    ),
     "bad-router-regroup@1e-3": Cell({**BAD, **ROUTER, "regroup": PUBLISHED}, 1e-3, SLOW_ROUTER),
+    "bad-layer-regroup@2e-3": Cell({**BAD, **LAYER_CLUSTERS, "regroup": PUBLISHED}, 2e-3),
     "bad-grouped@4e-3": Cell(clusters(BAD, "grouped"), 4e-3),
     "bad-random@2e-3": Cell(clusters(BAD, "random"), 2e-3),
     "directions-grouped@2e-3": Cell(clusters(DIRECTIONS, "grouped"), 2e-3),

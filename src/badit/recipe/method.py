@@ -112,6 +112,8 @@ class ResolvedMethod:
         if recipe.training.optimizer == "orthogonal" and uses_deepspeed:
             problem = "orthogonal cannot run with DeepSpeed; use FSDP2, DDP, adamw or lora+"
             raise BaditError(f"training.optimizer: {problem}")
+        if self.regroup is not None and self.regroup.reset_smallest is not None:
+            _refuse_resets(recipe, uses_deepspeed)
         if self.name in SURGERY:
             self._refuse_single_tasks(recipe)
         if KINDS[self.name].trains == "neurons" and recipe.training.weight_decay:
@@ -148,6 +150,13 @@ class ResolvedMethod:
             raise BaditError(f"training.learning_rate: {problem}")
 
 
+def _refuse_resets(recipe: Recipe, uses_deepspeed: bool) -> None:
+    """Raises BaditError if the optimizer's moments of a component cannot be reset."""
+    if recipe.training.optimizer == "orthogonal" or uses_deepspeed:
+        fix = "use adamw or lora+, without DeepSpeed"
+        raise BaditError(f"method.regroup.reset_smallest: resets Adam's moments; {fix}")
+
+
 def resolve_method(section: Mapping[str, Any]) -> ResolvedMethod:
     """Resolves a ``method`` section; BaditError for an unknown name or option, or a bad value."""
     options = dict(section)
@@ -168,8 +177,8 @@ def resolve_method(section: Mapping[str, Any]) -> ResolvedMethod:
         regroup = _take_regroup(options)
     _refuse_options_of_peft(options)
     config = _built(name, kind, options)
-    if regroup is not None and config.top_k is not None and config.top_k < config.num_experts:
-        raise BaditError(f"method.regroup: {TOP_K_REFUSED} (regroup: null)")
+    if regroup is not None:
+        regroup = _fitted(regroup, config)
 
     # See ResolvedMethod.section for the methods of PEFT.
     if isinstance(config, PeftConfig) and not isinstance(config, ExpertConfig):
@@ -203,6 +212,16 @@ def _take_regroup(options: dict[str, Any]) -> RegroupOptions | None:
         form = "must be a mapping such as {every: 20}, or null to train without DOG"
         raise BaditError(f"method.regroup: {form}")
     return _built("regroup", Kind(RegroupOptions), regroup, "method.regroup")
+
+
+def _fitted(regroup: RegroupOptions, config: BaditConfig) -> RegroupOptions:
+    """Returns the options with their defaults for an adapter; BaditError if they conflict."""
+    if config.top_k is not None and config.top_k < config.num_experts:
+        raise BaditError(f"method.regroup: {TOP_K_REFUSED} (regroup: null)")
+    try:
+        return regroup.fitted_to(config)
+    except BaditError as error:  # begins with regroup.OPTION
+        raise BaditError(f"method.{error}") from None
 
 
 def _refuse_options_of_peft(options: Mapping[str, Any]) -> None:

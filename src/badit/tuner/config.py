@@ -306,8 +306,8 @@ class BaditConfig(ExpertConfig):
         None,
         "The gates of clusters. 'random' (default). 'matched' (needs key='embedding'): clusters "
         "whose gradients agree share experts, and components join the experts that use them. "
-        "'grouped' (the same): components are grouped by their gradients, and clusters have large "
-        "gates where their gradients are large.",
+        "'grouped': components are grouped by their gradients, and clusters have large gates "
+        "where their gradients are large.",
     )
     permute_codes: bool = option(
         False, "Give the codes to other clusters: a placebo for experiments with codes."
@@ -380,10 +380,12 @@ class BaditConfig(ExpertConfig):
             raise BaditError(
                 "gates: 'clusters' needs routing='prompt', router_input='standardised' and no top_k"
             )
-        if self.codes != "random" and (self.gates != "clusters" or self.key != "embedding"):
-            raise BaditError(f"codes: {self.codes!r} needs gates='clusters' and key='embedding'")
+        if self.codes != "random" and self.gates != "clusters":
+            raise BaditError(f"codes: {self.codes!r} needs gates='clusters'")
         if self.key == "embedding" and self.gates != "clusters":
             raise BaditError("key: 'embedding' needs gates='clusters'")
+        if self.codes == "matched" and self.key != "embedding":
+            raise BaditError("codes: 'matched' needs key='embedding'; use codes='grouped'")
         if self.permute_codes and self.codes == "random":
             raise BaditError("permute_codes: needs codes='matched' or 'grouped'")
         # PEFT does not apply layers_to_transform to target_parameters.
@@ -406,7 +408,7 @@ class BaditConfig(ExpertConfig):
 
     @property
     def gates_change(self) -> bool:
-        return self.gated == "change"
+        return self.gated == "change" and self.init_weights == "bad"
 
     def initial_factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.init_weights == "lora":
@@ -440,14 +442,39 @@ class RegroupOptions:
         "swap", "'swap': balanced k-means, then exact swaps; 'paper': the paper's iteration."
     )
     restarts: CountOrZero = option(10, "Number of starts of the solver from k-means.")
-    rescale: bool = option(
-        True, "Multiply moved components by the ratio of their old and new experts' mean gates."
+    rescale: bool | None = option(
+        None,
+        "Multiply moved components by the ratio of their old and new experts' mean gates. Default: "
+        "true, except with gated='change'.",
+    )
+    reset_smallest: Share | None = option(
+        None,
+        "With gated='change': the share of components that may move, those whose factors have "
+        "changed the least. A moved component starts again from its initial factors. Default: any "
+        "component may move, and keeps its factors.",
     )
 
     RELEASED: ClassVar[Options] = RELEASED_REGROUPING
 
     def __post_init__(self) -> None:
         check_options(self, "regroup.")
+        if self.reset_smallest is not None and self.solver != "swap":
+            raise BaditError("regroup.reset_smallest: needs solver='swap'")
+
+    def fitted_to(self, config: "BaditConfig") -> Self:
+        """Returns the options with their defaults for an adapter; BaditError if they conflict."""
+        if self.rescale and config.gates_change:
+            raise BaditError(
+                "regroup.rescale: with gated='change', it would also multiply the initial factors, "
+                "which are a part of the base model; leave it out"
+            )
+        if self.reset_smallest is not None and not config.gates_change:
+            raise BaditError(
+                "regroup.reset_smallest: needs gated='change' and init_weights='bad', whose "
+                "initial factors are stored"
+            )
+        rescale = not config.gates_change if self.rescale is None else self.rescale
+        return dataclasses.replace(self, rescale=rescale)
 
     def due(self, total_steps: int) -> range:
         """Returns the steps of a run after which it regroups."""
