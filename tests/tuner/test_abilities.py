@@ -8,12 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 from transformers import LlamaForSequenceClassification, LlamaForTokenClassification
 
 from badit.method.abilities import code_overlap
 from badit.tuner import abilities, hooks_of
-from badit.tuner.abilities import Example, frozen_embedding
+from badit.tuner.abilities import (
+    Example,
+    Gradients,
+    evidence_of_key,
+    evidence_of_layers,
+    frozen_embedding,
+)
 from refusals import refuses
 from tuner.helpers import CLUSTERS, adapt, config, generate, layers, randomise, teacher_forced
 
@@ -214,17 +220,86 @@ def test_gradients_are_those_of_single_examples(tiny_model):
         Example(ids, labels, torch.arange(9) < 5)
         for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)
     ]
-    evidence = abilities.Evidence(model.get_base_model(), "default", layers(model), 4)
-    evidence.add(1, examples)
+    gradients = Gradients(model.get_base_model(), "default", layers(model))
+    with torch.no_grad():
+        evidence = evidence_of_key(gradients, [[], examples, []])
     loss = sum(
         cross_entropy(model(input_ids=ids[None]).logits[0, 4:-1], ids[5:])
         for ids in rows["input_ids"]
     )
     (loss / 4).backward()
-    for layer, energy in zip(layers(model), evidence.energy_LCN, strict=True):
+    for layer, of_layer in zip(layers(model), evidence, strict=True):
+        assert of_layer.present == [1]
         expected = layer.badit_B["default"].grad.square().sum(dim=0)
         expected = expected + layer.badit_A["default"].grad.square().sum(dim=1)
-        torch.testing.assert_close(energy[1], expected, rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(of_layer.energy_PN[0], expected, rtol=1e-3, atol=1e-9)
+
+
+def test_layers_with_their_own_clusters_get_codes_from_gradients(tiny_model):
+    """Compares the energies with autograd on each example, in the clusters of each layer."""
+    options = {**CLUSTERS, "init_weights": "bad", "gated": "change"}
+    torch.manual_seed(0)
+    random = _started(adapt(tiny_model("llama"), **options))
+    torch.manual_seed(0)
+    model = _started(adapt(tiny_model("llama"), **options, codes="grouped"))
+    expected = (
+        _codes(random).norm(dim=-1).mean(dim=-1, keepdim=True).expand(_codes(random).shape[:2])
+    )
+    torch.testing.assert_close(_codes(model).norm(dim=-1), expected)
+    assert not torch.equal(_codes(model), _codes(random))
+    for layer, other in zip(layers(model), layers(random), strict=True):
+        assert torch.equal(layer.badit_centroids["default"], other.badit_centroids["default"])
+
+    examples = [
+        Example(ids, labels, torch.arange(9) < 5)
+        for of_task in _batches(1).values()
+        for batch in of_task
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+    for layer in layers(model):
+        layer.badit_codes["default"].fill_(1.0)
+    with torch.no_grad():
+        gradients = Gradients(model.get_base_model(), "default", layers(model))
+        evidence = evidence_of_layers(gradients, examples, 4)
+    sums = [{} for _ in layers(model)]
+    for example in examples:
+        routing = layers(model)[0].routing
+        model.zero_grad()
+        with routing.collecting_means() as means:
+            answer = model(input_ids=example.input_ids_T[None], labels=example.labels_T[None])
+        answer.loss.backward()
+        for layer, of_layer in zip(layers(model), sums, strict=True):
+            cluster = int(layer.clusters_of("default", means[f"{layer.name}.default"][0]))
+            factors = (layer.badit_B["default"].grad.T, layer.badit_A["default"].grad)
+            of_layer.setdefault(cluster, []).append(torch.cat(factors, dim=1))
+    for of_layer, by_cluster in zip(evidence, sums, strict=True):
+        present = sorted(c for c, of_cluster in by_cluster.items() if len(of_cluster) > 1)
+        assert of_layer.present == present
+        means_PNP = torch.stack([torch.stack(by_cluster[c]).mean(dim=0) for c in present])
+        energy_PN = means_PNP.square().sum(dim=2)
+        torch.testing.assert_close(of_layer.energy_PN, energy_PN, rtol=1e-3, atol=1e-9)
+        centred_PNP = means_PNP - means_PNP.mean(dim=0)
+        unit_NP = normalize(centred_PNP.transpose(0, 1).flatten(1))  # joined over clusters
+        torch.testing.assert_close(
+            of_layer.cosines_NN.float(), unit_NP @ unit_NP.T, atol=1e-3, rtol=0
+        )
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_codes_of_layers_are_the_same_in_every_run(tiny_model, few, monkeypatch):
+    monkeypatch.setattr(abilities, "LEAST_RELIABILITY", -1.0)
+    batches = {task: of_task[: 1 if few else None] for task, of_task in _batches().items()}
+    if few:  # one prompt for each task, so most clusters are equal
+        for (batch,) in batches.values():
+            batch["input_ids"][:, :5] = batch["input_ids"][0, :5]
+    codes = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = _started(adapt(tiny_model("llama"), **CLUSTERS, codes="grouped"), **batches)
+        codes.append(_codes(model))
+    assert torch.equal(*codes)
+    if few:
+        assert all(len(codes_CK.unique(dim=0)) <= 2 for codes_CK in codes[0])
 
 
 def test_unreliable_gradients_and_tasks_without_answers_give_random_codes(tiny_model, capsys):
@@ -422,15 +497,16 @@ def test_an_example_with_non_finite_gradients_does_not_count(tiny_model):
     batch = _batches()["first"][0]
 
     def energy(*last_ids):
-        evidence = abilities.Evidence(model.get_base_model(), "default", layers(model), 1)
+        gradients = Gradients(model.get_base_model(), "default", layers(model))
         rows = [ids.clone() for ids in batch["input_ids"][:2].repeat(2, 1)]
         examples = [Example(ids, batch["labels"][0], torch.arange(9) < 5) for ids in rows]
         for last in last_ids:
             ids = batch["input_ids"][0].clone()
             ids[4] = last
             examples.append(Example(ids, batch["labels"][0], torch.arange(9) < 5))
-        evidence.add(0, examples)
-        return evidence.energy_LCN
+        with torch.no_grad():
+            evidence = evidence_of_key(gradients, [examples])
+        return torch.stack([of_layer.energy_PN for of_layer in evidence])
 
     assert energy(99, 99).isfinite().all()
     torch.testing.assert_close(energy(99, 99), energy())

@@ -167,9 +167,14 @@ def random_codes(clusters: int, num_experts: int) -> Tensor:
 
 def cluster_gates(x: Tensor, centroids_CI: Tensor, codes_CK: Tensor) -> Tensor:
     """Returns gates (…, K): for every x̂ (…, I) the code of the centroid with the largest cosine."""
+    return codes_CK.float()[nearest_clusters(x, centroids_CI)]
+
+
+def nearest_clusters(x: Tensor, centroids_CI: Tensor) -> Tensor:
+    """Returns the cluster (…) of every x̂ (…, I): that of the centroid with the largest cosine."""
     with _without_autocast(x):
         cosines = F.linear(x.float(), centroids_CI.float())  # times the norm of x̂
-    return codes_CK.float()[cosines.argmax(dim=-1)]
+    return cosines.argmax(dim=-1)
 
 
 def expert_gates(

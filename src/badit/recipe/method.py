@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from accelerate.utils import parse_flag_from_env
 from peft import PeftConfig
 
+from badit import presets
 from badit.baselines import BASELINES, neurons
 from badit.recipe.schema import Recipe
 from badit.support.errors import BaditError, nearest
@@ -50,7 +51,7 @@ class Kind(NamedTuple):
 
 #: All methods, by their names in a recipe.
 KINDS: dict[str, Kind] = {
-    "badit": Kind(BaditConfig),
+    **dict.fromkeys(presets.NAMES, Kind(BaditConfig)),
     **{name: Kind(*baseline) for name, baseline in BASELINES.items()},
     **dict.fromkeys(SURGERY, Kind(*BASELINES["lora"])),
     "task-neurons": Kind(neurons.NeuronOptions, trains="neurons"),
@@ -64,7 +65,7 @@ NAMES = list(KINDS)
 class ResolvedMethod:
     """A method's name and its configuration, with every default filled in."""
 
-    name: str
+    name: str  # a key of KINDS; BADIT's is that of the nearest preset
     options: Any  # a PEFT configuration, or the options of a method that trains base weights
     regroup: RegroupOptions | None  # None: components are not regrouped during training
     #: The method section of the resolved recipe. PEFT's own configurations have the options that
@@ -75,6 +76,15 @@ class ResolvedMethod:
     def config(self) -> Any:
         """The PEFT configuration, or None for a method that adds no adapter."""
         return self.options if isinstance(self.options, PeftConfig) else None
+
+    @property
+    def title(self) -> str:
+        """The name to show, for BADIT the one that its options have."""
+        return presets.method_name(self.section)
+
+    @property
+    def is_badit(self) -> bool:
+        return isinstance(self.options, BaditConfig)
 
     @property
     def trains(self) -> bool:
@@ -161,7 +171,9 @@ def resolve_method(section: Mapping[str, Any]) -> ResolvedMethod:
         raise BaditError(f"method.{key}: {problem}")
 
     regroup = None
-    if name == "badit":
+    if name in presets.NAMES:
+        _refuse_preset(name, options)
+        options = presets.with_preset({"name": name, **options})
         regroup = _take_regroup(options)
     _refuse_options_of_peft(options)
     config = _built(name, kind, options)
@@ -173,30 +185,32 @@ def resolve_method(section: Mapping[str, Any]) -> ResolvedMethod:
         resolved = {"name": name, **options}
     else:
         resolved = {"name": name, **_option_values(config, kind)}
-    if name == "badit":
+    if name in presets.NAMES:
         resolved["regroup"] = None if regroup is None else dataclasses.asdict(regroup)
+        # The options decide the method: the same options have the same name.
+        name = presets.preset_name(resolved)
+        resolved["name"] = name
     return ResolvedMethod(name, config, regroup, resolved)
 
 
+def _refuse_preset(name: str, options: Mapping[str, Any]) -> None:
+    preset = options.get("preset", "default")
+    if name != "badit" and "preset" in options:
+        raise BaditError(f"method.preset: {name} is a preset itself; delete it")
+    if preset == "paper":
+        raise BaditError("method.preset: 'paper' is called 'released' now; rename it")
+    if preset not in ("default", "released"):
+        raise BaditError(f"method.preset: must be default or released, got {preset!r:.60}")
+
+
 def _take_regroup(options: dict[str, Any]) -> RegroupOptions | None:
-    """Removes preset and regroup from badit's options, and applies the preset to the others."""
-    preset = options.pop("preset", "default")
-    if preset not in ("default", "paper"):
-        raise BaditError(f"method.preset: must be default or paper, got {preset!r:.60}")
-    is_paper = preset == "paper"
-    # The preset paper regroups, badit's default does not.
-    regroup = options.pop("regroup", {} if is_paper else None)
-    if regroup is not None and not isinstance(regroup, dict):
-        form = "must be a mapping such as {every: 20}, or null to train without DOG"
-        raise BaditError(f"method.regroup: {form}")
-    if is_paper:
-        # Options in the recipe take precedence over the preset.
-        for key, value in BaditConfig.PAPER.items():
-            options.setdefault(key, value)
+    """Removes regroup from BADIT's options, and returns the regrouping."""
+    regroup = options.pop("regroup", None)
     if regroup is None:
         return None
-    if is_paper:
-        regroup = {**RegroupOptions.PAPER, **regroup}
+    if not isinstance(regroup, dict):
+        form = "must be a mapping such as {every: 20}, or null to train without DOG"
+        raise BaditError(f"method.regroup: {form}")
     return _built("regroup", Kind(RegroupOptions), regroup, "method.regroup")
 
 
@@ -264,9 +278,10 @@ def options_of(name: str) -> list[tuple[str, Any, str]]:
     kind = KINDS[name]
     hidden = _NOT_OPTIONS | kind.fixed.keys()
     options = [option for option in described(kind.config_class) if option[0] not in hidden]
-    if name != "badit":
+    if name not in presets.NAMES:
         return options
-    options.append(("preset", "default", "'paper': the form of the paper's released code."))
+    if name == "badit":
+        options.append(("preset", "default", "'released': the form of the paper's released code."))
     meaning = "Regroup components (DOG), with the options below or {} (default: do not)."
     options.append(("regroup", None, meaning))
     options += [

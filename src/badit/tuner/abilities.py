@@ -1,6 +1,7 @@
 """Abilities before training: clusters of prompts for the whole model, and each layer's codes.
 
-:meth:`BaditModel.start_task` calls :func:`find_abilities` for adapters with ``key="embedding"``.
+:meth:`BaditModel.start_task` calls :func:`find_abilities` for adapters with ``key="embedding"``,
+and :func:`find_layer_codes` for others whose codes are not random.
 The formulas are in :mod:`badit.method.abilities`. Gradients are those at step 0, with all gates 1.
 
 Shape suffixes: T = positions of one example, E = features of an embedding, S = prompts, C =
@@ -9,6 +10,7 @@ clusters, K = experts, N = components, L = layers.
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
+from statistics import fmean
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -174,23 +176,49 @@ def find_abilities(
     elif config.codes != "random":
         for layer in layers:
             layer.badit_codes[adapter].fill_(1.0)
-        evidence = Evidence(model, adapter, layers, len(distinct_D))
-        of_example_S = number_C[key.cluster_S].tolist()
+        examples_of_clusters: list[list[Example]] = [[] for _ in distinct_D]
         can_answer = has_output_layer(model)  # else labels are not of the next token
-        for cluster in range(len(distinct_D)):
-            of_cluster = [
-                example
-                for example, own in zip(examples, of_example_S, strict=True)
-                if own == cluster and example.has_answer and can_answer
-            ]
-            evidence.add(cluster, of_cluster)
-        codes_LDK = _codes(evidence, codes_LDK)
+        for example, cluster in zip(examples, number_C[key.cluster_S].tolist(), strict=True):
+            if can_answer and example.has_answer:
+                examples_of_clusters[cluster].append(example)
+        evidence = evidence_of_key(Gradients(model, adapter, layers), examples_of_clusters)
+        codes_LDK = _codes(adapter, layers, evidence, codes_LDK)
 
     layers[0].badit_key[adapter].copy_(key.directions_CE)
     layers[0].badit_key_offset[adapter].copy_(key.offsets_C)
     for layer, codes_DK in zip(layers, codes_LDK, strict=True):
         layer.badit_codes[adapter].copy_(codes_DK[number_C])
         layer.badit_batches[adapter].fill_(1)
+
+
+@torch.no_grad()
+def find_layer_codes(
+    model: nn.Module, adapter: str, layers: Sequence[BaditLinear], examples: Sequence[Example]
+) -> None:
+    """Sets the codes and experts of layers with their own clusters, in place of random codes.
+
+    All ranks must call it, with the same examples; they get the same values.
+    """
+    clusters = layers[0].badit_config[adapter].num_clusters
+    random_LCK = torch.stack([layer.badit_codes[adapter].clone() for layer in layers])
+    for layer in layers:
+        layer.badit_codes[adapter].fill_(1.0)
+    with_answers = [example for example in examples if example.has_answer]
+    if not has_output_layer(model):
+        with_answers = []  # labels are not of the next token
+    chosen = _spread(with_answers, 2 * _PER_HALF * clusters)
+    evidence = evidence_of_layers(Gradients(model, adapter, layers), chosen, clusters)
+    codes_LCK = _codes(adapter, layers, evidence, random_LCK)
+    for layer, codes_CK in zip(layers, codes_LCK, strict=True):
+        # Equal clusters, of fewer prompts than clusters, share a code.
+        first_equal_C = first_equal(layer.badit_centroids[adapter])
+        layer.badit_codes[adapter].copy_(codes_CK[first_equal_C])
+
+
+def _spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """Returns at most ``count`` of the examples, evenly spaced: the tasks follow one another."""
+    count = min(count, len(examples))
+    return [examples[number * len(examples) // count] for number in range(count)]
 
 
 class _Key(NamedTuple):
@@ -243,37 +271,31 @@ def _vocabulary(embedding: nn.Embedding) -> Tensor:
     return torch.cat([embedding(some).float().cpu() for some in ids.split(_IDS_AT_A_TIME)])
 
 
-class Evidence:
-    """What the gradients of clusters say about an adapter's components, summed by layer.
+class Evidence(NamedTuple):
+    """What the gradients of clusters say about one layer's components, at step 0.
 
-    The gradients are those of B, and of A if B is not zero. Those of a component are the row of A
-    and the column of B.
+    P of the clusters have gradients.
     """
 
-    def __init__(
-        self, model: nn.Module, adapter: str, layers: Sequence[BaditLinear], clusters: int
-    ) -> None:
+    present: list[int]  # these clusters
+    energy_PN: Tensor  # the squared norms of the components' gradients
+    cosines_NN: Tensor  # of the components' centred gradients
+    cosines_PP: Tensor  # of the clusters, corrected for noise
+    reliability: float  # mean over clusters; 0 without any
+
+
+class Gradients:
+    """Gradients of the answers' loss with respect to the components of an adapter's layers.
+
+    They are those of B, and of A if B is not zero. Those of a component, P numbers, are the row of
+    A and the column of B.
+    """
+
+    def __init__(self, model: nn.Module, adapter: str, layers: Sequence[BaditLinear]) -> None:
         self.model = model
         self.layers = layers
         self.adapter = adapter
-        self.clusters = clusters
-        config = layers[0].badit_config[adapter]
-        shape = (len(layers), self.clusters, config.num_components)
-        self.energy_LCN = torch.zeros(shape)
-        self.products: list[Any] = [0.0] * len(layers)  # Σ_c ⟨g_ci, g_cj⟩ (N, N)
-        self.sums: list[Any] = [0.0] * len(layers)  # Σ_c g_c (N, P)
-        self.present: list[int] = []  # clusters with gradients
-        generator = torch.Generator().manual_seed(0)
-        self.sketches = [
-            SketchedSums(
-                sum(factor.numel() for factor in self._factors(layer)),
-                2 * self.clusters,
-                _SKETCH_SIZE,
-                generator,
-                layer.device,
-            )
-            for layer in layers
-        ]
+        self.factors = [self._factors(layer) for layer in layers]
 
     def _factors(self, layer: BaditLinear) -> list[nn.Parameter]:
         factors = [layer.badit_B[self.adapter]]
@@ -281,37 +303,40 @@ class Evidence:
             factors.append(layer.badit_A[self.adapter])
         return factors
 
-    def add(self, cluster: int, examples: Sequence[Example]) -> None:
-        """Adds the gradients of a cluster: the means over up to four examples in each half."""
-        halves = [self._mean_gradients(examples[half : 2 * _PER_HALF : 2]) for half in range(2)]
-        # With gradients in one half only, nothing is known about the noise.
-        if not all(any(mean_NP.any() for mean_NP in half) for half in halves):
-            return
-        self.present.append(cluster)
-        for index in range(len(self.layers)):
-            for half in range(2):
-                row = half * self.clusters + cluster
-                self.sketches[index].add(row, halves[half][index].flatten())
-            mean_NP = (halves[0][index] + halves[1][index]) / 2
-            self.energy_LCN[index, cluster] = mean_NP.square().sum(dim=1).cpu()
-            self.products[index] = self.products[index] + mean_NP @ mean_NP.T
-            self.sums[index] = self.sums[index] + mean_NP
+    def sketches(self, sums: int) -> list[SketchedSums]:
+        """Returns an empty sketch of this number of gradients for every layer."""
+        generator = torch.Generator().manual_seed(0)
+        lengths = [sum(factor.numel() for factor in of_layer) for of_layer in self.factors]
+        return [
+            SketchedSums(length, sums, _SKETCH_SIZE, generator, layer.device)
+            for length, layer in zip(lengths, self.layers, strict=True)
+        ]
 
-    def _mean_gradients(self, examples: Sequence[Example]) -> list[Tensor]:
+    def mean(self, examples: Sequence[Example]) -> list[Tensor]:
         """Returns each layer's mean gradient (N, P) over the examples, shared among the ranks."""
-        factors = [self._factors(layer) for layer in self.layers]
-        flat = [factor for of_layer in factors for factor in of_layer]
+        flat = [factor for of_layer in self.factors for factor in of_layer]
         rank, ranks = rank_and_size()
-        sums, number = self._sums_of_gradients(examples[rank::ranks], flat)
+        sums, number = self._sums(examples[rank::ranks], flat)
         count = sum_over_ranks(sums[0].new_tensor(float(number))).clamp_min(1)
-        means = iter([sum_over_ranks(total) / count.to(total.device) for total in sums])
+        return self._by_component(
+            [sum_over_ranks(total) / count.to(total.device) for total in sums]
+        )
+
+    def of_one(self, example: Example) -> list[Tensor] | None:
+        """Returns each layer's gradient (N, P) of one example; None if it is not finite."""
+        flat = [factor for of_layer in self.factors for factor in of_layer]
+        sums, number = self._sums([example], flat)
+        return self._by_component(sums) if number else None
+
+    def _by_component(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        remaining = iter(gradients)
         of_layers = []
-        for of_layer in factors:
-            mean_ON, *mean_NI = [next(means).float() for _ in of_layer]
-            of_layers.append(torch.cat([mean_ON.T, *mean_NI], dim=1))
+        for of_layer in self.factors:
+            of_B_ON, *of_A_NI = [next(remaining).float() for _ in of_layer]
+            of_layers.append(torch.cat([of_B_ON.T, *of_A_NI], dim=1))
         return of_layers
 
-    def _sums_of_gradients(
+    def _sums(
         self, examples: Sequence[Example], factors: Sequence[nn.Parameter]
     ) -> tuple[list[Tensor], int]:
         """Returns the factors' gradients, summed over the examples, and the number of examples."""
@@ -336,32 +361,130 @@ class Evidence:
         device = next(self.model.parameters()).device
         lengths = torch.tensor([len(example.input_ids_T) for example in examples])
         labels_BT = _padded([example.labels_T for example in examples], IGNORED_LABEL)
+        attended_BT = (torch.arange(labels_BT.shape[1]) < lengths[:, None]).long()
         batch = {
             "input_ids": _padded([example.input_ids_T for example in examples], 0).to(device),
-            "attention_mask": (torch.arange(labels_BT.shape[1]) < lengths[:, None]).long(),
+            "attention_mask": attended_BT.to(device),
+            # The model gets no labels to find the prompt by.
+            "prompt_mask": _padded([example.prompt_T for example in examples], 0).to(device),
             "use_cache": False,
         }
-        batch["attention_mask"] = batch["attention_mask"].to(device)
         with torch.enable_grad():
             answer = answer_logits(self.model, batch, labels_BT.to(device))
             losses_L = F.cross_entropy(answer.logits_LV.float(), answer.target_L, reduction="none")
             labels_B = torch.bincount(answer.row_L, minlength=len(examples))
             return (losses_L / labels_B[answer.row_L]).sum()
 
-    def agreement(self) -> tuple[Tensor, float]:
-        """Returns the corrected cosines (P, P) of the clusters with gradients, and reliability.
 
-        The reliability is the mean over these clusters; 0 without any.
-        """
-        count = len(self.present)
-        if not count:
-            return torch.zeros(0, 0), 0.0
-        rows = self.present + [self.clusters + cluster for cluster in self.present]
-        gram_RR = sum(sketch.gram() for sketch in self.sketches)
-        assert isinstance(gram_RR, Tensor)
-        gram_2P2P = gram_RR[rows][:, rows].reshape(2, count, 2, count)
-        cosines_PP, reliability_P = cluster_cosines(gram_2P2P)
-        return cosines_PP.float(), float(reliability_P.mean())
+def evidence_of_key(
+    gradients: Gradients, examples_of_clusters: Sequence[Sequence[Example]]
+) -> list[Evidence]:
+    """Returns the evidence of each layer, for clusters that are the same in all layers.
+
+    The gradients of a cluster are means over up to four examples in each half.
+    """
+    clusters = len(examples_of_clusters)
+    sketches = gradients.sketches(2 * clusters)
+    energies: list[list[Tensor]] = [[] for _ in sketches]
+    products: list[Any] = [0.0] * len(sketches)  # Σ_c ⟨g_ci, g_cj⟩ (N, N)
+    sums: list[Any] = [0.0] * len(sketches)  # Σ_c g_c (N, P)
+    present = []
+    for cluster, examples in enumerate(examples_of_clusters):
+        halves = [gradients.mean(examples[half : 2 * _PER_HALF : 2]) for half in range(2)]
+        # With gradients in one half only, nothing is known about the noise.
+        if not all(any(mean_NP.any() for mean_NP in half) for half in halves):
+            continue
+        present.append(cluster)
+        for index, sketch in enumerate(sketches):
+            for half in range(2):
+                sketch.add(half * clusters + cluster, halves[half][index].flatten())
+            mean_NP = (halves[0][index] + halves[1][index]) / 2
+            energies[index].append(mean_NP.square().sum(dim=1).cpu())
+            products[index] = products[index] + mean_NP @ mean_NP.T
+            sums[index] = sums[index] + mean_NP
+
+    if not present:
+        return []
+    gram_RR = sum(sketch.gram() for sketch in sketches)  # over the whole model
+    assert isinstance(gram_RR, Tensor)
+    agreement = _agreement(gram_RR, present)
+    cosines = [
+        centred_gram(product_NN, sum_NP @ sum_NP.T, len(present))
+        for product_NN, sum_NP in zip(products, sums, strict=True)
+    ]
+    return [
+        Evidence(present, torch.stack(energy), cosines_NN, *agreement)
+        for energy, cosines_NN in zip(energies, cosines, strict=True)
+    ]
+
+
+def evidence_of_layers(
+    gradients: Gradients, examples: Sequence[Example], clusters: int
+) -> list[Evidence]:
+    """Returns the evidence of each layer, for clusters that differ between layers.
+
+    The passes that give the gradients also show the cluster of the example in every layer. Each
+    layer has its own agreement of clusters. The sums of gradients take C·N·P numbers per layer.
+    """
+    sketches = gradients.sketches(2 * clusters)
+    shapes = [(clusters, *mean_NP.shape) for mean_NP in gradients.mean([])]
+    sums = [sketch.sums_RM.new_zeros(shape) for sketch, shape in zip(sketches, shapes, strict=True)]
+    counts_L2C = torch.zeros(len(sketches), 2, clusters)
+    rank, ranks = rank_and_size()
+    for example in examples[rank::ranks]:
+        with gradients.layers[0].routing.collecting_means() as means:
+            of_example = gradients.of_one(example)
+        if of_example is None:
+            continue
+        for index, layer in enumerate(gradients.layers):
+            mean_1I = means.get(f"{layer.name}.{gradients.adapter}")
+            # No token reaches some experts of an MoE.
+            if not mean_1I or not of_example[index].any():
+                continue
+            cluster = int(layer.clusters_of(gradients.adapter, mean_1I[0]))
+            # The examples of a cluster belong to the halves in turn.
+            half = int(counts_L2C[index, 0, cluster] > counts_L2C[index, 1, cluster])
+            counts_L2C[index, half, cluster] += 1
+            sketches[index].add(half * clusters + cluster, of_example[index].flatten())
+            sums[index][cluster] += of_example[index]
+
+    counts_L2C = sum_over_ranks(counts_L2C)
+    evidence = []
+    for sketch, sum_CNP, counts_2C in zip(sketches, sums, counts_L2C, strict=True):
+        sketch.sums_RM = sum_over_ranks(sketch.sums_RM)
+        count_C11 = counts_2C.sum(dim=0).clamp_min(1)[:, None, None]
+        means_CNP = sum_over_ranks(sum_CNP) / count_C11.to(sum_CNP)
+        evidence.append(_evidence_of_layer(sketch, means_CNP, counts_2C))
+    return evidence
+
+
+def _evidence_of_layer(sketch: SketchedSums, means_CNP: Tensor, counts_2C: Tensor) -> Evidence:
+    """Returns a layer's evidence from its sums of gradients, and the means over both halves."""
+    # With gradients in one half only, nothing is known about the noise.
+    present = counts_2C.min(dim=0).values.nonzero().flatten().tolist()
+    means_PNP = means_CNP[present]
+    counts_R = counts_2C.flatten().clamp_min(1).double()
+    gram_RR = sketch.gram() / counts_R[:, None] / counts_R
+    sum_NP = means_PNP.sum(dim=0)
+    product_NN = torch.einsum("cnp,cmp->nm", means_PNP, means_PNP)
+    return Evidence(
+        present,
+        means_PNP.square().sum(dim=2).cpu(),
+        centred_gram(product_NN, sum_NP @ sum_NP.T, max(1, len(present))),
+        *_agreement(gram_RR, present),
+    )
+
+
+def _agreement(gram_RR: Tensor, present: Sequence[int]) -> tuple[Tensor, float]:
+    """Returns the corrected cosines (P, P) of the clusters with gradients, and the reliability."""
+    count = len(present)
+    if count == 0:
+        return torch.zeros(0, 0), 0.0
+    clusters = len(gram_RR) // 2
+    rows = [*present, *(clusters + cluster for cluster in present)]
+    gram_2P2P = gram_RR[rows][:, rows].reshape(2, count, 2, count)
+    cosines_PP, reliability_P = cluster_cosines(gram_2P2P)
+    return cosines_PP.float(), float(reliability_P.mean())
 
 
 def _of_similar_length(examples: Sequence[Example]) -> list[list[Example]]:
@@ -379,56 +502,53 @@ def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
     return pad_sequence(list(rows), batch_first=True, padding_value=value)
 
 
-def _codes(evidence: Evidence, random_LCK: Tensor) -> Tensor:
+def _codes(
+    adapter: str, layers: Sequence[BaditLinear], evidence: Sequence[Evidence], random_LCK: Tensor
+) -> Tensor:
     """Returns the codes (L, C, K) of the layers, and assigns their components to experts.
 
     Codes of clusters without gradients are random. If the gradients agree too little between the
     halves of a cluster, all are.
     """
-    config = evidence.layers[0].badit_config[evidence.adapter]
-    cosines_PP, reliability = evidence.agreement()
+    config = layers[0].badit_config[adapter]
+    reliability = fmean([of_layer.reliability for of_layer in evidence] or [0.0])
     if reliability < LEAST_RELIABILITY:
         say(
             f"badit: codes={config.codes!r}: the gradients of the prompts' clusters are not "
             f"reliable ({reliability:.2f}, at least {LEAST_RELIABILITY}), so the codes are random"
         )
         return random_LCK
-    missing = evidence.clusters - len(evidence.present)
+    clusters = random_LCK.shape[1]
+    missing = clusters - min(len(of_layer.present) for of_layer in evidence)
     if missing:
         say(
-            f"badit: codes={config.codes!r}: {missing} of {evidence.clusters} clusters have no "
+            f"badit: codes={config.codes!r}: up to {missing} of {clusters} clusters have no "
             "gradients, as without answers, so their codes are random"
         )
 
-    present = evidence.present
-    target_PP = target_overlap(cosines_PP).float()
     # The logits need as many random numbers on every rank.
     starts_LCK = gathered(torch.randn(random_LCK.shape))[0].cpu()
     matched_LPK = None
     if config.codes == "matched":
-        matched_LPK = matched_codes(target_PP, starts_LCK[:, present])
+        target_PP = target_overlap(evidence[0].cosines_PP).float()
+        matched_LPK = matched_codes(target_PP, starts_LCK[:, evidence[0].present])
     codes_LCK = random_LCK.clone()
-    for index, layer in enumerate(evidence.layers):
-        energy_PN = evidence.energy_LCN[index, present]
+    for index, (layer, of_layer) in enumerate(zip(layers, evidence, strict=True)):
+        if not of_layer.present:
+            continue
         if matched_LPK is not None:
             codes_PK = matched_LPK[index]
-            labels_N = labels_by_use(codes_PK, energy_PN)
+            labels_N = labels_by_use(codes_PK, of_layer.energy_PN)
         else:
-            labels_N = _groups(evidence, index)
-            codes_PK = grouped_codes(energy_PN, labels_N, float(mean_overlap(target_PP)))
-        layer.expert_of(evidence.adapter).copy_(gathered(labels_N)[0])
+            current_N = layer.expert_of(adapter).cpu().numpy().copy()
+            cosines_NN = of_layer.cosines_NN.cpu().numpy()
+            groups_N = group_components(cosines_NN, current_N, seed=[0, 0, index])
+            labels_N = torch.from_numpy(in_order(groups_N))
+            overlap = mean_overlap(target_overlap(of_layer.cosines_PP).float())
+            codes_PK = grouped_codes(of_layer.energy_PN, labels_N, float(overlap))
+        layer.expert_of(adapter).copy_(gathered(labels_N)[0])
         codes_PK = with_norm_of(codes_PK, random_LCK[index].cpu())
         if config.permute_codes:
             codes_PK = permuted(codes_PK)
-        codes_LCK[index, present] = gathered(codes_PK)[0].to(codes_LCK)
+        codes_LCK[index, of_layer.present] = gathered(codes_PK)[0].to(codes_LCK)
     return codes_LCK
-
-
-def _groups(evidence: Evidence, index: int) -> Tensor:
-    """Returns the experts (N) of a layer's components, grouped by their centred gradients."""
-    layer = evidence.layers[index]
-    sums_NP = evidence.sums[index]
-    gram_NN = centred_gram(evidence.products[index], sums_NP @ sums_NP.T, len(evidence.present))
-    current_N = layer.expert_of(evidence.adapter).cpu().numpy().copy()
-    labels_N = group_components(gram_NN.cpu().numpy(), current_N, seed=[0, 0, index])
-    return torch.from_numpy(in_order(labels_N))

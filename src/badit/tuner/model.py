@@ -8,8 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -23,6 +22,7 @@ from badit.tuner.abilities import (
     examples_in,
     examples_of_ranks,
     find_abilities,
+    find_layer_codes,
     frozen_embedding,
 )
 from badit.tuner.badit_layer import BaditLinear, Place
@@ -367,22 +367,32 @@ class BaditModel(ExpertModel):
                 f"start_task: {len(prompts)} different prompts are the same in every layer, "
                 f"so they would get the same gates; check the model's weights, or {_PROMPT_FIX}"
             )
+        self._find_layer_codes(unclustered, sample.examples)
+
+    def _find_layer_codes(self, clustered: Sequence[Place], examples: list[Example]) -> None:
+        """Finds the codes and groups of adapters with clusters of layers, unless random."""
+        layers = defaultdict(list)
+        for layer, name in clustered:
+            if layer.badit_config[name].codes != "random":
+                layers[name].append(layer)
+        if not layers:
+            return
+        examples = examples_of_ranks([[example] for example in examples])
+        with self._evaluating():
+            for name, of_adapter in layers.items():
+                find_layer_codes(self.model, name, of_adapter, examples)
 
     def _sample(self, batches: TaskBatches, prompts_per_task: int) -> "_Sample":
         """Returns the first prompts of each task, as every layer reads them."""
         routing = RoutingContext.of(self.model)
-        sample = _Sample()
-        routing.prompt_means = sample.means
-        try:
-            with self._evaluating():
-                for task_batches in batches.values():
-                    for prompts in self._first_prompts(task_batches, prompts_per_task):
-                        batch, tensors, mask_BT, segments = prompts
-                        self._run_layers(batch, tensors, mask_BT)
-                        sample.examples += examples_in(tensors, mask_BT, segments)
-        finally:
-            routing.prompt_means = None
-        return sample
+        examples = []
+        with self._evaluating(), routing.collecting_means() as means:
+            for task_batches in batches.values():
+                for prompts in self._first_prompts(task_batches, prompts_per_task):
+                    batch, tensors, mask_BT, segments = prompts
+                    self._run_layers(batch, tensors, mask_BT)
+                    examples += examples_in(tensors, mask_BT, segments)
+        return _Sample(means, examples)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -430,13 +440,11 @@ class BaditModel(ExpertModel):
         return tensors
 
 
-@dataclass
-class _Sample:
+class _Sample(NamedTuple):
     """Training prompts that the base model has read."""
 
-    # By layer and adapter, x̄ (B, I) of each batch.
-    means: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    examples: list[Example] = field(default_factory=list)
+    means: dict[str, list[Tensor]]  # by layer and adapter, x̄ (B, I) of each batch
+    examples: list[Example]
 
 
 def _refuse_without_prompts(examples: Sequence[Example]) -> None:
