@@ -57,6 +57,10 @@ def comparison_table(
     if methods:
         results = of_methods(results, methods.split(","))
     table = method_table(results, metric)
+    # The pages show the NLL in tables of its own, and their experiments have their own rules.
+    texts = table.texts.drop(columns=f"NLL vs {results.reference} [95 %]", errors="ignore")
+    notes = [note for note in table.notes if not note.startswith("Verdict:")]
+    table = table._replace(texts=texts, notes=notes)
     if times == "no":
         notes = [note for note in table.notes if not note.startswith("time:")]
         table = table._replace(texts=table.texts.drop(columns=TIMES), notes=notes)

@@ -72,7 +72,7 @@ def test_run_with_experts_has_all_tables_and_skips_finished_parts(
         (
             {"tasks": ["cities"]},
             {"method": CLUSTERS},
-            (INTERFERENCE | EXPERTS) - PAIRS - {"gate_similarity"},
+            (INTERFERENCE | EXPERTS | {"clusters"}) - PAIRS - {"gate_similarity"},
         ),
         ({"order": "seeded-0"}, {"method": {"name": "lora", "r": 2}}, INTERFERENCE | {"transfer"}),
         ({"tasks": ["cities"]}, {"method": {"name": "base"}}, INTERFERENCE - PAIRS),

@@ -30,7 +30,7 @@ from badit.method.abilities import (
 from badit.method.grouping import group_components
 from badit.method.routing import prompt_centroids, random_codes
 from badit.method.sketches import SketchedSums
-from badit.support.console import say
+from badit.support.console import say, waiting
 from badit.tuner.badit_layer import BaditLinear
 from badit.tuner.distributed import gathered, sum_over_ranks
 from badit.tuner.prompt import IGNORED_LABEL, Segments
@@ -119,7 +119,8 @@ def find_abilities(
         for layer in layers:
             layer.badit_codes[adapter].fill_(1.0)
         evidence = Evidence(model, adapter, layers)
-        for cluster, of_cluster in enumerate(members):
+        numbered = [*enumerate(members)]
+        for cluster, of_cluster in waiting(numbered, "Gradients for the codes", "cluster"):
             evidence.add(cluster, [example for example in of_cluster if example.has_answer])
         codes_LCK = _codes(evidence, random_LCK)
 
@@ -276,7 +277,7 @@ def _codes(evidence: Evidence, random_LCK: Tensor) -> Tensor:
     starts_LCK = gathered(torch.randn(random_LCK.shape))[0].cpu()
     matched_LCK = matched_codes(target_CC, starts_LCK) if config.codes == "matched" else None
     codes = []
-    for index, layer in enumerate(evidence.layers):
+    for index, layer in waiting([*enumerate(evidence.layers)], "Codes", "layer"):
         energy_CN = evidence.energy_LCN[index]
         labels = layer.expert_of(evidence.adapter)
         if matched_LCK is not None:
