@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -74,12 +75,22 @@ _PATIENCE = 3.0  # seconds of a wait after which its bar is shown
 
 
 @contextmanager
-def status(text: str) -> Iterator[Callable[[str], None]]:
+def status(text: str, *, in_logs: bool = False) -> Iterator[Callable[[str], None]]:
     """Shows a status line on a terminal within the context, unless nested.
 
-    Yields a function that changes its text.
+    Yields a function that changes its text. ``in_logs``: without a terminal, the text is printed
+    once, if the wait takes over three seconds.
     """
     global _is_waiting
+    if in_logs and not sys.stderr.isatty() and is_main_process() and not _is_quiet:
+        timer = threading.Timer(_PATIENCE, say, [f"badit: {text} …"])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield lambda text: None
+        finally:
+            timer.cancel()
+        return
     # Two live displays, also those of two ranks, would overwrite each other's line.
     if _is_waiting or not sys.stderr.isatty() or not is_main_process():
         yield lambda text: None
