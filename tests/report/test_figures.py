@@ -78,9 +78,10 @@ def test_gradient_cosines_are_means_for_the_chosen_layer_and_module(monkeypatch)
 
 
 def layers_with(chart, mark):
-    """Returns the layers of a chart, also of nested ones, with this type of mark."""
+    """Returns the layers of a chart, also of nested ones, with this type of mark and their data."""
     found = []
     for layer in chart.get("layer", ()):
+        layer = {"data": chart.get("data"), **layer}
         found += layers_with(layer, mark)
         if layer.get("mark", {}).get("type") == mark:
             found.append(layer)

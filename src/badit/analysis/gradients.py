@@ -162,7 +162,9 @@ class TaskGradients:
         signs_M = random_signs(size, generator).to(sketch.sums_RM)
 
         def add(sketch_M: torch.Tensor) -> None:
-            self.whole_IM[kind][self._instance, :size] += signs_M * sketch_M
+            whole_IM = self.whole_IM[kind]
+            # The layers of a large model may be on several devices.
+            whole_IM[self._instance, :size] += (signs_M * sketch_M).to(whole_IM.device)
 
         return add
 

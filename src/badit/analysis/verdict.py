@@ -4,6 +4,9 @@ A pair conflicts beyond noise if its gradients are reliable, their cosine, corre
 negative, and the 95 % interval of the cosine lies below 0.
 """
 
+# pandas' type stubs declare every selection as a frame, a series or a scalar.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false
+
 import shlex
 from collections.abc import Mapping
 from pathlib import Path

@@ -21,12 +21,15 @@ def _shown(target: str, tables: Any, options: dict[str, Any]) -> str:
     if is_folder and not folder.samefile(target):
         runs = [target, folder]
     report = write_report_if_possible(runs, folder / "report.html")
-    verdict = _verdict(tables, folder)
+    verdict = _verdict(tables, Path(target) if is_folder else folder)
     return f"{verdict}{listed}\n\nTables: {folder / 'analysis'}\n{report}"
 
 
 def _verdict(tables: Any, folder: Path) -> str:
-    """Returns which pairs of tasks conflict and the next command; empty for a comparison."""
+    """Returns which pairs of tasks conflict and the next command; empty for a comparison.
+
+    ``folder`` has the recipe of the run or of the base model's analysis.
+    """
     if "gradient_overall" not in tables:
         return ""
     module = load("badit.analysis.verdict")

@@ -134,14 +134,14 @@ def task_table(results: Results, metric: str) -> Table:
 def best_of(values: Any, metric: str) -> list[int]:
     """Returns the index of the best value of a metric, as a list.
 
-    It is empty without other values, and if the best value, as it is shown, is not the only one.
+    It is empty if the best value, as it is shown, is not the only one.
     """
     decimals = METRICS[metric].decimals
     merits = pd.Series(values, dtype=float).reset_index(drop=True).round(decimals)
     if METRICS[metric].lower_is_better:
         merits = -merits
     best = merits.index[merits == merits.max()].tolist()
-    return best if len(best) == 1 and merits.count() > 1 else []
+    return best if len(best) == 1 else []
 
 
 def _best_rows(summary: pd.DataFrame, name: str) -> list[int]:
@@ -196,7 +196,7 @@ def _difference_notes(
     margins = [
         f"±{METRICS[name].margin:g} ({METRICS[name].label})"
         for column, name in levels.items()
-        if True in summary.get(column, pd.Series(dtype="boolean")).fillna(False).tolist()
+        if column in summary and True in summary[column].fillna(False).tolist()
     ]
     if margins:
         notes.append(f"≈: equivalent, the 90 % interval lies within {', '.join(margins)}")

@@ -141,7 +141,8 @@ def _colour_scale(look: Look) -> alt.Scale:
 
 def _hatching(cells: pd.DataFrame, choices: Sequence[alt.Parameter]) -> Any:
     """Returns diagonal lines over the cells, shown if every choice is that of all."""
-    chart = chart_of(cells[["row", "column"]].astype(str))
+    places: Any = cells[["row", "column"]].astype(str)
+    chart = chart_of(places)
     chosen = " && ".join(f"{parameter.name} === '{ALL}'" for parameter in choices)
     if chosen:
         chart = chart.transform_filter(chosen)

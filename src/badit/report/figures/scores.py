@@ -150,7 +150,7 @@ def _curves(frame: pd.DataFrame, title: str, smoothed: int) -> Any:
     series = frame.attrs.get("order") or present
     by_task = ["task"] if "task" in frame else []
     points_per_curve = frame.groupby(["series", "run", *by_task]).size()
-    are_few = points_per_curve.max() <= _FEW_POINTS
+    are_few = int(points_per_curve.max()) <= _FEW_POINTS
     if are_few:
         smoothed = 0
     pick = alt.selection_point(name="pick", fields=["series"], bind="legend")
