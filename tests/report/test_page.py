@@ -24,6 +24,7 @@ NASTY_TASK = "<img src=x onerror=alert(1)> & \"quotes\" 'single' <!-- {{ 7*7 }}"
 HANDLERS = ('" onmouseover=alert(1) x="', "' onfocus=alert(1) autofocus='")
 EXPERT_TABLES = (
     "gates",
+    "clusters",
     "gate_similarity",
     "expert_losses",
     "nearest_prompts",
@@ -167,7 +168,8 @@ def test_page_begins_with_the_verdict_on_conflicts_and_methods(tmp_path):
     pair = f"{frame['task_a'][0]} and {frame['task_b'][0]}"
     assert f"{pair}: cosine −0.40, 95 % interval −0.50 to −0.30." in page.text
     assert "badit compare own-tasks 'data.source=$BADIT_SUPERNI'" in page.text
-    assert "Not decided against lora: badit (Rouge-L better)" in page.text
+    sentence = page.text[page.text.index("Not decided against lora") :]
+    assert "badit (Rouge-L better)" in sentence[: sentence.index("training time")]
 
 
 def test_panels_per_expert_appear_only_with_one_adapted_module(tmp_path):
@@ -194,7 +196,7 @@ def test_comparison_page_has_its_table_failed_runs_and_loss_curves(tmp_path):
     ):
         assert words in page.source
     assert re.search(
-        r'>badit</th>.*?<td class=" strong">[\d.]+ ± [\d.]+</td>', page.source, re.DOTALL
+        r'>badit</th>.*?<td[^>]* class=" strong">[\d.]+ ± [\d.]+</td>', page.source, re.DOTALL
     )
     assert "name a run's folder as well" in page.text
     assert page.source.count('"series":"badit"') >= 3 * 37, "the page has the curves of all seeds"
