@@ -164,8 +164,10 @@ def _numbers(base: alt.Chart, form: str, columns: int) -> alt.Chart:
     is_light = "luminance(scale('color', datum.value)) > 0.25"
     opacity: Any = {"expr": f"width / {columns} < 21 ? 0 : 1"}
     size: Any = {"expr": f"width / {columns} < 34 ? 8.5 : 10"}
-    # Without the zero before the point, for narrow cells.
-    written = f"replace(format(datum.value, '{form}'), '0.', '.')"
+    # Without the zero before the point, for narrow cells; 10.5 keeps its own.
+    text_of_value = f"format(datum.value, '{form}')"
+    without_zero = f"replace({text_of_value}, '0.', '.')"
+    written = f"abs(datum.value) < 1 ? {without_zero} : {text_of_value}"
     base = base.transform_calculate(written=written)
     text = base.mark_text(fontSize=size, opacity=opacity, tooltip=None)
     return text.encode(
