@@ -98,6 +98,7 @@ def method_table(results: Results, metric: str = "rouge_l", released: bool = Fal
     if metric != "nll" and "nll" in set(results.scores["metric"]):
         losses = differences(results, "nll").add_prefix("nll_difference_")
         losses["nll_level"] = losses.pop("nll_difference_level").astype("boolean")
+        losses["nll_difference_runs"] = losses["nll_difference_runs"].astype("Int64")
         summary = summary.join(losses, on="method")
         columns[f"NLL vs {results.reference} [95 %]"] = _difference_texts(summary, "nll", "nll_")
     for name, (title, form) in costs.items():
