@@ -12,6 +12,7 @@ import pandas as pd
 from badit.comparison.results import Results, differences, summarise, task_means
 from badit.comparison.verdict import verdict
 from badit.metrics.answers import METRICS, score_text
+from badit.presets import NAMES
 from badit.runs.scores import Transfer
 from badit.support.console import one_line
 from badit.support.text import UNKNOWN, number, text_table
@@ -110,6 +111,7 @@ def method_table(results: Results, metric: str = "rouge_l", released: bool = Fal
     numbers += [name for name in summary if name.startswith(("nll_difference_", "nll_level"))]
     numbers += costs
     notes = [*_difference_notes(results, summary, score, metric), *notes]
+    notes += _title_notes(results, list(summary["method"]))
     texts = pd.DataFrame(columns, dtype=object)
     table = _with_omitted_cells(results, Table(texts, best, notes, summary.filter(numbers)))
     return table._replace(notes=[*table.notes, *map(one_line, verdict(results, metric))])
@@ -128,6 +130,7 @@ def task_table(results: Results, metric: str) -> Table:
         for column in best_of(values, metric)
     }
     notes = [f"{METRICS[metric].label}, mean over each method's runs"]
+    notes += _title_notes(results, list(means))
     numbers = means.add_suffix(f"_{metric}", axis="columns").reset_index()
     return _with_omitted_cells(results, Table(texts, best, notes, numbers))
 
@@ -211,6 +214,16 @@ def _difference_notes(
     if 1 in compared["difference_runs"].tolist():
         notes.append("an interval over one run covers instances only, not other seeds")
     return notes
+
+
+def _title_notes(results: Results, methods: Sequence[str]) -> list[str]:
+    """Says what BADIT's methods are, where the names in the table do not."""
+    titles = []
+    for method in methods:
+        title = results.titles.get(method, method)
+        if title != method and title.startswith(NAMES):
+            titles.append(f"{method} = {title}")
+    return [f"by their options: {'; '.join(titles)}"] if titles else []
 
 
 def _with_omitted_cells(results: Results, table: Table) -> Table:
