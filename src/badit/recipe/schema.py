@@ -209,6 +209,12 @@ class EvaluationSection(Section):
     unseen_tasks: bool = Field(
         True, description="in a sequence, also score tasks that are not trained yet"
     )
+    untuned: CountOrZero = Field(
+        4,
+        le=LARGEST,
+        description="after badit train, also score the untuned model on the first instances of each"
+        " task; 0: no instance",
+    )
 
 
 class ComparedMethod(Section, extra="allow"):

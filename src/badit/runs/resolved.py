@@ -204,7 +204,7 @@ def _clusters_of_adapter(adapter_path: Path) -> Any:
 
 def read_tasks(recipe: Recipe) -> list[Task]:
     """Reads a recipe's tasks; those of a sequence in training order."""
-    with status("reading the tasks"):
+    with status("reading the tasks", in_logs=True):
         tasks = recipe.data.load()
     if recipe.data.order is not None:
         tasks = ordered(tasks, recipe.data.order)

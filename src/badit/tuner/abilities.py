@@ -35,7 +35,7 @@ from badit.method.abilities import (
 from badit.method.grouping import group_components, in_order
 from badit.method.routing import first_equal, prompt_centroids, random_codes
 from badit.method.sketches import SketchedSums
-from badit.support.console import say
+from badit.support.console import say, waiting
 from badit.support.errors import BaditError
 from badit.tuner.answers import answer_logits, has_output_layer
 from badit.tuner.badit_layer import BaditLinear
@@ -389,7 +389,8 @@ def evidence_of_key(
     products: list[Any] = [0.0] * len(sketches)  # Σ_c ⟨g_ci, g_cj⟩ (N, N)
     sums: list[Any] = [0.0] * len(sketches)  # Σ_c g_c (N, P)
     present = []
-    for cluster, examples in enumerate(examples_of_clusters):
+    numbered = [*enumerate(examples_of_clusters)]
+    for cluster, examples in waiting(numbered, "Gradients for the codes", "cluster"):
         halves = [gradients.mean(examples[half : 2 * _PER_HALF : 2]) for half in range(2)]
         # With gradients in one half only, nothing is known about the noise.
         if not all(any(mean_NP.any() for mean_NP in half) for half in halves):
@@ -431,7 +432,7 @@ def evidence_of_layers(
     sums = [sketch.sums_RM.new_zeros(shape) for sketch, shape in zip(sketches, shapes, strict=True)]
     counts_L2C = torch.zeros(len(sketches), 2, clusters)
     rank, ranks = rank_and_size()
-    for example in examples[rank::ranks]:
+    for example in waiting(examples[rank::ranks], "Gradients for the codes", "example"):
         with gradients.layers[0].routing.collecting_means() as means:
             of_example = gradients.of_one(example)
         if of_example is None:
@@ -533,7 +534,8 @@ def _codes(
         target_PP = target_overlap(evidence[0].cosines_PP).float()
         matched_LPK = matched_codes(target_PP, starts_LCK[:, evidence[0].present])
     codes_LCK = random_LCK.clone()
-    for index, (layer, of_layer) in enumerate(zip(layers, evidence, strict=True)):
+    pairs = [*enumerate(zip(layers, evidence, strict=True))]
+    for index, (layer, of_layer) in waiting(pairs, "Codes", "layer"):
         if not of_layer.present:
             continue
         if matched_LPK is not None:

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
+from badit.support.console import waiting
 from badit.support.errors import BaditError
 from badit.tuner.abilities import (
     Example,
@@ -319,7 +320,7 @@ class BaditModel(ExpertModel):
     def _examples(self, batches: TaskBatches, per_task: int) -> list[Example]:
         """Returns the first examples of each task, the same on all ranks."""
         examples = []
-        for task_batches in batches.values():
+        for task_batches in waiting([*batches.values()], "Reading prompts", "task"):
             of_task = [
                 list(examples_in(tensors, mask_BT, segments))
                 for _, tensors, mask_BT, segments in self._first_prompts(task_batches, per_task)
@@ -356,7 +357,7 @@ class BaditModel(ExpertModel):
             _refuse_without_prompts(sample.examples)
         distinct = [
             layer.cluster(name, torch.cat(sample.means.pop(f"{layer.name}.{name}")))
-            for layer, name in unclustered
+            for layer, name in waiting(unclustered, "Finding clusters of prompts", "layer")
         ]
         prompts = {tuple(example.prompt_ids.tolist()) for example in sample.examples}
         prompts_differ = any_of_all(len(prompts) > 1)
@@ -387,7 +388,7 @@ class BaditModel(ExpertModel):
         routing = RoutingContext.of(self.model)
         examples = []
         with self._evaluating(), routing.collecting_means() as means:
-            for task_batches in batches.values():
+            for task_batches in waiting([*batches.values()], "Reading prompts", "task"):
                 for prompts in self._first_prompts(task_batches, prompts_per_task):
                     batch, tensors, mask_BT, segments = prompts
                     self._run_layers(batch, tensors, mask_BT)
