@@ -143,6 +143,8 @@ def _training(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         rows[name] = value
 
     environment = run.known_environment
+    if "adopted" in environment:  # the recipe has defaults, which its training may not have had
+        return {name: rows[name] for name in rows if name not in recipe.training.model_dump()}
     for name in ("trainable_parameters", "steps", "tokens"):
         # The environment is missing until a run is trained, and may be damaged.
         count = environment.get("training", {}).get(name)

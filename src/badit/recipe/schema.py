@@ -87,10 +87,10 @@ class SourceSection(Section):
 class DataSection(Section):
     """The tasks."""
 
-    source: PathText | list[PathText | SourceSection] = Field(
+    source: PathText | list[PathText | SourceSection] | None = Field(
         "builtin",
         description="'builtin', file, folder, glob, hub dataset, or list of these; $VARIABLES are "
-        "expanded",
+        "expanded; null: none, of an adapter that was adopted without data",
     )
     format: Format = Field("auto", description="layout of a folder; auto detects it")
     task: TaskName | None = Field(
@@ -140,6 +140,8 @@ class DataSection(Section):
     def entries(self) -> list[dict[str, Any]]:
         """The values of each source as they are in the recipe; ``path`` is among them."""
         sources = self.source
+        if sources is None:
+            return []
         if isinstance(sources, str):
             sources = [sources]
         values = []
@@ -152,6 +154,9 @@ class DataSection(Section):
 
     def sources(self) -> list[Source]:
         """Returns the sources, with the defaults of this section and expanded paths."""
+        if self.source is None:
+            fix = "adopt the adapter with its data: badit adopt ADAPTER --data FILE"
+            raise BaditError(f"data.source: is null, so there are no tasks; {fix}")
         shared = self.model_dump(
             include={"format", "task", "instruction", "columns", "splits", "turns"}
         )

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 ERROR = "error.txt"  # of a comparison's run that failed
 LOG = "log.txt"  # the output of a comparison's run
 RECORD = "export.json"  # in the folder of an export: the run that it was made from, and its options
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name, without importing PEFT
 AnyPath = str | os.PathLike[str]  # a folder or a file; a Run can be passed as its folder
+
+
+def adoption(adapter: AnyPath) -> str:
+    """Returns the command that makes a run of an adapter."""
+    return shlex.join(["badit", "adopt", os.fspath(adapter), "--data", "FILE"])
 
 
 class RunFolder:
@@ -59,7 +65,11 @@ class RunFolder:
     def _refuse_other_folder(self) -> None:
         if not self.config_path.is_file() and not (self.path / RECORD).is_file():
             problem = "has no config.yaml, so it is not a run"
-            raise BaditError(f"{self.path}: {problem}; create one: badit train RECIPE")
+            fix = "create one: badit train RECIPE"
+            if (self.path / ADAPTER_CONFIG).is_file():
+                problem = "is an adapter, not a run"
+                fix = f"make a run of it: {adoption(self.path)}"
+            raise BaditError(f"{self.path}: {problem}; {fix}")
         refuse_links(self.path)
 
     @classmethod
