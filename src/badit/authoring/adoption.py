@@ -14,7 +14,7 @@ from badit.recipe.method import BOOKKEEPING, KINDS, SURGERY, ResolvedMethod, res
 from badit.recipe.saved import dump_recipe
 from badit.recipe.schema import source_of
 from badit.runs.fingerprints import base_fingerprints, task_fingerprints, tokenizer_fingerprint
-from badit.runs.folder import RunFolder
+from badit.runs.folder import RunFolder, refuse_no_adapter
 from badit.runs.resolved import ResolvedRun
 from badit.support.console import status
 from badit.support.environment import environment
@@ -101,12 +101,7 @@ def _refuse_unsuitable(run: ResolvedRun, model: Any, copied: Path, adapter: Path
 
 def _refuse_missing(adapter: Path) -> None:
     """Raises BaditError unless the folder has an adapter's configuration and its weights."""
-    if not (adapter / CONFIG_NAME).is_file():
-        folders = sorted(path.parent.name for path in adapter.glob(f"*/{CONFIG_NAME}"))
-        fix = "give the folder that save_pretrained or save_model has written"
-        if folders:
-            fix = f"give one of its folders that have: {', '.join(folders)}"
-        raise BaditError(f"{adapter}: has no {CONFIG_NAME}, so it is no adapter; {fix}")
+    refuse_no_adapter(adapter)
     if not (adapter / SAFETENSORS_WEIGHTS_NAME).is_file():
         fix = "save the adapter with safe_serialization=True; pickled weights are not read"
         raise BaditError(f"{adapter}: has no {SAFETENSORS_WEIGHTS_NAME}; {fix}")

@@ -3,7 +3,8 @@
 import shlex
 from pathlib import Path
 
-from badit.cli.app import Output, app, load
+from badit.cli.app import Output, app, load, refuse_missing_data
+from badit.runs.folder import refuse_no_adapter
 
 
 @app.command
@@ -24,6 +25,9 @@ def adopt(
             (default: none).
         output: the folder of the run, which must be new or empty.
     """
+    refuse_no_adapter(adapter)
+    if data is not None:
+        refuse_missing_data(data)
     run = load("badit.authoring.adoption").adopt(Path(adapter), output, data, {}, overrides)
     method = run.recipe.method["name"]
     command = ["badit", "generate" if data is None else "evaluate", str(run.path)]
