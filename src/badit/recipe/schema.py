@@ -258,6 +258,11 @@ class CompareSection(Section):
         None, description="the method whose trainable-parameter count the others must match"
     )
     unmatched: list[str] = Field([], description="methods that need not match the budget")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {},
+        description="of each run with --ray, such as {gpu: 1}: cpu (default: 1), gpu, or one "
+        "of the cluster's own",
+    )
     single_task: list[str] = Field(
         [], description="methods that are also trained on each task alone"
     )
