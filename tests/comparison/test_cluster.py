@@ -50,6 +50,7 @@ def ray(monkeypatch):
         nodes=lambda: nodes,
         remote=Task,
         get=lambda task: task(),
+        is_initialized=lambda: True,
         cancel=lambda task, force: setattr(module, "forced", force),
         exceptions=SimpleNamespace(TaskCancelledError=cancelled),
     )

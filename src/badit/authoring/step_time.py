@@ -27,8 +27,8 @@ def seconds_per_step(
 ) -> float | None:
     """Returns the estimated seconds of an optimizer step on this machine.
 
-    Steps with one and with three layers give the time per layer. Weights are random numbers, of
-    which the time does not depend. None if the steps would take too long, or if the model cannot
+    Steps with one and with three layers give the time per layer. The weights are random
+    numbers, which do not change the time. None if the steps would take too long, or if the model cannot
     be cut to few layers.
     """
     training = run.recipe.training

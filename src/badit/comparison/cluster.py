@@ -108,6 +108,8 @@ class ClusterCell(AbstractContextManager["ClusterCell"]):
 
     def send_signal(self, how: signal.Signals) -> None:
         """Stops the cell; with SIGKILL also its worker, without a checkpoint."""
+        if not ray.is_initialized():  # the connection is lost, and so are its tasks
+            return
         ray.cancel(self._task, force=how == signal.SIGKILL)
 
 
