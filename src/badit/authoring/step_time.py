@@ -27,9 +27,9 @@ def seconds_per_step(
 ) -> float | None:
     """Returns the estimated seconds of an optimizer step on this machine.
 
-    Steps with one and with three layers give the time per layer. The weights are random
-    numbers, which do not change the time. None if the steps would take too long, or if the model cannot
-    be cut to few layers.
+    Steps with one and with three layers give the time per layer. The weights are random numbers,
+    which do not change the time. None if the steps would take too long, or if the model cannot be
+    cut to few layers.
     """
     training = run.recipe.training
     rows = training.per_device_train_batch_size
