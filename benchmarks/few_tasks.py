@@ -1,4 +1,6 @@
-"""Measures the default with few tasks, by its number of clusters (docs/experiments/few-tasks.md).
+"""Measures the default with few tasks, by its number of clusters.
+
+Plan and results: benchmarks/experiments/few-tasks.md
 
     export BADIT_SUPERNI=/path/to/superni
     python benchmarks/few_tasks.py 3        # trains and measures runs with three tasks; resumable
@@ -49,7 +51,7 @@ def methods(tasks: int) -> dict[str, dict[str, Any]]:
     lora = {"name": "lora", "r": 34, "lora_alpha": 272, "lora_dropout": 0.05}
     settings = {"lora": {"method": lora, "rate": 1e-3}}
     for clusters in (16, 8, tasks):
-        method = {"name": "badit", "num_experts": 8, "r": 4, "num_clusters": clusters}
+        method = {"name": "cluster-gates", "num_experts": 8, "r": 4, "num_clusters": clusters}
         settings[f"badit-{clusters}"] = {"method": method, "rate": 2e-3}
     return settings
 

@@ -22,6 +22,7 @@ from badit.support.errors import BaditError, explained, first_line
 from badit.support.files import exclusive, read_json, remove, replace_folder, write_json, write_text
 from badit.training.loading import load_base, model_dtype
 from badit.training.methods import training_method
+from badit.tuner.config import ExpertConfig
 
 _SECTIONS = ("model", "data", "prompt", "evaluation")  # the others say how a run was trained
 # Fields of adapter_config.json that are not options of a method.
@@ -147,12 +148,15 @@ def _method_of(path: Path, saved: Mapping[str, Any]) -> ResolvedMethod:
     # LoRA itself fixes nothing, so its variants come first.
     name = max(filter(is_fixed_by, of_type), key=lambda name: len(KINDS[name].fixed))
     kind = KINDS[name]
-    default = json.loads(json.dumps(kind.config_class().to_dict(), default=sorted))
-    options = {
-        key: value
-        for key, value in saved.items()
-        if key not in _NOT_OPTIONS | kind.fixed.keys() and value != default.get(key)
-    }
+    defaults = {}
+    # The defaults of a recipe may differ from those of an adapter with experts.
+    if not issubclass(kind.config_class, ExpertConfig):
+        defaults = json.loads(json.dumps(kind.config_class().to_dict(), default=sorted))
+    options = {}
+    for key, value in saved.items():
+        is_default = key in defaults and value == defaults[key]
+        if key not in _NOT_OPTIONS | kind.fixed.keys() and not is_default:
+            options[key] = value
     try:
         kind.config_class.check_kwargs(**saved)  # refuses other formats
         return resolve_method({"name": name, **options})

@@ -22,7 +22,7 @@ from badit.support.errors import BaditError
 from badit.support.files import OWNER, read_json, refuse_links, write_text
 
 # With up to this number of mixed tasks, one cluster of prompts per task: more raised the loss
-# (docs/experiments/few-tasks.md).
+# (benchmarks/experiments/few-tasks.md).
 _ONE_CLUSTER_PER_TASK = 8
 
 _LEAST_TO_HOLD_OUT = 4  # hold_out() takes at most a quarter of a task
@@ -186,7 +186,7 @@ def open_run(folder: RunFolder) -> ResolvedRun:
     recipe = folder.trusted_recipe()
     method = resolve_method(recipe.method)
     # In format 4, only the adapter has the default that depends on the data.
-    if method.name == "badit" and "num_clusters" not in recipe.method:
+    if method.is_badit and "num_clusters" not in recipe.method:
         clusters = _clusters_of_adapter(folder.adapter_path)
         if clusters is not None:
             method = resolve_method({**recipe.method, "num_clusters": clusters})
@@ -233,7 +233,7 @@ def _with_method_defaults(
     method = resolve_method(section)
     trained = sum(bool(task.train) for task in tasks)
     is_mixed = recipe.data.order is None
-    if method.name == "badit" and is_mixed and 0 < trained <= _ONE_CLUSTER_PER_TASK:
+    if method.is_badit and is_mixed and 0 < trained <= _ONE_CLUSTER_PER_TASK:
         # A number in the recipe takes precedence.
         section.setdefault("num_clusters", saved_clusters or trained)
         method = resolve_method(section)

@@ -8,8 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -18,7 +17,14 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 
 from badit.support.errors import BaditError
-from badit.tuner.abilities import Example, examples_in, find_abilities
+from badit.tuner.abilities import (
+    Example,
+    examples_in,
+    examples_of_ranks,
+    find_abilities,
+    find_layer_codes,
+    frozen_embedding,
+)
 from badit.tuner.badit_layer import BaditLinear, Place
 from badit.tuner.config import BaditConfig, ExpertConfig, peft_type
 from badit.tuner.context import RoutingContext
@@ -259,10 +265,12 @@ class BaditModel(ExpertModel):
                 "routing: 'prompt' is for decoder-only models; use routing='token' for an "
                 "encoder-decoder"
             )
+        if config.key == "embedding":
+            frozen_embedding(self.model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.key == "embedding":
-            embedding: Any = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+            embedding = frozen_embedding(self.model)
             RoutingContext.of(self.model).embedding_features = embedding.embedding_dim
         return super()._prepare_adapter_config(peft_config, model_config)
 
@@ -272,8 +280,9 @@ class BaditModel(ExpertModel):
 
         It runs a pass over 32 prompts per cluster, the same number of every task (at least one).
         All processes call it, before the model is wrapped or sharded; the clusters are those of
-        rank 0. BaditError if a layer gets no prompts, if no row has a prompt because the labels
-        begin at the first token, or if different prompts get the same gates in every layer.
+        rank 0, and with key='embedding' those of the prompts of all ranks. BaditError if a layer
+        gets no prompts, if no row has a prompt because the labels begin at the first token, or if
+        different prompts get the same gates in every layer.
         """
         if not isinstance(batches, Mapping):
             raise BaditError(
@@ -282,7 +291,8 @@ class BaditModel(ExpertModel):
         unclustered = RoutingContext.of(self.model).without_clusters()
         if not unclustered:
             return
-        if is_divided_by_zero3(self.model):
+        has_layer_keys = any(layer.badit_config[name].key == "layer" for layer, name in unclustered)
+        if has_layer_keys and is_divided_by_zero3(self.model):
             raise BaditError(
                 "start_task: DeepSpeed has divided the weights; load the model before you set up "
                 "ZeRO-3"
@@ -315,13 +325,14 @@ class BaditModel(ExpertModel):
                 find_abilities(self.model, name, of_adapter, examples)
 
     def _examples(self, batches: TaskBatches, per_task: int) -> list[Example]:
-        """Returns the first examples of each task."""
+        """Returns the first examples of each task, the same on all ranks."""
         examples = []
         for task_batches in batches.values():
-            of_task = []
-            for _, tensors, mask_BT, segments in self._first_prompts(task_batches, per_task):
-                of_task += examples_in(tensors, mask_BT, segments)
-            examples += of_task[:per_task]
+            of_task = [
+                list(examples_in(tensors, mask_BT, segments))
+                for _, tensors, mask_BT, segments in self._first_prompts(task_batches, per_task)
+            ]
+            examples += examples_of_ranks(of_task)[:per_task]
         return examples
 
     def _first_prompts(self, task_batches: Any, count: int) -> Iterator[_PromptBatch]:
@@ -364,22 +375,32 @@ class BaditModel(ExpertModel):
                 f"start_task: {len(prompts)} different prompts are the same in every layer, "
                 f"so they would get the same gates; check the model's weights, or {_PROMPT_FIX}"
             )
+        self._find_layer_codes(unclustered, sample.examples)
+
+    def _find_layer_codes(self, clustered: Sequence[Place], examples: list[Example]) -> None:
+        """Finds the codes and groups of adapters with clusters of layers, unless random."""
+        layers = defaultdict(list)
+        for layer, name in clustered:
+            if layer.badit_config[name].codes != "random":
+                layers[name].append(layer)
+        if not layers:
+            return
+        examples = examples_of_ranks([[example] for example in examples])
+        with self._evaluating():
+            for name, of_adapter in layers.items():
+                find_layer_codes(self.model, name, of_adapter, examples)
 
     def _sample(self, batches: TaskBatches, prompts_per_task: int) -> "_Sample":
         """Returns the first prompts of each task, as every layer reads them."""
         routing = RoutingContext.of(self.model)
-        sample = _Sample()
-        routing.prompt_means = sample.means
-        try:
-            with self._evaluating():
-                for task_batches in batches.values():
-                    for prompts in self._first_prompts(task_batches, prompts_per_task):
-                        batch, tensors, mask_BT, segments = prompts
-                        self._run_layers(batch, tensors, mask_BT)
-                        sample.examples += examples_in(tensors, mask_BT, segments)
-        finally:
-            routing.prompt_means = None
-        return sample
+        examples = []
+        with self._evaluating(), routing.collecting_means() as means:
+            for task_batches in batches.values():
+                for prompts in self._first_prompts(task_batches, prompts_per_task):
+                    batch, tensors, mask_BT, segments = prompts
+                    self._run_layers(batch, tensors, mask_BT)
+                    examples += examples_in(tensors, mask_BT, segments)
+        return _Sample(means, examples)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -427,13 +448,11 @@ class BaditModel(ExpertModel):
         return tensors
 
 
-@dataclass
-class _Sample:
+class _Sample(NamedTuple):
     """Training prompts that the base model has read."""
 
-    # By layer and adapter, x̄ (B, I) of each batch.
-    means: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    examples: list[Example] = field(default_factory=list)
+    means: dict[str, list[Tensor]]  # by layer and adapter, x̄ (B, I) of each batch
+    examples: list[Example]
 
 
 def _refuse_without_prompts(examples: Sequence[Example]) -> None:
