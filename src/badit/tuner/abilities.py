@@ -52,6 +52,7 @@ from badit.tuner.prompt import IGNORED_LABEL, Segments
 #: Mean cosine of the halves of a cluster's gradient, below which codes are random.
 LEAST_RELIABILITY = 0.1
 _PER_HALF = 4  # examples whose gradients are averaged
+_LEAST_FILL = 0.8  # length of an example in a batch, relative to the longest one
 _SKETCH_SIZE = 4096  # numbers per layer, cluster and half
 _IDS_AT_A_TIME = 8192
 
@@ -340,20 +341,19 @@ class Gradients:
     ) -> tuple[list[Tensor], int]:
         """Returns the factors' gradients, summed over the examples, and the number of examples."""
         sums = [torch.zeros(factor.shape, device=factor.device) for factor in factors]
-        if not examples:
-            return sums, 0
-        gradients = torch.autograd.grad(self._loss(examples), factors, allow_unused=True)
-        if all(gradient is None or gradient.isfinite().all() for gradient in gradients):
-            for total, gradient in zip(sums, gradients, strict=True):
-                if gradient is not None:  # no token reaches this expert of an MoE
-                    total += gradient
-            return sums, len(examples)
-        # An example without a finite gradient does not count.
         count = 0
-        for example in examples if len(examples) > 1 else ():
-            of_example, number = self._sums([example], factors)
-            sums = [total + gradient for total, gradient in zip(sums, of_example, strict=True)]
-            count += number
+        batches = _of_similar_length(examples)
+        while batches:
+            batch = batches.pop()
+            gradients = torch.autograd.grad(self._loss(batch), factors, allow_unused=True)
+            if all(gradient is None or gradient.isfinite().all() for gradient in gradients):
+                count += len(batch)
+                for total, gradient in zip(sums, gradients, strict=True):
+                    if gradient is not None:  # no token reaches this expert of an MoE
+                        total += gradient
+            elif len(batch) > 1:
+                # Only the examples without a finite gradient do not count.
+                batches += [[example] for example in batch]
         return sums, count
 
     def _loss(self, examples: Sequence[Example]) -> Tensor:
@@ -485,6 +485,17 @@ def _agreement(gram_RR: Tensor, present: Sequence[int]) -> tuple[Tensor, float]:
     gram_2P2P = gram_RR[rows][:, rows].reshape(2, count, 2, count)
     cosines_PP, reliability_P = cluster_cosines(gram_2P2P)
     return cosines_PP.float(), float(reliability_P.mean())
+
+
+def _of_similar_length(examples: Sequence[Example]) -> list[list[Example]]:
+    """Returns batches of the examples with little padding."""
+    batches: list[list[Example]] = []
+    for example in sorted(examples, key=lambda example: -len(example.input_ids_T)):
+        if batches and len(example.input_ids_T) > _LEAST_FILL * len(batches[-1][0].input_ids_T):
+            batches[-1].append(example)
+        else:
+            batches.append([example])
+    return batches
 
 
 def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
