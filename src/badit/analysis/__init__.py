@@ -35,7 +35,7 @@ from badit.recipe.loading import build_recipe
 from badit.recipe.method import resolve_method
 from badit.recipe.schema import DataSection, source_of
 from badit.runs.fingerprints import task_fingerprints
-from badit.runs.folder import AnyPath, RunFolder
+from badit.runs.folder import AnyPath, RunFolder, refuse_unanalyzable
 from badit.runs.resolved import ResolvedRun, open_run
 from badit.support.environment import environment
 from badit.support.errors import BaditError
@@ -61,6 +61,7 @@ def analyze(
     if instances < 2:
         reason = "since gradients of two halves are compared"
         raise BaditError(f"instances: must be at least 2, {reason}; got {instances}")
+    refuse_unanalyzable(target, data)
     folder = Path(target)
     is_run = (folder / "config.yaml").is_file()
     is_comparison = (folder / RESULTS).is_file()
@@ -109,9 +110,6 @@ def _analyze_comparison(folder: Path, data: str | None, output: Path) -> None:
 
 
 def _base_model_run(model: str, data: str | None, output: Path) -> ResolvedRun:
-    if data is None:
-        fix = "to analyze a base model, set its tasks with --data"
-        raise BaditError(f"{model}: not a run's folder; {fix}")
     # As a run of the untuned model, because all measurements receive a resolved run.
     values = {"model": {"name": model}, "data": {"source": data}, "method": {"name": "base"}}
     recipe = build_recipe({**values, "output": str(output)})

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from badit.api import analyze
-from badit.cli.app import load, write_report_if_possible
+from badit.cli.app import load, refuse_missing_data, write_report_if_possible
 from badit.cli.derived import derive
+from badit.runs.folder import refuse_unanalyzable
 
 
 def _shown(target: str, tables: Any, options: dict[str, Any]) -> str:
@@ -24,4 +25,11 @@ def _shown(target: str, tables: Any, options: dict[str, Any]) -> str:
     return f"{listed}\n\nTables: {folder / 'analysis'}\n{report}"
 
 
-derive(analyze, _shown, "badit.analysis")
+def _refuse(target: str, options: dict[str, Any]) -> None:
+    data = options.get("data")
+    refuse_unanalyzable(target, data)
+    if data is not None:
+        refuse_missing_data(data)
+
+
+derive(analyze, _shown, "badit.analysis", _refuse)

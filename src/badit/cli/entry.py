@@ -18,6 +18,7 @@ _COMMANDS = (
     "compare",
     "report",
     "init",
+    "adopt",
     "keys",
     "tasks",
     "studio",

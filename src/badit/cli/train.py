@@ -23,8 +23,8 @@ def train(
     """
     loaded_recipe = read_recipe(recipe, overrides)
     if dry_run:
-        text = load("badit.recipe.saved").dump_recipe(loaded_recipe)
-        return "\n".join([text, *load("badit.authoring.dry_run").check(loaded_recipe)])
+        lines = load("badit.authoring.dry_run").check(loaded_recipe)
+        return "\n".join([*lines, "", load("badit.recipe.saved").dump_recipe(loaded_recipe)])
     run = load("badit.api").train(loaded_recipe, allow_changed_inputs=allow_changed_inputs)
     # Only rank 0 scores.
     if not is_main_process():

@@ -21,13 +21,13 @@ from pydantic import AliasPath, Field
 from badit.metrics.answers import METRICS
 from badit.metrics.statistics import DECIMALS, FORMS, Difference, Form, paired_bootstrap
 from badit.presets import method_name, saved_section
+from badit.runs.folder import RESULTS
 from badit.runs.scores import LARGEST, Checked, InstanceScores, Scores, Transfer
 from badit.support.console import one_line
 from badit.support.errors import BaditError, explained, refuse_unknown
 from badit.support.files import read_json, refuse_links, refuse_other_format, write_text
 
 FORMAT = 1  # version of the file format, increased by every change that older releases misread
-RESULTS = "results.json"  # in the folder of a comparison
 SINGLE_TASK = ", one model per task"  # suffix of a method's name for its single-task runs
 
 _RUN = ["method", "seed", "order"]

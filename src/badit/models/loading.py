@@ -126,7 +126,8 @@ def resolve_model(name: str | Path) -> str:
     if os.path.isdir(folder):  # False if the name is too long
         # transformers would add the adapter to the model in the folder.
         if (folder / "adapter_config.json").exists():
-            problem = "the folder has an adapter; name the base model, without an adapter"
+            problem = "the folder has an adapter; name the base model, without an adapter, "
+            problem += "or make a run of the adapter with badit adopt"
             raise BaditError(f"model {name}: {problem}")
         if not (folder / "config.json").is_file():
             problem = "the folder has no config.json; save it with save_pretrained"

@@ -152,6 +152,9 @@ def _read(folder: Path, label: str) -> Source:
         # Not validated: recipes of other versions may have other keys.
         source.config = read_values(run.config_path)
     source.environment = run.known_environment
+    if "adopted" in source.environment:
+        # Defaults, which its training by a script may not have had.
+        source.config = {**source.config, "training": {}}
     if (folder / RESULTS).is_file():
         _add_comparison(source)
     elif run.scores_path.is_file():

@@ -93,6 +93,8 @@ def _refuse_sizes(path: Path, config: Any, shapes: Shapes) -> None:
     # PEFT creates the tensors from the configuration before it reads the file's.
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     for size in _sizes(config):
+        if not isinstance(size, int):
+            raise BaditError(f"{path}: {size!r:.60} must be a whole number, as it is a size")
         if size > largest:
             problem = f"no tensor of {SAFETENSORS_WEIGHTS_NAME} has it"
             raise BaditError(f"{path}: has the size {size!r:.60}, but {problem}")

@@ -233,6 +233,14 @@ class ExpertModel(Hooks, BaseTuner):
             )
         yield
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Always raises BaditError: gates differ between adapters."""
+        raise BaditError(
+            "add_weighted_adapter: adapters with gates have no weighted sum; activate several at "
+            "once with base_model.set_adapter([NAME, NAME]), or export each as a plain LoRA (badit "
+            "adopt, badit export) and combine those"
+        )
+
     def _check_merge_allowed(self) -> None:
         self.expert_layers()[0].merge()  # always raises, before PEFT has changed anything
 
