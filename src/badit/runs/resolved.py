@@ -65,6 +65,22 @@ class ResolvedRun:
             stages.append((RunFolder.at(path), [task]))
         return stages
 
+    def starts_from(self, number: int) -> Path | None:
+        """Returns the adapter that a stage starts from; None for a new one."""
+        if number > 0:
+            previous, _ = self.stages[number - 1]
+            return previous.adapter_path
+        if self.recipe.extend.run is not None:
+            return RunFolder.at(self.recipe.extend.run).adapter_path
+        return None
+
+    def adds_tasks(self, number: int) -> bool:
+        """Returns whether a stage adds its tasks to the adapter that it starts from."""
+        section = self.recipe.extend
+        if section.run is not None:
+            return not section.merge
+        return number > 0 and section.own_experts and self.method.adds_tasks
+
     @property
     def mixture(self) -> dict[str, int]:
         """The number of training instances per task in an epoch (of a sequence, of its stage)."""
@@ -150,6 +166,9 @@ class ResolvedRun:
             if self.recipe.data.order is not None and not task.train:
                 problem = "has no training instances, which data.order needs; add some"
                 raise BaditError(f"data: task {task.name} {problem}")
+            if self.recipe.extend.run is not None and not task.train:
+                fix = "add some, or leave it out with data.tasks"
+                raise BaditError(f"data: task {task.name} has no training instances; {fix}")
 
     def _fix_of_validation(self, task: Task) -> str:
         if self.recipe.data.validation_per_task or len(task.train) < _LEAST_TO_HOLD_OUT:

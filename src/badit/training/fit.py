@@ -31,6 +31,7 @@ from badit.support.files import copy_folder, replace_folder, write_json
 from badit.training.attention import fast_on_short_sequences
 from badit.training.checkpoints import Checkpoints, discard, last_checkpoint, safe_resuming
 from badit.training.encoding import encoded, refuse_beyond_model
+from badit.training.extending import add_tasks, train_covering
 from badit.training.hf_arguments import training_arguments
 from badit.training.loading import load_base, model_dtype
 from badit.training.logs import MetricsLog, ProgressBar, divergence, trackers_of, tracking
@@ -154,6 +155,8 @@ class _Stage:
         # Starts the group of processes.
         arguments = training_arguments(self.run, self.folder.path, self.seed, checkpoint)
         with status(f"preparing the data for {self.method.name}"):
+            if self.recipe.extend.merge:
+                train_covering(model, self.recipe.extend, data.batches)
             self.method.before_training(model, data.batches)
             if checkpoint is None:  # else it has what this sets, such as the clusters of prompts
                 hooks_of(model).start_task(data.batches)
@@ -188,15 +191,24 @@ class _Stage:
 
     def _adapted(self, base: Any) -> Any:
         with status(f"preparing the model for {self.method.name}"):
-            if self.number == 0:
-                model = self.method.apply(base, [task.name for task in self.run.tasks])
+            previous = self.run.starts_from(self.number)
+            if previous is None:
+                model = self.method.apply(base, self._task_names())
             else:
-                previous, _ = self.run.stages[self.number - 1]
-                model = self.method.proceed(base, previous.adapter_path)
+                model = self.method.proceed(base, previous)
+            names = [task.name for task in self.tasks]
+            if self.run.adds_tasks(self.number):
+                add_tasks(model, self.recipe.extend, names)
         if self.recipe.training.gradient_checkpointing:
             # The embeddings are frozen: else no gradient would reach checkpointed layers.
             model.enable_input_require_grads()
         return model
+
+    def _task_names(self) -> list[str]:
+        """Returns the names of the tasks that a new adapter is trained on."""
+        if self.method.resolved.needs_tasks:  # of all stages
+            return [task.name for task in self.run.tasks]
+        return [task.name for task in self.tasks]
 
     def _data(self, tokenizer: PreTrainedTokenizerBase, base: Any) -> _StageData:
         recipe = self.recipe
@@ -214,7 +226,10 @@ class _Stage:
     def _trainer(
         self, model: Any, arguments: TrainingArguments, data: _StageData, bar: ProgressBar
     ) -> AnswerTrainer:
-        callbacks = [MetricsLog(self.folder.metrics_path), *self.method.callbacks(self.folder)]
+        callbacks: list[Any] = [MetricsLog(self.folder.metrics_path)]
+        # The components of frozen experts keep their groups.
+        if not self.run.adds_tasks(self.number):
+            callbacks += self.method.callbacks(self.folder)
         if self.progress:
             callbacks.insert(1, bar)
         trainer = self.method.trainer(
@@ -229,7 +244,8 @@ class _Stage:
         )
         # It prints the log lines, which are in metrics.jsonl.
         trainer.remove_callback(transformers.PrinterCallback)
-        _refuse_sharding(trainer, self.method)
+        adds_tasks = self.run.adds_tasks(self.number) or self.recipe.extend.run is not None
+        _refuse_sharding(trainer, self.method, adds_tasks)
         return trainer
 
     def _say_best(self, trainer: AnswerTrainer) -> None:
@@ -277,9 +293,12 @@ def validation_examples(
     return sorted(examples, key=lambda example: len(example["input_ids"]))
 
 
-def _refuse_sharding(trainer: AnswerTrainer, method: Method) -> None:
+def _refuse_sharding(trainer: AnswerTrainer, method: Method, adds_tasks: bool) -> None:
     """Raises BaditError for ways of sharding that the method or badit does not support."""
     is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if adds_tasks and is_sharded:
+        problem = "adding a task needs unsharded weights"
+        raise BaditError(f"extend: {problem}; launch it without FSDP and DeepSpeed, as with DDP")
     if method.resolved.needs_whole_weights and is_sharded:
         problem = f"{method.name} needs unsharded weights; launch it without FSDP and DeepSpeed"
         raise BaditError(f"method: {problem}")

@@ -133,7 +133,7 @@ def _find_clusters(
 ) -> list[int]:
     """Finds the clusters of keys, and returns the cluster of each example."""
     embedding = frozen_embedding(model)
-    moments = vocabulary_moments(_vocabulary(embedding))
+    moments = vocabulary_moments(vocabulary(embedding))
     means_SE = torch.stack(
         [embedding(example.prompt_ids).float().mean(dim=0) for example in examples]
     )
@@ -146,7 +146,7 @@ def _find_clusters(
     return (keys_SE @ centroids_CE.T).argmax(dim=1).tolist()
 
 
-def _vocabulary(embedding: Any) -> Tensor:
+def vocabulary(embedding: Any) -> Tensor:
     """Returns the vocabulary's embeddings (V, E) as the model uses them, on the CPU.
 
     They are outputs of the module, because some modules scale or dequantise their weight.
