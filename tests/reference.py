@@ -364,6 +364,35 @@ def relative_energy(energy, labels):
     return shares / shares.mean(axis=0)
 
 
+# --- extensions ---
+def key_spread(keys, cluster_of):
+    """Returns the mean and the variance of the keys of each cluster."""
+    keys = float64(keys)
+    groups = [keys[np.asarray(cluster_of) == c] for c in range(max(cluster_of) + 1)]
+    means = [group.sum(axis=0) / len(group) for group in groups]
+    variances = [
+        sum((key - mean) ** 2 for key in group) / len(group)
+        for group, mean in zip(groups, means, strict=True)
+    ]
+    return np.array(means), np.array(variances)
+
+
+def confused_share(mean, variance, own, other):
+    """Returns P(z · (other − own) > 0) of a normal z with independent features."""
+    difference = float64(other) - float64(own)
+    deviation = math.sqrt(sum(float64(variance) * difference**2))
+    return 0.5 * math.erfc(-(float64(mean) @ difference) / deviation / math.sqrt(2))
+
+
+def new_directions(gradient, frozen, rank):
+    """Returns the projector on the top right singular vectors of G (I − P), from the whole G."""
+    gradient, frozen = float64(gradient), float64(frozen)
+    projector = np.linalg.pinv(frozen) @ frozen
+    outside = gradient @ (np.eye(gradient.shape[1]) - projector)
+    _, _, directions = np.linalg.svd(outside)
+    return directions[:rank].T @ directions[:rank]
+
+
 # --- Rouge-L ---
 # The beginnings of the names of characters in scripts without spaces between words.
 WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA LETTER", "THAI", "LAO", "KHMER", "MYANMAR")

@@ -145,13 +145,14 @@ class Run(RunFolder):
             values: override the recipe's values, such as ``extend={"rank": 16}``.
 
         Returns:
-            The new run, with the scores of the new tasks.
+            The new run, with the scores of the new tasks. Those of the earlier tasks are in
+            ``scores-earlier.json``, if ``extend.earlier`` has their test data.
 
         Raises:
             BaditError: the run cannot be extended, a task is already covered or has the name of an
                 earlier one, or the data is invalid.
         """
-        from badit.evaluation.scoring import train_and_score
+        from badit.evaluation.scoring import score_earlier, train_and_score
         from badit.runs.extending import extended_recipe
         from badit.runs.resolved import resolve
         from badit.training.extending import check_extension
@@ -161,6 +162,8 @@ class Run(RunFolder):
         if not run.has_begun():
             check_extension(run)
         train_and_score(run, progress=progress)
+        if is_main_process():
+            score_earlier(run, progress=progress)
         trusts_code = recipe.model.trust_remote_code
         return Run(run.folder.path, check=is_main_process(), trust_remote_code=trusts_code)
 

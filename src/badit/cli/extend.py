@@ -1,5 +1,7 @@
 """``badit extend``."""
 
+import os
+
 from badit.cli.app import Overrides, RunPath, Trust, app, load
 from badit.support.console import is_main_process
 from badit.support.errors import BaditError
@@ -26,7 +28,8 @@ def extend(
             tasks.
         remove: remove this added task instead; the other tasks stay as they are.
     """
-    if remove is not None and data is not None and "=" in data:
+    # Without DATA, the first override is in its place.
+    if data is not None and "=" in data and not os.path.exists(data):
         overrides = (data, *overrides)
         data = None
     if (data is None) == (remove is None):
@@ -39,4 +42,9 @@ def extend(
     # Only rank 0 scores.
     if not is_main_process():
         return None
-    return f"{load('badit.runs.scores').score_table(result.scores)}\n\nRun: {result.path}"
+    scores = load("badit.runs.scores")
+    text = scores.score_table(result.scores)
+    if result.earlier_scores_path.is_file():
+        earlier = scores.scores_frame(scores.read_scores(result.earlier_scores_path))
+        text += f"\n\nEarlier tasks:\n{scores.score_table(earlier)}"
+    return f"{text}\n\nRun: {result.path}"

@@ -216,6 +216,9 @@ class ExtendSection(Section):
     run: PathText | None = Field(
         None, description="the finished run that the tasks are added to; badit extend sets it"
     )
+    earlier: PathText | None = Field(
+        None, description="test data of the run's tasks, to score them after the training too"
+    )
     own_experts: bool = Field(
         True,
         description="in a sequence, BADIT gives every later task its own expert and clusters, and "

@@ -81,9 +81,9 @@ def check_extension(run: ResolvedRun) -> None:
         result = _hooks(model).survey(
             batches, threshold=section.coverage, clusters=section.clusters
         )
+    _refuse(result, section, names)
     for line in report(result, section):
         say(f"badit: {line}")
-    _refuse(result, section, names)
 
 
 def _earlier_run(run: ResolvedRun) -> RunFolder:

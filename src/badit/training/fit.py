@@ -36,6 +36,7 @@ from badit.training.hf_arguments import training_arguments
 from badit.training.loading import load_base, model_dtype
 from badit.training.logs import MetricsLog, ProgressBar, divergence, trackers_of, tracking
 from badit.training.methods import Method, training_method
+from badit.training.regrouping import RegroupCallback
 from badit.training.trainer import AnswerTrainer
 from badit.tuner import hooks_of
 from badit.tuner.distributed import parameter_count, whole_weights
@@ -226,10 +227,10 @@ class _Stage:
     def _trainer(
         self, model: Any, arguments: TrainingArguments, data: _StageData, bar: ProgressBar
     ) -> AnswerTrainer:
-        callbacks: list[Any] = [MetricsLog(self.folder.metrics_path)]
-        # The components of frozen experts keep their groups.
-        if not self.run.adds_tasks(self.number):
-            callbacks += self.method.callbacks(self.folder)
+        callbacks = [MetricsLog(self.folder.metrics_path), *self.method.callbacks(self.folder)]
+        if self._keeps_experts():
+            # The components of frozen experts keep their groups.
+            callbacks = [one for one in callbacks if not isinstance(one, RegroupCallback)]
         if self.progress:
             callbacks.insert(1, bar)
         trainer = self.method.trainer(
@@ -244,9 +245,12 @@ class _Stage:
         )
         # It prints the log lines, which are in metrics.jsonl.
         trainer.remove_callback(transformers.PrinterCallback)
-        adds_tasks = self.run.adds_tasks(self.number) or self.recipe.extend.run is not None
-        _refuse_sharding(trainer, self.method, adds_tasks)
+        _refuse_sharding(trainer, self.method, self._keeps_experts())
         return trainer
+
+    def _keeps_experts(self) -> bool:
+        """Returns whether the stage adds tasks to trained experts, or trains some of them."""
+        return self.recipe.extend.run is not None or self.run.adds_tasks(self.number)
 
     def _say_best(self, trainer: AnswerTrainer) -> None:
         state = trainer.state
