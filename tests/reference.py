@@ -365,23 +365,19 @@ def relative_energy(energy, labels):
 
 
 # --- extensions ---
-def key_spread(keys, cluster_of):
-    """Returns the mean and the variance of the keys of each cluster."""
+def key_moments(keys):
+    """Returns the mean and the covariance of the keys of a cluster."""
     keys = float64(keys)
-    groups = [keys[np.asarray(cluster_of) == c] for c in range(max(cluster_of) + 1)]
-    means = [group.sum(axis=0) / len(group) for group in groups]
-    variances = [
-        sum((key - mean) ** 2 for key in group) / len(group)
-        for group, mean in zip(groups, means, strict=True)
-    ]
-    return np.array(means), np.array(variances)
+    mean = sum(keys) / len(keys)
+    return mean, sum(np.outer(key - mean, key - mean) for key in keys) / len(keys)
 
 
-def confused_share(mean, variance, own, other):
-    """Returns P(z · (other − own) > 0) of a normal z with independent features."""
+def confused_share(keys, own, other):
+    """Returns P(z · (other − own) > 0) of a normal z with the moments of a cluster's keys."""
+    mean, covariance = key_moments(keys)
     difference = float64(other) - float64(own)
-    deviation = math.sqrt(sum(float64(variance) * difference**2))
-    return 0.5 * math.erfc(-(float64(mean) @ difference) / deviation / math.sqrt(2))
+    deviation = math.sqrt(difference @ covariance @ difference)
+    return 0.5 * math.erfc(-(mean @ difference) / deviation / math.sqrt(2))
 
 
 def new_directions(gradient, frozen, rank):

@@ -89,31 +89,41 @@ def test_a_gradient_of_zeros_or_of_small_rank_gives_directions_in_the_complement
 
 @given(_SEED)
 def test_spread_equals_the_reference(seed):
-    keys = _randn(seed, 12, 5)
-    clusters = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 2, 2, 1])
-    expected = reference.key_spread(keys, clusters.tolist())
-    for found, wanted in zip(key_spread(keys, clusters, 4), expected, strict=True):
-        np.testing.assert_allclose(found[:3], wanted, atol=1e-6)
-        assert not found[3].any()  # a cluster without prompts
+    keys = _randn(seed, 21, 30)
+    clusters = torch.arange(21) % 3  # seven prompts each: eight components have all the variance
+    means, spread = key_spread(keys, clusters, 4)
+    for cluster in range(3):
+        mean, covariance = reference.key_moments(keys[clusters == cluster])
+        np.testing.assert_allclose(means[cluster], mean, atol=1e-6)
+        np.testing.assert_allclose(spread[cluster].T @ spread[cluster], covariance, atol=1e-5)
+    assert not means[3].any()  # a cluster without prompts
+    assert not spread[3].any()
 
 
 @given(_SEED)
-def test_confused_shares_equal_the_reference_and_a_simulation(seed):
-    means, variances = _randn(seed, 3, 4), _randn(seed + 1, 3, 4).square()
-    own, others = _randn(seed + 2, 3, 4), _randn(seed + 3, 2, 4)
-    shares = confused_shares(means, variances, own, others)
-    for c in range(3):
-        for d in range(2):
-            expected = reference.confused_share(means[c], variances[c], own[c], others[d])
-            assert shares[c, d].item() == pytest.approx(expected, abs=1e-9)
-    prompts = means[0] + variances[0].sqrt() * _randn(seed + 4, 4000, 4)
-    simulated = ((prompts @ (others[0] - own[0])) > 0).float().mean()
-    assert abs(simulated - shares[0, 0]) < 0.05
+def test_spread_has_the_largest_components(seed):
+    keys = _randn(seed, 40, 12) * torch.arange(1, 13)
+    _, spread = key_spread(keys, torch.zeros(40, dtype=torch.long), 1)
+    _, covariance = reference.key_moments(keys)
+    largest = np.linalg.eigvalsh(covariance)[::-1][:8]
+    np.testing.assert_allclose(spread[0].square().sum(dim=1), largest, rtol=1e-4)
+
+
+@given(_SEED)
+def test_confused_shares_equal_the_reference(seed):
+    keys = _randn(seed, 14, 20)
+    clusters = torch.arange(14) % 2
+    own, others = _randn(seed + 2, 2, 20), _randn(seed + 3, 3, 20)
+    shares = confused_shares(*key_spread(keys, clusters, 2), own, others)
+    for c in range(2):
+        for d in range(3):
+            expected = reference.confused_share(keys[clusters == c], own[c], others[d])
+            assert shares[c, d].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_without_variance_a_share_is_0_or_1():
     own, others = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    means, zeros = torch.tensor([[0.2, 0.8]]), torch.zeros(1, 2)
+    means, zeros = torch.tensor([[0.2, 0.8]]), torch.zeros(1, 8, 2)
     assert confused_shares(means, zeros, own, others).tolist() == [[1.0, 0.0]]
     assert confused_shares(own, zeros, own, others).tolist() == [[0.0, 0.0]]
 

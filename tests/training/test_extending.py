@@ -1,7 +1,9 @@
 """``badit extend``: runs that add tasks to runs, resume, train covered tasks and remove tasks."""
 
 import json
+import random
 import shutil
+import signal
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ from badit.training.encoding import encoded
 from materials import make_material, make_recipe
 from refusals import refuses
 from steps import fit, load_run
-from training.trainers import fit_until
+from training import killed
+from training.launches import Launches
+from training.trainers import fit_until, learned
 
 METHOD = {"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1}
 KEY = {**METHOD, "gates": "clusters", "key": "embedding"}
@@ -239,3 +243,54 @@ def test_the_command_removes_and_shows_help(finished, tmp_path, capsys):
     output = tmp_path / "removed"
     assert main(["extend", str(second.path), "--remove", "animals", f"output={output}"]) == 0
     assert str(output) in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_three_extensions_killed_in_between_equal_uninterrupted_ones(folder, tmp_path, processes):
+    values = make_recipe(folder / "model", folder / "tasks.jsonl", tmp_path / "run")
+    values["method"] = KEY
+    values["training"] |= {"num_train_epochs": 1, "save_steps": 1}
+    run = badit.train(values, progress=False)
+    whole, stopped = run, run
+    third = write_task(tmp_path / "seasons.jsonl", "seasons")
+    rng = random.Random(0)
+    for number, data in enumerate((folder / "animals.jsonl", folder / "colours.jsonl", third)):
+        whole = whole.extend(data, output=tmp_path / f"whole{number}", progress=False)
+        output = tmp_path / f"stopped{number}"
+        words = ["extend", str(stopped.path), str(data), f"output={output}"]
+        for event in ("file", "on_step_end"):
+            strike = (event, rng.randint(1, 3), signal.SIGKILL)
+            status, said = killed.end(killed.start(processes, words, output, *strike))
+            assert status == -signal.SIGKILL, said
+        status, said = killed.end(killed.start(processes, words, output))
+        assert status == 0, said
+        stopped = badit.Run(output)
+        theirs, mine = learned(whole), learned(stopped)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        _, *expected = logits_and_scores(run, folder / "tasks.jsonl")
+        assert logits_and_scores(stopped, folder / "tasks.jsonl")[1:] == tuple(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes_extend_as_one_or_are_refused(recipe_values, tmp_path, processes, engine):
+    launches = Launches(recipe_values, tmp_path, processes)
+    launches.train_alone("run", batch=4)
+    data = write_task(tmp_path / "animals.jsonl", "animals")
+    launches.settings = lambda name, batch: [
+        str(tmp_path / "run"),
+        str(data),
+        f"output={tmp_path / name}",
+        f"training.per_device_train_batch_size={batch}",
+        "data.validation_per_task=2",
+    ]
+    launches.command = "extend"
+    if engine == "fsdp2":
+        said = launches.train("refused", 2, engine, code=2)
+        assert "extend: adding a task needs unsharded weights" in said
+        return
+    launches.train_alone("one", batch=4)
+    launches.train("two", 2, engine)
+    two, one = learned(launches.run("two")), learned(launches.run("one"))
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)

@@ -4,9 +4,10 @@ None of this is in the paper. Keys and centroids are those of :mod:`badit.method
 
 Coverage. A task needs no expert of its own if most of its prompts are close to an existing
 centroid. Confusion. A prompt z of cluster c is nearer to a new centroid d if ⟨z, d − c⟩ > 0. With
-the mean and the variance of every feature of the cluster's keys, and a normal distribution:
+the mean of the cluster's keys, their largest principal components u_k σ_k, and a normal
+distribution:
 
-    P = Φ(⟨mean, d − c⟩ / √(Σ_i variance_i (d − c)_i²))
+    P = Φ(⟨mean, d − c⟩ / √(Σ_k ⟨u_k σ_k, d − c⟩²))
 
 Directions. G = ∂L/∂W of the new task, P the projector on the rows of all frozen A's. The rows of
 the new A are the top right singular vectors of G (I − P). G is never stored: two passes over the
@@ -22,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: Principal components of a cluster's keys; single features vary together.
+PRINCIPAL_COMPONENTS = 8
 _OVERSAMPLING = 8  # rows of a sketch beyond the rank
 _NOISE = 1e-6  # of a sketch's norm; fills the basis if the gradient has too small a rank
 _NEGLIGIBLE = 1e-5  # of a norm: what rounding leaves of a vector inside the frozen space
@@ -36,27 +39,32 @@ def is_covered(cosines_SC: Tensor, threshold: float, share: float) -> bool:
 
 
 def key_spread(keys_SE: Tensor, cluster_S: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Returns the mean (C, E) and the variance (C, E) of the keys of each cluster.
+    """Returns the means (C, E) of the keys of each cluster, and the principal components (C, K, E).
 
-    Both are 0 for a cluster without prompts.
+    A component has the length of its standard deviation. Both are 0 for a cluster without prompts.
     """
-    member_CS = F.one_hot(cluster_S, clusters).T.to(keys_SE)
-    weights_CS = member_CS / member_CS.sum(dim=1, keepdim=True).clamp_min(1)
-    means_CE = weights_CS @ keys_SE
-    # In two passes, because a difference of means of squares would lose digits.
-    squares_SE = (keys_SE - means_CE[cluster_S]).square()
-    return means_CE, weights_CS @ squares_SE
+    features = keys_SE.shape[1]
+    means_CE = keys_SE.new_zeros(clusters, features)
+    spread_CKE = keys_SE.new_zeros(clusters, PRINCIPAL_COMPONENTS, features)
+    for cluster in cluster_S.unique().tolist():
+        own_SE = keys_SE[cluster_S == cluster]
+        means_CE[cluster] = own_SE.mean(dim=0)
+        centred_SE = (own_SE - means_CE[cluster]) / len(own_SE) ** 0.5
+        _, sizes, directions = torch.linalg.svd(centred_SE, full_matrices=False)
+        components_KE = (sizes[:, None] * directions)[:PRINCIPAL_COMPONENTS]
+        spread_CKE[cluster, : len(components_KE)] = components_KE
+    return means_CE, spread_CKE
 
 
 def confused_shares(
-    means_CE: Tensor, variances_CE: Tensor, centroids_CE: Tensor, others_DE: Tensor
+    means_CE: Tensor, spread_CKE: Tensor, centroids_CE: Tensor, others_DE: Tensor
 ) -> Tensor:
     """Returns the share (C, D) of each cluster's prompts that is nearer to another centroid."""
     difference_CDE = others_DE.double() - centroids_CE.double()[:, None]
     mean_CD = torch.einsum("ce,cde->cd", means_CE.double(), difference_CDE)
-    variance_CD = torch.einsum("ce,cde->cd", variances_CE.double(), difference_CDE.square())
+    deviations_CKD = torch.einsum("cke,cde->ckd", spread_CKE.double(), difference_CDE)
     # Without variance the share is 0 or 1, and 0 if the centroids are equal.
-    deviation_CD = variance_CD.sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    deviation_CD = deviations_CKD.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
     return torch.special.ndtr(mean_CD / deviation_CD) * (difference_CDE != 0).any(dim=2)
 
 

@@ -102,7 +102,7 @@ def _set_clusters(
 ) -> None:
     """Sets the clusters of an extension; all ranks get those of rank 0."""
     cluster_S = (keys_SE @ centroids_CE.T).argmax(dim=1)
-    means_CE, variances_CE = key_spread(keys_SE, cluster_S, len(centroids_CE))
+    means_CE, spread_CKE = key_spread(keys_SE, cluster_S, len(centroids_CE))
     counts_CT = extensions.of("counts", number).new_zeros(extensions.of("counts", number).shape)
     of_task_S = torch.tensor(task_S)
     ones_S = torch.ones(len(task_S))
@@ -112,7 +112,7 @@ def _set_clusters(
         "directions": directions_CE,
         "offsets": offsets_C,
         "means": means_CE,
-        "variances": variances_CE,
+        "spread": spread_CKE,
         "counts": counts_CT,
     }
     for kind, value in values.items():
@@ -172,7 +172,7 @@ def survey(
         is_kept_S = best_S >= (keys_SE.double() @ centroids_DE.T).amax(dim=1)
         confused[task] = earlier.shares(cluster_S, is_kept_S.double())
     shares_CD = confused_shares(
-        earlier.spread("means"), earlier.spread("variances"), earlier.centroids_CE, centroids_DE
+        earlier.all("means"), earlier.all("spread"), earlier.centroids_CE, centroids_DE
     )
     return Survey(covered, confused, earlier.by_task(shares_CD.amax(dim=1)), nearest)
 
@@ -188,14 +188,15 @@ class _Earlier:
             for number in with_clusters(holder, adapter)
             if self.extensions.has_clusters(number)
         ]
-        self.centroids_CE = keys.centroids(self.spread("directions"))
+        self.centroids_CE = keys.centroids(self.all("directions"))
         names = {number + 1: e.tasks for number, e in enumerate(config.extensions)}
         names[0] = config.tasks or ["the run's tasks"]
         self.tasks = [task for number in self.numbers for task in names[number]]
         counts = [self.extensions.of("counts", number) for number in self.numbers]
         self.counts_CT = torch.block_diag(*counts).double().cpu()
 
-    def spread(self, kind: str) -> Tensor:
+    def all(self, kind: str) -> Tensor:
+        """Returns a tensor of all clusters."""
         values = [self.extensions.of(kind, number) for number in self.numbers]
         return torch.cat(values).double().cpu()
 

@@ -25,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from badit.method.extension import PRINCIPAL_COMPONENTS
 from badit.support.errors import BaditError
 from badit.tuner.config import BaditConfig, Extension
 from badit.tuner.context import ForwardPass, RoutingContext
 
 #: Prefixes of the tensors that a cast of the model does not change.
-_EXACT = ("used_", "directions_", "offsets_", "means_", "variances_", "counts_")
+_EXACT = ("used_", "directions_", "offsets_", "means_", "spread_", "counts_")
 
 
 class Extensions(nn.Module):
@@ -39,8 +40,8 @@ class Extensions(nn.Module):
     Trained: A_e (R, I), B_e (O, R) and gates_e (U). Buffers: used_e (U), the abilities that
     extension e uses, numbered from the experts of the adapter on. The layer that ``features`` are
     given for has the clusters of the whole model: directions_e (C, E) and offsets_e (C), which
-    score a prompt's mean embedding, and the mean (C, E), the variance (C, E) and the number of the
-    training prompts' keys, counts_e (C, tasks).
+    score a prompt's mean embedding, and of the training prompts' keys the mean (C, E), the
+    principal components spread_e (C, 8, E) and the number counts_e (C, tasks).
     """
 
     def __init__(self, config: BaditConfig, features: int, shape: tuple[int, int]) -> None:
@@ -67,7 +68,8 @@ class Extensions(nn.Module):
         self.register_buffer(f"directions_{number}", torch.zeros(clusters, self.features))
         self.register_buffer(f"offsets_{number}", torch.zeros(clusters))
         self.register_buffer(f"means_{number}", torch.zeros(clusters, self.features))
-        self.register_buffer(f"variances_{number}", torch.zeros(clusters, self.features))
+        components = (clusters, PRINCIPAL_COMPONENTS, self.features)
+        self.register_buffer(f"spread_{number}", torch.zeros(components))
         self.register_buffer(f"counts_{number}", torch.zeros(clusters, tasks))
 
     def of(self, kind: str, number: int) -> Tensor:

@@ -16,7 +16,7 @@ from badit.support.errors import BaditError, nearest
 from badit.tuner.config import BaditConfig, Extension
 
 _NAME = re.compile(r"(.*\.badit_extensions\.)([A-Za-z]+)_(\d+)")
-_OF_CLUSTERS = ("directions", "offsets", "means", "variances", "counts")
+_OF_CLUSTERS = ("directions", "offsets", "means", "spread", "counts")
 
 Tensors = Mapping[str, Tensor]
 
