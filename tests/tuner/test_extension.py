@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 
 from badit.tuner import hooks_of
-from badit.tuner.extension import parts_of
+from badit.tuner.extension import ability_factors, ability_gram, parts_of
 from refusals import refuses
 from tuner.extending import KEY, add, assert_same, batches_of, results, trained
 from tuner.helpers import CLUSTERS, adapt, enable_checkpointing, generate, layers
@@ -195,3 +195,31 @@ REFUSED = {
     "the released form cannot be extended": {"gates": "softmax"},
     "the adapter has no clusters for later tasks": KEY,
 }
+
+
+def test_inner_products_of_experts_are_those_of_their_products(tiny_model):
+    model = trained(tiny_model("llama"), **KINDS["gated change"])
+    add(model, "third")
+    layer = layers(model)[0]
+    products = [
+        (b @ a).flatten() for a, b in (ability_factors(layer, "default", k) for k in range(4))
+    ]
+    expected = torch.stack(products) @ torch.stack(products).T
+    torch.testing.assert_close(ability_gram(layer, "default"), expected)
+
+
+def test_fixed_gates_equal_the_pass_of_a_prompt(tiny_model):
+    model = trained(tiny_model("llama"), **KEY)
+    add(model, "third")
+    layer = layers(model)[0]
+    seen = []
+    layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    with torch.no_grad():
+        batch = batches_of("third")["third"][0]
+        model(**batch)
+        (x, y), *_ = seen
+        gates = torch.tensor([0.0, 0.0, 0.0, 1.0])
+        extensions = layer.badit_extensions["default"]
+        gates[extensions.of("used", 1)] = extensions.of("gates", 1)
+        a, b = layer.frozen_factors("default", gates)
+        torch.testing.assert_close(layer.base_layer(x) + x @ a.T @ b.T, y, atol=1e-4, rtol=1e-4)

@@ -28,6 +28,7 @@ from badit.runs.resolved import open_run
 from badit.support.errors import BaditError
 from badit.support.files import read_json, refuse_links
 from badit.training.loading import load_run
+from badit.tuner.extension import ability_gram
 from badit.tuner.layer import ExpertLinear
 
 _MAX_TOKENS = 1024 * 1024  # of a prompt, for models without a limit of positions
@@ -130,6 +131,8 @@ def _refuse_unroutable(run: RunFolder, method: ResolvedMethod) -> None:
 @torch.no_grad()
 def _gram(layer: ExpertLinear, adapter: str) -> torch.Tensor:
     """Returns G (K, K) of a layer, without the factor s²."""
+    if layer.badit_config[adapter].extensions:
+        return ability_gram(layer, adapter).cpu()
     a_RI, b_ON = (factor.float() for factor in layer.factors(adapter))
     # Experts that share A have one A for several blocks of B.
     a_NI = a_RI.repeat(b_ON.shape[1] // len(a_RI), 1)

@@ -198,6 +198,11 @@ class ExpertConfig(PeftConfig):
         return self.num_experts * self.r
 
     @property
+    def num_gates(self) -> int:
+        """The number of gates of a prompt: one per expert, also of each extension."""
+        return self.num_experts + len(self.extensions)
+
+    @property
     def has_fixed_gates(self) -> bool:
         """Whether no gate depends on the input, so the adapter equals a plain LoRA."""
         return self.num_experts == 1 and not self.needs_tasks and not self.extensions
@@ -395,11 +400,6 @@ class BaditConfig(ExpertConfig):
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         kwargs.setdefault("stores_clusters", False)  # an adapter of an earlier version
         return super().check_kwargs(**kwargs)
-
-    @property
-    def num_gates(self) -> int:
-        """The number of gates of a prompt: one per expert, also of each extension."""
-        return self.num_experts + len(self.extensions)
 
     @property
     def is_released_form(self) -> bool:

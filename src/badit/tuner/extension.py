@@ -292,3 +292,16 @@ def frozen_factors(layer: Any, adapter: str, gates_G: Tensor) -> tuple[Tensor, T
             a_rows.append(a_RI.float())
             b_columns.append(config.scaling * gate * b_OR.float())
     return torch.cat(a_rows), torch.cat(b_columns, dim=1)
+
+
+@torch.no_grad()
+def ability_gram(layer: Any, adapter: str) -> Tensor:
+    """Returns the inner products (G, G) of the products B A of all experts and extensions."""
+    config: BaditConfig = layer.badit_config[adapter]
+    pairs = [ability_factors(layer, adapter, ability) for ability in range(config.num_gates)]
+    a_PI = torch.cat([a_RI.float() for a_RI, _ in pairs])
+    b_OP = torch.cat([b_OR.float() for _, b_OR in pairs], dim=1)
+    of_P = [ability for ability, (a_RI, _) in enumerate(pairs) for _ in range(len(a_RI))]
+    of_ability_PG = F.one_hot(torch.tensor(of_P), config.num_gates).to(a_PI)
+    gram_PP = (b_OP.T @ b_OP) * (a_PI @ a_PI.T)
+    return of_ability_PG.T @ gram_PP @ of_ability_PG
