@@ -49,7 +49,7 @@ def methods(tasks: int) -> dict[str, dict[str, Any]]:
     lora = {"name": "lora", "r": 34, "lora_alpha": 272, "lora_dropout": 0.05}
     settings = {"lora": {"method": lora, "rate": 1e-3}}
     for clusters in (16, 8, tasks):
-        method = {"name": "badit", "num_experts": 8, "r": 4, "num_clusters": clusters}
+        method = {"name": "cluster-gates", "num_experts": 8, "r": 4, "num_clusters": clusters}
         settings[f"badit-{clusters}"] = {"method": method, "rate": 2e-3}
     return settings
 

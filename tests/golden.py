@@ -26,6 +26,7 @@ _BAD = {
     "name": "badit",
     **_SMALL,
     "init_weights": "bad",
+    "gated": "factors",
     "router_input": "mean",
     "regroup": {"every": 5},
 }
@@ -38,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
         **_DIRECTIONS,
         "router_input": "standardised",
         "gates": "clusters",
+        "key": "layer",
         "num_clusters": 16,
     },
     "token": {**_BAD, "routing": "token"},

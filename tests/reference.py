@@ -124,6 +124,34 @@ def polar_grouping(gradients, labels, num_experts, size, rounds=50):
     return labels
 
 
+def change_norms(A, B, initial_A, initial_B):
+    """Returns the Frobenius norm of every component's change, from its matrices."""
+    A, B, initial_A, initial_B = map(float64, (A, B, initial_A, initial_B))
+    return np.array(
+        [
+            np.linalg.norm(np.outer(B[:, i], A[i]) - np.outer(initial_B[:, i], initial_A[i]))
+            for i in range(len(A))
+        ]
+    )
+
+
+def exchanged_smallest(gradients, labels, norms, share):
+    """Exchanges the best pair of the components with the smallest norms until none improves."""
+    order = sorted(range(len(norms)), key=lambda i: (norms[i], i))
+    free = sorted(order[: round(share * len(norms))])
+    labels = np.array(labels)
+    while True:
+        best, exchanged = objective(gradients, labels) * (1 + 1e-6), None
+        for i, j in itertools.combinations(free, 2):
+            trial = labels.copy()
+            trial[[i, j]] = labels[[j, i]]
+            if objective(gradients, trial) > best:
+                best, exchanged = objective(gradients, trial), trial
+        if exchanged is None:
+            return labels
+        labels = exchanged
+
+
 def angles(gradients, labels):
     """Returns mean angles in degrees within and between experts, then mean |cos|.
 

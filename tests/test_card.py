@@ -1,10 +1,12 @@
 """Model cards: their content, and the escaping of text from data."""
 
+import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from badit.api import Run
 from badit.hub.card import hub_id, model_card
+from badit.presets import SYSTEM
 from badit.recipe.loading import build_recipe
 from badit.recipe.saved import dump_recipe
 from badit.support.files import write_json
@@ -89,6 +91,25 @@ def test_runs_of_other_methods_and_base_models_are_loaded_from_the_hub(tmp_path)
     assert "<td>model.revision</td>\n<td>v1</td>" in html_of(pinned)
 
 
+@pytest.mark.parametrize(
+    ("method", "title", "is_the_papers"),
+    [
+        ({"name": "badit", **SYSTEM}, "badit", True),
+        ({"name": "badit", "preset": "released"}, "badit (released)", True),
+        ({"name": "cluster-gates"}, "cluster-gates", False),
+        ({"name": "badit", **SYSTEM, "codes": "random"}, "badit (changed: codes=random)", False),
+        ({"name": "lora"}, "lora", False),
+    ],
+)
+def test_card_names_the_method_by_its_options_and_cites_the_paper_for_its_own(
+    tmp_path, method, title, is_the_papers
+):
+    page = html_of(card_of(make_run(tmp_path / "mine", method=method)))
+    assert f"<h1>{title} on HuggingFaceTB/SmolLM2-135M-Instruct</h1>" in page
+    assert (PAPER in page) == is_the_papers
+    assert ("released code" in page) == (title == "badit (released)")
+
+
 def test_exports_are_loaded_without_badit_and_name_what_they_change(tmp_path):
     run = make_run(tmp_path / "run", model={"name": "org/base"})
     lora = card_of(run, export={"rank": 64, "mixture": "the mean over 2 tasks"})
@@ -125,7 +146,9 @@ def test_base_model_licence_is_read_from_its_card(tmp_path):
 
 
 def test_text_from_data_is_escaped(tmp_path):
-    run = make_run(tmp_path / "a`<b>", HOSTILE, data={"source": f"/x/{HOSTILE.replace('/', '')}"})
+    source = f"/x/{HOSTILE.replace('/', '')}"
+    method = {"name": "badit", **SYSTEM}
+    run = make_run(tmp_path / "a`<b>", HOSTILE, data={"source": source}, method=method)
     card = card_of(run, export={"rank": 4, "mixture": HOSTILE})
     assert card.data.license == "apache-2.0"
     page, text = html_of(card), str(card).replace(PAPER, "")

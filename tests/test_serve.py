@@ -256,6 +256,39 @@ def test_without_exports_each_prompt_gets_a_lora_equal_to_the_run(router, vllm):
             assert (logits - base_logits).abs().max() > 0.05
 
 
+def test_gated_change_is_served_by_the_weights_of_its_change(trained, tmp_path):
+    options = {"gated": "change", "gates": "clusters", "key": "embedding", "codes": "grouped"}
+    run = trained({**BADIT, **options, "router_input": "standardised"})
+    compares_weights_of_changes(run, tmp_path)
+
+
+@torch.no_grad()
+def compares_weights_of_changes(run, tmp_path):
+    router = Router(run, export(run, tmp_path / "tasks", all_tasks=True).folder)
+    layers = adapted_layers(router.model)
+    generator = torch.Generator().manual_seed(0)
+    for gates_MK in torch.rand(5, len(layers), 4, generator=generator):
+        distances = []
+        for of_task_MK in router.gates_TMK:
+            by_name = [
+                dict(zip(router.modules, m.tolist(), strict=True)) for m in (gates_MK, of_task_MK)
+            ]
+            distances.append(sum(distance(layer, *by_name) for layer in layers))
+        difference_TMK = router.gates_TMK - gates_MK
+        squares_T = torch.einsum("tmk,mkl,tml->t", difference_TMK, router.gram_MKK, difference_TMK)
+        torch.testing.assert_close(squares_T, torch.tensor(distances), rtol=1e-4, atol=1e-6)
+        assert router.nearest(gates_MK) == router.exports[distances.index(min(distances))]
+    for example in training_prompts(router)[::9]:
+        prompt = example["input_ids"][: example["prompt_length"]]
+        router.write(router.gates(prompt), tmp_path / "lora")
+        base, _ = load_base(run.recipe)
+        lora = PeftModel.from_pretrained(base, str(tmp_path / "lora"))
+        ids = torch.tensor([prompt])
+        expected = router.model(input_ids=ids).logits
+        torch.testing.assert_close(lora(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+        shutil.rmtree(tmp_path / "lora")
+
+
 @pytest.mark.parametrize("exports", [True, False])
 def test_streams_are_forwarded_by_chunk_and_end_when_the_client_leaves(router, vllm, exports):
     with proxied(router if exports else Router(router.run, None), vllm.port) as port:

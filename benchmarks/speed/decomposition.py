@@ -49,7 +49,7 @@ def initialisation(rounds: int) -> list[float]:
     seconds = []
     for _ in range(rounds):
         model = base("bfloat16")
-        config = BaditConfig.paper(
+        config = BaditConfig.released(
             num_experts=EXPERTS, r=RANK, target_modules=TARGETS, task_type="CAUSAL_LM"
         )
         started = time.perf_counter()

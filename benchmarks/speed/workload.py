@@ -21,7 +21,7 @@ MODEL = "smollm2-135m"
 EXPERTS, RANK = 8, 4
 TARGETS = ["gate_proj"]
 
-ADAPTERS = ("lora", "badit", "experts in a loop", "experts per sequence")
+ADAPTERS = ("lora", "badit", "gated change", "experts in a loop", "experts per sequence")
 
 
 def fast_dtypes() -> list[str]:
@@ -51,6 +51,7 @@ def adapted(name: str, dtype: str, *, experts: int = EXPERTS, rank: int = RANK) 
         lora_dropout=0.0,
         init_weights="bad",
         router_input="mean",
+        gated="change" if name == "gated change" else "factors",
         target_modules=TARGETS,
         task_type="CAUSAL_LM",
     )

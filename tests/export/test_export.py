@@ -45,6 +45,18 @@ BADIT = {
     **PAPER,
     "regroup": {"every": 1},
 }
+CHANGE = {
+    "name": "badit",
+    "num_experts": 3,
+    "r": 2,
+    "lora_dropout": 0.0,
+    "init_weights": "bad",
+    "gated": "change",
+    "gates": "clusters",
+    "key": "embedding",
+    "codes": "grouped",
+    "regroup": {"every": 1, "stop": 1.0},
+}
 LORA = {"r": 3, "lora_alpha": 12}
 # Each method with the rank of its exact export.
 METHODS = {
@@ -52,6 +64,7 @@ METHODS = {
     "softmax": ({**BADIT, "gates": "softmax", "top_k": 2, "regroup": None}, 12),
     "token": ({**BADIT, "routing": "token"}, 12),
     "directions": ({**BADIT, "init_weights": "directions", "router_input": "standardised"}, 6),
+    "change": (CHANGE, 12),
     "loramoe": ({"name": "loramoe", "num_experts": 3, "r": 2}, 6),
     "hydralora": ({"name": "hydralora", "num_experts": 3, "r": 2}, 2),
     "goat": ({"name": "goat", "num_experts": 2, "r": 4, "lora_alpha": 8}, 8),
@@ -70,6 +83,7 @@ VARY = (
     "softmax",
     "token",
     "directions",
+    "change",
     "loramoe",
     "hydralora",
     "goat",
@@ -80,6 +94,7 @@ VARY = (
 TASK_OF = {
     "mtl-lora": "cities",
     "directions": "rivers",
+    "change": "cities",
 }  # parameters of the task; clusters of prompts
 
 
@@ -238,6 +253,34 @@ def test_gates_from_a_file_and_invalid_gates(trained, tmp_path):
         (tmp_path / "wrong.json").write_text(json.dumps(wrong))
         refuses(message, export, run, tmp_path / "other", gates=tmp_path / "wrong.json")
     assert not (tmp_path / "other").exists()
+
+
+def test_export_of_a_clusters_code_equals_the_run_on_its_prompts(trained, tmp_path):
+    run = trained(CHANGE)
+    model, _ = load_run(run)
+    ids = torch.tensor(TOKENS)
+    seen = []
+    holder = layers(model)[0]
+    holder.register_forward_hook(lambda *_: seen.append(holder.routing.clusters("default")))
+    with torch.no_grad():
+        routed = model(input_ids=ids).logits
+    for row, cluster in enumerate(seen[0].tolist()):
+        gates = {layer.name: layer.badit_codes["default"][cluster] for layer in layers(model)}
+        file = tmp_path / "code.json"
+        file.write_text(json.dumps({name: gates_K.tolist() for name, gates_K in gates.items()}))
+        for merged in (False, True):
+            done = export(run, tmp_path / f"out-{merged}", gates=file, merged=merged)
+            plain = AutoModelForCausalLM.from_pretrained(
+                done.folder if merged else run.trusted_recipe().model.name, dtype=torch.float32
+            )
+            if not merged:
+                assert done.rank == 12
+                plain = PeftModel.from_pretrained(plain, done.folder)
+            with torch.no_grad():
+                logits_TV = plain(input_ids=ids[row][None]).logits[0]
+            torch.testing.assert_close(logits_TV, routed[row], atol=1e-5, rtol=1e-5)
+    done = export(run, tmp_path / "all", all_tasks=True)
+    assert {exported.rank for exported in done.tasks.values()} == {12}
 
 
 def test_smaller_rank_is_the_best_approximation_and_its_error_is_reported(

@@ -304,3 +304,14 @@ def test_cosines_rounded_above_1_give_angles_of_0_and_180_degrees():
         [[over, over, -over], [over, over, -over], [-over, -over, over]], dtype=np.float32
     )
     assert expert_angles(gram, np.array([0, 0, 1])) == (0.0, 180.0, 1.0, 1.0)
+
+
+@given(_NUM_EXPERTS, _SIZE, _SEED)
+def test_groups_in_order_do_not_depend_on_their_numbers(num_experts, size, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(contiguous(num_experts, size))
+    renamed = rng.permutation(num_experts)[labels]
+    ordered = grouping.in_order(labels)
+    assert (grouping.in_order(renamed) == ordered).all()
+    assert ((ordered[:, None] == ordered) == (labels[:, None] == labels)).all()
+    assert [*dict.fromkeys(ordered.tolist())] == [*range(num_experts)]

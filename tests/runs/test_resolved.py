@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from badit.data import Instance, Task
+from badit.presets import SYSTEM
 from badit.recipe.loading import build_recipe
 from badit.recipe.method import NAMES, resolve_method
 from badit.recipe.saved import dump_recipe
@@ -50,16 +51,16 @@ def test_number_of_clusters_is_that_of_up_to_eight_tasks(tmp_path, method, count
     assert run.method.config.num_clusters == clusters
 
 
-def test_paper_preset_is_saved_as_its_options(tmp_path):
-    section = resolved(tmp_path / "run", {"name": "badit", "preset": "paper"}).method.section
+def test_released_preset_is_saved_as_its_options(tmp_path):
+    section = resolved(tmp_path / "run", {"name": "badit", "preset": "released"}).method.section
     assert "preset" not in section
     assert (section["init_weights"], section["gates"]) == ("bad", "softmax")
     assert section["regroup"]["solver"] == "paper"
 
 
-def write_format_4(folder, recipe, method):
-    """Writes config.yaml as the format before: the method has only the options of the recipe."""
-    values = yaml.safe_load(dump_recipe(recipe)) | {"format": 4, "method": method}
+def write_format_4(folder, recipe, method, version=4):
+    """Writes config.yaml as an earlier format: the method has only the options of the recipe."""
+    values = yaml.safe_load(dump_recipe(recipe)) | {"format": version, "method": method}
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
     (folder / "environment.json").write_text("{}")
 
@@ -87,7 +88,30 @@ def test_interrupted_run_of_format_4_is_resumed_by_the_same_recipe_only(tmp_path
     )
 
 
-@pytest.mark.parametrize("version", ["", "format: 3\n", "format: 6\n"])
+@pytest.mark.parametrize("version", [4, 5])
+def test_earlier_run_keeps_its_defaults_and_is_resumed_by_their_name(
+    tmp_path, monkeypatch, version
+):
+    former = resolved(tmp_path / "run", {"name": "cluster-gates", "r": 2})
+    former.prepare_folder()
+    saved = {"name": "badit", "r": 2}
+    if version == 5:
+        new = ("gated", "key", "codes", "permute_codes")
+        saved |= {key: value for key, value in former.method.section.items() if key not in new}
+        saved["name"] = "badit"
+    write_format_4(former.folder.path, former.recipe, saved, version)
+    (former.folder.path / "metrics.jsonl").write_text("")
+
+    monkeypatch.setattr("badit.presets.DEFAULT", SYSTEM)
+    assert open_run(RunFolder(former.folder.path)).method.title == "cluster-gates"
+    assert resolved(tmp_path / "run", {"name": "cluster-gates", "r": 2}).has_begun()
+    refuses(
+        r"holds a run of another recipe \(it differs in .*method\.codes",
+        resolved(tmp_path / "run", {"name": "badit", "r": 2}).prepare_folder,
+    )
+
+
+@pytest.mark.parametrize("version", ["", "format: 3\n", "format: 7\n"])
 def test_other_formats_are_refused(tmp_path, version):
     (tmp_path / "config.yaml").write_text(f"{version}method: {{name: lora}}\n")
     refuses(r"config\.yaml: format: ", open_run, RunFolder(tmp_path))

@@ -15,8 +15,12 @@ from typing import Any, NoReturn
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from badit import BaditConfig
 from badit.cli import main
+from badit.tuner import hooks_of
 from training.trainers import on, with_callbacks
 
 
@@ -60,6 +64,37 @@ def run(words: list[str]) -> NoReturn:
     deepspeed_on_cpu()
     with with_callbacks(on("on_step_begin", stop)):
         leave(main([os.environ.get("BADIT_COMMAND", "train"), *words]))
+
+
+def clustered(
+    options: dict[str, Any], batches: list[dict[str, Any]], variables: dict[str, str], path: str
+) -> None:
+    """Finds the clusters and codes of a tiny model in a process group, and saves its adapter.
+
+    Each rank reads every R-th batch from its own on, or all batches if ``path`` says so.
+    """
+    os.environ.update(variables)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    ranks = torch.distributed.get_world_size()
+    own = batches if "alike" in path else batches[rank::ranks]
+    torch.save(codes_of(options, own, seed=rank), f"{path}-{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def codes_of(
+    options: dict[str, Any], batches: list[dict[str, Any]], seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Returns the adapter of a tiny model with its clusters and codes."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(
+        vocab_size=100, num_attention_heads=4, initializer_range=0.2, pad_token_id=0, **sizes
+    )
+    model = get_peft_model(LlamaForCausalLM(config), BaditConfig(num_experts=3, r=2, **options))
+    torch.manual_seed(seed)  # the ranks' random states differ
+    hooks_of(model).start_task({"all": batches})
+    return {name: tensor for name, tensor in model.state_dict().items() if "badit_" in name}
 
 
 def forked(words: list[str], variables: dict[str, str], printed: str) -> NoReturn:

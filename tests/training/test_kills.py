@@ -26,6 +26,9 @@ TRAINING = {
     "save_steps": 3,
 }
 LORAMOE = "method={name: loramoe, num_experts: 3, r: 2, lora_dropout: 0.1}"
+CHANGE = "init_weights: bad, gated: change, router_input: standardised"
+ROUTER = f"{{{CHANGE}, gates: mean_one}}"
+CODES = f"{{{CHANGE}, gates: clusters, key: embedding, codes: grouped}}"
 KINDS = {
     "mixed": ["method.regroup.every=4"],
     "sequence": [
@@ -33,6 +36,8 @@ KINDS = {
         "method.router_input=standardised",
         "data.order=[rivers,cities]",
     ],
+    "gated-change": [f"method={ROUTER}", "method.regroup={every: 3, reset_smallest: 0.2}"],
+    "codes": [f"method={CODES}", "method.regroup.every=4"],
     "without-regrouping": [
         LORAMOE,
         "training.lr_scheduler_type=linear",

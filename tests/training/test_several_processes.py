@@ -1,13 +1,23 @@
 """Training in several processes (DDP, FSDP2) matches one; only the first writes and prints."""
 
 import shutil
+import socket
 
 import pytest
+import torch
 
 from training.launches import Launches, assert_same_run, assert_stops_and_resumes, losses
-from training.trainers import learned
+from training.ranks import clustered, codes_of
+from training.trainers import assert_same, learned
 
 pytestmark = pytest.mark.slow
+CHANGE = {
+    "init_weights": "bad",
+    "gated": "change",
+    "gates": "clusters",
+    "router_input": "standardised",
+    "key": "embedding",
+}
 
 
 def test_two_processes_match_one_process_and_resume_in_one_or_three(
@@ -80,3 +90,53 @@ def test_orthogonal_in_two_processes_matches_one_process_and_resumes(
         assert not [*checkpoint.rglob("*.metadata")], (
             "torch would read it with an unrestricted unpickler"
         )
+
+
+@pytest.mark.parametrize("read", ["alike", "sharded"])
+@pytest.mark.parametrize("codes", ["random", "matched", "grouped"])
+def test_two_processes_find_the_clusters_and_codes_of_one(tmp_path, processes, codes, read):
+    """Also if every rank reads other batches, as from a sharded data loader."""
+    options = {**CHANGE, "num_clusters": 4, "codes": codes}
+    batches = []
+    generator = torch.Generator().manual_seed(0)
+    for first in (4, 50) * 10:
+        ids = torch.randint(first, first + 8, (4, 9), generator=generator)
+        ids[:, 5:] = first
+        labels = ids.where(torch.arange(9) > 4, -100)
+        batches.append({"input_ids": ids, "labels": labels})
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    path = str(tmp_path / read)
+    ranks = [
+        processes.Process(
+            target=clustered, args=(options, batches, {**group, "RANK": str(rank)}, path)
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    expected = codes_of(options, batches)
+    first, second = (torch.load(f"{path}-{rank}", weights_only=True) for rank in range(2))
+    assert_same(first, second)
+    for name, tensor in first.items():
+        if any(part in name for part in ("key", "expert_of")) or codes == "random":
+            assert torch.equal(tensor, expected[name]), name
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+    labels = torch.stack([tensor for name, tensor in first.items() if "expert_of" in name])
+    assert (labels != labels[0].sort().values).any() == (codes != "random")
+
+
+def test_gated_change_with_codes_and_resets_in_two_processes_matches_one(
+    recipe_values, tmp_path, processes
+):
+    recipe_values["method"] |= {**CHANGE, "num_clusters": 4, "codes": "grouped"}
+    recipe_values["method"]["regroup"] = {"every": 3, "reset_smallest": 0.5}
+    launches = Launches(recipe_values, tmp_path, processes)
+    assert launches.train_alone("alone", batch=4) == 0
+    for engine in ("ddp", "fsdp2"):
+        launches.train(engine, 2, engine)
+        assert_same_run(launches.run(engine), launches.run("alone"))
+        assert_stops_and_resumes(launches, engine)

@@ -14,6 +14,8 @@ FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
 SMALL = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 SMALL |= {"init_weights": "bad", "router_input": "mean", "gates": "mean_one"}
 CLUSTERS = {"gates": "clusters", "router_input": "standardised", "num_clusters": 4}
+# The paper's parts with gates that scale the change, and one key for all layers.
+CHANGE = {**CLUSTERS, "gated": "change", "key": "embedding", "codes": "grouped"}
 NEW = 6  # default number of tokens that `generate` adds
 KINDS = ("linear", "linear without bias", "conv1d")
 
@@ -66,15 +68,7 @@ def randomise(model, adapter="default", seed=0):
             tensors["badit_router"].copy_(
                 noise(tensors["badit_router"], 2.0 / layer.in_features**0.5)
             )
-        if adapter in getattr(layer, "badit_moments", ()):
-            layer.badit_moments[adapter].copy_(noise(layer.badit_moments[adapter], 1.0).abs() + 0.5)
-            layer.badit_batches[adapter].fill_(3)
-        if adapter in getattr(layer, "badit_codes", ()):
-            if adapter in layer.badit_centroids:
-                # As in training, prompts differ in their direction from the mean.
-                layer.badit_moments[adapter][0] = 0.0
-                layer.badit_centroids[adapter].copy_(noise(layer.badit_centroids[adapter], 1.0))
-            layer.badit_codes[adapter].copy_(noise(layer.badit_codes[adapter], 2.0).softmax(dim=1))
+        _randomise_prompts(layer, adapter, noise)
         if adapter in getattr(layer, "badit_expert_of", ()):
             labels = layer.expert_of(adapter)
             labels.copy_(labels[torch.randperm(len(labels), generator=generator)])
@@ -82,6 +76,22 @@ def randomise(model, adapter="default", seed=0):
     for parameter in gates[adapter].parameters() if adapter in gates else ():
         parameter.add_(noise(parameter, 0.1))
     return model
+
+
+def _randomise_prompts(layer, adapter, noise):
+    """Gives a layer moments, clusters, a key and codes as after training."""
+    if adapter in getattr(layer, "badit_moments", ()):
+        layer.badit_moments[adapter].copy_(noise(layer.badit_moments[adapter], 1.0).abs() + 0.5)
+    if adapter in getattr(layer, "badit_batches", ()):
+        layer.badit_batches[adapter].fill_(3)
+    if adapter in getattr(layer, "badit_key", ()):
+        layer.badit_key[adapter].copy_(noise(layer.badit_key[adapter], 1.0))
+    if adapter in getattr(layer, "badit_codes", ()):
+        if adapter in layer.badit_centroids:
+            # As in training, prompts differ in their direction from the mean.
+            layer.badit_moments[adapter][0] = 0.0
+            layer.badit_centroids[adapter].copy_(noise(layer.badit_centroids[adapter], 1.0))
+        layer.badit_codes[adapter].copy_(noise(layer.badit_codes[adapter], 2.0).softmax(dim=1))
 
 
 def adapted(model, **options):

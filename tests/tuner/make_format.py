@@ -14,8 +14,15 @@ from badit.tuner.config import FORMAT
 from tuner.helpers import adapted, layers
 
 FOLDER = Path(__file__).parent / "formats" / str(FORMAT)
-# Both kinds of saved state: initial factors to subtract, and a router input with running moments.
-OPTIONS = {"bad": {}, "standardised": {"router_input": "standardised", "init_weights": "lora"}}
+_CLUSTERS = {"gates": "clusters", "router_input": "standardised", "num_clusters": 4}
+# All kinds of saved state: initial factors to subtract, a router input with running moments,
+# centroids with codes, and gates of the factors' change.
+OPTIONS = {
+    "bad": {},
+    "standardised": {"router_input": "standardised", "init_weights": "lora"},
+    "clusters": {**_CLUSTERS, "init_weights": "lora"},
+    "change": {**_CLUSTERS, "gated": "change"},
+}
 
 
 def base_model():

@@ -1,15 +1,25 @@
 """Abilities in the tuner: gated change, the key of a prompt, and codes from gradients."""
 
 import copy
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
+from transformers import LlamaForSequenceClassification, LlamaForTokenClassification
 
 from badit.method.abilities import code_overlap
 from badit.tuner import abilities, hooks_of
-from badit.tuner.abilities import Example, frozen_embedding
+from badit.tuner.abilities import (
+    Example,
+    Gradients,
+    evidence_of_key,
+    evidence_of_layers,
+    frozen_embedding,
+)
 from refusals import refuses
 from tuner.helpers import CLUSTERS, adapt, config, generate, layers, randomise, teacher_forced
 
@@ -210,17 +220,87 @@ def test_gradients_are_those_of_single_examples(tiny_model):
         Example(ids, labels, torch.arange(9) < 5)
         for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)
     ]
-    evidence = abilities.Evidence(model.get_base_model(), "default", layers(model))
-    evidence.add(1, examples)
+    gradients = Gradients(model.get_base_model(), "default", layers(model))
+    with torch.no_grad():
+        evidence = evidence_of_key(gradients, [[], examples, []])
     loss = sum(
         cross_entropy(model(input_ids=ids[None]).logits[0, 4:-1], ids[5:])
         for ids in rows["input_ids"]
     )
     (loss / 4).backward()
-    for layer, energy in zip(layers(model), evidence.energy_LCN, strict=True):
+    for layer, of_layer in zip(layers(model), evidence, strict=True):
+        assert of_layer.present == [1]
         expected = layer.badit_B["default"].grad.square().sum(dim=0)
         expected = expected + layer.badit_A["default"].grad.square().sum(dim=1)
-        torch.testing.assert_close(energy[1], expected, rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(of_layer.energy_PN[0], expected, rtol=1e-3, atol=1e-9)
+
+
+def test_layers_with_their_own_clusters_get_codes_from_gradients(tiny_model):
+    """Compares the energies with autograd on each example, in the clusters of each layer."""
+    options = {**CLUSTERS, "init_weights": "bad", "gated": "change", "key": "layer"}
+    torch.manual_seed(0)
+    random = _started(adapt(tiny_model("llama"), **options))
+    torch.manual_seed(0)
+    model = _started(adapt(tiny_model("llama"), **options, codes="grouped"))
+    expected = (
+        _codes(random).norm(dim=-1).mean(dim=-1, keepdim=True).expand(_codes(random).shape[:2])
+    )
+    torch.testing.assert_close(_codes(model).norm(dim=-1), expected)
+    assert not torch.equal(_codes(model), _codes(random))
+    for layer, other in zip(layers(model), layers(random), strict=True):
+        assert torch.equal(layer.badit_centroids["default"], other.badit_centroids["default"])
+
+    examples = [
+        Example(ids, labels, torch.arange(9) < 5)
+        for of_task in _batches(1).values()
+        for batch in of_task
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+    for layer in layers(model):
+        layer.badit_codes["default"].fill_(1.0)
+    with torch.no_grad():
+        gradients = Gradients(model.get_base_model(), "default", layers(model))
+        evidence = evidence_of_layers(gradients, examples, 4)
+    sums = [{} for _ in layers(model)]
+    for example in examples:
+        routing = layers(model)[0].routing
+        model.zero_grad()
+        with routing.collecting_means() as means:
+            answer = model(input_ids=example.input_ids_T[None], labels=example.labels_T[None])
+        answer.loss.backward()
+        for layer, of_layer in zip(layers(model), sums, strict=True):
+            cluster = int(layer.clusters_of("default", means[f"{layer.name}.default"][0]))
+            factors = (layer.badit_B["default"].grad.T, layer.badit_A["default"].grad)
+            of_layer.setdefault(cluster, []).append(torch.cat(factors, dim=1))
+    for of_layer, by_cluster in zip(evidence, sums, strict=True):
+        present = sorted(c for c, of_cluster in by_cluster.items() if len(of_cluster) > 1)
+        assert of_layer.present == present
+        means_PNP = torch.stack([torch.stack(by_cluster[c]).mean(dim=0) for c in present])
+        energy_PN = means_PNP.square().sum(dim=2)
+        torch.testing.assert_close(of_layer.energy_PN, energy_PN, rtol=1e-3, atol=1e-9)
+        centred_PNP = means_PNP - means_PNP.mean(dim=0)
+        unit_NP = normalize(centred_PNP.transpose(0, 1).flatten(1))  # joined over clusters
+        torch.testing.assert_close(
+            of_layer.cosines_NN.float(), unit_NP @ unit_NP.T, atol=1e-3, rtol=0
+        )
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_codes_of_layers_are_the_same_in_every_run(tiny_model, few, monkeypatch):
+    monkeypatch.setattr(abilities, "LEAST_RELIABILITY", -1.0)
+    batches = {task: of_task[: 1 if few else None] for task, of_task in _batches().items()}
+    if few:  # one prompt for each task, so most clusters are equal
+        for (batch,) in batches.values():
+            batch["input_ids"][:, :5] = batch["input_ids"][0, :5]
+    codes = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        options = {**CLUSTERS, "key": "layer", "codes": "grouped"}
+        model = _started(adapt(tiny_model("llama"), **options), **batches)
+        codes.append(_codes(model))
+    assert torch.equal(*codes)
+    if few:
+        assert all(len(codes_CK.unique(dim=0)) <= 2 for codes_CK in codes[0])
 
 
 def test_unreliable_gradients_and_tasks_without_answers_give_random_codes(tiny_model, capsys):
@@ -252,6 +332,227 @@ def test_the_key_reads_the_frozen_embedding(tiny_model):
         model.get_input_embeddings().modules_to_save["default"].weight.normal_()
         model(input_ids=ids)
     assert torch.equal(*seen)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT 0.19
+def test_trained_and_saved_embeddings_do_not_move_the_clusters(tiny_model, tmp_path):
+    options = {**KEY, "codes": "matched", "modules_to_save": ["embed_tokens"]}
+    model = _started(adapt(tiny_model("llama"), **options)).train()
+    ids = torch.randint(4, 90, (16, 7))
+    before = _clusters(model.eval(), ids)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=10.0)
+    batch = _batches()["first"][0]
+    for _ in range(5):
+        model.train()(**batch).loss.backward()
+        optimizer.step()
+    trained = model.get_input_embeddings()
+    assert not torch.equal(
+        trained.modules_to_save["default"].weight, trained.original_module.weight
+    )
+    assert torch.equal(_clusters(model.eval(), ids), before)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    assert torch.equal(_clusters(loaded, ids), before)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def _clusters(model, ids):
+    """Returns the clusters of prompts that the layers see in a forward pass."""
+    layer = layers(model)[0]
+    seen = []
+    hook = layer.register_forward_hook(lambda *_: seen.append(layer.routing.clusters("default")))
+    with torch.no_grad():
+        model(input_ids=ids)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_resized_embeddings_keep_the_clusters(tiny_model, when):
+    ids = torch.randint(4, 90, (16, 7))
+    model = _started(adapt(tiny_model("llama"), **KEY))
+    before = _clusters(model, ids)
+    if when == "before":
+        base = tiny_model("llama")
+        base.resize_token_embeddings(110, mean_resizing=False)
+        resized = adapt(base, **KEY)
+        resized.load_state_dict(
+            {name: t for name, t in model.state_dict().items() if "badit_" in name}, strict=False
+        )
+    else:
+        resized = model
+        resized.resize_token_embeddings(110, mean_resizing=False)
+    assert torch.equal(_clusters(resized, ids), before)
+    assert _clusters(resized, ids + 19).max() < 4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_embeddings_have_the_codes_of_untied_ones(tiny_model, tied):
+    base = tiny_model("llama", tie_word_embeddings=tied)
+    if not tied:
+        base.lm_head.weight = torch.nn.Parameter(base.model.embed_tokens.weight.detach().clone())
+    torch.manual_seed(0)
+    model = _started(adapt(base, **KEY, codes="matched"))
+    expected = tiny_model("llama", tie_word_embeddings=True)
+    torch.manual_seed(0)
+    expected = _started(adapt(expected, **KEY, codes="matched"))
+    assert torch.equal(_codes(model), _codes(expected))
+
+
+@pytest.mark.parametrize("codes", ["random", "matched", "grouped"])
+def test_equal_clusters_of_few_prompts_have_equal_codes(tiny_model, codes, monkeypatch):
+    monkeypatch.setattr(abilities, "LEAST_RELIABILITY", -1.0)
+    batches = {task: of_task[:1] for task, of_task in _batches().items()}
+    for (batch,) in batches.values():
+        batch["input_ids"][:, :5] = batch["input_ids"][0, :5]  # one prompt for each task
+    options = {**KEY, "num_clusters": 6, "codes": codes}
+    model = _started(adapt(tiny_model("llama"), **options), **batches)
+    for codes_CK in _codes(model):
+        assert len(codes_CK.unique(dim=0)) == 2
+    clusters = [_clusters(model, batch["input_ids"][:, :5]) for (batch,) in batches.values()]
+    first, second = (_codes(model)[0][of_task] for of_task in clusters)
+    assert not torch.equal(first[0], second[0])
+
+
+def test_prompts_with_equal_mean_embeddings_are_refused(tiny_model):
+    ids = torch.stack([torch.arange(10, 16), torch.arange(15, 9, -1)])
+    batches = {"all": [{"input_ids": ids}]}
+    model = adapt(tiny_model("llama"), **KEY)
+    refuses(
+        "^start_task: 2 different prompts have equal mean token embeddings.*key='layer'",
+        hooks_of(model).start_task,
+        batches,
+    )
+    refuses("have no clusters yet", model.train(), input_ids=ids)
+    single = adapt(tiny_model("llama"), **{**KEY, "num_clusters": 1})
+    hooks_of(single).start_task(batches)
+    same = adapt(tiny_model("llama"), **KEY)
+    hooks_of(same).start_task({"all": [{"input_ids": ids[[0, 0]]}]})
+    assert len(_codes(same)[0].unique(dim=0)) == 1
+
+
+def test_clusters_without_answers_keep_random_codes_and_say_so(tiny_model, capsys):
+    batches = _batches()
+    for batch in batches["second"]:
+        batch["labels"][:] = -100
+    for codes in ("matched", "grouped"):
+        torch.manual_seed(0)
+        random = _codes(_started(adapt(tiny_model("llama"), **KEY), **_batches()))
+        torch.manual_seed(0)
+        model = _started(adapt(tiny_model("llama"), **KEY, codes=codes), **batches)
+        is_random_LC = (_codes(model) == random).all(dim=-1)
+        assert 0 < is_random_LC.sum() < is_random_LC.numel()
+        assert (is_random_LC == is_random_LC[0]).all(), "the same clusters in all layers"
+        said = capsys.readouterr().err
+        assert f"{int(is_random_LC[0].sum())} of 4 clusters have no gradients" in said
+
+
+@pytest.mark.parametrize("broken", [0.0, float("nan")])
+def test_zero_and_non_finite_gradients_give_random_codes(tiny_model, capsys, broken):
+    base = tiny_model("llama")
+    with torch.no_grad():
+        base.lm_head.weight.mul_(broken)
+    torch.manual_seed(0)
+    random = _codes(_started(adapt(tiny_model("llama"), **KEY)))
+    torch.manual_seed(0)
+    model = _started(adapt(base, **KEY, codes="grouped"))
+    assert torch.equal(_codes(model), random)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "are not reliable (0.00, at least 0.1), so the codes are random" in said
+
+
+def test_an_example_with_non_finite_gradients_does_not_count(tiny_model):
+    model = _started(adapt(tiny_model("llama"), init_weights="bad", gated="change", **KEY))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[99] = float("nan")
+    batch = _batches()["first"][0]
+
+    def energy(*last_ids):
+        gradients = Gradients(model.get_base_model(), "default", layers(model))
+        rows = [ids.clone() for ids in batch["input_ids"][:2].repeat(2, 1)]
+        examples = [Example(ids, batch["labels"][0], torch.arange(9) < 5) for ids in rows]
+        for last in last_ids:
+            ids = batch["input_ids"][0].clone()
+            ids[4] = last
+            examples.append(Example(ids, batch["labels"][0], torch.arange(9) < 5))
+        with torch.no_grad():
+            evidence = evidence_of_key(gradients, [examples])
+        return torch.stack([of_layer.energy_PN for of_layer in evidence])
+
+    assert energy(99, 99).isfinite().all()
+    torch.testing.assert_close(energy(99, 99), energy())
+
+
+def test_embeddings_that_are_not_finite_are_refused(tiny_model):
+    base = tiny_model("llama")
+    with torch.no_grad():
+        base.model.embed_tokens.weight[3] = float("nan")
+    model = adapt(base, **KEY)
+    refuses("key='embedding': .*NaN or infinite", hooks_of(model).start_task, _batches())
+    refuses("have no clusters yet", model.train(), input_ids=torch.ones(1, 3, dtype=torch.long))
+
+
+def test_trained_embeddings_without_a_frozen_copy_are_reported(tiny_model, capsys):
+    model = adapt(tiny_model("llama"), **KEY)
+    model.get_input_embeddings().weight.requires_grad_()
+    _started(model)
+    assert "the token embeddings are trained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("embedding", [None, torch.nn.Linear(3, 3), NotImplementedError])
+def test_models_without_a_table_of_embeddings_are_refused(tiny_model, monkeypatch, embedding):
+    def get(self):
+        if embedding is NotImplementedError:
+            raise embedding
+        return embedding
+
+    base = tiny_model("llama")
+    monkeypatch.setattr(type(base), "get_input_embeddings", get)
+    refuses(
+        "key='embedding': LlamaForCausalLM has no table of token embeddings", adapt, base, **KEY
+    )
+
+
+def test_classifiers_get_random_codes(tiny_model, capsys):
+    config = tiny_model("llama").config
+    ids = torch.stack(
+        [batch["input_ids"][0] for of_task in _batches().values() for batch in of_task]
+    )
+    for kind, labels in (
+        (LlamaForSequenceClassification, torch.arange(len(ids)) % 2),
+        (LlamaForTokenClassification, ids % 2),
+    ):
+        model = adapt(kind(config), **KEY, codes="matched", task_type=None)
+        _started(model, all=[{"input_ids": ids, "labels": labels}])
+        assert "so the codes are random" in capsys.readouterr().err
+        model.train()(input_ids=ids, labels=labels).loss.backward()
+
+
+def test_weights_divided_by_zero3_give_the_key_and_random_codes(tiny_model, capsys, monkeypatch):
+    torch.manual_seed(0)
+    expected = _started(adapt(tiny_model("llama"), **KEY))
+    divided = []
+    zero = SimpleNamespace(
+        GatheredParameters=lambda weights: divided.extend(weights) or nullcontext()
+    )
+    monkeypatch.setitem(sys.modules, "deepspeed.runtime.zero", zero)
+    torch.manual_seed(0)
+    model = adapt(tiny_model("llama"), **KEY, codes="grouped")
+    for parameter in model.get_base_model().parameters():
+        parameter.ds_id = 0
+    _started(model)
+    assert divided[0] is model.get_input_embeddings().weight
+    assert torch.equal(_codes(model), _codes(expected))
+    holder, other = layers(model)[0], layers(expected)[0]
+    assert torch.equal(holder.badit_key["default"], other.badit_key["default"])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "DeepSpeed has divided the weights" in said
+    by_layer = adapt(tiny_model("llama"), **CLUSTERS)
+    next(by_layer.parameters()).ds_id = 0
+    refuses("start_task: DeepSpeed has divided", hooks_of(by_layer).start_task, _batches())
 
 
 def test_the_base_model_called_with_embeddings_or_conflicting_options_is_refused(tiny_model):

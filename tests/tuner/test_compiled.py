@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tuner.helpers import adapted, gradients, layers, padded, random_rows
+from tuner.helpers import CHANGE, adapted, gradients, layers, padded, random_rows
 
 # The compiler reads .grad when it builds the second graph; the tests do not.
 pytestmark = pytest.mark.filterwarnings(
@@ -30,6 +30,7 @@ def accumulated_gradients(model, micro_batches):
         ),  # the second one accumulates gradients and gate sums: two more graphs, compiled once
         ({"router_input": "standardised", "top_k": 2}, 1),
         ({"routing": "token", "gates": "softmax"}, 1),
+        (CHANGE, 1),
     ],
     ids=str,
 )

@@ -192,7 +192,7 @@ def test_refusals(tiny_model):
 
 REFUSED = {
     "routing: 'token' has no clusters of prompts": {"routing": "token"},
-    "the released form cannot be extended": {"gates": "softmax"},
+    "the released form cannot be extended": {"gates": "softmax", "gated": "factors"},
     "the adapter has no clusters for later tasks": KEY,
 }
 

@@ -18,6 +18,7 @@ from transformers.utils import generic
 from badit.tuner.prompt import cache_of
 from refusals import refuses
 from tuner.helpers import (
+    CHANGE,
     FAMILIES,
     NEW,
     adapted,
@@ -93,9 +94,11 @@ def prefill(model, ids, mask):
     return cache, forward(model, ids, mask, cache, use_cache=True).logits[:, -1:].argmax(-1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_interleaved_prompt_caches_and_copies_keep_their_gates(tiny_model, family):
-    model = adapted(tiny_model(family))
+@pytest.mark.parametrize(
+    ("family", "options"), [*((family, {}) for family in FAMILIES), ("llama", CHANGE)], ids=str
+)
+def test_interleaved_prompt_caches_and_copies_keep_their_gates(tiny_model, family, options):
+    model = adapted(tiny_model(family), **options)
     batches = [padded(ROWS), padded(ROWS), padded(random_rows(8, 4, seed=9))]
     caches = [prefill(model, *batch) for batch in (batches[0], batches[2])]
     caches.insert(1, copy.deepcopy(caches[0]))

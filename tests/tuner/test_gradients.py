@@ -8,6 +8,7 @@ from torch.nn.utils import parameters_to_vector
 
 from refusals import refuses
 from tuner.helpers import (
+    CHANGE,
     adapted,
     enable_checkpointing,
     forward,
@@ -84,7 +85,9 @@ CHECKPOINTED = {
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("router_input", ["mean", "standardised"])
+@pytest.mark.parametrize(
+    "options", [{}, {"router_input": "standardised"}, CHANGE], ids=["mean", "standardised", "key"]
+)
 @pytest.mark.parametrize(
     ("family", "how"),
     [
@@ -96,15 +99,13 @@ CHECKPOINTED = {
     + [("llama", how) for how in CHECKPOINTED],
 )
 def test_gradient_checkpointing_changes_no_gradients_or_moments(
-    tiny_model, family, how, router_input, reentrant
+    tiny_model, family, how, options, reentrant
 ):
     """A recomputed pass uses the moments of the original pass, and counts its prompts once."""
     results = []
     for checkpointed in (False, True):
         targets = "all-linear" if how == "one pass" else None
-        model = adapted(
-            tiny_model(family), target_modules=targets, router_input=router_input
-        ).train()
+        model = adapted(tiny_model(family), target_modules=targets, **options).train()
         model.enable_input_require_grads()
         if checkpointed:
             enable_checkpointing(model, reentrant)
@@ -115,9 +116,9 @@ def test_gradient_checkpointing_changes_no_gradients_or_moments(
     torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
     counted = 1 if how in ("one pass", "an inner layer") else 2
     batches = {int(b) for name, b in model.named_buffers() if "batches" in name}
-    assert batches == ({3 + counted} if router_input == "standardised" else set()), (
-        "randomise() starts the count at 3"
-    )
+    if options == CHANGE:
+        counted = 0
+    assert batches == ({3 + counted} if options else set()), "randomise() starts the count at 3"
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -133,12 +134,13 @@ def test_generate_with_checkpointing_equals_eval_mode_or_is_refused(tiny_model, 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 @pytest.mark.parametrize("how", ["autocast", "bf16 base"])
-def test_low_precision_gradients_have_the_same_direction(tiny_model, family, how):
-    exact = adapted(tiny_model(family)).train()
+@pytest.mark.parametrize("options", [{}, CHANGE], ids=["factors", "change"])
+def test_low_precision_gradients_have_the_same_direction(tiny_model, family, how, options):
+    exact = adapted(tiny_model(family), **options).train()
     forward(exact, **batch()).loss.backward()
     expected = parameters_to_vector(gradients(exact).values())
     model = adapted(
-        tiny_model(family, dtype=torch.bfloat16 if how == "bf16 base" else torch.float32)
+        tiny_model(family, dtype=torch.bfloat16 if how == "bf16 base" else torch.float32), **options
     ).train()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
         loss = forward(model, **batch()).loss

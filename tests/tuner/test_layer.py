@@ -28,6 +28,8 @@ OPTIONS = [
         for r in ("mean", "standardised")
     ),
     CLUSTERS,
+    {**CLUSTERS, "gated": "change"},
+    *({"routing": r, "gates": g, "gated": "change"} for r in ("prompt", "token") for g in GATES),
 ]
 
 
@@ -62,8 +64,11 @@ def naive_forward(layer, x, mask):
         a_k = layer.badit_A["default"][mine]
         b_k = layer.badit_B["default"][:, mine]
         y = y + options.scaling * gates[..., k : k + 1] * (x @ a_k.T @ b_k.T)
-    if options.subtracted_share:
-        a0, b0 = layer.kept_factors("default")
+    a0, b0 = layer.kept_factors("default") if options.subtracted_share else (None, None)
+    if options.gates_change:
+        gates_N = gates[..., layer.expert_of("default")]
+        y = y - options.scaling * ((gates_N * (x @ a0.T)) @ b0.T)
+    elif options.subtracted_share:
         y = y - options.scaling * (x @ a0.T @ b0.T)
     return y
 

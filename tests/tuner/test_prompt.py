@@ -17,6 +17,7 @@ from badit.tuner.context import RoutingContext
 from refusals import refuses
 from tuner import helpers
 from tuner.helpers import (
+    CHANGE,
     CLUSTERS,
     FAMILIES,
     adapted,
@@ -41,7 +42,7 @@ def logits_of(model, ids, mask, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"routing": "token"}, {"top_k": 1}, {"gates": "softmax"}], ids=str
+    "options", [{}, {"routing": "token"}, {"top_k": 1}, {"gates": "softmax"}, CHANGE], ids=str
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_teacher_forcing_equals_cached_decoding(tiny_model, family, options):
@@ -171,7 +172,9 @@ def test_decoder_calls_block_masks_and_data_parallel_are_refused(tiny_model):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("options", [{}, {"router_input": "standardised"}, CLUSTERS], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"router_input": "standardised"}, CLUSTERS, CHANGE], ids=str
+)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 def test_loss_and_gradients_of_packed_rows_equal_those_of_padded_rows(
     tiny_model, family, options, checkpointing

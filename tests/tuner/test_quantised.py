@@ -13,13 +13,14 @@ from badit.api import Run
 from badit.models import Quantisation, load_base_model
 from badit.recipe.loading import build_recipe
 from badit.runs.resolved import resolve
+from badit.tuner import hooks_of
 from badit.tuner.targets import refuse_unsuitable_layer
 from materials import make_material
 from refusals import refuses
 from steps import evaluate
 from training.trainers import train_and_score
 from tuner.extending import KEY, add, assert_same, results, trained
-from tuner.helpers import adapt, layers, take_steps
+from tuner.helpers import CHANGE, adapt, layers, take_steps
 
 # torchao needs a newer torch than the lowest version that badit supports.
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
@@ -78,13 +79,17 @@ def test_experts_start_as_top_singular_triples_and_keep_the_output(load, kind):
         assert_close(model.train()(input_ids=IDS).logits, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("options", [{}, CHANGE], ids=["factors", "change"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_lowers_the_loss_keeps_the_base_and_round_trips(load, tmp_path, kind):
+def test_training_lowers_the_loss_keeps_the_base_and_round_trips(load, tmp_path, kind, options):
+    batch = {"input_ids": IDS, "labels": IDS.masked_fill(IDS < 9, -100)}
     losses = []
     for evaluated in (False, True):  # an evaluation changes neither the weights nor later training
         base = load(kind)
         before = stored(base)
-        model = adapt(base, num_experts=4)
+        model = adapt(base, num_experts=4, **options)
+        torch.manual_seed(0)
+        hooks_of(model).start_task({"all": [batch, {**batch, "input_ids": IDS + 1}]})
         if evaluated:
             with torch.no_grad():
                 model.eval()(input_ids=IDS)
@@ -92,10 +97,7 @@ def test_training_lowers_the_loss_keeps_the_base_and_round_trips(load, tmp_path,
         optimizer = torch.optim.AdamW(
             [p for p in model.train().parameters() if p.requires_grad], lr=0.01
         )
-        batch = {"input_ids": IDS, "labels": IDS.masked_fill(IDS < 9, -100)}
-        losses.append(
-            take_steps(optimizer, 8, lambda model=model, batch=batch: model(**batch).loss)
-        )
+        losses.append(take_steps(optimizer, 8, lambda model=model: model(**batch).loss))
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0] / 2
     assert_close(stored(model), before, **BIT_IDENTICAL)

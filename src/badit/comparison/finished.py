@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from badit.comparison.grid import Cell, Grid, order_name
 from badit.comparison.results import RESULTS, SINGLE_TASK, finished_cells
+from badit.presets import saved_section
 from badit.recipe.saved import differing_keys, saved_recipe
 from badit.runs.fingerprints import differing_inputs
 from badit.runs.resolved import ResolvedRun, resolve
@@ -78,7 +79,9 @@ class FinishedCells:
             if not entry.get("config"):
                 self._refuse("has results without their runs")
             # It may have been written before the method's defaults were filled in.
-            config = saved_recipe({**entry["config"], "output": run.recipe.output})
+            config = dict(entry["config"])
+            config["method"] = saved_section(config.get("method", {}))
+            config = saved_recipe({**config, "output": run.recipe.output})
             keys = differing_keys(
                 resolve(config, run.tasks).recipe.model_dump(mode="json", exclude={"compare"}),
                 run.recipe.model_dump(mode="json", exclude={"compare"}),

@@ -20,7 +20,9 @@ from pydantic import AliasPath, Field
 
 from badit.metrics.answers import METRICS
 from badit.metrics.statistics import DECIMALS, FORMS, Difference, Form, paired_bootstrap
+from badit.presets import method_name, saved_section
 from badit.runs.scores import LARGEST, Checked, InstanceScores, Scores, Transfer
+from badit.support.console import one_line
 from badit.support.errors import BaditError, explained, refuse_unknown
 from badit.support.files import read_json, refuse_links, refuse_other_format, write_text
 
@@ -47,6 +49,7 @@ class _Cell(Checked):
     status: Literal["done", "failed", "missing"]
     error: str | None = None
     selected: bool = True
+    config: dict[str, Any] | None = None
     environment: dict[str, Any] | None = None
     trainable_parameters: int | None = _cost("trainable_parameters")
     seconds: float | None = _cost("seconds")
@@ -70,7 +73,9 @@ class Results:
     Attributes:
         protocol: ``mixed``, or ``sequential`` if the tasks are trained one after another.
         reference: the baseline method of the differences.
-        methods: all methods, in the order of the table.
+        methods: all methods, in the order of the table. The recipe of the comparison names them.
+        titles: what each method is, from its saved options, for methods whose options are saved;
+            see :func:`badit.presets.method_name`.
         cells: one row per cell: method, seed, order (of the tasks), learning_rate, status (done,
             failed or missing), error, selected (True if its learning rate was chosen),
             trainable_parameters, seconds and peak_memory_gib.
@@ -86,6 +91,7 @@ class Results:
     protocol: str
     reference: str
     methods: list[str]
+    titles: dict[str, str]
     cells: pd.DataFrame
     scores: pd.DataFrame
     instances: pd.DataFrame
@@ -150,6 +156,7 @@ def load_results(path: str | os.PathLike[str]) -> Results:
         protocol=contents.protocol,
         reference=contents.reference,
         methods=list(dict.fromkeys(contents.methods)),
+        titles=_titles(contents),
         cells=_frame(map(dict, contents.cells), _CELL),
         scores=_frame(scores, [*_RUN, "task", "metric", "score", "n"]),
         instances=_frame(instances, [*_RUN, "task", "metric", "instance", "score"]),
@@ -163,6 +170,17 @@ def _read(file: Path) -> tuple[dict[str, Any], _File]:
     refuse_other_format(content, file, FORMAT)
     with explained(file):
         return content, _File.model_validate(content)
+
+
+def _titles(contents: _File) -> dict[str, str]:
+    """Returns the name of each method's options; several names if its cells differ in them."""
+    titles: dict[str, dict[str, None]] = {}
+    for cell in contents.cells:
+        section = (cell.config or {}).get("method")
+        if isinstance(section, Mapping):
+            title = one_line(method_name(saved_section(section)))
+            titles.setdefault(cell.method, {})[title] = None
+    return {method: " / ".join(names) for method, names in titles.items()}
 
 
 def _final_cells(file: Path, contents: _File) -> dict[tuple[Any, ...], Any]:

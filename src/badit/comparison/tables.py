@@ -11,6 +11,7 @@ import pandas as pd
 
 from badit.comparison.results import Results, summarise, task_means
 from badit.metrics.answers import METRICS, score_text
+from badit.presets import NAMES
 from badit.runs.scores import Transfer
 from badit.support.console import one_line
 from badit.support.text import UNKNOWN, number, text_table
@@ -101,6 +102,7 @@ def method_table(results: Results, metric: str = "rouge_l", released: bool = Fal
     numbers += [f"{name}_{statistic}" for name in spreads for statistic in ("mean", "std")]
     numbers += [name for name in summary if name.startswith("difference_")] + ["level", *costs]
     notes = [*_difference_notes(results, summary, score, metric), *notes]
+    notes += _title_notes(results, list(summary["method"]))
     texts = pd.DataFrame(columns, dtype=object)
     table = Table(texts, best, notes, summary.filter(numbers))
     return _with_omitted_cells(results, table)
@@ -119,6 +121,7 @@ def task_table(results: Results, metric: str) -> Table:
         for column in best_of(values, METRICS[metric].lower_is_better)
     }
     notes = [f"{METRICS[metric].label}, mean over each method's runs"]
+    notes += _title_notes(results, list(means))
     numbers = means.add_suffix(f"_{metric}", axis="columns").reset_index()
     return _with_omitted_cells(results, Table(texts, best, notes, numbers))
 
@@ -189,6 +192,16 @@ def _difference_notes(
     if 1 in compared["difference_runs"].tolist():
         notes.append("an interval over one run covers instances only, not other seeds")
     return notes
+
+
+def _title_notes(results: Results, methods: Sequence[str]) -> list[str]:
+    """Says what BADIT's methods are, where the names in the table do not."""
+    titles = []
+    for method in methods:
+        title = results.titles.get(method, method)
+        if title != method and title.startswith(NAMES):
+            titles.append(f"{method} = {title}")
+    return [f"by their options: {'; '.join(titles)}"] if titles else []
 
 
 def _with_omitted_cells(results: Results, table: Table) -> Table:

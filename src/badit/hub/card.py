@@ -15,6 +15,7 @@ import pandas as pd
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from badit.models import BUILT_IN, BUILT_IN_HUB_ID, HUB_ID
+from badit.presets import cites_paper, method_name
 from badit.recipe.method import resolve_method
 from badit.recipe.schema import Recipe, expand_source
 from badit.runs.folder import RunFolder
@@ -89,12 +90,15 @@ def model_card(
     # The import of badit.tuner or badit.baselines registers the method with PEFT.
     module = type(resolve_method(recipe.method).config).__module__
     needs_badit = export is None and module.startswith("badit.")
+    title = method_name(recipe.method)
     card = ModelCard.from_template(
         metadata,
         template_path=str(_TEMPLATE),
         text=_text,
         address=address,
         recipe=recipe,
+        title=title,
+        cites_paper=cites_paper(title),
         registers=needs_badit and ".".join(module.split(".")[:2]),
         built_in=recipe.model.name == BUILT_IN,
         shown_base=_text(hub_id(recipe) or Path(recipe.model.name).name),

@@ -2,11 +2,13 @@
 
 The distance between gates is that of the weights that they produce:
 
-    ‖ΔW(g) − ΔW(m)‖² = s² Σ (g − m)ᵀ G (g − m),   G = (BᵀB) ∘ (AAᵀ)
+    ‖ΔW(g) − ΔW(m)‖² = Σ (g − m)ᵀ G (g − m),   G = s² (BᵀB) ∘ (AAᵀ)
 
-G is summed over the components of every two experts.
+G is summed over the components of every two experts. If the gates scale the change of the factors,
+B and A are those of the change, [B − B0, B0] and [A; A − A0].
 
-Shape suffixes: T = exports, M = adapted modules, K = experts, N = components.
+Shape suffixes: T = exports, K = experts, N = components; M = adapted modules, and in G the columns
+of B and B0.
 """
 
 import shlex
@@ -106,7 +108,7 @@ class Router:
 
     def nearest(self, gates_MK: torch.Tensor) -> str:
         """Returns the export whose weights are nearest to those of the gates."""
-        # Σ (g − m)ᵀ G (g − m) over modules; the factor s² does not change the nearest export.
+        # Σ (g − m)ᵀ G (g − m) over modules.
         difference_TMK = self.gates_TMK - gates_MK
         distances_T = torch.einsum("tmk,mkl,tml->t", difference_TMK, self.gram_MKK, difference_TMK)
         return self.exports[int(distances_T.argmin())]
@@ -130,12 +132,18 @@ def _refuse_unroutable(run: RunFolder, method: ResolvedMethod) -> None:
 
 @torch.no_grad()
 def _gram(layer: ExpertLinear, adapter: str) -> torch.Tensor:
-    """Returns G (K, K) of a layer, without the factor s²."""
+    """Returns G (K, K) of a layer."""
     if layer.badit_config[adapter].extensions:
         return ability_gram(layer, adapter).cpu()
-    a_RI, b_ON = (factor.float() for factor in layer.factors(adapter))
+    expert_N = layer.expert_of(adapter)
+    gates_N = torch.ones(len(expert_N), device=expert_N.device)
+    a_PI, b_OM, scale_M = layer.gated_factors(adapter, gates_N)
+    # Zero for initial factors that no gate scales.
+    scale_M = scale_M - layer.gated_factors(adapter, 0 * gates_N)[2]
+    b_OM = b_OM.float() * scale_M
+    components = len(scale_M)
     # Experts that share A have one A for several blocks of B.
-    a_NI = a_RI.repeat(b_ON.shape[1] // len(a_RI), 1)
-    gram_NN = (b_ON.T @ b_ON) * (a_NI @ a_NI.T)
-    of_expert_NK = one_hot(layer.expert_of(adapter)).float()
-    return (of_expert_NK.T @ gram_NN @ of_expert_NK).cpu()
+    a_MI = a_PI.float().repeat(components // len(a_PI), 1)
+    gram_MM = (b_OM.T @ b_OM) * (a_MI @ a_MI.T)
+    of_expert_MK = one_hot(expert_N.repeat(components // len(expert_N))).float()
+    return (of_expert_MK.T @ gram_MM @ of_expert_MK).cpu()

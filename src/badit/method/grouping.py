@@ -36,7 +36,7 @@ Solver = Literal["swap", "paper"]
 # (tensor, "max" or "sum") -> the tensor, reduced over the processes that hold the shards.
 OverShards = Callable[[Tensor, Literal["max", "sum"]], Tensor]
 
-_MIN_RELATIVE_GAIN = 1e-6  # a new grouping with a smaller gain is rejected as rounding noise
+MIN_RELATIVE_GAIN = 1e-6  # a new grouping with a smaller gain is rejected as rounding noise
 _MAX_ROUNDS = 50
 
 
@@ -142,7 +142,7 @@ def group_components(
     objective = partial(grouping_objective, gram_NN)
     best_N = max(candidates, key=objective)
     present = objective(current_N)
-    if objective(best_N) - present <= _MIN_RELATIVE_GAIN * max(1.0, abs(present)):
+    if objective(best_N) - present <= MIN_RELATIVE_GAIN * max(1.0, abs(present)):
         return current_N.copy()
     return match_labels(best_N, current_N)
 
@@ -181,6 +181,15 @@ def match_labels(labels_N: np.ndarray, reference_N: np.ndarray) -> np.ndarray:
     overlap_KK = one_KK[labels_N].T @ one_KK[reference_N]
     _, name_K = linear_sum_assignment(overlap_KK, maximize=True)
     return name_K[labels_N]
+
+
+def in_order(labels_N: np.ndarray) -> np.ndarray:
+    """Returns the labels of the same groups, numbered by their first components.
+
+    Equal groups then have equal labels, whichever start of the solver found them.
+    """
+    _, first_K, group_N = np.unique(labels_N, return_index=True, return_inverse=True)
+    return first_K.argsort().argsort()[group_N]
 
 
 class ExpertAngles(NamedTuple):

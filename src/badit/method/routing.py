@@ -143,6 +143,11 @@ def prompt_centroids(x_SI: Tensor, clusters: int) -> Tensor:
     return best_CI
 
 
+def first_equal(centroids_CI: Tensor) -> Tensor:
+    """Returns for each centroid the index (C) of the first one that is equal up to rounding."""
+    return (centroids_CI @ centroids_CI.T > 1 - 1e-5).int().argmax(dim=1)
+
+
 def _distant_rows(unit_SI: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Returns random rows (C, I), each drawn by its distance to the earlier ones (k-means++)."""
     chosen_C = torch.randint(len(unit_SI), (1,), generator=generator, device="cpu")
@@ -162,9 +167,14 @@ def random_codes(clusters: int, num_experts: int) -> Tensor:
 
 def cluster_gates(x: Tensor, centroids_CI: Tensor, codes_CK: Tensor) -> Tensor:
     """Returns gates (…, K): for every x̂ (…, I) the code of the centroid with the largest cosine."""
+    return codes_CK.float()[nearest_clusters(x, centroids_CI)]
+
+
+def nearest_clusters(x: Tensor, centroids_CI: Tensor) -> Tensor:
+    """Returns the cluster (…) of every x̂ (…, I): that of the centroid with the largest cosine."""
     with _without_autocast(x):
         cosines = F.linear(x.float(), centroids_CI.float())  # times the norm of x̂
-    return codes_CK.float()[cosines.argmax(dim=-1)]
+    return cosines.argmax(dim=-1)
 
 
 def expert_gates(

@@ -10,15 +10,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from badit.data.source import SUFFIXES
+from badit.presets import saved_section
 from badit.recipe.arguments import TrainingSection
 from badit.recipe.schema import ComparedMethod, Recipe, RecipeLike, section_of
 from badit.recipe.yaml_text import parse_yaml
 from badit.support.errors import BaditError, nearest, problems
 from badit.support.files import inside, read_text, refuse_other_format
 
-# The version of a run's config.yaml. In version 4, the method has only the options of the recipe.
-FORMAT = 5
-READABLE_FORMATS = (4, FORMAT)
+# The version of a run's config.yaml. In version 4, the method has only the options of the recipe;
+# in version 5, BADIT has no options ``gated`` to ``codes``.
+FORMAT = 6
+READABLE_FORMATS = (4, 5, FORMAT)
 
 
 def make_recipe(recipe: RecipeLike | None, values: Mapping[str, Any]) -> Recipe:
@@ -102,7 +104,7 @@ def _values_with_base(path: Path, extending: tuple[Path, ...] = ()) -> dict[str,
         raise BaditError(f"{extending[-1]}: {problem}")
     content = read_values(path)
     # The config.yaml of a run is a recipe too.
-    drop_format(content, path)
+    take_format(content, path)
     if "extends" not in content:
         return content
 
@@ -112,16 +114,19 @@ def _values_with_base(path: Path, extending: tuple[Path, ...] = ()) -> dict[str,
     return merged(base, content)
 
 
-def drop_format(content: dict[str, Any], path: Path) -> int | None:
+def take_format(content: dict[str, Any], path: Path) -> int | None:
     """Removes the version of a run's config.yaml from its values, and returns it.
 
-    BaditError for a version that this badit does not read.
+    Options that the version left out are added. BaditError for a version that is not read.
     """
     if not isinstance(content.get("format"), int):
         return None
     version = content.pop("format")
     if version not in READABLE_FORMATS:
         refuse_other_format({"format": version}, path, FORMAT)
+    section = content.get("method", {})
+    if isinstance(section, Mapping):
+        content["method"] = saved_section(section)
     return version
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from accelerate.utils import parse_flag_from_env
 from peft import PeftConfig
 
+from badit import presets
 from badit.baselines import BASELINES, neurons
 from badit.recipe.schema import Recipe
 from badit.support.errors import BaditError, nearest
@@ -52,7 +53,7 @@ class Kind(NamedTuple):
 
 #: All methods, by their names in a recipe.
 KINDS: dict[str, Kind] = {
-    "badit": Kind(BaditConfig),
+    **dict.fromkeys(presets.NAMES, Kind(BaditConfig)),
     **{name: Kind(*baseline) for name, baseline in BASELINES.items()},
     **dict.fromkeys(SURGERY, Kind(*BASELINES["lora"])),
     "task-neurons": Kind(neurons.NeuronOptions, trains="neurons"),
@@ -66,7 +67,7 @@ NAMES = list(KINDS)
 class ResolvedMethod:
     """A method's name and its configuration, with every default filled in."""
 
-    name: str
+    name: str  # a key of KINDS; BADIT's is that of the nearest preset
     options: Any  # a PEFT configuration, or the options of a method that trains base weights
     regroup: RegroupOptions | None  # None: components are not regrouped during training
     #: The method section of the resolved recipe. PEFT's own configurations have the options that
@@ -77,6 +78,15 @@ class ResolvedMethod:
     def config(self) -> Any:
         """The PEFT configuration, or None for a method that adds no adapter."""
         return self.options if isinstance(self.options, PeftConfig) else None
+
+    @property
+    def title(self) -> str:
+        """The name to show, for BADIT the one that its options have."""
+        return presets.method_name(self.section)
+
+    @property
+    def is_badit(self) -> bool:
+        return isinstance(self.options, BaditConfig)
 
     @property
     def trains(self) -> bool:
@@ -112,6 +122,8 @@ class ResolvedMethod:
         if recipe.training.optimizer == "orthogonal" and uses_deepspeed:
             problem = "orthogonal cannot run with DeepSpeed; use FSDP2, DDP, adamw or lora+"
             raise BaditError(f"training.optimizer: {problem}")
+        if self.regroup is not None and self.regroup.reset_smallest is not None:
+            _refuse_resets(recipe, uses_deepspeed)
         if self.name in SURGERY:
             self._refuse_single_tasks(recipe)
         if KINDS[self.name].trains == "neurons" and recipe.training.weight_decay:
@@ -148,6 +160,13 @@ class ResolvedMethod:
             raise BaditError(f"training.learning_rate: {problem}")
 
 
+def _refuse_resets(recipe: Recipe, uses_deepspeed: bool) -> None:
+    """Raises BaditError if the optimizer's moments of a component cannot be reset."""
+    if recipe.training.optimizer == "orthogonal" or uses_deepspeed:
+        fix = "use adamw or lora+, without DeepSpeed"
+        raise BaditError(f"method.regroup.reset_smallest: resets Adam's moments; {fix}")
+
+
 def resolve_method(section: Mapping[str, Any]) -> ResolvedMethod:
     """Resolves a ``method`` section; BaditError for an unknown name or option, or a bad value."""
     options = dict(section)
@@ -162,43 +181,57 @@ def resolve_method(section: Mapping[str, Any]) -> ResolvedMethod:
         raise BaditError(f"method.{key}: {problem}")
 
     regroup = None
-    if name == "badit":
+    if name in presets.NAMES:
+        _refuse_preset(name, options)
+        options = presets.with_preset({"name": name, **options})
         regroup = _take_regroup(options)
     _refuse_options_of_peft(options)
     config = _built(name, kind, options)
-    if regroup is not None and config.top_k is not None and config.top_k < config.num_experts:
-        raise BaditError(f"method.regroup: {TOP_K_REFUSED} (regroup: null)")
+    if regroup is not None:
+        regroup = _fitted(regroup, config)
 
     # See ResolvedMethod.section for the methods of PEFT.
     if isinstance(config, PeftConfig) and not isinstance(config, ExpertConfig):
         resolved = {"name": name, **options}
     else:
         resolved = {"name": name, **_option_values(config, kind)}
-    if name == "badit":
+    if name in presets.NAMES:
         resolved["regroup"] = None if regroup is None else dataclasses.asdict(regroup)
+        # The options decide the method: the same options have the same name.
+        name = presets.preset_name(resolved)
+        resolved["name"] = name
     return ResolvedMethod(name, config, regroup, resolved)
 
 
+def _refuse_preset(name: str, options: Mapping[str, Any]) -> None:
+    preset = options.get("preset", "default")
+    if name != "badit" and "preset" in options:
+        raise BaditError(f"method.preset: {name} is a preset itself; delete it")
+    if preset == "paper":
+        raise BaditError("method.preset: 'paper' is called 'released' now; rename it")
+    if preset not in ("default", "released"):
+        raise BaditError(f"method.preset: must be default or released, got {preset!r:.60}")
+
+
 def _take_regroup(options: dict[str, Any]) -> RegroupOptions | None:
-    """Removes preset and regroup from badit's options, and applies the preset to the others."""
-    preset = options.pop("preset", "default")
-    if preset not in ("default", "paper"):
-        raise BaditError(f"method.preset: must be default or paper, got {preset!r:.60}")
-    is_paper = preset == "paper"
-    # The preset paper regroups, badit's default does not.
-    regroup = options.pop("regroup", {} if is_paper else None)
-    if regroup is not None and not isinstance(regroup, dict):
-        form = "must be a mapping such as {every: 20}, or null to train without DOG"
-        raise BaditError(f"method.regroup: {form}")
-    if is_paper:
-        # Options in the recipe take precedence over the preset.
-        for key, value in BaditConfig.PAPER.items():
-            options.setdefault(key, value)
+    """Removes regroup from BADIT's options, and returns the regrouping."""
+    regroup = options.pop("regroup", None)
     if regroup is None:
         return None
-    if is_paper:
-        regroup = {**RegroupOptions.PAPER, **regroup}
+    if not isinstance(regroup, dict):
+        form = "must be a mapping such as {every: 20}, or null to train without DOG"
+        raise BaditError(f"method.regroup: {form}")
     return _built("regroup", Kind(RegroupOptions), regroup, "method.regroup")
+
+
+def _fitted(regroup: RegroupOptions, config: BaditConfig) -> RegroupOptions:
+    """Returns the options with their defaults for an adapter; BaditError if they conflict."""
+    if config.top_k is not None and config.top_k < config.num_experts:
+        raise BaditError(f"method.regroup: {TOP_K_REFUSED} (regroup: null)")
+    try:
+        return regroup.fitted_to(config)
+    except BaditError as error:  # begins with regroup.OPTION
+        raise BaditError(f"method.{error}") from None
 
 
 def _refuse_options_of_peft(options: Mapping[str, Any]) -> None:
@@ -255,9 +288,10 @@ def options_of(name: str) -> list[tuple[str, Any, str]]:
     kind = KINDS[name]
     hidden = _NOT_OPTIONS | kind.fixed.keys()
     options = [option for option in described(kind.config_class) if option[0] not in hidden]
-    if name != "badit":
+    if name not in presets.NAMES:
         return options
-    options.append(("preset", "default", "'paper': the form of the paper's released code."))
+    if name == "badit":
+        options.append(("preset", "default", "'released': the form of the paper's released code."))
     meaning = "Regroup components (DOG), with the options below or {} (default: do not)."
     options.append(("regroup", None, meaning))
     options += [

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from badit.recipe.loading import FORMAT, build_recipe, drop_format, read_values
+from badit.recipe.loading import FORMAT, build_recipe, read_values, take_format
 from badit.recipe.schema import Recipe
 from badit.recipe.yaml_text import to_yaml
 from badit.support.files import refuse_other_format
@@ -20,7 +20,7 @@ def dump_recipe(recipe: Recipe) -> str:
 def load_config(path: Path) -> Recipe:
     """Reads the recipe in a run's folder; BaditError if it is of a version that is not read."""
     content = read_values(path)
-    if drop_format(content, path) is None:
+    if take_format(content, path) is None:
         refuse_other_format(content, path, FORMAT)
     return saved_recipe(content, where=path)
 

@@ -21,6 +21,7 @@ from badit.data.source import Format, Source, Turns
 from badit.data.tasks import Split as DataSplit
 from badit.data.tasks import Task
 from badit.models import Quantisation
+from badit.presets import method_name
 from badit.recipe.arguments import LARGEST, Count, CountOrZero, Section, TrainingSection
 from badit.support.errors import BaditError
 
@@ -332,7 +333,7 @@ class Recipe(Section):
     )
 
     def __repr__(self) -> str:
-        summary = f"{self.method.get('name', 'badit')} on {self.model.name}"
+        summary = f"{method_name(self.method)} on {self.model.name}"
         return f"Recipe({summary}, data {self.data.source!r}, output {self.output!r})"
 
 

@@ -9,11 +9,13 @@ import pandas as pd
 from badit.comparison.results import RESULTS, Results
 from badit.data import own_input
 from badit.metrics.answers import METRICS, Prediction, exact_match, rouge_l, score_text
+from badit.presets import method_name, saved_section
 from badit.recipe.yaml_text import to_yaml
 from badit.report.blocks import Block, figure_blocks, notes
 from badit.report.figures import SECTIONS
 from badit.report.shared_frames import together
 from badit.report.sources import Source
+from badit.support.console import one_line
 from badit.support.errors import explained
 from badit.support.files import is_number, read_json
 from badit.support.text import UNKNOWN, number
@@ -21,7 +23,6 @@ from badit.support.text import UNKNOWN, number
 _RUN_FILES = "scores.json, config.yaml, environment.json"
 _SETTINGS = [
     "model.name",
-    "method.name",
     "method.num_experts",
     "method.r",
     "data.source",
@@ -79,6 +80,9 @@ def _facts(source: Source) -> dict[str, str]:
     seconds: Any = values.get("training.seconds")
     if is_number(seconds):
         facts["training time"] = f"{number(seconds / 60)} min"
+    section = source.config.get("method")
+    if isinstance(section, Mapping):
+        facts["method"] = one_line(method_name(saved_section(section)))
     for key in _SETTINGS:
         if values.get(key) is not None:
             facts[key] = str(values[key])

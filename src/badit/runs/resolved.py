@@ -206,7 +206,7 @@ def open_run(folder: RunFolder) -> ResolvedRun:
     recipe = folder.trusted_recipe()
     method = resolve_method(recipe.method)
     # In format 4, only the adapter has the default that depends on the data.
-    if method.name == "badit" and "num_clusters" not in recipe.method:
+    if method.is_badit and "num_clusters" not in recipe.method:
         clusters = _saved_option(folder.adapter_path, "num_clusters")
         if clusters is not None:
             method = resolve_method({**recipe.method, "num_clusters": clusters})
@@ -266,7 +266,7 @@ def _with_method_defaults(
     method = resolve_method(section)
     trained = sum(bool(task.train) for task in tasks)
     is_mixed = recipe.data.order is None
-    if method.name == "badit" and is_mixed and 0 < trained <= _ONE_CLUSTER_PER_TASK:
+    if method.is_badit and is_mixed and 0 < trained <= _ONE_CLUSTER_PER_TASK:
         # A number in the recipe takes precedence.
         section.setdefault("num_clusters", saved_clusters or trained)
         method = resolve_method(section)

@@ -7,7 +7,8 @@ does not depend on loss scaling and clipping.)
 
 A regrouping changes the model's output if a moved component's old and new expert have different
 gates. ``rescale`` keeps the change small: it multiplies the component's column of B by the ratio of
-these experts' mean gates.
+these experts' mean gates. With gated='change' it is off, because the initial factors would be
+multiplied too; ``reset_smallest`` is the means there (:mod:`badit.method.late_grouping`).
 
 The angles between experts (paper, Fig. 4) are logged with the regroupings.
 """
@@ -22,11 +23,13 @@ from torch import nn
 from transformers import TrainerCallback
 
 from badit.method.grouping import expert_angles, group_components, grouping_objective
+from badit.method.late_grouping import regroup_smallest
 from badit.runs.folder import AnyPath
 from badit.support.console import say
 from badit.support.errors import BaditError
 from badit.support.files import append_to_log, rewind_log
 from badit.training.checkpoints import checkpoint_being_written, resumed_checkpoint
+from badit.training.resets import changes, refuse_other_optimizer, reset_components
 from badit.training.windows import Windows, trainable_adapters
 from badit.tuner.config import TOP_K_REFUSED, Count, RegroupOptions, check
 from badit.tuner.distributed import gathered, rank_and_size, scale_columns
@@ -62,9 +65,10 @@ class Regrouper:
         model: a model with a trainable BADIT adapter, optionally wrapped for data parallelism.
         total_steps: optimizer steps of the whole run; ``stop`` is a fraction of it.
         log_path: the log file, with one line per layer and regrouping; None for no log.
-        optimizer: the optimizer; needed only under DeepSpeed, which takes its steps inside the
-            backward pass.
-        options: the fields of :class:`RegroupOptions`: every, stop, solver, restarts, rescale.
+        optimizer: the optimizer; needed only with ``reset_smallest``, and under DeepSpeed, which
+            takes its steps inside the backward pass.
+        options: the fields of :class:`RegroupOptions`: every, stop, solver, restarts, rescale,
+            reset_smallest.
 
     The log line of a regrouping is written at the end of the *following* window, because its angles
     are measured on gradients that the grouping was not fitted to. It has step, module,
@@ -79,8 +83,8 @@ class Regrouper:
             regrouping.
 
     Raises:
-        BaditError: if an option is out of range, there is no trainable BADIT adapter, or an adapter
-            uses top_k.
+        BaditError: if an option is out of range or does not fit an adapter, or there is no
+            trainable BADIT adapter.
     """
 
     def __init__(
@@ -93,6 +97,8 @@ class Regrouper:
         **options: Any,
     ) -> None:
         self.options = RegroupOptions(**options)
+        if self.options.reset_smallest is not None:
+            refuse_other_optimizer(optimizer)
         check("total_steps", total_steps, Count)
         layers = dict(trainable_adapters(model))
         if not layers:
@@ -104,11 +110,13 @@ class Regrouper:
             config = layer.badit_config[adapter]
             if config.top_k is not None and config.top_k < config.num_experts:
                 raise BaditError(f"{name}: {TOP_K_REFUSED}")
+            self.options.fitted_to(config)
 
         self.due = self.options.due(total_steps)
         self.steps = 0
         self.metrics: dict[str, float] = {}
         self.windows = Windows(layers, optimizer)
+        self._optimizer = optimizer
         self._log: Path | None = None
         rank, _ = rank_and_size()
         if log_path is not None and rank == 0:  # only rank 0 writes
@@ -176,18 +184,18 @@ class Regrouper:
         layer, adapter = self.windows.layers[name]
         # A copy, because on a CPU the array would share memory with the buffer.
         old_N = layer.expert_of(adapter).cpu().numpy().copy()
-        new_N = group_components(
-            gram_NN, old_N, solver=self.options.solver, restarts=self.options.restarts, seed=seed
-        )
         # All ranks use rank 0's labels, because rounding may differ between ranks.
-        labels_N = gathered(torch.from_numpy(new_N))[0]
+        labels_N = gathered(torch.from_numpy(self._grouped(name, gram_NN, old_N, seed)))[0]
         new_N = labels_N.cpu().numpy()
 
+        options = self.options.fitted_to(layer.badit_config[adapter])
         gate_sums = self.windows.sums.get(f"gate_sums:{name}")
-        if self.options.rescale and gate_sums is not None:
+        if options.rescale and gate_sums is not None:
             # Unlike gradients, gates are not reduced over the ranks.
             total = gathered(gate_sums).sum(dim=0)
             scale_columns(layer.badit_B[adapter], _scale_of_moved(total, old_N, new_N))
+        if options.reset_smallest is not None:
+            reset_components(layer, adapter, torch.from_numpy(old_N != new_N), self._optimizer)
         layer.expert_of(adapter).copy_(labels_N)
 
         return {
@@ -199,6 +207,18 @@ class Regrouper:
             "previous_labels": old_N.tolist(),
             "labels": new_N.tolist(),
         }
+
+    def _grouped(
+        self, name: str, gram_NN: np.ndarray, current_N: np.ndarray, seed: list[int]
+    ) -> np.ndarray:
+        """Returns the new labels of a layer's components."""
+        options = self.options
+        if options.reset_smallest is not None:
+            norm_N = changes(*self.windows.layers[name])
+            return regroup_smallest(gram_NN, current_N, norm_N, options.reset_smallest)
+        return group_components(
+            gram_NN, current_N, solver=options.solver, restarts=options.restarts, seed=seed
+        )
 
     def _write_pending(self, grams: Mapping[str, np.ndarray]) -> None:
         """Writes the log lines of the last regrouping, with the angles of the window after it."""
@@ -253,7 +273,8 @@ class RegroupCallback(TrainerCallback):
             output folder).
         checkpoint: the checkpoint folder to resume from; needed only if it is neither the
             arguments' ``resume_from_checkpoint`` nor the trainer's ``output_dir/checkpoint-STEP``.
-        options: the fields of :class:`RegroupOptions`: every, stop, solver, restarts, rescale.
+        options: the fields of :class:`RegroupOptions`: every, stop, solver, restarts, rescale,
+            reset_smallest.
     """
 
     def __init__(

@@ -20,9 +20,10 @@ from badit.support.errors import BaditError, explained
 from badit.training.optimizers import OrthogonalUpdates, lora_plus_groups
 from badit.training.regrouping import RegroupCallback
 from badit.training.sampler import EpochSampler
+from badit.tuner.answers import answer_logits
 from badit.tuner.distributed import any_of_all
 from badit.tuner.model import hooks_of
-from badit.tuner.prompt import IGNORED_LABEL, before_first_label
+from badit.tuner.prompt import before_first_label
 
 MicroBatch = tuple[torch.Tensor, Mapping[str, Any]]  # its loss and its inputs
 
@@ -238,32 +239,16 @@ def answer_losses(
     batch = dict(inputs)
     labels_BT = batch.pop("labels")
     row_tasks = batch.pop("tasks", None)
-    targets_BT = labels_BT[:, 1:]  # the logits of a position are those of the next token
-    # The number of labels determines shapes, so this synchronises with the GPU, once: all later
-    # code uses the indices.
-    row_L, position_L = (targets_BT != IGNORED_LABEL).nonzero(as_tuple=True)
-
     hooks = hooks_of(model)
     if hooks.routes_prompts:
         batch["prompt_mask"] = before_first_label(labels_BT, batch["attention_mask"])
-
-    def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0][row_L, position_L][None], *args[1:])
-
-    # The output layer gets only the labels' positions, as one row (1, L, hidden). Later operations
-    # on the logits (soft-capping, scaling) act on each position separately.
-    unwrapped: Any = getattr(model, "module", model)  # inside a data-parallel wrapper
-    output_layer = unwrapped.get_output_embeddings()
-    with hooks.rows_of(row_tasks), output_layer.register_forward_pre_hook(select):
-        outputs = model(**batch, use_cache=use_cache)
+    with hooks.rows_of(row_tasks):
+        answer = answer_logits(model, {**batch, "use_cache": use_cache}, labels_BT)
 
     losses_L = F.cross_entropy(
-        outputs.logits[0].float(),
-        targets_BT[row_L, position_L],
-        reduction="none",
-        label_smoothing=label_smoothing,
+        answer.logits_LV.float(), answer.target_L, reduction="none", label_smoothing=label_smoothing
     )
-    return losses_L, row_L, outputs
+    return losses_L, answer.row_L, answer.outputs
 
 
 class _StepCallback(TrainerCallback):

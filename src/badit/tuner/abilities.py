@@ -1,6 +1,7 @@
 """Abilities before training: clusters of prompts for the whole model, and each layer's codes.
 
-:meth:`BaditModel.start_task` calls :func:`find_abilities` for adapters with ``key="embedding"``.
+:meth:`BaditModel.start_task` calls :func:`find_abilities` for adapters with ``key="embedding"``,
+and :func:`find_layer_codes` for others whose codes are not random.
 The formulas are in :mod:`badit.method.abilities`. Gradients are those at step 0, with all gates 1.
 
 Shape suffixes: T = positions of one example, E = features of an embedding, S = prompts, C =
@@ -8,10 +9,14 @@ clusters, K = experts, N = components, L = layers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from itertools import zip_longest
+from statistics import fmean
+from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from badit.method.abilities import (
     centred_gram,
@@ -27,12 +32,21 @@ from badit.method.abilities import (
     vocabulary_moments,
     with_norm_of,
 )
-from badit.method.grouping import group_components
-from badit.method.routing import prompt_centroids, random_codes
+from badit.method.grouping import group_components, in_order
+from badit.method.routing import first_equal, prompt_centroids, random_codes
 from badit.method.sketches import SketchedSums
 from badit.support.console import say
+from badit.support.errors import BaditError
+from badit.tuner.answers import answer_logits, has_output_layer
 from badit.tuner.badit_layer import BaditLinear
-from badit.tuner.distributed import gathered, sum_over_ranks
+from badit.tuner.distributed import (
+    gathered,
+    gathered_weight,
+    is_divided_by_zero3,
+    objects_of_ranks,
+    rank_and_size,
+    sum_over_ranks,
+)
 from badit.tuner.prompt import IGNORED_LABEL, Segments
 
 #: Mean cosine of the halves of a cluster's gradient, below which codes are random.
@@ -49,6 +63,13 @@ class Example(NamedTuple):
     labels_T: Tensor
     prompt_T: Tensor
     is_packed: bool = False
+
+    def on_cpu(self) -> Self:
+        return self._replace(
+            input_ids_T=self.input_ids_T.cpu(),
+            labels_T=self.labels_T.cpu(),
+            prompt_T=self.prompt_T.cpu(),
+        )
 
     @property
     def prompt_ids(self) -> Tensor:
@@ -76,7 +97,7 @@ def examples_in(
     """Yields the examples of a batch, also those of packed rows."""
     ids_BT = batch["input_ids"]
     labels_BT = batch.get("labels")
-    if labels_BT is None:
+    if labels_BT is None or labels_BT.shape != ids_BT.shape:  # as of classifiers
         labels_BT = torch.full_like(ids_BT, IGNORED_LABEL)
     attended_BT = batch.get("attention_mask")
     if attended_BT is None or attended_BT.shape != ids_BT.shape:
@@ -90,10 +111,44 @@ def examples_in(
             yield Example(*rows, is_packed)
 
 
+def examples_of_ranks(batches: list[list[Example]]) -> list[Example]:
+    """Returns the examples of all ranks on the CPU, in the order of one process.
+
+    Where ranks have different batches, rank r of R has every R-th one, from batch r on, as in
+    accelerate's data loaders.
+    """
+    batches = [[example.on_cpu() for example in batch] for batch in batches]
+    first, *others = objects_of_ranks(batches)
+    if any(_contents(other) != _contents(first) for other in others):
+        together = zip_longest(first, *others, fillvalue=[])
+        batches = [batch for of_ranks in together for batch in of_ranks]
+    return [example for batch in batches for example in batch]
+
+
+def _contents(batches: list[list[Example]]) -> list[list[int]]:
+    return [
+        [*example.input_ids_T.tolist(), *example.labels_T.tolist(), *example.prompt_T.tolist()]
+        for batch in batches
+        for example in batch
+    ]
+
+
 def frozen_embedding(model: nn.Module) -> Any:
-    """Returns the module of the model's input embeddings, without a copy that PEFT trains."""
-    embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    return getattr(embedding, "original_module", embedding)
+    """Returns the module of the model's input embeddings, without a copy that PEFT trains.
+
+    BaditError if the model has none.
+    """
+    try:
+        embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    embedding = getattr(embedding, "original_module", embedding)
+    if not isinstance(embedding, nn.Embedding):
+        raise BaditError(
+            f"key='embedding': {type(model).__name__} has no table of token embeddings; use "
+            "key='layer'"
+        )
+    return embedding
 
 
 @torch.no_grad()
@@ -102,89 +157,144 @@ def find_abilities(
 ) -> None:
     """Sets the key of an adapter, and the codes and experts of its layers.
 
-    All ranks must call it; they get the same values.
+    All ranks must call it, with the same examples; they get the same values.
     """
     config = layers[0].badit_config[adapter]
-    cluster_S = _find_clusters(model, adapter, layers[0], examples)
+    key = _find_key(model, config.num_clusters, examples)
     random_LCK = torch.stack(
         [random_codes(config.num_clusters, config.num_experts) for _ in layers]
     )
-    random_LCK = gathered(random_LCK)[0]
-    codes_LCK = random_LCK
-    if config.codes != "random":
-        members = [
-            [example for example, number in zip(examples, cluster_S, strict=True) if number == c]
-            for c in range(config.num_clusters)
-        ]
+    # Equal clusters, of fewer prompts than clusters, share a code: rounding must not choose it.
+    distinct_D, number_C = key.first_equal_C.unique(return_inverse=True)
+    codes_LDK = gathered(random_LCK)[0][:, distinct_D]
+    if config.codes != "random" and is_divided_by_zero3(model):
+        say(
+            f"badit: codes={config.codes!r}: DeepSpeed has divided the weights, so there are no "
+            "gradients before training, and the codes are random"
+        )
+    elif config.codes != "random":
         for layer in layers:
             layer.badit_codes[adapter].fill_(1.0)
-        evidence = Evidence(model, adapter, layers)
-        for cluster, of_cluster in enumerate(members):
-            evidence.add(cluster, [example for example in of_cluster if example.has_answer])
-        codes_LCK = _codes(evidence, random_LCK)
+        examples_of_clusters: list[list[Example]] = [[] for _ in distinct_D]
+        can_answer = has_output_layer(model)  # else labels are not of the next token
+        for example, cluster in zip(examples, number_C[key.cluster_S].tolist(), strict=True):
+            if can_answer and example.has_answer:
+                examples_of_clusters[cluster].append(example)
+        evidence = evidence_of_key(Gradients(model, adapter, layers), examples_of_clusters)
+        codes_LDK = _codes(adapter, layers, evidence, codes_LDK)
 
-    for layer, codes_CK in zip(layers, codes_LCK, strict=True):
-        layer.badit_codes[adapter].copy_(codes_CK)
+    layers[0].badit_key[adapter].copy_(key.directions_CE)
+    layers[0].badit_key_offset[adapter].copy_(key.offsets_C)
+    for layer, codes_DK in zip(layers, codes_LDK, strict=True):
+        layer.badit_codes[adapter].copy_(codes_DK[number_C])
         layer.badit_batches[adapter].fill_(1)
 
 
-def _find_clusters(
-    model: nn.Module, adapter: str, holder: BaditLinear, examples: Sequence[Example]
-) -> list[int]:
-    """Finds the clusters of keys, and returns the cluster of each example."""
+@torch.no_grad()
+def find_layer_codes(
+    model: nn.Module, adapter: str, layers: Sequence[BaditLinear], examples: Sequence[Example]
+) -> None:
+    """Sets the codes and experts of layers with their own clusters, in place of random codes.
+
+    All ranks must call it, with the same examples; they get the same values.
+    """
+    clusters = layers[0].badit_config[adapter].num_clusters
+    random_LCK = torch.stack([layer.badit_codes[adapter].clone() for layer in layers])
+    for layer in layers:
+        layer.badit_codes[adapter].fill_(1.0)
+    with_answers = [example for example in examples if example.has_answer]
+    if not has_output_layer(model):
+        with_answers = []  # labels are not of the next token
+    chosen = _spread(with_answers, 2 * _PER_HALF * clusters)
+    evidence = evidence_of_layers(Gradients(model, adapter, layers), chosen, clusters)
+    codes_LCK = _codes(adapter, layers, evidence, random_LCK)
+    for layer, codes_CK in zip(layers, codes_LCK, strict=True):
+        # Equal clusters, of fewer prompts than clusters, share a code.
+        first_equal_C = first_equal(layer.badit_centroids[adapter])
+        layer.badit_codes[adapter].copy_(codes_CK[first_equal_C])
+
+
+def _spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """Returns at most ``count`` of the examples, evenly spaced: the tasks follow one another."""
+    count = min(count, len(examples))
+    return [examples[number * len(examples) // count] for number in range(count)]
+
+
+class _Key(NamedTuple):
+    """The clusters of prompts for the whole model."""
+
+    directions_CE: Tensor
+    offsets_C: Tensor
+    cluster_S: Tensor  # of each example
+    first_equal_C: Tensor  # of each cluster, the first one with an equal centroid
+
+
+def _find_key(model: nn.Module, clusters: int, examples: Sequence[Example]) -> _Key:
+    """Finds the clusters of the examples' prompts."""
     embedding = frozen_embedding(model)
-    moments = vocabulary_moments(vocabulary(embedding))
-    means_SE = torch.stack(
-        [embedding(example.prompt_ids).float().mean(dim=0) for example in examples]
-    )
+    if embedding.weight.requires_grad:
+        say(
+            "badit: key='embedding': the token embeddings are trained, so prompts may change their "
+            "cluster; freeze them, or train a copy of them by modules_to_save"
+        )
+    with gathered_weight(embedding.weight):
+        moments = vocabulary_moments(vocabulary(embedding))
+        device = embedding.weight.device
+        means_SE = torch.stack(
+            [embedding(e.prompt_ids.to(device)).float().mean(dim=0) for e in examples]
+        )
     keys_SE = prompt_keys(means_SE.cpu(), *moments)
-    clusters = holder.badit_config[adapter].num_clusters
+    if not keys_SE.isfinite().all():
+        raise BaditError(
+            "key='embedding': the model's token embeddings hold NaN or infinite values; check its "
+            "weights, or use key='layer'"
+        )
     centroids_CE = gathered(prompt_centroids(keys_SE, clusters))[0].cpu()
-    directions_CE, offsets_C = key_scores(centroids_CE, *moments)
-    holder.badit_key[adapter].copy_(directions_CE)
-    holder.badit_key_offset[adapter].copy_(offsets_C)
-    return (keys_SE @ centroids_CE.T).argmax(dim=1).tolist()
+    first_equal_C = first_equal(centroids_CE)
+    prompts = {tuple(example.prompt_ids.tolist()) for example in examples}
+    if clusters > 1 and len(prompts) > 1 and not first_equal_C.any():
+        raise BaditError(
+            f"start_task: {len(prompts)} different prompts have equal mean token embeddings, so "
+            "they would get the same gates; check the model's weights, or use key='layer'"
+        )
+    cluster_S = gathered((keys_SE @ centroids_CE.T).argmax(dim=1))[0].cpu()
+    return _Key(*key_scores(centroids_CE, *moments), cluster_S, first_equal_C)
 
 
-def vocabulary(embedding: Any) -> Tensor:
+def vocabulary(embedding: nn.Embedding) -> Tensor:
     """Returns the vocabulary's embeddings (V, E) as the model uses them, on the CPU.
 
     They are outputs of the module, because some modules scale or dequantise their weight.
     """
-    device = embedding.weight.device
-    ids = torch.arange(embedding.num_embeddings, device=device)
+    ids = torch.arange(embedding.num_embeddings, device=embedding.weight.device)
     return torch.cat([embedding(some).float().cpu() for some in ids.split(_IDS_AT_A_TIME)])
 
 
-class Evidence:
-    """What the gradients of clusters say about an adapter's components, summed by layer.
+class Evidence(NamedTuple):
+    """What the gradients of clusters say about one layer's components, at step 0.
 
-    The gradients are those of B, and of A if B is not zero. Those of a component are the row of A
-    and the column of B.
+    P of the clusters have gradients.
+    """
+
+    present: list[int]  # these clusters
+    energy_PN: Tensor  # the squared norms of the components' gradients
+    cosines_NN: Tensor  # of the components' centred gradients
+    cosines_PP: Tensor  # of the clusters, corrected for noise
+    reliability: float  # mean over clusters; 0 without any
+
+
+class Gradients:
+    """Gradients of the answers' loss with respect to the components of an adapter's layers.
+
+    They are those of B, and of A if B is not zero. Those of a component, P numbers, are the row of
+    A and the column of B.
     """
 
     def __init__(self, model: nn.Module, adapter: str, layers: Sequence[BaditLinear]) -> None:
         self.model = model
         self.layers = layers
         self.adapter = adapter
-        config = layers[0].badit_config[adapter]
-        self.clusters = config.num_clusters
-        shape = (len(layers), self.clusters, config.num_components)
-        self.energy_LCN = torch.zeros(shape)
-        self.products: list[Any] = [0.0] * len(layers)  # Σ_c ⟨g_ci, g_cj⟩ (N, N)
-        self.sums: list[Any] = [0.0] * len(layers)  # Σ_c g_c (N, P)
-        self.present: list[int] = []  # clusters with gradients
-        generator = torch.Generator().manual_seed(0)
-        self.sketches = [
-            SketchedSums(
-                sum(factor.numel() for factor in self._factors(layer)),
-                2 * self.clusters,
-                _SKETCH_SIZE,
-                generator,
-                layer.device,
-            )
-            for layer in layers
-        ]
+        self.factors = [self._factors(layer) for layer in layers]
 
     def _factors(self, layer: BaditLinear) -> list[nn.Parameter]:
         factors = [layer.badit_B[self.adapter]]
@@ -192,112 +302,242 @@ class Evidence:
             factors.append(layer.badit_A[self.adapter])
         return factors
 
-    def add(self, cluster: int, examples: Sequence[Example]) -> None:
-        """Adds the gradients of a cluster: the means over up to four examples in each half."""
-        halves = [self._mean_gradients(examples[half : 2 * _PER_HALF : 2]) for half in range(2)]
-        # With gradients in one half only, nothing is known about the noise.
-        if not all(any(mean_NP.any() for mean_NP in half) for half in halves):
-            return
-        self.present.append(cluster)
-        for index in range(len(self.layers)):
-            for half in range(2):
-                row = half * self.clusters + cluster
-                self.sketches[index].add(row, halves[half][index].flatten())
-            mean_NP = (halves[0][index] + halves[1][index]) / 2
-            self.energy_LCN[index, cluster] = mean_NP.square().sum(dim=1).cpu()
-            self.products[index] = self.products[index] + mean_NP @ mean_NP.T
-            self.sums[index] = self.sums[index] + mean_NP
+    def sketches(self, sums: int) -> list[SketchedSums]:
+        """Returns an empty sketch of this number of gradients for every layer."""
+        generator = torch.Generator().manual_seed(0)
+        lengths = [sum(factor.numel() for factor in of_layer) for of_layer in self.factors]
+        return [
+            SketchedSums(length, sums, _SKETCH_SIZE, generator, layer.device)
+            for length, layer in zip(lengths, self.layers, strict=True)
+        ]
 
-    def _mean_gradients(self, examples: Sequence[Example]) -> list[Tensor]:
-        """Returns each layer's mean gradient (N, P) over the examples of all ranks."""
-        factors = [self._factors(layer) for layer in self.layers]
-        flat = [factor for of_layer in factors for factor in of_layer]
-        sums = [torch.zeros(factor.shape, device=factor.device) for factor in flat]
-        count = sums[0].new_zeros(())
-        for example in examples:
-            gradients = torch.autograd.grad(self._loss(example), flat, allow_unused=True)
-            # An example without a finite gradient does not count.
-            if all(gradient is None or gradient.isfinite().all() for gradient in gradients):
-                count += 1
-                for total, gradient in zip(sums, gradients, strict=True):
-                    if gradient is not None:  # no token reaches this expert of an MoE
-                        total += gradient
-        count = sum_over_ranks(count).clamp_min(1)
-        means = iter([sum_over_ranks(total) / count.to(total.device) for total in sums])
+    def mean(self, examples: Sequence[Example]) -> list[Tensor]:
+        """Returns each layer's mean gradient (N, P) over the examples, shared among the ranks."""
+        flat = [factor for of_layer in self.factors for factor in of_layer]
+        rank, ranks = rank_and_size()
+        sums, number = self._sums(examples[rank::ranks], flat)
+        count = sum_over_ranks(sums[0].new_tensor(float(number))).clamp_min(1)
+        return self._by_component(
+            [sum_over_ranks(total) / count.to(total.device) for total in sums]
+        )
+
+    def of_one(self, example: Example) -> list[Tensor] | None:
+        """Returns each layer's gradient (N, P) of one example; None if it is not finite."""
+        flat = [factor for of_layer in self.factors for factor in of_layer]
+        sums, number = self._sums([example], flat)
+        return self._by_component(sums) if number else None
+
+    def _by_component(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        remaining = iter(gradients)
         of_layers = []
-        for of_layer in factors:
-            mean_ON, *mean_NI = [next(means).float() for _ in of_layer]
-            of_layers.append(torch.cat([mean_ON.T, *mean_NI], dim=1))
+        for of_layer in self.factors:
+            of_B_ON, *of_A_NI = [next(remaining).float() for _ in of_layer]
+            of_layers.append(torch.cat([of_B_ON.T, *of_A_NI], dim=1))
         return of_layers
 
-    def _loss(self, example: Example) -> Tensor:
-        """Returns the mean cross-entropy of an example's answer."""
+    def _sums(
+        self, examples: Sequence[Example], factors: Sequence[nn.Parameter]
+    ) -> tuple[list[Tensor], int]:
+        """Returns the factors' gradients, summed over the examples, and the number of examples."""
+        sums = [torch.zeros(factor.shape, device=factor.device) for factor in factors]
+        if not examples:
+            return sums, 0
+        gradients = torch.autograd.grad(self._loss(examples), factors, allow_unused=True)
+        if all(gradient is None or gradient.isfinite().all() for gradient in gradients):
+            for total, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:  # no token reaches this expert of an MoE
+                    total += gradient
+            return sums, len(examples)
+        # An example without a finite gradient does not count.
+        count = 0
+        for example in examples if len(examples) > 1 else ():
+            of_example, number = self._sums([example], factors)
+            sums = [total + gradient for total, gradient in zip(sums, of_example, strict=True)]
+            count += number
+        return sums, count
+
+    def _loss(self, examples: Sequence[Example]) -> Tensor:
+        """Returns the mean cross-entropy of each example's answer, summed over the examples."""
+        device = next(self.model.parameters()).device
+        lengths = torch.tensor([len(example.input_ids_T) for example in examples])
+        labels_BT = _padded([example.labels_T for example in examples], IGNORED_LABEL)
+        attended_BT = (torch.arange(labels_BT.shape[1]) < lengths[:, None]).long()
+        batch = {
+            "input_ids": _padded([example.input_ids_T for example in examples], 0).to(device),
+            "attention_mask": attended_BT.to(device),
+            # The model gets no labels to find the prompt by.
+            "prompt_mask": _padded([example.prompt_T for example in examples], 0).to(device),
+            "use_cache": False,
+        }
         with torch.enable_grad():
-            output = self.model(
-                input_ids=example.input_ids_T[None], labels=example.labels_T[None], use_cache=False
-            )
-        return output.loss
-
-    def agreement(self) -> tuple[Tensor, float]:
-        """Returns the corrected cosines (C, C) of the clusters and their mean reliability.
-
-        Clusters without gradients have cosines of 0.
-        """
-        cosines_CC = torch.zeros(self.clusters, self.clusters)
-        if not self.present:
-            return cosines_CC, 0.0
-        rows = self.present + [self.clusters + cluster for cluster in self.present]
-        gram_RR = sum(sketch.gram() for sketch in self.sketches)
-        assert isinstance(gram_RR, Tensor)
-        count = len(self.present)
-        gram_2P2P = gram_RR[rows][:, rows].reshape(2, count, 2, count)
-        cosines_PP, reliability_P = cluster_cosines(gram_2P2P)
-        present_P = torch.tensor(self.present)
-        cosines_CC[present_P[:, None], present_P] = cosines_PP.float()
-        return cosines_CC, float(reliability_P.mean())
+            answer = answer_logits(self.model, batch, labels_BT.to(device))
+            losses_L = F.cross_entropy(answer.logits_LV.float(), answer.target_L, reduction="none")
+            labels_B = torch.bincount(answer.row_L, minlength=len(examples))
+            return (losses_L / labels_B[answer.row_L]).sum()
 
 
-def _codes(evidence: Evidence, random_LCK: Tensor) -> Tensor:
+def evidence_of_key(
+    gradients: Gradients, examples_of_clusters: Sequence[Sequence[Example]]
+) -> list[Evidence]:
+    """Returns the evidence of each layer, for clusters that are the same in all layers.
+
+    The gradients of a cluster are means over up to four examples in each half.
+    """
+    clusters = len(examples_of_clusters)
+    sketches = gradients.sketches(2 * clusters)
+    energies: list[list[Tensor]] = [[] for _ in sketches]
+    products: list[Any] = [0.0] * len(sketches)  # Σ_c ⟨g_ci, g_cj⟩ (N, N)
+    sums: list[Any] = [0.0] * len(sketches)  # Σ_c g_c (N, P)
+    present = []
+    for cluster, examples in enumerate(examples_of_clusters):
+        halves = [gradients.mean(examples[half : 2 * _PER_HALF : 2]) for half in range(2)]
+        # With gradients in one half only, nothing is known about the noise.
+        if not all(any(mean_NP.any() for mean_NP in half) for half in halves):
+            continue
+        present.append(cluster)
+        for index, sketch in enumerate(sketches):
+            for half in range(2):
+                sketch.add(half * clusters + cluster, halves[half][index].flatten())
+            mean_NP = (halves[0][index] + halves[1][index]) / 2
+            energies[index].append(mean_NP.square().sum(dim=1).cpu())
+            products[index] = products[index] + mean_NP @ mean_NP.T
+            sums[index] = sums[index] + mean_NP
+
+    if not present:
+        return []
+    gram_RR = sum(sketch.gram() for sketch in sketches)  # over the whole model
+    assert isinstance(gram_RR, Tensor)
+    agreement = _agreement(gram_RR, present)
+    cosines = [
+        centred_gram(product_NN, sum_NP @ sum_NP.T, len(present))
+        for product_NN, sum_NP in zip(products, sums, strict=True)
+    ]
+    return [
+        Evidence(present, torch.stack(energy), cosines_NN, *agreement)
+        for energy, cosines_NN in zip(energies, cosines, strict=True)
+    ]
+
+
+def evidence_of_layers(
+    gradients: Gradients, examples: Sequence[Example], clusters: int
+) -> list[Evidence]:
+    """Returns the evidence of each layer, for clusters that differ between layers.
+
+    The passes that give the gradients also show the cluster of the example in every layer. Each
+    layer has its own agreement of clusters. The sums of gradients take C·N·P numbers per layer.
+    """
+    sketches = gradients.sketches(2 * clusters)
+    shapes = [(clusters, *mean_NP.shape) for mean_NP in gradients.mean([])]
+    sums = [sketch.sums_RM.new_zeros(shape) for sketch, shape in zip(sketches, shapes, strict=True)]
+    counts_L2C = torch.zeros(len(sketches), 2, clusters)
+    rank, ranks = rank_and_size()
+    for example in examples[rank::ranks]:
+        with gradients.layers[0].routing.collecting_means() as means:
+            of_example = gradients.of_one(example)
+        if of_example is None:
+            continue
+        for index, layer in enumerate(gradients.layers):
+            mean_1I = means.get(f"{layer.name}.{gradients.adapter}")
+            # No token reaches some experts of an MoE.
+            if not mean_1I or not of_example[index].any():
+                continue
+            cluster = int(layer.clusters_of(gradients.adapter, mean_1I[0]))
+            # The examples of a cluster belong to the halves in turn.
+            half = int(counts_L2C[index, 0, cluster] > counts_L2C[index, 1, cluster])
+            counts_L2C[index, half, cluster] += 1
+            sketches[index].add(half * clusters + cluster, of_example[index].flatten())
+            sums[index][cluster] += of_example[index]
+
+    counts_L2C = sum_over_ranks(counts_L2C)
+    evidence = []
+    for sketch, sum_CNP, counts_2C in zip(sketches, sums, counts_L2C, strict=True):
+        sketch.sums_RM = sum_over_ranks(sketch.sums_RM)
+        count_C11 = counts_2C.sum(dim=0).clamp_min(1)[:, None, None]
+        means_CNP = sum_over_ranks(sum_CNP) / count_C11.to(sum_CNP)
+        evidence.append(_evidence_of_layer(sketch, means_CNP, counts_2C))
+    return evidence
+
+
+def _evidence_of_layer(sketch: SketchedSums, means_CNP: Tensor, counts_2C: Tensor) -> Evidence:
+    """Returns a layer's evidence from its sums of gradients, and the means over both halves."""
+    # With gradients in one half only, nothing is known about the noise.
+    present = counts_2C.min(dim=0).values.nonzero().flatten().tolist()
+    means_PNP = means_CNP[present]
+    counts_R = counts_2C.flatten().clamp_min(1).double()
+    gram_RR = sketch.gram() / counts_R[:, None] / counts_R
+    sum_NP = means_PNP.sum(dim=0)
+    product_NN = torch.einsum("cnp,cmp->nm", means_PNP, means_PNP)
+    return Evidence(
+        present,
+        means_PNP.square().sum(dim=2).cpu(),
+        centred_gram(product_NN, sum_NP @ sum_NP.T, max(1, len(present))),
+        *_agreement(gram_RR, present),
+    )
+
+
+def _agreement(gram_RR: Tensor, present: Sequence[int]) -> tuple[Tensor, float]:
+    """Returns the corrected cosines (P, P) of the clusters with gradients, and the reliability."""
+    count = len(present)
+    if count == 0:
+        return torch.zeros(0, 0), 0.0
+    clusters = len(gram_RR) // 2
+    rows = [*present, *(clusters + cluster for cluster in present)]
+    gram_2P2P = gram_RR[rows][:, rows].reshape(2, count, 2, count)
+    cosines_PP, reliability_P = cluster_cosines(gram_2P2P)
+    return cosines_PP.float(), float(reliability_P.mean())
+
+
+def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
+    return pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def _codes(
+    adapter: str, layers: Sequence[BaditLinear], evidence: Sequence[Evidence], random_LCK: Tensor
+) -> Tensor:
     """Returns the codes (L, C, K) of the layers, and assigns their components to experts.
 
-    If the gradients agree too little between the halves of a cluster, the codes are random.
+    Codes of clusters without gradients are random. If the gradients agree too little between the
+    halves of a cluster, all are.
     """
-    config = evidence.layers[0].badit_config[evidence.adapter]
-    cosines_CC, reliability = evidence.agreement()
+    config = layers[0].badit_config[adapter]
+    reliability = fmean([of_layer.reliability for of_layer in evidence] or [0.0])
     if reliability < LEAST_RELIABILITY:
         say(
             f"badit: codes={config.codes!r}: the gradients of the prompts' clusters are not "
             f"reliable ({reliability:.2f}, at least {LEAST_RELIABILITY}), so the codes are random"
         )
         return random_LCK
+    clusters = random_LCK.shape[1]
+    missing = clusters - min(len(of_layer.present) for of_layer in evidence)
+    if missing:
+        say(
+            f"badit: codes={config.codes!r}: up to {missing} of {clusters} clusters have no "
+            "gradients, as without answers, so their codes are random"
+        )
 
-    target_CC = target_overlap(cosines_CC).float()
     # The logits need as many random numbers on every rank.
     starts_LCK = gathered(torch.randn(random_LCK.shape))[0].cpu()
-    matched_LCK = matched_codes(target_CC, starts_LCK) if config.codes == "matched" else None
-    codes = []
-    for index, layer in enumerate(evidence.layers):
-        energy_CN = evidence.energy_LCN[index]
-        labels = layer.expert_of(evidence.adapter)
-        if matched_LCK is not None:
-            codes_CK = matched_LCK[index]
-            labels_N = labels_by_use(codes_CK, energy_CN)
+    matched_LPK = None
+    if config.codes == "matched":
+        target_PP = target_overlap(evidence[0].cosines_PP).float()
+        matched_LPK = matched_codes(target_PP, starts_LCK[:, evidence[0].present])
+    codes_LCK = random_LCK.clone()
+    for index, (layer, of_layer) in enumerate(zip(layers, evidence, strict=True)):
+        if not of_layer.present:
+            continue
+        if matched_LPK is not None:
+            codes_PK = matched_LPK[index]
+            labels_N = labels_by_use(codes_PK, of_layer.energy_PN)
         else:
-            labels_N = _groups(evidence, index)
-            codes_CK = grouped_codes(energy_CN, labels_N, float(mean_overlap(target_CC)))
-        labels.copy_(gathered(labels_N)[0])
-        codes_CK = with_norm_of(codes_CK, random_LCK[index].cpu())
+            current_N = layer.expert_of(adapter).cpu().numpy().copy()
+            cosines_NN = of_layer.cosines_NN.cpu().numpy()
+            groups_N = group_components(cosines_NN, current_N, seed=[0, 0, index])
+            labels_N = torch.from_numpy(in_order(groups_N))
+            overlap = mean_overlap(target_overlap(of_layer.cosines_PP).float())
+            codes_PK = grouped_codes(of_layer.energy_PN, labels_N, float(overlap))
+        layer.expert_of(adapter).copy_(gathered(labels_N)[0])
+        codes_PK = with_norm_of(codes_PK, random_LCK[index].cpu())
         if config.permute_codes:
-            codes_CK = permuted(codes_CK)
-        codes.append(gathered(codes_CK)[0])
-    return torch.stack(codes)
-
-
-def _groups(evidence: Evidence, index: int) -> Tensor:
-    """Returns the experts (N) of a layer's components, grouped by their centred gradients."""
-    layer = evidence.layers[index]
-    sums_NP = evidence.sums[index]
-    gram_NN = centred_gram(evidence.products[index], sums_NP @ sums_NP.T, len(evidence.present))
-    current_N = layer.expert_of(evidence.adapter).cpu().numpy().copy()
-    labels_N = group_components(gram_NN.cpu().numpy(), current_N, seed=[0, 0, index])
-    return torch.from_numpy(labels_N)
+            codes_PK = permuted(codes_PK)
+        codes_LCK[index, of_layer.present] = gathered(codes_PK)[0].to(codes_LCK)
+    return codes_LCK

@@ -61,7 +61,9 @@ class Keys:
 
     def of(self, examples: Sequence[Example]) -> Tensor:
         """Returns the keys (S, E) of examples, on the CPU."""
-        means_SE = [self.embedding(example.prompt_ids).float().mean(dim=0) for example in examples]
+        device = self.embedding.weight.device
+        ids = [example.prompt_ids.to(device) for example in examples]
+        means_SE = [self.embedding(prompt_ids).float().mean(dim=0) for prompt_ids in ids]
         return prompt_keys(torch.stack(means_SE).cpu(), *self.moments)
 
     def centroids(self, directions_CE: Tensor) -> Tensor:

@@ -20,7 +20,13 @@ from badit.method import (
     standardised,
     updated_moments,
 )
-from badit.method.routing import cluster_gates, prompt_centroids, random_codes
+from badit.method.routing import (
+    cluster_gates,
+    first_equal,
+    nearest_clusters,
+    prompt_centroids,
+    random_codes,
+)
 from badit.support.errors import BaditError
 from badit.tuner.config import BaditConfig
 from badit.tuner.context import ForwardPass
@@ -392,12 +398,18 @@ class BaditLinear(ExpertLinear):
         centroids_CI = prompt_centroids(standardised(means_SI, moments_2I), len(codes_CK))
         # Fewer prompts than clusters give equal centroids; rounding must not choose between their
         # codes.
-        first_equal_C = (centroids_CI @ centroids_CI.T > 1 - 1e-5).int().argmax(dim=1)
+        first_equal_C = first_equal(centroids_CI)
         codes_CK.copy_(gathered(random_codes(*codes_CK.shape)[first_equal_C])[0])
         self.badit_moments[adapter_name].copy_(gathered(moments_2I)[0])
         self.badit_centroids[adapter_name].copy_(gathered(centroids_CI)[0])
         self.badit_batches[adapter_name].fill_(1)
         return len(first_equal_C.unique())
+
+    def clusters_of(self, adapter_name: str, means_SI: Tensor) -> Tensor:
+        """Returns the clusters (S) of prompts with the means x̄ (S, I)."""
+        moments_2I = self.badit_moments[adapter_name]
+        standardised_SI = standardised(means_SI.to(moments_2I.device), moments_2I.float())
+        return nearest_clusters(standardised_SI, self.badit_centroids[adapter_name])
 
     def _reads_prompt(self) -> bool:
         configs = [self.badit_config[adapter] for adapter in self.running_adapters]

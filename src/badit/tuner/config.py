@@ -23,12 +23,22 @@ from badit.method.decomposition import (
 )
 from badit.method.grouping import Solver
 from badit.method.routing import GateKind, RouterInput
+from badit.presets import (
+    CLUSTER_GATES,
+    RELEASED,
+    RELEASED_REGROUPING,
+    Options,
+    filled,
+    saved_section,
+)
 from badit.support.errors import BaditError, problems
 from badit.support.steps import PositiveSteps
 
 # The version of an adapter's files. Increase it with a change that other releases would read
-# wrongly. tests/tuner/formats has an adapter of this version.
-FORMAT = 2
+# wrongly. tests/tuner/formats has an adapter of each version that is read. In version 2, BADIT has
+# no options ``gated`` to ``codes``.
+FORMAT = 3
+OLDEST_FORMAT = 2
 FORMAT_FIELD = "format_version"
 
 # Strict, because pydantic would otherwise accept "8" and True as numbers.
@@ -99,7 +109,7 @@ def _refuse_other_format(version: Any) -> None:
             f"{FORMAT_FIELD}: the adapter has format {version}, this badit reads formats up to "
             f"{FORMAT}: pip install --upgrade badit"
         )
-    if version < FORMAT:
+    if version < OLDEST_FORMAT:
         raise BaditError(
             f"{FORMAT_FIELD}: the adapter has format {version}, an older format that this version "
             "does not read; train it again"
@@ -144,12 +154,14 @@ class ExpertConfig(PeftConfig):
         None, "Name of the layer list that layers_to_transform indexes."
     )
     format_version: int = option(
-        FORMAT, "Version of the adapter's files, set by badit; other versions are refused."
+        FORMAT, "Version of the adapter's files, set by badit; unknown versions are refused."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _refuse_other_format(self.format_version)
+        # Adapters of an earlier version are saved in this one.
+        self.format_version = FORMAT
         self.peft_type = peft_type(self.method)
         # Sets, as in PEFT's configurations, which save them as lists; a string is a regex.
         for name in ("target_modules", "exclude_modules"):
@@ -279,25 +291,15 @@ class BaditConfig(ExpertConfig):
     Pass it to ``get_peft_model`` like any PEFT configuration, call ``badit.prepare(trainer)`` (in
     your own loop, ``hooks_of(model).start_task``), and train with a learning rate of 2e-3. The
     sizes are the paper's (arXiv 2605.05676: K 8, r 4, alpha 32, dropout 0.05, gate_proj); the
-    initialisation and the gates are not (docs/paper-index.md). :meth:`paper` returns the form of
-    the paper's released code, which is trained with :class:`badit.RegroupCallback` (DOG).
-    docs/method.md lists what still differs.
+    initialisation and the gates are not (docs/paper-index.md). Options that are None are set to
+    what they stand for (:func:`badit.presets.filled`). :meth:`cluster_gates` and :meth:`released`
+    return the presets of :mod:`badit.presets`.
     """
 
     method: ClassVar[str] = "BADIT"
-    #: The options of :meth:`paper`. With them, step 0 differs from the base model. The paper has
-    #: dropout 0.05, but its released code applies none.
-    PAPER: ClassVar[dict[str, Any]] = {
-        "num_experts": 8,
-        "r": 4,
-        "lora_alpha": 32,
-        "lora_dropout": 0.0,
-        "routing": "prompt",
-        "router_input": "mean",
-        "gates": "softmax",
-        "init_weights": "bad",
-        "svd_method": "exact",
-    }
+    #: The options of :meth:`cluster_gates` and of :meth:`released`.
+    CLUSTER_GATES: ClassVar[Options] = CLUSTER_GATES
+    RELEASED: ClassVar[Options] = RELEASED
 
     routing: Literal["prompt", "token"] = option(
         "prompt",
@@ -317,25 +319,26 @@ class BaditConfig(ExpertConfig):
         "hooks_of(model).start_task(batches) finds before training. 'mean_one': K·softmax of a "
         "router; all gates are 1 at step 0. 'softmax': sum 1, as in the released code; with "
         "init_weights='bad', gates with sum 1 change the model at step 0. Default: 'clusters'; "
-        "'mean_one' with routing='token', "
-        "router_input='mean', top_k, init_weights='bad', target_parameters or a single expert.",
+        "'mean_one' with routing='token', router_input='mean', top_k, target_parameters, a single "
+        "expert, or init_weights='bad' and gated='factors'.",
     )
-    gated: Literal["factors", "change"] = option(
-        "factors",
+    gated: Literal["factors", "change"] | None = option(
+        None,
         "What the gates scale with init_weights='bad'. 'factors': the factors, as in the released "
-        "code. 'change': the change of the factors since step 0, so that step 0 is the base model "
-        "with any gates.",
+        "code (default). 'change': the change of the factors since step 0, so that step 0 is the "
+        "base model with any gates.",
     )
-    key: Literal["layer", "embedding"] = option(
-        "layer",
-        "What clusters of prompts are found from. 'layer': each layer's input. 'embedding': the "
-        "prompt's mean token embedding, so that a prompt has the same cluster in all layers.",
+    key: Literal["layer", "embedding"] | None = option(
+        None,
+        "What clusters of prompts are found from. 'layer': each layer's input (default). "
+        "'embedding': the prompt's mean token embedding, so that a prompt has the same cluster in "
+        "all layers (default with codes='matched' or 'grouped').",
     )
-    codes: Literal["random", "matched", "grouped"] = option(
-        "random",
-        "The gates of clusters. 'random'. 'matched' (needs key='embedding'): clusters whose "
-        "gradients agree share experts, and components join the experts that use them. 'grouped' "
-        "(the same): components are grouped by their gradients, and clusters have large gates "
+    codes: Literal["random", "matched", "grouped"] | None = option(
+        None,
+        "The gates of clusters. 'random' (default). 'matched' (needs key='embedding'): clusters "
+        "whose gradients agree share experts, and components join the experts that use them. "
+        "'grouped': components are grouped by their gradients, and clusters have large gates "
         "where their gradients are large.",
     )
     permute_codes: bool = option(
@@ -350,11 +353,11 @@ class BaditConfig(ExpertConfig):
         "router does not learn. With init_weights='bad', the unused experts' part of the base "
         "weight is missing at step 0.",
     )
-    init_weights: Literal["lora", "directions", "bad"] = option(
-        "lora",
-        "'lora': random A and zero B. 'directions': A has the weight's top right singular "
-        "vectors, scaled like LoRA's A; B is zero. 'bad': the paper's BAD, the top singular "
-        "triples with their magnitudes in A and B.",
+    init_weights: Literal["lora", "directions", "bad"] | None = option(
+        None,
+        "'lora': random A and zero B (default). 'directions': A has the weight's top right "
+        "singular vectors, scaled like LoRA's A; B is zero. 'bad': the paper's BAD, the top "
+        "singular triples with their magnitudes in A and B.",
     )
     svd_method: SvdMethod = option(
         "auto", "'exact', 'randomized', or 'auto' (randomized for large weights)."
@@ -382,40 +385,41 @@ class BaditConfig(ExpertConfig):
     extensions: list[Any] = field(default_factory=list)  # of Extension, set by badit
 
     @classmethod
-    def paper(cls, **options: Any) -> Self:
-        """Returns the form of the paper's released code (``preset: paper``), with ``options``."""
-        return cls(**{**cls.PAPER, **options})
+    def cluster_gates(cls, **options: Any) -> Self:
+        """Returns fixed random gates for clusters of prompts, with ``options``.
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.router_input is None:
-            self.router_input = "standardised" if self.routing == "prompt" else "mean"
-        if self.gates is None:
-            self.gates = self._default_gates()
-        self._refuse_conflicts()
-        check("extensions", self.extensions, list[Any])
-        self.extensions = [Extension.of(entry) for entry in self.extensions]
+        In a recipe: ``method: cluster-gates``.
+        """
+        return cls(**{**cls.CLUSTER_GATES, **options})
+
+    @classmethod
+    def released(cls, **options: Any) -> Self:
+        """Returns the form of the paper's released code (``preset: released``), with ``options``.
+
+        It is trained with :class:`badit.RegroupCallback` (DOG). docs/method.md lists what differs.
+        """
+        return cls(**{**cls.RELEASED, **options})
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        kwargs.setdefault("stores_clusters", False)  # an adapter of an earlier version
-        return super().check_kwargs(**kwargs)
+        """Completes settings of an earlier format; called by PEFT for a saved adapter."""
+        kwargs.setdefault("stores_clusters", False)
+        return saved_section(super().check_kwargs(**kwargs))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in filled(vars(self)).items():
+            setattr(self, name, value)
+        self._refuse_conflicts()
+        check("extensions", self.extensions, list[Any])
+        self.extensions = [Extension.of(entry) for entry in self.extensions]
 
     @property
     def is_released_form(self) -> bool:
         """Whether initialisation and gates are those of the paper's released code."""
         names = ("routing", "router_input", "gates", "init_weights")
-        is_released = all(getattr(self, name) == self.PAPER[name] for name in names)
+        is_released = all(getattr(self, name) == self.RELEASED[name] for name in names)
         return is_released and not self.gates_change
-
-    def _default_gates(self) -> GateKind:
-        """Returns clusters of prompts, unless they are not possible or would change step 0."""
-        # Clusters are of standardised prompts; with BAD, their random gates would change step 0.
-        if self.router_input == "mean" or self.init_weights == "bad":
-            return "mean_one"
-        if self.num_experts == 1 or self.top_k is not None or self.target_parameters:
-            return "mean_one"
-        return "clusters"
 
     def _refuse_conflicts(self) -> None:
         if self.router_input == "standardised" and self.routing != "prompt":
@@ -427,10 +431,12 @@ class BaditConfig(ExpertConfig):
             raise BaditError(
                 "gates: 'clusters' needs routing='prompt', router_input='standardised' and no top_k"
             )
+        if self.codes != "random" and self.gates != "clusters":
+            raise BaditError(f"codes: {self.codes!r} needs gates='clusters'")
         if self.key == "embedding" and self.gates != "clusters":
             raise BaditError("key: 'embedding' needs gates='clusters'")
-        if self.codes != "random" and self.key != "embedding":
-            raise BaditError(f"codes: {self.codes!r} needs key='embedding'")
+        if self.codes == "matched" and self.key != "embedding":
+            raise BaditError("codes: 'matched' needs key='embedding'; use codes='grouped'")
         if self.permute_codes and self.codes == "random":
             raise BaditError("permute_codes: needs codes='matched' or 'grouped'")
         # PEFT does not apply layers_to_transform to target_parameters.
@@ -453,7 +459,7 @@ class BaditConfig(ExpertConfig):
 
     @property
     def gates_change(self) -> bool:
-        return self.gated == "change"
+        return self.gated == "change" and self.init_weights == "bad"
 
     def initial_factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.init_weights == "lora":
@@ -487,21 +493,39 @@ class RegroupOptions:
         "swap", "'swap': balanced k-means, then exact swaps; 'paper': the paper's iteration."
     )
     restarts: CountOrZero = option(10, "Number of starts of the solver from k-means.")
-    rescale: bool = option(
-        True, "Multiply moved components by the ratio of their old and new experts' mean gates."
+    rescale: bool | None = option(
+        None,
+        "Multiply moved components by the ratio of their old and new experts' mean gates. Default: "
+        "true, except with gated='change'.",
+    )
+    reset_smallest: Share | None = option(
+        None,
+        "With gated='change': the share of components that may move, those whose factors have "
+        "changed the least. A moved component starts again from its initial factors. Default: any "
+        "component may move, and keeps its factors.",
     )
 
-    #: As in the paper's code: once in each of ten epochs, during the first half of training.
-    PAPER: ClassVar[dict[str, Any]] = {
-        "every": 0.1,
-        "stop": 0.5,
-        "solver": "paper",
-        "restarts": 10,
-        "rescale": False,
-    }
+    RELEASED: ClassVar[Options] = RELEASED_REGROUPING
 
     def __post_init__(self) -> None:
         check_options(self, "regroup.")
+        if self.reset_smallest is not None and self.solver != "swap":
+            raise BaditError("regroup.reset_smallest: needs solver='swap'")
+
+    def fitted_to(self, config: "BaditConfig") -> Self:
+        """Returns the options with their defaults for an adapter; BaditError if they conflict."""
+        if self.rescale and config.gates_change:
+            raise BaditError(
+                "regroup.rescale: with gated='change', it would also multiply the initial factors, "
+                "which are a part of the base model; leave it out"
+            )
+        if self.reset_smallest is not None and not config.gates_change:
+            raise BaditError(
+                "regroup.reset_smallest: needs gated='change' and init_weights='bad', whose "
+                "initial factors are stored"
+            )
+        rescale = not config.gates_change if self.rescale is None else self.rescale
+        return dataclasses.replace(self, rescale=rescale)
 
     def due(self, total_steps: int) -> range:
         """Returns the steps of a run after which it regroups."""

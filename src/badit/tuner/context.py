@@ -11,7 +11,9 @@ answer. It is therefore wrapped, to record where the prompt ends.
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Self
@@ -22,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from badit.method.routing import prompt_mean, segment_means
 from badit.support.errors import BaditError
+from badit.tuner.answers import has_output_layer
 from badit.tuner.prompt import (
     HELD,
     IGNORED_LABEL,
@@ -210,6 +213,15 @@ class RoutingContext:
         """Returns whether gradient checkpointing is recomputing the calling layer."""
         return self._running is None and inside_backward()
 
+    @contextmanager
+    def collecting_means(self) -> Iterator[dict[str, list[Tensor]]]:
+        """Collects the means x̄ (B, I) of the prompts of each pass, by layer and adapter."""
+        self.prompt_means = defaultdict(list)
+        try:
+            yield self.prompt_means
+        finally:
+            self.prompt_means = None
+
     def without_clusters(self) -> list[tuple[Any, str]]:
         """Returns the running layers and adapters without clusters of prompts.
 
@@ -394,7 +406,7 @@ class RoutingContext:
         if batch["prompt_mask"] is not None:
             return batch["prompt_mask"].bool(), segments
         labels_BT = batch["labels"]
-        if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+        if not has_output_layer(model):
             labels_BT = None  # a classifier: the whole row is the prompt
         elif labels_BT is None and model.training and torch.is_grad_enabled():
             self._warn_once(

@@ -9,6 +9,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any, Literal
 
@@ -197,6 +198,13 @@ def before_step(optimizer: Any, read: Callable[[], None]) -> bool:
     return True
 
 
+def gathered_weight(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """Returns a context in which a weight that ZeRO-3 has divided is whole; all ranks enter it."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    return import_module("deepspeed.runtime.zero").GatheredParameters([parameter])
+
+
 def is_divided_by_zero3(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
@@ -230,6 +238,16 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def objects_of_ranks(value: Any) -> list[Any]:
+    """Returns the picklable values of all ranks, in their order; tensors should be on the CPU."""
+    _, processes = rank_and_size()
+    if processes == 1:
+        return [value]
+    of_ranks = [None] * processes
+    torch.distributed.all_gather_object(of_ranks, value)
+    return of_ranks
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -8,9 +8,8 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -19,7 +18,14 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 
 from badit.support.errors import BaditError
-from badit.tuner.abilities import Example, examples_in, find_abilities, frozen_embedding
+from badit.tuner.abilities import (
+    Example,
+    examples_in,
+    examples_of_ranks,
+    find_abilities,
+    find_layer_codes,
+    frozen_embedding,
+)
 from badit.tuner.additions import (
     GRADIENT_ROWS,
     PROMPTS_PER_CLUSTER,
@@ -272,20 +278,19 @@ class BaditModel(ExpertModel):
                 "routing: 'prompt' is for decoder-only models; use routing='token' for an "
                 "encoder-decoder"
             )
+        if config.key == "embedding":
+            frozen_embedding(self.model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        RoutingContext.of(self.model).embedding_features = self._embedding_features(peft_config)
+        RoutingContext.of(self.model).embedding_features = self._embedding_features()
         return super()._prepare_adapter_config(peft_config, model_config)
 
-    def _embedding_features(self, config: BaditConfig) -> int:
-        """Returns the size of the input embeddings; 0 if they are not known and not needed."""
-        if config.key == "embedding":
-            return self.model.get_input_embeddings().embedding_dim  # pyright: ignore
+    def _embedding_features(self) -> int:
+        """Returns the size of the input embeddings; 0 if the model has no table of them."""
         try:
-            embedding: Any = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-        except (AttributeError, NotImplementedError):
+            return frozen_embedding(self.model).embedding_dim
+        except BaditError:
             return 0
-        return getattr(embedding, "embedding_dim", 0)
 
     @torch.no_grad()
     def start_task(self, batches: TaskBatches) -> None:
@@ -293,8 +298,9 @@ class BaditModel(ExpertModel):
 
         It runs a pass over 32 prompts per cluster, the same number of every task (at least one).
         All processes call it, before the model is wrapped or sharded; the clusters are those of
-        rank 0. BaditError if a layer gets no prompts, if no row has a prompt because the labels
-        begin at the first token, or if different prompts get the same gates in every layer.
+        rank 0, and with key='embedding' those of the prompts of all ranks. BaditError if a layer
+        gets no prompts, if no row has a prompt because the labels begin at the first token, or if
+        different prompts get the same gates in every layer.
         """
         if not isinstance(batches, Mapping):
             raise BaditError(
@@ -309,7 +315,8 @@ class BaditModel(ExpertModel):
         unclustered = RoutingContext.of(self.model).without_clusters()
         if not unclustered:
             return
-        if is_divided_by_zero3(self.model):
+        has_layer_keys = any(layer.badit_config[name].key == "layer" for layer, name in unclustered)
+        if has_layer_keys and is_divided_by_zero3(self.model):
             raise BaditError(
                 "start_task: DeepSpeed has divided the weights; load the model before you set up "
                 "ZeRO-3"
@@ -438,7 +445,8 @@ class BaditModel(ExpertModel):
         embedding = frozen_embedding(self.model)
         numbers = set()
         for examples in self._prompts_of_tasks(batches, clusters).values():
-            means = [embedding(example.prompt_ids).float().mean(dim=0) for example in examples]
+            ids = [example.prompt_ids.to(embedding.weight.device) for example in examples]
+            means = [embedding(prompt_ids).float().mean(dim=0) for prompt_ids in ids]
             numbers |= set(nearest_extensions(holder, adapter, torch.stack(means)).tolist())
         return numbers
 
@@ -501,13 +509,14 @@ class BaditModel(ExpertModel):
                 find_abilities(self.model, name, of_adapter, examples)
 
     def _examples(self, batches: TaskBatches, per_task: int) -> list[Example]:
-        """Returns the first examples of each task."""
+        """Returns the first examples of each task, the same on all ranks."""
         examples = []
         for task_batches in batches.values():
-            of_task = []
-            for _, tensors, mask_BT, segments in self._first_prompts(task_batches, per_task):
-                of_task += examples_in(tensors, mask_BT, segments)
-            examples += of_task[:per_task]
+            of_task = [
+                list(examples_in(tensors, mask_BT, segments))
+                for _, tensors, mask_BT, segments in self._first_prompts(task_batches, per_task)
+            ]
+            examples += examples_of_ranks(of_task)[:per_task]
         return examples
 
     def _first_prompts(self, task_batches: Any, count: int) -> Iterator[_PromptBatch]:
@@ -550,22 +559,32 @@ class BaditModel(ExpertModel):
                 f"start_task: {len(prompts)} different prompts are the same in every layer, "
                 f"so they would get the same gates; check the model's weights, or {_PROMPT_FIX}"
             )
+        self._find_layer_codes(unclustered, sample.examples)
+
+    def _find_layer_codes(self, clustered: Sequence[Place], examples: list[Example]) -> None:
+        """Finds the codes and groups of adapters with clusters of layers, unless random."""
+        layers = defaultdict(list)
+        for layer, name in clustered:
+            if layer.badit_config[name].codes != "random":
+                layers[name].append(layer)
+        if not layers:
+            return
+        examples = examples_of_ranks([[example] for example in examples])
+        with self._evaluating():
+            for name, of_adapter in layers.items():
+                find_layer_codes(self.model, name, of_adapter, examples)
 
     def _sample(self, batches: TaskBatches, prompts_per_task: int) -> "_Sample":
         """Returns the first prompts of each task, as every layer reads them."""
         routing = RoutingContext.of(self.model)
-        sample = _Sample()
-        routing.prompt_means = sample.means
-        try:
-            with self._evaluating():
-                for task_batches in batches.values():
-                    for prompts in self._first_prompts(task_batches, prompts_per_task):
-                        batch, tensors, mask_BT, segments = prompts
-                        self._run_layers(batch, tensors, mask_BT)
-                        sample.examples += examples_in(tensors, mask_BT, segments)
-        finally:
-            routing.prompt_means = None
-        return sample
+        examples = []
+        with self._evaluating(), routing.collecting_means() as means:
+            for task_batches in batches.values():
+                for prompts in self._first_prompts(task_batches, prompts_per_task):
+                    batch, tensors, mask_BT, segments = prompts
+                    self._run_layers(batch, tensors, mask_BT)
+                    examples += examples_in(tensors, mask_BT, segments)
+        return _Sample(means, examples)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -638,13 +657,11 @@ class _Replayed:
             yield batch
 
 
-@dataclass
-class _Sample:
+class _Sample(NamedTuple):
     """Training prompts that the base model has read."""
 
-    # By layer and adapter, x̄ (B, I) of each batch.
-    means: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    examples: list[Example] = field(default_factory=list)
+    means: dict[str, list[Tensor]]  # by layer and adapter, x̄ (B, I) of each batch
+    examples: list[Example]
 
 
 def _refuse_without_prompts(examples: Sequence[Example]) -> None:

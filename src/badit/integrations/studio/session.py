@@ -140,7 +140,7 @@ class Session:
             abilities = load_frame(abilities_path)["tasks"].tolist()
         return {
             "run": self.run.path.resolve().name,
-            "method": self.method.name,
+            "method": self.method.title,
             "model": self.recipe.model.name,
             "tasks": list(self.tasks),
             "remark": self.remark,

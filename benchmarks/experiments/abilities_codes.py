@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""Screens the forms of the paper's system: stage 2 of the abilities experiments, "codes".
+
+    export BADIT_SUPERNI=/path/to/superni
+    python benchmarks/experiments/abilities_codes.py          # trains all cells; resumable
+    python benchmarks/experiments/abilities_codes.py table    # prints the results as Markdown
+
+The question, the cells and the decision rules are in abilities-codes.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from screening import Cell, Experiment
+
+SEED = 20  # of the first part
+LORA = {"name": "lora", "r": 34, "lora_alpha": 272, "lora_dropout": 0.05}
+EXPERTS = {"name": "badit", "num_experts": 8, "r": 4, "lora_dropout": 0.05}
+BAD = {**EXPERTS, "init_weights": "bad", "gated": "change"}
+DIRECTIONS = {**EXPERTS, "init_weights": "directions"}
+CLUSTERS = {"gates": "clusters", "key": "embedding", "regroup": None}
+# As in the released code: in each tenth of the first half of the training. Gates of the change need
+# no rescaling.
+PUBLISHED = {"every": 0.1, "stop": 0.5, "solver": "paper", "restarts": 10, "rescale": False}
+LAYER_CLUSTERS = {"gates": "clusters", "key": "layer"}
+ROUTER = {"gates": "mean_one"}
+SLOW_ROUTER = {"router_lr_ratio": 0.3}
+
+
+def clusters(start: Mapping[str, Any], codes: str, **options: Any) -> dict[str, Any]:
+    """Returns a method whose clusters of prompts have codes of this kind."""
+    return {**start, **CLUSTERS, "codes": codes, **options}
+
+
+CELLS = {
+    "lora@2e-3": Cell(LORA, 2e-3),
+    "bad-grouped@2e-3": Cell(clusters(BAD, "grouped"), 2e-3),
+    "bad-matched@2e-3": Cell(clusters(BAD, "matched"), 2e-3),
+    "bad-layer@2e-3": Cell({**BAD, **LAYER_CLUSTERS, "regroup": None}, 2e-3),
+    "bad-layer-grouped@2e-3": Cell(
+        {**BAD, **LAYER_CLUSTERS, "codes": "grouped", "regroup": None}, 2e-3
+    ),
+    "bad-router-regroup@1e-3": Cell({**BAD, **ROUTER, "regroup": PUBLISHED}, 1e-3, SLOW_ROUTER),
+    "bad-layer-regroup@2e-3": Cell({**BAD, **LAYER_CLUSTERS, "regroup": PUBLISHED}, 2e-3),
+    "bad-grouped@4e-3": Cell(clusters(BAD, "grouped"), 4e-3),
+    "bad-random@2e-3": Cell(clusters(BAD, "random"), 2e-3),
+    "directions-grouped@2e-3": Cell(clusters(DIRECTIONS, "grouped"), 2e-3),
+    "bad-router-regroup@2e-3": Cell({**BAD, **ROUTER, "regroup": PUBLISHED}, 2e-3, SLOW_ROUTER),
+    "bad-grouped-permuted@2e-3": Cell(clusters(BAD, "grouped", permute_codes=True), 2e-3),
+    "bad-matched@4e-3": Cell(clusters(BAD, "matched"), 4e-3),
+    "directions-matched@2e-3": Cell(clusters(DIRECTIONS, "matched"), 2e-3),
+    "bad-grouped-regroup@2e-3": Cell(clusters(BAD, "grouped", regroup=PUBLISHED), 2e-3),
+    "bad-matched-regroup@2e-3": Cell(clusters(BAD, "matched", regroup=PUBLISHED), 2e-3),
+    "bad-router-regroup@5e-4": Cell({**BAD, **ROUTER, "regroup": PUBLISHED}, 5e-4, SLOW_ROUTER),
+    "bad-router@1e-3": Cell({**BAD, **ROUTER, "regroup": None}, 1e-3, SLOW_ROUTER),
+    "bad-matched-permuted@2e-3": Cell(clusters(BAD, "matched", permute_codes=True), 2e-3),
+    "directions-random@2e-3": Cell(clusters(DIRECTIONS, "random"), 2e-3),
+    "bad-grouped@1e-3": Cell(clusters(BAD, "grouped"), 1e-3),
+    "bad-random@4e-3": Cell(clusters(BAD, "random"), 4e-3),
+    "directions-grouped@4e-3": Cell(clusters(DIRECTIONS, "grouped"), 4e-3),
+    "bad-grouped@8e-3": Cell(clusters(BAD, "grouped"), 8e-3),
+}
+
+
+def main() -> None:
+    experiment = Experiment("abilities-codes", CELLS)
+    if sys.argv[1:] != ["table"]:
+        experiment.train([(name, SEED) for name in CELLS])
+    print(experiment.table(CELLS, reference="lora@2e-3"))
+
+
+if __name__ == "__main__":
+    main()
