@@ -306,7 +306,7 @@ class BaditModel(ExpertModel):
             raise BaditError(
                 "start_task: needs the batches of each task, such as {'all': dataloader}"
             )
-        batches = {task: _replayed(of_task) for task, of_task in batches.items()}
+        batches = {task: _Replayed(of_task) for task, of_task in batches.items()}
         self._start_extensions(batches)
         self._find_clusters_of_adapters(batches)
         self._store_clusters(batches)
@@ -638,20 +638,18 @@ class BaditModel(ExpertModel):
         return tensors
 
 
-def _replayed(batches: Any) -> Any:
-    """Returns batches that can be read several times, also those of an iterator."""
-    return _Replayed(batches) if isinstance(batches, Iterator) else batches
-
-
 class _Replayed:
-    """The batches of an iterator, which every iteration begins with the first."""
+    """Batches that every iteration reads alike, also those of an iterator or a shuffling loader."""
 
-    def __init__(self, batches: Iterator[Any]) -> None:
-        self._remaining = batches
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+        self._remaining: Iterator[Any] | None = None
         self._read: list[Any] = []
 
     def __iter__(self) -> Iterator[Any]:
         yield from self._read
+        if self._remaining is None:  # now, because a loader may draw from the random state
+            self._remaining = iter(self._batches)
         for batch in self._remaining:
             self._read.append(batch)
             yield batch
