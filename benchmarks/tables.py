@@ -65,8 +65,9 @@ def comparison_table(
     if names:
         results = renamed(results, dict(pair.split(":") for pair in names.split(",")))
     table = method_table(results, metric)
-    texts = table.texts
-    notes = table.notes
+    # The pages show the NLL in tables of its own, and their experiments have their own rules.
+    texts = table.texts.drop(columns=f"NLL vs {results.reference} [95 %]", errors="ignore")
+    notes = [note for note in table.notes if not note.startswith("Verdict:")]
     if times == "no":
         texts = texts.drop(columns=TIMES)
         notes = [note for note in notes if not note.startswith("time:")]

@@ -392,6 +392,31 @@ def relative_energy(energy, labels):
     return shares / shares.mean(axis=0)
 
 
+# --- extensions ---
+def key_moments(keys):
+    """Returns the mean and the covariance of the keys of a cluster."""
+    keys = float64(keys)
+    mean = sum(keys) / len(keys)
+    return mean, sum(np.outer(key - mean, key - mean) for key in keys) / len(keys)
+
+
+def confused_share(keys, own, other):
+    """Returns P(z · (other − own) > 0) of a normal z with the moments of a cluster's keys."""
+    mean, covariance = key_moments(keys)
+    difference = float64(other) - float64(own)
+    deviation = math.sqrt(difference @ covariance @ difference)
+    return 0.5 * math.erfc(-(mean @ difference) / deviation / math.sqrt(2))
+
+
+def new_directions(gradient, frozen, rank):
+    """Returns the projector on the top right singular vectors of G (I − P), from the whole G."""
+    gradient, frozen = float64(gradient), float64(frozen)
+    projector = np.linalg.pinv(frozen) @ frozen
+    outside = gradient @ (np.eye(gradient.shape[1]) - projector)
+    _, _, directions = np.linalg.svd(outside)
+    return directions[:rank].T @ directions[:rank]
+
+
 # --- Rouge-L ---
 # The beginnings of the names of characters in scripts without spaces between words.
 WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA LETTER", "THAI", "LAO", "KHMER", "MYANMAR")
@@ -431,3 +456,41 @@ def rouge_l(prediction, reference):
         return 0.0
     precision, recall = common / len(answer), common / len(target)
     return 100 * 2 * precision * recall / (precision + recall)
+
+
+# --- Verdicts of comparisons ---
+def verdict(nll, score):
+    """Returns the documented verdict on a method from (low, inner_low, inner_high, high) twice."""
+
+    def shows(interval, margin, better):
+        low, inner_low, inner_high, high = interval
+        if -margin < inner_low and inner_high < margin:
+            return "level"
+        if low <= 0 <= high:
+            return "nothing"
+        return "better" if better(high) else "worse"
+
+    of_nll = shows(nll, 0.01, lambda end: end < 0)
+    of_score = shows(score, 0.5, lambda end: end > 0)
+    names = {"better": "ahead of", "worse": "behind", "level": "level with"}
+    if of_nll != of_score or of_nll not in names:
+        return "not decided against"
+    return names[of_nll]
+
+
+# --- Similarity of gates ---
+def gate_similarity(profiles):
+    """Returns the similarity of every two rows (T, G): their correlation, moved from −1/(T−1) to 0.
+
+    The line through (−1/(T−1), 0) and (1, 1).
+    """
+    profiles = float64(profiles)
+    tasks = len(profiles)
+    unrelated = -1 / (tasks - 1)
+    deviations = profiles - sum(profiles) / tasks
+    similarity = np.empty((tasks, tasks))
+    for i, row in enumerate(deviations):
+        for j, other in enumerate(deviations):
+            correlation = np.corrcoef(row, other)[0, 1]
+            similarity[i, j] = (correlation - unrelated) / (1 - unrelated)
+    return similarity

@@ -60,7 +60,8 @@ def test_paper_recipes_have_the_papers_settings_and_differ_only_by_model():
         assert keys <= {"model.name", "training.gradient_checkpointing", "output"}
     badit = {"name": "badit", "num_experts": 8, "r": 4, "lora_alpha": 32, "lora_dropout": 0.0}
     options = {"target_modules": ["gate_proj"], "regroup": {"every": 0.1, "stop": 0.5}}
-    assert recipe.method == {**badit, **options, "init_weights": "bad", "router_input": "mean"}
+    factors = {"init_weights": "bad", "gated": "factors", "router_input": "mean"}
+    assert recipe.method == {**badit, **options, **factors}
     assert recipe.training.num_train_epochs == 10  # docs/paper-index.md has the other values
 
 

@@ -182,4 +182,9 @@ def test_init_train_and_analyze_turn_a_csv_into_scores_and_a_report(
     assert main(["init", "data.csv", "training.seed=1", "-o", "other.yaml"]) == 2
     assert read_json(tmp_path / "runs/recipe/scores.json")["tasks"].keys() == {"capital", "river"}
     assert "capital" in (tmp_path / "runs/recipe/report.html").read_text()
-    assert f"Report: runs{os.sep}recipe{os.sep}report.html" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"Report: runs{os.sep}recipe{os.sep}report.html" in shown
+    assert "the first 1 instance per task" in shown or "instances per task" in shown
+    analysed = shown.split("Which tasks conflict: badit analyze runs/recipe\n")[1]
+    assert analysed.index("of tasks") < analysed.index("gradient_overall"), "the verdict is first"
+    assert "\n  badit " in analysed

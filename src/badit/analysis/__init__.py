@@ -37,6 +37,7 @@ from badit.recipe.schema import DataSection, source_of
 from badit.runs.fingerprints import task_fingerprints
 from badit.runs.folder import AnyPath, RunFolder, refuse_unanalyzable
 from badit.runs.resolved import ResolvedRun, open_run
+from badit.support.console import quiet
 from badit.support.environment import environment
 from badit.support.errors import BaditError
 from badit.support.files import exclusive, inside, refuse_links, write_json
@@ -69,7 +70,7 @@ def analyze(
     output = Path(output or default)
     # The folder may come from others: through a link, the tables would be written elsewhere.
     refuse_links(inside(output, output / "analysis"))
-    with exclusive(output):
+    with exclusive(output), quiet(not progress):
         if is_comparison:
             _analyze_comparison(folder, data, output)
             return output

@@ -22,7 +22,29 @@ def _shown(target: str, tables: Any, options: dict[str, Any]) -> str:
     if is_folder and not folder.samefile(target):
         runs = [target, folder]
     report = write_report_if_possible(runs, folder / "report.html")
-    return f"{listed}\n\nTables: {folder / 'analysis'}\n{report}"
+    verdict = _verdict(tables, Path(target) if is_folder else folder)
+    return f"{verdict}{listed}\n\nTables: {folder / 'analysis'}\n{report}"
+
+
+def _verdict(tables: Any, folder: Path) -> str:
+    """Returns which pairs of tasks conflict and the next command; empty for a comparison.
+
+    ``folder`` has the recipe of the run or of the base model's analysis.
+    """
+    if "gradient_overall" not in tables:
+        return ""
+    module = load("badit.analysis.verdict")
+    run = load("badit.runs.folder").RunFolder.at(folder)
+    config = {}
+    if run.config_path.is_file():
+        config = load("badit.recipe.loading").read_values(run.config_path)
+    verdict = module.conflict_verdict(
+        tables["gradient_overall"], module.measured_in(folder, config)
+    )
+    if verdict is None:
+        return ""
+    lines = [*verdict.sentences, "", f"{verdict.purpose}:", f"  {verdict.command}"]
+    return "\n".join(lines) + "\n\n"
 
 
 def _refuse(target: str, options: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from badit.runs.folder import RunFolder
 from badit.runs.predictions import write_predictions
 from badit.runs.resolved import ResolvedRun
 from badit.runs.scores import read_scores
-from badit.support.console import is_main_process, say
+from badit.support.console import is_main_process, quiet, say
 from badit.support.errors import BaditError, explained, refuse_unknown
 from badit.support.files import copy_folder, exclusive, write_json
 from badit.training.fit import fit
@@ -71,7 +71,7 @@ def evaluate(
     _warn_of_changed_tasks(run, split)
 
     scoring = _Scoring(run, split, progress, resume)
-    with exclusive(run.folder.path):
+    with exclusive(run.folder.path), quiet(not progress):
         if split != own_split:
             return scoring.score(run.folder, run.tasks)
         # The untuned model has no stages.
@@ -81,6 +81,28 @@ def evaluate(
             scores = scoring.score(run.folder, run.tasks)
         write_run_card(run.folder)
     return scores
+
+
+def score_earlier(run: ResolvedRun, *, progress: bool = True) -> dict[str, Any] | None:
+    """Scores the tasks of ``extend.earlier``, which other runs trained; None without that source.
+
+    Written to ``scores-earlier.json``, and not scored again if the file exists.
+    """
+    source = run.recipe.extend.earlier
+    if source is None:
+        return None
+    path = run.folder.earlier_scores_path
+    if not path.is_file():
+        data = run.recipe.data.model_copy(update={"source": source, "tasks": None, "order": None})
+        split = run.recipe.evaluation.split
+        new = {task.name for task in run.tasks}
+        tasks = [task for task in data.load() if getattr(task, split) and task.name not in new]
+        if not tasks:
+            raise BaditError(f"extend.earlier: {source}: has no {split} instances of earlier tasks")
+        model, tokenizer = load_run(run)
+        scores, _ = score_model(model, tokenizer, run.recipe, tasks, split, progress=progress)
+        write_json(path, scores)
+    return read_scores(path)
 
 
 def _warn_of_changed_tasks(run: ResolvedRun, split: Split) -> None:

@@ -139,7 +139,7 @@ def export(
     exporter = _Exporter(run, output, options, model, tokenizer)
     # Written beside the folder and renamed, so that a reader never sees an incomplete export.
     unfinished = output.with_name(f".{output.name}.badit.partial")  # no user's folder has this name
-    with status("exporting"), explained(output, action="written"), exclusive(output):
+    with status("exporting", in_logs=True), explained(output, action="written"), exclusive(output):
         try:
             remove(unfinished)
             if options.all_tasks:

@@ -63,7 +63,11 @@ def load_base_model(
         options["quantization_config"] = quantisation_config(quantisation, dtype)
         # Quantised weights are created on their final device.
         options["device_map"] = {"": device or "cpu"}
-    with _loading(source, "weights"), status(f"loading {name}"), _without_progress_bar():
+    with (
+        _loading(source, "weights"),
+        status(f"loading {name}", in_logs=True),
+        _without_progress_bar(),
+    ):
         _refuse_other_shards(source, options["revision"])
         model = AutoModelForCausalLM.from_pretrained(
             source,

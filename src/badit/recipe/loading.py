@@ -125,7 +125,7 @@ def take_format(content: dict[str, Any], path: Path) -> int | None:
     if version not in READABLE_FORMATS:
         refuse_other_format({"format": version}, path, FORMAT)
     section = content.get("method", {})
-    if isinstance(section, Mapping):
+    if version != FORMAT and isinstance(section, Mapping):
         content["method"] = saved_section(section)
     return version
 
