@@ -21,7 +21,7 @@ import torch
 from measure import Samples, in_turns, keep, options, ratio
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 from workload import batch, training_step
 
 from badit import BaditConfig, hooks_of, load_base_model
