@@ -392,6 +392,31 @@ def relative_energy(energy, labels):
     return shares / shares.mean(axis=0)
 
 
+# --- extensions ---
+def key_moments(keys):
+    """Returns the mean and the covariance of the keys of a cluster."""
+    keys = float64(keys)
+    mean = sum(keys) / len(keys)
+    return mean, sum(np.outer(key - mean, key - mean) for key in keys) / len(keys)
+
+
+def confused_share(keys, own, other):
+    """Returns P(z · (other − own) > 0) of a normal z with the moments of a cluster's keys."""
+    mean, covariance = key_moments(keys)
+    difference = float64(other) - float64(own)
+    deviation = math.sqrt(difference @ covariance @ difference)
+    return 0.5 * math.erfc(-(mean @ difference) / deviation / math.sqrt(2))
+
+
+def new_directions(gradient, frozen, rank):
+    """Returns the projector on the top right singular vectors of G (I − P), from the whole G."""
+    gradient, frozen = float64(gradient), float64(frozen)
+    projector = np.linalg.pinv(frozen) @ frozen
+    outside = gradient @ (np.eye(gradient.shape[1]) - projector)
+    _, _, directions = np.linalg.svd(outside)
+    return directions[:rank].T @ directions[:rank]
+
+
 # --- Rouge-L ---
 # The beginnings of the names of characters in scripts without spaces between words.
 WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA LETTER", "THAI", "LAO", "KHMER", "MYANMAR")

@@ -124,6 +124,75 @@ class Run(RunFolder):
         )
         return answers[0] if isinstance(prompts, str) else answers
 
+    def extend(
+        self,
+        data: AnyPath,
+        *,
+        output: AnyPath | None = None,
+        overrides: Sequence[str] = (),
+        progress: bool = True,
+        **values: Any,
+    ) -> Run:
+        """Adds tasks to the run, without the data of its tasks and without changing their answers.
+
+        A new task gets an expert and clusters of prompts of its own, and may use earlier experts.
+        The run itself is not changed. The same call resumes an interrupted training.
+
+        Args:
+            data: the new tasks, as ``data.source`` of a recipe.
+            output: the folder of the result (default: the run's folder with ``-extended``).
+            overrides: ``key=value`` overrides of the recipe, as of the command.
+            progress: show progress bars on stderr.
+            values: override the recipe's values, such as ``extend={"rank": 16}``.
+
+        Returns:
+            The new run, with the scores of the new tasks. Those of the earlier tasks are in
+            ``scores-earlier.json``, if ``extend.earlier`` has their test data.
+
+        Raises:
+            BaditError: the run cannot be extended, a task is already covered or has the name of an
+                earlier one, or the data is invalid.
+        """
+        from badit.evaluation.scoring import score_earlier, train_and_score
+        from badit.runs.extending import extended_recipe
+        from badit.runs.resolved import resolve
+        from badit.training.extending import check_extension
+
+        recipe = extended_recipe(self, data, output, overrides, values)
+        run = resolve(recipe)
+        if not run.has_begun():
+            check_extension(run)
+        train_and_score(run, progress=progress)
+        if is_main_process():
+            score_earlier(run, progress=progress)
+        trusts_code = recipe.model.trust_remote_code
+        return Run(run.folder.path, check=is_main_process(), trust_remote_code=trusts_code)
+
+    def remove_task(
+        self, task: str, *, output: AnyPath | None = None, overrides: Sequence[str] = ()
+    ) -> Run:
+        """Writes a copy of the run without an added task; the other tasks stay bit-identical.
+
+        Args:
+            task: the name of a task that was added alone.
+            output: the folder of the copy (default: the run's folder with ``-without-TASK``).
+            overrides: only ``output=FOLDER``, as of the command.
+
+        Raises:
+            BaditError: the task is not one that was added alone, or the folder exists.
+        """
+        from badit.runs.resolved import open_run
+        from badit.training.removal import remove_task
+
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if key != "output":
+                raise BaditError(f"{override!r:.80}: --remove takes only output=FOLDER")
+            output = value
+        run = open_run(self)
+        folder = remove_task(run, task, output or f"{self.path}-without-{task}")
+        return Run(folder, trust_remote_code=self.trust_remote_code)
+
     def analyze(
         self,
         *,

@@ -59,6 +59,8 @@ def _accelerate(arguments: list[str], processes: int) -> list[str]:
 class Launches:
     """Trains a recipe without dropout, which differs between ranks, each run in a folder."""
 
+    command = "train"
+
     def __init__(self, recipe_values: dict[str, Any], folder: Path, forks: Any) -> None:
         self._forks = forks
         values = {**recipe_values, "evaluation": {"batch_size": 3, "max_new_tokens": 2}}
@@ -78,7 +80,7 @@ class Launches:
 
     def train_alone(self, name: str, *, batch: int = 2) -> int:
         """Trains in this process and returns the exit code."""
-        return main(["train", *self.settings(name, batch)])
+        return main([self.command, *self.settings(name, batch)])
 
     def train(
         self,
@@ -98,7 +100,8 @@ class Launches:
         """
         start = self._launched if launcher or engine.startswith("deepspeed") else self._forked
         arguments, variables = ENGINES[engine]
-        return start(name, processes, arguments, {**variables, "BADIT_STOP_AT": str(stop_at)}, code)
+        variables = {**variables, "BADIT_STOP_AT": str(stop_at), "BADIT_COMMAND": self.command}
+        return start(name, processes, arguments, variables, code)
 
     def _launched(
         self, name: str, processes: int, arguments: list[str] | None, variables: dict, code: int

@@ -4,7 +4,7 @@
 
 accelerate shards a model (FSDP2) on accelerators only. ``BADIT_SHARD_ON_CPU`` makes it treat CPU
 processes as XPUs. With ``BADIT_STOP_AT=N`` set, the last rank, and no other, sends itself SIGTERM
-in step N.
+in step N. ``BADIT_COMMAND`` replaces the command ``train``.
 """
 
 import os
@@ -63,7 +63,7 @@ def run(words: list[str]) -> NoReturn:
     shard_on_cpu()
     deepspeed_on_cpu()
     with with_callbacks(on("on_step_begin", stop)):
-        leave(main(["train", *words]))
+        leave(main([os.environ.get("BADIT_COMMAND", "train"), *words]))
 
 
 def clustered(

@@ -175,7 +175,8 @@ def test_every_method_starts_the_second_stage_from_the_first(recipe_values, name
     first, second = (
         logits(load_run(folder, recipe)[0], rows=ORDER[:1] * 3) for folder in stages(recipe)
     )
-    assert not torch.equal(first, second), "the second stage learns"
+    # BADIT's second task has an expert of its own, which these prompts do not use.
+    assert torch.equal(first, second) == (name == "badit"), "the second stage learns"
     if name == "sapt":
         assert not torch.equal(first, at_the_start), (
             "the new key reduces the weights of earlier branches"

@@ -19,6 +19,7 @@ from materials import make_material
 from refusals import refuses
 from steps import evaluate
 from training.trainers import train_and_score
+from tuner.extending import KEY, add, assert_same, results, trained
 from tuner.helpers import CHANGE, adapt, layers, take_steps
 
 # torchao needs a newer torch than the lowest version that badit supports.
@@ -148,3 +149,15 @@ def test_unsupported_quantisation_is_refused(recipe_values, model_folder, monkey
         model_folder,
         quantisation="bnb-4bit",
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_added_tasks_leave_the_results_of_earlier_ones_bit_identical(load, kind):
+    model = trained(load(kind), **KEY)
+    expected = results(model, "first", "second")
+    before = stored(model)
+    losses = add(model, "third", steps=2)
+    assert losses[1] < losses[0]
+    assert_same(results(model, *expected), expected)
+    for name, tensor in stored(model).items():
+        assert_close(tensor, before[name], **BIT_IDENTICAL)

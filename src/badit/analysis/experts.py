@@ -23,7 +23,8 @@ class AdaptedLayer(NamedTuple):
 
     @property
     def num_experts(self) -> int:
-        return self.layer.badit_config[self.adapter].num_experts
+        """The number of gates: experts, and experts of tasks that were added later."""
+        return self.layer.badit_config[self.adapter].num_gates
 
 
 #: Gets a layer's experts and its gates (B, 1 or T, K), and returns the gates to use instead.

@@ -232,10 +232,8 @@ def read_gates(path: Path, model: PeftModel) -> Gates:
 
 
 def _checked_gates(content: Mapping[str, Any], path: Path, model: PeftModel) -> Gates:
-    # Not num_experts: a method with a branch for each task has one expert, and a gate for each
-    # branch.
     numbers = {
-        adapted.layer.name: int(adapted.layer.expert_of(adapted.adapter).max()) + 1
+        adapted.layer.name: adapted.layer.num_gates(adapted.adapter)
         for adapted in adapted_layers(model)
     }
     for name in (*content, *numbers):

@@ -15,6 +15,7 @@ from badit.support.errors import BaditError, explained
 # In the order of `badit --help`.
 _COMMANDS = (
     "train",
+    "extend",
     "compare",
     "report",
     "init",
@@ -35,7 +36,7 @@ _COMMANDS = (
 for _name in _COMMANDS:
     import_module(f"badit.cli.{_name}")
 
-_RESUMABLE = {"train", "compare", "demo", "analyze"}
+_RESUMABLE = {"train", "extend", "compare", "demo", "analyze"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,9 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _refuse_launcher(words: Sequence[str]) -> None:
     is_launched = os.environ.get("WORLD_SIZE", "1") != "1"
-    if is_launched and words[:1] != ["train"]:
+    if is_launched and words[:1] not in (["train"], ["extend"]):
         fix = "start this command without the launcher"
-        raise BaditError(f"only badit train runs in several processes; {fix}")
+        raise BaditError(f"only badit train and badit extend run in several processes; {fix}")
 
 
 def _is_training_in_processes() -> bool:

@@ -11,8 +11,7 @@ from typing import Any, NoReturn
 from badit.comparison.grid import Cell, Grid, order_name
 from badit.comparison.results import RESULTS, SINGLE_TASK, finished_cells
 from badit.presets import saved_section
-from badit.recipe.loading import build_recipe
-from badit.recipe.saved import differing_keys
+from badit.recipe.saved import differing_keys, saved_recipe
 from badit.runs.fingerprints import differing_inputs
 from badit.runs.resolved import ResolvedRun, resolve
 from badit.support.errors import BaditError
@@ -82,7 +81,7 @@ class FinishedCells:
             # It may have been written before the method's defaults were filled in.
             config = dict(entry["config"])
             config["method"] = saved_section(config.get("method", {}))
-            config = build_recipe({**config, "output": run.recipe.output})
+            config = saved_recipe({**config, "output": run.recipe.output})
             keys = differing_keys(
                 resolve(config, run.tasks).recipe.model_dump(mode="json", exclude={"compare"}),
                 run.recipe.model_dump(mode="json", exclude={"compare"}),

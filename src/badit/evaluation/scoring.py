@@ -83,6 +83,28 @@ def evaluate(
     return scores
 
 
+def score_earlier(run: ResolvedRun, *, progress: bool = True) -> dict[str, Any] | None:
+    """Scores the tasks of ``extend.earlier``, which other runs trained; None without that source.
+
+    Written to ``scores-earlier.json``, and not scored again if the file exists.
+    """
+    source = run.recipe.extend.earlier
+    if source is None:
+        return None
+    path = run.folder.earlier_scores_path
+    if not path.is_file():
+        data = run.recipe.data.model_copy(update={"source": source, "tasks": None, "order": None})
+        split = run.recipe.evaluation.split
+        new = {task.name for task in run.tasks}
+        tasks = [task for task in data.load() if getattr(task, split) and task.name not in new]
+        if not tasks:
+            raise BaditError(f"extend.earlier: {source}: has no {split} instances of earlier tasks")
+        model, tokenizer = load_run(run)
+        scores, _ = score_model(model, tokenizer, run.recipe, tasks, split, progress=progress)
+        write_json(path, scores)
+    return read_scores(path)
+
+
 def _warn_of_changed_tasks(run: ResolvedRun, split: Split) -> None:
     changed = ", ".join(changed_inputs(run.folder, task_fingerprints(run.tasks)))
     if not changed:

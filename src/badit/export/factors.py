@@ -82,7 +82,7 @@ def mixture_factors(model: PeftModel, gates: Gates | None, task: str | None = No
                 gates_K = torch.tensor(gates[layer.name], dtype=torch.float32)
             a_PI, b_OP = layer.frozen_factors(adapter, gates_K)
             factors[layer.name] = (a_PI.cpu(), b_OP.cpu())
-    return factors
+    return _of_one_rank(factors)
 
 
 def lora_factors(model: PeftModel, run: ResolvedRun) -> Factors:
@@ -99,12 +99,17 @@ def lora_factors(model: PeftModel, run: ResolvedRun) -> Factors:
         for name, (a_PI, b_OP) in factors.items():
             a0_PI, b0_OP = initial[name]
             factors[name] = torch.cat([a_PI, a0_PI]), torch.cat([b_OP, -b0_OP], dim=1)
-    # Zero padding, because servers read one rank and one alpha for all modules.
+    return _of_one_rank(factors)
+
+
+def _of_one_rank(factors: Factors) -> Factors:
+    """Pads factors with zeros: servers read one rank and one alpha for all modules."""
     rank = max(len(a_PI) for a_PI, _ in factors.values())
+    padded = {}
     for name, (a_PI, b_OP) in factors.items():
         missing = rank - len(a_PI)
-        factors[name] = F.pad(a_PI, (0, 0, 0, missing)), F.pad(b_OP, (0, missing))
-    return factors
+        padded[name] = F.pad(a_PI, (0, 0, 0, missing)), F.pad(b_OP, (0, missing))
+    return padded
 
 
 def _factors_of_peft(model: PeftModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

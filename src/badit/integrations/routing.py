@@ -30,6 +30,7 @@ from badit.runs.resolved import open_run
 from badit.support.errors import BaditError
 from badit.support.files import read_json, refuse_links
 from badit.training.loading import load_run
+from badit.tuner.extension import ability_gram
 from badit.tuner.layer import ExpertLinear
 
 _MAX_TOKENS = 1024 * 1024  # of a prompt, for models without a limit of positions
@@ -132,6 +133,8 @@ def _refuse_unroutable(run: RunFolder, method: ResolvedMethod) -> None:
 @torch.no_grad()
 def _gram(layer: ExpertLinear, adapter: str) -> torch.Tensor:
     """Returns G (K, K) of a layer."""
+    if layer.badit_config[adapter].extensions:
+        return ability_gram(layer, adapter).cpu()
     expert_N = layer.expert_of(adapter)
     gates_N = torch.ones(len(expert_N), device=expert_N.device)
     a_PI, b_OM, scale_M = layer.gated_factors(adapter, gates_N)

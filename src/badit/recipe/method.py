@@ -32,6 +32,8 @@ BOOKKEEPING = {
     "peft_version",
     "tasks",
     "past_branches",
+    "stores_clusters",
+    "extensions",
     FORMAT_FIELD,
 }
 # auto_mapping names a module that PEFT would import.
@@ -103,6 +105,14 @@ class ResolvedMethod:
     def needs_whole_weights(self) -> bool:
         """Whether the method cannot train sharded weights."""
         return getattr(self.options, "needs_whole_weights", False)
+
+    @property
+    def adds_tasks(self) -> bool:
+        """Whether tasks can be added to a trained adapter, each with its own expert."""
+        config = self.options
+        if not isinstance(config, BaditConfig) or config.target_parameters:
+            return False
+        return config.routing == "prompt" and not config.is_released_form
 
     def refuse_recipe(self, recipe: Recipe) -> None:
         """Raises BaditError if another section of the recipe conflicts with the method."""

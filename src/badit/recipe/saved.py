@@ -22,7 +22,17 @@ def load_config(path: Path) -> Recipe:
     content = read_values(path)
     if take_format(content, path) is None:
         refuse_other_format(content, path, FORMAT)
-    return build_recipe(content, where=path)
+    return saved_recipe(content, where=path)
+
+
+def saved_recipe(content: Mapping[str, Any], *, where: str | Path = "recipe") -> Recipe:
+    """Builds a recipe that an earlier version may have saved with every field."""
+    recipe = build_recipe(content, where=where)
+    if recipe.data.order is not None and "extend" not in content:
+        # Before this section existed, all tasks of a sequence trained the same experts.
+        extend = recipe.extend.model_copy(update={"own_experts": False})
+        return recipe.model_copy(update={"extend": extend})
+    return recipe
 
 
 def differing_keys(

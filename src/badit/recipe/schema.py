@@ -222,6 +222,50 @@ class EvaluationSection(Section):
     )
 
 
+class ExtendSection(Section):
+    """Tasks that are added later: to a trained run, or in a sequence."""
+
+    run: PathText | None = Field(
+        None, description="the finished run that the tasks are added to; badit extend sets it"
+    )
+    earlier: PathText | None = Field(
+        None, description="test data of the run's tasks, to score them after the training too"
+    )
+    own_experts: bool = Field(
+        True,
+        description="in a sequence, BADIT gives every later task its own expert and clusters, and "
+        "freezes the rest; false: it trains the same experts further",
+    )
+    rank: Count = Field(5, description="rank of a task's expert")
+    clusters: Count = Field(2, description="clusters of prompts of a task")
+    reused: CountOrZero = Field(
+        4, description="earlier experts that a task may use, with trained gates"
+    )
+    start: float | None = Field(
+        None,
+        ge=0,
+        le=2,
+        description="start of these gates, relative to those that the task's prompts had before; "
+        "null: that of 0, 0.5 and 1 with the lowest loss",
+    )
+    coverage: float = Field(
+        0.93,
+        ge=-1,
+        le=1,
+        description="a task is covered if 80 % of its prompts have a larger cosine to an existing "
+        "centroid",
+    )
+    largest_taken: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="largest share of an earlier task's prompts that may come nearer to a new task",
+    )
+    merge: bool = Field(
+        False, description="train the existing clusters that cover the tasks; changes their tasks"
+    )
+
+
 class ComparedMethod(Section, extra="allow"):
     """A method section, with optional seeds and training values for this method."""
 
@@ -298,6 +342,7 @@ class Recipe(Section):
     )
     training: TrainingSection = TrainingSection()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationSection = EvaluationSection()  # pyright: ignore[reportCallIssue]
+    extend: ExtendSection = ExtendSection()  # pyright: ignore[reportCallIssue]
     compare: CompareSection | None = None
     output: Annotated[PathText, AfterValidator(os.path.expanduser)] = Field(
         "runs/badit", description="folder of the run, or of a comparison's runs"

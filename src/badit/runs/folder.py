@@ -71,6 +71,8 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.jsonl"  # one line per logged step
         # {"rouge_l", "rouge_l_instances", …, "tasks": {name: {…}}}
         self.scores_path = self.path / "scores.json"
+        # The same of the tasks of the run that this one extends, if their test data was given.
+        self.earlier_scores_path = self.path / "scores-earlier.json"
         self.predictions_path = self.path / "predictions"  # one .jsonl per task
         # Of a comparison: {task: {metric: [value per instance]}}
         self.instances_path = self.path / "instances.json"

@@ -20,6 +20,7 @@ from badit.runs.folder import ERROR, LOG, RunFolder
 from badit.support.console import status
 from badit.support.errors import BaditError
 from badit.support.files import OWNER, read_json, refuse_links, write_text
+from badit.tuner.config import Extension
 
 # With up to this number of mixed tasks, one cluster of prompts per task: more raised the loss
 # (benchmarks/experiments/few-tasks.md).
@@ -64,6 +65,22 @@ class ResolvedRun:
             path = self.folder.path / "stages" / f"{number:0{width}}-{task.name}"
             stages.append((RunFolder.at(path), [task]))
         return stages
+
+    def starts_from(self, number: int) -> Path | None:
+        """Returns the adapter that a stage starts from; None for a new one."""
+        if number > 0:
+            previous, _ = self.stages[number - 1]
+            return previous.adapter_path
+        if self.recipe.extend.run is not None:
+            return RunFolder.at(self.recipe.extend.run).adapter_path
+        return None
+
+    def adds_tasks(self, number: int) -> bool:
+        """Returns whether a stage adds its tasks to the adapter that it starts from."""
+        section = self.recipe.extend
+        if section.run is not None:
+            return not section.merge
+        return number > 0 and section.own_experts and self.method.adds_tasks
 
     @property
     def mixture(self) -> dict[str, int]:
@@ -150,6 +167,9 @@ class ResolvedRun:
             if self.recipe.data.order is not None and not task.train:
                 problem = "has no training instances, which data.order needs; add some"
                 raise BaditError(f"data: task {task.name} {problem}")
+            if self.recipe.extend.run is not None and not task.train:
+                fix = "add some, or leave it out with data.tasks"
+                raise BaditError(f"data: task {task.name} has no training instances; {fix}")
 
     def _fix_of_validation(self, task: Task) -> str:
         if self.recipe.data.validation_per_task or len(task.train) < _LEAST_TO_HOLD_OUT:
@@ -187,19 +207,32 @@ def open_run(folder: RunFolder) -> ResolvedRun:
     method = resolve_method(recipe.method)
     # In format 4, only the adapter has the default that depends on the data.
     if method.is_badit and "num_clusters" not in recipe.method:
-        clusters = _clusters_of_adapter(folder.adapter_path)
+        clusters = _saved_option(folder.adapter_path, "num_clusters")
         if clusters is not None:
             method = resolve_method({**recipe.method, "num_clusters": clusters})
+    if method.adds_tasks:
+        _read_extensions(method, folder.adapter_path)
     recipe = recipe.model_copy(update={"method": dict(method.section)})
     return ResolvedRun(folder, recipe, method)
 
 
-def _clusters_of_adapter(adapter_path: Path) -> Any:
-    """Returns the number of clusters in an adapter's configuration, unchecked, or None."""
+def _saved_option(adapter_path: Path, name: str) -> Any:
+    """Returns an option of an adapter's configuration, unchecked, or None."""
     config_path = adapter_path / CONFIG_NAME
     if not config_path.is_file():
         return None
-    return read_json(config_path).get("num_clusters")
+    return read_json(config_path).get(name)
+
+
+def _read_extensions(method: ResolvedMethod, adapter_path: Path) -> None:
+    """Reads which tasks were added to an adapter: its gates vary then, also with one expert."""
+    extensions = _saved_option(adapter_path, "extensions")
+    if not extensions:
+        return
+    try:
+        method.options.extensions = [Extension.of(entry) for entry in extensions]
+    except (BaditError, TypeError) as error:
+        raise BaditError(f"{adapter_path / CONFIG_NAME}: {error}") from None
 
 
 def read_tasks(recipe: Recipe) -> list[Task]:

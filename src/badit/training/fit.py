@@ -31,10 +31,12 @@ from badit.support.files import copy_folder, replace_folder, write_json
 from badit.training.attention import fast_on_short_sequences
 from badit.training.checkpoints import Checkpoints, discard, last_checkpoint, safe_resuming
 from badit.training.encoding import encoded, refuse_beyond_model
+from badit.training.extending import add_tasks, train_covering
 from badit.training.hf_arguments import training_arguments
 from badit.training.loading import load_base, model_dtype
 from badit.training.logs import MetricsLog, ProgressBar, divergence, trackers_of, tracking
 from badit.training.methods import Method, training_method
+from badit.training.regrouping import RegroupCallback
 from badit.training.trainer import AnswerTrainer
 from badit.tuner import hooks_of
 from badit.tuner.distributed import parameter_count, whole_weights
@@ -154,6 +156,8 @@ class _Stage:
         # Starts the group of processes.
         arguments = training_arguments(self.run, self.folder.path, self.seed, checkpoint)
         with status(f"preparing the data for {self.method.name}", in_logs=True):
+            if self.recipe.extend.merge:
+                train_covering(model, self.recipe.extend, data.batches)
             self.method.before_training(model, data.batches)
         if checkpoint is None:  # else it has what this sets, such as the clusters of prompts
             with quiet(not self.progress):
@@ -189,15 +193,24 @@ class _Stage:
 
     def _adapted(self, base: Any) -> Any:
         with status(f"preparing the model for {self.method.name}", in_logs=True):
-            if self.number == 0:
-                model = self.method.apply(base, [task.name for task in self.run.tasks])
+            previous = self.run.starts_from(self.number)
+            if previous is None:
+                model = self.method.apply(base, self._task_names())
             else:
-                previous, _ = self.run.stages[self.number - 1]
-                model = self.method.proceed(base, previous.adapter_path)
+                model = self.method.proceed(base, previous)
+            names = [task.name for task in self.tasks]
+            if self.run.adds_tasks(self.number):
+                add_tasks(model, self.recipe.extend, names)
         if self.recipe.training.gradient_checkpointing:
             # The embeddings are frozen: else no gradient would reach checkpointed layers.
             model.enable_input_require_grads()
         return model
+
+    def _task_names(self) -> list[str]:
+        """Returns the names of the tasks that a new adapter is trained on."""
+        if self.method.resolved.needs_tasks:  # of all stages
+            return [task.name for task in self.run.tasks]
+        return [task.name for task in self.tasks]
 
     def _data(self, tokenizer: PreTrainedTokenizerBase, base: Any) -> _StageData:
         recipe = self.recipe
@@ -216,6 +229,9 @@ class _Stage:
         self, model: Any, arguments: TrainingArguments, data: _StageData, bar: ProgressBar
     ) -> AnswerTrainer:
         callbacks = [MetricsLog(self.folder.metrics_path), *self.method.callbacks(self.folder)]
+        if self._keeps_experts():
+            # The components of frozen experts keep their groups.
+            callbacks = [one for one in callbacks if not isinstance(one, RegroupCallback)]
         if self.progress:
             callbacks.insert(1, bar)
         trainer = self.method.trainer(
@@ -230,8 +246,12 @@ class _Stage:
         )
         # It prints the log lines, which are in metrics.jsonl.
         trainer.remove_callback(transformers.PrinterCallback)
-        _refuse_sharding(trainer, self.method)
+        _refuse_sharding(trainer, self.method, self._keeps_experts())
         return trainer
+
+    def _keeps_experts(self) -> bool:
+        """Returns whether the stage adds tasks to trained experts, or trains some of them."""
+        return self.recipe.extend.run is not None or self.run.adds_tasks(self.number)
 
     def _say_best(self, trainer: AnswerTrainer) -> None:
         state = trainer.state
@@ -278,9 +298,12 @@ def validation_examples(
     return sorted(examples, key=lambda example: len(example["input_ids"]))
 
 
-def _refuse_sharding(trainer: AnswerTrainer, method: Method) -> None:
+def _refuse_sharding(trainer: AnswerTrainer, method: Method, adds_tasks: bool) -> None:
     """Raises BaditError for ways of sharding that the method or badit does not support."""
     is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if adds_tasks and is_sharded:
+        problem = "adding a task needs unsharded weights"
+        raise BaditError(f"extend: {problem}; launch it without FSDP and DeepSpeed, as with DDP")
     if method.resolved.needs_whole_weights and is_sharded:
         problem = f"{method.name} needs unsharded weights; launch it without FSDP and DeepSpeed"
         raise BaditError(f"method: {problem}")

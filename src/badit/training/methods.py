@@ -96,7 +96,7 @@ class AdapterMethod(Method):
         config: Any = copy.deepcopy(self.options)
         if isinstance(self.options, LoraConfig):
             _fit_to_conv1d(config, model)
-        if self.resolved.needs_tasks:
+        if self.resolved.needs_tasks or self.resolved.adds_tasks:
             config.tasks = list(tasks)
         if not isinstance(config, ExpertConfig):  # whose targets the tuner chooses
             config.target_modules = chosen_targets(model, config)

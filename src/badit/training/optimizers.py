@@ -38,9 +38,11 @@ from badit.tuner.distributed import (
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 
-_FACTOR = re.compile(r"\b(?:badit|lora|lora_embedding)_([AB])\b")
+# The second form is that of the experts of added tasks, such as badit_extensions.default.A_1.
+_ADDED = r"\bbadit_extensions\.[^.]+\."
+_FACTOR = re.compile(rf"\b(?:badit|lora|lora_embedding)_([AB])\b|{_ADDED}([AB])_\d+$")
 # Without lora_embedding_A: AdamW updates the LoRA of embeddings.
-_FACTOR_A = re.compile(r"\b(badit|lora)_A\b")
+_FACTOR_A = re.compile(rf"(\b(?:badit|lora)_|{_ADDED})A(?=\b|_\d+$)")
 # The moments with the factor's feature dimension, sharded as it is.
 _OF_FEATURES = ("basis", "first", "features")
 
@@ -76,7 +78,7 @@ def lora_plus_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             factor = _FACTOR.search(name)
-            kind = "other" if factor is None else factor[1]
+            kind = "other" if factor is None else factor[1] or factor[2]
             groups[kind]["params"].append(parameter)
 
     used_groups = [group for group in groups.values() if group["params"]]
@@ -97,7 +99,7 @@ def factor_pairs(model: nn.Module) -> list[Pair]:
     }
     pairs = []
     for name, a in trained.items():
-        b = trained.get(_FACTOR_A.sub(r"\1_B", name))
+        b = trained.get(_FACTOR_A.sub(r"\1B", name))
         if b is None or b is a:  # the parameter has no B, or is not an A
             continue
         components, in_features = a.shape

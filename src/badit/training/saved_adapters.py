@@ -92,6 +92,10 @@ def _refuse_sizes(path: Path, config: Any, shapes: Shapes) -> None:
     """Raises BaditError if tensors would be created that are larger than those of the file."""
     # PEFT creates the tensors from the configuration before it reads the file's.
     largest = max((size for shape in shapes.values() for size in shape), default=0)
+    for number in range(1, len(getattr(config, "extensions", ())) + 1):
+        if not any(name.endswith(f".badit_extensions.A_{number}") for name in shapes):
+            problem = f"has {len(config.extensions)} extensions, but {SAFETENSORS_WEIGHTS_NAME} has"
+            raise BaditError(f"{path}: extensions: {problem} {number - 1}")
     for size in _sizes(config):
         if not isinstance(size, int):
             raise BaditError(f"{path}: {size!r:.60} must be a whole number, as it is a size")
@@ -105,6 +109,8 @@ def _sizes(config: Any) -> Iterator[int]:
         yield getattr(config, name, 0)
     if getattr(config, "gates", None) == "clusters":
         yield config.num_clusters
+    for extension in getattr(config, "extensions", ()):
+        yield from (extension.rank, extension.clusters, extension.used, len(extension.tasks))
     ranks = getattr(config, "rank_pattern", None) or {}
     for rank in ranks.values():
         if isinstance(rank, int):

@@ -239,7 +239,7 @@ def _find_key(model: nn.Module, clusters: int, examples: Sequence[Example]) -> _
             "cluster; freeze them, or train a copy of them by modules_to_save"
         )
     with gathered_weight(embedding.weight):
-        moments = vocabulary_moments(_vocabulary(embedding))
+        moments = vocabulary_moments(vocabulary(embedding))
         device = embedding.weight.device
         means_SE = torch.stack(
             [embedding(e.prompt_ids.to(device)).float().mean(dim=0) for e in examples]
@@ -262,7 +262,7 @@ def _find_key(model: nn.Module, clusters: int, examples: Sequence[Example]) -> _
     return _Key(*key_scores(centroids_CE, *moments), cluster_S, first_equal_C)
 
 
-def _vocabulary(embedding: nn.Embedding) -> Tensor:
+def vocabulary(embedding: nn.Embedding) -> Tensor:
     """Returns the vocabulary's embeddings (V, E) as the model uses them, on the CPU.
 
     They are outputs of the module, because some modules scale or dequantise their weight.

@@ -31,7 +31,14 @@ from badit.support.errors import BaditError
 from badit.tuner.config import BaditConfig
 from badit.tuner.context import ForwardPass
 from badit.tuner.distributed import gathered, sum_over_ranks
-from badit.tuner.layer import Buffers, ExpertLinear
+from badit.tuner.extension import (
+    Extensions,
+    extended_change,
+    extension_gates,
+    frozen_factors,
+    parts_of,
+)
+from badit.tuner.layer import Buffers, ExpertLinear, Pair
 from badit.tuner.prompt import Segments
 
 
@@ -54,7 +61,8 @@ class BaditLinear(ExpertLinear):
         "badit_key",
         "badit_key_offset",
     )
-    other_param_names = (*ExpertLinear.other_param_names, *exact_buffers)
+    other_param_names = (*ExpertLinear.other_param_names, *exact_buffers, "badit_extensions")
+    module_names = (*ExpertLinear.module_names, "badit_extensions")
 
     badit_router: nn.ParameterDict
     badit_expert_of: Buffers
@@ -64,11 +72,14 @@ class BaditLinear(ExpertLinear):
     badit_codes: Buffers
     badit_key: Buffers
     badit_key_offset: Buffers
+    badit_extensions: nn.ModuleDict
 
     def __init__(self, *args: Any) -> None:
         # By adapter, for regrouping: the sums of its K gates in training and, as last entry, the
         # number of summands.
         self.gate_sums: dict[str, Tensor] = {}
+        # By adapter with extensions, those that are trained (0: the adapter itself).
+        self.trained_extensions: dict[str, frozenset[int]] = {}
         super().__init__(*args)
         self.routing.mask_readers.append(self._reads_prompt)
         self.register_load_state_dict_post_hook(_refuse_broken_labels)
@@ -89,7 +100,57 @@ class BaditLinear(ExpertLinear):
         else:
             router_KI = torch.zeros(config.num_experts, self.in_features)
             self.badit_router[adapter_name] = nn.Parameter(router_KI)
+        self._add_extensions(adapter_name, config)
         super().update_layer(adapter_name, config)
+
+    def _add_extensions(self, adapter_name: str, config: BaditConfig) -> None:
+        self.trained_extensions[adapter_name] = frozenset({len(config.extensions)})
+        features = 0
+        stores = config.stores_clusters and config.routing == "prompt"
+        if stores and self.routing.holds_extensions(self, adapter_name):
+            features = self.routing.embedding_features
+        if features or config.extensions:
+            shape = (self.out_features, self.in_features)
+            self.badit_extensions[adapter_name] = Extensions(config, features, shape)
+        if config.extensions:
+            self.routing.keyed.add(adapter_name)
+        if config.key == "embedding":
+            self.routing.keyed.add(adapter_name)
+
+    def extend(self, adapter_name: str, config: BaditConfig) -> None:
+        """Adds the tensors of the last extension of a configuration, and trains only these."""
+        self.badit_config[adapter_name] = config
+        a_NI = self.badit_A[adapter_name]
+        shape = (self.out_features, self.in_features)
+        if adapter_name not in self.badit_extensions:
+            self.badit_extensions[adapter_name] = Extensions(config, 0, shape)
+        else:
+            extensions: Any = self.badit_extensions[adapter_name]
+            extensions.add(len(config.extensions), config.extensions[-1], *shape)
+        self.badit_extensions[adapter_name].to(self.device, dtype=a_NI.dtype)
+        self.routing.keyed.add(adapter_name)
+        self.trained_extensions[adapter_name] = frozenset({len(config.extensions)})
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().set_adapter(*args, **kwargs)
+        self._freeze_earlier()
+
+    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
+        super().set_requires_grad(*args, **kwargs)
+        self._freeze_earlier()
+
+    def _freeze_earlier(self) -> None:
+        """Trains only some extensions, after PEFT has made a whole adapter trainable or not."""
+        extensions: Any
+        for adapter_name, extensions in self.badit_extensions.items():
+            if not self.badit_config[adapter_name].extensions:
+                continue
+            trained = self.trained_extensions[adapter_name]
+            is_trained = self.badit_A[adapter_name].requires_grad
+            extensions.train_only(trained if is_trained else ())
+            for name in self.adapter_layer_names:
+                if adapter_name in getattr(self, name):
+                    getattr(self, name)[adapter_name].requires_grad_(is_trained and 0 in trained)
 
     def _add_centroids(self, adapter_name: str, config: BaditConfig) -> None:
         if config.key == "layer":
@@ -122,6 +183,9 @@ class BaditLinear(ExpertLinear):
     def expert_of(self, adapter_name: str) -> Tensor:
         return self.badit_expert_of[adapter_name]
 
+    def num_gates(self, adapter_name: str) -> int:
+        return self.badit_config[adapter_name].num_gates
+
     def component_gates(self, adapter_name: str, x: Tensor) -> Tensor:
         return self.gates(adapter_name, x)[..., self.expert_of(adapter_name)]
 
@@ -148,8 +212,22 @@ class BaditLinear(ExpertLinear):
             stored[key] = (a_PI, b_OM, scale)
         return stored[key]
 
+    def change(self, adapter_name: str, x: Tensor) -> Tensor:
+        if self.badit_config[adapter_name].extensions:
+            parts = parts_of(self.routing, adapter_name)
+            if parts.whole != 0:
+                return extended_change(self, adapter_name, x, parts)
+        return super().change(adapter_name, x)
+
     def gates(self, adapter_name: str, x: Tensor) -> Tensor:
-        """Returns the gates for x (B, T, I).
+        """Returns the gates for x (B, T, I), of experts and then of extensions."""
+        if self.badit_config[adapter_name].extensions:
+            parts = parts_of(self.routing, adapter_name)
+            return extension_gates(self, adapter_name, x, parts)
+        return self.gates_of_experts(adapter_name, x)
+
+    def gates_of_experts(self, adapter_name: str, x: Tensor) -> Tensor:
+        """Returns the gates of the experts for x (B, T, I).
 
         Their shape is (B, 1, K) for routing by prompt, (B, T, K) for routing by token and for
         packed rows. For x (B, I), as in models without positions, it is (B, K).
@@ -291,6 +369,15 @@ class BaditLinear(ExpertLinear):
         earlier = self.gate_sums.get(adapter_name, torch.zeros_like(sums))
         self.gate_sums[adapter_name] = sums + earlier
 
+    def frozen_factors(self, adapter_name: str, gates_K: Tensor | None = None) -> Pair:
+        config = self.badit_config[adapter_name]
+        if not config.extensions or gates_K is None:
+            return super().frozen_factors(adapter_name, gates_K)
+        # Prompts of the adapter's own tasks use no extension.
+        if not gates_K[config.num_experts :].any():
+            return super().frozen_factors(adapter_name, gates_K[: config.num_experts])
+        return frozen_factors(self, adapter_name, gates_K)
+
     def is_clustered(self, adapter_name: str) -> bool:
         """Returns whether an adapter has clusters of prompts; on the meta device, it needs none."""
         batches = self.badit_batches[adapter_name]
@@ -346,3 +433,13 @@ def _refuse_broken_labels(layer: BaditLinear, _: Any) -> None:
                 f"{layer.name}: badit_expert_of of {adapter_name!r} does not give each of the "
                 f"{config.num_experts} experts {config.r} components; the file is damaged"
             )
+    for adapter_name, extensions in layer.badit_extensions.items():
+        config = layer.badit_config[adapter_name]
+        for number in range(1, len(config.extensions) + 1):
+            used_U = getattr(extensions, f"used_{number}")
+            earlier = config.num_experts + number - 1
+            if not used_U.is_meta and not all(0 <= used < earlier for used in used_U.tolist()):
+                raise BaditError(
+                    f"{layer.name}: used_{number} of {adapter_name!r} names an expert that is not "
+                    "an earlier one; the file is damaged"
+                )

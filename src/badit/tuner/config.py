@@ -124,6 +124,7 @@ class ExpertConfig(PeftConfig):
     needs_tasks: ClassVar[bool] = False  # the task of every row must be set with Hooks.rows_of
     needs_whole_weights: ClassVar[bool] = False  # not for sharded weights (FSDP, DeepSpeed)
     shares_A: ClassVar[bool] = False  # all experts share one A of r rows
+    extensions: Any = ()  # tasks that were added later, of BADIT
     top_k = None  # methods with gates of only the top_k experts override it with an option
 
     num_experts: Count = option(8, "Number of experts, K.")
@@ -209,9 +210,14 @@ class ExpertConfig(PeftConfig):
         return self.num_experts * self.r
 
     @property
+    def num_gates(self) -> int:
+        """The number of gates of a prompt: one per expert, also of each extension."""
+        return self.num_experts + len(self.extensions)
+
+    @property
     def has_fixed_gates(self) -> bool:
         """Whether no gate depends on the input, so the adapter equals a plain LoRA."""
-        return self.num_experts == 1 and not self.needs_tasks
+        return self.num_experts == 1 and not self.needs_tasks and not self.extensions
 
     @property
     def subtracted_share(self) -> float:
@@ -250,6 +256,32 @@ class ExpertConfig(PeftConfig):
         # An adapter may be saved to the same folder again.
         if note not in text:
             path.write_text(f"{text.rstrip()}\n\n{note}\n", "utf-8")
+
+
+@dataclass(frozen=True)
+class Extension:
+    """Tasks that were added later to an adapter (:mod:`badit.tuner.extension`)."""
+
+    tasks: list[str]
+    rank: int  # of its expert
+    clusters: int  # 0 for an expert that only later tasks still use
+    used: int  # number of earlier abilities that it uses
+
+    def __post_init__(self) -> None:
+        check("extensions.tasks", self.tasks, list[Annotated[str, Strict()]])
+        check("extensions.rank", self.rank, Count)
+        check("extensions.clusters", self.clusters, CountOrZero)
+        check("extensions.used", self.used, CountOrZero)
+
+    @classmethod
+    def of(cls, entry: Any) -> Self:
+        """Returns an extension, or a saved one as a mapping; BaditError if it is not valid."""
+        if isinstance(entry, cls):
+            return entry
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(entry, dict) or entry.keys() != names:
+            raise BaditError(f"extensions: each must have {', '.join(sorted(names))}")
+        return cls(**entry)
 
 
 @dataclass
@@ -342,6 +374,15 @@ class BaditConfig(ExpertConfig):
     bias: Literal["none", "all", "badit_only"] = option(
         "none", "Biases to train: 'none', 'all' or 'badit_only'."
     )
+    tasks: list[str] | None = option(
+        None, "Names of the tasks, set by badit, to say what a later task would be confused with."
+    )
+    stores_clusters: bool = option(
+        True,
+        "Whether the adapter has the clusters that later tasks need, set by badit; False for "
+        "earlier versions.",
+    )
+    extensions: list[Any] = field(default_factory=list)  # of Extension, set by badit
 
     @classmethod
     def cluster_gates(cls, **options: Any) -> Self:
@@ -362,6 +403,7 @@ class BaditConfig(ExpertConfig):
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """Completes settings of an earlier format; called by PEFT for a saved adapter."""
+        kwargs.setdefault("stores_clusters", False)
         return saved_section(super().check_kwargs(**kwargs))
 
     def __post_init__(self) -> None:
@@ -369,6 +411,15 @@ class BaditConfig(ExpertConfig):
         for name, value in filled(vars(self)).items():
             setattr(self, name, value)
         self._refuse_conflicts()
+        check("extensions", self.extensions, list[Any])
+        self.extensions = [Extension.of(entry) for entry in self.extensions]
+
+    @property
+    def is_released_form(self) -> bool:
+        """Whether initialisation and gates are those of the paper's released code."""
+        names = ("routing", "router_input", "gates", "init_weights")
+        is_released = all(getattr(self, name) == self.RELEASED[name] for name in names)
+        return is_released and not self.gates_change
 
     def _refuse_conflicts(self) -> None:
         if self.router_input == "standardised" and self.routing != "prompt":

@@ -65,6 +65,8 @@ class ForwardPass:
     # clusters (S) of these prompts.
     mean_embeddings_SE: Tensor | None = None
     clusters: dict[str, Tensor] = field(default_factory=dict)
+    # By adapter with later tasks, the division of the rows by extension.
+    parts: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def prompt(self) -> tuple[Tensor | None, Segments | None]:
@@ -114,7 +116,13 @@ class RoutingContext:
         self.unclustered: list[tuple[Any, str]] = []
         # By adapter, the layer that has the adapter's key.
         self.key_holders: dict[str, Any] = {}
-        self.embedding_features = 0  # 0 until an adapter with a key is added
+        self.embedding_features = 0  # 0 if the embeddings are not known
+        # Adapters whose layers ask for the mean embeddings of prompts.
+        self.keyed: set[str] = set()
+        # By adapter, the layer that has the clusters of later tasks, and the extension of all
+        # prompts in training passes.
+        self.extension_holders: dict[str, Any] = {}
+        self.extension_in_training: dict[str, int] = {}
         self.row_tasks: Mapping[str, Tensor] = {}  # of the next forward passes
         # While they are collected: by layer, x̄ (B, I) of each batch.
         self.prompt_means: dict[str, list[Tensor]] | None = None
@@ -151,6 +159,13 @@ class RoutingContext:
         if holder is None or adapter not in holder.badit_key:
             self.key_holders[adapter] = layer
         return self.key_holders[adapter] is layer
+
+    def holds_extensions(self, layer: Any, adapter: str) -> bool:
+        """Returns whether a layer has the clusters of later tasks: the first with this adapter."""
+        holder = self.extension_holders.get(adapter)
+        if holder is None or adapter not in holder.badit_extensions:
+            self.extension_holders[adapter] = layer
+        return self.extension_holders[adapter] is layer
 
     def detach(self, model: nn.Module) -> None:
         """Removes the hooks from a model whose adapters are unloaded."""
@@ -247,7 +262,7 @@ class RoutingContext:
             self._refuse_training_without_clusters()
         if self._running.held is None and self._reads_prompt():
             _ = self._running.prompt  # a cached property: computed here
-            if self.embedding_features:
+            if self.keyed:
                 # Only for this pass: PEFT may replace the module by a trained copy, with its hooks.
                 embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
                 hook = embedding.register_forward_hook(self._read_embeddings)

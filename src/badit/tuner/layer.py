@@ -52,11 +52,13 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("badit_A", "badit_B")
     other_param_names: tuple[str, ...] = ("badit_config", "badit_dropout", "badit_A0", "badit_B0")
+    module_names: tuple[str, ...] = ("badit_dropout",)
 
     badit_A: nn.ParameterDict
     badit_B: nn.ParameterDict
     badit_A0: Buffers
     badit_B0: Buffers
+    badit_dropout: nn.ModuleDict
 
     def __init__(
         self, base_layer: Any, name: str, routing: RoutingContext, adapter_name: str, config: Any
@@ -71,12 +73,13 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         else:
             self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.badit_config: dict[str, Any] = {}
-        self.badit_dropout = nn.ModuleDict()
         # With an entry for each adapter; PEFT's delete_adapter removes it from all of them.
         for tensors in self.adapter_layer_names:
             setattr(self, tensors, nn.ParameterDict())
+        for modules in self.module_names:
+            setattr(self, modules, nn.ModuleDict())
         for tensors in self.other_param_names:
-            # badit_config and badit_dropout exist already, and are no tensors.
+            # The configurations and modules exist already, and are no tensors.
             if not hasattr(self, tensors):
                 setattr(self, tensors, BufferDict(persistent=True))
         # Read by PEFT's property active_adapters, which update_layer uses.
@@ -131,18 +134,27 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         y = self.base_layer(x, *args, **kwargs)
         for adapter in self.running_adapters:
             x_in = self._with_positions(self._cast_input_dtype(x, self.badit_A[adapter].dtype))
-            a_PI, b_OM, scale = self.routed_factors(adapter, x_in)
-            # One dropout mask for A and A0: no noise while B A and B0 A0 cancel each other.
-            hidden = self.hidden(adapter, self.badit_dropout[adapter](x_in), a_PI)
-            if self.drops_change(adapter):
-                hidden = self._change_and_kept(adapter, x_in, hidden, scale)
-            elif scale is not None:
-                # If the experts share A, each group of P columns of B takes all rows of A.
-                scale = scale.to(hidden.dtype).unflatten(-1, (-1, hidden.shape[-1]))
-                hidden = (hidden[..., None, :] * scale).flatten(-2)
             # The input may have been reshaped by `_with_positions`.
-            y = y + F.linear(hidden, b_OM).reshape(y.shape).to(y.dtype)
+            y = y + self.change(adapter, x_in).reshape(y.shape).to(y.dtype)
         return y
+
+    def change(self, adapter_name: str, x: Tensor) -> Tensor:
+        """Returns what an adapter adds to the output (…, O) for x (…, I)."""
+        return self.product(adapter_name, x, *self.routed_factors(adapter_name, x))
+
+    def product(
+        self, adapter_name: str, x: Tensor, a_PI: Tensor, b_OM: Tensor, scale: Tensor | None
+    ) -> Tensor:
+        """Returns B (scale ∘ A x) (…, O) for x (…, I)."""
+        # One dropout mask for A and A0: no noise while B A and B0 A0 cancel each other.
+        hidden = self.hidden(adapter_name, self.badit_dropout[adapter_name](x), a_PI)
+        if self.drops_change(adapter_name):
+            hidden = self._change_and_kept(adapter_name, x, hidden, scale)
+        elif scale is not None:
+            # If the experts share A, each group of P columns of B takes all rows of A.
+            scale = scale.to(hidden.dtype).unflatten(-1, (-1, hidden.shape[-1]))
+            hidden = (hidden[..., None, :] * scale).flatten(-2)
+        return F.linear(hidden, b_OM)
 
     def drops_change(self, adapter_name: str) -> bool:
         """Returns whether the next pass applies dropout to an adapter with initial factors.
@@ -224,6 +236,13 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         config = self.badit_config[adapter_name]
         rank = config.num_components // config.num_experts
         return torch.arange(config.num_experts, device=self.device).repeat_interleave(rank)
+
+    def num_gates(self, adapter_name: str) -> int:
+        """Returns the number of gates of a prompt.
+
+        A method with a branch for each task has one expert, and a gate for each branch.
+        """
+        return int(self.expert_of(adapter_name).max()) + 1
 
     def _with_positions(self, x: Tensor) -> Tensor:
         """Returns x as (B, T, I), also in a module whose input is (B·T, I), such as OPT's MLP."""

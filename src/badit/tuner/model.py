@@ -6,8 +6,9 @@ Training, evaluation and export call the hooks.
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +27,24 @@ from badit.tuner.abilities import (
     find_layer_codes,
     frozen_embedding,
 )
+from badit.tuner.additions import (
+    GRADIENT_ROWS,
+    PROMPTS_PER_CLUSTER,
+    Keys,
+    Survey,
+    adapters_to_start,
+    extended_config,
+    refuse_unextendable,
+    set_clusters,
+    start_extension,
+    store_clusters,
+    survey,
+)
 from badit.tuner.badit_layer import BaditLinear, Place
-from badit.tuner.config import BaditConfig, ExpertConfig, peft_type
+from badit.tuner.config import BaditConfig, ExpertConfig, Extension, peft_type
 from badit.tuner.context import RoutingContext
 from badit.tuner.distributed import any_of_all, is_divided_by_zero3
+from badit.tuner.extension import nearest_extensions
 from badit.tuner.layer import ExpertLinear
 from badit.tuner.prompt import IGNORED_LABEL, Segments
 from badit.tuner.targets import (
@@ -260,6 +275,12 @@ class BaditModel(ExpertModel):
     tuner_layer_cls = BaditLinear
     routes_prompts = True
 
+    # Not in __init__: PEFT's constructor already adds the first adapter, after this hook.
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        super()._pre_injection_hook(model, config, adapter_name)
+        # By adapter, the start of the gates of an extension; None: chosen by the loss.
+        self._starts: dict[str, float | None] = {}
+
     def _refuse_unsuitable(self, config: BaditConfig) -> None:
         if config.routing == "prompt" and self._is_encoder_decoder():
             raise BaditError(
@@ -270,10 +291,15 @@ class BaditModel(ExpertModel):
             frozen_embedding(self.model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        if peft_config.key == "embedding":
-            embedding = frozen_embedding(self.model)
-            RoutingContext.of(self.model).embedding_features = embedding.embedding_dim
+        RoutingContext.of(self.model).embedding_features = self._embedding_features()
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _embedding_features(self) -> int:
+        """Returns the size of the input embeddings; 0 if the model has no table of them."""
+        try:
+            return frozen_embedding(self.model).embedding_dim
+        except BaditError:
+            return 0
 
     @torch.no_grad()
     def start_task(self, batches: TaskBatches) -> None:
@@ -289,6 +315,12 @@ class BaditModel(ExpertModel):
             raise BaditError(
                 "start_task: needs the batches of each task, such as {'all': dataloader}"
             )
+        batches = {task: _Replayed(of_task) for task, of_task in batches.items()}
+        self._start_extensions(batches)
+        self._find_clusters_of_adapters(batches)
+        self._store_clusters(batches)
+
+    def _find_clusters_of_adapters(self, batches: TaskBatches) -> None:
         unclustered = RoutingContext.of(self.model).without_clusters()
         if not unclustered:
             return
@@ -308,6 +340,166 @@ class BaditModel(ExpertModel):
         # Not for another adapter: the reference would get the present values of a trained one.
         if self._has_reference() and "default" in adapters:
             self._copy_to_reference()
+
+    def _store_clusters(self, batches: TaskBatches) -> None:
+        """Stores the clusters of new adapters that later tasks need (:meth:`add_tasks`)."""
+        routing = RoutingContext.of(self.model)
+        holders = [
+            (name, holder)
+            for name, holder in routing.extension_holders.items()
+            if name in holder.badit_extensions and holder.badit_extensions[name].features
+        ]
+        missing = [
+            (name, holder)
+            for name, holder in holders
+            if name in holder.running_adapters and not holder.badit_extensions[name].has_clusters(0)
+        ]
+        if not missing or is_divided_by_zero3(self.model):
+            return
+        keys = Keys(self.model)
+        for name, holder in missing:
+            prompts = _PROMPTS_PER_CLUSTER * holder.badit_config[name].num_clusters
+            per_task = max(1, prompts // max(1, len(batches)))
+            # The batches may draw from the random state of the training.
+            with torch.random.fork_rng([]):
+                examples = self._examples_by_task(batches, per_task)
+            store_clusters(holder, name, keys, examples)
+
+    def _examples_by_task(self, batches: TaskBatches, per_task: int) -> dict[str, list[Example]]:
+        """Returns the first examples of each task; none if the batches have no token ids.
+
+        Adapters with a router are trained without their clusters too.
+        """
+        try:
+            return {
+                task: self._examples({task: of_task}, per_task) for task, of_task in batches.items()
+            }
+        except BaditError:
+            return {}
+
+    # Tasks that are added later
+
+    def add_tasks(
+        self,
+        tasks: Sequence[str],
+        *,
+        rank: int = 5,
+        clusters: int = 2,
+        reused: int = 4,
+        start: float | None = None,
+    ) -> None:
+        """Adds an expert and clusters for new tasks to the active adapter, and freezes the rest.
+
+        Call it on a trained adapter. Then call :meth:`start_task` with the batches of the new
+        tasks, and train. Prompts of earlier tasks have the same results as before, as long as no
+        new centroid is nearer to them.
+
+        Args:
+            tasks: names of the new tasks, which are trained together.
+            rank: rank of their expert.
+            clusters: number of centroids of each task.
+            reused: number of earlier experts that the tasks may use, with trained gates.
+            start: start of these gates, relative to those that the prompts had before; None:
+                that of 0, ½ and 1 with the lowest loss.
+
+        Raises:
+            BaditError: a name is in use, the adapter has no clusters for later tasks, or its
+            routing is by token.
+        """
+        (adapter,) = self.active_adapters
+        config = self.peft_config[adapter]
+        layers = self._layers_of(adapter)
+        refuse_unextendable(config, layers)
+        if is_divided_by_zero3(self.model):
+            raise BaditError("add_tasks: DeepSpeed has divided the weights; use DDP")
+        extension = Extension(
+            list(tasks), rank, clusters * len(tasks), min(reused, config.num_gates)
+        )
+        config = extended_config(config, extension)
+        for layer in layers:
+            layer.extend(adapter, config)
+        self.peft_config[adapter] = config
+        routing = RoutingContext.of(self.model)
+        routing.extension_in_training[adapter] = len(config.extensions)
+        self._starts[adapter] = start
+        self.set_adapter(adapter)
+        self._freeze_all_but_extensions()
+
+    def train_extensions(self, numbers: Collection[int]) -> None:
+        """Trains existing extensions of the active adapter (0: its own experts) on more prompts.
+
+        Every prompt is trained where its nearest centroid is.
+        """
+        (adapter,) = self.active_adapters
+        for layer in self._layers_of(adapter):
+            layer.trained_extensions[adapter] = frozenset(numbers)
+        RoutingContext.of(self.model).extension_in_training.pop(adapter, None)
+        self.set_adapter(adapter)
+        if 0 not in numbers:
+            self._freeze_all_but_extensions()
+
+    def survey(self, batches: TaskBatches, *, threshold: float, clusters: int = 2) -> Survey:
+        """Compares the prompts of new tasks with the clusters of the active adapter."""
+        (adapter,) = self.active_adapters
+        layers = self._layers_of(adapter)
+        refuse_unextendable(self.peft_config[adapter], layers)
+        holder = RoutingContext.of(self.model).extension_holders[adapter]
+        examples = self._prompts_of_tasks(batches, clusters)
+        return survey(holder, adapter, Keys(self.model), examples, threshold, clusters)
+
+    def nearest_extensions(self, batches: TaskBatches, *, clusters: int = 2) -> set[int]:
+        """Returns the extensions (0: the adapter's own experts) of the prompts of batches."""
+        (adapter,) = self.active_adapters
+        holder = RoutingContext.of(self.model).extension_holders[adapter]
+        embedding = frozen_embedding(self.model)
+        numbers = set()
+        for examples in self._prompts_of_tasks(batches, clusters).values():
+            ids = [example.prompt_ids.to(embedding.weight.device) for example in examples]
+            means = [embedding(prompt_ids).float().mean(dim=0) for prompt_ids in ids]
+            numbers |= set(nearest_extensions(holder, adapter, torch.stack(means)).tolist())
+        return numbers
+
+    def _layers_of(self, adapter: str) -> list[BaditLinear]:
+        return [layer for layer in self.expert_layers() if adapter in layer.badit_A]
+
+    def _freeze_all_but_extensions(self) -> None:
+        # Biases and modules_to_save, which PEFT trains with the adapter.
+        for name, parameter in self.named_parameters():
+            if ".badit_extensions." not in name:
+                parameter.requires_grad_(False)
+
+    def _prompts_of_tasks(self, batches: TaskBatches, clusters: int) -> dict[str, list[Example]]:
+        examples = {}
+        for task, of_task in batches.items():
+            examples[task] = self._examples({task: of_task}, PROMPTS_PER_CLUSTER * clusters)
+            if not any(example.has_prompt for example in examples[task]):
+                raise BaditError(f"task {task}: has no prompts, so it cannot have a cluster")
+        return examples
+
+    def _start_extensions(self, batches: TaskBatches) -> None:
+        """Finds the clusters, directions and gates of new extensions."""
+        routing = RoutingContext.of(self.model)
+        for adapter in list(adapters_to_start(routing)):
+            layers = self._layers_of(adapter)
+            extension = self.peft_config[adapter].extensions[-1]
+            each = extension.clusters // len(extension.tasks)
+            examples = self._prompts_of_tasks(batches, each)
+            with self._evaluating():
+                losses = partial(self._losses, batches)
+                start_extension(layers, adapter, losses, self._starts.get(adapter))
+                keys = Keys(self.model)
+                set_clusters(routing.extension_holders[adapter], adapter, keys, examples)
+
+    def _losses(self, batches: TaskBatches, with_gradients: bool) -> Iterator[Tensor]:
+        """Yields the loss of the first training rows of each task, the same at every call."""
+        rows = max(1, GRADIENT_ROWS // len(batches))
+        for task_batches in batches.values():
+            for batch, tensors, mask_BT, _ in self._first_prompts(task_batches, rows):
+                with torch.set_grad_enabled(with_gradients):
+                    output = self._run_layers(batch, tensors, mask_BT, tensors.get("labels"))
+                if getattr(output, "loss", None) is None:
+                    raise BaditError("start_task: the batches of a new task need labels")
+                yield output.loss
 
     def _find_abilities(
         self, unclustered: Sequence[Place], batches: TaskBatches, prompts: int
@@ -418,16 +610,22 @@ class BaditModel(ExpertModel):
                 module.training = training
 
     def _run_layers(
-        self, batch: Mapping[str, Any], tensors: Mapping[str, Tensor], mask_BT: Tensor
-    ) -> None:
+        self,
+        batch: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        mask_BT: Tensor,
+        labels_BT: Tensor | None = None,
+    ) -> Any:
         """Runs the base model on the first rows of a batch, its tensors, as in training."""
-        # Without a loss and with the logits of one position, to save memory.
-        options = {**batch, **tensors, "labels": None, "use_cache": False, "logits_to_keep": 1}
+        options = {**batch, **tensors, "labels": labels_BT, "use_cache": False}
+        # Without a loss, with the logits of one position, to save memory.
+        if labels_BT is None:
+            options["logits_to_keep"] = 1
         # Batches may have more columns, such as the tasks of badit's collator.
         accepted = {*inspect.signature(self.model.forward).parameters, *_PACKING}
         options = {name: value for name, value in options.items() if name in accepted}
         # The mask is passed explicitly, because the model gets no labels to find the prompt by.
-        self.model(**options, prompt_mask=mask_BT)
+        return self.model(**options, prompt_mask=mask_BT)
 
     def _first_rows(self, batch: Any, rows: int) -> dict[str, Tensor]:
         """Returns a batch's tensors on the model's device, cut to the first rows."""
@@ -447,6 +645,23 @@ class BaditModel(ExpertModel):
             is_answer = tensors["completion_mask"].bool()
             tensors["labels"] = tensors["input_ids"].where(is_answer, IGNORED_LABEL)
         return tensors
+
+
+class _Replayed:
+    """Batches that every iteration reads alike, also those of an iterator or a shuffling loader."""
+
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+        self._remaining: Iterator[Any] | None = None
+        self._read: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._read
+        if self._remaining is None:  # now, because a loader may draw from the random state
+            self._remaining = iter(self._batches)
+        for batch in self._remaining:
+            self._read.append(batch)
+            yield batch
 
 
 class _Sample(NamedTuple):

@@ -1,0 +1,138 @@
+"""Adds tasks to a trained run, and says before the training what this changes.
+
+:func:`check_extension` loads the earlier run and compares the prompts of the new tasks with its
+clusters. It writes nothing.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from badit.data.examples import AnswerCollator, batches_by_task, encode_tasks
+from badit.data.sampling import mixture
+from badit.recipe.method import resolve_method
+from badit.recipe.schema import ExtendSection
+from badit.runs.fingerprints import base_fingerprints, changed_inputs, tokenizer_fingerprint
+from badit.runs.folder import RunFolder
+from badit.runs.resolved import ResolvedRun
+from badit.support.console import say, status
+from badit.support.errors import BaditError
+from badit.training.loading import load_base
+from badit.training.methods import training_method
+from badit.tuner.additions import Survey
+from badit.tuner.model import TaskBatches, hooks_of
+
+_SHOWN = 0.05  # smaller shares are not reported
+
+
+def add_tasks(model: Any, section: ExtendSection, tasks: Sequence[str]) -> None:
+    """Adds the tasks of a stage to a trained model."""
+    _hooks(model).add_tasks(
+        tasks,
+        rank=section.rank,
+        clusters=section.clusters,
+        reused=section.reused,
+        start=section.start,
+    )
+
+
+def train_covering(model: Any, section: ExtendSection, batches: TaskBatches) -> None:
+    """Trains the experts of the existing clusters that cover the prompts of batches."""
+    hooks = _hooks(model)
+    hooks.train_extensions(hooks.nearest_extensions(batches, clusters=section.clusters))
+
+
+def _hooks(model: Any) -> Any:
+    # Of a resolved run whose method is BADIT, these are a BaditModel.
+    return hooks_of(model)
+
+
+def check_extension(run: ResolvedRun) -> None:
+    """Refuses what cannot be added, and says which tasks the new prompts would be confused with.
+
+    Raises:
+        BaditError: the earlier run has no adapter, is of another method, or has a task of the same
+            name; the base model or the tokenizer has changed; existing clusters cover a task, or
+            the new tasks would take too many prompts from an earlier one.
+    """
+    section = run.recipe.extend
+    earlier = _earlier_run(run)
+    base, tokenizer = load_base(run.recipe)
+    inputs = base_fingerprints(base)
+    inputs |= tokenizer_fingerprint(tokenizer, run.recipe.prompt.chat_template)
+    changed = changed_inputs(earlier, inputs)
+    if changed:
+        problem = f"{', '.join(changed)} changed since the run was trained"
+        raise BaditError(f"{earlier.path}: {problem}; restore it, or train a new run")
+
+    model = training_method(run.method).load(base, earlier.adapter_path)
+    names = [task.name for task in run.tasks]
+    config = model.peft_config["default"]
+    known = [*(config.tasks or ()), *(task for e in config.extensions for task in e.tasks)]
+    for name in names:
+        if name in known and not section.merge:
+            fix = "rename it, such as with data.task=NAME"
+            raise BaditError(f"task {name}: {earlier.path} has a task of this name; {fix}")
+    with status("comparing the prompts"):
+        options = run.recipe.prompt.model_dump()
+        order = mixture(run.tasks, run.recipe.data.seed)
+        examples = encode_tasks(tokenizer, run.tasks, options, order, progress=False)
+        size = run.recipe.training.per_device_train_batch_size
+        batches = batches_by_task(examples, AnswerCollator(tokenizer.pad_token_id), size)
+        result = _hooks(model).survey(
+            batches, threshold=section.coverage, clusters=section.clusters
+        )
+    _refuse(result, section, names)
+    for line in report(result, section):
+        say(f"badit: {line}")
+
+
+def _earlier_run(run: ResolvedRun) -> RunFolder:
+    """Returns the run that is extended; BaditError unless it is finished and of BADIT."""
+    earlier = RunFolder(run.recipe.extend.run or "")
+    method = resolve_method(earlier.recipe.method)
+    if not method.adds_tasks:
+        reason = "tasks can be added to BADIT with clusters or a router per prompt"
+        raise BaditError(f"{earlier.path}: is a run of {method.name}; {reason}, so train one first")
+    if not earlier.adapter_path.is_dir():
+        raise BaditError(f"{earlier.path}: has no adapter yet; finish its training first")
+    return earlier
+
+
+def report(result: Survey, section: ExtendSection) -> Iterator[str]:
+    """Yields what a comparison of new tasks with an adapter shows, a line for each finding."""
+    for task, shares in result.confused.items():
+        if section.merge:
+            changes = ", ".join(result.nearest[task])
+            yield f"task {task} trains the clusters of {changes}, whose answers will change"
+            continue
+        listed = _listed(shares)
+        if listed:
+            yield f"task {task} cannot be told apart from {listed} of its prompts"
+    listed = _listed(result.taken)
+    if listed and not section.merge:
+        yield f"nearer to the new prompts than to their own, as estimated: {listed} of the prompts"
+
+
+def _listed(shares: Mapping[str, float]) -> str:
+    shown = [f"{task} ({100 * share:.0f} %)" for task, share in shares.items() if share >= _SHOWN]
+    return ", ".join(shown)
+
+
+def _refuse(result: Survey, section: ExtendSection, names: Sequence[str]) -> None:
+    if section.merge:
+        uncovered = [name for name in names if name not in result.covered]
+        if uncovered:
+            problem = f"no cluster of the run covers {', '.join(uncovered)}"
+            raise BaditError(f"extend.merge: {problem}; leave merge out, to add new clusters")
+        return
+    if result.covered:
+        task = result.covered[0]
+        nearest = next(iter(result.nearest[task]))
+        problem = f"the clusters of {nearest} already cover its prompts"
+        fix = "train them further with merge=true, or raise extend.coverage"
+        raise BaditError(f"task {task}: {problem}; {fix}")
+    if result.taken_share > section.largest_taken:
+        task = max(result.taken, key=result.taken.__getitem__)
+        problem = f"about {100 * result.taken_share:.0f} % of the prompts of {task} would be nearer"
+        fix = "give the tasks different instructions, or raise extend.largest_taken"
+        raise BaditError(f"extend: {problem} to the new tasks; {fix}")

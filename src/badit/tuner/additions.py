@@ -1,0 +1,448 @@
+"""Adds tasks to a trained adapter: the clusters, directions and gates of a new extension.
+
+:class:`badit.tuner.model.BaditModel` calls these functions. The formulas are in
+:mod:`badit.method.extension`, and the layers in :mod:`badit.tuner.extension`.
+
+Shape suffixes: S = prompts, E = features of an embedding, C = clusters, T = tasks, O/I = in/out
+features, R = rank, U = used abilities, G = gates of experts and extensions.
+"""
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from badit.method.abilities import key_scores, prompt_keys, vocabulary_moments
+from badit.method.extension import (
+    add_to_image,
+    add_to_sketch,
+    complement_basis,
+    confused_shares,
+    frozen_basis,
+    is_covered,
+    key_spread,
+    sketch_rows,
+    top_directions,
+)
+from badit.method.routing import prompt_centroids
+from badit.support.console import say
+from badit.support.errors import BaditError
+from badit.tuner.abilities import Example, frozen_embedding, vocabulary
+from badit.tuner.config import BaditConfig, Extension
+from badit.tuner.context import RoutingContext
+from badit.tuner.distributed import gathered, sum_over_ranks
+from badit.tuner.extension import Extensions, with_clusters
+from badit.tuner.targets import FusedExpert
+
+PROMPTS_PER_CLUSTER = 32
+#: Starts β of the gates of earlier abilities; that with the lowest loss is taken.
+STARTS = (0.0, 0.5, 1.0)
+GRADIENT_ROWS = 32  # training rows whose loss chooses the start, and whose gradient the directions
+_COVERED_SHARE = 0.8  # of the prompts that must be close to existing clusters
+
+ExamplesByTask = Mapping[str, Sequence[Example]]
+# Yields the losses of some training batches, with gradients or without.
+Losses = Callable[[bool], Iterator[Tensor]]
+
+
+# --- clusters ---
+class Keys:
+    """Computes the keys of prompts with the frozen embeddings of a base model."""
+
+    def __init__(self, model: Any) -> None:
+        self.embedding = frozen_embedding(model)
+        self.moments = vocabulary_moments(vocabulary(self.embedding))
+
+    def of(self, examples: Sequence[Example]) -> Tensor:
+        """Returns the keys (S, E) of examples, on the CPU."""
+        device = self.embedding.weight.device
+        ids = [example.prompt_ids.to(device) for example in examples]
+        means_SE = [self.embedding(prompt_ids).float().mean(dim=0) for prompt_ids in ids]
+        return prompt_keys(torch.stack(means_SE).cpu(), *self.moments)
+
+    def centroids(self, directions_CE: Tensor) -> Tensor:
+        """Returns the centroids (C, E) of directions, which are centroids times the whitening."""
+        _, whitening_EE = self.moments
+        solution_EC = torch.linalg.solve(whitening_EE.double(), directions_CE.double().cpu().T)
+        return solution_EC.T
+
+
+def store_clusters(holder: Any, adapter: str, keys: Keys, examples: ExamplesByTask) -> None:
+    """Stores the clusters of an adapter's own tasks, for tasks that are added later."""
+    config: BaditConfig = holder.badit_config[adapter]
+    keys_by_task = {task: keys.of(of_task) for task, of_task in examples.items() if of_task}
+    if not keys_by_task:
+        return
+    keys_SE = torch.cat(list(keys_by_task.values()))
+    centroids_CE = prompt_centroids(keys_SE, config.num_clusters)
+    task_S = _task_indices(config.tasks or (), keys_by_task)
+    _set_clusters(holder.badit_extensions[adapter], 0, keys, centroids_CE, keys_SE, task_S)
+
+
+def _task_indices(names: Sequence[str], keys_by_task: Mapping[str, Tensor]) -> list[int]:
+    """Returns the task of every key; batches that are not divided by task count for the first."""
+    indices = []
+    for task, keys_SE in keys_by_task.items():
+        index = names.index(task) if task in names else 0
+        indices += [index] * len(keys_SE)
+    return indices
+
+
+def _set_clusters(
+    extensions: Extensions,
+    number: int,
+    keys: Keys,
+    centroids_CE: Tensor,
+    keys_SE: Tensor,
+    task_S: Sequence[int],
+) -> None:
+    """Sets the clusters of an extension; all ranks get those of rank 0."""
+    cluster_S = (keys_SE @ centroids_CE.T).argmax(dim=1)
+    means_CE, spread_CKE = key_spread(keys_SE, cluster_S, len(centroids_CE))
+    counts_CT = extensions.of("counts", number).new_zeros(extensions.of("counts", number).shape)
+    of_task_S = torch.tensor(task_S)
+    ones_S = torch.ones(len(task_S))
+    counts_CT = counts_CT.cpu().index_put((cluster_S, of_task_S), ones_S, accumulate=True)
+    directions_CE, offsets_C = key_scores(centroids_CE, *keys.moments)
+    values = {
+        "directions": directions_CE,
+        "offsets": offsets_C,
+        "means": means_CE,
+        "spread": spread_CKE,
+        "counts": counts_CT,
+    }
+    for kind, value in values.items():
+        extensions.of(kind, number).copy_(gathered(value)[0])
+
+
+def set_clusters(holder: Any, adapter: str, keys: Keys, examples: ExamplesByTask) -> None:
+    """Sets the clusters of the last extension of an adapter."""
+    extension: Extension = holder.badit_config[adapter].extensions[-1]
+    number = len(holder.badit_config[adapter].extensions)
+    keys_by_task = {task: keys.of(of_task) for task, of_task in examples.items()}
+    task_S = _task_indices(extension.tasks, keys_by_task)
+    centroids_CE = new_centroids(keys_by_task, extension.clusters)
+    keys_SE = torch.cat(list(keys_by_task.values()))
+    _set_clusters(holder.badit_extensions[adapter], number, keys, centroids_CE, keys_SE, task_S)
+
+
+def new_centroids(keys_by_task: Mapping[str, Tensor], clusters: int) -> Tensor:
+    """Returns the centroids of new tasks, the same number of each."""
+    each = clusters // len(keys_by_task)
+    return torch.cat([prompt_centroids(keys_SE, each) for keys_SE in keys_by_task.values()])
+
+
+# --- what a new task would change ---
+class Survey(NamedTuple):
+    """How new tasks relate to the tasks of an adapter, by the keys of their prompts."""
+
+    #: The new tasks whose prompts the existing clusters cover.
+    covered: Sequence[str]
+    #: By new task, the share of its prompts that existing clusters would keep, by earlier task.
+    confused: Mapping[str, Mapping[str, float]]
+    #: By earlier task, the estimated share of its prompts that would belong to the new tasks.
+    taken: Mapping[str, float]
+    #: By new task, the earlier tasks of the clusters that its prompts are nearest to.
+    nearest: Mapping[str, Mapping[str, float]]
+
+    @property
+    def taken_share(self) -> float:
+        """The largest share of an earlier task's prompts that would belong to the new tasks."""
+        return max(self.taken.values(), default=0.0)
+
+
+def survey(
+    holder: Any, adapter: str, keys: Keys, examples: ExamplesByTask, threshold: float, each: int
+) -> Survey:
+    """Compares the prompts of new tasks with the clusters of an adapter."""
+    earlier = _Earlier(holder, adapter, keys)
+    covered, confused, nearest = [], {}, {}
+    keys_by_task = {task: keys.of(of_task) for task, of_task in examples.items()}
+    centroids_DE = new_centroids(keys_by_task, each * len(keys_by_task)).double()
+    for task, keys_SE in keys_by_task.items():
+        cosines_SC = keys_SE.double() @ earlier.centroids_CE.T
+        if is_covered(cosines_SC, threshold, _COVERED_SHARE):
+            covered.append(task)
+        best_S, cluster_S = cosines_SC.max(dim=1)
+        nearest[task] = earlier.shares(cluster_S, torch.ones_like(best_S))
+        is_kept_S = best_S >= (keys_SE.double() @ centroids_DE.T).amax(dim=1)
+        confused[task] = earlier.shares(cluster_S, is_kept_S.double())
+    shares_CD = confused_shares(
+        earlier.all("means"), earlier.all("spread"), earlier.centroids_CE, centroids_DE
+    )
+    return Survey(covered, confused, earlier.by_task(shares_CD.amax(dim=1)), nearest)
+
+
+class _Earlier:
+    """The clusters of an adapter and its extensions, and their tasks."""
+
+    def __init__(self, holder: Any, adapter: str, keys: Keys) -> None:
+        config: BaditConfig = holder.badit_config[adapter]
+        self.extensions: Extensions = holder.badit_extensions[adapter]
+        self.numbers = [
+            number
+            for number in with_clusters(holder, adapter)
+            if self.extensions.has_clusters(number)
+        ]
+        self.centroids_CE = keys.centroids(self.all("directions"))
+        names = {number + 1: e.tasks for number, e in enumerate(config.extensions)}
+        names[0] = config.tasks or ["the run's tasks"]
+        self.tasks = [task for number in self.numbers for task in names[number]]
+        counts = [self.extensions.of("counts", number) for number in self.numbers]
+        self.counts_CT = torch.block_diag(*counts).double().cpu()
+
+    def all(self, kind: str) -> Tensor:
+        """Returns a tensor of all clusters."""
+        values = [self.extensions.of(kind, number) for number in self.numbers]
+        return torch.cat(values).double().cpu()
+
+    def shares(self, cluster_S: Tensor, weight_S: Tensor) -> dict[str, float]:
+        """Returns the share of prompts by the tasks of their clusters, the largest first."""
+        of_cluster_CT = F.normalize(self.counts_CT, p=1, dim=1)
+        share_T = (weight_S[:, None] * of_cluster_CT[cluster_S]).mean(dim=0)
+        order = share_T.argsort(descending=True).tolist()
+        return {self.tasks[index]: float(share_T[index]) for index in order if share_T[index] > 0}
+
+    def by_task(self, share_C: Tensor) -> dict[str, float]:
+        """Returns the mean of the clusters' shares over the prompts of each task."""
+        of_task_TC = F.normalize(self.counts_CT.T, p=1, dim=1)
+        means = (of_task_TC @ share_C).tolist()
+        return {
+            task: mean
+            for task, mean, counts in zip(self.tasks, means, of_task_TC, strict=True)
+            if counts.any()
+        }
+
+
+# --- the tensors of an extension ---
+def refuse_unextendable(config: BaditConfig, layers: Sequence[Any]) -> None:
+    """Raises BaditError if no task can be added to an adapter."""
+    if config.routing == "token":
+        raise BaditError(
+            "routing: 'token' has no clusters of prompts to add a task to; train with "
+            "routing='prompt'"
+        )
+    if config.is_released_form:
+        raise BaditError(
+            "the released form cannot be extended, because its gates change the base model at step "
+            "0; train with the default gates, or with gated='change'"
+        )
+    holder = next((layer for layer in layers if _is_holder(layer)), None)
+    if holder is None:
+        raise BaditError(
+            "the adapter has no clusters for later tasks, since an earlier version or a loop "
+            "without start_task trained it; train it again with badit train, or call "
+            "badit.prepare(trainer) before the training"
+        )
+    if any(isinstance(layer.get_base_layer(), FusedExpert) for layer in layers):
+        raise BaditError(
+            "target_parameters: experts of fused weights cannot be extended; train with "
+            "target_modules"
+        )
+
+
+def _is_holder(layer: Any) -> bool:
+    return any(extensions.has_clusters(0) for extensions in layer.badit_extensions.values())
+
+
+def extended_config(config: BaditConfig, extension: Extension) -> BaditConfig:
+    """Returns a copy of a configuration with another extension; BaditError for a known task."""
+    earlier = [*(config.tasks or ()), *(task for e in config.extensions for task in e.tasks)]
+    for task in extension.tasks:
+        if task in earlier:
+            raise BaditError(f"task {task}: the run has a task of this name; rename the new one")
+    config = copy.copy(config)
+    config.extensions = [*config.extensions, extension]
+    return config
+
+
+def start_extension(layers: Sequence[Any], adapter: str, losses: Losses, start: Any) -> None:
+    """Sets what the last extension uses, its first gates and its directions.
+
+    ``start`` is the start β of the gates of earlier abilities; None chooses it by the loss.
+    """
+    code = _natural_gates(layers, adapter, losses)
+    number = len(layers[0].badit_config[adapter].extensions)
+    first_gates = []
+    for layer in layers:
+        extensions: Extensions = layer.badit_extensions[adapter]
+        used_U = extensions.of("used", number)
+        gates_G = gathered(code[layer].float().cpu())[0][:-1]  # without its own
+        order_G = gates_G.argsort(descending=True, stable=True)
+        used_U.copy_(order_G[: len(used_U)])
+        first_gates.append((extensions.of("gates", number), gates_G[order_G[: len(used_U)]]))
+    _choose_start(first_gates, losses, STARTS if start is None else (start,))
+    _find_directions(layers, adapter, number, losses)
+
+
+def _natural_gates(layers: Sequence[Any], adapter: str, losses: Losses) -> dict[Any, Tensor]:
+    """Returns, by layer, the mean gates (G) of the prompts without the new extension."""
+    sums: dict[Any, list[Tensor]] = defaultdict(list)
+    with _recorded(layers, adapter, sums):
+        for _ in losses(False):
+            pass
+    num_gates = layers[0].badit_config[adapter].num_gates
+    # No token may reach a layer, as an expert of an MoE.
+    nothing = [torch.zeros(num_gates)]
+    return {layer: torch.stack(sums.get(layer, nothing)).mean(dim=0) for layer in layers}
+
+
+@contextmanager
+def _recorded(
+    layers: Sequence[Any], adapter: str, sums: Mapping[Any, list[Tensor]]
+) -> Iterator[None]:
+    def record(layer: Any, compute: Callable, name: str, x: Tensor) -> Tensor:
+        gates = compute(name, x)
+        if name == adapter:
+            sums[layer].append(gates.detach().flatten(0, -2).mean(dim=0))
+        return gates
+
+    try:
+        for layer in layers:
+            compute = layer.gates
+            # The attribute of the instance hides the method of its class.
+            vars(layer)["gates"] = lambda name, x, layer=layer, compute=compute: record(
+                layer, compute, name, x
+            )
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("gates", None)
+
+
+def _choose_start(
+    first_gates: Sequence[tuple[Tensor, Tensor]], losses: Losses, starts: Sequence[float]
+) -> None:
+    def set_gates(start: float) -> None:
+        with torch.no_grad():
+            for gates_U, first_U in first_gates:
+                gates_U.copy_(start * first_U)
+
+    totals = []
+    if len(starts) > 1:
+        for start in starts:
+            set_gates(start)
+            # With gradients, because such passes belong to the extension in training.
+            total = torch.stack([loss.detach() for loss in losses(True)]).sum()
+            totals.append(float(sum_over_ranks(total)))
+    best = 0
+    if totals:
+        finite = [total if math.isfinite(total) else math.inf for total in totals]
+        best = finite.index(min(finite))
+    set_gates(starts[best])
+
+
+def _find_directions(layers: Sequence[Any], adapter: str, number: int, losses: Losses) -> None:
+    """Sets A to directions of the gradient that no frozen A reads."""
+    rank = layers[0].badit_config[adapter].extensions[number - 1].rank
+    probes = {}
+    generator = torch.Generator().manual_seed(number)
+    for layer in layers:
+        rows = sketch_rows(rank, layer.out_features, layer.in_features)
+        probe_MO = torch.randn(rows, layer.out_features, generator=generator)
+        probes[layer] = probe_MO.to(layer.device)
+    sketches = {
+        layer: torch.zeros(len(probe_MO), layer.in_features, device=layer.device)
+        for layer, probe_MO in probes.items()
+    }
+    _accumulate(
+        layers,
+        adapter,
+        number,
+        losses,
+        lambda layer, x_PI, gradient_PO: add_to_sketch(
+            sketches[layer], probes[layer], x_PI, gradient_PO
+        ),
+    )
+    bases, crowded = {}, 0
+    for layer in layers:
+        sketch_MI = gathered(sum_over_ranks(sketches[layer]))[0]
+        frozen_FI = frozen_basis(_frozen_rows(layer, adapter, number))
+        basis_MI = complement_basis(sketch_MI, frozen_FI, rank)
+        if basis_MI is None:
+            crowded += 1
+            basis_MI = complement_basis(sketch_MI, frozen_FI[:0], rank)
+        assert basis_MI is not None
+        bases[layer] = basis_MI.to(layer.device, torch.float32)
+    if crowded:
+        say(
+            f"badit: {crowded} of {len(layers)} layers have no directions left that no earlier "
+            "expert uses; the new expert shares theirs"
+        )
+    images = {
+        layer: torch.zeros(layer.out_features, len(basis_MI), device=layer.device)
+        for layer, basis_MI in bases.items()
+    }
+    _accumulate(
+        layers,
+        adapter,
+        number,
+        losses,
+        lambda layer, x_PI, gradient_PO: add_to_image(
+            images[layer], bases[layer], x_PI, gradient_PO
+        ),
+    )
+    with torch.no_grad():
+        for layer in layers:
+            image_OM = gathered(sum_over_ranks(images[layer]))[0]
+            a_RI = top_directions(image_OM, bases[layer], rank)
+            # The norm of a row of LoRA's random A.
+            a_RI = gathered((a_RI / math.sqrt(3)).float())[0]
+            layer.badit_extensions[adapter].of("A", number).copy_(a_RI)
+
+
+def _frozen_rows(layer: Any, adapter: str, number: int) -> Tensor:
+    """Returns the rows of all A's of a layer that are frozen while an extension is trained."""
+    extensions: Extensions = layer.badit_extensions[adapter]
+    rows = [layer.badit_A[adapter]]
+    rows += [extensions.of("A", earlier) for earlier in range(1, number)]
+    return torch.cat([row.detach().float() for row in rows])
+
+
+def _accumulate(
+    layers: Sequence[Any],
+    adapter: str,
+    number: int,
+    losses: Losses,
+    add: Callable[[Any, Tensor, Tensor], None],
+) -> None:
+    """Calls ``add`` with input and gradient of the output of each layer, for every batch."""
+
+    def hook(layer: Any, args: tuple, output: Tensor) -> None:
+        x_PI = args[0].detach().flatten(0, -2).float()
+
+        def read(gradient: Tensor) -> None:
+            gradient_PO = gradient.detach().flatten(0, -2).float()
+            if gradient_PO.isfinite().all():
+                add(layer, x_PI, gradient_PO)
+
+        if output.requires_grad:
+            output.register_hook(read)
+
+    # The gradient of B passes through the output of every layer.
+    factors = [layer.badit_extensions[adapter].of("B", number) for layer in layers]
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        for loss in losses(True):
+            torch.autograd.grad(loss, factors, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def adapters_to_start(routing: RoutingContext) -> Iterator[str]:
+    """Yields the adapters whose last extension has no clusters yet."""
+    for adapter, holder in routing.extension_holders.items():
+        if adapter not in holder.badit_extensions or adapter not in holder.running_adapters:
+            continue
+        number = len(holder.badit_config[adapter].extensions)
+        if number and not holder.badit_extensions[adapter].has_clusters(number):
+            entry = holder.badit_config[adapter].extensions[-1]
+            if entry.clusters:
+                yield adapter

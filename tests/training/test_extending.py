@@ -1,0 +1,296 @@
+"""``badit extend``: runs that add tasks to runs, resume, train covered tasks and remove tasks."""
+
+import json
+import random
+import shutil
+import signal
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import badit
+from badit.cli import main
+from badit.data import load_tasks
+from badit.evaluation.answers import score_model
+from badit.recipe.loading import build_recipe
+from badit.runs.extending import extended_recipe
+from badit.runs.resolved import resolve
+from badit.support.files import read_json
+from badit.training.encoding import encoded
+from materials import make_material, make_recipe
+from refusals import refuses
+from steps import fit, load_run
+from training import killed
+from training.launches import Launches
+from training.trainers import fit_until, learned
+
+METHOD = {"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1}
+KEY = {**METHOD, "gates": "clusters", "key": "embedding"}
+ROUTER = {**METHOD, "gates": "mean_one", "init_weights": "directions"}
+NEW = {"animals": "Say which animal lives there.", "colours": "One colour of the things below."}
+
+
+def write_task(path, name, train=12, test=4):
+    """Writes a task whose instruction and inputs are unlike those of the others."""
+    rows = [
+        {"task": name, "instruction": NEW.get(name, name), "output": f"{name} {i}"}
+        | {"input": f"{name[::-1]} {i} " * (1 + i % 3), "split": "train" if i < train else "test"}
+        for i in range(train + test)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a model, tasks.jsonl, and a file of each new task."""
+    folder = tmp_path_factory.mktemp("extending")
+    # Large weights, so that a wrong factor changes the logits clearly.
+    make_material(folder, initializer_range=0.2)
+    for name in NEW:
+        write_task(folder / f"{name}.jsonl", name)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["key", "router"])
+def finished(request, folder):
+    """A run on cities and rivers, extended by animals, then by colours."""
+    path = folder / request.param
+    values = make_recipe(folder / "model", folder / "tasks.jsonl", path / "run")
+    values["method"] = KEY if request.param == "key" else ROUTER
+    values["training"] |= {"num_train_epochs": 1, "learning_rate": 0.05, "save_steps": 1}
+    run = badit.train(values, progress=False)
+    first = run.extend(folder / "animals.jsonl", output=path / "first", progress=False)
+    second = first.extend(
+        folder / "colours.jsonl",
+        output=path / "second",
+        progress=False,
+        extend={"earlier": str(folder / "tasks.jsonl")},
+    )
+    return run, first, second
+
+
+def logits_and_scores(run, file):
+    """Returns logits of test prompts of a file, in one batch, and its scores and answers."""
+    model, tokenizer = load_run(run)
+    tasks = load_tasks(file)
+    texts = [f"{task.name} {i.input}" for task in tasks for i in task.test]
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    recipe = run.recipe
+    scores, predictions = score_model(model, tokenizer, recipe, tasks, "test", progress=False)
+    return logits, json.dumps(scores), predictions
+
+
+def test_answers_of_earlier_tasks_stay_bit_identical(finished, folder):
+    run, first, second = finished
+    _, scores, answers = logits_and_scores(run, folder / "tasks.jsonl")
+    for extended in (first, second):
+        assert logits_and_scores(extended, folder / "tasks.jsonl")[1:] == (scores, answers)
+    _, scores, answers = logits_and_scores(first, folder / "animals.jsonl")
+    assert logits_and_scores(second, folder / "animals.jsonl")[1:] == (scores, answers)
+    before = logits_and_scores(run, folder / "animals.jsonl")[1]
+    assert before != scores, "the new expert is used"
+
+
+def test_a_result_is_a_run_with_the_scores_of_its_tasks(finished):
+    _, _, second = finished
+    assert set(second.scores["task"]) == {"colours"}
+    assert set(read_json(second.earlier_scores_path)["tasks"]) == {"cities", "rivers"}
+    config = read_json(second.adapter_path / "adapter_config.json")
+    assert [entry["tasks"] for entry in config["extensions"]] == [["animals"], ["colours"]]
+    assert isinstance(second.generate("rolam 1"), str)
+    assert badit.Run(second.path).environment["training"]["steps"] == 3
+
+
+def test_an_export_per_task_equals_the_run(finished, folder, tmp_path):
+    _, _, second = finished
+    exported = second.export(tmp_path / "exported", all_tasks=True, progress=False)
+    model, tokenizer = load_run(second)
+    (task,) = load_tasks(folder / "colours.jsonl")
+    # A prompt of the task, which has the gates of the export.
+    (example,) = encoded(tokenizer, second.recipe, [(task, task.train[0])], model)
+    ids = torch.tensor([example["input_ids"][: example["prompt_length"]]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        base, _ = load_run(second)
+        plain = PeftModel.from_pretrained(base.unload(), tmp_path / "exported" / "colours")
+        torch.testing.assert_close(plain(input_ids=ids).logits, expected, atol=2e-4, rtol=2e-4)
+    assert exported.tasks["colours"].total_error == 0
+
+
+def test_an_interrupted_extension_resumes_bit_identically(finished, folder, tmp_path):
+    _, first, second = finished
+    recipe = extended_recipe(first, folder / "colours.jsonl", tmp_path / "again", (), {})
+    fit_until(2, recipe)
+    assert not (tmp_path / "again" / "adapter").exists()
+    resumed = first.extend(folder / "colours.jsonl", output=tmp_path / "again", progress=False)
+    mine = load_file(resumed.adapter_path / "adapter_model.safetensors")
+    theirs = load_file(second.adapter_path / "adapter_model.safetensors")
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_removed_task_leaves_the_others_bit_identical(finished, folder, tmp_path):
+    run, _, second = finished
+    removed = second.remove_task("animals", output=tmp_path / "removed")
+    for file in ("tasks", "colours"):
+        expected = logits_and_scores(second, folder / f"{file}.jsonl")[1:]
+        assert logits_and_scores(removed, folder / f"{file}.jsonl")[1:] == expected
+    tensors = load_file(removed.adapter_path / "adapter_model.safetensors")
+    entries = read_json(removed.adapter_path / "adapter_config.json")["extensions"]
+    # Its expert stays while colours uses it.
+    uses = [tensor for name, tensor in tensors.items() if name.endswith(f"used_{len(entries)}")]
+    is_used = any((used == 4).any() for used in uses)
+    assert [entry["tasks"] for entry in entries] == (
+        [[], ["colours"]] if len(entries) == 2 else [["colours"]]
+    )
+    assert is_used == (len(entries) == 2)
+    both = removed.remove_task("colours", output=tmp_path / "both")
+    tensors = load_file(both.adapter_path / "adapter_model.safetensors")
+    assert not any(name.endswith(("_1", "_2")) for name in tensors)
+    expected = logits_and_scores(run, folder / "tasks.jsonl")[1:]
+    assert logits_and_scores(both, folder / "tasks.jsonl")[1:] == expected
+    refuses("cities: is a task of the joint training", second.remove_task, "cities")
+    refuses("task animal: is not an added task.*animals", second.remove_task, "animal")
+    refuses("exists; choose another", second.remove_task, "animals", output=tmp_path / "removed")
+
+
+def test_a_covered_task_is_refused_or_merged(finished, folder, tmp_path, command):
+    _, first, _ = finished
+    again = write_task(tmp_path / "again.jsonl", "animals")
+    again.write_text(again.read_text().replace('"task": "animals"', '"task": "beasts"'))
+    error = command("extend", first.path, again, f"output={tmp_path / 'x'}", code=2)
+    assert "task beasts: the clusters of animals already cover its prompts" in error
+    assert not (tmp_path / "x").exists()
+    merged = first.extend(
+        again, output=tmp_path / "merged", overrides=["merge=true"], progress=False
+    )
+    before = load_file(first.adapter_path / "adapter_model.safetensors")
+    after = load_file(merged.adapter_path / "adapter_model.safetensors")
+    changed = {
+        name.rsplit(".", 1)[1] for name in after if not torch.equal(after[name], before[name])
+    }
+    assert changed <= {"A_1", "B_1", "gates_1"}
+    assert "B_1" in changed
+
+
+def test_refusals_write_nothing(finished, folder, tmp_path, command, trained):
+    run, first, _ = finished
+    output = tmp_path / "x"
+
+    def refused(*words):
+        line = command("extend", *words, f"output={output}", code=2)
+        assert not output.exists()
+        return line
+
+    animals = folder / "animals.jsonl"
+    assert "task animals:" in refused(first.path, animals)
+    assert "has a task of this name" in refused(first.path, animals)
+    untrained = write_task(tmp_path / "untrained.jsonl", "untrained", train=0)
+    assert "training instances" in refused(run.path, untrained)
+    assert "give either DATA" in refused(run.path)
+    lora = trained({"name": "lora", "r": 2})
+    assert "is a run of lora" in refused(lora.path, animals)
+    token = trained({**METHOD, "routing": "token"})
+    assert "is a run of badit" in refused(token.path, animals)
+    # Another base model or tokenizer.
+    moved = shutil.copytree(folder / "model", tmp_path / "model")
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    assert "changed since the run was trained" in refused(run.path, animals, f"model.name={moved}")
+
+
+def test_prompts_taken_from_an_earlier_task_are_refused(finished, folder, tmp_path, command):
+    run, _, _ = finished
+    line = command(
+        "extend",
+        run.path,
+        folder / "animals.jsonl",
+        "extend.largest_taken=0",
+        "extend.coverage=1",
+        f"output={tmp_path / 'x'}",
+        code=2,
+    )
+    assert "would be nearer" in line
+
+
+def test_a_sequence_adds_its_later_tasks(folder, tmp_path):
+    values = make_recipe(folder / "model", folder / "tasks.jsonl", tmp_path / "run")
+    values["method"] = {**KEY, "num_clusters": 2, "regroup": {"every": 1}}
+    values["training"] |= {"num_train_epochs": 1, "learning_rate": 0.05}
+    values["data"]["order"] = ["rivers", "cities"]
+    run = badit.train(values, progress=False)
+    stages = [stage for stage, _ in resolve(build_recipe(values)).stages]
+    first, last = (load_file(stage.adapter_path / "adapter_model.safetensors") for stage in stages)
+    assert all(torch.equal(last[name], tensor) for name, tensor in first.items())
+    config = read_json(run.adapter_path / "adapter_config.json")
+    assert (config["tasks"], [e["tasks"] for e in config["extensions"]]) == (
+        ["rivers"],
+        [["cities"]],
+    )
+    values["output"] = str(tmp_path / "shared")
+    shared = fit(build_recipe(values, ["extend.own_experts=false"]), progress=False)
+    assert not read_json(shared.adapter_path / "adapter_config.json")["extensions"]
+
+
+def test_the_command_removes_and_shows_help(finished, tmp_path, capsys):
+    _, _, second = finished
+    output = tmp_path / "removed"
+    assert main(["extend", str(second.path), "--remove", "animals", f"output={output}"]) == 0
+    assert str(output) in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_three_extensions_killed_in_between_equal_uninterrupted_ones(folder, tmp_path, processes):
+    values = make_recipe(folder / "model", folder / "tasks.jsonl", tmp_path / "run")
+    values["method"] = KEY
+    values["training"] |= {"num_train_epochs": 1, "save_steps": 1}
+    run = badit.train(values, progress=False)
+    whole, stopped = run, run
+    third = write_task(tmp_path / "seasons.jsonl", "seasons")
+    rng = random.Random(0)
+    for number, data in enumerate((folder / "animals.jsonl", folder / "colours.jsonl", third)):
+        whole = whole.extend(data, output=tmp_path / f"whole{number}", progress=False)
+        output = tmp_path / f"stopped{number}"
+        words = ["extend", str(stopped.path), str(data), f"output={output}"]
+        for event in ("file", "on_step_end"):
+            strike = (event, rng.randint(1, 3), signal.SIGKILL)
+            status, said = killed.end(killed.start(processes, words, output, *strike))
+            assert status == -signal.SIGKILL, said
+        status, said = killed.end(killed.start(processes, words, output))
+        assert status == 0, said
+        stopped = badit.Run(output)
+        theirs, mine = learned(whole), learned(stopped)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        _, *expected = logits_and_scores(run, folder / "tasks.jsonl")
+        assert logits_and_scores(stopped, folder / "tasks.jsonl")[1:] == tuple(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes_extend_as_one_or_are_refused(recipe_values, tmp_path, processes, engine):
+    launches = Launches(recipe_values, tmp_path, processes)
+    launches.train_alone("run", batch=4)
+    data = write_task(tmp_path / "animals.jsonl", "animals")
+    launches.settings = lambda name, batch: [
+        str(tmp_path / "run"),
+        str(data),
+        f"output={tmp_path / name}",
+        f"training.per_device_train_batch_size={batch}",
+        "data.validation_per_task=2",
+    ]
+    launches.command = "extend"
+    if engine == "fsdp2":
+        said = launches.train("refused", 2, engine, code=2)
+        assert "extend: adding a task needs unsharded weights" in said
+        return
+    launches.train_alone("one", batch=4)
+    launches.train("two", 2, engine)
+    two, one = learned(launches.run("two")), learned(launches.run("one"))
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)

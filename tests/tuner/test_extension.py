@@ -1,0 +1,225 @@
+"""Tasks that are added to a trained adapter: earlier results, training, files, refusals."""
+
+import pytest
+import torch
+from peft import PeftModel
+
+from badit.tuner import hooks_of
+from badit.tuner.extension import ability_factors, ability_gram, parts_of
+from refusals import refuses
+from tuner.extending import KEY, add, assert_same, batches_of, results, trained
+from tuner.helpers import CLUSTERS, adapt, enable_checkpointing, generate, layers
+
+KINDS = {
+    "key": KEY,
+    "layers": {**CLUSTERS, "init_weights": "lora"},
+    "gated change": {**KEY, "init_weights": "bad", "gated": "change"},
+    "bad with clusters": {**KEY, "init_weights": "bad"},
+    "router": {"gates": "mean_one", "router_input": "standardised", "init_weights": "lora"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_earlier_tasks_stay_bit_identical_after_three_extensions(tiny_model, kind):
+    model = trained(tiny_model("llama"), **KINDS[kind])
+    expected = results(model, "first", "second")
+    for task in ("third", "fourth"):
+        losses = add(model, task)
+        assert losses[-1] < losses[0]
+        assert_same(results(model, *expected), expected)
+        expected |= results(model, task)
+        assert not torch.equal(expected[task][0], expected["first"][0])
+
+
+def test_only_the_new_expert_is_trained(tiny_model):
+    model = trained(tiny_model("llama"), **KEY)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    add(model, "third")
+    trained_names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(".badit_extensions." in name for name in trained_names)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    add(model, "fourth")
+    trained_names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.rsplit(".", 1)[1] for name in trained_names} == {"A_2", "B_2", "gates_2"}
+    unchanged = model.state_dict()
+    assert all(torch.equal(unchanged[name], value) for name, value in after.items())
+
+
+def test_new_directions_are_orthogonal_to_all_frozen_ones(tiny_model):
+    model = trained(tiny_model("llama"), **KEY)
+    for number, task in enumerate(("third", "fourth"), start=1):
+        hooks_of(model).add_tasks([task], rank=3)
+        hooks_of(model).start_task(batches_of(task))
+        for layer in layers(model):
+            extensions = layer.badit_extensions["default"]
+            new = extensions.of("A", number)
+            frozen = [layer.badit_A["default"]]
+            frozen += [extensions.of("A", earlier) for earlier in range(1, number)]
+            products = torch.nn.functional.normalize(torch.cat(frozen), dim=1) @ new.T
+            assert products.abs().max() < 1e-5
+            torch.testing.assert_close(new @ new.T, torch.eye(3) / 3, atol=1e-5, rtol=0)
+            assert not extensions.of("B", number).any()
+
+
+def test_without_a_complement_the_directions_are_those_of_the_gradient(tiny_model, capsys):
+    model = trained(tiny_model("llama"), **KEY)
+    for layer in layers(model):  # 6 components, but 32 in features: fill the space
+        layer.badit_A["default"] = torch.nn.Parameter(torch.eye(32))
+        layer.badit_B["default"] = torch.nn.Parameter(torch.zeros(48, 32))
+        layer.badit_expert_of["default"] = torch.arange(3).repeat(11)[:32].sort().values
+    hooks_of(model).add_tasks(["third"], reused=0)
+    hooks_of(model).start_task(batches_of("third"))
+    assert "2 of 2 layers have no directions left" in capsys.readouterr().err
+    assert all(layer.badit_extensions["default"].of("A", 1).any() for layer in layers(model))
+
+
+def test_rows_of_several_extensions_have_the_results_of_their_own_batches(tiny_model):
+    model = trained(tiny_model("llama"), **KEY)
+    add(model, "third")
+    add(model, "fourth")
+    parts = [batches_of(task)[task][0]["input_ids"] for task in ("first", "third", "fourth")]
+    ids = torch.cat(parts)[torch.tensor([0, 4, 8, 1, 5, 9, 2])]
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    sequences = generate(model, ids[:, :5], mask[:, :5], new_tokens=4)
+    for row in range(len(ids)):
+        alone = generate(model, ids[row : row + 1, :5], mask[row : row + 1, :5], new_tokens=4)
+        assert torch.equal(sequences[row : row + 1], alone)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        for row in range(len(ids)):
+            alone = model(input_ids=ids[row : row + 1], attention_mask=mask[row : row + 1]).logits
+            attended = mask[row].bool()
+            torch.testing.assert_close(logits[row][attended], alone[0][attended])
+
+
+def test_packed_rows_have_the_results_of_separate_rows(tiny_model):
+    model = trained(tiny_model("llama"), **KEY)
+    add(model, "third")
+    rows = [batches_of(task)[task][0] for task in ("first", "third")]
+    ids = torch.cat([rows[0]["input_ids"][:1], rows[1]["input_ids"][:1]])
+    labels = torch.cat([rows[0]["labels"][:1], rows[1]["labels"][:1]])
+    positions = torch.arange(9).repeat(2)[None]
+    with torch.no_grad():
+        rows = {"input_ids": ids.view(1, -1), "labels": labels.view(1, -1)}
+        packed = model(**rows, position_ids=positions, use_cache=False).logits
+        alone = model(input_ids=ids, labels=labels, use_cache=False).logits
+    torch.testing.assert_close(packed.view_as(alone), alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_adapter_has_the_same_results_through_peft(tiny_model, tmp_path, kind):
+    model = trained(tiny_model("llama"), **KINDS[kind])
+    add(model, "third")
+    expected = results(model, "first", "third")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path).eval()
+    assert_same(results(loaded, *expected), expected)
+    # Extended again after loading, in bfloat16 too.
+    add(loaded, "fourth")
+    assert_same(results(loaded, *expected), expected)
+
+
+def test_a_cast_keeps_the_clusters(tiny_model):
+    model = trained(tiny_model("llama"), **KEY)
+    add(model, "third")
+    holder = layers(model)[0].badit_extensions["default"]
+    before = {name: value.clone() for name, value in holder.named_buffers()}
+    model.to(torch.bfloat16)
+    assert all(torch.equal(value, before[name]) for name, value in holder.named_buffers())
+    assert holder.of("A", 1).dtype == torch.bfloat16
+    results(model, "first", "third")
+
+
+def test_training_rows_are_those_of_the_extension_and_others_of_their_centroid(tiny_model):
+    model = trained(tiny_model("llama"), **KEY)
+    add(model, "third")
+    routing = layers(model)[0].routing
+    found = []
+    layers(model)[0].register_forward_hook(
+        lambda *_: found.append(parts_of(routing, "default").whole)
+    )
+    batch = batches_of("first")["first"][0]
+    model(**batch)  # with gradients: a training pass
+    with torch.no_grad():
+        model(**batch)
+        model(**batches_of("third", seed=5)["third"][0])
+    assert found == [1, 0, 1]
+
+
+def test_a_pass_multiplies_only_the_experts_that_its_rows_use(tiny_model, monkeypatch):
+    model = trained(tiny_model("llama"), **KEY)
+    add(model, "third", rank=3, reused=1)
+    add(model, "fourth", rank=5, reused=0)
+    widths = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(
+        "badit.tuner.extension.F.linear",
+        lambda x, weight, *bias: widths.append(tuple(weight.shape)) or linear(x, weight, *bias),
+    )
+    results(model, "third")
+    assert (3 + 2, 32) in widths  # its own rank and that of one expert
+    assert all(5 + 3 not in shape for shape in widths)
+    widths.clear()
+    results(model, "fourth")
+    assert (5, 32) in widths
+
+
+def test_gradient_checkpointing_gives_the_same_losses(tiny_model):
+    losses = {}
+    for reentrant in (None, False):
+        torch.manual_seed(0)
+        model = trained(tiny_model("llama"), **KEY)
+        if reentrant is not None:
+            enable_checkpointing(model, reentrant)
+        losses[reentrant] = add(model, "third")
+    assert losses[None] == losses[False]
+
+
+def test_refusals(tiny_model):
+    model = trained(tiny_model("llama"), **KEY)
+    add(model, "third", steps=1)
+    hooks = hooks_of(model)
+    refuses("task third: the run has a task of this name", hooks.add_tasks, ["third"])
+    hooks.add_tasks(["fourth"])
+    unlabelled = [{"input_ids": batches_of("fourth")["fourth"][0]["input_ids"]}]
+    refuses("the batches of a new task need labels", hooks.start_task, {"fourth": unlabelled})
+    for message, options in REFUSED.items():
+        other = adapt(tiny_model("llama"), **options)
+        refuses(message, hooks_of(other).add_tasks, ["third"])
+
+
+REFUSED = {
+    "routing: 'token' has no clusters of prompts": {"routing": "token"},
+    "the released form cannot be extended": {"gates": "softmax", "gated": "factors"},
+    "the adapter has no clusters for later tasks": KEY,
+}
+
+
+def test_inner_products_of_experts_are_those_of_their_products(tiny_model):
+    model = trained(tiny_model("llama"), **KINDS["gated change"])
+    add(model, "third")
+    layer = layers(model)[0]
+    products = [
+        (b @ a).flatten() for a, b in (ability_factors(layer, "default", k) for k in range(4))
+    ]
+    expected = torch.stack(products) @ torch.stack(products).T
+    torch.testing.assert_close(ability_gram(layer, "default"), expected)
+
+
+def test_fixed_gates_equal_the_pass_of_a_prompt(tiny_model):
+    model = trained(tiny_model("llama"), **KEY)
+    add(model, "third")
+    layer = layers(model)[0]
+    seen = []
+    layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    with torch.no_grad():
+        batch = batches_of("third")["third"][0]
+        model(**batch)
+        (x, y), *_ = seen
+        gates = torch.tensor([0.0, 0.0, 0.0, 1.0])
+        extensions = layer.badit_extensions["default"]
+        gates[extensions.of("used", 1)] = extensions.of("gates", 1)
+        a, b = layer.frozen_factors("default", gates)
+        torch.testing.assert_close(layer.base_layer(x) + x @ a.T @ b.T, y, atol=1e-4, rtol=1e-4)
