@@ -18,7 +18,7 @@ LOWEST := $(shell $(PYTHON) -c 'import re, tomllib; \
 ADAPTER_TESTS := tests/tuner tests/baselines tests/training tests/test_security.py tests/test_errors.py tests/export/test_push.py
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-slow stress bench check lint docs dist test-lowest-peft test-matrix test-peft test-serving test-integrations audit clean
+.PHONY: demo test test-slow stress bench gpu check lint docs dist test-lowest-peft test-matrix test-peft test-serving test-integrations test-ray audit clean
 
 demo: $(VENV)/.demo  ## tune SmolLM2 on the built-in tasks with LoRA and with BADIT
 	$(BIN)/badit demo
@@ -51,6 +51,11 @@ bench: $(VENV)/.dev  ## speed and memory, about an hour on two idle cores: resul
 	done
 	for script in end_to_end evaluation; do $(BIN)/python benchmarks/speed/$$script.py $(BENCH_DATA) || exit 1; done
 	$(BIN)/python benchmarks/speed/table.py
+
+# Needs no network, once the packages and the base model are there.
+gpu: $(VENV)/.dev  ## on a machine with a GPU: tests, steps and memory against PEFT's LoRA, SVD, clusters, decoding
+	$(BIN)/python -m pytest -m gpu tests/test_gpu.py tests/training/test_no_sync.py
+	$(BIN)/python benchmarks/speed/gpu.py
 
 check: lint test test-slow  ## the same checks as CI
 
@@ -145,6 +150,16 @@ $(INTEGRATIONS)/%/.done: tests/integrations/%.txt pyproject.toml
 	$(PYTHON) -m venv --clear $(INTEGRATIONS)/$*
 	$(INTEGRATIONS)/$*/bin/pip install --quiet --requirement $<
 	$(INTEGRATIONS)/$*/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+# In a separate folder, because Ray brings its own versions of some packages.
+test-ray: $(VENV)/.dev $(VENV)/ray  ## badit compare --ray on a cluster of two nodes on this machine
+	PYTHONPATH=$(abspath $(VENV)/ray) RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -m slow tests/comparison/test_ray.py
+
+$(VENV)/ray: pyproject.toml | $(VENV)/.dev
+	rm -rf $@
+	$(BIN)/pip install --quiet --target $@ 'ray>=2.40,<3'
 	touch $@
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/pip

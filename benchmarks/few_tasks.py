@@ -1,4 +1,6 @@
-"""Measures the default with few tasks, by its number of clusters (docs/experiments/few-tasks.md).
+"""Measures the default with few tasks, by its number of clusters.
+
+Plan and results: benchmarks/experiments/few-tasks.md
 
     export BADIT_SUPERNI=/path/to/superni
     python benchmarks/few_tasks.py 3        # trains and measures runs with three tasks; resumable

@@ -5,7 +5,7 @@
 For each run: the NLL per answer token of every instance with the run's own gates, with the mean
 gates over all tasks (one LoRA) and with the mean gates of its task (a LoRA per task), as `badit
 export` writes them and PEFT loads them. Writes results/fixed-gates.json after each run and
-continues from there. Question: docs/experiments/fixed-gates.md.
+continues from there. Question: benchmarks/experiments/fixed-gates.md.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python benchmarks/machines.py
 
 The differences are paired by seed and instance. Question and rule:
-docs/experiments/harness-c.md#the-same-machine
+benchmarks/experiments/harness-c.md#the-same-machine
 """
 
 from dataclasses import replace

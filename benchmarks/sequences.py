@@ -3,7 +3,7 @@
     python benchmarks/sequences.py
 
 Differences by order, the final NLL, and forward transfer against LoRA trained on single tasks with
-the same seed, for every method. Question and rule: docs/experiments/harness-d.md
+the same seed, for every method. Question and rule: benchmarks/experiments/harness-d.md
 """
 
 from dataclasses import replace

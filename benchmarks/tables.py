@@ -2,9 +2,10 @@
 """tables.py: writes the documentation's tables of comparisons again, from benchmarks/results.
 
 Such a table is between two comments. The first one names the results file and the options of `badit
-table`, or of `noise.py` in a comment that begins with `noise:`. Two options are of this script:
-`methods=NAME,NAME` keeps these methods and their single-task runs, and `times=no` omits the times
-and the memory, for runs on several machines.
+table`, or of `noise.py` in a comment that begins with `noise:`. Four options are of this script:
+`methods=NAME,NAME` keeps these methods and their single-task runs, `names=OLD:NEW,OLD:NEW` renames
+methods, `times=no` omits the times and the memory, for runs on several machines, and `ranks=no`
+omits the ranks, for a selection of methods.
 """
 
 import re
@@ -23,7 +24,10 @@ TABLE = re.compile(
     r"(<!-- end of table -->)",
     flags=re.DOTALL,
 )
-TIMES = ["time (s)", "GiB"]  # the last columns of a table of methods
+FRAMES = ("cells", "scores", "instances", "continual")  # of Results, with a column "method"
+TIMES = ["time (s)", "GiB"]
+RANKS = ["rank", "task rank"]
+RANK_NOTE = re.compile(r"(?:^|; )rank: .*")
 
 
 def render(text: str) -> str:
@@ -49,17 +53,28 @@ def comparison_table(
     metric: str = "rouge_l",
     reference: str = "",
     methods: str = "",
+    names: str = "",
     times: str = "yes",
+    ranks: str = "yes",
 ) -> str:
     results = load_results(path)
     if reference:
         results = replace(results, reference=reference)
     if methods:
         results = of_methods(results, methods.split(","))
+    if names:
+        results = renamed(results, dict(pair.split(":") for pair in names.split(",")))
     table = method_table(results, metric)
+    # The pages show the NLL in tables of its own, and their experiments have their own rules.
+    texts = table.texts.drop(columns=f"NLL vs {results.reference} [95 %]", errors="ignore")
+    notes = [note for note in table.notes if not note.startswith("Verdict:")]
     if times == "no":
-        notes = [note for note in table.notes if not note.startswith("time:")]
-        table = table._replace(texts=table.texts.drop(columns=TIMES), notes=notes)
+        texts = texts.drop(columns=TIMES)
+        notes = [note for note in notes if not note.startswith("time:")]
+    if ranks == "no":
+        texts = texts.drop(columns=RANKS, errors="ignore")
+        notes = [RANK_NOTE.sub("", note) for note in notes]
+    table = table._replace(texts=texts, notes=[note for note in notes if note])
     return FORMATS["markdown"](table)
 
 
@@ -68,12 +83,26 @@ def of_methods(results: Results, names: list[str]) -> Results:
     with_single_tasks = [method for name in names for method in (name, name + SINGLE_TASK)]
     methods = [method for method in with_single_tasks if method in results.methods]
     frames = {}
-    for name in ("cells", "scores", "instances", "continual"):
+    for name in FRAMES:
         frame = getattr(results, name)
         frames[name] = frame.loc[frame["method"].isin(methods)]
     return replace(results, methods=methods, **frames)
 
 
+def renamed(results: Results, names: dict[str, str]) -> Results:
+    """Returns the results with other names for methods and for their single-task runs."""
+    names = names | {old + SINGLE_TASK: new + SINGLE_TASK for old, new in names.items()}
+    frames = {}
+    for name in FRAMES:
+        frame = getattr(results, name)
+        frames[name] = frame.assign(method=frame["method"].replace(names))
+    methods = [names.get(method, method) for method in results.methods]
+    reference = names.get(results.reference, results.reference)
+    # A page that renames methods says itself what they are.
+    return replace(results, methods=methods, titles={}, reference=reference, **frames)
+
+
 if __name__ == "__main__":
-    for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]:
+    experiments = ROOT.glob("benchmarks/experiments/*.md")
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *experiments]:
         page.write_text(render(page.read_text()))

@@ -75,6 +75,12 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch):
+    """On a busy machine, every wait is long, and its message would be among the tested ones."""
+    monkeypatch.setattr("badit.support.console._PATIENCE", 1e9)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collection():
     """Excludes imported modules from garbage collection, which every training triggers."""

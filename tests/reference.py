@@ -456,3 +456,41 @@ def rouge_l(prediction, reference):
         return 0.0
     precision, recall = common / len(answer), common / len(target)
     return 100 * 2 * precision * recall / (precision + recall)
+
+
+# --- Verdicts of comparisons ---
+def verdict(nll, score):
+    """Returns the documented verdict on a method from (low, inner_low, inner_high, high) twice."""
+
+    def shows(interval, margin, better):
+        low, inner_low, inner_high, high = interval
+        if -margin < inner_low and inner_high < margin:
+            return "level"
+        if low <= 0 <= high:
+            return "nothing"
+        return "better" if better(high) else "worse"
+
+    of_nll = shows(nll, 0.01, lambda end: end < 0)
+    of_score = shows(score, 0.5, lambda end: end > 0)
+    names = {"better": "ahead of", "worse": "behind", "level": "level with"}
+    if of_nll != of_score or of_nll not in names:
+        return "not decided against"
+    return names[of_nll]
+
+
+# --- Similarity of gates ---
+def gate_similarity(profiles):
+    """Returns the similarity of every two rows (T, G): their correlation, moved from −1/(T−1) to 0.
+
+    The line through (−1/(T−1), 0) and (1, 1).
+    """
+    profiles = float64(profiles)
+    tasks = len(profiles)
+    unrelated = -1 / (tasks - 1)
+    deviations = profiles - sum(profiles) / tasks
+    similarity = np.empty((tasks, tasks))
+    for i, row in enumerate(deviations):
+        for j, other in enumerate(deviations):
+            correlation = np.corrcoef(row, other)[0, 1]
+            similarity[i, j] = (correlation - unrelated) / (1 - unrelated)
+    return similarity

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +119,46 @@ def test_readme_names_the_baselines_that_three_seeds_do_not_separate_from_badit(
             undecided.append(method)
             assert f"{low:.3f} to {high:.3f}".replace("-", "−") in paragraph, method
     assert undecided == ["mtl-lora", "loramoe"]
+
+
+# Of the compiler's own code.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.slow
+def test_every_part_of_the_gpu_benchmark_runs_on_a_cpu(material, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks" / "speed")
+    script = load_script("speed/gpu")
+    monkeypatch.setitem(
+        script["main"].__globals__, "keep", lambda name, result: kept.update(result)
+    )
+    kept = {}
+    options = {"device": "cpu", "model": str(material / "model"), "rounds": 1, "name": "gpu"}
+    code = script["main"](Namespace(**options, small=True, vocabulary=40))
+    assert [value for value in kept.values() if "error" in value] == []
+    assert code == 0
+    del kept["device"], kept["model"]
+    measured = set(kept) - {"training step, FlashAttention"}
+    assert {"training step, 4-bit", "SVD", "search of clusters", "decoding"} <= measured
+    for name in measured:
+        assert "seconds" in kept[name] or "8 prompts at a time" in kept[name], name
+    losses = kept["training step, bfloat16"]["loss before training"]
+    assert len(set(losses.values())) == 1, "every adapter starts at the base model"
+
+
+def test_the_gpu_benchmark_records_a_part_that_fails(material, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks" / "speed")
+    script = load_script("speed/gpu")
+    kept = {}
+
+    def fails(machine):
+        raise RuntimeError("out of memory")
+
+    names = script["main"].__globals__
+    monkeypatch.setitem(names, "keep", lambda name, result: kept.update(result))
+    monkeypatch.setitem(names, "PARTS", {"first": fails, "second": lambda machine: {"seconds": 1}})
+    options = {"device": "cpu", "model": "unused", "rounds": 1, "name": "gpu", "small": True}
+    assert script["main"](Namespace(**options, vocabulary=40)) == 1
+    assert kept["first"] == {"error": "RuntimeError: out of memory"}
+    assert kept["second"] == {"seconds": 1}
 
 
 @pytest.mark.parametrize("per_sequence", [False, True])

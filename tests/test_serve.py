@@ -280,6 +280,7 @@ def compares_weights_of_changes(run, tmp_path):
         assert router.nearest(gates_MK) == router.exports[distances.index(min(distances))]
     for example in training_prompts(router)[::9]:
         prompt = example["input_ids"][: example["prompt_length"]]
+        (tmp_path / "lora").mkdir()
         router.write(router.gates(prompt), tmp_path / "lora")
         base, _ = load_base(run.recipe)
         lora = PeftModel.from_pretrained(base, str(tmp_path / "lora"))

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Stage A of the rig experiments (docs/experiments/rig-a.md): run every cell without a result.
+"""Stage A of the rig experiments: run every cell without a result.
+
+Plan and results: benchmarks/experiments/rig-a.md
 
     python benchmarks/rig/stage_a.py search      # learning rates, on a third of the training data
     python benchmarks/rig/stage_a.py finals      # five seeds per cell, three with gates
@@ -48,7 +50,7 @@ PLAIN: list[Cell] = [
     *itertools.product(("lora", "directions"), ("adamw", "lora+4", "lora+16", "orthogonal")),
     ("lora", "riemannian"),
 ]
-# The optimizers and seeds of cells with gates (the second change in docs/experiments/rig-a.md).
+# The optimizers and seeds of cells with gates (the second change in the plan).
 GATED: list[Cell] = [*itertools.product(("oracle", "expert"), ("adamw", "orthogonal"))]
 SEEDS = range(5)
 GATED_SEEDS = range(3)
@@ -118,7 +120,7 @@ def main() -> None:
     worse_ratio = max(("lora+4", "lora+16"), key=lambda optimizer: found["lora", optimizer][1])
     finals([cell for cell in PLAIN if cell[1] != worse_ratio], rates, SEEDS)
     finals(GATED, rates, GATED_SEEDS)
-    # The search of this cell was a near tie (the third change in docs/experiments/rig-a.md).
+    # The search of this cell was a near tie (the third change in benchmarks/experiments/rig-a.md).
     for seed in SEEDS:
         options = [*options_of(("expert", "orthogonal"), 2e-3), *varied(seed)]
         run(f"expert_orthogonal_0.002_s{seed}", options)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Gates on the rig (docs/experiments/rig-b.md).
+"""Gates on the rig (benchmarks/experiments/rig-b.md).
 
 The router's rate, half of the experts without gates, component gates:
 

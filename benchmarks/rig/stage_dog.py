@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Regrouping on the rig (docs/experiments/rig-dog.md): expert gates with and without DOG.
+"""Regrouping on the rig (benchmarks/experiments/rig-dog.md): expert gates with and without DOG.
 
 python benchmarks/rig/stage_dog.py
 """

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Gates by rank and number of tasks, with the corrected optimizer (docs/experiments/rig-scale.md).
+"""Gates by rank and number of tasks, with the corrected optimizer.
+
+Plan and results: benchmarks/experiments/rig-scale.md
 
 python benchmarks/rig/stage_scale.py [PROCESSES]
 """
@@ -17,7 +19,7 @@ LEVEL = 0.01  # nats; the lowest rate within this distance of the best is chosen
 COMPARED = [
     *itertools.product(("lora", "directions", "expert"), [32], ["9"]),
     *itertools.product(("directions", "expert", "oracle"), RANKS, ("5", "15")),
-    *itertools.product(("component", "component-fixed"), [32], ["9"]),  # docs/experiments/rig-b.md
+    *itertools.product(("component", "component-fixed"), [32], ["9"]),  # rig-b.md
 ]
 
 Run = tuple[str, list[str]]  # name and options

@@ -14,17 +14,9 @@ from badit.support.files import read_json, write_text
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "speed"
 PAGE = ROOT / "docs" / "performance.md"
-# Kinds of operations in the results: their column headings.
-_KINDS = {
-    "matrix products": "matrix products",
-    "attention": "attention",
-    "element by element": "elementwise",
-    "copies and casts": "copies and casts",
-    "optimizer": "optimizer",
-    "the rest": "other",
-}
 # An option that no longer exists. The committed results still have it.
 _REMOVED = "badit folded"
+_COMPONENT_LENGTH = "20000"
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -154,68 +146,24 @@ def steps() -> list[list[str]]:
     return rows
 
 
-def growth() -> list[list[str]]:
-    """Returns seconds and memory of a step by the varied quantity, for BADIT and its baseline."""
-    scaling = _read("scaling")
-    rows = []
-    for quantity in ("experts", "tokens", "rows", "tasks"):
-        seconds = scaling[quantity]["seconds"]
-        peaks = scaling[quantity].get("peak bytes", {})
-        baseline = "mtl-lora" if quantity == "tasks" else "lora"
-        for point in seconds:
-            if not point.startswith("badit, "):
-                continue
-            value = point.removeprefix("badit, ")
-            pair = (point, f"{baseline}, {value}")
-            times = [f"{median(seconds[name]):.2f}" for name in pair]
-            ratio = _ratio(*(seconds[name] for name in pair))
-            gib = [f"{peaks[name] / 2**30:.2f}" if name in peaks else "" for name in pair]
-            rows.append([quantity, value, *times, baseline, f"{ratio:.2f}", *gib])
-    return rows
-
-
-def profiles() -> list[list[str]]:
-    """Returns milliseconds of a step, and of a decoded token, by kind of operation."""
-    rows = []
-    for dtype, profile in _by_dtype(_read("step_profile")):
-        for name, kinds in profile["seconds of a step"].items():
-            if name != _REMOVED:
-                values = [f"{1000 * kinds[kind]:.0f}" for kind in _KINDS]
-                rows.append([f"step, {dtype}", name, *values])
-        for name, kinds in profile["seconds of 64 tokens"].items():
-            if name != _REMOVED:
-                values = [f"{1000 * kinds[kind] / 64:.2f}" for kind in _KINDS]
-                rows.append([f"token, {dtype}", name, *values])
-    return rows
-
-
 def dog() -> list[list[str]]:
-    """Returns milliseconds of one layer's Gram and grouping."""
+    """Returns milliseconds of one layer's Gram and grouping, for the longest components."""
     layer = _read("regrouping")["one layer"]
     rows = []
     for point, values in layer["gram seconds"].items():
         components, size = (number.split()[1] for number in point.split(", "))
+        if size != _COMPONENT_LENGTH:
+            continue
         gram = 1000 * median(values)
         grouping = 1000 * median(layer["grouping seconds"][f"N {components}"])
         rows.append([components, size, f"{gram:.2f}", f"{grouping:.1f}"])
     return rows
 
 
-def exponents() -> list[list[str]]:
-    """Returns exponents of power laws fitted to the points of the table above."""
-    fitted = _read("regrouping")["one layer"]["exponents"]
-    return [[name, f"{exponent:.2f}"] for name, exponent in fitted.items()]
-
-
-_GROWTH = ["varied", "value", "BADIT, s", "baseline, s", "baseline", "ratio"]
-_GROWTH += ["BADIT, GiB", "baseline, GiB"]
 TABLES: dict[str, tuple[list[str], Callable[[], list[list[str]]]]] = {
     "targets": (["what", "against", "measured", "target", "met"], targets),
     "steps": (["dtype", "adapter", "s", "× floor", "peak GiB"], steps),
-    "growth": (_GROWTH, growth),
-    "profile": (["ms per", "adapter", *_KINDS.values()], profiles),
     "dog": (["N", "D", "Gram, every step, ms", "grouping, every 20 steps, ms"], dog),
-    "exponents": (["time grows as", "exponent"], exponents),
 }
 
 

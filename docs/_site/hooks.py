@@ -12,6 +12,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
+# Of the pages that stand outside of docs, those in the navigation.
+LISTED = {"changelog.md", "contributing.md", "security.md", "recipes.md", "experiments/overview.md"}
+
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     fences = [{"name": "math", "class": "formula", "format": formula}]
@@ -21,7 +24,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for place, path in stray_pages().items():
-        inclusion = InclusionLevel.NOT_IN_NAV if place == "readme.md" else InclusionLevel.UNDEFINED
+        inclusion = InclusionLevel.UNDEFINED if place in LISTED else InclusionLevel.NOT_IN_NAV
         files.append(File.generated(config, place, abs_src_path=str(path), inclusion=inclusion))
     linked = {
         target

@@ -20,6 +20,11 @@ STRAY = {
     "SECURITY.md": "security.md",
     "recipes/README.md": "recipes.md",
 }
+STRAY |= {
+    # A page named README would be the index of the section of the navigation that lists it.
+    f"benchmarks/experiments/{file.name}": f"experiments/{file.name}".replace("README", "overview")
+    for file in sorted((ROOT / "benchmarks" / "experiments").glob("*.md"))
+}
 _LISTINGS = "source/"
 _LINK = re.compile(r"""(?:(?<=\]\()|(?<=src="))([^)"\s#:]+)(?=[)"#])""")
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".sh": "bash", ".json": "json"}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 # For type checkers and editors, which do not call __getattr__.
 if TYPE_CHECKING:
-    from badit.api import Run, analyze, plan, table, train
+    from badit.api import Run, adopt, analyze, plan, table, train
     from badit.comparison.compare import compare
     from badit.comparison.results import load_results, summarise
     from badit.data import load_tasks
@@ -36,7 +36,7 @@ __version__ = "0.1.0"
 
 # The public names of each module.
 _NAMES = {
-    "api": ["Run", "analyze", "plan", "table", "train"],
+    "api": ["Run", "adopt", "analyze", "plan", "table", "train"],
     "comparison.compare": ["compare"],
     "comparison.results": ["load_results", "summarise"],
     "data": ["load_tasks"],
@@ -60,6 +60,7 @@ __all__ = [
     "Regrouper",
     "Run",
     "__version__",
+    "adopt",
     "analyze",
     "compare",
     "hooks_of",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from badit.runs.folder import AnyPath, RunFolder
@@ -316,6 +317,36 @@ def train(
         check=is_main_process(),
         trust_remote_code=run.recipe.model.trust_remote_code,
     )
+
+
+def adopt(
+    adapter: AnyPath,
+    /,
+    *,
+    data: AnyPath | None = None,
+    output: AnyPath = "runs/adopted",
+    **values: Any,
+) -> Run:
+    """Makes a run of an adapter that a script trained, without training it.
+
+    The base model is loaded once with the adapter, to check that they fit.
+
+    Args:
+        adapter: the folder with adapter_config.json and adapter_model.safetensors, such as a
+            checkpoint of a trainer.
+        data: tasks to score and to analyze, as a recipe's data.source (default: none).
+        output: the folder of the run, which must be new or empty.
+        values: further values of a recipe's sections model, data, prompt and evaluation, such as
+            ``model={"name": "org/name"}``.
+
+    Raises:
+        BaditError: the adapter is incomplete, of another kind or for another base model.
+    """
+    from badit.authoring.adoption import adopt
+
+    source = None if data is None else os.fspath(data)
+    folder = adopt(Path(adapter), os.fspath(output), source, values)
+    return Run(folder.path, trust_remote_code=folder.recipe.model.trust_remote_code)
 
 
 def plan(recipe: RecipeLike | None = None, /, **values: Any) -> ResolvedRun:

@@ -4,8 +4,10 @@ import copy
 import itertools
 import math
 import re
+import statistics
 
 import numpy as np
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
@@ -130,6 +132,25 @@ def decision(a, b, reliable):
     return [min(signals), conflict, math.nan if any(map(math.isnan, counts)) else max(counts)]
 
 
+def cosine_error(a, b):
+    """Returns the standard error of the cosine of two means over rows, in loops over rows."""
+    of_a, of_b = a.mean(dim=0), b.mean(dim=0)
+    variance = 0.0
+    for rows, other in ((a, of_b), (b, of_a)):
+        products = [float(row @ other) for row in rows]
+        if len(products) < 2:
+            return math.nan
+        variance += statistics.variance(products) / len(products)
+    return math.sqrt(variance) / float(of_a.norm() * of_b.norm())
+
+
+def interval(a, b):
+    """Returns the 95 % t interval of the cosine of two means over rows."""
+    reach = cosine_error(a, b) * scipy.stats.t.ppf(0.975, max(1, min(len(a), len(b)) - 1))
+    middle = cosine(a.mean(dim=0), b.mean(dim=0))
+    return [middle - reach, middle + reach]
+
+
 def tables(model, examples, reliable=RELIABLE):
     """Returns the rows of the four gradient tables."""
     by_task = gradients(model, examples)
@@ -162,6 +183,7 @@ def tables(model, examples, reliable=RELIABLE):
                 cosine(first, second),
                 corrected(vectors[a], vectors[b]),
                 magnitude(first, second),
+                *interval(vectors[a], vectors[b]),
                 *decision(vectors[a], vectors[b], reliable),
             ]
             tables_["gradient_overall"].append([a, b, kind, *overall])

@@ -4,12 +4,14 @@ import copy
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import zscore
 
+import reference
 from analysis import naive_experts as naive
 from analysis.naive_experts import BATCHES, METHODS, ROWS, TASKS
 from badit.analysis import atlas
@@ -40,7 +42,7 @@ def test_similarity_matches_naive_and_ignores_a_shift_shared_by_all_tasks(seed, 
     tasks = list(gates.by_task)
     other = wrapped({tasks[t]: gates.by_task[tasks[t]] + shift for t in order})
     profiles = np.array([of_task.mean(axis=0).flatten() for of_task in gates.by_task.values()])
-    expected = np.corrcoef(profiles - profiles.mean(axis=0))
+    expected = reference.gate_similarity(profiles)
     np.testing.assert_allclose(atlas.similarity(gates), expected, atol=1e-4)
     np.testing.assert_allclose(atlas.similarity(other), expected[np.ix_(order, order)], atol=1e-4)
 
@@ -53,13 +55,26 @@ def test_gate_similarity_of_two_groups_and_of_constant_gates():
     similar = table.set_index(["task_a", "task_b"])["similarity"].round(4).to_dict()
     groups = {"a": 1, "b": 1, "c": 2, "d": 2}
     expected = {
-        pair: 1 if groups[pair[0]] == groups[pair[1]] else -1
+        pair: 1 if groups[pair[0]] == groups[pair[1]] else -0.5
         for pair in itertools.combinations("abcd", 2)
     }
     assert similar == expected
-    assert "at -0.33 on average" in table.attrs["about"]
+    assert table["noise"].unique().tolist() == pytest.approx([2 / 2**0.5]), "1 module, 3 experts"
     constant = wrapped({"a": np.ones((2, 3, 4)), "b": np.ones((2, 3, 4))})
     assert atlas.gate_similarity(constant)["similarity"].isna().all()
+
+
+def test_unrelated_gates_have_a_similarity_of_0_and_mostly_within_noise():
+    rng = np.random.default_rng(0)
+    tables = []
+    for _ in range(60):
+        gates = {f"t{t}": 4 * rng.dirichlet(np.ones(4), (1, 12)) for t in range(5)}
+        tables.append(atlas.gate_similarity(wrapped(gates)))
+    frame = pd.concat(tables)
+    assert abs(frame["similarity"].mean()) < 0.01
+    assert 0.93 < (frame["similarity"].abs() <= frame["noise"]).mean() < 0.99
+    two = wrapped({"a": rng.random((1, 2, 3)), "b": rng.random((1, 2, 3))})
+    assert atlas.gate_similarity(two)["similarity"].isna().all(), "always opposite deviations"
 
 
 @pytest.mark.parametrize("method", METHODS)

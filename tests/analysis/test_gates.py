@@ -12,8 +12,9 @@ from analysis import naive_experts as naive
 from analysis.naive_experts import BATCHES, METHODS, ROWS, TASKS
 from badit.analysis.coactivation import coactivation, marked_experts
 from badit.analysis.experts import active_experts, adapted_layers, changed_gates
-from badit.analysis.gates import gates_frame, prompt_gates
+from badit.analysis.gates import clusters_frame, gates_frame, prompt_gates
 from badit.baselines.branches import OLoraConfig
+from badit.tuner import BaditConfig, hooks_of
 from refusals import refuses
 from tuner import helpers
 
@@ -133,3 +134,30 @@ def test_active_experts_may_be_empty_and_several_active_adapters_are_refused(tin
     model.add_adapter("second", helpers.config())
     model.base_model.set_adapter(["default", "second"])
     refuses("several adapters are active", prompt_gates, model, BATCHES)
+
+
+@pytest.mark.parametrize(("key", "places"), [("layer", 2), ("embedding", 1)])
+def test_clusters_are_those_of_the_codes_that_prompts_get(tiny_model, key, places):
+    options = {"gates": "clusters", "num_clusters": 3, "num_experts": 4, "r": 1, "key": key}
+    model = get_peft_model(tiny_model("llama"), BaditConfig(**options)).eval()
+    hooks_of(model).start_task(BATCHES)
+    gates = prompt_gates(model, BATCHES)
+    table = clusters_frame(model, gates)
+    assert len(table) == len(BATCHES) * places * 3
+    assert set(table["layer"]) == ({-1} if key == "embedding" else {0, 1})
+    sums = table.groupby(["task", "layer"])["share"].sum()
+    assert sums.tolist() == pytest.approx([1.0] * len(sums))
+    layer = active_experts(model)[0].layer
+    codes = layer.badit_codes["default"]
+    for task, gates_PMK in gates.by_task.items():
+        counts = [0] * 3
+        for gates_K in gates_PMK[:, 0]:
+            scaled = gates_K / gates_K.sum()
+            (cluster,) = [
+                c for c in range(3) if codes[c].numpy() == pytest.approx(scaled, abs=1e-4)
+            ]
+            counts[cluster] += 1
+        first = table[(table["task"] == task) & (table["layer"] == table["layer"].min())]
+        assert first["share"].tolist() == pytest.approx([n / len(gates_PMK) for n in counts])
+    router = helpers.adapted(tiny_model("llama"))
+    assert clusters_frame(router, prompt_gates(router, BATCHES)).empty

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis import naive_interference as naive
-from badit.analysis.gradients import agreement
+from badit.analysis.gradients import agreement, cosine_errors, cosine_intervals
 from badit.analysis.reliability import RELIABLE, instances_needed, spearman_brown
 
 _POSITIVE = st.floats(1e-3, 0.999)
@@ -95,3 +95,37 @@ def test_signal_and_prediction_are_those_of_simulated_gradients():
 
 def test_the_limit_is_that_of_the_documentation():
     assert RELIABLE == 0.7
+
+
+@given(st.integers(0, 1000), st.lists(st.integers(1, 6), min_size=2, max_size=4))
+def test_standard_errors_of_cosines_match_naive_loops(seed, counts):
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randn(count, 5, generator=generator).double() + 0.5 for count in counts]
+    pairs_2E = torch.triu_indices(len(counts), len(counts), offset=1)
+    errors = cosine_errors(torch.cat(rows), counts, pairs_2E)
+    expected = [naive.cosine_error(rows[a], rows[b]) for a, b in pairs_2E.T.tolist()]
+    assert errors.tolist() == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize(("cosine", "signal"), [(0.0, 0.3), (0.0, 0.9), (-0.4, 0.8)])
+def test_intervals_of_cosines_cover_the_true_sign_in_95_percent(cosine, signal):
+    """Eight instances per task; the noise has 200 dimensions."""
+    direction_D = torch.zeros(200).double()
+    direction_D[0] = 1
+    other_D = torch.zeros(200).double()
+    other_D[0], other_D[1] = cosine, (1 - cosine**2) ** 0.5
+    pairs_2E = torch.tensor([[0], [1]])
+    below = above = 0
+    for seed in range(400):
+        rows = noisy_gradients(torch.stack([direction_D, other_D]), signal, 8, seed)
+        means = [of_task.mean(dim=0) for of_task in rows]
+        middle = torch.tensor([naive.cosine(*means)]).double()
+        error = cosine_errors(rows.flatten(0, 1), [8, 8], pairs_2E)
+        ends = cosine_intervals(middle, error, [8, 8], pairs_2E)
+        below += float(ends["high"]) < 0
+        above += float(ends["low"]) > 0
+    if cosine == 0:
+        assert below + above <= 400 * 0.08, "at most 5 % of intervals, and some noise"
+    else:
+        assert above <= 4
+        assert below > 200, "a clear conflict is found"

@@ -162,7 +162,8 @@ def test_second_adapter_can_be_activated_and_deleted(tiny_model, method):
 def test_merge_mixed_adapters_and_unsupported_layers_are_refused(tiny_model, method):
     model = adapted(tiny_model("llama"), method)
     for merge in (model.merge_and_unload, model.merge_adapter, layers(model)[0].merge):
-        refuses(r"no single weight to merge into; unload\(\) returns the base", merge)
+        refuses(r"no single weight to merge into; unload\(\) returns the base.*badit adopt", merge)
+    refuses("have no weighted sum", model.add_weighted_adapter, ["default"], [1.0], "sum")
     name = config(method).method
     refuses(
         f"adapter_names: {name} cannot mix adapters",

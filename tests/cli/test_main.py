@@ -14,6 +14,23 @@ from badit.cli.app import app
 from badit.recipe.loading import load_recipe
 from badit.support.files import read_json
 
+# Commands whose arguments and names are checked without the slow libraries.
+QUICK = [
+    ["keys"],
+    ["keys", "--schema"],
+    ["train", "superni-cpu", "data.source=nowhere.csv"],
+    ["train", "demo", "method.nam=x"],
+    ["train", "demo", "model.name=nowhere"],
+    ["compare", "demo", "training.learning_rat=1"],
+    ["init", "nowhere.csv"],
+    ["analyze", "nowhere"],
+    ["analyze", "smollm2-135m", "--data", "nowhere.csv"],
+    *([name, "nowhere"] for name in ("adopt", "evaluate", "report", "studio", "serve", "harness")),
+    ["generate", "nowhere", "Hi"],
+    ["export", "nowhere", "-o", "x"],
+    ["push", "nowhere", "a/b"],
+    ["table", "nowhere"],
+]
 MAIN = "from badit.cli import main; main"
 
 
@@ -30,7 +47,8 @@ def test_every_command_and_parameter_has_help(command):
     ("statement", "heavy"),
     [
         ("import badit", "numpy torch transformers peft pydantic"),
-        (f"{MAIN}(['train', 'superni-cpu', 'data.source=nowhere.csv'])", "torch transformers"),
+        # One process for all: each would take a second to start.
+        (f"{MAIN}; [main(words) for words in {QUICK!r}]", "torch transformers peft scipy"),
         *((f"{MAIN}({words!r})", "torch transformers peft pydantic")
           for words in (["--help"], ["train", "--help"], ["--version"])),
     ],
@@ -91,7 +109,10 @@ def test_dry_run_writes_nothing_and_overrides_may_follow_flags(tmp_path, command
         "16 tasks, 64 training and 32 test instances; the run would be written to somewhere"
         in shown
     )
-    assert yaml.safe_load(shown.rpartition("\n16 tasks")[0])["output"] == "somewhere"
+    lines, _, recipe = shown.partition("\n\n")
+    assert lines.startswith("16 tasks")
+    assert lines.count("\n") == 4
+    assert yaml.safe_load(recipe)["output"] == "somewhere"
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
@@ -161,4 +182,9 @@ def test_init_train_and_analyze_turn_a_csv_into_scores_and_a_report(
     assert main(["init", "data.csv", "training.seed=1", "-o", "other.yaml"]) == 2
     assert read_json(tmp_path / "runs/recipe/scores.json")["tasks"].keys() == {"capital", "river"}
     assert "capital" in (tmp_path / "runs/recipe/report.html").read_text()
-    assert f"Report: runs{os.sep}recipe{os.sep}report.html" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"Report: runs{os.sep}recipe{os.sep}report.html" in shown
+    assert "the first 1 instance per task" in shown or "instances per task" in shown
+    analysed = shown.split("Which tasks conflict: badit analyze runs/recipe\n")[1]
+    assert analysed.index("of tasks") < analysed.index("gradient_overall"), "the verdict is first"
+    assert "\n  badit " in analysed

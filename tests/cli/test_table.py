@@ -51,9 +51,10 @@ def test_text_table_and_notes_on_omitted_cells(shown):
     assert not any("over the " in line or "one run" in line for line in lines[7:]), (
         "no note if all runs are paired"
     )
-    assert lines[-2:] == [
+    assert lines[-3:] == [
         "missing runs: 1 of goat",
         "failed: badit_x, seed 1, learning rate 0.002 (out of memory)",
+        "Verdict: not decided against lora: badit_x (Rouge-L better)",
     ]
 
 
@@ -80,14 +81,11 @@ def test_markdown_bolds_the_best_and_escapes_names(shown):
     assert [bold(line) for line in lines[2:5]] == [[], [], ["52.2 ± 3.8", "50.0 ± 11.8"]]
     assert r"- failed: a\|b\_c\*, seed 1, learning rate 0.002 (out of memory)" in lines
 
-    cells = [cell("lora", 0, 40), cell("badit", 0, 40)]
-    cells[1]["scores"]["tasks"]["task_b"]["rouge_l"] += 1e-14
-    assert (
-        shown(comparison(*cells, methods=["lora", "badit"]), "--format", "markdown").count(
-            "**46.5**"
-        )
-        == 2
-    )
+    for difference, bold_scores in ((0.02, 0), (0.2, 1)):
+        cells = [cell("lora", 0, 40), cell("badit", 0, 40)]
+        cells[1]["scores"]["tasks"]["task_b"]["rouge_l"] += difference
+        table = shown(comparison(*cells, methods=["lora", "badit"]), "--format", "markdown")
+        assert len(bold(table)) == bold_scores, "scores that are shown as equal are a tie"
 
 
 def test_latex_is_a_booktabs_tabular_with_escaped_names(shown):

@@ -356,7 +356,8 @@ def test_compare_command_dry_run_and_results(values, tmp_path, capsys, command):
     assert f"3 runs; they would be written to {values['output']}" in shown
     about = " ".join(shown[shown.index("one run of lora:") :])
     assert all(
-        words in about for words in ("steps of", "minutes of training", "GiB of memory", "1,280 of")
+        words in about
+        for words in ("steps of", "of training at this machine", "GiB of memory", "1,280 of")
     )
     assert not Path(values["output"]).exists()
     assert [main(["compare", str(path), *flag]) for flag in ([], ["--dry-run"])] == [0, 0]

@@ -17,6 +17,14 @@ from steps import method_of
 WITH_COMMANDS = [page for page in [*pages(), *pages("recipes/**/*.yaml")] if page.commands()]
 _NUMBER = re.compile(r"(\d+\.(\d+))<!-- ([\w/.-]+):([^>]+?) -->")
 TABLES = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
+FIGURE = runpy.run_path(str(ROOT / "benchmarks" / "figure.py"))
+EXPERIMENTS = pages("benchmarks/experiments/*.md")
+WITH_TABLES = [
+    # The tables of the experiments take minutes.
+    pytest.param(page, marks=[pytest.mark.slow] if page in EXPERIMENTS else [])
+    for page in [*pages(), *EXPERIMENTS]
+    if TABLES["TABLE"].search(page.text)
+]
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=str)
@@ -68,11 +76,33 @@ def test_quoted_numbers_match_the_committed_results(page):
         assert f"{value:.{len(decimals)}f}" == figure, f"{file}: {key}"
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in pages() if TABLES["TABLE"].search(page.text)], ids=str
-)
+@pytest.mark.parametrize("page", WITH_TABLES, ids=str)
 def test_tables_match_the_committed_results(page):
     assert TABLES["render"](page.text) == page.text
+
+
+@pytest.mark.slow  # a bootstrap for each of its intervals
+def test_figure_has_the_committed_results():
+    drawn = re.findall(
+        r'aria-label="difference_mean: ([^;]+); method: ([^"]+)"', FIGURE["FIGURE"].read_text()
+    )
+    numbers = [(name, float(value.replace("−", "-"))) for value, name in drawn]
+    frames = [FIGURE["differences"](metric) for metric in ("nll", "rouge_l")]
+    expected = [
+        pair
+        for frame in frames
+        for pair in zip(frame["method"], frame["difference_mean"], strict=True)
+    ]
+    assert numbers == [(name, pytest.approx(value)) for name, value in expected]
+
+
+def test_test_files_of_the_promises_exist():
+    named = re.findall(r"`((?:tests/)?[\w/]*test_\w+\.py)[`:]", Page("docs/reliability.md").text)
+    assert named
+    folders = (ROOT, ROOT / "tests" / "training")
+    assert [
+        name for name in named if not any((folder / name).is_file() for folder in folders)
+    ] == []
 
 
 def test_quoted_messages_are_in_the_source():

@@ -78,6 +78,18 @@ def name_a_folder(files, tmp_path):
     return any(str(tmp_path.parent).encode() in content for content in files.values())
 
 
+def test_an_adopted_adapter_is_pushed_without_options_of_its_training(trained, hub, tmp_path):
+    adapter = trained(BADIT).adapter_path
+    run = badit.adopt(adapter, output=tmp_path / "adopted", model={"dtype": "float32"})
+    run.push("org/tuned")
+    assert hub.files.keys() == ADAPTER_FILES
+    card = hub.files["README.md"].decode()
+    assert "| data | unknown |" in card
+    assert "method.num" in card
+    assert "learning" not in card
+    assert not any(str(tmp_path).encode() in content for content in hub.files.values())
+
+
 def test_run_is_uploaded_with_its_card(run, hub, tmp_path, command):
     write_run_card(run)
     assert command("push", run.path, "org/tuned", "--private").strip() == f"{hub.address}/org/tuned"

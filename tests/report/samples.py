@@ -53,13 +53,14 @@ def tables(shape=SMALL):
     def cosine(pair, scale=1.0):
         return float(np.clip(scale * alike[pair] + noise(0.08), -1, 1))
 
-    def decision(i, corrected):
-        """Returns corrected cosine, magnitude similarity, signal, conflict, instances needed."""
+    def decision(i, plain, corrected):
+        """Returns the columns of a pair in gradient_overall from its corrected cosine on."""
+        interval = (plain - 0.05, plain + 0.05)
         if i % 5 == 4:
-            return None, 0.5, 0.0, None, None
+            return None, 0.5, *interval, 0.0, None, None
         if i % 5 == 3:
-            return corrected, 0.5, 0.5, None, 19
-        return corrected, 0.5, 0.8, float(corrected < 0), 5
+            return corrected, 0.5, *interval, 0.5, None, 19
+        return corrected, 0.5, *interval, 0.8, float(corrected < 0), 5
 
     moves = [
         (place, expert, int(rng.integers(shape.experts))) for place in places for expert in experts
@@ -73,7 +74,7 @@ def tables(shape=SMALL):
             for pair, (layer, module) in product(pairs, places)
         ],
         "gradient_overall": [
-            (*pair, "adapter", cosine(pair), *decision(i, cosine(pair, 2.2)))
+            (*pair, "adapter", value := cosine(pair), *decision(i, value, 2.2 * value))
             for i, pair in enumerate(pairs)
         ],
         "gradient_summary": [
@@ -118,7 +119,12 @@ def tables(shape=SMALL):
         "gates": [
             (task, *place, k, 1 + noise(0.08)) for task, place, k in product(tasks, places, experts)
         ],
-        "gate_similarity": [(*pair, cosine(pair, 2)) for pair in pairs],
+        "clusters": [
+            (task, *place, cluster, 0.75 if cluster == i % 4 else 0.25 / 3)
+            for (i, task), place in product(enumerate(tasks), places)
+            for cluster in range(4)
+        ],
+        "gate_similarity": [(*pair, cosine(pair, 2), 0.2) for pair in pairs],
         "expert_losses": [
             (task, expert, 1.7, 1.74, 0.04 + noise(0.05))
             for task, expert in product(tasks, experts)
@@ -169,7 +175,12 @@ def write_run(folder, shape=SMALL, *, method="badit", analysed=True):
         for step in range(10, 380, 10)
     ]
     lines += [
-        {"step": step, "eval_loss": 1.9 + math.exp(-step / 90)} for step in range(94, 380, 94)
+        {
+            "step": step,
+            "eval_loss": 1.9 + math.exp(-step / 90),
+            **{f"eval_loss/{task}": 1 + i / 9 for i, task in enumerate(shape.tasks)},
+        }
+        for step in range(94, 380, 94)
     ]
     write_rows(folder / "metrics.jsonl", *lines, {"step": 376})
     instances = {

@@ -15,7 +15,16 @@ from badit.report.sections import sections_of
 from badit.report.sources import read_sources
 from materials import comparison, results_cell, write_results
 from refusals import refuses
-from report.samples import SMALL, TASKS, tables, write_comparison, write_run, write_sequence
+from report.samples import (
+    SMALL,
+    TASKS,
+    Shape,
+    save_tables,
+    tables,
+    write_comparison,
+    write_run,
+    write_sequence,
+)
 
 FRAMES = tables()
 # The frame ``gradient_cosines`` of a source, without and with the overall cosines.
@@ -68,6 +77,59 @@ def test_gradient_cosines_are_means_for_the_chosen_layer_and_module(monkeypatch)
     )
 
 
+def layers_with(chart, mark):
+    """Returns the layers of a chart, also of nested ones, with this type of mark and their data."""
+    found = []
+    for layer in chart.get("layer", ()):
+        layer = {"data": chart.get("data"), **layer}
+        found += layers_with(layer, mark)
+        if layer.get("mark", {}).get("type") == mark:
+            found.append(layer)
+    return found
+
+
+@pytest.mark.parametrize(("factor", "limit"), [(0.01, 0.25), (1, 0.5), (3, 1.0)])
+def test_scale_of_cosines_is_fixed_from_a_quarter_on(factor, limit):
+    frame = COSINES.assign(cosine=(COSINES["cosine"] * factor).clip(-1, 1))
+    chart = interference.gradient_cosines(frame).to_dict()
+    (param,) = [param for param in chart["params"] if param["name"] == "limit"]
+    covered = frame["cosine"].abs().quantile(0.9)
+    assert param["value"] >= covered
+    assert param["value"] == limit
+
+
+def test_cosines_within_noise_are_hatched_and_small_maps_have_their_values():
+    frame = COSINES.copy()
+    overall = frame["layer"] == "all"
+    frame.loc[overall, "low"] = [-0.1, 0.1, -0.5, *[0.1] * 7]
+    frame.loc[overall, "high"] = [0.1, 0.5, -0.1, *[0.5] * 7]
+    chart = interference.gradient_cosines(frame).to_dict()
+    lines = layers_with(chart, "rule")
+    assert len(lines) == 3
+    first = frame[overall].iloc[0]
+    cells = {(row["row"], row["column"]) for row in chart["datasets"][lines[0]["data"]["name"]]}
+    assert cells == {(first["task_a"], first["task_b"]), (first["task_b"], first["task_a"])}
+    assert "layer === 'all' && module === 'all'" in json.dumps(lines[0]["transform"])
+    assert len(layers_with(chart, "text")) == 1
+    many = pd.DataFrame(itertools.combinations([f"t{i}" for i in range(21)], 2))
+    many = many.rename(columns={0: "task_a", 1: "task_b"}).assign(similarity=0.1, noise=0.2)
+    chart = experts.gate_similarity(many).to_dict()
+    assert layers_with(chart, "text") == [], "21 tasks"
+    assert len(chart["datasets"][layers_with(chart, "rule")[0]["data"]["name"]]) == 2 * len(many)
+
+
+def test_curves_of_few_points_are_points_and_held_out_losses_have_a_choice_of_tasks():
+    few = pd.DataFrame({"series": "a", "run": "a", "step": [1, 2, 3], "loss": [3.0, 2.0, 1.0]})
+    for frame, opacity in ((few, 1), (pd.concat([few] * 5).assign(step=range(15)), 0)):
+        (points,) = layers_with(scores.loss_curves(frame).to_dict(), "point")
+        assert points["mark"]["opacity"] == opacity
+    by_task = pd.concat([few.assign(task=task) for task in ("all tasks", "b")])
+    chart = scores.held_out_losses(by_task).to_dict()
+    (param,) = [param for param in chart["params"] if param["name"] == "task"]
+    assert param["bind"]["options"] == ["all tasks", "b"]
+    assert "datum.task === task" in json.dumps(chart)
+
+
 def test_shared_units_and_expert_angles_are_means_over_layers_and_modules():
     frame = FRAMES["coactivation"]
     shown = chart_values(interference.shared_units(frame)).set_index(["tasks", "series"])
@@ -106,6 +168,8 @@ def test_gradient_pairs_are_limited_and_long_loss_curves_are_averaged():
     )
     frame = pairs.assign(
         cosine=np.linspace(-1, 1, len(pairs)),
+        low=-1.0,
+        high=1.0,
         parameters="adapter",
         corrected_cosine=np.nan,
         conflict=[0.0, 1.0, np.nan, *[np.nan] * (len(pairs) - 3)],
@@ -172,7 +236,10 @@ def test_every_figure_has_a_caption_a_valid_schema_and_svg_and_pdf_exports(tmp_p
         write_run(tmp_path / "badit"),
         write_sequence(tmp_path / "sequence"),
         write_comparison(tmp_path / "all"),
+        tmp_path / "one",
     ]
+    one = Shape(layers=1, modules=("mlp.gate_proj",))
+    save_tables(tmp_path / "one", one, leave_out=("clusters", "task_gap", "transfer"))
     all_blocks = [*itertools.chain(*sections_of(read_sources(runs)).values())]
     titles = {figure.title for figure in itertools.chain(*SECTIONS.values())}
     missing_titles = titles - {block.title for block in all_blocks}

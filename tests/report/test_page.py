@@ -24,6 +24,7 @@ NASTY_TASK = "<img src=x onerror=alert(1)> & \"quotes\" 'single' <!-- {{ 7*7 }}"
 HANDLERS = ('" onmouseover=alert(1) x="', "' onfocus=alert(1) autofocus='")
 EXPERT_TABLES = (
     "gates",
+    "clusters",
     "gate_similarity",
     "expert_losses",
     "nearest_prompts",
@@ -66,10 +67,13 @@ def test_run_page_has_all_sections_and_figures_have_captions_and_sources(tmp_pat
     links = [link["href"] for link in page.all("a") if link.get("href")]
     sections = [section["id"] for section in page.all("section", **{"class": "part"})]
     # The skip link, then one link per section.
-    assert links == ["#overview", *(f"#{section}" for section in sections)]
-    assert {*SECTIONS, "overview", "samples", "settings"} == set(sections)
+    assert links == ["#verdict", *(f"#{section}" for section in sections)]
+    assert {*SECTIONS, "verdict", "overview", "samples", "settings"} == set(sections)
     files = ["scores.json", "metrics.jsonl", "predictions/", "config.yaml", "environment.json"]
-    files += [f"analysis/{table.name}" for table in (tmp_path / "run" / "analysis").iterdir()]
+    # With clusters, tasks are shown by cluster. Panels per expert need one adapted module.
+    left_out = {"gates", "expert_losses", "abilities", "nearest_prompts"}
+    shown = [path for path in (tmp_path / "run/analysis").iterdir() if path.stem not in left_out]
+    files += [f"analysis/{table.name}" for table in shown]
     assert [file for file in files if file not in page.text] == []
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert f">{scores['rouge_l']:.1f}</td>" in page.source
@@ -89,7 +93,7 @@ def test_missing_results_are_shown_with_the_command_that_creates_them(tmp_path):
     run = write_run(tmp_path / "my run", method="lora", analysed=False)
     page = page_of([run], tmp_path)
     again = "Not measured yet. Measure it, then write the report again:"
-    assert page.text.count(f"{again} badit analyze '{run}'") == 4
+    assert page.text.count(f"{again} badit analyze '{run}'") == 5
     assert all(
         name in page.source for name in ("scores-by-task", "loss-curves", "a small red house")
     )
@@ -118,11 +122,11 @@ def test_several_runs_are_shown_side_by_side(tmp_path):
     )
     page = page_of(runs, tmp_path)
     figures = [(figure["id"], figure["class"]) for figure in page.all("figure")]
-    for name in ("gradient-cosines", "unit-overlaps", "gates", "component-flow"):
+    for name in ("gradient-cosines", "unit-overlaps", "clusters", "component-flow"):
         assert figures[figures.index((f"{name}-1-a", "half")) + 1] == (f"{name}-2-b", "half")
     assert len(set(figures)) == len(figures)
-    assert '<span class="of">b</span> Mean gates by task' in page.source
-    assert "analysis/gates.json</code> of a" in page.source
+    assert '<span class="of">b</span> Tasks by cluster of prompts' in page.source
+    assert "analysis/clusters.json</code> of a" in page.source
     headers = " ".join(re.findall(r'<th scope="col".*?</th>', page.source))
     assert all(f"{run}: Rouge-L" in headers for run in ("a", "b", "lora"))
     assert re.search(r"<th scope=row[^>]*>1290 xsum</th>.*?>–</td>", page.source), (
@@ -132,11 +136,11 @@ def test_several_runs_are_shown_side_by_side(tmp_path):
     again = (
         f"lora: not measured yet. Measure it, then write the report again: badit analyze {runs[2]}"
     )
-    assert page.text.count(again) == 4
+    assert page.text.count(again) == 5
 
 
 def test_side_by_side_heat_maps_share_one_colour_scale(tmp_path):
-    for name, factor in (("weak", 0.1), ("strong", 1.0)):
+    for name, factor in (("weak", 1.0), ("strong", 20.0)):
         frame = tables()["gates"]
         save_frame(
             frame.assign(mean=1 + factor * (frame["mean"] - 1)), tmp_path / name / "analysis"
@@ -144,10 +148,40 @@ def test_side_by_side_heat_maps_share_one_colour_scale(tmp_path):
     runs = [tmp_path / "weak", tmp_path / "strong"]
     pages = [page_of(shown, tmp_path) for shown in (runs[:1], runs[1:], runs)]
     weak, strong, together = (
-        re.findall(r'"name":"limits","value":\[[\d.,]+\]', page.source) for page in pages
+        re.findall(r'"name":"limit","value":([\d.]+)', page.source) for page in pages
     )
+    assert weak == ["1.0"], "gates from 0 to 2, also if all are close to 1"
     assert weak != strong
     assert together == strong * 2
+
+
+def test_page_begins_with_the_verdict_on_conflicts_and_methods(tmp_path):
+    run = write_run(tmp_path / "run")
+    frame = tables()["gradient_overall"].assign(conflict=0.0)
+    frame.loc[0, ["cosine", "low", "high", "corrected_cosine", "conflict"]] = [
+        *(-0.4, -0.5, -0.3, -0.6),
+        1.0,
+    ]
+    save_frame(frame, run / "analysis")
+    page = page_of([run, write_comparison(tmp_path / "compared")], tmp_path)
+    assert page.text.index("conflicts beyond noise") < page.text.index("training time")
+    pair = f"{frame['task_a'][0]} and {frame['task_b'][0]}"
+    assert f"{pair}: cosine −0.40, 95 % interval −0.50 to −0.30." in page.text
+    assert "badit compare own-tasks 'data.source=$BADIT_SUPERNI'" in page.text
+    sentence = page.text[page.text.index("Not decided against lora") :]
+    assert "badit (Rouge-L better)" in sentence[: sentence.index("training time")]
+
+
+def test_panels_per_expert_appear_only_with_one_adapted_module(tmp_path):
+    leave_out = ("clusters", "task_gap", "transfer")
+    one = Shape(layers=1, modules=("mlp.gate_proj",))
+    for name, shape in (("many", Shape()), ("one", one)):
+        save_tables(tmp_path / name, shape, leave_out=leave_out)
+    for name, appears in (("many", False), ("one", True)):
+        ids = {figure["id"] for figure in page_of([tmp_path / name], tmp_path).all("figure")}
+        assert {"gates", "gate-similarity"} <= ids
+        for panel in ("expert-losses", "abilities", "nearest-prompts"):
+            assert (panel in ids) == appears
 
 
 def test_comparison_page_has_its_table_failed_runs_and_loss_curves(tmp_path):
@@ -162,7 +196,7 @@ def test_comparison_page_has_its_table_failed_runs_and_loss_curves(tmp_path):
     ):
         assert words in page.source
     assert re.search(
-        r'>badit</th>.*?<td class=" strong">[\d.]+ ± [\d.]+</td>', page.source, re.DOTALL
+        r'>badit</th>.*?<td[^>]* class=" strong">[\d.]+ ± [\d.]+</td>', page.source, re.DOTALL
     )
     assert "name a run's folder as well" in page.text
     assert page.source.count('"series":"badit"') >= 3 * 37, "the page has the curves of all seeds"

@@ -222,3 +222,9 @@ def test_unanswerable_questions_and_unusable_runs_are_refused(
         recipe = build_recipe({"method": {"name": method}})
         (tmp_path / "config.yaml").write_text(dump_recipe(recipe))
         refuses(message, Session, Run(tmp_path))
+
+
+def test_page_is_told_of_clusters_whose_experts_have_no_meaning_across_layers(session, trained):
+    clustered = trained({"name": "badit", "num_experts": 4, "r": 2, "num_clusters": 2})
+    assert Session(clustered).about()["clustered"]
+    assert not session.about()["clustered"]

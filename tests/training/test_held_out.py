@@ -1,6 +1,7 @@
 """The held-out loss during training: value, no effect on training, best model, early stopping."""
 
 import signal
+from statistics import fmean
 from unittest.mock import Mock
 
 import pytest
@@ -67,7 +68,15 @@ def test_held_out_loss_is_mean_instance_nll_and_does_not_affect_training(recipe)
     sums, counts = prompt_losses(
         model, [AnswerCollator(0)(encoded(tokenizer, measured, pairs, model))]
     )
-    assert losses["eval_loss"].iloc[-1] == pytest.approx((sums / counts).mean(), rel=1e-4)
+    means = sums / counts
+    assert losses["eval_loss"].iloc[-1] == pytest.approx(means.mean(), rel=1e-4)
+    names = [task.name for task, _ in pairs]
+    assert {name for name in losses if "/" in name} == {f"eval_loss/{name}" for name in names}
+    for name in set(names):
+        of_task = [
+            mean for mean, other_name in zip(means, names, strict=True) if other_name == name
+        ]
+        assert losses[f"eval_loss/{name}"].iloc[-1] == pytest.approx(fmean(of_task), rel=1e-4)
 
 
 def test_training_without_a_best_model_ends(recipe):

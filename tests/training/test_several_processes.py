@@ -132,8 +132,8 @@ def test_two_processes_find_the_clusters_and_codes_of_one(tmp_path, processes, c
 def test_gated_change_with_codes_and_resets_in_two_processes_matches_one(
     recipe_values, tmp_path, processes
 ):
-    recipe_values["method"] |= {**CHANGE, "num_clusters": 4, "codes": "grouped"}
-    recipe_values["method"]["regroup"] = {"every": 3, "reset_smallest": 0.5}
+    recipe_values["method"] |= {**CHANGE, "num_clusters": 4, "codes": "matched"}
+    recipe_values["method"]["regroup"] = {"every": 3, "reset_smallest": 1.0}
     launches = Launches(recipe_values, tmp_path, processes)
     assert launches.train_alone("alone", batch=4) == 0
     for engine in ("ddp", "fsdp2"):

@@ -400,6 +400,34 @@ def test_tied_embeddings_have_the_codes_of_untied_ones(tiny_model, tied):
     assert torch.equal(_codes(model), _codes(expected))
 
 
+class _Int8Embedding(torch.nn.Embedding):
+    """Stores rounded numbers and one scale."""
+
+    def __init__(self, embedding):
+        super().__init__(embedding.num_embeddings, embedding.embedding_dim)
+        self.scale = embedding.weight.detach().abs().max() / 127
+        rounded = (embedding.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(rounded, requires_grad=False)
+
+    def forward(self, ids):
+        return self.weight[ids].float() * self.scale
+
+
+def test_quantised_embeddings_are_read_as_the_model_uses_them(tiny_model):
+    base, plain = tiny_model("llama"), tiny_model("llama")
+    quantised = _Int8Embedding(base.get_input_embeddings())
+    base.set_input_embeddings(quantised)
+    with torch.no_grad():
+        plain.get_input_embeddings().weight.copy_(quantised(torch.arange(100)))
+    ids = torch.randint(4, 90, (16, 7))
+    found = []
+    for model in (base, plain):
+        torch.manual_seed(0)
+        model = _started(adapt(model, **KEY, codes="matched"))
+        found.append((_codes(model), _clusters(model, ids)))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("codes", ["random", "matched", "grouped"])
 def test_equal_clusters_of_few_prompts_have_equal_codes(tiny_model, codes, monkeypatch):
     monkeypatch.setattr(abilities, "LEAST_RELIABILITY", -1.0)
@@ -553,6 +581,14 @@ def test_weights_divided_by_zero3_give_the_key_and_random_codes(tiny_model, caps
     by_layer = adapt(tiny_model("llama"), **CLUSTERS)
     next(by_layer.parameters()).ds_id = 0
     refuses("start_task: DeepSpeed has divided", hooks_of(by_layer).start_task, _batches())
+
+
+def test_examples_of_one_batch_have_similar_lengths():
+    lengths = [30, 100, 95, 79, 81, 20, 24, 25]
+    ids = [torch.arange(length) for length in lengths]
+    batches = abilities._of_similar_length([Example(row, row, row > 2) for row in ids])
+    made = [[len(example.input_ids_T) for example in batch] for batch in batches]
+    assert made == [[100, 95, 81], [79], [30, 25], [24, 20]]
 
 
 def test_the_base_model_called_with_embeddings_or_conflicting_options_is_refused(tiny_model):

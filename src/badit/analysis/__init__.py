@@ -35,8 +35,9 @@ from badit.recipe.loading import build_recipe
 from badit.recipe.method import resolve_method
 from badit.recipe.schema import DataSection, source_of
 from badit.runs.fingerprints import task_fingerprints
-from badit.runs.folder import AnyPath, RunFolder
+from badit.runs.folder import AnyPath, RunFolder, refuse_unanalyzable
 from badit.runs.resolved import ResolvedRun, open_run
+from badit.support.console import quiet
 from badit.support.environment import environment
 from badit.support.errors import BaditError
 from badit.support.files import exclusive, inside, refuse_links, write_json
@@ -61,6 +62,7 @@ def analyze(
     if instances < 2:
         reason = "since gradients of two halves are compared"
         raise BaditError(f"instances: must be at least 2, {reason}; got {instances}")
+    refuse_unanalyzable(target, data)
     folder = Path(target)
     is_run = (folder / "config.yaml").is_file()
     is_comparison = (folder / RESULTS).is_file()
@@ -68,7 +70,7 @@ def analyze(
     output = Path(output or default)
     # The folder may come from others: through a link, the tables would be written elsewhere.
     refuse_links(inside(output, output / "analysis"))
-    with exclusive(output):
+    with exclusive(output), quiet(not progress):
         if is_comparison:
             _analyze_comparison(folder, data, output)
             return output
@@ -109,9 +111,6 @@ def _analyze_comparison(folder: Path, data: str | None, output: Path) -> None:
 
 
 def _base_model_run(model: str, data: str | None, output: Path) -> ResolvedRun:
-    if data is None:
-        fix = "to analyze a base model, set its tasks with --data"
-        raise BaditError(f"{model}: not a run's folder; {fix}")
     # As a run of the untuned model, because all measurements receive a resolved run.
     values = {"model": {"name": model}, "data": {"source": data}, "method": {"name": "base"}}
     recipe = build_recipe({**values, "output": str(output)})

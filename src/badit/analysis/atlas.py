@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from badit.analysis.experts import AdaptedLayer, active_experts, changed_gates
-from badit.analysis.gates import PromptGates, gates_frame
+from badit.analysis.gates import PromptGates, clusters_frame, gates_frame
 from badit.analysis.tables import INDEX, TEXT, Column, Table
 from badit.data import Instance, Task
 from badit.evaluation.losses import prompt_losses
@@ -40,7 +40,9 @@ Prompts = Sequence[tuple[Task, Sequence[Instance]]]
 GATE_SIMILARITY = Table(
     "gate_similarity",
     "task_a task_b",
-    similarity="correlation, −1 to 1; null if a task's gates equal the mean over tasks",
+    similarity="0 for unrelated tasks, 1 for equal gates; null if a task's gates equal the mean "
+    "over tasks, and for fewer than three tasks",
+    noise="twice the standard deviation for gates that are random and independent in every module",
 )
 EXPERT_LOSSES = Table(
     "expert_losses",
@@ -102,6 +104,7 @@ def ability_atlas(
     changes_TK = losses_TS[:, 1:] - losses_TS[:, :1]
     frames = [
         gates_frame(gates),
+        clusters_frame(model, gates),
         gate_similarity(gates),
         _losses_frame(list(gates.by_task), losses_TS),
         nearest_prompts(gates, prompts),
@@ -114,27 +117,38 @@ def ability_atlas(
 
 
 def similarity(gates: PromptGates) -> np.ndarray:
-    """Returns the correlations (T, T) of the tasks' gates.
+    """Returns the similarities s (T, T) of the tasks' gates: 0 if unrelated, 1 if equal.
 
-    NaN for a task whose gates equal the mean over tasks.
+    With the correlation c of the gates' deviations from their mean over T tasks,
+
+        s = c + (1 − c) / T.
+
+    The T deviations sum to 0, so those of unrelated tasks with gates of equal variance correlate by
+    −1 / (T − 1); s maps this to 0. NaN for a task whose gates equal the mean over tasks, and for
+    fewer than three tasks, whose deviations are opposite whatever their gates are.
     """
     # What all tasks share is subtracted, because it would make every correlation large.
     profiles = gates.means.reshape(len(gates.by_task), -1).astype(np.float64)
     unit = _standardised(profiles - profiles.mean(axis=0), _CONSTANT)
-    return np.clip(unit @ unit.T, -1.0, 1.0)
+    correlation_TT = np.clip(unit @ unit.T, -1.0, 1.0)
+    tasks = len(correlation_TT)
+    if tasks < 3:
+        return np.full_like(correlation_TT, np.nan)
+    return correlation_TT + (1 - correlation_TT) / tasks
 
 
 def gate_similarity(gates: PromptGates) -> pd.DataFrame:
     """Returns the similarity of the gates of every two tasks."""
     tasks = list(gates.by_task)
     similarity_TT = pd.DataFrame(similarity(gates), tasks, tasks)
-    # The T deviations from their mean sum to 0, so unrelated ones correlate by −1 / (T − 1).
-    unrelated = -1 / max(1, len(tasks) - 1)
+    _, modules, experts = gates.means.shape
+    # The gates of a module have a fixed sum, so K − 1 of them are independent.
+    noise = 2 / np.sqrt(modules * max(1, experts - 1))
     return GATE_SIMILARITY.frame(
-        [(a, b, similarity_TT.at[a, b]) for a, b in combinations(sorted(tasks), 2)],
-        "Pearson correlation of two tasks' mean gates over all modules and experts, after "
-        f"subtracting each gate's mean over the {len(tasks)} tasks. Unrelated tasks are at "
-        f"{unrelated:.2f} on average.",
+        [(a, b, similarity_TT.at[a, b], noise) for a, b in combinations(sorted(tasks), 2)],
+        "Pearson correlation c of two tasks' mean gates over all modules and experts, after "
+        f"subtracting each gate's mean over the {len(tasks)} tasks, as c + (1 − c) / {len(tasks)}, "
+        "which is 0 on average for unrelated tasks.",
     )
 
 

@@ -22,12 +22,13 @@ from accelerate.utils import send_to_device
 from peft import PeftModel
 
 from badit.analysis.experts import AdaptedLayer, active_experts, adapted_layers, changed_gates
-from badit.analysis.tables import Table, layer_and_module, span
+from badit.analysis.tables import INDEX, Column, Table, layer_and_module, span
 from badit.data import AnswerCollator, Task, batches_by_task
 from badit.method import prompt_mean
 from badit.recipe.schema import Recipe
 from badit.runs.fingerprints import model_fingerprint, task_fingerprints
 from badit.runs.folder import RECORD, RunFolder
+from badit.support.console import waiting
 from badit.support.errors import BaditError, nearest
 from badit.support.files import is_number, read_json, refuse_links, write_json
 from badit.training.encoding import encoded
@@ -50,6 +51,14 @@ GATES = Table(
     "gates", "task layer module expert", mean="mean gate over the task's prompts; 1 is neutral"
 )
 
+CLUSTERS = Table(
+    "clusters",
+    "task layer module",
+    layer=Column("index of the transformer layer; −1 if all layers have the same clusters", INDEX),
+    cluster=Column("the cluster of prompts, counted from 0", INDEX),
+    share="share of the task's prompts in this cluster",
+)
+
 
 class PromptGates(NamedTuple):
     """The gates of each prompt: by task, an array (P, M, K) in the order of the batches' rows."""
@@ -70,7 +79,7 @@ def prompt_gates(model: Any, batches: TaskBatches) -> PromptGates:
     """
     layers = active_experts(model)
     by_task = {}
-    for task, batches_of_task in batches.items():
+    for task, batches_of_task in waiting([*batches.items()], "Gates", "task"):
         gates = _gates_of_prompts(model, layers, batches_of_task)
         gates_PMK = torch.stack([*gates.values()], dim=1)
         # Divided by their mean, gates of all methods have the same scale.
@@ -130,6 +139,36 @@ def gates_frame(gates: PromptGates) -> pd.DataFrame:
         f"Gates of {prompts} prompts of each of {len(gates.by_task)} tasks, divided by their mean "
         "over the experts: 1 is neutral, and the number of experts means that only one expert is "
         "used.",
+    )
+
+
+def clusters_frame(model: Any, gates: PromptGates) -> pd.DataFrame:
+    """Returns how the prompts of each task are spread over clusters; no rows without clusters."""
+    rows = []
+    is_shared = False
+    for index, adapted in enumerate(active_experts(model)):
+        codes = getattr(adapted.layer, "badit_codes", {})
+        if adapted.adapter not in codes:
+            continue
+        # Of one key for all layers, the first layer shows the clusters of all.
+        is_shared = adapted.layer.badit_config[adapted.adapter].key == "embedding"
+        place = (-1, "all") if is_shared else gates.modules[index]
+        codes_CK = codes[adapted.adapter].float().cpu()
+        codes_CK = (codes_CK / codes_CK.mean(dim=1, keepdim=True)).numpy()
+        for task, gates_PMK in gates.by_task.items():
+            # A prompt has the gates of its cluster.
+            distance_PC = np.abs(gates_PMK[:, index, None] - codes_CK).sum(axis=-1)
+            counts_C = np.bincount(distance_PC.argmin(axis=1), minlength=len(codes_CK))
+            shares_C = counts_C / len(gates_PMK)
+            rows += [(task, *place, cluster, share) for cluster, share in enumerate(shares_C)]
+        if is_shared:
+            break
+    prompts = span([len(gates_PMK) for gates_PMK in gates.by_task.values()])
+    return CLUSTERS.frame(
+        rows,
+        f"Clusters of {prompts} prompts of each of {len(gates.by_task)} tasks. The prompts of a "
+        "cluster have the same gates in this module"
+        + (", and in every other one." if is_shared else "."),
     )
 
 

@@ -6,13 +6,15 @@ depends on. The backward pass stores them one parameter at a time as count sketc
 :mod:`badit.method.sketches`).
 
 Noise alone makes half of all cosines negative. Two tasks conflict if their cosine, corrected for
-noise, is negative and both gradients are reliable; otherwise the pair is not decided.
+noise, is negative and both gradients are reliable; otherwise the pair is not decided. How sure the
+cosine of whole gradients is follows from the spread over the instances (:func:`cosine_errors`).
 
-Shape suffixes: T = tasks, R = 2T half-tasks in task order, U = units (rows of a weight), P = places
-(a kind, layer and module), E = pairs of tasks.
+Shape suffixes: T = tasks, I = instances of all tasks in task order, R = 2T half-tasks in task
+order, U = units (rows of a weight), P = places (a kind, layer and module), E = pairs of tasks, M =
+numbers of a sketch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -26,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from badit.analysis.reliability import RELIABLE, instances_needed, spearman_brown
 from badit.analysis.tables import COUNT, SHARED, Column, Table, layer_and_module
-from badit.method.sketches import SketchedSums
+from badit.method.sketches import SketchedSums, random_signs
 from badit.support.errors import BaditError
 from badit.tuner.targets import is_quantised
 
@@ -46,6 +48,8 @@ GRADIENT_OVERALL = Table(
     "task_a task_b parameters cosine corrected_cosine magnitude_similarity",
     corrected_cosine="estimated cosine of the gradients without noise, from two halves of the "
     "instances; null if the reliability is not positive",
+    low="lower end of the cosine's 95 % interval over instances of the two tasks",
+    high="upper end of this interval; null with a single instance",
     signal=f"{_SIGNAL}; the lower one of the two tasks",
     conflict="1 if the corrected cosine is negative, 0 if it is not; null if the signal is below "
     f"{RELIABLE}, so that the pair is not decided",
@@ -112,10 +116,14 @@ class TaskGradients:
         halves = [[count - count // 2, count // 2] for count in instances]
         self.counts_T2 = torch.tensor(halves, dtype=torch.float64)
         self.row = 0
+        # For the spread over instances: by kind, the sketch of every instance's whole gradient.
+        self.whole_IM: dict[str, torch.Tensor] = {}
+        self._instance = -1
         self.sketches: dict[Place, list[SketchedSums]] = {}
         self._squares: dict[int, list[torch.Tensor]] = {}  # by layer, (T, U) of each weight
         # A fixed seed, so that a repeated analysis has the same tables.
         generator = torch.Generator().manual_seed(0)
+        signs = torch.Generator().manual_seed(1)
         # The backward pass then computes no gradients that are not measured.
         model.requires_grad_(False)
         for place, parameter, in_dim in measured_parameters(model):
@@ -129,19 +137,51 @@ class TaskGradients:
                 rows = parameter.shape[1 - in_dim]
                 squares_TU = torch.zeros(len(instances), rows, device=parameter.device)
                 self._squares.setdefault(place[1], []).append(squares_TU)
-            take = partial(self._take, sketch, squares_TU, in_dim)
+            add_to_whole = self._sketch_of_whole(place[0], sketch, sum(instances), signs)
+            take = partial(self._take, sketch, squares_TU, in_dim, add_to_whole)
             parameter.requires_grad_(True)
             hooks.callback(parameter.register_post_accumulate_grad_hook(take).remove)
 
+    def begin(self, task: int, index: int) -> None:
+        """Begins the next instance, number ``index`` of a task."""
+        # The instances of a task alternate between its two halves.
+        self.row = 2 * task + index % 2
+        self._instance += 1
+
+    def _sketch_of_whole(
+        self, kind: str, sketch: SketchedSums, instances: int, generator: torch.Generator
+    ) -> Callable[[torch.Tensor], None]:
+        """Returns the function that adds a parameter's sketch to that of its instance."""
+        size = sketch.sums_RM.shape[1]
+        whole_IM = self.whole_IM.get(kind)
+        if whole_IM is None or whole_IM.shape[1] < size:
+            missing = size - (0 if whole_IM is None else whole_IM.shape[1])
+            empty = sketch.sums_RM.new_zeros(instances, missing)
+            self.whole_IM[kind] = empty if whole_IM is None else torch.cat([whole_IM, empty], 1)
+        # Random signs, because the sketches of several parameters share the buckets.
+        signs_M = random_signs(size, generator).to(sketch.sums_RM)
+
+        def add(sketch_M: torch.Tensor) -> None:
+            whole_IM = self.whole_IM[kind]
+            # The layers of a large model may be on several devices.
+            whole_IM[self._instance, :size] += (signs_M * sketch_M).to(whole_IM.device)
+
+        return add
+
     @torch.no_grad()
     def _take(
-        self, sketch: SketchedSums, squares_TU: Any, in_dim: int | None, parameter: torch.Tensor
+        self,
+        sketch: SketchedSums,
+        squares_TU: Any,
+        in_dim: int | None,
+        add_to_whole: Callable[[torch.Tensor], None],
+        parameter: torch.Tensor,
     ) -> None:
         """Adds a parameter's gradient and frees it, before the next one is computed."""
         assert parameter.grad is not None
         gradient = parameter.grad.float()
         parameter.grad = None
-        sketch.add(self.row, gradient.flatten())
+        add_to_whole(sketch.add(self.row, gradient.flatten()))
         if in_dim is not None:
             squares_TU[self.row // 2] += gradient.square().mean(dim=in_dim)
 
@@ -232,6 +272,46 @@ def agreement(
     return of_pairs, of_tasks
 
 
+def cosine_errors(
+    whole_IM: torch.Tensor, counts_T: Sequence[int], pairs_2E: torch.Tensor
+) -> torch.Tensor:
+    """Returns the standard errors (E) of the cosines of pairs of tasks over their instances.
+
+    The mean product of two tasks is a mean over the instances of both. With ā and b̄ the means of
+    the instances' gradients a_i and b_j,
+
+        SE² = (Var_i ⟨a_i, b̄⟩ / n_a + Var_j ⟨ā, b_j⟩ / n_b) / (‖ā‖² ‖b̄‖²).
+
+    It counts the noise that both share twice, so it is rather too large. NaN with one instance.
+    """
+    of_tasks = whole_IM.double().split(list(counts_T))
+    means_TM = torch.stack([of_task.mean(dim=0) for of_task in of_tasks])
+    # Var_i ⟨a_i, b̄⟩ / n_a of each task a (row) and b (column).
+    variances_TT = torch.stack(
+        [
+            (of_task @ means_TM.T).var(dim=0) / len(of_task)
+            if len(of_task) > 1
+            else torch.full((len(counts_T),), torch.nan, dtype=torch.float64)
+            for of_task in of_tasks
+        ]
+    )
+    a_E, b_E = pairs_2E
+    norm_T = means_TM.norm(dim=1)
+    return (variances_TT[a_E, b_E] + variances_TT[b_E, a_E]).sqrt() / (norm_T[a_E] * norm_T[b_E])
+
+
+def cosine_intervals(
+    cosine_E: torch.Tensor, error_E: torch.Tensor, counts_T: Sequence[int], pairs_2E: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Returns the 95 % t intervals, with the degrees of freedom of the smaller task."""
+    from scipy.stats import t
+
+    counts = torch.as_tensor(counts_T)
+    freedom_E = torch.minimum(counts[pairs_2E[0]], counts[pairs_2E[1]]) - 1
+    reach_E = error_E * torch.as_tensor(t.ppf(0.975, freedom_E.clamp_min(1).numpy()))
+    return {"low": cosine_E - reach_E, "high": cosine_E + reach_E}
+
+
 def gradient_frames(
     tasks: Sequence[str], gradients: TaskGradients, description: str
 ) -> list[pd.DataFrame]:
@@ -253,6 +333,14 @@ def gradient_frames(
         gram_PRR[(places["parameters"] == kind).tolist()].sum(dim=0) for kind in kinds["parameters"]
     ]
     pairs_by_kind, tasks_by_kind = agreement(torch.stack(gram_by_kind), counts_T2, pairs_2E)
+    counts_T = counts_T2.sum(dim=1).long().tolist()
+    errors_KE = torch.stack(
+        [
+            cosine_errors(gradients.whole_IM[kind].cpu(), counts_T, pairs_2E)
+            for kind in kinds["parameters"]
+        ]
+    )
+    pairs_by_kind |= cosine_intervals(pairs_by_kind["cosine"], errors_KE, counts_T, pairs_2E)
     pairs_by_place, tasks_by_place = agreement(gram_PRR, counts_T2, pairs_2E)
     conflict_PE = pairs_by_place["conflict"]
     frames = {

@@ -48,8 +48,7 @@ def measure_interference(
         for number, (task, instances) in enumerate(batches.items()):
             neurons.task = number
             for index, instance in enumerate(instances):
-                # The instances of a task alternate between its two halves.
-                gradients.row = 2 * number + index % 2
+                gradients.begin(number, index)
                 inputs = send_to_device(instance, parameter.device)
                 _loss(model, inputs, f"task {task}, instance {index}").backward()
                 bar.update()

@@ -1,17 +1,26 @@
 """The record of an analysis: analysis.json, next to the tables."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from badit.analysis.tables import save_frame
+from badit.analysis.tables import load_frame, save_frame
 from badit.support.environment import environment, peak_memory
 from badit.support.errors import BaditError, explained
 from badit.support.files import inside, read_json, write_json
 
 PARTS = {"interference", "experts", "learning"}
+
+
+def _is_readable(path: Path) -> bool:
+    """Returns whether a table exists and has all columns, which one of another version may lack."""
+    with suppress(BaditError):
+        load_frame(path)
+        return True
+    return False
 
 
 class Record:
@@ -24,7 +33,7 @@ class Record:
     def __init__(self, output: Path, settings: dict[str, Any], *, with_recipe: bool) -> None:
         self.path = inside(output, output / "analysis.json")
         self.tables = output / "analysis"
-        #: The finished parts whose tables still exist.
+        #: The finished parts whose tables can still be read.
         self.finished: dict[str, dict[str, Any]] = {}
         if not self.path.is_file():
             self.content = {"settings": settings, "environment": environment()}
@@ -41,7 +50,7 @@ class Record:
                 problem = "belongs to another run, model or data, or to other settings"
                 raise BaditError(f"{self.tables}: {problem}; {fix}")
             for name, details in self.content["parts"].items():
-                if all((self.tables / f"{table}.json").is_file() for table in details["tables"]):
+                if all(_is_readable(self.tables / f"{table}.json") for table in details["tables"]):
                     self.finished[name] = details
 
     @property

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.benchmark import Timer
 
+from badit.authoring.step_time import seconds_per_step
 from badit.comparison.checks import check as check_grid
 from badit.comparison.finished import FinishedCells
 from badit.comparison.grid import Grid
 from badit.data import Task, prompt_text
-from badit.models import device, load_tokenizer
+from badit.models import load_tokenizer
 from badit.recipe.method import resolve_method
 from badit.recipe.schema import Recipe
 from badit.runs.folder import RunFolder
@@ -30,10 +30,6 @@ from badit.training.methods import Method, on_skeleton
 from badit.tuner import hooks_of
 
 _SAMPLED = 64  # approximate number of training instances from which the mean length is estimated
-# Lower bound of a step's time relative to its matrix products with weights; the rest is attention,
-# norms, adapters and the overhead of small batches. Measured on a CPU: 2 in float32, 5 in bfloat16
-# (small model, fast products).
-_OVERHEAD = 2.0
 _SIZES = {None: 1.0, "bnb-4bit": 0.3}  # of quantised weights relative to 16 bits; others: 0.5
 
 
@@ -129,12 +125,7 @@ class _DryRun:
         rows = recipe.training.per_device_train_batch_size
         rows *= recipe.training.gradient_accumulation_steps
         lines.append(f"{sum(steps)} steps of {rows * _processes()} instances")
-        mean_length = sum(len(example["input_ids"]) for example in sample) / len(sample)
-        seconds = sum(steps) * rows * mean_length * self._seconds_per_token()
-        # The estimate is a lower bound. Measured overheads reach 2.5 times _OVERHEAD.
-        minutes = math.ceil(seconds / 60)
-        machine = "minutes of training on this machine, without other load"
-        lines.append(f"{minutes:,} to {3 * minutes:,} {machine}")
+        lines.append(self._time(sum(steps), sample))
         if run.method.regroup is not None:
             regroupings = sum(len(run.method.regroup.due(count)) for count in steps)
             fix = "" if regroupings else ": lower method.regroup.every"
@@ -166,26 +157,13 @@ class _DryRun:
         pairs = [(task, instance) for task in self.run.tasks for instance in task.train[::step]]
         return encoded(self.tokenizer, self.run.recipe, pairs, self.model)
 
-    def _seconds_per_token(self) -> float:
-        """Estimates a training step's time per token from that of one matrix product."""
-        weight = self.model.get_input_embeddings().weight
-        hidden = weight.shape[1]
-        rows = 1024
-        # A product of the size of those in an MLP.
-        x = torch.randn(rows, hidden, dtype=weight.dtype, device=device())
-        w = torch.randn(hidden, 4 * hidden, dtype=weight.dtype, device=device())
-        names = {"x": x, "w": w}
-        timer = Timer("x @ w", globals=names, num_threads=torch.get_num_threads())
-        product = timer.blocked_autorange(min_run_time=0.2)
-        # Embeddings are looked up, and logits are computed for answers only.
-        embeddings = {weight, self.model.get_output_embeddings().weight}  # may be one weight
-        weights = sum(p.numel() for p in self.model.parameters() if p.dim() == 2)
-        weights -= sum(embedding.numel() for embedding in embeddings)
-        # Forward, backward to the inputs; backward to the weights if they are trained; a second
-        # forward pass if activations are recomputed.
-        passes = 2 + self.run.method.trains_base_weights
-        passes += self.run.recipe.training.gradient_checkpointing
-        return product.median / (rows * w.numel()) * weights * passes * _OVERHEAD
+    def _time(self, steps: int, sample: Sequence[dict[str, Any]]) -> str:
+        with status("timing steps with few layers"):
+            seconds = seconds_per_step(self.run, self.tokenizer, sample)
+        if seconds is None:
+            return "time unknown: steps with few layers cannot be tried on this machine"
+        minutes = math.ceil(steps * seconds / 60)
+        return f"about {counted(minutes, 'minute')} of training at this machine's present load"
 
     def _memory(self, longest: Sequence[dict[str, Any]], trained: int) -> str:
         """Describes the memory of the longest batch with this many trained parameters."""

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from badit.recipe.arguments import argument_names, fixed_reason
-from badit.recipe.method import NAMES, options_of
+from badit.recipe.loading import method_table
 from badit.recipe.schema import Recipe, section_of
 from badit.recipe.yaml_text import to_yaml
 
@@ -31,7 +31,8 @@ def recipe_keys() -> Iterator[Key]:
     for name, field in Recipe.model_fields.items():
         section = section_of(field.annotation)
         if name == "method":
-            yield "method.name", "badit", f"one of {', '.join(NAMES)}"
+            names = method_table()["names"]
+            yield "method.name", "badit", f"one of {', '.join(names)}"
             yield from _method_keys()
         elif section is None:
             yield name, as_yaml(field.default), field.description or ""
@@ -44,14 +45,9 @@ def recipe_keys() -> Iterator[Key]:
 
 
 def _method_keys() -> Iterator[Key]:
-    methods: dict[Key, list[str]] = {}
-    for method in NAMES:
-        for key, default, text in options_of(method):
-            # Methods that share an option with its default share a line.
-            option = (key, as_yaml(default), " ".join(text.split()))
-            methods.setdefault(option, []).append(method)
-    for (key, default, text), names in methods.items():
-        yield f"method.{key}", default, f"[{', '.join(names)}] {text}"
+    for option in method_table()["options"]:
+        text = f"[{', '.join(option['methods'])}] {option['text']}"
+        yield f"method.{option['key']}", option["default"], text
 
 
 def schema() -> dict[str, Any]:
@@ -82,7 +78,7 @@ def _method_properties() -> dict[str, Any]:
     """Returns the JSON schema of the options of all methods, by name."""
     regroup: dict[str, Any] = {}
     properties: dict[str, Any] = {
-        "name": {"enum": NAMES},
+        "name": {"enum": method_table()["names"]},
         "regroup": {"type": ["object", "null"], "properties": regroup},
     }
     for key, _, text in _method_keys():

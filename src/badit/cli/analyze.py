@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from badit.api import analyze
-from badit.cli.app import load, write_report_if_possible
+from badit.cli.app import load, refuse_missing_data, write_report_if_possible
 from badit.cli.derived import derive
+from badit.runs.folder import refuse_unanalyzable
 
 
 def _shown(target: str, tables: Any, options: dict[str, Any]) -> str:
@@ -21,7 +22,36 @@ def _shown(target: str, tables: Any, options: dict[str, Any]) -> str:
     if is_folder and not folder.samefile(target):
         runs = [target, folder]
     report = write_report_if_possible(runs, folder / "report.html")
-    return f"{listed}\n\nTables: {folder / 'analysis'}\n{report}"
+    verdict = _verdict(tables, Path(target) if is_folder else folder)
+    return f"{verdict}{listed}\n\nTables: {folder / 'analysis'}\n{report}"
 
 
-derive(analyze, _shown, "badit.analysis")
+def _verdict(tables: Any, folder: Path) -> str:
+    """Returns which pairs of tasks conflict and the next command; empty for a comparison.
+
+    ``folder`` has the recipe of the run or of the base model's analysis.
+    """
+    if "gradient_overall" not in tables:
+        return ""
+    module = load("badit.analysis.verdict")
+    run = load("badit.runs.folder").RunFolder.at(folder)
+    config = {}
+    if run.config_path.is_file():
+        config = load("badit.recipe.loading").read_values(run.config_path)
+    verdict = module.conflict_verdict(
+        tables["gradient_overall"], module.measured_in(folder, config)
+    )
+    if verdict is None:
+        return ""
+    lines = [*verdict.sentences, "", f"{verdict.purpose}:", f"  {verdict.command}"]
+    return "\n".join(lines) + "\n\n"
+
+
+def _refuse(target: str, options: dict[str, Any]) -> None:
+    data = options.get("data")
+    refuse_unanalyzable(target, data)
+    if data is not None:
+        refuse_missing_data(data)
+
+
+derive(analyze, _shown, "badit.analysis", _refuse)

@@ -51,7 +51,7 @@ def load(module: str) -> Any:
 
 
 def read_recipe(path: str, overrides: Sequence[str]) -> Any:
-    """Reads a recipe and checks that its data exists.
+    """Reads a recipe and checks that its data and its model exist.
 
     So errors are reported before the slow imports.
     """
@@ -59,7 +59,18 @@ def read_recipe(path: str, overrides: Sequence[str]) -> Any:
         recipe = load("badit.recipe.loading").load_recipe(path, overrides)
         for source in recipe.data.sources():
             source.refuse_missing()
+        models = load("badit.models")
+        if recipe.model.name != models.BUILT_IN:
+            models.resolve_model(recipe.model.name)
     return recipe
+
+
+def refuse_missing_data(source: str) -> None:
+    """Raises BaditError if a value of ``data.source`` names a path that does not exist."""
+    schema = load("badit.recipe.schema")
+    section = schema.DataSection(source=schema.source_of(source))
+    for place in section.sources():
+        place.refuse_missing()
 
 
 def write_report_if_possible(runs: Sequence[str | Path], output: Path) -> str:

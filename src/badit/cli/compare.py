@@ -12,7 +12,11 @@ from badit.support.console import show
 
 @app.command
 def compare(
-    recipe: str, *overrides: str, jobs: PositiveInt = 1, dry_run: bool = False
+    recipe: str,
+    *overrides: str,
+    jobs: PositiveInt | None = None,
+    ray: str | None = None,
+    dry_run: bool = False,
 ) -> str | int:
     """Train and score methods, each at its best learning rate of compare.learning_rates.
 
@@ -24,7 +28,10 @@ def compare(
         recipe: a YAML file with a compare section, or the name of one that comes with badit, such
             as own-tasks.
         overrides: key=value, such as compare.seeds=[0] output=runs/mine.
-        jobs: number of runs at a time; they share the cores and GPUs.
+        jobs: number of runs at a time; they share the cores and GPUs (default: 1; with --ray, as
+            many as fit).
+        ray: the address of a Ray cluster whose nodes run the cells, or auto for the running one;
+            needs badit[ray]. See docs/several-gpus.md.
         dry_run: check everything, print the methods, their budgets and the estimated costs of one
             run, and exit.
     """
@@ -34,7 +41,7 @@ def compare(
     # SIGTERM (from a batch system) is handled like Ctrl-C: the cells run in separate sessions and
     # must be stopped too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    results = load("badit.comparison.compare").compare(loaded_recipe, jobs=jobs)
+    results = load("badit.comparison.compare").compare(loaded_recipe, jobs=jobs, ray=ray)
     path = Path(loaded_recipe.output) / load("badit.comparison.results").RESULTS
     # Printed here, because the returned value is the exit code.
     show(f"{table(path)}\n\nResults: {path}")

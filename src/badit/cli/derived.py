@@ -11,10 +11,16 @@ from badit.cli.app import Enabled, Output, RunPath, Trust, app, load  # noqa: F4
 Show = Callable[[Any, Any, dict[str, Any]], str | None]
 
 
-def derive(function: Callable[..., Any], show: Show, module: str) -> None:
+def derive(
+    function: Callable[..., Any],
+    show: Show,
+    module: str,
+    refuse: Callable[[Any, dict[str, Any]], None] = lambda target, options: None,
+) -> None:
     """Adds a command that calls a method of Run, or a function of a path.
 
-    ``module`` is imported first, with a status line. The command of a method has the run's folder
+    ``module`` is imported first, with a status line; before that, ``refuse`` checks the path and
+    the options. The command of a method has the run's folder
     as its first parameter and, if it shows progress (loads the model), ``trust_remote_code``.
     """
     is_method = next(iter(inspect.signature(function).parameters)) == "self"
@@ -24,6 +30,7 @@ def derive(function: Callable[..., Any], show: Show, module: str) -> None:
         target: Any = path
         if is_method:
             target = Run(path, trust_remote_code=options.pop("trust_remote_code", False))
+        refuse(target, options)
         load(module)
         return show(target, function(target, *arguments, **options), options)
 

@@ -19,6 +19,7 @@ _COMMANDS = (
     "compare",
     "report",
     "init",
+    "adopt",
     "keys",
     "tasks",
     "studio",

@@ -5,6 +5,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from badit.cli.app import RunPath, app, load
+from badit.runs.folder import RunFolder
 
 
 @app.command
@@ -18,4 +19,5 @@ def harness(run: RunPath, *options: Annotated[str, Parameter(allow_leading_hyphe
     Args:
         options: the options of 'lm_eval run', except the model.
     """
+    RunFolder(run)  # before the slow import
     load("badit.integrations.lm_eval").run_command_line(run, list(options))

@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from badit.cli.app import Output, app, load
+from badit.cli.app import Output, app, load, refuse_missing_data
 from badit.support.errors import BaditError
 from badit.support.files import write_text
 
@@ -20,5 +20,6 @@ def init(data: str = "builtin", *overrides: str, output: Output = "recipe.yaml")
     path = Path(output)
     if path.exists():
         raise BaditError(f"{output}: already exists; choose another --output")
+    refuse_missing_data(data)
     write_text(path, load("badit.authoring.first_recipe").first_recipe(data, output, overrides))
     return f"Recipe: {output}\nNext: badit train {shlex.quote(output)} --dry-run"

@@ -1,6 +1,9 @@
 """``badit report``."""
 
+from pathlib import Path
+
 from badit.cli.app import Output, app, load
+from badit.support.errors import BaditError
 
 
 @app.command
@@ -23,6 +26,9 @@ def report(
         figures: a folder to which every figure is written as .svg and .pdf.
         title: the page's heading (default: the runs' names).
     """
+    for path in (run, *more):
+        if not Path(path).exists():
+            raise BaditError(f"{path}: no such file or folder; give a run or a comparison")
     page = load("badit.report").write_report([run, *more], output, title=title, figures=figures)
     lines = [f"Report: {page}"]
     if figures:

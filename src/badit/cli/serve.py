@@ -25,6 +25,7 @@ def serve(
             which vLLM must be allowed to load.
         url: the address of the vLLM server.
     """
+    opened = Run(run, trust_remote_code=trust_remote_code)
     load("badit.integrations.web")  # names the extra if it is missing
     proxy = load("badit.integrations.proxy")
-    proxy.serve(Run(run, trust_remote_code=trust_remote_code), exports, url=url, port=port)
+    proxy.serve(opened, exports, url=url, port=port)

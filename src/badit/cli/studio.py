@@ -16,6 +16,7 @@ def studio(
         run: a run's folder, of any method that trains an adapter.
         browser: open the page in the browser.
     """
+    opened = Run(run, trust_remote_code=trust_remote_code)
     load("badit.integrations.web")  # names the extra if it is missing
     server = load("badit.integrations.studio.server")
-    server.serve(Run(run, trust_remote_code=trust_remote_code), port=port, browser=browser)
+    server.serve(opened, port=port, browser=browser)

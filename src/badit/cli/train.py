@@ -1,7 +1,9 @@
 """``badit train``."""
 
+import shlex
+
 from badit.cli.app import Overrides, app, load, read_recipe
-from badit.support.console import is_main_process
+from badit.support.console import is_main_process, show
 from badit.support.errors import BaditError
 
 
@@ -12,7 +14,8 @@ def train(
     """Train and score a recipe.
 
     The same command resumes an interrupted run. Finished work is not repeated. If the last
-    gradient norms are 0 or not finite, the exit code is 2, after everything is written.
+    gradient norms are 0 or not finite, the exit code is 2, after everything is written. It ends
+    with the scores of the untuned model on a few instances (evaluation.untuned=0: without them).
 
     Args:
         recipe: a YAML file, or the name of a recipe that comes with badit, such as own-tasks.
@@ -23,8 +26,8 @@ def train(
     """
     loaded_recipe = read_recipe(recipe, overrides)
     if dry_run:
-        text = load("badit.recipe.saved").dump_recipe(loaded_recipe)
-        return "\n".join([text, *load("badit.authoring.dry_run").check(loaded_recipe)])
+        lines = load("badit.authoring.dry_run").check(loaded_recipe)
+        return "\n".join([*lines, "", load("badit.recipe.saved").dump_recipe(loaded_recipe)])
     run = load("badit.api").train(loaded_recipe, allow_changed_inputs=allow_changed_inputs)
     # Only rank 0 scores.
     if not is_main_process():
@@ -33,4 +36,11 @@ def train(
     if problem is not None:
         fix = "its files are complete; train again with a lower training.learning_rate"
         raise BaditError(f"{run.path}: the training has diverged ({problem}); {fix}")
-    return f"{load('badit.runs.scores').score_table(run.scores)}\n\nRun: {run.path}"
+    show(load("badit.runs.scores").score_table(run.scores))
+    both = load("badit.evaluation.untuned").beside_untuned(
+        load("badit.runs.resolved").open_run(run)
+    )
+    if both is not None:
+        show(f"\n{both.text()}")
+    path = str(run.path)
+    return f"\nRun: {path}\nWhich tasks conflict: {shlex.join(['badit', 'analyze', path])}"

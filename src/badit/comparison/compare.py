@@ -1,6 +1,7 @@
 """``badit compare``: runs the cells of a grid, several at a time, and writes results.json."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -11,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from subprocess import Popen
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,11 +31,21 @@ from badit.support.console import say, status
 from badit.support.errors import BaditError
 from badit.support.files import exclusive
 
+if TYPE_CHECKING:
+    from badit.comparison.cluster import Cluster, ClusterCell
+
+    Process = Popen[bytes] | ClusterCell
 Task = Callable[[], "list[Task] | None"]  # what a thread does; a search returns further tasks
 
 
 def compare(
-    recipe: RecipeLike | None = None, /, *, jobs: int = 1, progress: bool = True, **values: Any
+    recipe: RecipeLike | None = None,
+    /,
+    *,
+    jobs: int | None = None,
+    ray: str | None = None,
+    progress: bool = True,
+    **values: Any,
 ) -> Results:
     """Trains and scores several methods, or resumes an interrupted comparison.
 
@@ -42,8 +53,10 @@ def compare(
 
     Args:
         recipe: as for :func:`train`, with a ``compare`` section.
-        jobs: number of runs at a time; each gets an equal share of the CPU cores, and the GPU with
-            the fewest runs.
+        jobs: number of runs at a time (default: 1; with ``ray``, as many as fit). Without ``ray``,
+            each gets an equal share of the CPU cores, and the GPU with the fewest runs.
+        ray: the address of a running Ray cluster, or "auto" for that of this machine. Each run is a
+            task with the resources ``compare.resources``, and all nodes share the file system.
         progress: print a line to stderr when a run starts or ends.
         values: override the recipe's values, such as ``compare={"seeds": [0]}``.
 
@@ -55,21 +68,32 @@ def compare(
         BaditError: invalid input. The error of a failed run is in the column ``error`` of the
             results' ``cells``.
     """
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise BaditError(f"jobs: must be at least 1, not {jobs}")
     grid = Grid(make_recipe(recipe, values))
     output = Path(grid.recipe.output)
+    cluster = None if ray is None else _cluster(grid, ray)
+    if jobs is None:
+        jobs = 1 if cluster is None else cluster.places()
     with exclusive(output):
         with status("checking data and methods"):
-            comparison = _Comparison(grid, jobs, say if progress else _say_nothing)
+            comparison = _Comparison(grid, jobs, say if progress else _say_nothing, cluster)
         # Those of the cells go to their log files.
-        warn_of_slow_dtype(grid.recipe.model.dtype, device())
+        if cluster is None:
+            warn_of_slow_dtype(grid.recipe.model.dtype, device())
         try:
             comparison.run()
         finally:
             # Also after an error or Ctrl-C: results.json has all cells that finished.
             comparison.save()
     return load_results(output)
+
+
+def _cluster(grid: Grid, address: str) -> "Cluster":
+    from badit.comparison.cluster import Cluster
+
+    sources = " ".join(entry["path"] for entry in grid.recipe.data.entries)
+    return Cluster(address, grid.section.resources, re.findall(r"\w+", sources))
 
 
 def _say_nothing(line: str) -> None:
@@ -82,15 +106,18 @@ class _Comparison:
     The search of a method runs its cells one by one, before the method's other cells.
     """
 
-    def __init__(self, grid: Grid, jobs: int, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, grid: Grid, jobs: int, report: Callable[[str], None], cluster: "Cluster | None" = None
+    ) -> None:
         self._grid = grid
         self._jobs = jobs
+        self._cluster = cluster
         self._report = report
         self._finished = FinishedCells(grid)
         self._tasks, self._counts = check(grid, self._finished)
         self._rates: dict[str, float | None] = {}  # of the methods whose search has ended
         # The cell and the GPU of each process.
-        self._running: dict[Popen[bytes], tuple[Cell, int | None]] = {}
+        self._running: dict[Process, tuple[Cell, int | None]] = {}
         self._lock = threading.Lock()  # for _running, _stopping and the file of results
         self._stopping = False
 
@@ -210,7 +237,7 @@ class _Comparison:
         if score:
             self.save()
 
-    def _start(self, cell: Cell, folder: Path, score: bool) -> Popen[bytes]:
+    def _start(self, cell: Cell, folder: Path, score: bool) -> "Process":
         """Starts a cell's process; KeyboardInterrupt if the comparison is stopping."""
         threads = gpu = None  # a single job uses all cores and GPUs
         with self._lock:
@@ -218,11 +245,14 @@ class _Comparison:
             if self._stopping:
                 raise KeyboardInterrupt
             self._report(f"{cell}: {'training and scoring' if score else 'training'}")
-            if self._jobs > 1:
+            if self._cluster is None and self._jobs > 1:
                 threads = max(1, (os.cpu_count() or 1) // self._jobs)
                 in_use = [used for _, used in self._running.values()]
                 gpus = range(torch.cuda.device_count())
                 gpu = min(gpus, key=in_use.count, default=None)
-            process = start_cell(folder, score=score, threads=threads, device=gpu)
+            if self._cluster is None:
+                process = start_cell(folder, score=score, threads=threads, device=gpu)
+            else:
+                process = self._cluster.start(folder, score=score)
             self._running[process] = cell, gpu
         return process

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,13 +21,13 @@ from pydantic import AliasPath, Field
 from badit.metrics.answers import METRICS
 from badit.metrics.statistics import DECIMALS, FORMS, Difference, Form, paired_bootstrap
 from badit.presets import method_name, saved_section
+from badit.runs.folder import RESULTS
 from badit.runs.scores import LARGEST, Checked, InstanceScores, Scores, Transfer
-from badit.support.console import one_line
+from badit.support.console import one_line, waiting
 from badit.support.errors import BaditError, explained, refuse_unknown
 from badit.support.files import read_json, refuse_links, refuse_other_format, write_text
 
 FORMAT = 1  # version of the file format, increased by every change that older releases misread
-RESULTS = "results.json"  # in the folder of a comparison
 SINGLE_TASK = ", one model per task"  # suffix of a method's name for its single-task runs
 
 _RUN = ["method", "seed", "order"]
@@ -276,6 +276,7 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
     cells = results.cells.query("status == 'done' and selected").groupby("method")
     means = task_means(results, metric)
     ascending = METRICS[metric].lower_is_better
+    of_reference = differences(results, metric)
     # Equal scores that differ by rounding errors share a rank.
     task_ranks = means.round(DECIMALS).rank(axis="columns", ascending=ascending)
     columns = {
@@ -283,7 +284,8 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
         "learning_rate": cells["learning_rate"].agg(_listed),
         "trainable_parameters": cells["trainable_parameters"].max(),
         **_spreads(results, form),
-        **_differences(results, metric),
+        **of_reference.drop(columns="level").add_prefix("difference_"),
+        "level": of_reference["level"],
         "rank": means.mean().round(DECIMALS).rank(ascending=ascending),
         "task_rank": task_ranks.mean(),
         "seconds": cells["seconds"].median(),
@@ -328,20 +330,38 @@ def _deviation(values: pd.Series) -> float | None:
     return None
 
 
-def _differences(results: Results, metric: str) -> dict[str, Any]:
-    """Returns the paired difference to the reference, by method, and whether the two are level."""
+@lru_cache(maxsize=4)  # the bootstrap of many methods takes seconds
+def differences(results: Results, metric: str) -> pd.DataFrame:
+    """Returns each method's paired difference to the reference, without methods that have none.
+
+    The columns are those of :class:`badit.metrics.statistics.Difference` and ``level``, whether
+    the two are equivalent within the metric's margin.
+    """
     rows = {}
-    for method in results.methods:
+    are_extreme = {}
+    for method in waiting(results.methods, f"Differences in {METRICS[metric].label}", "method"):
         if method == results.reference:
             continue
         # Results without scores of instances have no differences.
         if pairs := paired_differences(results, method, metric):
             rows[method] = paired_bootstrap(pairs)
+            are_extreme[method] = _are_extreme(results, method, metric)
     frame = pd.DataFrame(rows.values(), index=list(rows), columns=Difference._fields)
     # Two one-sided tests at 5 %.
     margin = METRICS[metric].margin
-    level = (frame["inner_low"] > -margin) & (frame["inner_high"] < margin)
-    return {**frame.add_prefix("difference_"), "level": level}
+    is_within = (frame["inner_low"] > -margin) & (frame["inner_high"] < margin)
+    return frame.assign(level=is_within & ~pd.Series(are_extreme, frame.index, dtype=bool))
+
+
+def _are_extreme(results: Results, method: str, metric: str) -> bool:
+    """Returns whether every score of a method and of the reference is 0, or every one the maximum.
+
+    Such scores are equal because the metric cannot distinguish the methods.
+    """
+    of_metric = results.instances.query("metric == @metric")
+    scores = of_metric.loc[of_metric["method"].isin([method, results.reference]), "score"]
+    extremes = [0.0] if METRICS[metric].lower_is_better else [0.0, METRICS[metric].maximum]
+    return any((scores == extreme).all() for extreme in extremes)
 
 
 def task_means(results: Results, metric: str = "rouge_l") -> pd.DataFrame:

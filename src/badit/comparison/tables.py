@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from badit.comparison.results import Results, summarise, task_means
+from badit.comparison.results import Results, differences, summarise, task_means
+from badit.comparison.verdict import verdict
 from badit.metrics.answers import METRICS, score_text
 from badit.presets import NAMES
 from badit.runs.scores import Transfer
@@ -95,17 +96,25 @@ def method_table(results: Results, metric: str = "rouge_l", released: bool = Fal
         best |= {(row, len(columns)) for row in _best_rows(summary, name)}
         columns[title] = _spread_texts(summary, name)
     columns[f"vs {results.reference} [95 %]"] = _difference_texts(summary, metric)
+    if metric != "nll" and "nll" in set(results.scores["metric"]):
+        losses = differences(results, "nll").add_prefix("nll_difference_")
+        losses["nll_level"] = losses.pop("nll_difference_level").astype("boolean")
+        losses["nll_difference_runs"] = losses["nll_difference_runs"].astype("Int64")
+        summary = summary.join(losses, on="method")
+        columns[f"NLL vs {results.reference} [95 %]"] = _difference_texts(summary, "nll", "nll_")
     for name, (title, form) in costs.items():
         columns[title] = [number(value, form) for value in summary[name]]
 
     numbers = ["method", "trainable_parameters", "learning_rate", "runs"]
     numbers += [f"{name}_{statistic}" for name in spreads for statistic in ("mean", "std")]
-    numbers += [name for name in summary if name.startswith("difference_")] + ["level", *costs]
+    numbers += [name for name in summary if name.startswith("difference_")] + ["level"]
+    numbers += [name for name in summary if name.startswith(("nll_difference_", "nll_level"))]
+    numbers += costs
     notes = [*_difference_notes(results, summary, score, metric), *notes]
     notes += _title_notes(results, list(summary["method"]))
     texts = pd.DataFrame(columns, dtype=object)
-    table = Table(texts, best, notes, summary.filter(numbers))
-    return _with_omitted_cells(results, table)
+    table = _with_omitted_cells(results, Table(texts, best, notes, summary.filter(numbers)))
+    return table._replace(notes=[*table.notes, *map(one_line, verdict(results, metric))])
 
 
 def task_table(results: Results, metric: str) -> Table:
@@ -118,7 +127,7 @@ def task_table(results: Results, metric: str) -> Table:
     best = {
         (row, column + 1)
         for row, values in enumerate(means.to_numpy())
-        for column in best_of(values, METRICS[metric].lower_is_better)
+        for column in best_of(values, metric)
     }
     notes = [f"{METRICS[metric].label}, mean over each method's runs"]
     notes += _title_notes(results, list(means))
@@ -126,19 +135,25 @@ def task_table(results: Results, metric: str) -> Table:
     return _with_omitted_cells(results, Table(texts, best, notes, numbers))
 
 
-def best_of(values: Any, lower_is_better: bool) -> list[int]:
-    """Returns the indices of the best value: several if values are equal up to rounding."""
-    merits = pd.Series(values, dtype=float).reset_index(drop=True)
-    if lower_is_better:
+def best_of(values: Any, metric: str) -> list[int]:
+    """Returns the index of the best value of a metric, as a list.
+
+    It is empty if the best value, as it is shown, is not the only one.
+    """
+    decimals = METRICS[metric].decimals
+    merits = pd.Series(values, dtype=float).reset_index(drop=True).round(decimals)
+    if METRICS[metric].lower_is_better:
         merits = -merits
-    return merits.index[merits >= merits.max() - 1e-9].tolist()
+    best = merits.index[merits == merits.max()].tolist()
+    return best if len(best) == 1 else []
 
 
 def _best_rows(summary: pd.DataFrame, name: str) -> list[int]:
-    lower_is_better = name == "forgetting"
+    means = summary[f"{name}_mean"]
     if name in METRICS:
-        lower_is_better = METRICS[name].lower_is_better
-    return best_of(summary[f"{name}_mean"], lower_is_better)
+        return best_of(means, name)
+    # Transfer is in points of Rouge-L; less forgetting is better.
+    return best_of(-means if name == "forgetting" else means, "rouge_l")
 
 
 def _spread_texts(summary: pd.DataFrame, name: str) -> list[str]:
@@ -153,18 +168,19 @@ def _spread_texts(summary: pd.DataFrame, name: str) -> list[str]:
     return texts
 
 
-def _difference_texts(summary: pd.DataFrame, metric: str) -> list[str]:
+def _difference_texts(summary: pd.DataFrame, metric: str, prefix: str = "") -> list[str]:
     """Returns "mean [low, high]" of every method's difference to the reference."""
     texts = []
     for row in summary.to_dict("records"):
         mean, low, high = (
-            score_text(row[f"difference_{end}"], metric, "+") for end in ("mean", "low", "high")
+            score_text(row[f"{prefix}difference_{end}"], metric, "+")
+            for end in ("mean", "low", "high")
         )
         text = mean
         if mean != UNKNOWN:
             text += f" [{low}, {high}]"
         # Not decided (NA) without pairs of runs.
-        if row["level"] is True:
+        if row[f"{prefix}level"] is True:
             text += " ≈"
         texts.append(text)
     return texts
@@ -180,8 +196,14 @@ def _difference_notes(
         f"vs {reference}: paired difference in {score} over the runs that both have,"
         " and its 95 % bootstrap interval over runs and instances"
     ]
-    if True in summary["level"].fillna(False).tolist():
-        notes.append(f"≈: equivalent, the 90 % interval lies within ±{METRICS[metric].margin:g}")
+    levels = {"level": metric, "nll_level": "nll"}
+    margins = [
+        f"±{METRICS[name].margin:g} ({METRICS[name].label})"
+        for column, name in levels.items()
+        if column in summary and True in summary[column].fillna(False).tolist()
+    ]
+    if margins:
+        notes.append(f"≈: equivalent, the 90 % interval lies within {', '.join(margins)}")
     compared = summary.query("method != @reference").fillna({"difference_runs": 0})
     columns = compared[["method", "runs", "difference_runs"]]
     for method, runs, shared in columns.itertuples(index=False):

@@ -10,6 +10,7 @@ from accelerate.utils import send_to_device
 
 from badit.data import AnswerCollator, batches_by_task
 from badit.runs.resolved import ResolvedRun
+from badit.support.console import waiting
 from badit.support.files import write_json
 from badit.training.fit import validation_examples
 from badit.training.loading import load_run
@@ -44,7 +45,7 @@ def validation_loss(run: ResolvedRun) -> None:
     collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
     batches = batches_by_task(examples, collate, run.recipe.evaluation.batch_size)
     losses = {}
-    for task, batches_of_task in batches.items():
+    for task, batches_of_task in waiting([*batches.items()], "Validation loss", "task"):
         sums_P, counts_P = prompt_losses(model, batches_of_task)
         # A mean over tokens: long answers count more within a task, but not across tasks.
         losses[task] = float(sums_P.sum() / counts_P.sum())

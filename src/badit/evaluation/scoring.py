@@ -21,7 +21,7 @@ from badit.runs.folder import RunFolder
 from badit.runs.predictions import write_predictions
 from badit.runs.resolved import ResolvedRun
 from badit.runs.scores import read_scores
-from badit.support.console import is_main_process, say
+from badit.support.console import is_main_process, quiet, say
 from badit.support.errors import BaditError, explained, refuse_unknown
 from badit.support.files import copy_folder, exclusive, write_json
 from badit.training.fit import fit
@@ -71,7 +71,7 @@ def evaluate(
     _warn_of_changed_tasks(run, split)
 
     scoring = _Scoring(run, split, progress, resume)
-    with exclusive(run.folder.path):
+    with exclusive(run.folder.path), quiet(not progress):
         if split != own_split:
             return scoring.score(run.folder, run.tasks)
         # The untuned model has no stages.

@@ -139,7 +139,7 @@ def export(
     exporter = _Exporter(run, output, options, model, tokenizer)
     # Written beside the folder and renamed, so that a reader never sees an incomplete export.
     unfinished = output.with_name(f".{output.name}.badit.partial")  # no user's folder has this name
-    with status("exporting"), explained(output, action="written"), exclusive(output):
+    with status("exporting", in_logs=True), explained(output, action="written"), exclusive(output):
         try:
             remove(unfinished)
             if options.all_tasks:
@@ -291,7 +291,7 @@ def _chosen_task(run: ResolvedRun, options: ExportOptions) -> str | None:
             problem = "has no training prompts for mean gates; use --gates FILE"
             raise BaditError(f"task {task}: {problem}")
     has_clusters = getattr(run.method.config, "gates", None) == "clusters"
-    # Such a LoRA's NLL was 0.38 per token above the run's (docs/experiments/fixed-gates.md).
+    # Such a LoRA's NLL was 0.38 per token above the run's (benchmarks/experiments/fixed-gates.md).
     if has_clusters and not options.fixes_gates and len(trained) > 1:
         problem = "with clusters of prompts, the mean gates of several tasks fit no prompt"
         fix = "use --all-tasks, for a LoRA per task, or --task"

@@ -134,7 +134,8 @@ def _training(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     """Returns the rows of the card's table: data, prompt, options, counts and versions."""
     sources = [entry["path"] for entry in recipe.data.entries]
     names = ["the built-in tasks" if path == "builtin" else _last_part(path) for path in sources]
-    rows = {"data": ", ".join(names), "prompt": recipe.prompt.encoding}
+    # An adapter that was adopted without data has no sources.
+    rows = {"data": ", ".join(names) or "unknown", "prompt": recipe.prompt.encoding}
     model = recipe.model.model_dump(include={"revision", "quantisation"}, exclude_none=True)
     rows |= {f"model.{name}": value for name, value in model.items()}
     # Nested options get dotted names, such as method.regroup.every.
@@ -147,6 +148,8 @@ def _training(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         rows[name] = value
 
     environment = run.known_environment
+    if "adopted" in environment:  # the recipe has defaults, which its training may not have had
+        return {name: rows[name] for name in rows if name not in recipe.training.model_dump()}
     for name in ("trainable_parameters", "steps", "tokens"):
         # The environment is missing until a run is trained, and may be damaged.
         count = environment.get("training", {}).get(name)

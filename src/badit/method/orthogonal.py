@@ -20,7 +20,7 @@ One step computes:
 
 * Features: LoRA-RITE has no c. In an LLM, a few features of the residual stream are many times
   larger than the others, and without c an update is mostly along these features
-  (docs/experiments/whole-model.md).
+  (benchmarks/experiments/whole-model.md).
 * Bias correction: w₁ and w₂ follow w ← β w + (1 − β), which is 1 − βᵗ after t steps.
 * Escaped mass: P V Pᵀ loses the part of V outside the new frame. The lost trace is spread evenly
   over the new frame: e = (tr V − tr P V Pᵀ) / N. tr V therefore stays the running mean of ‖H‖² / D,

@@ -13,7 +13,7 @@ answer. x̂ measures how a prompt differs from the others (not in the paper):
 Codes, the gates of clusters, are not in the paper. Spherical k-means finds C centroids of x̂ before
 training, and a cluster's code is softmax(w / 0.1) with w uniform within ±1/√K, the initial weights
 of tasks in MTL-LoRA (arXiv 2410.09437). Every layer draws its own, so that two clusters share
-experts in some layers and not in others (docs/experiments/task-maps.md).
+experts in some layers and not in others (benchmarks/experiments/task-maps.md).
 
 Shape suffixes: B = batch, T = positions, S = segments of packed rows or prompts, I = in features,
 K = experts, C = clusters; `...` may be (B,) or (B, T).

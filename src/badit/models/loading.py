@@ -63,7 +63,11 @@ def load_base_model(
         options["quantization_config"] = quantisation_config(quantisation, dtype)
         # Quantised weights are created on their final device.
         options["device_map"] = {"": device or "cpu"}
-    with _loading(source, "weights"), status(f"loading {name}"), _without_progress_bar():
+    with (
+        _loading(source, "weights"),
+        status(f"loading {name}", in_logs=True),
+        _without_progress_bar(),
+    ):
         _refuse_other_shards(source, options["revision"])
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -126,7 +130,8 @@ def resolve_model(name: str | Path) -> str:
     if os.path.isdir(folder):  # False if the name is too long
         # transformers would add the adapter to the model in the folder.
         if (folder / "adapter_config.json").exists():
-            problem = "the folder has an adapter; name the base model, without an adapter"
+            problem = "the folder has an adapter; name the base model, without an adapter, "
+            problem += "or make a run of the adapter with badit adopt"
             raise BaditError(f"model {name}: {problem}")
         if not (folder / "config.json").is_file():
             problem = "the folder has no config.json; save it with save_pretrained"

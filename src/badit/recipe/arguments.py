@@ -69,7 +69,7 @@ class TrainingSection(Section, extra="allow"):
     router_lr_ratio: float = Field(
         1.0, gt=0, description="learning rate of other parameters, over that of the factors"
     )
-    # The best rate of BADIT's defaults with AdamW (docs/experiments/harness-c.md).
+    # The best rate of BADIT's defaults with AdamW (benchmarks/experiments/harness-c.md).
     learning_rate: float = Field(
         2e-3, gt=0, description="of the factors; see router_lr_ratio and lora_plus_ratio"
     )

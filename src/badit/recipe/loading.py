@@ -125,7 +125,7 @@ def take_format(content: dict[str, Any], path: Path) -> int | None:
     if version not in READABLE_FORMATS:
         refuse_other_format({"format": version}, path, FORMAT)
     section = content.get("method", {})
-    if isinstance(section, Mapping):
+    if version != FORMAT and isinstance(section, Mapping):
         content["method"] = saved_section(section)
     return version
 
@@ -240,9 +240,8 @@ def _unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
 def _unknown_method_keys(place: str, section: Any) -> Iterator[str]:
     if not isinstance(section, Mapping):
         return
-    words = method_words()
-    names = words["names"]
-    options = {*words["options"], *ComparedMethod.model_fields}
+    names = method_table()["names"]
+    options = {*_option_names(), *ComparedMethod.model_fields}
     for key, value in section.items():
         if key not in options:
             yield f"{place}.{key!s:.120}: unknown key{nearest(key, options)}"
@@ -252,13 +251,25 @@ def _unknown_method_keys(place: str, section: Any) -> Iterator[str]:
             yield from _unknown_method_keys(f"{place}.regroup", value)
 
 
-@cache
-def method_words() -> dict[str, list[str]]:
-    """Returns the names of all methods, and of all options of all methods.
+#: Written by badit.authoring.method_table. A test compares it with the classes.
+METHOD_TABLE = Path(__file__).with_name("method_table.json")
 
-    A test compares the file with the classes that define them.
+
+@cache
+def method_table() -> dict[str, Any]:
+    """Returns the ``names`` of all methods, and all ``options`` with their methods.
+
+    Reading the table needs neither torch nor PEFT. ``of_other_releases`` are names of options that
+    only other releases of ``peft`` have.
     """
-    return json.loads(read_text(Path(__file__).with_name("method_words.json")))
+    return json.loads(read_text(METHOD_TABLE))
+
+
+def _option_names() -> set[str]:
+    table = method_table()
+    keys = [option["key"] for option in table["options"]] + table["of_other_releases"]
+    # Nested options, such as regroup.every, are checked by their last part.
+    return {key.rpartition(".")[2] for key in keys}
 
 
 def _known_keys(location: Sequence[int | str]) -> list[str]:

@@ -88,10 +88,10 @@ class SourceSection(Section):
 class DataSection(Section):
     """The tasks."""
 
-    source: PathText | list[PathText | SourceSection] = Field(
+    source: PathText | list[PathText | SourceSection] | None = Field(
         "builtin",
         description="'builtin', file, folder, glob, hub dataset, or list of these; $VARIABLES are "
-        "expanded",
+        "expanded; null: none, of an adapter that was adopted without data",
     )
     format: Format = Field("auto", description="layout of a folder; auto detects it")
     task: TaskName | None = Field(
@@ -141,6 +141,8 @@ class DataSection(Section):
     def entries(self) -> list[dict[str, Any]]:
         """The values of each source as they are in the recipe; ``path`` is among them."""
         sources = self.source
+        if sources is None:
+            return []
         if isinstance(sources, str):
             sources = [sources]
         values = []
@@ -153,6 +155,9 @@ class DataSection(Section):
 
     def sources(self) -> list[Source]:
         """Returns the sources, with the defaults of this section and expanded paths."""
+        if self.source is None:
+            fix = "adopt the adapter with its data: badit adopt ADAPTER --data FILE"
+            raise BaditError(f"data.source: is null, so there are no tasks; {fix}")
         shared = self.model_dump(
             include={"format", "task", "instruction", "columns", "splits", "turns"}
         )
@@ -208,6 +213,12 @@ class EvaluationSection(Section):
     max_new_tokens: Count = Field(50, description="longest generated answer")
     unseen_tasks: bool = Field(
         True, description="in a sequence, also score tasks that are not trained yet"
+    )
+    untuned: CountOrZero = Field(
+        4,
+        le=LARGEST,
+        description="after badit train, also score the untuned model on the first instances of each"
+        " task; 0: no instance",
     )
 
 
@@ -298,6 +309,11 @@ class CompareSection(Section):
         None, description="the method whose trainable-parameter count the others must match"
     )
     unmatched: list[str] = Field([], description="methods that need not match the budget")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {},
+        description="of each run with --ray, such as {gpu: 1}: cpu (default: 1), gpu, or one "
+        "of the cluster's own",
+    )
     single_task: list[str] = Field(
         [], description="methods that are also trained on each task alone"
     )

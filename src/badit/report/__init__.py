@@ -39,7 +39,7 @@ def write_report(
         runs = [runs]
     output = Path(output)
 
-    with status("writing the report"):
+    with status("writing the report", in_logs=True):
         # They need the extra, and take long to import.
         from badit.report.page import export_figures, render
         from badit.report.sections import sections_of

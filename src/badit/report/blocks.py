@@ -15,6 +15,7 @@ from badit.report.sources import Source
 
 # The command that measures what a run lacks in a section.
 _COMMANDS = {
+    "verdict": "badit analyze",
     "scores": "badit evaluate",
     "samples": "badit evaluate",
     "gradients": "badit analyze",
@@ -34,7 +35,7 @@ class Block(NamedTuple):
     label of the run if there are several.
     """
 
-    kind: str  # figure, table, samples, details or note
+    kind: str  # verdict, figure, table, samples, details or note
     title: str
     content: Any
     name: str = ""
@@ -119,6 +120,8 @@ def _is_missing(
         return bool(source.config) and source.scores is None
     if section == "samples":
         return bool(source.config) and not blocks
+    if section == "verdict" and not source.config:
+        return False
     if any(block.source in ("", source.label) for block in blocks):
         return False
     # Sources without a recipe are folders of `badit analyze --output`: they may be of this run.

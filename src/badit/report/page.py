@@ -6,6 +6,7 @@ content security policy allows only the two scripts whose hashes it lists, and n
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,8 @@ def render(title: str, sections: Mapping[str, Sequence[Block]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # Words may be wrapped; numbers with their intervals may not.
+    templates.tests["has_words"] = lambda text: bool(re.search(r"[^\W\d_]{2}", text))
     templates.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     scripts = [_library(), read_text(_TEMPLATES / "page.js")]
     style = read_text(_TEMPLATES / "look.css") + read_text(_TEMPLATES / "page.css")

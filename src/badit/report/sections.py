@@ -6,7 +6,9 @@ from typing import Any
 
 import pandas as pd
 
+from badit.analysis.verdict import Verdict, conflict_verdict, measured_in
 from badit.comparison.results import RESULTS, Results
+from badit.comparison.verdict import verdict
 from badit.data import own_input
 from badit.metrics.answers import METRICS, Prediction, exact_match, rouge_l, score_text
 from badit.presets import method_name, saved_section
@@ -36,6 +38,7 @@ _PARTLY_RIGHT = 50  # Rouge-L
 def sections_of(sources: Sequence[Source]) -> dict[str, list[Block]]:
     """Returns the blocks of each section. The template has the sections' titles and texts."""
     sections = {
+        "verdict": [*_verdicts(sources)],
         "overview": [*_overview(sources)],
         "samples": [*_samples(sources)],
         "settings": [*_settings(sources)],
@@ -47,6 +50,23 @@ def sections_of(sources: Sequence[Source]) -> dict[str, list[Block]]:
     for section, blocks in sections.items():
         blocks += [*notes(section, sources, blocks)]
     return sections
+
+
+def _verdicts(sources: Sequence[Source]) -> Iterator[Block]:
+    """Yields what each comparison and each analysis shows, with the next command."""
+    for source in sources:
+        label = source.prefix.removesuffix(": ")
+        if source.results and (sentences := verdict(source.results)):
+            texts = [sentence.removeprefix("Verdict: ") for sentence in sentences]
+            lines = [f"{text[:1].upper()}{text[1:]}." for text in texts]
+            yield Block("verdict", "Methods", Verdict(lines), file=RESULTS, source=label)
+        frame = source.frames.get("gradient_overall")
+        if frame is None:
+            continue
+        found = conflict_verdict(frame, measured_in(source.folder, source.config))
+        if found is not None:
+            file = frame.attrs["file"]
+            yield Block("verdict", "Conflicts between tasks", found, file=file, source=label)
 
 
 def _overview(sources: Sequence[Source]) -> Iterator[Block]:

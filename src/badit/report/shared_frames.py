@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -12,6 +11,7 @@ from badit.report.sources import DIFFERENCE_COLUMNS, Source
 from badit.support.files import is_number
 
 _LOG = Path("metrics.jsonl")
+_ALL_TASKS = "all tasks"
 
 
 def together(sources: Sequence[Source]) -> Source:
@@ -36,16 +36,29 @@ def together(sources: Sequence[Source]) -> Source:
 
 
 def _add_losses(shared: Source, runs: Sequence[tuple[str, Source]]) -> None:
-    rows: dict[str, list[tuple[Any, ...]]] = {"loss": [], "eval_loss": []}
+    training, held_out = [], []
     for series, source in runs:
         for line in source.run.log(_LOG):
-            for key, losses in rows.items():
-                # A loss that was not finite is logged as null.
-                if is_number(line["step"]) and is_number(line.get(key)):
-                    losses.append((line["step"], line[key], series, source.label))
-    columns = ["step", "loss", "series", "run"]
-    shared.add("losses", pd.DataFrame(rows["loss"], columns=columns), _LOG.name)
-    shared.add("held_out_losses", pd.DataFrame(rows["eval_loss"], columns=columns), _LOG.name)
+            # A loss that was not finite is logged as null.
+            losses = {key: loss for key, loss in line.items() if is_number(loss)}
+            place = (line["step"], series, source.label)
+            if not is_number(line["step"]):
+                continue
+            if "loss" in losses:
+                training.append((*place, losses["loss"]))
+            for key, loss in losses.items():
+                if key == "eval_loss":
+                    held_out.append((*place, loss, _ALL_TASKS))
+                elif key.startswith("eval_loss/"):
+                    held_out.append((*place, loss, key.removeprefix("eval_loss/")))
+    columns = ["step", "series", "run", "loss"]
+    shared.add("losses", pd.DataFrame(training, columns=columns), _LOG.name)
+    held_out_frame = pd.DataFrame(held_out, columns=[*columns, "task"])
+    # The mean is the first choice.
+    held_out_frame = held_out_frame.sort_values(
+        "task", key=lambda tasks: tasks.where(tasks != _ALL_TASKS, ""), kind="stable"
+    )
+    shared.add("held_out_losses", held_out_frame, _LOG.name)
 
 
 def _differences(scored: Sequence[Source]) -> pd.DataFrame:

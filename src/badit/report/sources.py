@@ -34,7 +34,8 @@ from badit.support.errors import BaditError
 from badit.support.files import inside, refuse_links
 
 DIFFERENCE_COLUMNS = ["method", "mean", "low", "high", "reference"]
-_COSINE_COLUMNS = ["task_a", "task_b", "parameters", "layer", "module", "cosine"]
+_COSINE_COLUMNS = ["task_a", "task_b", "parameters", "layer", "module", "cosine", "low", "high"]
+_OF_EXPERTS = ("expert_losses", "abilities", "nearest_prompts")
 _SHOWN_END = 80  # characters of an input that identify an instance; its end may be cut
 
 
@@ -148,10 +149,14 @@ def _read(folder: Path, label: str) -> Source:
     run = source.run
     for name, frame in load_frames(run.analysis_path).items():
         source.add(name, frame, f"analysis/{name}.json")
+    _leave_out_experts(source)
     if run.config_path.is_file():
         # Not validated: recipes of other versions may have other keys.
         source.config = read_values(run.config_path)
     source.environment = run.known_environment
+    if "adopted" in source.environment:
+        # Defaults, which its training by a script may not have had.
+        source.config = {**source.config, "training": {}}
     if (folder / RESULTS).is_file():
         _add_comparison(source)
     elif run.scores_path.is_file():
@@ -160,6 +165,23 @@ def _read(folder: Path, label: str) -> Source:
     _add_regroupings(source, run)
     _add_gradient_cosines(source)
     return source
+
+
+def _leave_out_experts(source: Source) -> None:
+    """Leaves out tables of experts that do not mean the same in all layers.
+
+    No option makes them: every layer has its own router or its own codes, and numbers its experts
+    by itself, also with one key for all layers and with codes from gradients. So "expert 3" is one
+    thing only in an adapter of a single module. With clusters, tasks are shown by cluster.
+    """
+    gates = source.frames.get("gates")
+    if gates is None:
+        return
+    if len(gates[["layer", "module"]].drop_duplicates()) > 1:
+        for name in _OF_EXPERTS:
+            source.frames.pop(name, None)
+    if "clusters" in source.frames:
+        source.frames.pop("gates")
 
 
 def _add_comparison(source: Source) -> None:
@@ -214,5 +236,6 @@ def _add_gradient_cosines(source: Source) -> None:
         frames.append(pairs.assign(parameters=np.where(of_adapter, "adapter", "weights")))
     if frames:
         files = ", ".join(frame.attrs["file"] for frame in reversed(frames))
-        cosines = pd.concat([frame[_COSINE_COLUMNS] for frame in frames])
+        # The pairs of a single module have no intervals.
+        cosines = pd.concat([frame.reindex(columns=_COSINE_COLUMNS) for frame in frames])
         source.add("gradient_cosines", cosines, files)

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from badit.analysis.verdict import of_shown_parameters
+
 # Tables with pairs of tasks and their column of similarities, and the tables that are shown as
 # matrices in this order.
 _ORDERED = {
     ("gradient_overall", "cosine"): ["gradient_cosines"],
     ("coactivation_pairs", "overlap"): ["coactivation_pairs"],
-    ("gate_similarity", "similarity"): ["gate_similarity", "gates", "expert_losses"],
+    ("gate_similarity", "similarity"): ["gate_similarity", "gates", "clusters", "expert_losses"],
 }
 _TASK_COLUMNS = ["task", "task_a", "task_b"]
 
@@ -64,11 +66,3 @@ def by_similarity(pairs: pd.DataFrame, column: str) -> list[str]:
     np.fill_diagonal(distance_TT, 0.0)
     tree = linkage(squareform(distance_TT, checks=False), method="average", optimal_ordering=True)
     return [tasks[leaf] for leaf in leaves_list(tree)]
-
-
-def of_shown_parameters(frame: pd.DataFrame) -> pd.DataFrame:
-    """Returns the rows of the parameters whose gradients are shown.
-
-    These are those of the adapter if there are any, otherwise the weights.
-    """
-    return frame.query("parameters == parameters.min()")

@@ -70,6 +70,7 @@ def chart_config(mode: Literal["light", "dark"]) -> dict[str, Any]:
         "matrix": {"fill": ink["empty"]},
         "reference": {"color": ink["faint"], "strokeDash": [2, 4]},
         "interval": {"color": first_colour},
+        "hatching": {"color": ink["faint"], "strokeWidth": 0.8, "opacity": 0.55},
     }
     return {
         "font": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif",

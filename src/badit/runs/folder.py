@@ -20,7 +20,37 @@ if TYPE_CHECKING:
 ERROR = "error.txt"  # of a comparison's run that failed
 LOG = "log.txt"  # the output of a comparison's run
 RECORD = "export.json"  # in the folder of an export: the run that it was made from, and its options
+RESULTS = "results.json"  # in the folder of a comparison
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name, without importing PEFT
 AnyPath = str | os.PathLike[str]  # a folder or a file; a Run can be passed as its folder
+
+
+def adoption(adapter: AnyPath) -> str:
+    """Returns the command that makes a run of an adapter."""
+    return shlex.join(["badit", "adopt", os.fspath(adapter), "--data", "FILE"])
+
+
+def refuse_no_adapter(path: AnyPath) -> None:
+    """Raises BaditError unless the folder has an adapter's configuration."""
+    folder = Path(path)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return
+    fix = "give the folder that save_pretrained or save_model has written"
+    nested = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if nested:
+        fix = f"give one of its folders that have: {', '.join(nested)}"
+    raise BaditError(f"{folder}: has no {ADAPTER_CONFIG}, so it is no adapter; {fix}")
+
+
+def refuse_unanalyzable(target: str, data: str | None) -> None:
+    """Raises BaditError if an analysis without data is of neither a run nor a comparison."""
+    folder = Path(target)
+    if data is not None or any((folder / name).is_file() for name in ("config.yaml", RESULTS)):
+        return
+    fix = "to analyze a base model, set its tasks with --data"
+    if (folder / ADAPTER_CONFIG).is_file():
+        fix = f"make a run of this adapter: {adoption(target)}"
+    raise BaditError(f"{target}: not a run's folder; {fix}")
 
 
 class RunFolder:
@@ -61,7 +91,11 @@ class RunFolder:
     def _refuse_other_folder(self) -> None:
         if not self.config_path.is_file() and not (self.path / RECORD).is_file():
             problem = "has no config.yaml, so it is not a run"
-            raise BaditError(f"{self.path}: {problem}; create one: badit train RECIPE")
+            fix = "create one: badit train RECIPE"
+            if (self.path / ADAPTER_CONFIG).is_file():
+                problem = "is an adapter, not a run"
+                fix = f"make a run of it: {adoption(self.path)}"
+            raise BaditError(f"{self.path}: {problem}; {fix}")
         refuse_links(self.path)
 
     @classmethod

@@ -23,7 +23,7 @@ from badit.support.files import OWNER, read_json, refuse_links, write_text
 from badit.tuner.config import Extension
 
 # With up to this number of mixed tasks, one cluster of prompts per task: more raised the loss
-# (docs/experiments/few-tasks.md).
+# (benchmarks/experiments/few-tasks.md).
 _ONE_CLUSTER_PER_TASK = 8
 
 _LEAST_TO_HOLD_OUT = 4  # hold_out() takes at most a quarter of a task
@@ -237,7 +237,7 @@ def _read_extensions(method: ResolvedMethod, adapter_path: Path) -> None:
 
 def read_tasks(recipe: Recipe) -> list[Task]:
     """Reads a recipe's tasks; those of a sequence in training order."""
-    with status("reading the tasks"):
+    with status("reading the tasks", in_logs=True):
         tasks = recipe.data.load()
     if recipe.data.order is not None:
         tasks = ordered(tasks, recipe.data.order)

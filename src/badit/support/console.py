@@ -4,9 +4,13 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+_Item = TypeVar("_Item")
 
 # Terminal control characters, bidirectional text marks and lone surrogates;
 # not line feeds and tabs.
@@ -66,15 +70,27 @@ def quiet_notices() -> None:
 
 
 _is_waiting = False
+_is_quiet = False
+_PATIENCE = 3.0  # seconds of a wait after which its bar is shown
 
 
 @contextmanager
-def status(text: str) -> Iterator[Callable[[str], None]]:
+def status(text: str, *, in_logs: bool = False) -> Iterator[Callable[[str], None]]:
     """Shows a status line on a terminal within the context, unless nested.
 
-    Yields a function that changes its text.
+    Yields a function that changes its text. ``in_logs``: without a terminal, the text is printed
+    once, if the wait takes over three seconds.
     """
     global _is_waiting
+    if in_logs and not sys.stderr.isatty() and is_main_process() and not _is_quiet:
+        timer = threading.Timer(_PATIENCE, say, [f"badit: {text} …"])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield lambda text: None
+        finally:
+            timer.cancel()
+        return
     # Two live displays, also those of two ranks, would overwrite each other's line.
     if _is_waiting or not sys.stderr.isatty() or not is_main_process():
         yield lambda text: None
@@ -98,3 +114,36 @@ def status(text: str) -> Iterator[Callable[[str], None]]:
             yield change
     finally:
         _is_waiting = False
+
+
+@contextmanager
+def quiet(is_quiet: bool = True) -> Iterator[None]:
+    """A context without the bars of :func:`waiting`, if ``is_quiet``."""
+    global _is_quiet
+    before = _is_quiet
+    _is_quiet = before or is_quiet
+    try:
+        yield
+    finally:
+        _is_quiet = before
+
+
+def waiting(items: Collection[_Item], text: str, unit: str) -> Iterator[_Item]:
+    """Yields the items, and shows their number on stderr once the wait takes over three seconds.
+
+    ``text`` says what is done with them.
+    """
+    from tqdm import tqdm
+
+    # One bar at a time: a status line and a bar would overwrite each other.
+    is_hidden = _is_quiet or _is_waiting or not is_main_process()
+    bar = tqdm(
+        items,
+        desc=text,
+        unit=unit,
+        delay=_PATIENCE,
+        disable=is_hidden,
+        leave=False,
+        dynamic_ncols=True,
+    )
+    yield from bar

@@ -9,9 +9,13 @@ from transformers import PreTrainedTokenizerBase
 from badit.data.encoding import encode_examples, encode_prompts
 from badit.data.examples import Examples
 from badit.data.prompts import build_prompt
+from badit.data.table import chunks
 from badit.data.tasks import Instance, Task
 from badit.recipe.schema import Recipe
+from badit.support.console import waiting
 from badit.support.errors import BaditError
+
+_AT_A_TIME = 500  # instances that are encoded in one call
 
 
 def encoded(
@@ -24,7 +28,11 @@ def encoded(
 
     ``model`` is None if a server runs it.
     """
-    examples = encode_examples(tokenizer, list(pairs), **recipe.prompt.model_dump())
+    options = recipe.prompt.model_dump()
+    examples = []
+    batches = list(chunks(pairs, _AT_A_TIME))
+    for batch in waiting(batches, "Encoding", f"{_AT_A_TIME} instances"):
+        examples += encode_examples(tokenizer, batch, **options)
     if model is not None:
         refuse_beyond_model(examples, model)
     return examples

@@ -24,7 +24,7 @@ from badit.runs.fingerprints import (
     tokenizer_fingerprint,
 )
 from badit.runs.resolved import ResolvedRun
-from badit.support.console import is_main_process, say, status
+from badit.support.console import is_main_process, quiet, say, status
 from badit.support.environment import environment, peak_memory
 from badit.support.errors import BaditError
 from badit.support.files import copy_folder, replace_folder, write_json
@@ -155,11 +155,12 @@ class _Stage:
         checkpoint = last_checkpoint(self.folder.checkpoints_path)
         # Starts the group of processes.
         arguments = training_arguments(self.run, self.folder.path, self.seed, checkpoint)
-        with status(f"preparing the data for {self.method.name}"):
+        with status(f"preparing the data for {self.method.name}", in_logs=True):
             if self.recipe.extend.merge:
                 train_covering(model, self.recipe.extend, data.batches)
             self.method.before_training(model, data.batches)
-            if checkpoint is None:  # else it has what this sets, such as the clusters of prompts
+        if checkpoint is None:  # else it has what this sets, such as the clusters of prompts
+            with quiet(not self.progress):
                 hooks_of(model).start_task(data.batches)
 
         bar = ProgressBar()
@@ -191,7 +192,7 @@ class _Stage:
         return {name: data.examples.fingerprint}
 
     def _adapted(self, base: Any) -> Any:
-        with status(f"preparing the model for {self.method.name}"):
+        with status(f"preparing the model for {self.method.name}", in_logs=True):
             previous = self.run.starts_from(self.number)
             if previous is None:
                 model = self.method.apply(base, self._task_names())

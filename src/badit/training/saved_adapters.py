@@ -97,6 +97,8 @@ def _refuse_sizes(path: Path, config: Any, shapes: Shapes) -> None:
             problem = f"has {len(config.extensions)} extensions, but {SAFETENSORS_WEIGHTS_NAME} has"
             raise BaditError(f"{path}: extensions: {problem} {number - 1}")
     for size in _sizes(config):
+        if not isinstance(size, int):
+            raise BaditError(f"{path}: {size!r:.60} must be a whole number, as it is a size")
         if size > largest:
             problem = f"no tensor of {SAFETENSORS_WEIGHTS_NAME} has it"
             raise BaditError(f"{path}: has the size {size!r:.60}, but {problem}")

@@ -3,16 +3,18 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from badit.recipe.arguments import TrainingSection
 from badit.support.console import say
@@ -68,6 +70,8 @@ class AnswerTrainer(Trainer):
         self.options = options
         self.skipped_steps = 0
         self.micro_batches: list[MicroBatch] = []  # since the last step
+        # In an evaluation, by task: the sum of its instances' losses, and their number.
+        self._losses_by_task: dict[str, list[float]] = {}
         self._quotas = quotas
         # compute_loss divides by the number of labels in the accumulated batch, so the Trainer must
         # count them.
@@ -195,6 +199,26 @@ class AnswerTrainer(Trainer):
         with torch.random.fork_rng([]):  # without the devices', which evaluation does not read
             return super().evaluate(*args, **kwargs)
 
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Adds ``eval_loss/TASK``, the mean loss of each task's instances, to the metrics."""
+        self._losses_by_task = {}
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        of_ranks = [self._losses_by_task]
+        if self.args.world_size > 1:
+            of_ranks = gather_object(of_ranks)
+        sums: dict[str, list[float]] = {}
+        for task, (loss, count) in chain.from_iterable(of_rank.items() for of_rank in of_ranks):
+            total = sums.setdefault(task, [0.0, 0])
+            total[0] += loss
+            total[1] += count
+        assert output.metrics is not None
+        for task in sorted(sums):
+            loss, count = sums[task]
+            output.metrics[f"{metric_key_prefix}_loss/{task}"] = loss / count
+        return output
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -212,7 +236,13 @@ class AnswerTrainer(Trainer):
             # do not count.
             first_of_rank = self.args.process_index * self.args.eval_batch_size
             num_instances = max(1, loader.remainder - first_of_rank)
-        return (totals_B / labels_B)[:num_instances].mean(), None, None
+        means_B = (totals_B / labels_B)[:num_instances]
+        # Not strict: the padding that accelerate has added has tasks too.
+        for task, loss in zip(inputs.get("tasks", ()), means_B.tolist(), strict=False):
+            total = self._losses_by_task.setdefault(task, [0.0, 0])
+            total[0] += loss
+            total[1] += 1
+        return means_B.mean(), None, None
 
 
 def _use_one_gpu(args: TrainingArguments) -> None:

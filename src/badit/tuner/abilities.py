@@ -35,7 +35,7 @@ from badit.method.abilities import (
 from badit.method.grouping import group_components, in_order
 from badit.method.routing import first_equal, prompt_centroids, random_codes
 from badit.method.sketches import SketchedSums
-from badit.support.console import say
+from badit.support.console import say, waiting
 from badit.support.errors import BaditError
 from badit.tuner.answers import answer_logits, has_output_layer
 from badit.tuner.badit_layer import BaditLinear
@@ -52,6 +52,7 @@ from badit.tuner.prompt import IGNORED_LABEL, Segments
 #: Mean cosine of the halves of a cluster's gradient, below which codes are random.
 LEAST_RELIABILITY = 0.1
 _PER_HALF = 4  # examples whose gradients are averaged
+_LEAST_FILL = 0.8  # length of an example in a batch, relative to the longest one
 _SKETCH_SIZE = 4096  # numbers per layer, cluster and half
 _IDS_AT_A_TIME = 8192
 
@@ -340,20 +341,19 @@ class Gradients:
     ) -> tuple[list[Tensor], int]:
         """Returns the factors' gradients, summed over the examples, and the number of examples."""
         sums = [torch.zeros(factor.shape, device=factor.device) for factor in factors]
-        if not examples:
-            return sums, 0
-        gradients = torch.autograd.grad(self._loss(examples), factors, allow_unused=True)
-        if all(gradient is None or gradient.isfinite().all() for gradient in gradients):
-            for total, gradient in zip(sums, gradients, strict=True):
-                if gradient is not None:  # no token reaches this expert of an MoE
-                    total += gradient
-            return sums, len(examples)
-        # An example without a finite gradient does not count.
         count = 0
-        for example in examples if len(examples) > 1 else ():
-            of_example, number = self._sums([example], factors)
-            sums = [total + gradient for total, gradient in zip(sums, of_example, strict=True)]
-            count += number
+        batches = _of_similar_length(examples)
+        while batches:
+            batch = batches.pop()
+            gradients = torch.autograd.grad(self._loss(batch), factors, allow_unused=True)
+            if all(gradient is None or gradient.isfinite().all() for gradient in gradients):
+                count += len(batch)
+                for total, gradient in zip(sums, gradients, strict=True):
+                    if gradient is not None:  # no token reaches this expert of an MoE
+                        total += gradient
+            elif len(batch) > 1:
+                # Only the examples without a finite gradient do not count.
+                batches += [[example] for example in batch]
         return sums, count
 
     def _loss(self, examples: Sequence[Example]) -> Tensor:
@@ -389,7 +389,8 @@ def evidence_of_key(
     products: list[Any] = [0.0] * len(sketches)  # Σ_c ⟨g_ci, g_cj⟩ (N, N)
     sums: list[Any] = [0.0] * len(sketches)  # Σ_c g_c (N, P)
     present = []
-    for cluster, examples in enumerate(examples_of_clusters):
+    numbered = [*enumerate(examples_of_clusters)]
+    for cluster, examples in waiting(numbered, "Gradients for the codes", "cluster"):
         halves = [gradients.mean(examples[half : 2 * _PER_HALF : 2]) for half in range(2)]
         # With gradients in one half only, nothing is known about the noise.
         if not all(any(mean_NP.any() for mean_NP in half) for half in halves):
@@ -431,7 +432,7 @@ def evidence_of_layers(
     sums = [sketch.sums_RM.new_zeros(shape) for sketch, shape in zip(sketches, shapes, strict=True)]
     counts_L2C = torch.zeros(len(sketches), 2, clusters)
     rank, ranks = rank_and_size()
-    for example in examples[rank::ranks]:
+    for example in waiting(examples[rank::ranks], "Gradients for the codes", "example"):
         with gradients.layers[0].routing.collecting_means() as means:
             of_example = gradients.of_one(example)
         if of_example is None:
@@ -487,6 +488,17 @@ def _agreement(gram_RR: Tensor, present: Sequence[int]) -> tuple[Tensor, float]:
     return cosines_PP.float(), float(reliability_P.mean())
 
 
+def _of_similar_length(examples: Sequence[Example]) -> list[list[Example]]:
+    """Returns batches of the examples with little padding."""
+    batches: list[list[Example]] = []
+    for example in sorted(examples, key=lambda example: -len(example.input_ids_T)):
+        if batches and len(example.input_ids_T) > _LEAST_FILL * len(batches[-1][0].input_ids_T):
+            batches[-1].append(example)
+        else:
+            batches.append([example])
+    return batches
+
+
 def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
     return pad_sequence(list(rows), batch_first=True, padding_value=value)
 
@@ -522,7 +534,8 @@ def _codes(
         target_PP = target_overlap(evidence[0].cosines_PP).float()
         matched_LPK = matched_codes(target_PP, starts_LCK[:, evidence[0].present])
     codes_LCK = random_LCK.clone()
-    for index, (layer, of_layer) in enumerate(zip(layers, evidence, strict=True)):
+    pairs = [*enumerate(zip(layers, evidence, strict=True))]
+    for index, (layer, of_layer) in waiting(pairs, "Codes", "layer"):
         if not of_layer.present:
             continue
         if matched_LPK is not None:

@@ -267,7 +267,8 @@ class BaditLinear(ExpertLinear):
         cluster_S = self.routing.clusters(adapter_name)
         gates_SK = self.badit_codes[adapter_name].float()[cluster_S.to(x.device)]
         if self.training and torch.is_grad_enabled():
-            self._add_to_gate_sums(adapter_name, torch.ones_like(gates_SK), gates_SK)
+            means_SE: Any = forward_pass.mean_embeddings_SE  # not None: it has given the clusters
+            self._add_to_gate_sums(adapter_name, means_SE.to(x.device), gates_SK)
         _, segments = forward_pass.prompt
         if segments is not None:
             return gates_SK[segments.of_BT.to(x.device)]

@@ -325,8 +325,8 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         """Always raises BaditError."""
         raise BaditError(
             "an adapter whose gates depend on its input has no single weight to merge into; "
-            "unload() returns the base model; or fix the gates: badit export RUN --task TASK, or "
-            "get_delta_weight(adapter, gates)"
+            "unload() returns the base model; or fix the gates: badit export RUN --task TASK "
+            "(badit adopt ADAPTER makes the run), or get_delta_weight(adapter, gates)"
         )
 
     def unmerge(self) -> None:

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
+from badit.support.console import waiting
 from badit.support.errors import BaditError
 from badit.tuner.abilities import (
     Example,
@@ -247,6 +248,14 @@ class ExpertModel(Hooks, BaseTuner):
                 "batches"
             )
         yield
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Always raises BaditError: gates differ between adapters."""
+        raise BaditError(
+            "add_weighted_adapter: adapters with gates have no weighted sum; activate several at "
+            "once with base_model.set_adapter([NAME, NAME]), or export each as a plain LoRA (badit "
+            "adopt, badit export) and combine those"
+        )
 
     def _check_merge_allowed(self) -> None:
         self.expert_layers()[0].merge()  # always raises, before PEFT has changed anything
@@ -511,7 +520,7 @@ class BaditModel(ExpertModel):
     def _examples(self, batches: TaskBatches, per_task: int) -> list[Example]:
         """Returns the first examples of each task, the same on all ranks."""
         examples = []
-        for task_batches in batches.values():
+        for task_batches in waiting([*batches.values()], "Reading prompts", "task"):
             of_task = [
                 list(examples_in(tensors, mask_BT, segments))
                 for _, tensors, mask_BT, segments in self._first_prompts(task_batches, per_task)
@@ -548,7 +557,7 @@ class BaditModel(ExpertModel):
             _refuse_without_prompts(sample.examples)
         distinct = [
             layer.cluster(name, torch.cat(sample.means.pop(f"{layer.name}.{name}")))
-            for layer, name in unclustered
+            for layer, name in waiting(unclustered, "Finding clusters of prompts", "layer")
         ]
         prompts = {tuple(example.prompt_ids.tolist()) for example in sample.examples}
         prompts_differ = any_of_all(len(prompts) > 1)
@@ -579,7 +588,7 @@ class BaditModel(ExpertModel):
         routing = RoutingContext.of(self.model)
         examples = []
         with self._evaluating(), routing.collecting_means() as means:
-            for task_batches in batches.values():
+            for task_batches in waiting([*batches.values()], "Reading prompts", "task"):
                 for prompts in self._first_prompts(task_batches, prompts_per_task):
                     batch, tensors, mask_BT, segments = prompts
                     self._run_layers(batch, tensors, mask_BT)

@@ -98,6 +98,13 @@ class Session:
         self.task_gates: dict[str, np.ndarray] | None = None
 
     @property
+    def is_clustered(self) -> bool:
+        """Whether prompts have the gates of their cluster, which each layer numbers by itself."""
+        return any(
+            adapted.adapter in getattr(adapted.layer, "badit_codes", {}) for adapted in self.experts
+        )
+
+    @property
     def unmeasured(self) -> bool:
         """Whether the tasks' gates are not known yet but can be measured."""
         can_be_measured = self.experts and any(task.train for task in self.tasks.values())
@@ -146,6 +153,7 @@ class Session:
             "remark": self.remark,
             "needs_task": self.method.needs_tasks,
             "experts": self.number_of_experts,
+            "clustered": self.is_clustered,
             "abilities": abilities,
             "modules": [layer_and_module(module) for module in self.modules],
             "max_characters": MAX_CHARACTERS,

@@ -106,9 +106,7 @@ def component_flow(frame: pd.DataFrame) -> Any:
         rows="from expert",
         columns="to expert",
         signed=False,
-        limit=1.0,
         form=".0%",
-        written=True,
     )
     step = choice("step", map(str, steps), [f"step {step}" for step in steps])
     return heat_map(cells, look, [all_or_one(frame.query("layer >= 0"), "layer"), step])
@@ -121,17 +119,36 @@ GEOMETRY = [
 ]
 
 
+def clusters(frame: pd.DataFrame) -> Any:
+    """Share of a task's prompts in each cluster; the prompts of a cluster have the same gates.
+    Tasks in one column share their experts. A layer numbers its clusters by itself, unless all
+    layers have the same."""
+    choices = [_one_of(frame, "layer", "layer "), _one_of(frame, "module")]
+    look = Look("share of the task's prompts", columns="cluster", signed=False, form=".0%")
+    return heat_map(cells_of(frame, "task", "cluster", "share"), look, choices)
+
+
 def gates(frame: pd.DataFrame) -> Any:
-    """Mean gate over a task's prompts: 1 is neutral, blue is larger, orange is smaller. The mean
-    over layers has its own colour scale."""
-    choices = [all_or_one(frame, "layer", "mean over layers"), all_or_one(frame, "module")]
+    """Mean gate over a task's prompts: 1 is neutral, blue is larger, orange is smaller. Every layer
+    has its own router, so an expert's number has no meaning across layers."""
+    choices = [_one_of(frame, "layer", "layer "), _one_of(frame, "module")]
     look = Look("mean gate", columns="expert", middle=1.0)
     return heat_map(cells_of(frame, "task", "expert", "mean"), look, choices)
 
 
+def _one_of(frame: pd.DataFrame, name: str, prefix: str = "") -> alt.Parameter:
+    """Returns a choice of one layer or one module."""
+    values = [str(value) for value in sorted(set(frame[name]))]
+    return choice(name, values, [f"{prefix}{value}" for value in values])
+
+
 def gate_similarity(frame: pd.DataFrame) -> Any:
-    """Correlation of two tasks' gates over all layers, after subtracting the mean over tasks."""
-    return heat_map(cells_of_pairs(frame, "similarity"), Look("correlation", limit=1.0))
+    """Correlation of two tasks' gates over all layers, after subtracting the mean over tasks. It is
+    0 for unrelated tasks and 1 for equal gates. Hatched: within noise, as far from 0 as gates that
+    are random and independent in every module."""
+    cells = cells_of_pairs(frame, "similarity")
+    noise = cells[cells["value"].abs() <= cells["noise"]]
+    return heat_map(cells, Look("similarity"), (), noise)
 
 
 def expert_losses(frame: pd.DataFrame) -> Any:
@@ -139,7 +156,7 @@ def expert_losses(frame: pd.DataFrame) -> Any:
     the expert. Orange: the loss is lower without it. If an expert started as a part of the
     pretrained weight, that part is removed too, so its values are large whatever it learnt."""
     label = "increase of the loss (nats per token)"
-    look = Look(label, columns="disabled expert", written=True)
+    look = Look(label, columns="disabled expert", least=0.1)
     return heat_map(cells_of(frame, "task", "expert", "change"), look)
 
 
@@ -183,6 +200,7 @@ def ability_recovery(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 ATLAS = [
+    Figure("Tasks by cluster of prompts", "clusters", clusters, "square"),
     Figure("Mean gates by task", "gates", gates, "square"),
     Figure("Similarity of the tasks' gates", "gate_similarity", gate_similarity, "square"),
     Figure("Increase of the loss without an expert", "expert_losses", expert_losses, "square"),

@@ -9,6 +9,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
+from badit.analysis.verdict import of_shown_parameters, within_noise
 from badit.report.charts import (
     ALL,
     ROW,
@@ -25,17 +26,17 @@ from badit.report.charts import (
     with_all,
 )
 from badit.report.heat_maps import Look, cells_of_pairs, heat_map
-from badit.report.task_order import of_shown_parameters
 from badit.support.text import number
 
 _PAIRS_AT_EACH_END = 60
 
 
 def gradient_cosines(frame: pd.DataFrame) -> Any:
-    """Blue: a cosine above 0, orange: below 0. These cosines are not corrected for noise, which
-    alone makes half of them negative. Gradients are those of the adapter's parameters, or of the
-    model's weights if there is no adapter. For all layers and all modules, all gradients form one
-    vector; otherwise the mean cosine is shown."""
+    """Blue: a cosine above 0, orange: below 0; the scale has at least the range −0.25 to 0.25.
+    Hatched: within noise, as the 95 % interval over instances includes 0 (all layers and modules
+    together only). Gradients are those of the adapter's parameters, or of the model's weights if
+    there is no adapter. For all layers and all modules, all gradients form one vector; otherwise
+    the mean cosine is shown."""
     shown = of_shown_parameters(frame)
     overall = shown.query(f"layer == '{ALL}'")
     single = shown.query(f"layer != '{ALL}'")
@@ -45,7 +46,11 @@ def gradient_cosines(frame: pd.DataFrame) -> Any:
         partial = means.query(f"layer != '{ALL}' or module != '{ALL}'")
         means = pd.concat([overall, partial])
     choices = [all_or_one(single, "layer"), all_or_one(single, "module")]
-    return heat_map(cells_of_pairs(means, "cosine"), Look("cosine"), choices)
+    cells = cells_of_pairs(means, "cosine")
+    noise = None
+    if len(overall):
+        noise = cells_of_pairs(overall[within_noise(overall)], "cosine")
+    return heat_map(cells, Look("cosine", least=0.25), choices, noise)
 
 
 def gradient_cosines_weights(frame: pd.DataFrame) -> Any:
@@ -113,7 +118,7 @@ def _by_layer(frame: pd.DataFrame, column: str, form: str) -> Any:
         alt.X("layer:Q")
         .title("layer")
         .scale(nice=False)
-        .axis(format="d", tickCount=8, tickMinStep=1, grid=False),
+        .axis(format="d", values=_some_layers(rows["layer"]), grid=False),
         alt.Y(f"{column}:Q")
         .title(column.replace("_", " "))
         .scale(domainMax=1)
@@ -129,11 +134,18 @@ def _by_layer(frame: pd.DataFrame, column: str, form: str) -> Any:
     return chart.properties(height=220)
 
 
+def _some_layers(layers: pd.Series) -> list[int]:
+    """Returns at most nine evenly spaced layers, from the first one on, for an axis."""
+    first, last = int(layers.min()), int(layers.max())
+    return list(range(first, last + 1, 1 + (last - first) // 8))
+
+
 def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
-    """The corrected cosine removes the noise of few instances (a dash: too noisy). A conflict is
-    stated only for decided pairs; for the others, the number of instances per task that would
-    decide them. The magnitude similarity is 1 for gradients with equal norms. Of more than 120
-    pairs, those in the middle are left out."""
+    """Low and high are the ends of the cosine's 95 % interval over instances. The corrected cosine
+    removes the noise of few instances (a dash: too noisy). A conflict is stated only for decided
+    pairs; for the others, the number of instances per task that would decide them. The magnitude
+    similarity is 1 for gradients with equal norms. Of more than 120 pairs, those in the middle are
+    left out."""
     rows = of_shown_parameters(frame).dropna(subset="cosine").sort_values("cosine")
     lowest = rows[:_PAIRS_AT_EACH_END]
     # Not among the lowest, so that no pair of few is listed twice.
@@ -143,6 +155,8 @@ def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
         "task": "",
         "other_task": "",
         "cosine": ".3f",
+        "low": ".2f",
+        "high": ".2f",
         "corrected_cosine": ".2f",
         "magnitude_similarity": ".2f",
     }

@@ -27,6 +27,7 @@ from badit.support.text import number
 
 _SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 _MOST_POINTS = 250  # of a curve
+_FEW_POINTS = 12  # at most, of curves that are drawn as points
 # When the theme's seven colours repeat, lines are dashed, then dotted.
 _DASHES = [[1, 0]] * 7 + [[6, 3]] * 7 + [[2, 2]] * 7
 
@@ -96,7 +97,7 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
 
 def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Click a heading to sort. The last row has the means over tasks. The best of several runs is
-    in bold."""
+    in bold, unless it is a tie."""
     tasks = frame["task"].unique()
     instances = frame.groupby("task")["n"].max()[tasks]
     table = pd.DataFrame({"task": [*tasks, "mean over tasks"]}, dtype=object)
@@ -114,7 +115,7 @@ def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
             # Means of different tasks are not compared.
             compared = values[:-1] if scores.isna().to_numpy().any() else values
             for i, row in enumerate(compared):
-                strong += [(i, headings[j]) for j in best_of(row, metric.lower_is_better)]
+                strong += [(i, headings[j]) for j in best_of(row, name)]
         table[headings] = [[score_text(score, name) for score in row] for row in values]
     table.attrs |= {"footer": 1, "strong": strong}
     return table
@@ -130,24 +131,30 @@ SCORES = [
 
 def loss_curves(frame: pd.DataFrame) -> Any:
     """The pale line is the logged loss with a method's own term, such as a balance loss; in long
-    logs, means of several lines. The strong line is its running mean over five points."""
+    logs, means of several lines. The strong line is its running mean over five points. Curves of
+    few points are drawn as these points."""
     return _curves(frame, "training loss (nats per token)", smoothed=2)
 
 
 def held_out_losses(frame: pd.DataFrame) -> Any:
-    """Mean loss on the tasks' validation instances."""
+    """Mean loss on the tasks' validation instances, over all instances or those of one task."""
     return _curves(frame, "held-out loss (nats per token)", smoothed=0)
 
 
 def _curves(frame: pd.DataFrame, title: str, smoothed: int) -> Any:
-    """Returns a chart of losses by step.
+    """Returns a chart of losses by step, for a chosen task if the frame has tasks.
 
     The strong line is the running mean with ``smoothed`` points on either side.
     """
     present = list(frame["series"].unique())
     series = frame.attrs.get("order") or present
+    by_task = ["task"] if "task" in frame else []
+    points_per_curve = frame.groupby(["series", "run", *by_task]).size()
+    are_few = int(points_per_curve.max()) <= _FEW_POINTS
+    if are_few:
+        smoothed = 0
     pick = alt.selection_point(name="pick", fields=["series"], bind="legend")
-    base = chart_of(_thinned(frame)).encode(
+    base = chart_of(_thinned(frame, by_task), chosen="".join(by_task)).encode(
         step_axis(), colour("series", series, present, symbolType="stroke"), detail="run:N"
     )
     base = base.transform_window(
@@ -168,24 +175,31 @@ def _curves(frame: pd.DataFrame, title: str, smoothed: int) -> Any:
         y="mean:Q",
         opacity=alt.condition(pick, alt.value(1), alt.value(0.1)),
     )
-    # Invisible points are easier to hit with the pointer than a line.
+    # Of long curves the points are invisible: they are easier to hit with the pointer than a line.
     mean = alt.Tooltip("mean:Q", title="running mean", format=".3f")
-    points = base.mark_point(size=60, filled=True, opacity=0).encode(
+    points = base.mark_point(size=60, filled=True, opacity=1 if are_few else 0).encode(
         y="mean:Q", tooltip=["run:N", "step:Q", "loss:Q", mean]
     )
-    return (pale + strong + points.add_params(pick)).properties(height=280)
+    layers = points.add_params(pick) if are_few else strong + points.add_params(pick)
+    chart = pale + layers
+    if by_task:
+        tasks = list(dict.fromkeys(frame["task"]))
+        names = short_task_names(tasks)
+        chart = chart.add_params(choice("task", tasks, [names[task] for task in tasks]))
+    return chart.properties(height=280)
 
 
-def _thinned(frame: pd.DataFrame) -> pd.DataFrame:
+def _thinned(frame: pd.DataFrame, by_task: list[str]) -> pd.DataFrame:
     """Returns at most 250 points per curve, each the mean of adjacent log lines."""
-    curves = frame.groupby(["series", "run"], sort=False)
+    curve = ["series", "run", *by_task]
+    curves = frame.groupby(curve, sort=False)
     lengths: Any = curves["step"].transform("size")
     # Rounded up, so that no curve has more points.
     lines_per_point = -(-lengths // _MOST_POINTS)
     point = curves.cumcount() // lines_per_point
-    points = frame.groupby(["series", "run", point], sort=False)
+    points = frame.groupby([*curve, point], sort=False)
     means = points.agg({"step": "last", "loss": "mean"})
-    return means.round({"loss": 4}).reset_index(["series", "run"])
+    return means.round({"loss": 4}).reset_index(curve)
 
 
 CURVES = [
@@ -227,10 +241,8 @@ def transfer(frame: pd.DataFrame) -> Any:
         rows="after training on",
         columns="Rouge-L on",
         signed=False,
-        # At least 1, so that scores of 0 still give a scale.
-        limit=float(np.nanmax([*rows["rouge_l"], 1.0])),
+        least=100.0,
         form=".0f",
-        written=True,
     )
     return heat_map(cells_of(rows, "trained_task", "task", "rouge_l"), look)
 

@@ -4,7 +4,9 @@
 const SIDES = ["hand", "router", "base"];
 const NEUTRAL = 1; // the neutral gate
 const REACH = 2; // the maximum of the sliders, unless a gate is larger
-const SMALLEST = 0.01; // the smallest deviation from 1 that can have the strongest colour
+const LIMIT = 1; // the deviation from 1 that has the strongest colour, the same for all prompts
+const WRITTEN = 20; // the most columns of a heat map whose cells show their values
+const FEW = 6; // the most columns whose values also fit a phone
 
 const at = (id) => document.getElementById(id);
 const side = (name) => at(`side-${name}`);
@@ -195,7 +197,6 @@ function drawHeatMap() {
   if (!shown) return;
   const columns = layers();
   const furthest = Math.max(...columns.flatMap(({ gates }) => gates.map((gate) => Math.abs(gate - 1))));
-  const limit = Math.min(1, Math.max(SMALLEST, furthest));
   const colours = run.colours[theme];
   const rows = columns[0].gates.map((_, expert) => element("tr", {},
     element("th", { textContent: `Expert ${expert}`, scope: "row" }),
@@ -203,18 +204,22 @@ function drawHeatMap() {
       const gate = gates[expert].toFixed(3);
       const cell = element("td", { tabIndex: -1 }, element("span", { textContent: gate }));
       cell.dataset.said = `Expert ${expert}, layer ${name}: gate ${gate}`;
-      cell.style.backgroundColor = colourOf(colours, (gates[expert] - 1) / limit);
+      const [colour, ink] = coloursOf(colours, (gates[expert] - 1) / LIMIT);
+      cell.style.backgroundColor = colour;
+      cell.style.color = ink;
       return cell;
     })));
   rows[0].cells[1].tabIndex = 0;
   const step = columns.length > 16 ? 5 : 1; // fewer labels, so that they fit above narrow cells
   const heads = columns.map(({ name }, i) =>
     element("th", { textContent: i % step ? "" : name, scope: "col", ariaLabel: `layer ${name}` }));
+  at("heat-map").querySelector("table").classList.toggle("written", columns.length <= WRITTEN);
+  at("heat-map").querySelector("table").classList.toggle("few", columns.length <= FEW);
   at("heat-map").querySelector("table").replaceChildren(
     element("thead", {}, element("tr", {}, element("th", { scope: "col" }), ...heads)), element("tbody", {}, ...rows));
   at("heat-map").querySelector(".bar").style.background = `linear-gradient(to right, ${colours.join(", ")})`;
-  at("low").textContent = `${(1 - limit).toFixed(2)}${furthest > limit ? " or less" : ""}`;
-  at("high").textContent = `${(1 + limit).toFixed(2)}${furthest > limit ? " or more" : ""}`;
+  at("low").textContent = "0";
+  at("high").textContent = furthest > LIMIT ? "2 or more" : "2";
   at("readout").textContent = "Columns are layers. Point at a cell, or select it with the arrow keys, to see its value.";
 }
 
@@ -235,13 +240,15 @@ function moveInHeatMap(event) {
   next.focus();
 }
 
-// Returns the colour for a value from −1 to 1 on a scale of colour stops, such as #8f3b00.
-function colourOf(stops, value) {
+// Returns the colour for a value from −1 to 1 on a scale of colour stops, such as #8f3b00, and that of text on it.
+function coloursOf(stops, value) {
   const place = ((Math.max(-1, Math.min(1, value)) + 1) / 2) * (stops.length - 1);
   const below = Math.min(Math.floor(place), stops.length - 2);
   const [from, to] = [stops[below], stops[below + 1]].map((stop) =>
     [1, 3, 5].map((start) => Number.parseInt(stop.slice(start, start + 2), 16)));
-  return `rgb(${from.map((part, i) => Math.round(part + (to[i] - part) * (place - below))).join(" ")})`;
+  const colour = from.map((part, i) => Math.round(part + (to[i] - part) * (place - below)));
+  const [red, green, blue] = colour;
+  return [`rgb(${colour.join(" ")})`, 0.3 * red + 0.6 * green + 0.1 * blue > 135 ? "#15171a" : "#ffffff"];
 }
 
 const mean = (rows) => rows[0].map((_, expert) => rows.reduce((sum, row) => sum + row[expert], 0) / rows.length);
@@ -318,7 +325,9 @@ async function start() {
   at("modules").hidden = modules.length < 2;
   if (modules.length > 1) at("module").append(new Option("mean over modules", ""));
   for (const module of modules) at("module").append(new Option(module, module));
-  document.querySelector(".sliders").append(...Array.from({ length: run.experts }, (_, expert) => slider(expert)));
+  at("hand").hidden = run.clustered;
+  at("no-sliders").hidden = !run.clustered;
+  if (!run.clustered) document.querySelector(".sliders").append(...Array.from({ length: run.experts }, (_, expert) => slider(expert)));
   if (run.tasks.length) {
     at("task").value = run.tasks[0];
     await chooseTask();

@@ -1,0 +1,43 @@
+"""The table of all methods' options, from the classes that define them.
+
+``badit keys`` and the check of a recipe's keys read the committed copy, because the classes need
+torch and PEFT, whose import takes seconds. ``python -m badit.authoring.method_table`` writes it
+again after a change of an option.
+"""
+
+import json
+from importlib.metadata import version
+from typing import Any
+
+from badit.authoring.keys import as_yaml
+from badit.recipe.loading import METHOD_TABLE, method_table
+from badit.recipe.method import NAMES, options_of
+from badit.support.files import write_text
+
+
+def present_table() -> dict[str, Any]:
+    """Returns the table of the installed releases; its form is that of :func:`method_table`."""
+    methods: dict[tuple[str, str, str], list[str]] = {}
+    for name in NAMES:
+        for key, default, text in options_of(name):
+            # Methods that share an option with its default share an entry.
+            option = (key, as_yaml(default), " ".join(text.split()))
+            methods.setdefault(option, []).append(name)
+    options = []
+    for (key, default, text), names in methods.items():
+        options.append({"key": key, "default": default, "methods": names, "text": text})
+    return {"peft": version("peft"), "names": NAMES, "options": options}
+
+
+def write_table() -> None:
+    """Writes the committed table; names that only other releases of PEFT have stay."""
+    former = method_table()
+    table = present_table()
+    known = {option["key"] for option in table["options"]}
+    names = {option["key"] for option in former["options"]} | {*former["of_other_releases"]}
+    table["of_other_releases"] = sorted(names - known)
+    write_text(METHOD_TABLE, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    write_table()

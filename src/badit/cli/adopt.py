@@ -1,0 +1,36 @@
+"""``badit adopt``."""
+
+import shlex
+from pathlib import Path
+
+from badit.cli.app import Output, app, load, refuse_missing_data
+from badit.runs.folder import refuse_no_adapter
+
+
+@app.command
+def adopt(
+    adapter: str, *overrides: str, data: str | None = None, output: Output = "runs/adopted"
+) -> str:
+    """Make a run of an adapter that a script trained (TRL, transformers' Trainer, Axolotl).
+
+    generate, evaluate, export, analyze, push and studio then accept it. Nothing is trained. The
+    base model is loaded once with the adapter, to check that they fit.
+
+    Args:
+        adapter: the folder with adapter_config.json and adapter_model.safetensors, such as a
+            checkpoint of a trainer.
+        overrides: key=value of the sections model, data, prompt and evaluation, such as
+            model.name=org/name or data.columns.input=text.
+        data: tasks to score and to analyze: a file, a folder, a dataset on the hub or 'builtin'
+            (default: none).
+        output: the folder of the run, which must be new or empty.
+    """
+    refuse_no_adapter(adapter)
+    if data is not None:
+        refuse_missing_data(data)
+    run = load("badit.authoring.adoption").adopt(Path(adapter), output, data, {}, overrides)
+    method = run.recipe.method["name"]
+    command = ["badit", "generate" if data is None else "evaluate", str(run.path)]
+    if data is None:
+        command.append("PROMPT")
+    return f"Run: {run.path} ({method} on {run.recipe.model.name})\nNext: {shlex.join(command)}"

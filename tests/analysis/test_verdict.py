@@ -1,0 +1,75 @@
+"""The verdict on conflicts: which pairs are named, how sure they are, and the next command."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from badit.analysis.verdict import Measured, conflict_verdict, measured_in
+
+RUN = Measured("runs/mine", "data.csv", "smollm2-135m")
+BASE = Measured("smollm2-135m", "data.csv", "smollm2-135m", is_run=False)
+CONFLICT = {"cosine": -0.3, "corrected_cosine": -0.4, "low": -0.4, "high": -0.2, "conflict": 1.0}
+UNSURE = {**CONFLICT, "low": -0.7, "high": 0.1}
+AGREEMENT = {"cosine": 0.3, "corrected_cosine": 0.4, "low": 0.2, "high": 0.4, "conflict": 0.0}
+UNDECIDED = {**UNSURE, "conflict": np.nan, "instances_needed": 18.0}
+
+
+def verdict_of(*pairs, measured=RUN, kind="adapter"):
+    rows = [
+        {"task_a": f"a{i}", "task_b": f"b{i}", "parameters": kind, "instances_needed": 8.0, **pair}
+        for i, pair in enumerate(pairs)
+    ]
+    columns = ["task_a", "task_b", "parameters", *CONFLICT, "instances_needed"]
+    return conflict_verdict(pd.DataFrame(rows, columns=columns), measured)
+
+
+def test_pairs_beyond_noise_are_named_with_their_interval_and_a_comparison():
+    verdict = verdict_of(AGREEMENT, CONFLICT, UNSURE, {**CONFLICT, "corrected_cosine": -0.9})
+    first, second, third, sure = verdict.sentences
+    assert first == "2 pairs of 4 conflict beyond noise."
+    assert second == "a3 and b3: cosine −0.30, 95 % interval −0.40 to −0.20."
+    assert third.startswith("a1 and b1: ")
+    assert "about 0.1 of 4 such intervals" in sure
+    assert verdict.command.startswith("badit compare own-tasks data.source=data.csv")
+
+
+def test_of_many_conflicts_the_strongest_five_are_named():
+    pairs = [{**CONFLICT, "corrected_cosine": -0.1 * i} for i in range(8)]
+    sentences = verdict_of(*pairs).sentences
+    named = [
+        sentence.split()[0] for sentence in sentences if "95 %" in sentence and ":" in sentence
+    ]
+    assert named[:5] == ["a7", "a6", "a5", "a4", "a3"]
+    assert "And 3 more." in sentences
+
+
+@pytest.mark.parametrize("measured", [RUN, BASE])
+def test_undecided_pairs_ask_for_more_instances(measured):
+    verdict = verdict_of(UNDECIDED, UNDECIDED, AGREEMENT, measured=measured)
+    assert verdict.sentences[0] == "No conflict beyond noise among 1 decided pair of tasks."
+    assert "2 pairs of 3 not decided" in verdict.sentences[1]
+    data = "" if measured is RUN else " --data data.csv"
+    expected = f"badit analyze {measured.target} --instances 18{data} -o runs/analysis-18"
+    assert verdict.command == expected
+    assert "does not decide" in verdict_of(UNDECIDED).sentences[0]
+    # Without a prediction, or if too many are needed, more instances are no answer.
+    for needed in (np.nan, 5000.0):
+        verdict = verdict_of({**UNDECIDED, "instances_needed": needed}, measured=measured)
+        assert "--instances" not in verdict.command
+
+
+def test_without_conflicts_the_next_step_is_to_use_or_to_train():
+    assert verdict_of(AGREEMENT).command == "badit generate runs/mine PROMPT"
+    assert verdict_of(AGREEMENT, measured=BASE).command == (
+        "badit train own-tasks data.source=data.csv model.name=smollm2-135m"
+    )
+    assert verdict_of() is None, "a single task"
+
+
+def test_what_was_measured_is_read_from_any_recipe(tmp_path):
+    config = {"model": {"name": "m"}, "data": {"source": "d"}, "method": {"name": "base"}}
+    assert measured_in(tmp_path, config) == Measured("m", "d", "m", is_run=False)
+    config["method"] = {"name": "lora"}
+    assert measured_in(tmp_path, config) == Measured(str(tmp_path), "d", "m")
+    for damaged in ({}, {"model": 3, "data": {"source": [1]}, "method": None}):
+        assert measured_in(tmp_path, damaged) == Measured(str(tmp_path), "DATA", None)

@@ -1,0 +1,50 @@
+"""The Slurm scripts in the documentation, with stand-ins for Slurm's commands."""
+
+import os
+import re
+import subprocess
+
+from torch.distributed.run import get_args_parser
+
+from docs.pages import ROOT
+
+# A command that prints its name and arguments, one per line.
+ECHO = '#!/bin/bash\nprintf "%s\\n" "$(basename "$0")" "$@" --end\n'
+
+
+def run_script(script, folder):
+    """Runs a script, and returns the arguments of each stand-in that it calls."""
+    for name, text in (
+        ("srun", ECHO),
+        ("badit", ECHO),
+        ("sleep", "#!/bin/bash\n"),
+        ("scontrol", "#!/bin/bash\nprintf 'first\\nsecond\\n'\n"),
+    ):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    slurm = {"NNODES": "2", "GPUS_ON_NODE": "8", "JOB_ID": "7", "JOB_NODELIST": "node[1-2]"}
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    environment |= {f"SLURM_{name}": value for name, value in slurm.items()}
+    done = subprocess.run(
+        ["bash", "-eu", "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    calls = [call.split("\n") for call in done.stdout.split("\n--end\n") if call]
+    return sorted(calls)
+
+
+def test_slurm_scripts_start_the_documented_commands(tmp_path):
+    page = (ROOT / "docs/several-gpus.md").read_text("utf-8")
+    train, compare = re.findall(r"```sh\n(#!/bin/bash\n.*?)```", page, re.S)
+    ((_, launcher, *arguments),) = run_script(train, tmp_path)
+    assert launcher == "torchrun"
+    parsed = get_args_parser().parse_args(arguments)
+    assert (parsed.nnodes, parsed.nproc_per_node, parsed.rdzv_endpoint) == ("2", "8", "first:29500")
+    assert (parsed.module, parsed.training_script) == (True, "badit")
+    assert parsed.training_script_args == ["train", "recipe.yaml", "output=/shared/runs/mine"]
+    badit, *ray = run_script(compare, tmp_path)
+    assert badit[:5] == ["badit", "compare", "recipe.yaml", "--ray", "first:6379"]
+    assert {word for call in ray for word in call} >= {
+        "--head",
+        "--address=first:6379",
+        "--nodes=1",
+    }
