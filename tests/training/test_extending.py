@@ -283,8 +283,8 @@ def test_two_processes_extend_as_one_or_are_refused(recipe_values, tmp_path, pro
         str(data),
         f"output={tmp_path / name}",
         f"training.per_device_train_batch_size={batch}",
-        "data.validation_per_task=2",
-    ]
+        "training.eval_strategy='no'",
+    ]  # 12 instances: no step has fewer than the others
     launches.command = "extend"
     if engine == "fsdp2":
         said = launches.train("refused", 2, engine, code=2)
@@ -293,9 +293,5 @@ def test_two_processes_extend_as_one_or_are_refused(recipe_values, tmp_path, pro
     launches.train_alone("one", batch=4)
     launches.train("two", 2, engine)
     two, one = learned(launches.run("two")), learned(launches.run("one"))
-    # Adam amplifies rounding in directions with a small gradient, so factors are not compared.
-    trained_names = [name for name in one if name.endswith(("A_1", "B_1", "gates_1", "spread_1"))]
-    for name in trained_names:
-        del one[name], two[name]
-    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
-    assert losses(launches.run("two")) == pytest.approx(losses(launches.run("one")), abs=1e-3)
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
+    assert losses(launches.run("two")) == pytest.approx(losses(launches.run("one")), abs=1e-4)
