@@ -138,6 +138,7 @@ def test_few_rows_give_no_validation_or_rate_search_and_any_file_name_works(tmp_
         [
             "data.order=[rivers, cities]",
             "data.train_per_task=5",
+            "extend.own_experts=false",
             "method.regroup={every: 0.2, stop: 0.5}",
         ],
         ["data.sampling=balanced", "data.train_per_task=7", "method={name: full}"],

@@ -104,13 +104,15 @@ def test_noise_is_separated_into_seeds_instances_and_single_scores():
     )
 
 
-def test_readme_names_the_baselines_that_three_seeds_do_not_separate_from_badit():
+def test_evidence_names_the_baselines_that_three_seeds_do_not_separate_from_cluster_gates():
     t_interval = load_script("noise")["t_interval"]
     root = Path(__file__).parents[1]
     results = load_results(root / "benchmarks/results/evidence-cpu")
     results = replace(results, reference="badit")
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    paragraph = next(line for line in readme.splitlines() if line.startswith("- **Other baselines"))
+    evidence = (root / "docs" / "evidence.md").read_text(encoding="utf-8")
+    paragraph = next(
+        line for line in evidence.splitlines() if line.startswith("**Against the other baselines")
+    )
     undecided = []
     for method in ("lora-plus", "lora-orthogonal", "mtl-lora", "goat", "loramoe", "hydralora",
                    "pissa", "lora-rank-4"):  # fmt: skip

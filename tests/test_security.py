@@ -216,14 +216,20 @@ LINKED = {
     **dict.fromkeys(["evaluate", "analyze", "report", "table"], "RUN"),
     **dict.fromkeys(["studio", "serve"], "RUN --port=0"),
     "generate": "RUN Hello", "push": "RUN org/x", "harness": "RUN --tasks=arc_easy",
-    "demo": "output=RUN",
+    "demo": "output=RUN", "extend": "RUN builtin", "adopt": "RUN",
     "analyze to": "MODEL --data=builtin --output=RUN", "serve exports": "WHOLE RUN --port=0",
     "export": "RUN --output=NEW", "export to": "WHOLE --output=RUN",
     "export gates": "WHOLE --output=NEW --gates=RUN/gates.json",
 }  # fmt: skip
-LINKS = {"compare": "lora", "demo": "lora", "analyze to": "analysis"}  # default: adapter.partial
+LINKS = {
+    "compare": "lora",
+    "demo": "lora",
+    "analyze to": "analysis",
+    "adopt": "adapter_model.safetensors",
+}  # default: adapter.partial
 LINKS |= {"train again": "checkpoints", "compare again": "lora/lr-0.01/seed-0/log.txt"}
 HOLDS = dict.fromkeys(["compare again", "table"], "results.json")  # default: config.yaml
+HOLDS |= {"adopt": "adapter_config.json"}
 HOLDS |= dict.fromkeys(["push", "export to", "export gates"], "export.json")
 
 

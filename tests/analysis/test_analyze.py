@@ -35,7 +35,8 @@ def test_run_with_experts_has_all_tables_and_skips_finished_parts(
     monkeypatch.setattr(
         module, "measure_interference", lambda *a, **k: pytest.fail("measured again")
     )
-    assert analyze(run, instances=2, progress=False).keys() == INTERFERENCE | EXPERTS
+    tables = analyze(run, instances=2, progress=False)
+    assert tables.keys() == INTERFERENCE | EXPERTS | {"clusters"}
     monkeypatch.setattr(module, "load_run", lambda *a, **k: pytest.fail("loaded a model"))
     tables = analyze(run, instances=2, progress=False)
     for name in ("coactivation", "coactivation_tasks", "coactivation_pairs"):
@@ -95,7 +96,7 @@ def test_report_in_another_folder_shows_the_runs_scores(recipe_values, tmp_path,
     assert not (run / "analysis").exists()
     page = (apart / "report.html").read_text()
     assert "scores.json</code>" in page
-    assert "<code>analysis/gates.json</code> of apart" in page
+    assert "<code>analysis/clusters.json</code> of apart" in page
 
 
 def test_folder_in_use_is_refused_also_if_its_analysis_is_finished(
@@ -137,7 +138,10 @@ def test_input_errors_are_one_line_with_exit_code_2(model_folder, tmp_path, comm
     lonely, comparison = tmp_path / "lonely.jsonl", write_comparison(tmp_path / "comparison")
     lonely.write_text('{"task": "sums", "instruction": "Add.", "input": "1 1", "output": "2"}\n')
     for arguments, message in (
-        (["run", "--instances", "1"], "instances: must be at least 2"),
+        (
+            [str(model_folder), "--data", "builtin", "--instances", "1"],
+            "instances: must be at least 2",
+        ),
         (
             ["no-such-model"],
             "no-such-model: not a run's folder; to analyze a base model, set its tasks",

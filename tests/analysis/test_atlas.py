@@ -201,16 +201,20 @@ def test_atlas_includes_recovery_only_if_abilities_are_known(tiny_model, abiliti
     tables = atlas.ability_atlas(model, BATCHES, prompt_gates(model, BATCHES), prompts)
     names = [
         "gates",
+        "clusters",
         "gate_similarity",
         "expert_losses",
         "nearest_prompts",
         "abilities",
         "ability_recovery",
     ]
-    assert [table.attrs["name"] for table in tables] == names[: 6 if abilities else 5]
-    assert all(len(table) for table in tables)
+    assert [table.attrs["name"] for table in tables] == names[: 7 if abilities else 6]
+    # This model has a router.
+    assert [len(table) > 0 for table in tables] == [name != "clusters" for name in names][
+        : len(tables)
+    ]
     losses_TS, _ = atlas.expert_losses(model, BATCHES)
     rows = [(task, k, *losses_TS[t, [0, 1 + k]]) for t, task in enumerate(TASKS) for k in range(3)]
-    assert list(tables[2].itertuples(index=False, name=None)) == [
+    assert list(tables[3].itertuples(index=False, name=None)) == [
         (*row, row[3] - row[2]) for row in rows
     ]

@@ -133,7 +133,7 @@ def assert_same_rows(frame, expected):
             assert (found is None) == (expected_count is None)
             assert found is None or found == pytest.approx(expected_count, rel=1e-3, abs=1)
         for end in ends:
-            assert row.pop(end) == pytest.approx(twin.pop(end), abs=0.1)
+            assert row.pop(end) == pytest.approx(twin.pop(end), abs=0.06)
         assert row == pytest.approx(twin, abs=1e-4)
 
 

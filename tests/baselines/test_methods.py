@@ -44,7 +44,7 @@ def test_config_errors_are_one_line():
     for method, message in (
         (
             {"name": "hidralora"},
-            r"unknown method 'hidralora' \(did you mean 'hydralora'\?\); known: badit, lora, ",
+            r"unknown method 'hidralora' \(did you mean 'hydralora'\?\); known: badit, cluster-",
         ),
         ({"name": ["goat"]}, r"unknown method \['goat'\]"),
         (

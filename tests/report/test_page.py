@@ -240,7 +240,8 @@ def test_untrusted_text_never_becomes_markup_or_a_link(tmp_path):
         len([script for script in page.all("script") if script.get("type") != "application/json"])
         == 2
     )
-    assert all(name in page.text for name in (NASTY, *names))
+    # Long names are cut off in tables.
+    assert [name for name in (NASTY, *names) if name[:15] not in page.text] == []
     addresses = ("href", "src", "srcset", "data", "action", "formaction", "xlink:href", "srcdoc")
     for tag, attributes in page.elements:
         assert not [name for name in attributes if name.startswith("on") or name == "autofocus"], (

@@ -234,4 +234,4 @@ def test_errors_are_one_line_and_reported_before_a_model_is_loaded(monkeypatch, 
     monkeypatch.delitem(sys.modules, "badit.integrations.web")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     message = "module uvicorn is not installed; run pip install 'badit[studio]'"
-    assert message in command("studio", "no-run", code=2)
+    assert message in command("studio", run, code=2)

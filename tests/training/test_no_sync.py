@@ -105,6 +105,6 @@ def test_step_syncs_once_per_micro_batch_and_once_before_optimizer(
     # The number of labels determines the shape of the logits; the optimizer must skip steps that
     # are not finite.
     assert waits == {
-        "trainer.py:answer_losses": 3 * micro_batches,
+        "answers.py:answer_logits": 3 * micro_batches,
         "trainer.py:on_pre_optimizer_step": 3,
     }

@@ -119,6 +119,8 @@ class TaskGradients:
         # For the spread over instances: by kind, the sketch of every instance's whole gradient.
         self.whole_IM: dict[str, torch.Tensor] = {}
         self._instance = -1
+        self._sketch_size = sketch_size
+        self._next_bucket: dict[str, int] = {}
         self.sketches: dict[Place, list[SketchedSums]] = {}
         self._squares: dict[int, list[torch.Tensor]] = {}  # by layer, (T, U) of each weight
         # A fixed seed, so that a repeated analysis has the same tables.
@@ -153,18 +155,21 @@ class TaskGradients:
     ) -> Callable[[torch.Tensor], None]:
         """Returns the function that adds a parameter's sketch to that of its instance."""
         size = sketch.sums_RM.shape[1]
-        whole_IM = self.whole_IM.get(kind)
-        if whole_IM is None or whole_IM.shape[1] < size:
-            missing = size - (0 if whole_IM is None else whole_IM.shape[1])
-            empty = sketch.sums_RM.new_zeros(instances, missing)
-            self.whole_IM[kind] = empty if whole_IM is None else torch.cat([whole_IM, empty], 1)
-        # Random signs, because the sketches of several parameters share the buckets.
+        if kind not in self.whole_IM:
+            self.whole_IM[kind] = sketch.sums_RM.new_zeros(instances, self._sketch_size)
+            self._next_bucket[kind] = 0
+        # The parameters follow one another, so those that fit together share no buckets.
+        first = self._next_bucket[kind]
+        self._next_bucket[kind] = first + size
+        buckets_M = (first + torch.arange(size)) % self._sketch_size
+        buckets_M = buckets_M.to(self.whole_IM[kind].device)
+        # Random signs, for those that share buckets.
         signs_M = random_signs(size, generator).to(sketch.sums_RM)
 
         def add(sketch_M: torch.Tensor) -> None:
-            whole_IM = self.whole_IM[kind]
+            of_instance_M = self.whole_IM[kind][self._instance]
             # The layers of a large model may be on several devices.
-            whole_IM[self._instance, :size] += (signs_M * sketch_M).to(whole_IM.device)
+            of_instance_M.index_add_(0, buckets_M, (signs_M * sketch_M).to(of_instance_M.device))
 
         return add
 

@@ -19,7 +19,15 @@ from badit.runs.resolved import ResolvedRun
 from badit.support.console import status
 from badit.support.environment import environment
 from badit.support.errors import BaditError, explained, first_line
-from badit.support.files import exclusive, read_json, remove, replace_folder, write_json, write_text
+from badit.support.files import (
+    exclusive,
+    read_json,
+    refuse_links,
+    remove,
+    replace_folder,
+    write_json,
+    write_text,
+)
 from badit.training.loading import load_base, model_dtype
 from badit.training.methods import training_method
 from badit.tuner.config import ExpertConfig
@@ -103,6 +111,7 @@ def _refuse_unsuitable(run: ResolvedRun, model: Any, copied: Path, adapter: Path
 def _refuse_missing(adapter: Path) -> None:
     """Raises BaditError unless the folder has an adapter's configuration and its weights."""
     refuse_no_adapter(adapter)
+    refuse_links(adapter)
     if not (adapter / SAFETENSORS_WEIGHTS_NAME).is_file():
         fix = "save the adapter with safe_serialization=True; pickled weights are not read"
         raise BaditError(f"{adapter}: has no {SAFETENSORS_WEIGHTS_NAME}; {fix}")

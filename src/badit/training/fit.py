@@ -6,10 +6,12 @@ training continues from its last checkpoint.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from peft.utils import CONFIG_NAME
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -27,7 +29,7 @@ from badit.runs.resolved import ResolvedRun
 from badit.support.console import is_main_process, quiet, say, status
 from badit.support.environment import environment, peak_memory
 from badit.support.errors import BaditError
-from badit.support.files import copy_folder, replace_folder, write_json
+from badit.support.files import copy_folder, read_json, replace_folder, write_json
 from badit.training.attention import fast_on_short_sequences
 from badit.training.checkpoints import Checkpoints, discard, last_checkpoint, safe_resuming
 from badit.training.encoding import encoded, refuse_beyond_model
@@ -148,11 +150,11 @@ class _Stage:
         template = self.recipe.prompt.chat_template
         inputs = base_fingerprints(base) | tokenizer_fingerprint(tokenizer, template)
         keep_inputs(self.run.folder, inputs, allow_changed_inputs)
-        model = self._adapted(base)
+        checkpoint = last_checkpoint(self.folder.checkpoints_path)
+        model = self._adapted(base, checkpoint)
         data = self._data(tokenizer, base)
         keep_inputs(self.run.folder, self._fingerprint_of(data), allow_changed_inputs)
         was_deterministic = torch.are_deterministic_algorithms_enabled()
-        checkpoint = last_checkpoint(self.folder.checkpoints_path)
         # Starts the group of processes.
         arguments = training_arguments(self.run, self.folder.path, self.seed, checkpoint)
         with status(f"preparing the data for {self.method.name}", in_logs=True):
@@ -191,11 +193,11 @@ class _Stage:
             name += f" of {self.tasks[0].name}"
         return {name: data.examples.fingerprint}
 
-    def _adapted(self, base: Any) -> Any:
+    def _adapted(self, base: Any, checkpoint: Path | None) -> Any:
         with status(f"preparing the model for {self.method.name}", in_logs=True):
             previous = self.run.starts_from(self.number)
             if previous is None:
-                model = self.method.apply(base, self._task_names())
+                model = self.method.apply(base, self._task_names(checkpoint))
             else:
                 model = self.method.proceed(base, previous)
             names = [task.name for task in self.tasks]
@@ -206,10 +208,15 @@ class _Stage:
             model.enable_input_require_grads()
         return model
 
-    def _task_names(self) -> list[str]:
+    def _task_names(self, checkpoint: Path | None) -> list[str]:
         """Returns the names of the tasks that a new adapter is trained on."""
         if self.method.resolved.needs_tasks:  # of all stages
             return [task.name for task in self.run.tasks]
+        if checkpoint is not None and (checkpoint / CONFIG_NAME).is_file():
+            # Tasks may have been added to the data since the clusters were found.
+            saved = read_json(checkpoint / CONFIG_NAME).get("tasks")
+            if saved is not None:
+                return saved
         return [task.name for task in self.tasks]
 
     def _data(self, tokenizer: PreTrainedTokenizerBase, base: Any) -> _StageData:

@@ -124,7 +124,7 @@ class ExpertConfig(PeftConfig):
     needs_tasks: ClassVar[bool] = False  # the task of every row must be set with Hooks.rows_of
     needs_whole_weights: ClassVar[bool] = False  # not for sharded weights (FSDP, DeepSpeed)
     shares_A: ClassVar[bool] = False  # all experts share one A of r rows
-    extensions: Any = ()  # tasks that were added later, of BADIT
+    extensions = ()  # tasks that were added later; of BADIT, which overrides it with a field
     top_k = None  # methods with gates of only the top_k experts override it with an option
 
     num_experts: Count = option(8, "Number of experts, K.")
