@@ -6,6 +6,7 @@ For every method: the paired differences to LoRA in NLL and Rouge-L, with their 
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 import altair as alt
 import pandas as pd
@@ -43,11 +44,11 @@ def differences(metric: str) -> pd.DataFrame:
     return summary.loc[list(NAMES.values())].reset_index()
 
 
-def panel(metric: str) -> alt.LayerChart:
+def panel(metric: str) -> Any:
     """Returns the dots and intervals of a metric, with a line at LoRA's score."""
     frame = differences(metric)
-    labels = {"axis": alt.Axis(labelLimit=200)} if metric == "nll" else {"axis": None}
-    row = alt.Y("method:N", sort=None, title=None, **labels)
+    labels = alt.Axis(labelLimit=200) if metric == "nll" else None
+    row = alt.Y("method:N", sort=None, title=None, axis=labels)
     colour = alt.condition(
         alt.datum.method == "cluster-gates", alt.value("#b5432a"), alt.value("#5d626b")
     )

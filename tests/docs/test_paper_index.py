@@ -66,7 +66,7 @@ def test_documented_paper_values_match_the_paper_recipe():
 
 
 def test_every_default_is_documented():
-    peft = {*fields(PeftConfig), FORMAT_FIELD, "past_branches", "tasks"}
+    peft = {*fields(PeftConfig), FORMAT_FIELD, "past_branches", "tasks", "extensions"}
     names = {
         "BaditConfig": fields(BaditConfig).keys() - peft,
         "NeuronOptions": fields(NeuronOptions),

@@ -596,7 +596,9 @@ def test_the_base_model_called_with_embeddings_or_conflicting_options_is_refused
     embedded = model.get_input_embeddings()(torch.randint(4, 90, (2, 7)))
     refuses("key='embedding'.*call the whole model with input_ids", model, inputs_embeds=embedded)
     refuses("key: 'embedding' needs gates='clusters'", config, key="embedding")
-    refuses("codes: 'matched' needs key='embedding'", config, **CLUSTERS, codes="matched")
+    refuses(
+        "codes: 'matched' needs key='embedding'", config, **CLUSTERS, key="layer", codes="matched"
+    )
     refuses("permute_codes: needs codes", config, **KEY, permute_codes=True)
 
 

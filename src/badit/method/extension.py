@@ -119,7 +119,10 @@ def top_directions(image_OM: Tensor, basis_MI: Tensor, rank: int) -> Tensor:
     """Returns the top right singular vectors (R, I) of G Q Qᵀ, for the image G Q (O, M)."""
     image_OM = image_OM.detach().double().cpu()
     _, _, rotation_MM = torch.linalg.svd(image_OM, full_matrices=True)
-    return rotation_MM[:rank] @ basis_MI.double().cpu()
+    directions_RI = rotation_MM[:rank] @ basis_MI.double().cpu()
+    # A decomposition leaves the signs open; rounding must not choose them.
+    largest_R1 = directions_RI.abs().argmax(dim=1, keepdim=True)
+    return directions_RI * directions_RI.gather(1, largest_R1).sign()
 
 
 def add_to_sketch(sketch_MI: Tensor, probe_MO: Tensor, x_PI: Tensor, gradient_PO: Tensor) -> None:

@@ -14,7 +14,7 @@ from badit.recipe.schema import ExtendSection
 from badit.runs.fingerprints import base_fingerprints, changed_inputs, tokenizer_fingerprint
 from badit.runs.folder import RunFolder
 from badit.runs.resolved import ResolvedRun
-from badit.support.console import say, status
+from badit.support.console import is_main_process, say, status
 from badit.support.errors import BaditError
 from badit.training.loading import load_base
 from badit.training.methods import training_method
@@ -82,8 +82,9 @@ def check_extension(run: ResolvedRun) -> None:
             batches, threshold=section.coverage, clusters=section.clusters
         )
     _refuse(result, section, names)
-    for line in report(result, section):
-        say(f"badit: {line}")
+    if is_main_process():
+        for line in report(result, section):
+            say(f"badit: {line}")
 
 
 def _earlier_run(run: ResolvedRun) -> RunFolder:

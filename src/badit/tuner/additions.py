@@ -289,8 +289,9 @@ def _natural_gates(layers: Sequence[Any], adapter: str, losses: Losses) -> dict[
             pass
     num_gates = layers[0].badit_config[adapter].num_gates
     # No token may reach a layer, as an expert of an MoE.
-    nothing = [torch.zeros(num_gates)]
-    return {layer: torch.stack(sums.get(layer, nothing)).mean(dim=0) for layer in layers}
+    nothing = [torch.zeros(num_gates + 1)]
+    totals = {layer: torch.stack(sums.get(layer, nothing)).sum(dim=0) for layer in layers}
+    return {layer: total[:-1] / total[-1].clamp_min(1) for layer, total in totals.items()}
 
 
 @contextmanager
@@ -300,7 +301,8 @@ def _recorded(
     def record(layer: Any, compute: Callable, name: str, x: Tensor) -> Tensor:
         gates = compute(name, x)
         if name == adapter:
-            sums[layer].append(gates.detach().flatten(0, -2).mean(dim=0))
+            # With a count, so that the mean does not depend on the division into batches.
+            sums[layer].append(F.pad(gates.detach().flatten(0, -2), (0, 1), value=1.0).sum(dim=0))
         return gates
 
     try:

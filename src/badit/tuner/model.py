@@ -491,15 +491,21 @@ class BaditModel(ExpertModel):
                 set_clusters(routing.extension_holders[adapter], adapter, keys, examples)
 
     def _losses(self, batches: TaskBatches, with_gradients: bool) -> Iterator[Tensor]:
-        """Yields the loss of the first training rows of each task, the same at every call."""
+        """Yields the loss of the first training rows of each task, the same at every call.
+
+        The sum over answer tokens, which does not depend on the division into batches.
+        """
         rows = max(1, GRADIENT_ROWS // len(batches))
         for task_batches in batches.values():
             for batch, tensors, mask_BT, _ in self._first_prompts(task_batches, rows):
-                with torch.set_grad_enabled(with_gradients):
-                    output = self._run_layers(batch, tensors, mask_BT, tensors.get("labels"))
-                if getattr(output, "loss", None) is None:
+                if "labels" not in tensors:
                     raise BaditError("start_task: the batches of a new task need labels")
-                yield output.loss
+                # No position predicts the label of the first token.
+                answer_tokens = (tensors["labels"][:, 1:] != IGNORED_LABEL).sum()
+                with torch.set_grad_enabled(with_gradients):
+                    output = self._run_layers(batch, tensors, mask_BT, tensors["labels"])
+                    loss = output.loss * answer_tokens
+                yield loss
 
     def _find_abilities(
         self, unclustered: Sequence[Place], batches: TaskBatches, prompts: int
