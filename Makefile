@@ -154,7 +154,7 @@ $(INTEGRATIONS)/%/.done: tests/integrations/%.txt pyproject.toml
 
 # In a separate folder, because Ray brings its own versions of some packages.
 test-ray: $(VENV)/.dev $(VENV)/ray  ## badit compare --ray on a cluster of two nodes on this machine
-	PYTHONPATH=$(abspath $(VENV)/ray) RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1 \
+	PYTHONPATH=$(abspath $(VENV)/ray) RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0 OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -m slow tests/comparison/test_ray.py
 
 $(VENV)/ray: pyproject.toml | $(VENV)/.dev

@@ -125,6 +125,7 @@ def test_evidence_names_the_baselines_that_three_seeds_do_not_separate_from_clus
 
 # Of the compiler's own code.
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.slow
 def test_every_part_of_the_gpu_benchmark_runs_on_a_cpu(material, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks" / "speed")

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._dynamo
 from measure import Samples, in_turns, keep, options, ratio
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -110,6 +111,8 @@ class Machine:
         model = get_peft_model(self.base(form), config)
         hooks_of(model).start_task({"all": self.prompts()})
         if form == "compiled":
+            # Each model's layers are compiled with and without gradients.
+            torch._dynamo.config.recompile_limit = 64
             for layer in model.get_base_model().model.layers:
                 layer.compile(fullgraph=True)
         return model.train()

@@ -65,12 +65,12 @@ def test_a_cell_of_a_killed_node_resumes_on_another(values, cluster, inline, tmp
 
 def test_failures_are_those_of_the_cell_and_a_missing_cluster_is_refused(values, cluster):
     cluster.add_node(num_cpus=2, **_NODE)
-    values["compare"]["methods"] = {"lora": {"name": "lora", "target_modules": ["nowhere"]}}
+    values["compare"]["methods"] = {"lora": {"name": "lora", "training": {"learning_rate": 1e38}}}
     results = compare(values, ray=cluster.address, progress=False)
     (error,) = results.cells["error"]
-    assert "Target modules" in error
-    log = Path(values["output"]) / "lora" / "lr-0.01" / "seed-0" / "log.txt"
-    assert "Traceback" in log.read_text()
+    folder = Path(values["output"]) / "lora" / "lr-1e+38" / "seed-0"
+    assert error == (folder / "error.txt").read_text().strip()
+    assert "Traceback" in (folder / "log.txt").read_text()
     ray.shutdown()
     with pytest.raises(BaditError, match=r"--ray: cannot be reached .* ray start --head"):
         compare(values, ray="127.0.0.1:1", progress=False)
