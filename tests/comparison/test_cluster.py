@@ -67,15 +67,15 @@ def test_cells_get_their_resources_and_the_folder_of_the_comparison(
     monkeypatch.chdir(tmp_path)
     values["output"] = "relative"
     values["compare"] |= {"methods": LORA, "resources": {"cpu": 3, "gpu": 1, "place": 0.5}}
-    results = compared(values, ray="head:6379")
+    results = compared(values, ray="auto")
     assert by_status(results, status="done") == ["lora/0"]
-    assert ray.address == "head:6379"
+    assert ray.address == "auto"
     asked = {name: Task.asked[name] for name in ("num_cpus", "num_gpus", "resources")}
     assert asked == {"num_cpus": 3, "num_gpus": 1, "resources": {"place": 0.5}}
     assert Finished.threads == 3
     # A finished comparison starts no task again.
     Task.asked = None
-    compared(values, ray="head:6379")
+    compared(values, ray="auto")
     assert Task.asked is None
 
 
@@ -134,6 +134,10 @@ def test_a_missing_extra_and_a_missing_cluster_are_named(values, ray, monkeypatc
         BaditError, match=r"--ray: cannot be reached .*no cluster.*ray start --head"
     ):
         compare_module.compare(values, ray="auto")
+    # Ray itself would end the process after some minutes.
+    ray.init = lambda address, **options: None
+    with pytest.raises(BaditError, match=r"--ray: cannot be reached .*refused"):
+        compare_module.compare(values, ray="127.0.0.1:1")
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "badit.comparison.cluster")
     with pytest.raises(BaditError, match=r"pip install 'badit\[ray\]'"):

@@ -9,6 +9,7 @@ another node, where the run resumes from its last checkpoint.
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ class Cluster:
     def __init__(self, address: str, resources: Mapping[str, float], variables: Sequence[str]):
         stop = signal.getsignal(signal.SIGTERM)
         with explained("--ray", action="reached", fix="start it: ray start --head", any_error=True):
+            _connect(address)
             ray.init(address, ignore_reinit_error=True, log_to_driver=False, logging_level="error")
         # Ray replaces the handler, with which the comparison stops its cells.
         if threading.current_thread() is threading.main_thread():
@@ -76,6 +78,13 @@ class Cluster:
         return ClusterCell(
             folder, run.remote(place, score, threads, os.getcwd(), self._environment)
         )
+
+
+def _connect(address: str) -> None:
+    """Raises OSError if nothing listens at an address HOST:PORT; Ray would end this process."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _ray_names(resources: Mapping[str, float]) -> dict[str, float]:
