@@ -284,6 +284,7 @@ def test_two_processes_extend_as_one_or_are_refused(recipe_values, tmp_path, pro
         f"output={tmp_path / name}",
         f"training.per_device_train_batch_size={batch}",
         "training.eval_strategy='no'",
+        "training.eval_steps=null",
     ]  # 12 instances: no step has fewer than the others
     launches.command = "extend"
     if engine == "fsdp2":
