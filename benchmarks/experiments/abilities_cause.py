@@ -12,18 +12,15 @@ interrupted continues from its last checkpoint in runs/abilities-cause, at most 
 Shape suffixes as in badit: B = batch, T = positions, I = in features, K = experts, N = components,
 C = clusters, S = prompts, L = answer tokens, V = vocabulary.
 
-Run it in a checkout of commit deee141f, whose modules it changes.
+Run it, with cell_losses.py, in a checkout of commit deee141f, whose modules it changes.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -31,7 +28,6 @@ from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from badit.files import append_to_log, read_json, read_jsonl, rewind_log, write_text
@@ -39,7 +35,15 @@ from badit.methods import AdapterMethod, build_method
 from badit.run import Run
 from badit.train import fit
 from badit.trainer import AnswerTrainer, answer_losses
-from scipy import stats
+from cell_losses import (
+    difference_columns,
+    instance_means,
+    losses_by_task,
+    records_of,
+    result_text,
+    say,
+    screening_loss,
+)
 from torch import nn
 from transformers import TrainerCallback
 
@@ -61,7 +65,6 @@ RUNS = HERE.parents[1] / "runs" / "abilities-cause"  # of cells without a result
 RECORDS = "records.jsonl"  # in a run's folder, the loss of every instance
 
 SEEDS = (20, 21, 22)
-FIRST_STEP = 21  # the first step whose losses count
 OFFSET_RATE = 5  # the learning rate of the offsets, relative to that of A and B
 RIDGE = 1e-3  # added to the vocabulary's covariance, relative to its mean variance
 PROMPTS_PER_CLUSTER = 32  # as in BaditModel.start_task
@@ -253,17 +256,12 @@ class RecordingTrainer(AnswerTrainer):
         def recorded_losses(model: Any, inputs: Any, **options: Any) -> Any:
             losses_L, row_L, outputs = answer_losses(model, inputs, **options)
             means_B = instance_means(losses_L.detach(), row_L, len(inputs["labels"]))
-            self._record(inputs["tasks"], means_B)
+            step = self.state.global_step + 1
+            append_to_log(self.records_path, *records_of(step, inputs["tasks"], means_B))
             return losses_L, row_L, outputs
 
         with patch.object(TRAINER, "answer_losses", recorded_losses):
             return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def _record(self, tasks: Sequence[str], losses: Sequence[float]) -> None:
-        step = self.state.global_step + 1
-        pairs = zip(tasks, losses, strict=True)
-        lines = [{"step": step, "task": task, "loss": round(loss, 4)} for task, loss in pairs]
-        append_to_log(self.records_path, *lines)
 
 
 class Records(TrainerCallback):
@@ -279,13 +277,6 @@ class Records(TrainerCallback):
         if state.global_step % 20 == 0:
             latest = [line["loss"] for line in read_jsonl(self.path)][-160:]
             say(f"  step {state.global_step}/{state.max_steps}: mean loss {fmean(latest):.3f}")
-
-
-def instance_means(losses_L: torch.Tensor, row_L: torch.Tensor, rows: int) -> list[float]:
-    """Returns the mean loss per answer token of every row of a batch."""
-    sums_B = torch.zeros(rows).index_add(0, row_L, losses_L)
-    counts_B = torch.bincount(row_L, minlength=rows).clamp_min(1)
-    return (sums_B / counts_B).tolist()
 
 
 class CellMethod(AdapterMethod):
@@ -339,24 +330,6 @@ def trained(cell: Cell, seed: int, folder: Path, **overrides: Any) -> tuple[Cell
         return method, fit(recipe, progress=False)
 
 
-def losses_by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[Any]]]:
-    """Returns, for every task, the steps and losses of its instances, in the order of training."""
-    found: Any = defaultdict(lambda: {"steps": [], "losses": []})
-    for record in records:
-        found[record["task"]]["steps"].append(record["step"])
-        found[record["task"]]["losses"].append(record["loss"])
-    return dict(sorted(found.items()))
-
-
-def screening_loss(tasks: Mapping[str, Mapping[str, list[Any]]]) -> float:
-    """Returns the mean over tasks of the mean loss of the instances of steps 21 to the last."""
-    means = []
-    for of_task in tasks.values():
-        pairs = zip(of_task["steps"], of_task["losses"], strict=True)
-        means.append(fmean(loss for step, loss in pairs if step >= FIRST_STEP))
-    return fmean(means)
-
-
 def run_cell(name: str, seed: int) -> None:
     """Trains a cell and writes its result."""
     say(f"{name}, seed {seed}: started")
@@ -371,27 +344,14 @@ def run_cell(name: str, seed: int) -> None:
         "recipe": run.recipe.model_dump(mode="json", exclude={"output", "compare"}),
         "tasks": tasks,
     }
-    write_result(result, path_of(name, seed))
+    write_text(path_of(name, seed), result_text(result))
     shutil.rmtree(run.path)
     loss, seconds = result["screening_loss"], environment["training"]["seconds"]
     say(f"{name}, seed {seed}: screening loss {loss:.4f} in {seconds:.0f} s")
 
 
-def write_result(result: Mapping[str, Any], path: Path) -> None:
-    """Writes a result atomically, with one line per key and one line per task."""
-    rows = [f"    {json.dumps(task)}: {json.dumps(of)}" for task, of in result["tasks"].items()]
-    parts = {key: json.dumps(value, ensure_ascii=False) for key, value in result.items()}
-    parts["tasks"] = "{\n" + ",\n".join(rows) + "\n  }"
-    lines = [f'  "{key}": {text}' for key, text in parts.items()]
-    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
-
-
 def path_of(name: str, seed: int) -> Path:
     return RESULTS / f"{name}-{seed}.json"
-
-
-def say(line: str) -> None:
-    print(time.strftime("%H:%M:%S"), line, flush=True)
 
 
 def read_losses(name: str) -> dict[int, float]:
@@ -415,18 +375,9 @@ def table() -> str:
         shared = sorted(found[name].keys() & found[other].keys())
         differences = [found[name][seed] - found[other][seed] for seed in shared]
         if differences:
-            lines.append(difference_row(name, other, differences))
+            row = [f"{name} − {other}", *difference_columns(differences)]
+            lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines).replace("-0.", "−0.")
-
-
-def difference_row(name: str, other: str, differences: list[float]) -> str:
-    """Returns a row of the table: a cell minus another, paired by seed."""
-    by_seed = ", ".join(f"{each:+.4f}" for each in differences)
-    mean, interval = np.mean(differences), ""
-    if len(differences) > 1:
-        ends = stats.t.interval(0.95, len(differences) - 1, mean, stats.sem(differences))
-        interval = "[{:+.4f}, {:+.4f}]".format(*ends)
-    return f"| {name} − {other} | {by_seed} | {mean:+.4f} | {interval} |"
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from scipy import stats
+from cell_losses import difference_columns
 
 from badit.support.files import read_json
 
@@ -43,13 +43,9 @@ def main() -> None:
             by_seed = ", ".join(f"{value:{form}}" for value in values)
             print(f"| {name} | {by_seed} | {fmean(values):{form}} | |")
         for name, other in PAIRS:
-            difference = np.subtract(scores(name, metric), scores(other, metric))
-            mean = difference.mean()
-            error = stats.sem(difference)
-            low, high = stats.t.interval(0.95, len(difference) - 1, mean, error)
-            by_seed = ", ".join(f"{value:+{form}}" for value in difference)
-            interval = f"[{low:+{form}}, {high:+{form}}]"
-            print(f"| {name} − {other} | {by_seed} | {mean:+{form}} | {interval} |")
+            difference = np.subtract(scores(name, metric), scores(other, metric)).tolist()
+            row = [f"{name} − {other}", *difference_columns(difference, f"+{form}")]
+            print(f"| {' | '.join(row)} |")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from screening import difference_columns
+from cell_losses import difference_columns
 
 from badit.api import plan
 from badit.models import load_tokenizer

@@ -6,11 +6,8 @@ unseen instance. Nothing is generated and no test instance is read.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import time
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,9 +16,16 @@ from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
-from scipy import stats
+from cell_losses import (
+    difference_columns,
+    instance_means,
+    losses_by_task,
+    records_of,
+    result_text,
+    say,
+    screening_loss,
+)
 from transformers import TrainerCallback
 
 from badit.api import plan
@@ -34,7 +38,6 @@ from badit.training.trainer import AnswerTrainer, answer_losses
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 RECIPE = BENCHMARKS.parent / "recipes" / "evidence-seeds-cpu.yaml"
-FIRST_STEP = 21  # the first step whose losses count
 RECORDS = "records.jsonl"  # in a run's folder, the loss of every instance
 
 
@@ -87,7 +90,7 @@ class Experiment:
             "recipe": run.recipe.model_dump(mode="json", exclude={"output", "compare"}),
             "tasks": tasks,
         }
-        _write_result(result, self.path_of(name, seed))
+        write_text(self.path_of(name, seed), result_text(result))
         seconds = result["environment"]["training"]["seconds"]
         shutil.rmtree(run.folder.path)
         say(
@@ -125,37 +128,6 @@ class Experiment:
         return "\n".join(lines).replace("-0.", "−0.")
 
 
-def difference_columns(differences: Sequence[float]) -> list[str]:
-    """Returns paired differences, their mean and its 95 % t interval as text."""
-    if not differences:
-        return ["", "", ""]
-    by_seed = ", ".join(f"{difference:+.4f}" for difference in differences)
-    interval = ""
-    if len(differences) > 1:
-        mean = float(np.mean(differences))
-        low, high = stats.t.interval(0.95, len(differences) - 1, mean, stats.sem(differences))
-        interval = f"[{low:+.4f}, {high:+.4f}]"
-    return [by_seed, f"{fmean(differences):+.4f}", interval]
-
-
-def losses_by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[Any]]]:
-    """Returns, for every task, the steps and losses of its instances, in the order of training."""
-    by_task: Any = defaultdict(lambda: {"steps": [], "losses": []})
-    for record in records:
-        by_task[record["task"]]["steps"].append(record["step"])
-        by_task[record["task"]]["losses"].append(record["loss"])
-    return dict(sorted(by_task.items()))
-
-
-def screening_loss(tasks: Mapping[str, Mapping[str, list[Any]]], last_step: int = 10**9) -> float:
-    """Returns the mean over tasks of the mean loss of the instances of the steps that count."""
-    means = []
-    for of_task in tasks.values():
-        pairs = zip(of_task["steps"], of_task["losses"], strict=True)
-        means.append(fmean(loss for step, loss in pairs if FIRST_STEP <= step <= last_step))
-    return fmean(means)
-
-
 class RecordingTrainer(AnswerTrainer):
     """Writes the loss of every training instance, as it is before the step that trains on it."""
 
@@ -167,20 +139,13 @@ class RecordingTrainer(AnswerTrainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         def recorded_losses(model: Any, inputs: Any, **options: Any) -> Any:
             losses_L, row_L, outputs = answer_losses(model, inputs, **options)
-            rows = len(inputs["labels"])
-            sums_B = torch.zeros(rows).index_add(0, row_L, losses_L.detach())
-            counts_B = torch.bincount(row_L, minlength=rows).clamp_min(1)
-            self._record(inputs["tasks"], (sums_B / counts_B).tolist())
+            means = instance_means(losses_L.detach(), row_L, len(inputs["labels"]))
+            step = self.state.global_step + 1
+            append_to_log(self.records_path, *records_of(step, inputs["tasks"], means))
             return losses_L, row_L, outputs
 
         with patch.object(trainer_module, "answer_losses", recorded_losses):
             return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def _record(self, tasks: Sequence[str], losses: Sequence[float]) -> None:
-        step = self.state.global_step + 1
-        pairs = zip(tasks, losses, strict=True)
-        lines = [{"step": step, "task": task, "loss": round(loss, 4)} for task, loss in pairs]
-        append_to_log(self.records_path, *lines)
 
 
 class _Records(TrainerCallback):
@@ -220,16 +185,3 @@ def _regroupings(folder: RunFolder) -> list[dict[str, Any]]:
     if not folder.regroupings_path.is_file():
         return []
     return list(read_jsonl(folder.regroupings_path))
-
-
-def _write_result(result: Mapping[str, Any], path: Path) -> None:
-    """Writes a result atomically, with one line per key and one line per task."""
-    rows = [f"    {json.dumps(task)}: {json.dumps(of)}" for task, of in result["tasks"].items()]
-    parts = {key: json.dumps(value, ensure_ascii=False) for key, value in result.items()}
-    parts["tasks"] = "{\n" + ",\n".join(rows) + "\n  }"
-    lines = [f'  "{key}": {text}' for key, text in parts.items()]
-    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
-
-
-def say(line: str) -> None:
-    print(time.strftime("%H:%M:%S"), line, flush=True)
