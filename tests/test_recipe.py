@@ -13,7 +13,7 @@ from badit.authoring.method_table import present_table
 from badit.comparison.grid import Grid
 from badit.data import Instance, Task
 from badit.recipe.arguments import RENAMED_ARGUMENTS, TrainingSection, argument_names
-from badit.recipe.loading import build_recipe, load_recipe, merged, method_table
+from badit.recipe.loading import build_recipe, load_recipe, merged, read_method_table
 from badit.recipe.saved import differing_keys, dump_recipe
 from badit.recipe.schema import expand_source
 from badit.runs.resolved import resolve
@@ -376,7 +376,7 @@ def test_environment_variables_in_the_source_are_expanded(monkeypatch):
 
 
 def test_table_of_methods_has_the_options_of_the_classes():
-    committed, present = method_table(), present_table()
+    committed, present = read_method_table(), present_table()
     assert committed["names"] == present["names"]
     known = {option["key"] for option in committed["options"]} | {*committed["of_other_releases"]}
     assert {option["key"] for option in present["options"]} <= known

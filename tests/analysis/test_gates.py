@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from analysis import naive_experts as naive
 from analysis.naive_experts import BATCHES, METHODS, ROWS, TASKS
 from badit.analysis.coactivation import coactivation, marked_experts
-from badit.analysis.experts import active_experts, adapted_layers, changed_gates
 from badit.analysis.gates import clusters_frame, gates_frame, prompt_gates
 from badit.baselines.branches import OLoraConfig
 from badit.tuner import BaditConfig, hooks_of
+from badit.tuner.experts import active_experts, adapted_layers, changed_gates
 from refusals import refuses
 from tuner import helpers
 

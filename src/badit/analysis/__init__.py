@@ -17,7 +17,6 @@ from pathlib import Path
 import pandas as pd
 
 from badit.analysis.atlas import Prompts, ability_atlas
-from badit.analysis.experts import active_experts
 from badit.analysis.gates import prompt_gates
 from badit.analysis.interference import measure_interference
 from badit.analysis.learning import (
@@ -44,6 +43,7 @@ from badit.support.files import exclusive, inside, refuse_links, write_json
 from badit.training.checkpoints import checksums
 from badit.training.encoding import encoded
 from badit.training.loading import load_run
+from badit.tuner.experts import active_experts
 
 
 def analyze(

@@ -18,11 +18,11 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from badit.analysis.experts import AdaptedLayer, active_experts, changed_gates
 from badit.analysis.gates import PromptGates, clusters_frame, gates_frame
 from badit.analysis.tables import INDEX, TEXT, Column, Table
 from badit.data import Instance, Task
 from badit.evaluation.losses import prompt_losses
+from badit.tuner.experts import AdaptedLayer, active_experts, changed_gates
 from badit.tuner.model import TaskBatches
 
 _NEAREST = 5

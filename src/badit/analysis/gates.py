@@ -21,7 +21,6 @@ import torch
 from accelerate.utils import send_to_device
 from peft import PeftModel
 
-from badit.analysis.experts import AdaptedLayer, active_experts, adapted_layers, changed_gates
 from badit.analysis.tables import INDEX, Column, Table, layer_and_module, span
 from badit.data import AnswerCollator, Task, batches_by_task
 from badit.method import prompt_mean
@@ -34,6 +33,7 @@ from badit.support.files import is_number, read_json, refuse_links, write_json
 from badit.training.encoding import encoded
 from badit.training.loading import model_dtype
 from badit.training.trainer import answer_losses
+from badit.tuner.experts import AdaptedLayer, active_experts, adapted_layers, changed_gates
 from badit.tuner.model import TaskBatches
 from badit.tuner.prompt import before_first_label
 

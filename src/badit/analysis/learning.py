@@ -20,7 +20,6 @@ from accelerate.utils import send_to_device
 from torch import nn
 from tqdm import tqdm
 
-from badit.analysis.experts import active_experts
 from badit.analysis.tables import COUNT, EXPERT, INDEX, TEXT, Column, Table, layer_and_module
 from badit.comparison.results import SINGLE_TASK, load_results, paired
 from badit.method import ExpertAngles, cosine_gram
@@ -29,6 +28,7 @@ from badit.runs.folder import AnyPath, RunFolder
 from badit.runs.scores import read_scores
 from badit.support.errors import BaditError, explained
 from badit.training.trainer import answer_losses
+from badit.tuner.experts import active_experts
 from badit.tuner.model import TaskBatches
 
 Angles = Mapping[tuple[int, str], Sequence[float | None]]  # by layer and module

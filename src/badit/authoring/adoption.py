@@ -15,8 +15,7 @@ from badit.recipe.saved import dump_recipe
 from badit.recipe.schema import source_of
 from badit.runs.fingerprints import base_fingerprints, task_fingerprints, tokenizer_fingerprint
 from badit.runs.folder import RunFolder, refuse_no_adapter
-from badit.runs.resolved import ResolvedRun
-from badit.support.console import status
+from badit.runs.resolved import ResolvedRun, read_tasks
 from badit.support.environment import environment
 from badit.support.errors import BaditError, explained, first_line
 from badit.support.files import (
@@ -66,8 +65,7 @@ def adopt(
 
     run = ResolvedRun(folder, recipe, method)
     if recipe.data.source is not None:
-        with status("reading the tasks"):
-            run.tasks = recipe.data.load()
+        run.tasks = read_tasks(recipe)
     with exclusive(folder.path), explained(folder.path):
         _write(run, adapter, saved)
     return folder

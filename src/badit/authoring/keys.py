@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from badit.recipe.arguments import argument_names, fixed_reason
-from badit.recipe.loading import method_table
+from badit.recipe.loading import read_method_table
 from badit.recipe.schema import Recipe, section_of
 from badit.recipe.yaml_text import to_yaml
 
@@ -31,7 +31,7 @@ def recipe_keys() -> Iterator[Key]:
     for name, field in Recipe.model_fields.items():
         section = section_of(field.annotation)
         if name == "method":
-            names = method_table()["names"]
+            names = read_method_table()["names"]
             yield "method.name", "badit", f"one of {', '.join(names)}"
             yield from _method_keys()
         elif section is None:
@@ -45,7 +45,7 @@ def recipe_keys() -> Iterator[Key]:
 
 
 def _method_keys() -> Iterator[Key]:
-    for option in method_table()["options"]:
+    for option in read_method_table()["options"]:
         text = f"[{', '.join(option['methods'])}] {option['text']}"
         yield f"method.{option['key']}", option["default"], text
 
@@ -78,7 +78,7 @@ def _method_properties() -> dict[str, Any]:
     """Returns the JSON schema of the options of all methods, by name."""
     regroup: dict[str, Any] = {}
     properties: dict[str, Any] = {
-        "name": {"enum": method_table()["names"]},
+        "name": {"enum": read_method_table()["names"]},
         "regroup": {"type": ["object", "null"], "properties": regroup},
     }
     for key, _, text in _method_keys():

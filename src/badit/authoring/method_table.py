@@ -10,13 +10,13 @@ from importlib.metadata import version
 from typing import Any
 
 from badit.authoring.keys import as_yaml
-from badit.recipe.loading import METHOD_TABLE, method_table
+from badit.recipe.loading import METHOD_TABLE, read_method_table
 from badit.recipe.method import NAMES, options_of
 from badit.support.files import write_text
 
 
 def present_table() -> dict[str, Any]:
-    """Returns the table of the installed releases; its form is that of :func:`method_table`."""
+    """Returns the table of the installed releases, in the form of :func:`read_method_table`."""
     methods: dict[tuple[str, str, str], list[str]] = {}
     for name in NAMES:
         for key, default, text in options_of(name):
@@ -31,7 +31,7 @@ def present_table() -> dict[str, Any]:
 
 def write_table() -> None:
     """Writes the committed table; names that only other releases of PEFT have stay."""
-    former = method_table()
+    former = read_method_table()
     table = present_table()
     known = {option["key"] for option in table["options"]}
     names = {option["key"] for option in former["options"]} | {*former["of_other_releases"]}

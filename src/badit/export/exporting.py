@@ -137,7 +137,7 @@ def export(
         mixtures = [_Mixture(chosen_task)]
 
     exporter = _Exporter(run, output, options, model, tokenizer)
-    # Written beside the folder and renamed, so that a reader never sees an incomplete export.
+    # Written next to the folder and renamed, so that a reader never sees an incomplete export.
     unfinished = output.with_name(f".{output.name}.badit.partial")  # no user's folder has this name
     with status("exporting", in_logs=True), explained(output, action="written"), exclusive(output):
         try:

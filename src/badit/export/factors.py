@@ -16,7 +16,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from badit.analysis.experts import adapted_layers
 from badit.analysis.gates import Gates
 from badit.method.decomposition import compress
 from badit.runs.resolved import ResolvedRun
@@ -24,6 +23,7 @@ from badit.support.errors import BaditError, explained
 from badit.training.loading import load_base
 from badit.training.methods import training_method
 from badit.tuner import ExpertConfig, hooks_of
+from badit.tuner.experts import adapted_layers
 from badit.tuner.targets import base_layer
 
 #: The values of vLLM's ``--max-lora-rank``. An adapter needs the smallest one that is not below

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch.nn.functional import one_hot
 
-from badit.analysis.experts import adapted_layers
 from badit.analysis.gates import GATES_FILE, mean_gates, read_gates
 from badit.data.encoding import IGNORED_LABEL
 from badit.export.adapter import write_adapter
@@ -30,6 +29,7 @@ from badit.runs.resolved import open_run
 from badit.support.errors import BaditError
 from badit.support.files import read_json, refuse_links
 from badit.training.loading import load_run
+from badit.tuner.experts import adapted_layers
 from badit.tuner.extension import ability_gram
 from badit.tuner.layer import ExpertLinear
 

@@ -1,4 +1,4 @@
-"""A new task beside a trained adapter: coverage, confusion, and directions that nothing uses yet.
+"""A new task for a trained adapter: coverage, confusion, and directions that nothing uses yet.
 
 None of this is in the paper. Keys and centroids are those of :mod:`badit.method.abilities`.
 

@@ -240,7 +240,7 @@ def _unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
 def _unknown_method_keys(place: str, section: Any) -> Iterator[str]:
     if not isinstance(section, Mapping):
         return
-    names = method_table()["names"]
+    names = read_method_table()["names"]
     options = {*_option_names(), *ComparedMethod.model_fields}
     for key, value in section.items():
         if key not in options:
@@ -256,7 +256,7 @@ METHOD_TABLE = Path(__file__).with_name("method_table.json")
 
 
 @cache
-def method_table() -> dict[str, Any]:
+def read_method_table() -> dict[str, Any]:
     """Returns the ``names`` of all methods, and all ``options`` with their methods.
 
     Reading the table needs neither torch nor PEFT. ``of_other_releases`` are names of options that
@@ -266,7 +266,7 @@ def method_table() -> dict[str, Any]:
 
 
 def _option_names() -> set[str]:
-    table = method_table()
+    table = read_method_table()
     keys = [option["key"] for option in table["options"]] + table["of_other_releases"]
     # Nested options, such as regroup.every, are checked by their last part.
     return {key.rpartition(".")[2] for key in keys}

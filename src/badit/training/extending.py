@@ -66,8 +66,7 @@ def check_extension(run: ResolvedRun) -> None:
 
     model = training_method(run.method).load(base, earlier.adapter_path)
     names = [task.name for task in run.tasks]
-    config = model.peft_config["default"]
-    known = [*(config.tasks or ()), *(task for e in config.extensions for task in e.tasks)]
+    known = model.peft_config["default"].all_tasks
     for name in names:
         if name in known and not section.merge:
             fix = "rename it, such as with data.task=NAME"

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -23,7 +22,7 @@ from badit.training.optimizers import OrthogonalUpdates, lora_plus_groups
 from badit.training.regrouping import RegroupCallback
 from badit.training.sampler import EpochSampler
 from badit.tuner.answers import answer_logits
-from badit.tuner.distributed import any_of_all
+from badit.tuner.distributed import any_of_all, objects_of_ranks
 from badit.tuner.model import hooks_of
 from badit.tuner.prompt import before_first_label
 
@@ -205,9 +204,7 @@ class AnswerTrainer(Trainer):
         """Adds ``eval_loss/TASK``, the mean loss of each task's instances, to the metrics."""
         self._losses_by_task = {}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        of_ranks = [self._losses_by_task]
-        if self.args.world_size > 1:
-            of_ranks = gather_object(of_ranks)
+        of_ranks = objects_of_ranks(self._losses_by_task)
         sums: dict[str, list[float]] = {}
         for task, (loss, count) in chain.from_iterable(of_rank.items() for of_rank in of_ranks):
             total = sums.setdefault(task, [0.0, 0])

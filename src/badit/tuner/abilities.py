@@ -154,14 +154,18 @@ def frozen_embedding(model: nn.Module) -> Any:
 
 @torch.no_grad()
 def find_abilities(
-    model: nn.Module, adapter: str, layers: Sequence[BaditLinear], examples: Sequence[Example]
+    model: nn.Module,
+    adapter: str,
+    layers: Sequence[BaditLinear],
+    examples: Sequence[Example],
+    keys: "Keys",
 ) -> None:
     """Sets the key of an adapter, and the codes and experts of its layers.
 
     All ranks must call it, with the same examples; they get the same values.
     """
     config = layers[0].badit_config[adapter]
-    key = _find_key(model, config.num_clusters, examples)
+    key = _find_key(keys, config.num_clusters, examples)
     random_LCK = torch.stack(
         [random_codes(config.num_clusters, config.num_experts) for _ in layers]
     )
@@ -230,21 +234,14 @@ class _Key(NamedTuple):
     first_equal_C: Tensor  # of each cluster, the first one with an equal centroid
 
 
-def _find_key(model: nn.Module, clusters: int, examples: Sequence[Example]) -> _Key:
+def _find_key(keys: "Keys", clusters: int, examples: Sequence[Example]) -> _Key:
     """Finds the clusters of the examples' prompts."""
-    embedding = frozen_embedding(model)
-    if embedding.weight.requires_grad:
+    if keys.embedding.weight.requires_grad:
         say(
             "badit: key='embedding': the token embeddings are trained, so prompts may change their "
             "cluster; freeze them, or train a copy of them by modules_to_save"
         )
-    with gathered_weight(embedding.weight):
-        moments = vocabulary_moments(vocabulary(embedding))
-        device = embedding.weight.device
-        means_SE = torch.stack(
-            [embedding(e.prompt_ids.to(device)).float().mean(dim=0) for e in examples]
-        )
-    keys_SE = prompt_keys(means_SE.cpu(), *moments)
+    keys_SE = keys.of(examples)
     if not keys_SE.isfinite().all():
         raise BaditError(
             "key='embedding': the model's token embeddings hold NaN or infinite values; check its "
@@ -259,10 +256,37 @@ def _find_key(model: nn.Module, clusters: int, examples: Sequence[Example]) -> _
             "they would get the same gates; check the model's weights, or use key='layer'"
         )
     cluster_S = gathered((keys_SE @ centroids_CE.T).argmax(dim=1))[0].cpu()
-    return _Key(*key_scores(centroids_CE, *moments), cluster_S, first_equal_C)
+    return _Key(*key_scores(centroids_CE, *keys.moments), cluster_S, first_equal_C)
 
 
-def vocabulary(embedding: nn.Embedding) -> Tensor:
+class Keys:
+    """Computes the keys of prompts with the frozen embeddings of a base model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.embedding = frozen_embedding(model)
+        with gathered_weight(self.embedding.weight):
+            self.moments = vocabulary_moments(_vocabulary(self.embedding))
+
+    def of(self, examples: Sequence[Example]) -> Tensor:
+        """Returns the keys (S, E) of examples, on the CPU."""
+        with gathered_weight(self.embedding.weight):
+            means_SE = mean_embeddings(self.embedding, examples)
+        return prompt_keys(means_SE.cpu(), *self.moments)
+
+    def centroids(self, directions_CE: Tensor) -> Tensor:
+        """Returns the centroids (C, E) of directions, which are centroids times the whitening."""
+        _, whitening_EE = self.moments
+        solution_EC = torch.linalg.solve(whitening_EE.double(), directions_CE.double().cpu().T)
+        return solution_EC.T
+
+
+def mean_embeddings(embedding: nn.Embedding, examples: Sequence[Example]) -> Tensor:
+    """Returns the mean token embeddings (S, E) of the prompts of examples."""
+    ids = [example.prompt_ids.to(embedding.weight.device) for example in examples]
+    return torch.stack([embedding(prompt_ids).float().mean(dim=0) for prompt_ids in ids])
+
+
+def _vocabulary(embedding: nn.Embedding) -> Tensor:
     """Returns the vocabulary's embeddings (V, E) as the model uses them, on the CPU.
 
     They are outputs of the module, because some modules scale or dequantise their weight.
@@ -303,13 +327,20 @@ class Gradients:
             factors.append(layer.badit_A[self.adapter])
         return factors
 
+    def numbers(self) -> list[tuple[int, int]]:
+        """Returns N and P of every layer."""
+        components = [factors[0].shape[1] for factors in self.factors]  # the columns of B
+        return [
+            (count, sum(factor.numel() for factor in factors) // count)
+            for count, factors in zip(components, self.factors, strict=True)
+        ]
+
     def sketches(self, sums: int) -> list[SketchedSums]:
         """Returns an empty sketch of this number of gradients for every layer."""
         generator = torch.Generator().manual_seed(0)
-        lengths = [sum(factor.numel() for factor in of_layer) for of_layer in self.factors]
         return [
-            SketchedSums(length, sums, _SKETCH_SIZE, generator, layer.device)
-            for length, layer in zip(lengths, self.layers, strict=True)
+            SketchedSums(components * size, sums, _SKETCH_SIZE, generator, layer.device)
+            for (components, size), layer in zip(self.numbers(), self.layers, strict=True)
         ]
 
     def mean(self, examples: Sequence[Example]) -> list[Tensor]:
@@ -428,8 +459,10 @@ def evidence_of_layers(
     layer has its own agreement of clusters. The sums of gradients take C·N·P numbers per layer.
     """
     sketches = gradients.sketches(2 * clusters)
-    shapes = [(clusters, *mean_NP.shape) for mean_NP in gradients.mean([])]
-    sums = [sketch.sums_RM.new_zeros(shape) for sketch, shape in zip(sketches, shapes, strict=True)]
+    sums = [
+        torch.zeros(clusters, *numbers, device=layer.device)
+        for numbers, layer in zip(gradients.numbers(), gradients.layers, strict=True)
+    ]
     counts_L2C = torch.zeros(len(sketches), 2, clusters)
     rank, ranks = rank_and_size()
     for example in waiting(examples[rank::ranks], "Gradients for the codes", "example"):

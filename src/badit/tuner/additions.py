@@ -11,14 +11,14 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from badit.method.abilities import key_scores, prompt_keys, vocabulary_moments
+from badit.method.abilities import key_scores
 from badit.method.extension import (
     add_to_image,
     add_to_sketch,
@@ -33,14 +33,14 @@ from badit.method.extension import (
 from badit.method.routing import prompt_centroids
 from badit.support.console import say
 from badit.support.errors import BaditError
-from badit.tuner.abilities import Example, frozen_embedding, vocabulary
+from badit.tuner.abilities import Example, Keys
 from badit.tuner.config import BaditConfig, Extension
 from badit.tuner.context import RoutingContext
 from badit.tuner.distributed import gathered, sum_over_ranks
+from badit.tuner.experts import AdaptedLayer, changed_gates
 from badit.tuner.extension import Extensions, with_clusters
 from badit.tuner.targets import FusedExpert
 
-PROMPTS_PER_CLUSTER = 32
 #: Starts β of the gates of earlier abilities; that with the lowest loss is taken.
 STARTS = (0.0, 0.5, 1.0)
 GRADIENT_ROWS = 32  # training rows whose loss chooses the start, and whose gradient the directions
@@ -52,27 +52,6 @@ Losses = Callable[[bool], Iterator[Tensor]]
 
 
 # --- clusters ---
-class Keys:
-    """Computes the keys of prompts with the frozen embeddings of a base model."""
-
-    def __init__(self, model: Any) -> None:
-        self.embedding = frozen_embedding(model)
-        self.moments = vocabulary_moments(vocabulary(self.embedding))
-
-    def of(self, examples: Sequence[Example]) -> Tensor:
-        """Returns the keys (S, E) of examples, on the CPU."""
-        device = self.embedding.weight.device
-        ids = [example.prompt_ids.to(device) for example in examples]
-        means_SE = [self.embedding(prompt_ids).float().mean(dim=0) for prompt_ids in ids]
-        return prompt_keys(torch.stack(means_SE).cpu(), *self.moments)
-
-    def centroids(self, directions_CE: Tensor) -> Tensor:
-        """Returns the centroids (C, E) of directions, which are centroids times the whitening."""
-        _, whitening_EE = self.moments
-        solution_EC = torch.linalg.solve(whitening_EE.double(), directions_CE.double().cpu().T)
-        return solution_EC.T
-
-
 def store_clusters(holder: Any, adapter: str, keys: Keys, examples: ExamplesByTask) -> None:
     """Stores the clusters of an adapter's own tasks, for tasks that are added later."""
     config: BaditConfig = holder.badit_config[adapter]
@@ -253,9 +232,8 @@ def _is_holder(layer: Any) -> bool:
 
 def extended_config(config: BaditConfig, extension: Extension) -> BaditConfig:
     """Returns a copy of a configuration with another extension; BaditError for a known task."""
-    earlier = [*(config.tasks or ()), *(task for e in config.extensions for task in e.tasks)]
     for task in extension.tasks:
-        if task in earlier:
+        if task in config.all_tasks:
             raise BaditError(f"task {task}: the run has a task of this name; rename the new one")
     config = copy.copy(config)
     config.extensions = [*config.extensions, extension]
@@ -284,7 +262,14 @@ def start_extension(layers: Sequence[Any], adapter: str, losses: Losses, start: 
 def _natural_gates(layers: Sequence[Any], adapter: str, losses: Losses) -> dict[Any, Tensor]:
     """Returns, by layer, the mean gates (G) of the prompts without the new extension."""
     sums: dict[Any, list[Tensor]] = defaultdict(list)
-    with _recorded(layers, adapter, sums):
+
+    def record(adapted: AdaptedLayer, gates: Tensor) -> Tensor:
+        # With a count, so that the mean does not depend on the division into batches.
+        counted = F.pad(gates.detach().flatten(0, -2), (0, 1), value=1.0)
+        sums[adapted.layer].append(counted.sum(dim=0))
+        return gates
+
+    with changed_gates([AdaptedLayer(layer, adapter) for layer in layers], record):
         for _ in losses(False):
             pass
     num_gates = layers[0].badit_config[adapter].num_gates
@@ -292,30 +277,6 @@ def _natural_gates(layers: Sequence[Any], adapter: str, losses: Losses) -> dict[
     nothing = [torch.zeros(num_gates + 1)]
     totals = {layer: torch.stack(sums.get(layer, nothing)).sum(dim=0) for layer in layers}
     return {layer: total[:-1] / total[-1].clamp_min(1) for layer, total in totals.items()}
-
-
-@contextmanager
-def _recorded(
-    layers: Sequence[Any], adapter: str, sums: Mapping[Any, list[Tensor]]
-) -> Iterator[None]:
-    def record(layer: Any, compute: Callable, name: str, x: Tensor) -> Tensor:
-        gates = compute(name, x)
-        if name == adapter:
-            # With a count, so that the mean does not depend on the division into batches.
-            sums[layer].append(F.pad(gates.detach().flatten(0, -2), (0, 1), value=1.0).sum(dim=0))
-        return gates
-
-    try:
-        for layer in layers:
-            compute = layer.gates
-            # The attribute of the instance hides the method of its class.
-            vars(layer)["gates"] = lambda name, x, layer=layer, compute=compute: record(
-                layer, compute, name, x
-            )
-        yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("gates", None)
 
 
 def _choose_start(
@@ -353,15 +314,8 @@ def _find_directions(layers: Sequence[Any], adapter: str, number: int, losses: L
         layer: torch.zeros(len(probe_MO), layer.in_features, device=layer.device)
         for layer, probe_MO in probes.items()
     }
-    _accumulate(
-        layers,
-        adapter,
-        number,
-        losses,
-        lambda layer, x_PI, gradient_PO: add_to_sketch(
-            sketches[layer], probes[layer], x_PI, gradient_PO
-        ),
-    )
+    additions = {layer: partial(add_to_sketch, sketches[layer], probes[layer]) for layer in layers}
+    _accumulate(adapter, number, losses, additions)
     bases, crowded = {}, 0
     for layer in layers:
         sketch_MI = gathered(sum_over_ranks(sketches[layer]))[0]
@@ -381,15 +335,8 @@ def _find_directions(layers: Sequence[Any], adapter: str, number: int, losses: L
         layer: torch.zeros(layer.out_features, len(basis_MI), device=layer.device)
         for layer, basis_MI in bases.items()
     }
-    _accumulate(
-        layers,
-        adapter,
-        number,
-        losses,
-        lambda layer, x_PI, gradient_PO: add_to_image(
-            images[layer], bases[layer], x_PI, gradient_PO
-        ),
-    )
+    additions = {layer: partial(add_to_image, images[layer], bases[layer]) for layer in layers}
+    _accumulate(adapter, number, losses, additions)
     with torch.no_grad():
         for layer in layers:
             image_OM = gathered(sum_over_ranks(images[layer]))[0]
@@ -408,13 +355,12 @@ def _frozen_rows(layer: Any, adapter: str, number: int) -> Tensor:
 
 
 def _accumulate(
-    layers: Sequence[Any],
     adapter: str,
     number: int,
     losses: Losses,
-    add: Callable[[Any, Tensor, Tensor], None],
+    additions: Mapping[Any, Callable[[Tensor, Tensor], None]],
 ) -> None:
-    """Calls ``add`` with input and gradient of the output of each layer, for every batch."""
+    """Calls each layer's function with the input and the gradient of the output of every batch."""
 
     def hook(layer: Any, args: tuple, output: Tensor) -> None:
         x_PI = args[0].detach().flatten(0, -2).float()
@@ -422,14 +368,14 @@ def _accumulate(
         def read(gradient: Tensor) -> None:
             gradient_PO = gradient.detach().flatten(0, -2).float()
             if gradient_PO.isfinite().all():
-                add(layer, x_PI, gradient_PO)
+                additions[layer](x_PI, gradient_PO)
 
         if output.requires_grad:
             output.register_hook(read)
 
     # The gradient of B passes through the output of every layer.
-    factors = [layer.badit_extensions[adapter].of("B", number) for layer in layers]
-    handles = [layer.register_forward_hook(hook) for layer in layers]
+    factors = [layer.badit_extensions[adapter].of("B", number) for layer in additions]
+    handles = [layer.register_forward_hook(hook) for layer in additions]
     try:
         for loss in losses(True):
             torch.autograd.grad(loss, factors, allow_unused=True)

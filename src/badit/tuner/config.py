@@ -415,6 +415,16 @@ class BaditConfig(ExpertConfig):
         self.extensions = [Extension.of(entry) for entry in self.extensions]
 
     @property
+    def added_tasks(self) -> list[str]:
+        """The tasks that were added later."""
+        return [task for extension in self.extensions for task in extension.tasks]
+
+    @property
+    def all_tasks(self) -> list[str]:
+        """The tasks of the joint training and those that were added later."""
+        return [*(self.tasks or ()), *self.added_tasks]
+
+    @property
     def is_released_form(self) -> bool:
         """Whether initialisation and gates are those of the paper's released code."""
         names = ("routing", "router_input", "gates", "init_weights")

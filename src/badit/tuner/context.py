@@ -155,17 +155,11 @@ class RoutingContext:
 
     def holds_key(self, layer: Any, adapter: str) -> bool:
         """Returns whether a layer has the key of an adapter: the first layer with this adapter."""
-        holder = self.key_holders.get(adapter)
-        if holder is None or adapter not in holder.badit_key:
-            self.key_holders[adapter] = layer
-        return self.key_holders[adapter] is layer
+        return _holds(self.key_holders, layer, adapter, "badit_key")
 
     def holds_extensions(self, layer: Any, adapter: str) -> bool:
         """Returns whether a layer has the clusters of later tasks: the first with this adapter."""
-        holder = self.extension_holders.get(adapter)
-        if holder is None or adapter not in holder.badit_extensions:
-            self.extension_holders[adapter] = layer
-        return self.extension_holders[adapter] is layer
+        return _holds(self.extension_holders, layer, adapter, "badit_extensions")
 
     def detach(self, model: nn.Module) -> None:
         """Removes the hooks from a model whose adapters are unloaded."""
@@ -498,3 +492,11 @@ def _input_length(args: tuple, kwargs: Mapping[str, Any]) -> int | None:
     inputs = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
     lengths = [tensor.shape[1] for tensor in inputs if isinstance(tensor, Tensor)]
     return next(iter(lengths), None)
+
+
+def _holds(holders: dict[str, Any], layer: Any, adapter: str, tensors: str) -> bool:
+    """Returns whether a layer holds an adapter's tensors; the first layer that asks does."""
+    holder = holders.get(adapter)
+    if holder is None or adapter not in getattr(holder, tensors):
+        holders[adapter] = layer
+    return holders[adapter] is layer

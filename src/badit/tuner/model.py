@@ -6,9 +6,9 @@ Training, evaluation and export call the hooks.
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,16 +21,16 @@ from badit.support.console import waiting
 from badit.support.errors import BaditError
 from badit.tuner.abilities import (
     Example,
+    Keys,
     examples_in,
     examples_of_ranks,
     find_abilities,
     find_layer_codes,
     frozen_embedding,
+    mean_embeddings,
 )
 from badit.tuner.additions import (
     GRADIENT_ROWS,
-    PROMPTS_PER_CLUSTER,
-    Keys,
     Survey,
     adapters_to_start,
     extended_config,
@@ -316,11 +316,13 @@ class BaditModel(ExpertModel):
                 "start_task: needs the batches of each task, such as {'all': dataloader}"
             )
         batches = {task: _Replayed(of_task) for task, of_task in batches.items()}
-        self._start_extensions(batches)
-        self._find_clusters_of_adapters(batches)
-        self._store_clusters(batches)
+        # Once, because the statistics of a large vocabulary take seconds.
+        keys = cache(partial(Keys, self.model))
+        self._start_extensions(batches, keys)
+        self._find_clusters_of_adapters(batches, keys)
+        self._store_clusters(batches, keys)
 
-    def _find_clusters_of_adapters(self, batches: TaskBatches) -> None:
+    def _find_clusters_of_adapters(self, batches: TaskBatches, keys: Callable[[], Keys]) -> None:
         unclustered = RoutingContext.of(self.model).without_clusters()
         if not unclustered:
             return
@@ -333,7 +335,7 @@ class BaditModel(ExpertModel):
         adapters = {name for _, name in unclustered}
         clusters = max(layer.badit_config[name].num_clusters for layer, name in unclustered)
         prompts = max(1, _PROMPTS_PER_CLUSTER * clusters // max(1, len(batches)))
-        self._find_abilities(unclustered, batches, prompts)
+        self._find_abilities(unclustered, batches, prompts, keys)
         unclustered = RoutingContext.of(self.model).without_clusters()
         if unclustered:
             self._find_clusters(unclustered, batches, prompts)
@@ -341,7 +343,7 @@ class BaditModel(ExpertModel):
         if self._has_reference() and "default" in adapters:
             self._copy_to_reference()
 
-    def _store_clusters(self, batches: TaskBatches) -> None:
+    def _store_clusters(self, batches: TaskBatches, keys: Callable[[], Keys]) -> None:
         """Stores the clusters of new adapters that later tasks need (:meth:`add_tasks`)."""
         routing = RoutingContext.of(self.model)
         holders = [
@@ -356,14 +358,13 @@ class BaditModel(ExpertModel):
         ]
         if not missing or is_divided_by_zero3(self.model):
             return
-        keys = Keys(self.model)
         for name, holder in missing:
             prompts = _PROMPTS_PER_CLUSTER * holder.badit_config[name].num_clusters
             per_task = max(1, prompts // max(1, len(batches)))
             # The batches may draw from the random state of the training.
             with torch.random.fork_rng([]):
                 examples = self._examples_by_task(batches, per_task)
-            store_clusters(holder, name, keys, examples)
+            store_clusters(holder, name, keys(), examples)
 
     def _examples_by_task(self, batches: TaskBatches, per_task: int) -> dict[str, list[Example]]:
         """Returns the first examples of each task; none if the batches have no token ids.
@@ -454,9 +455,8 @@ class BaditModel(ExpertModel):
         embedding = frozen_embedding(self.model)
         numbers = set()
         for examples in self._prompts_of_tasks(batches, clusters).values():
-            ids = [example.prompt_ids.to(embedding.weight.device) for example in examples]
-            means = [embedding(prompt_ids).float().mean(dim=0) for prompt_ids in ids]
-            numbers |= set(nearest_extensions(holder, adapter, torch.stack(means)).tolist())
+            means_SE = mean_embeddings(embedding, examples)
+            numbers |= set(nearest_extensions(holder, adapter, means_SE).tolist())
         return numbers
 
     def _layers_of(self, adapter: str) -> list[BaditLinear]:
@@ -471,12 +471,12 @@ class BaditModel(ExpertModel):
     def _prompts_of_tasks(self, batches: TaskBatches, clusters: int) -> dict[str, list[Example]]:
         examples = {}
         for task, of_task in batches.items():
-            examples[task] = self._examples({task: of_task}, PROMPTS_PER_CLUSTER * clusters)
+            examples[task] = self._examples({task: of_task}, _PROMPTS_PER_CLUSTER * clusters)
             if not any(example.has_prompt for example in examples[task]):
                 raise BaditError(f"task {task}: has no prompts, so it cannot have a cluster")
         return examples
 
-    def _start_extensions(self, batches: TaskBatches) -> None:
+    def _start_extensions(self, batches: TaskBatches, keys: Callable[[], Keys]) -> None:
         """Finds the clusters, directions and gates of new extensions."""
         routing = RoutingContext.of(self.model)
         for adapter in list(adapters_to_start(routing)):
@@ -487,8 +487,7 @@ class BaditModel(ExpertModel):
             with self._evaluating():
                 losses = partial(self._losses, batches)
                 start_extension(layers, adapter, losses, self._starts.get(adapter))
-                keys = Keys(self.model)
-                set_clusters(routing.extension_holders[adapter], adapter, keys, examples)
+                set_clusters(routing.extension_holders[adapter], adapter, keys(), examples)
 
     def _losses(self, batches: TaskBatches, with_gradients: bool) -> Iterator[Tensor]:
         """Yields the loss of the first training rows of each task, the same at every call.
@@ -508,20 +507,21 @@ class BaditModel(ExpertModel):
                 yield loss
 
     def _find_abilities(
-        self, unclustered: Sequence[Place], batches: TaskBatches, prompts: int
+        self,
+        unclustered: Sequence[Place],
+        batches: TaskBatches,
+        prompts: int,
+        keys: Callable[[], Keys],
     ) -> None:
         """Finds the clusters, codes and groups of adapters with a key for the whole model."""
-        layers = defaultdict(list)
-        for layer, name in unclustered:
-            if layer.badit_config[name].key == "embedding":
-                layers[name].append(layer)
+        layers = _by_adapter(unclustered, lambda config: config.key == "embedding")
         if not layers:
             return
         examples = self._examples(batches, prompts)
         _refuse_without_prompts(examples)
         with self._evaluating():
             for name, of_adapter in layers.items():
-                find_abilities(self.model, name, of_adapter, examples)
+                find_abilities(self.model, name, of_adapter, examples, keys())
 
     def _examples(self, batches: TaskBatches, per_task: int) -> list[Example]:
         """Returns the first examples of each task, the same on all ranks."""
@@ -578,10 +578,7 @@ class BaditModel(ExpertModel):
 
     def _find_layer_codes(self, clustered: Sequence[Place], examples: list[Example]) -> None:
         """Finds the codes and groups of adapters with clusters of layers, unless random."""
-        layers = defaultdict(list)
-        for layer, name in clustered:
-            if layer.badit_config[name].codes != "random":
-                layers[name].append(layer)
+        layers = _by_adapter(clustered, lambda config: config.codes != "random")
         if not layers:
             return
         examples = examples_of_ranks([[example] for example in examples])
@@ -651,6 +648,17 @@ class BaditModel(ExpertModel):
             is_answer = tensors["completion_mask"].bool()
             tensors["labels"] = tensors["input_ids"].where(is_answer, IGNORED_LABEL)
         return tensors
+
+
+def _by_adapter(
+    places: Sequence[Place], is_meant: Callable[[BaditConfig], bool]
+) -> dict[str, list[BaditLinear]]:
+    """Returns the layers of each adapter whose configuration is meant."""
+    layers = defaultdict(list)
+    for layer, name in places:
+        if is_meant(layer.badit_config[name]):
+            layers[name].append(layer)
+    return layers
 
 
 class _Replayed:

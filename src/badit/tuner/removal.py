@@ -44,7 +44,6 @@ def without_task(
 
 def _number_of(config: BaditConfig, task: str) -> int:
     """Returns the extension of a task; BaditError unless it was added alone."""
-    added = [name for extension in config.extensions for name in extension.tasks]
     for number, extension in enumerate(config.extensions, start=1):
         if extension.tasks == [task]:
             return number
@@ -54,7 +53,9 @@ def _number_of(config: BaditConfig, task: str) -> int:
     if task in (config.tasks or ()):
         problem = "is a task of the joint training, whose experts all its tasks share"
         raise BaditError(f"task {task}: {problem}; only added tasks can be removed")
-    raise BaditError(f"task {task}: is not an added task of the run{nearest(task, added)}")
+    raise BaditError(
+        f"task {task}: is not an added task of the run{nearest(task, config.added_tasks)}"
+    )
 
 
 def _kept(config: BaditConfig, extensions: list[Extension], tensors: Tensors) -> list[int]:

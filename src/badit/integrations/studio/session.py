@@ -19,7 +19,6 @@ import torch
 from pydantic import BaseModel, Field
 
 from badit.analysis.atlas import ABILITIES
-from badit.analysis.experts import AdaptedLayer, active_experts, changed_gates
 from badit.analysis.gates import task_gates
 from badit.analysis.tables import layer_and_module, load_frame
 from badit.data import Task
@@ -31,6 +30,7 @@ from badit.support.console import say
 from badit.support.errors import BaditError, refuse_unknown
 from badit.training.encoding import encoded_texts, refuse_long_prompts
 from badit.training.loading import load_base, load_run
+from badit.tuner.experts import AdaptedLayer, active_experts, changed_gates
 
 MAX_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 512
