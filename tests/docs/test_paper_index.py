@@ -19,7 +19,7 @@ from docs.pages import ROOT, Page
 
 # Rows: an option, its default and, for recipe keys, the value in the paper's recipes.
 ROWS = re.findall(
-    r"^\| `([\w.]+)` \| `([^`]+)` \| (?:`([^`]+)`)?", Page("docs/paper-index.md").text, flags=re.M
+    r"^\| `([\w.]+)` \| `([^`]+)` \|(?: `([^`]+)`)?", Page("docs/paper-index.md").text, flags=re.M
 )
 DOCUMENTED = {option: value for option, value, _ in ROWS}
 SECTIONS = [
