@@ -202,7 +202,11 @@ def extension_gates(layer: Any, adapter: str, x: Tensor, parts: Parts) -> Tensor
     later = len(config.extensions)
     if parts.whole == 0:
         return F.pad(layer.gates_of_experts(adapter, x), (0, later))
-    codes = {part.number: _code(layer, adapter, part.number) for part in parts.parts if part.number}
+    codes = {
+        part.number: extension_code(layer, adapter, part.number)
+        for part in parts.parts
+        if part.number
+    }
     if parts.whole is not None:
         rows = len(x)
         code_G = codes[parts.whole]
@@ -216,7 +220,7 @@ def extension_gates(layer: Any, adapter: str, x: Tensor, parts: Parts) -> Tensor
     return flat.view_as(gates)
 
 
-def _code(layer: Any, adapter: str, number: int) -> Tensor:
+def extension_code(layer: Any, adapter: str, number: int) -> Tensor:
     """Returns the gates (G) of an extension: 1 of its own expert, and those of the used ones."""
     config: BaditConfig = layer.badit_config[adapter]
     extensions: Extensions = layer.badit_extensions[adapter]
