@@ -77,9 +77,9 @@ class Extensions(nn.Module):
         return getattr(self, f"{kind}_{number}")
 
     def has_clusters(self, number: int) -> bool:
-        """Returns whether an extension has clusters that were found."""
+        """Returns whether an extension has clusters; on the meta device, none are found."""
         counts_CT = getattr(self, f"counts_{number}", None)
-        return counts_CT is not None and bool(counts_CT.any())
+        return counts_CT is not None and (counts_CT.is_meta or bool(counts_CT.any()))
 
     def train_only(self, numbers: Iterable[int]) -> None:
         """Makes the tensors of these extensions trainable, and freezes the others."""
