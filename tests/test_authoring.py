@@ -8,6 +8,7 @@ import jsonschema
 import pytest
 import yaml
 
+from badit.api import Run
 from badit.authoring import step_time
 from badit.authoring.dry_run import check
 from badit.authoring.first_recipe import first_recipe
@@ -141,6 +142,11 @@ def test_few_rows_give_no_validation_or_rate_search_and_any_file_name_works(tmp_
             "extend.own_experts=false",
             "method.regroup={every: 0.2, stop: 0.5}",
         ],
+        [
+            "data.order=[rivers, cities]",
+            "method={name: badit, num_experts: 3, r: 2, regroup: {every: 2}}",
+        ],
+        ["data.order=[rivers, cities]", "method={name: o-lora, r: 2}"],
         ["data.sampling=balanced", "data.train_per_task=7", "method={name: full}"],
         ["training.max_steps=2"],
     ],
@@ -155,6 +161,10 @@ def test_check_predicts_steps_parameters_and_regroupings(recipe_values, override
     assert (
         f"\n{measured['trainable_parameters']:,} of {measured['parameters']:,} parameters" in shown
     )
+    stages = [Run.at(path).environment["training"] for path in sorted(run.path.glob("stages/*"))]
+    if recipe.data.order and recipe.extend.own_experts:
+        in_all = sum(stage["trainable_parameters"] for stage in stages)
+        assert f"parameters are trained at a time, {in_all:,} in all 2 tasks" in shown
     if recipe.method.get("name", "badit") in ("badit", "cluster-gates"):
         logs = [stage / "regroupings.jsonl" for stage in (run.path, *run.path.glob("stages/*"))]
         due = sum(len({line["step"] for line in read_jsonl(log)}) for log in logs)

@@ -70,10 +70,27 @@ def test_card_has_scores_data_options_and_loading_code(tmp_path):
     for row in rows:
         assert "\n".join(f"<td>{value}</td>" for value in row) in page
     assert "someone" not in str(card)
-    assert "`pip install badit`" in card.text
+    assert "Loading requires the Python package badit and the import below" in card.text
+    assert "pip install" not in card.text
     assert "import badit.tuner" in code_of(card)
     assert 'base, tokenizer = badit.load_base_model("smollm2-135m")' in code_of(card)
     assert "4-bit" in card.text  # the weights on the hub differ
+
+
+@pytest.mark.parametrize(
+    ("place", "shown"),
+    [
+        ("badit", "`pip install badit`"),
+        ("git+https://code.example/badit@v1", "`pip install git+https://code.example/badit@v1`"),
+        ("a `b`\n# c", r"`pip install 'a b\n# c'`"),
+    ],
+)
+def test_card_installs_badit_from_the_place_that_is_set(tmp_path, monkeypatch, place, shown):
+    monkeypatch.setenv("BADIT_INSTALL_FROM", place)
+    run = make_run(tmp_path / "mine")
+    assert f"requires the Python package badit ({shown}) and the import" in card_of(run).text
+    exported = card_of(run, export={"rank": 4, "mixture": None})
+    assert "pip install" not in exported.text, "it loads without badit"
 
 
 def test_runs_of_other_methods_and_base_models_are_loaded_from_the_hub(tmp_path):

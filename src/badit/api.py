@@ -263,7 +263,8 @@ class Run(RunFolder):
     def push(self, repository: str, *, private: bool = False) -> str:
         """Upload a run's adapter or an export to the Hugging Face hub, with a model card.
 
-        Log in first: hf auth login.
+        Log in first: hf auth login. The card says how to install badit if the environment variable
+        BADIT_INSTALL_FROM names a package of an index, or a repository such as git+https://….
 
         Args:
             repository: ORG/NAME on the hub, created if it does not exist.

@@ -159,5 +159,11 @@ def test_clusters_are_those_of_the_codes_that_prompts_get(tiny_model, key, place
             counts[cluster] += 1
         first = table[(table["task"] == task) & (table["layer"] == table["layer"].min())]
         assert first["share"].tolist() == pytest.approx([n / len(gates_PMK) for n in counts])
+    # The tasks of an extension are one more cluster.
+    hooks_of(model).add_tasks(["new"], rank=1, clusters=2)
+    hooks_of(model).start_task({"new": BATCHES["cities"]})
+    extended = prompt_gates(model, BATCHES)
+    shares = clusters_frame(model, extended).query("cluster == 3").groupby("task")["share"]
+    assert shares.max().to_dict() == {task: float(task == "cities") for task in BATCHES}
     router = helpers.adapted(tiny_model("llama"))
     assert clusters_frame(router, prompt_gates(router, BATCHES)).empty

@@ -201,7 +201,7 @@ def test_invalid_results_are_refused_with_the_field(tmp_path):
         (
             "format",
             2,
-            "format: is 2, this badit version reads 1: pip install --upgrade badit, or create",
+            "format: is 2, this badit version reads 1; install a later version of badit, or create",
         ),
         ("reference", "lroa", "reference: unknown 'lroa' (did you mean 'lora'?)"),
         ("cells.1.method", "x", "cells.1.method: unknown 'x'; known: base, lora, badit_x, goat"),

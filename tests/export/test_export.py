@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import reference
-from badit.analysis.gates import adapted_layers, changed_gates, mean_gates
+from badit.analysis.gates import adapted_layers, changed_gates, gates_of_task, mean_gates
 from badit.data import AnswerCollator, batches_by_task
 from badit.export.adapter import write_adapter
 from badit.export.exporting import Export
@@ -203,9 +203,9 @@ def test_export_of_all_tasks_measures_each_tasks_gates_once(
 
     def measure(model, of_task):
         measured.append(of_task.dataset[0]["task"])
-        return mean_gates(model, of_task)
+        return gates_of_task(model, of_task)
 
-    monkeypatch.setattr("badit.analysis.gates.mean_gates", measure)
+    monkeypatch.setattr("badit.analysis.gates.gates_of_task", measure)
     done = export(run, out, all_tasks=True)
     assert measured == ["rivers"]
     assert [task.folder for task in done.tasks.values()] == [out / "cities", out / "rivers"]

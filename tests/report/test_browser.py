@@ -6,6 +6,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
 from badit.report import write_report
+from badit.report.theme import chart_config
 from browsers import emulate, requests, until
 from report.samples import Shape, save_tables, write_run
 
@@ -65,6 +66,21 @@ def test_all_charts_are_drawn_without_network_requests(browser, page):
         <= {request["url"].partition(":")[0] for request in requests(browser)}
         <= {"file", "data", "blob"}
     )
+
+
+def test_missing_values_of_a_matrix_have_no_colour_of_the_scale_or_of_a_series(browser, page):
+    open_page(browser, page)
+    background, *_ = fills(browser, "gradient-cosines-1-badit")
+    assert background == chart_config("light")["style"]["matrix"]["color"]
+    assert background not in chart_config("light")["range"]["category"]
+
+
+def test_columns_of_words_are_aligned_with_their_titles(browser, page):
+    open_page(browser, page)
+    aligned = "getComputedStyle(one).textAlign"
+    for number, side in ((2, "left"), (3, "right"), (8, "left")):
+        cells = f"#gradient-pairs-1-badit tr > :nth-child({number})"
+        assert set(map_elements(browser, cells, aligned)) == {side}, number
 
 
 def test_tables_sort_by_click_and_keyboard(browser, page):

@@ -10,6 +10,9 @@ from badit.integrations.web import listen, server
 
 BADIT = {"name": "badit", "num_experts": 4, "r": 2, "init_weights": "bad", "gated": "factors"}
 BADIT |= {"regroup": {"every": 2}}
+# An expert means the same in all layers only in an adapter of a single module.
+SINGLE = {**BADIT, "target_modules": ["layers.1.mlp.gate_proj"]}
+CLUSTERS = {"name": "badit", "num_experts": 4, "r": 2, "gates": "clusters", "num_clusters": 3}
 
 
 @pytest.fixture(scope="session")

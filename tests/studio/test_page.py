@@ -13,7 +13,7 @@ from badit.integrations.studio.server import application
 from badit.integrations.studio.session import Session
 from browsers import emulate, requests, until
 from data.examples import write_rows
-from studio.conftest import BADIT, served
+from studio.conftest import BADIT, CLUSTERS, SINGLE, served
 
 # Without a slash, because task names must not contain one.
 MARKUP = "<img src=x onerror='window.ran = true'><b>bold"
@@ -72,8 +72,15 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def address(session):
-    with served(application(session)) as port:
+def single(trained):
+    session = Session(trained(SINGLE))
+    session.measure()
+    return session
+
+
+@pytest.fixture(scope="module")
+def address(single):
+    with served(application(single)) as port:
         yield f"http://127.0.0.1:{port}/"
 
 
@@ -82,7 +89,12 @@ def page(browser, address):
     return Page(browser, address)
 
 
-def test_answer_streams_next_to_the_base_models_answer(page):
+def test_answer_streams_next_to_the_base_models_answer(browser, session):
+    with served(application(session)) as port:
+        _assert_streamed(Page(browser, f"http://127.0.0.1:{port}/"))
+
+
+def _assert_streamed(page):
     page.run("""
         window.seen = new Set();
         const side = document.querySelector("#side-router .text");
@@ -105,15 +117,19 @@ def test_answer_streams_next_to_the_base_models_answer(page):
     ), requested
 
 
-def test_heat_map_keyboard_navigation_accessible_names_and_theme_switch(page, session):
+def test_heat_map_keyboard_navigation_accessible_names_and_theme_switch(page, single):
+    tasks = single.mixtures()["tasks"]
+    assert page.gates() == pytest.approx([*tasks["cities"][0], *tasks["rivers"][0]], abs=0.006)
     page.ask()
     cells = page.all("#heat-map td")
-    assert len(cells) == session.number_of_experts * len(session.experts)
+    assert len(cells) == single.number_of_experts * 3, "the prompt, and two tasks"
     assert len({cell.value_of_css_property("background-color") for cell in cells}) > 2
     page.one("#heat-map td[tabindex='0']").send_keys(Keys.ARROW_DOWN)
     page.browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
     gate = page.browser.switch_to.active_element.get_attribute("textContent")
-    assert page.text("#readout") == f"Expert 1, layer 1: gate {gate}"
+    readout = page.text("#readout")
+    assert readout.startswith("cities, expert 1: gate ")
+    assert float(readout.rpartition(" ")[2]) == pytest.approx(float(gate), abs=0.006)
     assert len(page.all("#nearest li")) == 2
     for control in page.all("button, input, select, textarea, table"):
         assert control.accessible_name or not control.is_displayed(), control.get_attribute(
@@ -126,28 +142,57 @@ def test_heat_map_keyboard_navigation_accessible_names_and_theme_switch(page, se
     assert page.one("#heat-map td").value_of_css_property("background-color") != light
 
 
-def test_heat_map_shows_one_module_or_the_mean_over_modules(browser, trained):
-    with served(
-        application(Session(trained({**BADIT, "target_modules": ["gate_proj", "o_proj"]})))
-    ) as port:
+def test_heat_map_shows_the_chosen_module_and_gates_of_a_task_can_be_used(browser, trained):
+    session = Session(trained({**BADIT, "target_modules": ["gate_proj", "o_proj"]}))
+    session.measure()
+    with served(application(session)) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")
+        layer, module = Select(page.one("#layer")), Select(page.one("#module"))
+        assert page.all(NUMBERS) == [], "experts of different modules have no common sliders"
+        for index, (number, name) in enumerate(session.about()["places"]):
+            layer.select_by_value(str(number))
+            module.select_by_visible_text(name)
+            of_tasks = session.mixtures()["tasks"].values()
+            expected = [gate for modules in of_tasks for gate in modules[index]]
+            assert page.gates() == pytest.approx(expected, abs=0.006)
+        Select(page.one("#gates-of")).select_by_value("rivers")
+        question = page.next_question()
+        assert (question["sides"], question["gates_of"]) == (["hand", "router", "base"], "rivers")
+        assert page.text("#side-hand h3") == "With the gates of rivers"
+        assert page.gates()[:4] == page.gates()[-4:], "those of the task"
+        page.one("#own").click()
+        assert Select(page.one("#gates-of")).first_selected_option.text == "choose"
+        assert not page.one("#side-hand").is_displayed()
+        assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("key", ["layer", "embedding"])
+def test_heat_map_shows_which_clusters_the_prompts_of_each_task_use(browser, trained, key):
+    session = Session(trained({**CLUSTERS, "key": key}))
+    with served(application(session)) as port:
+        page = Page(browser, f"http://127.0.0.1:{port}/")
+        assert not page.one("#heat-map").is_displayed()
+        session.measure()
+        until(lambda: page.one("#heat-map").is_displayed(), "the measured tasks are shown")
+        assert page.one("#layer").is_displayed() == (key == "layer")
+        shares = session.mixtures()["tasks"].values()
+        cells = [cell.text for cell in page.all("#heat-map td")]
+        assert cells == [f"{100 * share:.0f}%" for of_task in shares for share in of_task[0]]
         page.ask()
-        choice, shown = Select(page.one("#module")), {}
-        for name in [option.text for option in choice.options]:
-            choice.select_by_visible_text(name)
-            shown[name] = page.gates()
-    assert list(shown) == ["mean over modules", "self_attn.o_proj", "mlp.gate_proj"]
-    mean, first, second = shown.values()
-    assert first != second
-    assert mean == pytest.approx(
-        [(a + b) / 2 for a, b in zip(first, second, strict=True)], abs=0.0011
-    )
+        (prompt, *_) = [row.text.split() for row in page.all("#heat-map tbody tr")]
+        assert sorted(prompt) == sorted(["This", "prompt", "100%", "0%", "0%"])
+        assert page.all(NUMBERS) == []
+        page.one("#neutral").click()
+        assert page.next_question()["gates"] == [1] * 4
+        assert len(page.all("#heat-map tbody tr")) == 2, "other gates are of no cluster"
+        assert browser.get_log("browser") == []
 
 
 def test_sliders_send_their_gates_and_can_be_reset_to_the_router(page):
     page.ask()
     (first,) = page.sent()
-    assert (first["sides"], first["gates"]) == (["router", "base"], None)
+    assert first["sides"] == ["router", "base"]
+    assert "gates" not in first
     router, answer = page.values(), page.text("#side-router .text")
     assert len(set(router)) > 1, "the sliders show the router's gates"
     page.one("#gate-2").send_keys(Keys.HOME)
@@ -160,7 +205,7 @@ def test_sliders_send_their_gates_and_can_be_reset_to_the_router(page):
 
     page.all(".slider button")[3].click()
     assert page.next_question()["gates"] == page.values() == [0, 0, 0, 1]
-    assert set(page.gates()) == {0, 1}, "the heat map shows the gates set by hand"
+    assert page.gates()[:4] == [0, 0, 0, 1], "the heat map shows the gates set by hand"
 
     number = page.all(NUMBERS)[0]
     number.clear()
@@ -217,7 +262,7 @@ def test_markup_in_names_data_and_tables_is_shown_as_text(browser, trained, tmp_
         {**line, "input": f"{MARKUP} {i}", "split": split}
         for i, split in enumerate(["train"] * 8 + ["test"] * 2)
     ]
-    run = trained(BADIT, write_rows(tmp_path / "tasks.jsonl", *lines), MARKUP)
+    run = trained(SINGLE, write_rows(tmp_path / "tasks.jsonl", *lines), MARKUP)
     save_frame(
         ABILITIES.frame([[expert, MARKUP, "", 1.0, 0.0, 0.0] for expert in range(4)], ""),
         run.analysis_path,
@@ -232,11 +277,14 @@ def test_markup_in_names_data_and_tables_is_shown_as_text(browser, trained, tmp_
         session.measure()
         page.ask()
         assert not page.one("#unmeasured").is_displayed()
+        until(lambda: len(page.all("#heat-map tbody tr")) == 2, "the measured task is shown")
         for selector in (
             "#run",
             "#instruction",
             "#task option:checked",
             "#nearest li",
+            "#heat-map tbody tr:last-child th",
+            "#gates-of option:last-child",
             ".slider .said",
             "#reference",
         ):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from badit.analysis.gates import prompt_gates
+from badit.analysis.gates import clusters_frame, prompt_gates
 from badit.api import Run
 from badit.data import AnswerCollator, batches_by_task
 from badit.evaluation.generation import generate_answers
@@ -18,8 +18,9 @@ from badit.recipe.saved import dump_recipe
 from badit.support.errors import refuse_unknown
 from badit.training.encoding import encoded
 from badit.tuner import hooks_of
+from data.examples import write_rows
 from refusals import refuses
-from studio.conftest import BADIT
+from studio.conftest import BADIT, CLUSTERS
 
 HAND_GATES = [0.0, 2.5, 1.25, 0.1]
 
@@ -105,7 +106,7 @@ def test_gates_set_by_hand_match_an_adapter_merged_with_these_gates(trained, met
         for layer, adapter in session.experts:
             delta = layer.get_delta_weight(adapter, neutral * torch.tensor(gates))
             lora.get_submodule(layer.name).weight.data += delta
-        with mixed(session.experts, gates):
+        with mixed(session.experts, np.tile(gates, (len(session.experts), 1))):
             logits = session.model(input_ids=ids).logits
         torch.testing.assert_close(logits, lora(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
         of_router = session.model(input_ids=ids).logits
@@ -142,12 +143,13 @@ def test_task_gates_are_cached_and_measured_again_if_damaged(trained, monkeypatc
         "[",
         json.dumps({**content, "tasks": []}),
         json.dumps({**content, "tasks": {"rivers": [1]}}),
+        json.dumps({**content, "tasks": {"rivers": {**content["tasks"]["rivers"], "means": {}}}}),
     ):
         run.gates_path.write_text(damaged)
         again = Session(run)
         again.measure()
         np.testing.assert_equal(again.task_gates, first.task_gates)
-    monkeypatch.delattr("badit.analysis.gates.mean_gates")
+    monkeypatch.delattr("badit.analysis.gates.gates_of_task")
     Session(run).measure()
     run.gates_path.unlink()
     monkeypatch.setattr(
@@ -207,6 +209,7 @@ def test_unanswerable_questions_and_unusable_runs_are_refused(
         (session, {"task": "river"}, "task: unknown 'river' .did you mean 'rivers'"),
         (session, {"sides": ["hand"], "gates": [1.0] * 3}, "must be 4 numbers from 0 to 4"),
         (session, {"sides": ["hand"], "gates": [1.0, 1.0, 1.0, 4.5]}, "must be 4 numbers"),
+        (session, {"sides": ["hand"], "gates_of": "river"}, "gates_of: unknown 'river'"),
         (by_task, {"task": None}, "needs the prompt's task"),
         (
             plain_session,
@@ -224,7 +227,57 @@ def test_unanswerable_questions_and_unusable_runs_are_refused(
         refuses(message, Session, Run(tmp_path))
 
 
-def test_page_is_told_of_clusters_whose_experts_have_no_meaning_across_layers(session, trained):
-    clustered = trained({"name": "badit", "num_experts": 4, "r": 2, "num_clusters": 2})
-    assert Session(clustered).about()["clustered"]
-    assert not session.about()["clustered"]
+@pytest.mark.parametrize(
+    ("key", "places"),
+    [("layer", [(0, "mlp.gate_proj"), (1, "mlp.gate_proj")]), ("embedding", [(-1, "all")])],
+)
+def test_map_shows_the_clusters_of_tasks_and_of_the_answered_prompt(trained, key, places):
+    session = Session(trained({**CLUSTERS, "key": key}))
+    assert session.mixtures() == {"unmeasured": True, "tasks": {}}
+    session.measure()
+    about, measured = session.about(), session.mixtures()
+    assert (about["clusters"], about["places"]) == (3, places)
+    pairs = [(task, instance) for task in session.tasks.values() for instance in task.train]
+    examples = encoded(session.tokenizer, session.recipe, pairs, session.model)
+    batches = batches_by_task(examples, AnswerCollator(0, with_tasks=True), 8)
+    table = clusters_frame(session.model, prompt_gates(session.model, batches))
+    for task, shares in measured["tasks"].items():
+        rows = table[table["task"] == task].groupby(["layer", "module"], sort=False)["share"]
+        assert [share.tolist() for _, share in rows] == shares
+    shown = event_data(events(session, sides=["router"]), "gates", "router")
+    codes = [codes_CK for _, _, codes_CK in session.clusters]
+    assert len(shown["clusters"]) == len(codes)
+    for cluster, codes_CK, gates in zip(shown["clusters"], codes, shown["gates"], strict=False):
+        np.testing.assert_allclose(codes_CK[cluster], gates, atol=1e-4)
+
+
+def test_gates_of_a_task_are_used_in_every_module(session):
+    shown = events(session, sides=["hand", "router"], gates_of="cities")
+    expected = session.task_gates["cities"]
+    np.testing.assert_allclose(event_data(shown, "gates", "hand")["gates"], expected, atol=2e-5)
+    assert np.ptp(expected, axis=0).max() > 0.01, "the modules differ"
+    np.testing.assert_allclose(
+        session.mixtures()["tasks"]["cities"], session.task_gates["cities"], atol=1e-5
+    )
+    with mixed(session.experts, expected):
+        answer = answer_of(session, session.model)
+    assert event_data(shown, "end", "hand")["text"] == answer
+    own = event_data(shown, "gates", "router")["gates"]
+    assert not np.allclose(own, expected, atol=1e-3)
+
+
+def test_tasks_of_an_extension_are_one_more_cluster_and_gates_cannot_be_set(trained, tmp_path):
+    rows = [
+        {"task": "animals", "instruction": "Say which animal lives there.", "input": f"forest {i}"}
+        | {"output": "a fox", "split": "train" if i < 8 else "test"}
+        for i in range(10)
+    ]
+    data = write_rows(tmp_path / "animals.jsonl", *rows)
+    run = trained({**CLUSTERS, "key": "embedding"})
+    session = Session(run.extend(data, output=tmp_path / "extended", progress=False))
+    session.measure()
+    assert session.about()["clusters"] == 4
+    assert not session.about()["can_set_gates"]
+    assert session.mixtures()["tasks"] == {"animals": [[0.0, 0.0, 0.0, 1.0]]}
+    question = {"task": "animals", "sides": ["hand"], "gates": [1.0] * 5}
+    refuses("of an extended run cannot be set", events, session, **question)

@@ -63,7 +63,7 @@ def test_adapter_of_an_earlier_format_is_saved_in_the_current_one(tmp_path):
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        (FORMAT + 1, f"up to {FORMAT}: pip install --upgrade badit"),
+        (FORMAT + 1, f"up to {FORMAT}; install a later version of badit"),
         (OLDEST_FORMAT - 1, "older format that this version does not read; train it again"),
         (LEFT_OUT, "older format that this version does not read; train it again"),
     ],

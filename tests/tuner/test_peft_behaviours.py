@@ -153,9 +153,9 @@ def test_auto_class_and_transformers_load_adapter_give_the_same_model(tiny_model
     model = adapted(type(tiny_model(family)).from_pretrained(base))
     for _ in range(2):
         model.save_pretrained(str(adapter))
-    assert (adapter / "README.md").read_text().count(
-        "`pip install badit`, and `import badit.tuner`"
-    ) == 1
+    card = (adapter / "README.md").read_text()
+    assert card.count("requires the Python package badit") == 1
+    assert card.count("and `import badit.tuner` in your script") == 1
     expected = logits(model)
     torch.testing.assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(adapter)), expected)
     plain = tiny_model(family)

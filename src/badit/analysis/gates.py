@@ -34,6 +34,7 @@ from badit.training.encoding import encoded
 from badit.training.loading import model_dtype
 from badit.training.trainer import answer_losses
 from badit.tuner.experts import AdaptedLayer, active_experts, adapted_layers, changed_gates
+from badit.tuner.extension import extension_code
 from badit.tuner.model import TaskBatches
 from badit.tuner.prompt import before_first_label
 
@@ -72,6 +73,17 @@ class PromptGates(NamedTuple):
         return np.stack([gates_PMK.mean(axis=0) for gates_PMK in self.by_task.values()])
 
 
+class TaskGates(NamedTuple):
+    """The gates of a task's prompts.
+
+    ``clusters`` has the share of the prompts in each cluster, for every item of
+    :func:`clusters_of`.
+    """
+
+    means: Gates
+    clusters: Sequence[Sequence[float]]
+
+
 def prompt_gates(model: Any, batches: TaskBatches) -> PromptGates:
     """Returns the gates of every prompt, from one forward pass.
 
@@ -80,17 +92,31 @@ def prompt_gates(model: Any, batches: TaskBatches) -> PromptGates:
     layers = active_experts(model)
     by_task = {}
     for task, batches_of_task in waiting([*batches.items()], "Gates", "task"):
-        gates = _gates_of_prompts(model, layers, batches_of_task)
-        gates_PMK = torch.stack([*gates.values()], dim=1)
-        # Divided by their mean, gates of all methods have the same scale.
-        by_task[task] = (gates_PMK / gates_PMK.mean(dim=-1, keepdim=True)).numpy()
+        by_task[task] = _divided(_gates_of_prompts(model, layers, batches_of_task))
     return PromptGates([layer_and_module(adapted.layer.name) for adapted in layers], by_task)
+
+
+def _divided(gates: Mapping[str, torch.Tensor]) -> np.ndarray:
+    """Returns gates (P, M, K) divided by their mean: those of all methods have the same scale."""
+    gates_PMK = torch.stack([*gates.values()], dim=1)
+    return (gates_PMK / gates_PMK.mean(dim=-1, keepdim=True)).numpy()
 
 
 def mean_gates(model: Any, batches: Iterable[Any]) -> Gates:
     """Returns the gates of every adapted module: undivided means over the prompts of batches."""
-    gates = _gates_of_prompts(model, adapted_layers(model), batches)
+    return _means(_gates_of_prompts(model, adapted_layers(model), batches))
+
+
+def _means(gates: Mapping[str, torch.Tensor]) -> Gates:
     return {name: gates_PK.mean(dim=0).tolist() for name, gates_PK in gates.items()}
+
+
+def gates_of_task(model: Any, batches: Iterable[Any]) -> TaskGates:
+    """Returns the mean gates of the prompts of batches, and their clusters."""
+    layers = adapted_layers(model)
+    gates = _gates_of_prompts(model, layers, batches)
+    shares = [of_place.shares(_divided(gates)).tolist() for of_place in clusters_of(layers)]
+    return TaskGates(_means(gates), shares)
 
 
 @torch.no_grad()
@@ -142,27 +168,58 @@ def gates_frame(gates: PromptGates) -> pd.DataFrame:
     )
 
 
+class Clusters(NamedTuple):
+    """The clusters of prompts in a module, or in all modules, which then have the same."""
+
+    module: int  # index of the module whose gates tell the clusters apart
+    place: tuple[int, str]  # layer and module; (−1, "all") for all
+    codes_CK: np.ndarray  # gates of the prompts of each cluster, divided by their mean
+
+    def nearest(self, gates_PMK: np.ndarray) -> np.ndarray:
+        """Returns the cluster (P) of each prompt by its gates, which are divided by their mean."""
+        differences_PCK = np.abs(gates_PMK[:, self.module, None] - self.codes_CK)
+        return differences_PCK.sum(axis=-1).argmin(axis=1)
+
+    def shares(self, gates_PMK: np.ndarray) -> np.ndarray:
+        """Returns the share (C) of the prompts in each cluster."""
+        cluster_P = self.nearest(gates_PMK)
+        return np.bincount(cluster_P, minlength=len(self.codes_CK)) / len(cluster_P)
+
+
+@torch.no_grad()
+def clusters_of(layers: Sequence[AdaptedLayer]) -> list[Clusters]:
+    """Returns the clusters of every layer, or of all together; none without clusters.
+
+    The tasks of an extension are one more cluster: their prompts have the same gates.
+    """
+    clusters = []
+    for index, (layer, adapter) in enumerate(layers):
+        codes = getattr(layer, "badit_codes", {})
+        if adapter not in codes:
+            continue
+        config: Any = layer.badit_config[adapter]
+        codes_CK = torch.nn.functional.pad(codes[adapter].float(), (0, len(config.extensions)))
+        added = range(1, len(config.extensions) + 1)
+        of_extensions = [extension_code(layer, adapter, number).float() for number in added]
+        codes_CK = torch.cat([codes_CK, *(code_K[None] for code_K in of_extensions)])
+        codes_CK = (codes_CK / codes_CK.mean(dim=1, keepdim=True)).cpu().numpy()
+        # Of one key for all layers, the first layer shows the clusters of all.
+        if config.key == "embedding":
+            return [Clusters(index, (-1, "all"), codes_CK)]
+        clusters.append(Clusters(index, layer_and_module(layer.name), codes_CK))
+    return clusters
+
+
 def clusters_frame(model: Any, gates: PromptGates) -> pd.DataFrame:
     """Returns how the prompts of each task are spread over clusters; no rows without clusters."""
-    rows = []
-    is_shared = False
-    for index, adapted in enumerate(active_experts(model)):
-        codes = getattr(adapted.layer, "badit_codes", {})
-        if adapted.adapter not in codes:
-            continue
-        # Of one key for all layers, the first layer shows the clusters of all.
-        is_shared = adapted.layer.badit_config[adapted.adapter].key == "embedding"
-        place = (-1, "all") if is_shared else gates.modules[index]
-        codes_CK = codes[adapted.adapter].float().cpu()
-        codes_CK = (codes_CK / codes_CK.mean(dim=1, keepdim=True)).numpy()
-        for task, gates_PMK in gates.by_task.items():
-            # A prompt has the gates of its cluster.
-            distance_PC = np.abs(gates_PMK[:, index, None] - codes_CK).sum(axis=-1)
-            counts_C = np.bincount(distance_PC.argmin(axis=1), minlength=len(codes_CK))
-            shares_C = counts_C / len(gates_PMK)
-            rows += [(task, *place, cluster, share) for cluster, share in enumerate(shares_C)]
-        if is_shared:
-            break
+    clusters = clusters_of(active_experts(model))
+    rows = [
+        (task, *of_place.place, cluster, share)
+        for of_place in clusters
+        for task, gates_PMK in gates.by_task.items()
+        for cluster, share in enumerate(of_place.shares(gates_PMK))
+    ]
+    is_shared = any(of_place.place == (-1, "all") for of_place in clusters)
     prompts = span([len(gates_PMK) for gates_PMK in gates.by_task.values()])
     return CLUSTERS.frame(
         rows,
@@ -179,8 +236,8 @@ def task_gates(
     recipe: Recipe,
     tasks: Mapping[str, Task],
     names: Sequence[str],
-) -> Iterator[tuple[str, Gates]]:
-    """Yields each named task with its mean gates over its first training prompts.
+) -> Iterator[tuple[str, TaskGates]]:
+    """Yields each named task with the gates of its first training prompts.
 
     They are cached in the run's ``gates.json``.
     """
@@ -201,24 +258,40 @@ def task_gates(
             pairs = [(tasks[name], instance) for instance in tasks[name].train[:PROMPTS_PER_TASK]]
             examples = encoded(tokenizer, recipe, pairs, model)
             batches = batches_by_task(examples, collate, _BATCH_SIZE)
-            by_task[name] = mean_gates(model, batches[name])
+            by_task[name] = gates_of_task(model, batches[name])
             if name == unmeasured[-1] or len(by_task) > _GROWTH * written:
                 written = len(by_task)
                 # The run's folder may be read-only.
                 with suppress(BaditError):
-                    write_json(run.gates_path, {"depends_on": depends_on, "tasks": by_task})
+                    saved = {task: gates._asdict() for task, gates in by_task.items()}
+                    write_json(run.gates_path, {"depends_on": depends_on, "tasks": saved})
         yield name, by_task[name]
 
 
-def _cached_gates(path: Path, model: PeftModel, depends_on: dict[str, Any]) -> dict[str, Gates]:
+def _cached_gates(path: Path, model: PeftModel, depends_on: dict[str, Any]) -> dict[str, TaskGates]:
     """Returns the cached gates by task; none if the file is missing, damaged or outdated."""
     # The cache may be damaged; it is then measured again and replaced.
-    with suppress(BaditError, KeyError, TypeError, AttributeError):
+    with suppress(BaditError, KeyError, TypeError, AttributeError, ValueError):
         cache = read_json(path)
         if cache["depends_on"] == depends_on:
-            tasks = cache["tasks"].items()
-            return {name: _checked_gates(gates, path, model) for name, gates in tasks}
+            return {
+                name: TaskGates(
+                    _checked_gates(gates["means"], path, model),
+                    _checked_shares(gates["clusters"], model),
+                )
+                for name, gates in cache["tasks"].items()
+            }
     return {}
+
+
+def _checked_shares(content: Any, model: PeftModel) -> Sequence[Sequence[float]]:
+    """Returns the shares of a task's prompts by cluster; ValueError if they are damaged."""
+    expected = [len(of_place.codes_CK) for of_place in clusters_of(adapted_layers(model))]
+    if [len(shares) for shares in content] != expected:
+        raise ValueError("clusters")
+    if not all(is_number(share) for shares in content for share in shares):
+        raise ValueError("clusters")
+    return content
 
 
 def read_gates(path: Path, model: PeftModel) -> Gates:

@@ -24,6 +24,7 @@ from badit.support.console import status
 from badit.support.errors import BaditError
 from badit.support.text import counted, text_table
 from badit.training.encoding import encoded
+from badit.training.extending import add_tasks
 from badit.training.hf_arguments import training_arguments
 from badit.training.loading import model_dtype
 from badit.training.methods import Method, on_skeleton
@@ -68,7 +69,10 @@ def _without_tasks(recipe: Recipe) -> ResolvedRun:
 
 
 def _method_and_model(run: ResolvedRun) -> tuple[Method, Any]:
-    names = [task.name for task in run.tasks]
+    tasks = run.tasks
+    if run.stages and not run.method.needs_tasks:
+        _, tasks = run.stages[0]
+    names = [task.name for task in tasks]
     return on_skeleton(run.recipe, run.method, names, dtype=model_dtype(run.recipe))
 
 
@@ -127,13 +131,38 @@ class _DryRun:
         lines.append(f"{sum(steps)} steps of {rows * _processes()} instances")
         lines.append(self._time(sum(steps), sample))
         if run.method.regroup is not None:
-            regroupings = sum(len(run.method.regroup.due(count)) for count in steps)
+            # The components of frozen experts keep their groups.
+            of_stages = [
+                len(run.method.regroup.due(count))
+                for number, count in enumerate(steps)
+                if not run.adds_tasks(number)
+            ]
+            regroupings = sum(of_stages)
             fix = "" if regroupings else ": lower method.regroup.every"
             lines.append(f"{regroupings} regroupings in {sum(steps)} steps{fix}")
-        trained = self.method.trained_parameters(self.model)
+        memory = self._memory(longest, self.method.trained_parameters(self.model))
+        # Last, because it adds the later tasks to the model.
+        return [*lines, self._parameters(), memory]
+
+    def _parameters(self) -> str:
+        """Describes the trained parameters: at a time, and of all tasks of a sequence."""
+        run = self.run
+        counts = [self.method.trained_parameters(self.model)]
+        size = _size_of_tasks(self.model)
+        for number, (_, tasks) in enumerate(run.stages[1:], start=1):
+            with torch.device("meta"):
+                if run.adds_tasks(number):
+                    add_tasks(self.model, run.recipe.extend, [task.name for task in tasks])
+                else:
+                    hooks_of(self.model).next_task()
+            counts.append(self.method.trained_parameters(self.model))
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        lines.append(f"{trained:,} of {parameters:,} parameters are trained")
-        return [*lines, self._memory(longest, trained)]
+        line = f"{max(counts):,} of {parameters:,} parameters are trained"
+        added = _size_of_tasks(self.model) - size
+        if not added:
+            return line
+        # What a later task shares with earlier ones is counted once.
+        return f"{line} at a time, {counts[0] + added:,} in all {len(counts)} tasks"
 
     def _longest(self) -> list[dict[str, Any]]:
         """Returns the encoded instances of the batch that needs most memory."""
@@ -230,6 +259,13 @@ class _DryRun:
         layers = config.num_hidden_layers
         layer_input = rows * tokens * config.hidden_size * model.dtype.itemsize
         return total / layers + layers * layer_input
+
+
+def _size_of_tasks(model: torch.nn.Module) -> int:
+    """Returns the size of the parameters and of the frozen copies that belong to earlier tasks."""
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    sizes += [values.numel() for name, values in model.named_buffers() if "past" in name]
+    return sum(sizes)
 
 
 def _processes() -> int:

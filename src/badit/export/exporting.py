@@ -320,7 +320,7 @@ def _mean_gates(
     # Cached in the run's folder, for exports with other options and for the studio.
     measured = task_gates(run.folder, model, tokenizer, run.recipe, tasks, names)
     bar = tqdm(measured, desc="Gates", unit="task", total=len(names), disable=not progress)
-    gates_by_task = dict(bar)
+    gates_by_task = {name: gates.means for name, gates in bar}
 
     mixtures = []
     for task, group in groups.items():

@@ -21,6 +21,7 @@ from badit.recipe.schema import Recipe, expand_source
 from badit.runs.folder import RunFolder
 from badit.runs.scores import read_scores
 from badit.support.console import one_line
+from badit.support.environment import how_to_install
 from badit.support.errors import BaditError
 from badit.support.files import read_text, write_text
 
@@ -96,6 +97,7 @@ def model_card(
         template_path=str(_TEMPLATE),
         text=_text,
         address=address,
+        install=how_to_install(),
         recipe=recipe,
         title=title,
         cites_paper=cites_paper(title),

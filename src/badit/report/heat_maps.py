@@ -85,7 +85,7 @@ def heat_map(
     chart = _background() + base.mark_rect().encode(
         alt.Color("value:Q")
         .scale(_colour_scale(look))
-        .legend(title=look.label, format=look.form, tickCount=4)
+        .legend(title=look.label, format=look.form, tickCount=3)
     )
     if noise is not None and len(noise):
         chart += _hatching(noise, choices)

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import altair as alt
+import pandas as pd
 import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -38,7 +39,7 @@ def render(title: str, sections: Mapping[str, Sequence[Block]]) -> str:
         lstrip_blocks=True,
     )
     # Words may be wrapped; numbers with their intervals may not.
-    templates.tests["has_words"] = lambda text: bool(re.search(r"[^\W\d_]{2}", text))
+    templates.tests["has_words"] = _has_words
     templates.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     scripts = [_library(), read_text(_TEMPLATES / "page.js")]
     style = read_text(_TEMPLATES / "look.css") + read_text(_TEMPLATES / "page.css")
@@ -52,7 +53,18 @@ def render(title: str, sections: Mapping[str, Sequence[Block]]) -> str:
         scripts=[Markup(script) for script in scripts],
         themes={"light": chart_config("light"), "dark": chart_config("dark")},
         short_names=short_task_names,
+        worded_columns=_worded_columns,
     )
+
+
+def _has_words(text: str) -> bool:
+    return re.search(r"[^\W\d_]{2}", text) is not None
+
+
+def _worded_columns(frame: pd.DataFrame) -> list[str]:
+    """Returns the columns with words in any row, which are aligned on the left with their title."""
+    worded = [frame.iloc[:, index].map(_has_words).any() for index in range(frame.shape[1])]
+    return [str(name) for name, has_words in zip(frame.columns, worded, strict=True) if has_words]
 
 
 def _hash(script: str) -> str:

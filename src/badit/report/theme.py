@@ -67,7 +67,7 @@ def chart_config(mode: Literal["light", "dark"]) -> dict[str, Any]:
     }
     style = {
         # A missing value, such as the diagonal, must not look like 0.
-        "matrix": {"fill": ink["empty"]},
+        "matrix": {"color": ink["empty"]},
         "reference": {"color": ink["faint"], "strokeDash": [2, 4]},
         "interval": {"color": first_colour},
         "hatching": {"color": ink["faint"], "strokeWidth": 0.8, "opacity": 0.55},

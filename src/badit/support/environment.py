@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from contextlib import suppress
@@ -11,6 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from badit.support.console import one_line
+
+#: The environment variable with what pip installs badit from, for model cards.
+INSTALL_FROM = "BADIT_INSTALL_FROM"
 _PACKAGES = [
     "badit",
     "torch",
@@ -40,6 +45,17 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": _versions(),
     }
+
+
+def how_to_install() -> str:
+    """Returns what loading an adapter requires, with the command that installs it, in Markdown.
+
+    Without the setting no address is known: badit may not be on an index, and the place that it was
+    installed from here may be private.
+    """
+    place = one_line(os.environ.get(INSTALL_FROM, "")).replace("`", "").strip()
+    command = f" (`pip install {shlex.quote(place)}`)" if place else ""
+    return f"the Python package badit{command}"
 
 
 def peak_memory() -> float:

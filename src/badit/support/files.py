@@ -122,8 +122,8 @@ def refuse_other_format(content: Mapping[str, Any], path: Path, version: int) ->
     # In Python, True equals version 1.
     if file_version is True or file_version != version:
         raise BaditError(
-            f"{path}: format: is {file_version!r:.60}, this badit version reads {version}: "
-            "pip install --upgrade badit, or create the file again"
+            f"{path}: format: is {file_version!r:.60}, this badit version reads {version}; "
+            "install a later version of badit, or create the file again"
         )
 
 

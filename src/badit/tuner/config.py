@@ -31,6 +31,7 @@ from badit.presets import (
     filled,
     saved_section,
 )
+from badit.support.environment import how_to_install
 from badit.support.errors import BaditError, problems
 from badit.support.steps import PositiveSteps
 
@@ -107,7 +108,7 @@ def _refuse_other_format(version: Any) -> None:
     if version > FORMAT:
         raise BaditError(
             f"{FORMAT_FIELD}: the adapter has format {version}, this badit reads formats up to "
-            f"{FORMAT}: pip install --upgrade badit"
+            f"{FORMAT}; install a later version of badit"
         )
     if version < OLDEST_FORMAT:
         raise BaditError(
@@ -245,7 +246,7 @@ class ExpertConfig(PeftConfig):
         # badit.tuner or badit.baselines: importing it registers the method with PEFT.
         package = ".".join(type(self).__module__.split(".")[:2])
         note = (
-            "Before loading this adapter with PEFT: `pip install badit`, "
+            f"Loading this adapter with PEFT requires {how_to_install()} "
             f"and `import {package}` in your script."
         )
         path = Path(save_directory, "README.md")

@@ -77,9 +77,9 @@ class Extensions(nn.Module):
         return getattr(self, f"{kind}_{number}")
 
     def has_clusters(self, number: int) -> bool:
-        """Returns whether an extension has clusters that were found."""
+        """Returns whether an extension has clusters; on the meta device, none are found."""
         counts_CT = getattr(self, f"counts_{number}", None)
-        return counts_CT is not None and bool(counts_CT.any())
+        return counts_CT is not None and (counts_CT.is_meta or bool(counts_CT.any()))
 
     def train_only(self, numbers: Iterable[int]) -> None:
         """Makes the tensors of these extensions trainable, and freezes the others."""
@@ -202,7 +202,11 @@ def extension_gates(layer: Any, adapter: str, x: Tensor, parts: Parts) -> Tensor
     later = len(config.extensions)
     if parts.whole == 0:
         return F.pad(layer.gates_of_experts(adapter, x), (0, later))
-    codes = {part.number: _code(layer, adapter, part.number) for part in parts.parts if part.number}
+    codes = {
+        part.number: extension_code(layer, adapter, part.number)
+        for part in parts.parts
+        if part.number
+    }
     if parts.whole is not None:
         rows = len(x)
         code_G = codes[parts.whole]
@@ -216,7 +220,7 @@ def extension_gates(layer: Any, adapter: str, x: Tensor, parts: Parts) -> Tensor
     return flat.view_as(gates)
 
 
-def _code(layer: Any, adapter: str, number: int) -> Tensor:
+def extension_code(layer: Any, adapter: str, number: int) -> Tensor:
     """Returns the gates (G) of an extension: 1 of its own expert, and those of the used ones."""
     config: BaditConfig = layer.badit_config[adapter]
     extensions: Extensions = layer.badit_extensions[adapter]

@@ -66,11 +66,14 @@ def application(session: Session) -> Starlette:
     """Returns the web application of a loaded run."""
     # Questions wait in the limiter and take a thread only when the model is free.
     one_at_a_time = anyio.CapacityLimiter(1)
-    colours = {mode: chart_config(mode)["range"]["diverging"] for mode in ("light", "dark")}
+    colours = {mode: chart_config(mode)["range"] for mode in ("light", "dark")}
     description = {**session.about(), "colours": colours}
 
     async def task(request: Request) -> Response:
         return JSONResponse(session.task(request.query_params.get("name", "")))
+
+    async def mixtures(_: Request) -> Response:
+        return JSONResponse(session.mixtures())
 
     async def answer(request: Request) -> Any:
         content = await json_body(request, MAX_BODY)
@@ -87,6 +90,7 @@ def application(session: Session) -> Starlette:
         routes=[
             Route("/api/run", JSONResponse(description), methods=["GET"]),
             Route("/api/task", task),
+            Route("/api/mixtures", mixtures),
             Route("/api/answer", answer, methods=["POST"]),
             Mount("/", files),
         ],

@@ -1,10 +1,10 @@
 """A loaded run that answers questions of the studio's page, side by side.
 
 A prompt is answered by up to three variants of the model, called sides: "router" is the trained
-adapter, "hand" the adapter with gates set by hand, "base" the base model. Gates are on the scale of
+adapter, "hand" the adapter with other gates, "base" the base model. Gates are on the scale of
 :mod:`badit.analysis.gates`.
 
-Shape suffixes: M = adapted modules, K = experts.
+Shape suffixes: M = adapted modules, K = experts, P = prompts.
 """
 
 import threading
@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, Field
 
 from badit.analysis.atlas import ABILITIES
-from badit.analysis.gates import task_gates
+from badit.analysis.gates import clusters_of, task_gates
 from badit.analysis.tables import layer_and_module, load_frame
 from badit.data import Task
 from badit.evaluation.generation import stream_answer
@@ -48,13 +48,15 @@ Show = Callable[[str, Mapping[str, Any]], None]
 class Question(BaseModel, extra="forbid", frozen=True):
     """A request of the page.
 
-    It has a prompt or a task's input, the sides that answer, and the gates of the side "hand".
+    It has a prompt or a task's input, the sides that answer, and the gates of the side "hand": one
+    for each expert, or those of a task.
     """
 
     text: Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)]
     task: str | None = None
     sides: Annotated[list[Side], Field(min_length=1, max_length=3)]
     gates: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    gates_of: str | None = None
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 64
 
 
@@ -92,17 +94,24 @@ class Session:
         self.experts = active_experts(self.model)
         self.modules = [layer.name for layer, _ in self.experts]
         self.number_of_experts = self.experts[0].num_experts if self.experts else 0
+        # Empty for methods without clusters of prompts.
+        self.clusters = clusters_of(self.experts)
         self._free = threading.Lock()  # held while the model is used
         self._stopped = threading.Event()
         #: The mean gates (M, K) of each task; None until they are measured.
         self.task_gates: dict[str, np.ndarray] | None = None
+        #: The share of each task's prompts by cluster, for every item of ``clusters``.
+        self.task_clusters: dict[str, Sequence[Sequence[float]]] = {}
 
     @property
-    def is_clustered(self) -> bool:
-        """Whether prompts have the gates of their cluster, which each layer numbers by itself."""
-        return any(
-            adapted.adapter in getattr(adapted.layer, "badit_codes", {}) for adapted in self.experts
-        )
+    def can_set_gates(self) -> bool:
+        """Whether other gates than a prompt's own can be used.
+
+        With extensions they cannot: the gates of experts that a prompt's part does not use would
+        have no effect.
+        """
+        extended = any(layer.badit_config[adapter].extensions for layer, adapter in self.experts)
+        return bool(self.experts) and not extended
 
     @property
     def unmeasured(self) -> bool:
@@ -127,7 +136,8 @@ class Session:
                 # Held for one task at a time, so that questions are answered in between.
                 with self._free:
                     _, gates = next(measured)
-                gates_MK = np.array([gates[module] for module in self.modules])
+                gates_MK = np.array([gates.means[module] for module in self.modules])
+                self.task_clusters[name] = gates.clusters
                 # On the scale of the analysis: 1 is neutral.
                 by_task[name] = gates_MK / gates_MK.mean(axis=1, keepdims=True)
         except BaditError as error:
@@ -153,13 +163,33 @@ class Session:
             "remark": self.remark,
             "needs_task": self.method.needs_tasks,
             "experts": self.number_of_experts,
-            "clustered": self.is_clustered,
+            "clusters": len(self.clusters[0].codes_CK) if self.clusters else 0,
+            "can_set_gates": self.can_set_gates,
             "abilities": abilities,
-            "modules": [layer_and_module(module) for module in self.modules],
+            "places": self._places(),
             "max_characters": MAX_CHARACTERS,
             "max_new_tokens": MAX_NEW_TOKENS,
             "new_tokens": min(self.recipe.evaluation.max_new_tokens, MAX_NEW_TOKENS),
         }
+
+    def _places(self) -> list[tuple[int, str]]:
+        """Returns layer and module of every map of :meth:`mixtures`."""
+        if self.clusters:
+            return [of_place.place for of_place in self.clusters]
+        return [layer_and_module(module) for module in self.modules]
+
+    def mixtures(self) -> dict[str, Any]:
+        """Returns each task's shares by cluster or, without clusters, its mean gates, by place.
+
+        They are complete if nothing is left to measure.
+        """
+        by_task: dict[str, Any] = {}
+        if not self.unmeasured:
+            by_task = dict(self.task_clusters)
+            if not self.clusters:
+                gates_of_tasks = (self.task_gates or {}).items()
+                by_task = {task: gates.round(_DIGITS).tolist() for task, gates in gates_of_tasks}
+        return {"unmeasured": self.unmeasured, "tasks": by_task}
 
     def task(self, name: str) -> dict[str, Any]:
         """Returns a task's instruction and a few of its instances, preferably held-out ones."""
@@ -191,6 +221,11 @@ class Session:
         experts, gates = self.number_of_experts, question.gates or []
         if not experts:
             raise BaditError(f"gates: {self.method.name} has no gates to set by hand")
+        if not self.can_set_gates:
+            raise BaditError("gates: the gates of an extended run cannot be set by hand")
+        if question.gates_of is not None:
+            refuse_unknown("gates_of", question.gates_of, self.task_gates or {})
+            return
         # On the page's scale, K is the gate of an expert that is used alone.
         if len(gates) != experts or max(gates) > experts:
             raise BaditError(
@@ -218,7 +253,7 @@ class Session:
             switched: Any = self.model.disable_adapter()
         else:
             model = self.model
-            switched = mixed(self.experts, question.gates if side == "hand" else None)
+            switched = mixed(self.experts, self._gates_by_hand(question, side))
         shows_gates = side != "base" and bool(self.experts)
 
         def show_text(text: str) -> None:
@@ -235,6 +270,14 @@ class Session:
         seconds = round(time.monotonic() - start, 2)
         show("end", {"side": side, **answer._asdict(), "seconds": seconds})
 
+    def _gates_by_hand(self, question: Question, side: Side) -> np.ndarray | None:
+        """Returns the gates (M, K) of the side "hand", None for others."""
+        if side != "hand":
+            return None
+        if question.gates_of is not None and self.task_gates is not None:
+            return self.task_gates[question.gates_of]
+        return np.tile(np.array(question.gates), (len(self.experts), 1))
+
     def _compared(self, gates_MK: np.ndarray) -> dict[str, Any]:
         """Returns a prompt's gates, and the tasks with the nearest mean gates."""
         differences = sorted(
@@ -243,6 +286,7 @@ class Session:
         )
         return {
             "gates": gates_MK.round(_DIGITS).tolist(),
+            "clusters": [int(of_place.nearest(gates_MK[None])[0]) for of_place in self.clusters],
             "nearest": [
                 {"task": task, "difference": difference}
                 for difference, task in differences[:_SHOWN_TASKS]
@@ -253,22 +297,26 @@ class Session:
 
 @contextmanager
 def mixed(
-    experts: Sequence[AdaptedLayer], by_hand: Sequence[float] | None = None
+    experts: Sequence[AdaptedLayer], by_hand_MK: np.ndarray | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """A context in which prompts are answered with their own gates, or with gates set by hand.
 
-    ``by_hand`` has the gates (K) for all layers. Yields, by adapted module, the gates (K) of the
+    Yields, by adapted module, the gates (K) of the
     first forward pass (the prompt), averaged over its positions.
     """
     gates_of_prompt: dict[str, np.ndarray] = {}
+    by_hand = {}
+    if by_hand_MK is not None:
+        names = [adapted.layer.name for adapted in experts]
+        by_hand = dict(zip(names, torch.tensor(by_hand_MK), strict=True))
 
     def mixing(adapted: AdaptedLayer, gates: torch.Tensor) -> torch.Tensor:
         # The neutral gate depends on the method: 1, or 1/K if its gates sum to 1. The sum of a
         # softmax has rounding errors, which must not be multiplied into gates set by hand.
         neutral = gates.mean(dim=-1, keepdim=True).round(decimals=6)
-        if by_hand is not None:
-            gates = neutral * torch.tensor(by_hand).to(gates)
         module = adapted.layer.name
+        if module in by_hand:
+            gates = neutral * by_hand[module].to(gates)
         if module not in gates_of_prompt:
             mean_K = (gates / neutral).flatten(0, -2).mean(dim=0)
             gates_of_prompt[module] = mean_K.double().cpu().numpy()

@@ -4,9 +4,9 @@
 const SIDES = ["hand", "router", "base"];
 const NEUTRAL = 1; // the neutral gate
 const REACH = 2; // the maximum of the sliders, unless a gate is larger
-const LIMIT = 1; // the deviation from 1 that has the strongest colour, the same for all prompts
-const WRITTEN = 20; // the most columns of a heat map whose cells show their values
+const WRITTEN = 20; // the most rows and columns of a heat map whose cells show their values
 const FEW = 6; // the most columns whose values also fit a phone
+const MEASURING = 2000; // milliseconds until the tasks' gates are requested again
 
 const at = (id) => document.getElementById(id);
 const side = (name) => at(`side-${name}`);
@@ -17,8 +17,8 @@ let task = null; // the server's description of the chosen task
 let theme = "light";
 let asking = null; // the AbortController of the running answer
 let asked = ""; // the question that the shown answers of router and base belong to
-let byHand = false; // whether the gates are set by hand and not by the router
-let shown = null; // the gates that the heat map shows
+let byHand = null; // the gates set by hand, as in a question; null for the prompt's own
+let ofTasks = {}; // by task, the shares of its prompts by cluster, or its mean gates, by place
 const mixtures = {}; // the last event with gates, by side
 
 function element(name, properties = {}, ...children) {
@@ -119,7 +119,7 @@ async function answer() {
   say("Answering …");
   try {
     let finished = false;
-    for await (const event of ask({ ...question, sides, gates: byHand ? sliderGates() : null }, mine.signal)) {
+    for await (const event of ask({ ...question, sides, ...byHand }, mine.signal)) {
       if (event.name === "error") throw new Error(event.message);
       finished = event.name === "done";
       EVENTS[event.name]?.(event);
@@ -149,7 +149,7 @@ const EVENTS = {
   },
   gates(event) {
     mixtures[event.side] = event;
-    if (event.side === "router" && !byHand) placeSliders(routerGates());
+    if (event.side === "router" && !byHand) placeSliders(ownGates());
     showMixture();
   },
   text(event) {
@@ -165,62 +165,92 @@ const EVENTS = {
   },
 };
 
-// ── the gates: a heat map of experts × layers, and the nearest tasks ──
+// ── the gates: a heat map of the prompt and the tasks by cluster or by expert, and the nearest tasks ──
 
 function showMixture() {
   const mixture = mixtures[byHand ? "hand" : "router"];
-  if (!mixture) return;
-  at("mixture-lead").textContent = byHand
-    ? "The gates that you set: the weight of each expert. 1 is neutral."
-    : "The prompt’s gates: the weight of each expert. 1 is neutral.";
-  at("nearest").hidden = !mixture.nearest.length && !mixture.unmeasured;
-  at("unmeasured").hidden = !mixture.unmeasured;
-  at("nearest").querySelector("ol").replaceChildren(...mixture.nearest.map(({ task: name, difference }) =>
-    element("li", {}, element("span", { textContent: name }), element("span", { textContent: difference.toFixed(4) }))));
-  shown = mixture.gates;
-  at("heat-map").hidden = false;
+  if (mixture) {
+    at("nearest").hidden = !mixture.nearest.length && !mixture.unmeasured;
+    at("unmeasured").hidden = !mixture.unmeasured;
+    at("nearest").querySelector("ol").replaceChildren(...mixture.nearest.map(({ task: name, difference }) =>
+      element("li", {}, element("span", { textContent: name }), element("span", { textContent: difference.toFixed(4) }))));
+  }
   drawHeatMap();
 }
 
-// Returns the gates by layer, of the chosen module or averaged over the layer's modules.
-function layers() {
-  const rows = new Map();
-  run.modules.forEach(([layer, module], index) => {
-    if (at("module").value && module !== at("module").value) return;
-    rows.set(layer, [...(rows.get(layer) ?? []), shown[index]]);
-  });
-  return [...rows].map(([layer, gates]) => ({ name: layer < 0 ? "–" : String(layer), gates: mean(gates) }));
+async function loadMixtures() {
+  const answer = await get("/api/mixtures");
+  ofTasks = answer.tasks;
+  at("gates-of").append(...Object.keys(ofTasks).map((name) => new Option(name, name)));
+  at("gates-of-label").hidden = !Object.keys(ofTasks).length;
+  drawHeatMap();
+  if (answer.unmeasured) setTimeout(() => loadMixtures().catch(() => {}), MEASURING);
+}
+
+// Returns the index of the chosen layer and module.
+function place() {
+  if (run.places.length === 1) return 0;
+  return run.places.findIndex(([layer, module]) => String(layer) === at("layer").value && module === at("module").value);
+}
+
+// Offers the modules of the chosen layer.
+function chooseLayer() {
+  const chosen = at("module").value;
+  const modules = run.places.filter(([layer]) => String(layer) === at("layer").value).map(([, module]) => module);
+  at("module").replaceChildren(...modules.map((module) => new Option(module, module)));
+  if (modules.includes(chosen)) at("module").value = chosen;
+  drawHeatMap();
+}
+
+// Returns the rows of the heat map: name and values. Gates by hand of no cluster have no row.
+function rowsOfMap() {
+  const mixture = mixtures[byHand ? "hand" : "router"];
+  const index = place();
+  const rows = Object.entries(ofTasks).map(([name, places]) => [name, places[index]]);
+  if (!mixture || (run.clusters && byHand)) return rows;
+  const values = run.clusters
+    ? Array.from({ length: run.clusters }, (_, cluster) => Number(cluster === mixture.clusters[index]))
+    : mixture.gates[index];
+  return [[byHand ? "Set by hand" : "This prompt", values], ...rows];
 }
 
 // The heat map is a table, so that screen readers can read its cells; the arrow keys move between them.
 function drawHeatMap() {
-  if (!shown) return;
-  const columns = layers();
-  const furthest = Math.max(...columns.flatMap(({ gates }) => gates.map((gate) => Math.abs(gate - 1))));
-  const colours = run.colours[theme];
-  const rows = columns[0].gates.map((_, expert) => element("tr", {},
-    element("th", { textContent: `Expert ${expert}`, scope: "row" }),
-    ...columns.map(({ name, gates }) => {
-      const gate = gates[expert].toFixed(3);
-      const cell = element("td", { tabIndex: -1 }, element("span", { textContent: gate }));
-      cell.dataset.said = `Expert ${expert}, layer ${name}: gate ${gate}`;
-      const [colour, ink] = coloursOf(colours, (gates[expert] - 1) / LIMIT);
+  const rows = run?.experts ? rowsOfMap() : [];
+  at("heat-map").hidden = !rows.length;
+  if (!rows.length) return;
+  const kind = run.clusters ? "cluster" : "expert";
+  const colours = run.colours[theme][run.clusters ? "heatmap" : "diverging"];
+  const text = (value) => (run.clusters ? `${Math.round(100 * value)}%` : value.toFixed(2));
+  const end = run.clusters ? 1 : 2; // of the scale, which is the same for all prompts and runs
+  const body = rows.map(([name, values]) => element("tr", {},
+    element("th", { scope: "row", title: name }, element("span", { textContent: name })),
+    ...values.map((value, column) => {
+      const cell = element("td", { tabIndex: -1 }, element("span", { textContent: text(value) }));
+      const exact = run.clusters ? `share ${text(value)}` : `gate ${value.toFixed(3)}`;
+      cell.dataset.said = `${name}, ${kind} ${column}: ${exact}`;
+      const [colour, ink] = coloursOf(colours, value / end);
       cell.style.backgroundColor = colour;
       cell.style.color = ink;
       return cell;
     })));
-  rows[0].cells[1].tabIndex = 0;
-  const step = columns.length > 16 ? 5 : 1; // fewer labels, so that they fit above narrow cells
-  const heads = columns.map(({ name }, i) =>
-    element("th", { textContent: i % step ? "" : name, scope: "col", ariaLabel: `layer ${name}` }));
-  at("heat-map").querySelector("table").classList.toggle("written", columns.length <= WRITTEN);
-  at("heat-map").querySelector("table").classList.toggle("few", columns.length <= FEW);
-  at("heat-map").querySelector("table").replaceChildren(
-    element("thead", {}, element("tr", {}, element("th", { scope: "col" }), ...heads)), element("tbody", {}, ...rows));
+  body[0].cells[1].tabIndex = 0;
+  const columns = rows[0][1].length;
+  const step = columns > WRITTEN ? 5 : 1; // fewer labels, so that they fit above narrow cells
+  const heads = rows[0][1].map((_, i) =>
+    element("th", { textContent: i % step ? "" : i, scope: "col", ariaLabel: `${kind} ${i}` }));
+  const table = at("heat-map").querySelector("table");
+  const written = columns <= WRITTEN && rows.length <= WRITTEN + 1; // one is the prompt
+  table.classList.toggle("written", written);
+  table.classList.toggle("few", written && columns <= FEW);
+  table.replaceChildren(
+    element("thead", {}, element("tr", {}, element("th", { scope: "col", textContent: kind }), ...heads)),
+    element("tbody", {}, ...body));
   at("heat-map").querySelector(".bar").style.background = `linear-gradient(to right, ${colours.join(", ")})`;
-  at("low").textContent = "0";
-  at("high").textContent = furthest > LIMIT ? "2 or more" : "2";
-  at("readout").textContent = "Columns are layers. Point at a cell, or select it with the arrow keys, to see its value.";
+  const furthest = Math.max(...rows.flatMap(([, values]) => values));
+  at("low").textContent = text(0);
+  at("high").textContent = text(end) + (furthest > end ? " or more" : "");
+  at("readout").textContent = "Point at a cell, or select it with the arrow keys, to see its value.";
 }
 
 function readOut({ target }) {
@@ -240,9 +270,9 @@ function moveInHeatMap(event) {
   next.focus();
 }
 
-// Returns the colour for a value from −1 to 1 on a scale of colour stops, such as #8f3b00, and that of text on it.
+// Returns the colour for a value from 0 to 1 on a scale of colour stops, such as #8f3b00, and that of text on it.
 function coloursOf(stops, value) {
-  const place = ((Math.max(-1, Math.min(1, value)) + 1) / 2) * (stops.length - 1);
+  const place = Math.min(1, value) * (stops.length - 1);
   const below = Math.min(Math.floor(place), stops.length - 2);
   const [from, to] = [stops[below], stops[below + 1]].map((stop) =>
     [1, 3, 5].map((start) => Number.parseInt(stop.slice(start, start + 2), 16)));
@@ -251,15 +281,15 @@ function coloursOf(stops, value) {
   return [`rgb(${colour.join(" ")})`, 0.3 * red + 0.6 * green + 0.1 * blue > 135 ? "#15171a" : "#ffffff"];
 }
 
-const mean = (rows) => rows[0].map((_, expert) => rows.reduce((sum, row) => sum + row[expert], 0) / rows.length);
-
-// ── one slider for each expert; the sliders show the router's gates until one is moved ──
+// ── gates set by hand: those of a task or, where an expert means the same everywhere, one slider for each expert ──
 
 const all = (selector) => [...document.querySelectorAll(selector)];
+const hasSliders = () => run.can_set_gates && run.places.length === 1 && !run.clusters;
 const sliderGates = () => all(".slider input[type=number]").map((number) => Number(number.value));
-// The router's gates, averaged over modules.
-const routerGates = () => (mixtures.router ? mean(mixtures.router.gates) : Array(run.experts).fill(NEUTRAL));
+const neutralGates = () => Array(run.experts).fill(NEUTRAL);
+const ownGates = () => mixtures.router?.gates[0] ?? neutralGates();
 
+// The sliders show the gates in use. They are for a single module.
 function placeSliders(gates) {
   const reach = Math.max(...gates) > REACH ? run.experts : REACH;
   all(".slider").forEach((row, expert) => {
@@ -270,14 +300,18 @@ function placeSliders(gates) {
   });
 }
 
-function setMixture(gates, isByHand) {
-  placeSliders(gates);
-  byHand = isByHand;
+// Uses the prompt's own gates (null), those of a task ({gates_of}), or given ones ({gates}).
+function setMixture(gates) {
+  byHand = gates;
+  delete mixtures.hand; // of other gates
+  at("gates-of").value = byHand?.gates_of ?? "";
+  placeSliders(byHand?.gates ?? ofTasks[byHand?.gates_of]?.[0] ?? ownGates());
   at("own").disabled = !byHand;
   side("hand").hidden = !byHand;
+  side("hand").querySelector("h3").textContent = byHand?.gates_of ? `With the gates of ${byHand.gates_of}` : "With gates set by hand";
   side("router").querySelector("h3").textContent = byHand ? "With the prompt’s gates" : "With the adapter";
+  showMixture();
   if (byHand && at("text").value.trim()) answer();
-  else showMixture();
 }
 
 function slider(expert) {
@@ -291,12 +325,12 @@ function slider(expert) {
     type: "button", textContent: "Only", ariaLabel: `Only expert ${expert}: all others off`,
   });
   range.addEventListener("input", () => { number.value = range.value; });
-  range.addEventListener("change", () => setMixture(sliderGates(), true));
+  range.addEventListener("change", () => setMixture({ gates: sliderGates() }));
   number.addEventListener("change", () => {
     if (!number.value || !number.checkValidity()) number.value = range.value;
-    setMixture(sliderGates(), true);
+    setMixture({ gates: sliderGates() });
   });
-  only.addEventListener("click", () => setMixture(sliderGates().map((_, i) => (i === expert ? NEUTRAL : 0)), true));
+  only.addEventListener("click", () => setMixture({ gates: neutralGates().map((gate, i) => (i === expert ? gate : 0)) }));
   const said = run.abilities[expert] ? [element("p", { className: "said", textContent: `Used most by ${run.abilities[expert]}` })] : [];
   return element("div", { className: "slider" }, label, range, number, only, ...said);
 }
@@ -321,17 +355,27 @@ async function start() {
   at("no-gates").hidden = Boolean(run.experts);
   at("no-gates").textContent = `The method of this run, ${run.method}, mixes no experts. It has no gates `
     + "to show or to set.";
-  const modules = [...new Set(run.modules.map(([, module]) => module))];
-  at("modules").hidden = modules.length < 2;
-  if (modules.length > 1) at("module").append(new Option("mean over modules", ""));
-  for (const module of modules) at("module").append(new Option(module, module));
-  at("hand").hidden = run.clustered;
-  at("no-sliders").hidden = !run.clustered;
-  if (!run.clustered) document.querySelector(".sliders").append(...Array.from({ length: run.experts }, (_, expert) => slider(expert)));
+  at("mixture-lead").textContent = run.clusters
+    ? "The share of each task’s prompts in each cluster. The prompts of a cluster have the same gates. Answer a prompt to see its cluster."
+    : "The mean gate of each task’s prompts for each expert: 1 is neutral. Answer a prompt to see its gates.";
+  at("heat-map-title").textContent = run.clusters ? "Tasks by cluster of prompts" : "Mean gates by task";
+  at("places").hidden = run.places.length < 2;
+  if (run.places.length > 1) {
+    const layers = [...new Set(run.places.map(([layer]) => layer))];
+    at("layer").append(...layers.map((layer) => new Option(layer < 0 ? "–" : layer, layer)));
+    chooseLayer();
+  }
+  at("hand").hidden = !run.can_set_gates;
+  at("no-hand").hidden = run.can_set_gates;
+  at("hand-lead").textContent = hasSliders()
+    ? "One gate for each expert: 1 is neutral, 0 switches the expert off. The answer is updated when a slider is released."
+    : "Every layer numbers its experts by itself, so the gates of all layers are set together.";
+  if (hasSliders()) document.querySelector(".sliders").append(...neutralGates().map((_, expert) => slider(expert)));
   if (run.tasks.length) {
     at("task").value = run.tasks[0];
     await chooseTask();
   }
+  if (run.experts) await loadMixtures();
   document.documentElement.dataset.ready = "true";
 }
 
@@ -350,12 +394,14 @@ at("text").addEventListener("keydown", (event) => {
 at("stop").addEventListener("click", () => asking?.abort());
 at("task").addEventListener("change", () => chooseTask().catch(fail));
 at("example").addEventListener("change", chooseExample);
+at("layer").addEventListener("change", chooseLayer);
 at("module").addEventListener("change", drawHeatMap);
 at("heat-map").addEventListener("keydown", moveInHeatMap);
 at("heat-map").addEventListener("pointerover", readOut);
 at("heat-map").addEventListener("focusin", readOut);
-at("own").addEventListener("click", () => setMixture(routerGates(), false));
-at("neutral").addEventListener("click", () => setMixture(Array(run.experts).fill(NEUTRAL), true));
+at("own").addEventListener("click", () => setMixture(null));
+at("neutral").addEventListener("click", () => setMixture({ gates: neutralGates() }));
+at("gates-of").addEventListener("change", ({ target }) => setMixture(target.value ? { gates_of: target.value } : null));
 
 useTheme(dark.matches ? "dark" : "light");
 start().catch(fail);
