@@ -5,26 +5,26 @@ import math
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 import reference
-from badit.recipe.loading import build_recipe, make_recipe
+from badit.data import encode_examples
+from badit.recipe.loading import build_recipe
 from badit.recipe.method import KINDS
 from badit.runs.predictions import read_predictions
 from badit.runs.resolved import resolve
-from badit.runs.scores import read_scores
 from badit.support.files import read_json, read_jsonl
-from badit.training import preferences
 from refusals import refuses
-from steps import evaluate, fit, validation_loss
+from steps import fit, load_run, validation_loss
 from training.trainers import QUIET, assert_same, fit_until, learned, train_and_score
 
 LORA = {"name": "lora", "r": 2, "lora_alpha": 4}
 BADIT = {"name": "badit", "num_experts": 4, "r": 2}
-WITH_OPTIONS = {"sapt": {"r": 2}, "badit": BADIT, "full": {}}
+WITH_OPTIONS = {"badit": {**BADIT, "init_weights": "bad", "gated": "change"}, "full": {}}
 TRAINED = ("badit", "cluster-gates", "lora", "dora", "rslora", "sapt", "full")
 
 
@@ -103,7 +103,11 @@ def test_training_starts_at_the_reference_and_learns(values, name):
 @pytest.mark.parametrize("name", sorted({*KINDS} - {*TRAINED, "base"}))
 def test_other_methods_are_refused_before_anything_is_written(values, tmp_path, name):
     values["method"] = {"name": name}
-    refuses(f"method: {name} cannot be trained with DPO: .*; use badit", train_and_score, build_recipe(values))
+    refuses(
+        f"method: {name} cannot be trained with DPO: .*; use badit",
+        train_and_score,
+        build_recipe(values),
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -145,17 +149,15 @@ def test_scores_equal_naive_ones(values, model_folder, method):
 
 def naive_margins(folder, model_folder, split):
     """Returns the margin of each pair, from the logits of one sequence at a time."""
-    from steps import load_run
-
     tuned, tokenizer = load_run(folder)
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     run = resolve(folder.recipe)
     margins = {}
-    from badit.data import encode_examples
-
     for task in run.tasks:
         for instance in getattr(task, split):
-            (example,) = encode_examples(tokenizer, [(task, instance)], **run.recipe.prompt.model_dump())
+            (example,) = encode_examples(
+                tokenizer, [(task, instance)], **run.recipe.prompt.model_dump()
+            )
             prompt = example["input_ids"][: example["prompt_length"]]
             answers = (example["input_ids"][len(prompt) :], example["rejected_ids"])
             rewards = []
@@ -170,3 +172,92 @@ def naive_margins(folder, model_folder, split):
                     )
             margins[task.name, instance.id] = rewards[0] - rewards[1]
     return margins
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("data", {"order": ["cities", "rivers"]}, "data.order: training.objective=dpo trains all"),
+        ("training", {"objective": "sft"}, "task cities has preferences; set training.objective="),
+        ("training", {"neftune_noise_alpha": 1.0}, "neftune_noise_alpha does not apply to"),
+        ("training", {"packing": True}, "training.packing: unknown key"),
+        ("method", {"name": "lora", "init_lora_weights": "pissa"}, "it changes the weights of"),
+    ],
+)
+def test_conflicting_settings_are_refused(values, tmp_path, section, change, message):
+    values[section] = change if section == "method" else {**values[section], **change}
+    refuses(message, lambda: train_and_score(build_recipe(values)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_of_another_kind_is_refused(values, task_file, tmp_path):
+    pairs = values["data"]["source"]
+    values["data"]["source"] = str(task_file)
+    refuses("dpo needs rows with .*, but task cities has single", resolve, build_recipe(values))
+    answers = tmp_path / "others.csv"
+    answers.write_text("input,output,split\n" + "a,b,train\na,b,test\n")
+    values["data"]["source"] = [pairs, str(answers)]
+    for objective in ("sft", "dpo"):
+        values["training"]["objective"] = objective
+        refuses(
+            "task cities has preferences .*, but task others has", resolve, build_recipe(values)
+        )
+
+
+def test_a_missing_or_old_trl_is_refused_before_anything_is_written(values, tmp_path, monkeypatch):
+    monkeypatch.setattr("badit.training.hf_arguments.version", lambda name: "1.9.0")
+    refuses("dpo needs TRL 1.16 or newer: pip install", fit, build_recipe(values))
+    monkeypatch.setattr("badit.training.hf_arguments.find_spec", lambda name: None)
+    refuses("dpo needs TRL 1.16 or newer: pip install", fit, build_recipe(values))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_learning_rate_is_lower_unless_it_is_set():
+    rates = [
+        build_recipe({"training": training}).training.learning_rate
+        for training in ({}, {"objective": "dpo"}, {"objective": "dpo", "learning_rate": 0.5})
+    ]
+    assert rates == [2e-3, 1e-4, 0.5]
+
+
+def test_trl_reports_nothing_and_rounds_no_adapter(values, monkeypatch):
+    """TRL would convert adapters of quantised models to bfloat16, and report the use to the hub."""
+    monkeypatch.delenv("CI", raising=False)
+    sent = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda **_: sent.append(1))
+    monkeypatch.setattr(LlamaForCausalLM, "is_loaded_in_4bit", True, raising=False)
+    values["training"]["max_steps"] = 1
+    run = fit(build_recipe(values), progress=False)
+    assert not sent
+    assert {tensor.dtype for tensor in learned(run).values() if tensor.is_floating_point()} == {
+        torch.float32
+    }
+    assert (
+        not list(run.path.rglob("README.md"))
+        or "badit" in (run.adapter_path / "README.md").read_text()
+    )
+
+
+def test_commands_show_the_preferences(values, tmp_path, command):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(values))
+    listed = command("tasks", recipe, "--show", "1")
+    assert "2 with preferences: train them with training.objective=dpo" in listed
+    assert "⟦cities 0<|im_end|>⟧" in listed
+    assert "⟦no cities<|im_end|>⟧" in listed
+    plan = command("train", recipe, "--dry-run")
+    assert "12 steps of 4 pairs" in plan
+    # Each pair has two sequences.
+    assert "a batch of 8 ×" in plan
+    trained = command("train", recipe)
+    assert trained.splitlines()[0].split()[:3] == ["task", "Preference", "Rouge-L"]
+    untuned = next(line for line in trained.splitlines() if line.startswith("untuned model"))
+    assert untuned.split()[2] == "50.0"
+    assert "Preference" in command("evaluate", tmp_path / "run")
+    command("generate", tmp_path / "run", "Name cities 3.")
+    command("export", tmp_path / "run", tmp_path / "plain", "--task", "cities", "--score")
+    init = tmp_path / "init.yaml"
+    command("init", values["data"]["source"], "--output", init)
+    written = yaml.safe_load(init.read_text())
+    assert written["training"]["objective"] == "dpo"
+    resolve(build_recipe(written))

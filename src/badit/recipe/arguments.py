@@ -63,9 +63,9 @@ DpoLoss = Literal[
 
 # The best rate of BADIT's defaults with AdamW (benchmarks/experiments/harness-c.md).
 _RATE = 2e-3
-# Adapters are usually trained with a 40 times lower rate in DPO than in fine-tuning (TRL's and
-# LLaMA-Factory's examples: 5e-6 and 2e-4): its loss has no lower bound on wrong answers.
-_RATE_OF_DPO = 5e-5
+# The defaults of TRL's DPOConfig (1e-6) and SFTConfig (2e-5) differ by the same factor. DPO can
+# lower the likelihood of an answer without limit, so large updates spoil the model.
+_RATE_OF_DPO = _RATE / 20
 
 
 def _default_rate(section: Mapping[str, Any]) -> float:
