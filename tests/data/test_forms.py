@@ -110,7 +110,7 @@ def test_a_named_chat_of_preferences_is_a_plain_chat(tmp_path, column):
     ],
 )
 def test_preferences_are_refused_with_their_field(tmp_path, change, message):
-    assert f"line 1: {message}" in refusal(tmp_path, {**TEXTS, **change})
+    assert f"line 1: {message}" in refusal(write_rows(tmp_path / "rows.jsonl", {**TEXTS, **change}))
 
 
 def test_documentation_lists_the_columns_of_every_form():
