@@ -28,8 +28,8 @@ from steps import fit, method_of
 @pytest.mark.parametrize(
     ("keep", "split", "method"),
     [
-        (lambda line: True, "test", "badit"),
-        (lambda line: line["split"] == "train", "validation", "badit"),
+        (lambda line: True, "test", "cluster-gates"),
+        (lambda line: line["split"] == "train", "validation", "cluster-gates"),
         (lambda line: line["task"] == "rivers", "test", "lora"),
     ],
 )
@@ -48,7 +48,7 @@ def test_first_recipe_matches_the_data(
         method,
         "runs/mine",
     )
-    assert recipe.prompt.max_answer_tokens == (150 if method == "badit" else 50)
+    assert recipe.prompt.max_answer_tokens == (50 if method == "lora" else 150)
     for compared in recipe.compare.methods.values():
         method_of(compared.model_extra)
     shown = command("train", path, "--dry-run", f"model.name={material / 'model'}")
@@ -155,7 +155,7 @@ def test_check_predicts_steps_parameters_and_regroupings(recipe_values, override
     assert (
         f"\n{measured['trainable_parameters']:,} of {measured['parameters']:,} parameters" in shown
     )
-    if recipe.method.get("name", "badit") == "badit":
+    if recipe.method.get("name", "badit") in ("badit", "cluster-gates"):
         logs = [stage / "regroupings.jsonl" for stage in (run.path, *run.path.glob("stages/*"))]
         due = sum(len({line["step"] for line in read_jsonl(log)}) for log in logs)
         assert f"\n{due} regroupings in {measured['steps']} steps" in shown

@@ -26,7 +26,7 @@ METHODS = {
     name: partial(naive.config, name)
     for name in ("badit", *naive.MIXTURES, "mtl-lora", *naive.BRANCHES)
 }
-METHODS["badit, bad"] = partial(naive.config, "badit", init_weights="bad")
+METHODS["badit, bad"] = partial(naive.config, "badit", init_weights="bad", gated="factors")
 METHODS["lora"] = partial(LoraConfig, r=8, lora_alpha=64, target_modules=["gate_proj", "q_proj"])
 
 

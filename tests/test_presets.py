@@ -24,6 +24,7 @@ from refusals import refuses
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 REGROUPED = {"regroup": {"every": 5}}
+MATCHED = {**SYSTEM, "key": "embedding", "codes": "matched"}
 ROUTED = {"init_weights": "bad", "gates": "mean_one"}
 
 
@@ -33,8 +34,8 @@ ROUTED = {"init_weights": "bad", "gates": "mean_one"}
         (SYSTEM, "badit"),
         ({**SYSTEM, "init_weights": "directions"}, "badit"),
         ({**SYSTEM, "num_experts": 4, "num_clusters": 9}, "badit"),
-        ({**SYSTEM, "codes": "matched", **REGROUPED}, "badit"),
-        ({**SYSTEM, "codes": "matched"}, "badit (changed: codes=matched)"),
+        ({**MATCHED, **REGROUPED}, "badit"),
+        (MATCHED, "badit (changed: key=embedding, codes=matched)"),
         ({**ROUTED, **REGROUPED}, "badit"),
         ({**SYSTEM, "permute_codes": True}, "badit (changed: permute_codes=True)"),
         ({**SYSTEM, "init_weights": "lora"}, "badit (changed: init_weights=lora)"),
@@ -44,9 +45,9 @@ ROUTED = {"init_weights": "bad", "gates": "mean_one"}
         ({**CLUSTER_GATES, "num_clusters": 3, "r": 2}, "cluster-gates"),
         ({**CLUSTER_GATES, "init_weights": "directions"},
          "cluster-gates (changed: init_weights=directions)"),
-        # Random codes do not depend on the groups.
-        ({**CLUSTER_GATES, "init_weights": "directions", **REGROUPED},
-         "cluster-gates (changed: init_weights=directions, regroup=on)"),
+        ({**SYSTEM, "codes": "random"}, "badit (changed: codes=random)"),
+        ({**SYSTEM, "codes": "random", **REGROUPED}, "badit"),
+        ({**CLUSTER_GATES, **REGROUPED}, "cluster-gates (changed: regroup=on)"),
         ({**CLUSTER_GATES, "num_experts": 1}, "badit (changed: init_weights=lora, num_experts=1)"),
         ({"name": "badit", "preset": "released"}, "badit (released)"),
         ({"name": "badit", "preset": "released", "lora_dropout": 0.1, "num_experts": 4},
@@ -73,8 +74,7 @@ def test_methods_of_the_paper_have_all_its_parts(options):
     [
         ({"init_weights": "lora"}, "singular experts"),
         ({"codes": "random"}, "grouping"),
-        ({"codes": "random", **REGROUPED}, "grouping"),
-        ({"codes": "matched"}, "grouping"),
+        ({"key": "embedding", "codes": "matched"}, "grouping"),
         ({"gates": "mean_one", "key": None, "codes": None}, "grouping"),
         ({"permute_codes": True}, "combination"),
     ],
@@ -105,8 +105,7 @@ def test_cluster_gates_combine_abilities_and_have_no_other_part():
         ({"name": "lora"}, "lora"),
     ],
 )  # fmt: skip
-def test_saved_sections_keep_the_defaults_of_their_time(monkeypatch, section, name):
-    monkeypatch.setattr("badit.presets.DEFAULT", SYSTEM)
+def test_saved_sections_keep_the_defaults_of_their_time(section, name):
     assert method_name(saved_section(section)) == name
 
 
@@ -125,7 +124,7 @@ def test_saved_sections_keep_the_defaults_of_their_time(monkeypatch, section, na
         ({"init_weights": "bad", "gated": "change"}, {"gates": "clusters"}),
         ({"init_weights": "directions"}, {"gates": "clusters", "gated": "factors"}),
         ({"codes": "matched"}, {"gates": "clusters", "key": "embedding"}),
-        ({"key": "layer"}, {"codes": "random"}),
+        ({"codes": "grouped"}, {"gates": "clusters", "key": "layer"}),
         ({"codes": "random"}, {"gates": "clusters"}),
     ],
 )
@@ -205,8 +204,6 @@ def test_committed_results_say_what_their_methods_are():
     assert titles["badit-router"].startswith("badit (changed: ")
     assert titles["lora"] == "lora"
     assert load_results(RESULTS / "superni-cpu").titles["badit"] == "badit"
-    # A regrouped random combination is not the paper's.
-    assert "regroup=on" in titles["badit-dog"]
 
 
 @pytest.mark.parametrize("form", ["text", "markdown", "latex"])

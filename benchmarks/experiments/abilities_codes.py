@@ -25,43 +25,49 @@ CLUSTERS = {"gates": "clusters", "key": "embedding", "regroup": None}
 # As in the released code: in each tenth of the first half of the training. Gates of the change need
 # no rescaling.
 PUBLISHED = {"every": 0.1, "stop": 0.5, "solver": "paper", "restarts": 10, "rescale": False}
-LAYER_CLUSTERS = {"gates": "clusters", "key": "layer"}
+LAYER_CLUSTERS = {"gates": "clusters", "key": "layer", "regroup": None}
 ROUTER = {"gates": "mean_one"}
 SLOW_ROUTER = {"router_lr_ratio": 0.3}
 
 
 def clusters(start: Mapping[str, Any], codes: str, **options: Any) -> dict[str, Any]:
-    """Returns a method whose clusters of prompts have codes of this kind."""
+    """Returns a method with clusters of the key whose codes are of this kind."""
     return {**start, **CLUSTERS, "codes": codes, **options}
 
 
+def layer_clusters(start: Mapping[str, Any], codes: str, **options: Any) -> dict[str, Any]:
+    """Returns a method with clusters of each layer's input whose codes are of this kind."""
+    return {**start, **LAYER_CLUSTERS, "codes": codes, **options}
+
+
+def router(learning_rate: float, **options: Any) -> Cell:
+    return Cell({**BAD, **ROUTER, "regroup": None, **options}, learning_rate, SLOW_ROUTER)
+
+
+# In the order of training.
 CELLS = {
     "lora@2e-3": Cell(LORA, 2e-3),
     "bad-grouped@2e-3": Cell(clusters(BAD, "grouped"), 2e-3),
     "bad-matched@2e-3": Cell(clusters(BAD, "matched"), 2e-3),
-    "bad-layer@2e-3": Cell({**BAD, **LAYER_CLUSTERS, "regroup": None}, 2e-3),
-    "bad-layer-grouped@2e-3": Cell(
-        {**BAD, **LAYER_CLUSTERS, "codes": "grouped", "regroup": None}, 2e-3
+    "bad-layer@2e-3": Cell(layer_clusters(BAD, "random"), 2e-3),
+    "bad-layer-grouped@2e-3": Cell(layer_clusters(BAD, "grouped"), 2e-3),
+    "bad-router-regroup@1e-3": router(1e-3, regroup=PUBLISHED),
+    "bad-layer-grouped@4e-3": Cell(layer_clusters(BAD, "grouped"), 4e-3),
+    "bad-layer-grouped-permuted@2e-3": Cell(
+        layer_clusters(BAD, "grouped", permute_codes=True), 2e-3
     ),
-    "bad-router-regroup@1e-3": Cell({**BAD, **ROUTER, "regroup": PUBLISHED}, 1e-3, SLOW_ROUTER),
-    "bad-layer-regroup@2e-3": Cell({**BAD, **LAYER_CLUSTERS, "regroup": PUBLISHED}, 2e-3),
+    "bad-layer-regroup@2e-3": Cell(layer_clusters(BAD, "random", regroup=PUBLISHED), 2e-3),
+    "bad-router-regroup@2e-3": router(2e-3, regroup=PUBLISHED),
+    "bad-layer-grouped-regroup@2e-3": Cell(layer_clusters(BAD, "grouped", regroup=PUBLISHED), 2e-3),
+    "bad-layer-grouped@1e-3": Cell(layer_clusters(BAD, "grouped"), 1e-3),
+    "directions-layer-grouped@2e-3": Cell(layer_clusters(DIRECTIONS, "grouped"), 2e-3),
+    "bad-router-regroup@5e-4": router(5e-4, regroup=PUBLISHED),
+    "bad-router@1e-3": router(1e-3),
     "bad-grouped@4e-3": Cell(clusters(BAD, "grouped"), 4e-3),
     "bad-random@2e-3": Cell(clusters(BAD, "random"), 2e-3),
-    "directions-grouped@2e-3": Cell(clusters(DIRECTIONS, "grouped"), 2e-3),
-    "bad-router-regroup@2e-3": Cell({**BAD, **ROUTER, "regroup": PUBLISHED}, 2e-3, SLOW_ROUTER),
     "bad-grouped-permuted@2e-3": Cell(clusters(BAD, "grouped", permute_codes=True), 2e-3),
-    "bad-matched@4e-3": Cell(clusters(BAD, "matched"), 4e-3),
-    "directions-matched@2e-3": Cell(clusters(DIRECTIONS, "matched"), 2e-3),
-    "bad-grouped-regroup@2e-3": Cell(clusters(BAD, "grouped", regroup=PUBLISHED), 2e-3),
     "bad-matched-regroup@2e-3": Cell(clusters(BAD, "matched", regroup=PUBLISHED), 2e-3),
-    "bad-router-regroup@5e-4": Cell({**BAD, **ROUTER, "regroup": PUBLISHED}, 5e-4, SLOW_ROUTER),
-    "bad-router@1e-3": Cell({**BAD, **ROUTER, "regroup": None}, 1e-3, SLOW_ROUTER),
-    "bad-matched-permuted@2e-3": Cell(clusters(BAD, "matched", permute_codes=True), 2e-3),
-    "directions-random@2e-3": Cell(clusters(DIRECTIONS, "random"), 2e-3),
-    "bad-grouped@1e-3": Cell(clusters(BAD, "grouped"), 1e-3),
-    "bad-random@4e-3": Cell(clusters(BAD, "random"), 4e-3),
-    "directions-grouped@4e-3": Cell(clusters(DIRECTIONS, "grouped"), 4e-3),
-    "bad-grouped@8e-3": Cell(clusters(BAD, "grouped"), 8e-3),
+    "directions-grouped@2e-3": Cell(clusters(DIRECTIONS, "grouped"), 2e-3),
 }
 
 

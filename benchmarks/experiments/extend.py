@@ -43,7 +43,8 @@ def variant(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the method section and the section extend of a variant."""
     rank, reused = VARIANTS[name]
     method = {"name": "badit", "num_experts": 1, "r": rank, "lora_alpha": 8 * rank}
-    method |= {"gates": "clusters", "key": "embedding", "num_clusters": 2, "init_weights": "lora"}
+    method |= {"gates": "clusters", "key": "embedding", "num_clusters": 2}
+    method |= {"init_weights": "lora", "codes": "random"}
     return method, {"own_experts": True, "rank": rank, "reused": reused, "clusters": 2}
 
 

@@ -16,7 +16,7 @@ SYSTEM: Options = {
     "init_weights": "bad",
     "gates": "clusters",
     "gated": "change",
-    "key": "embedding",
+    "key": "layer",
     "codes": "grouped",
 }
 #: Fixed random gates for each cluster of prompts, from LoRA's start. None of the paper's parts.
@@ -50,7 +50,7 @@ RELEASED_REGROUPING: Options = {
     "rescale": False,
 }
 #: What ``BaditConfig()`` and ``method: badit`` stand for.
-DEFAULT = CLUSTER_GATES
+DEFAULT = SYSTEM
 
 #: The names of BADIT in a recipe; ``badit`` also has the preset ``released``.
 NAMES = ("badit", "cluster-gates")
@@ -90,8 +90,8 @@ def filled(options: Options) -> dict[str, Any]:
     - ``gates`` are clusters of prompts with routing by prompt, a standardised input, several
       experts, no ``top_k`` and no ``target_parameters``, if they leave step 0 unchanged. Else they
       are those of a router, with mean 1.
-    - ``key`` and ``codes`` are those of DEFAULT with clusters only; gradients give codes to a key
-      for the whole model only.
+    - ``key`` and ``codes`` are those of DEFAULT with clusters only; matched codes need a key for
+      the whole model.
     - ``gated`` has an effect with ``init_weights="bad"`` only.
     """
     values = dict(options)
@@ -105,12 +105,11 @@ def filled(options: Options) -> dict[str, Any]:
     fill("init_weights", DEFAULT["init_weights"])
     fill("gated", DEFAULT["gated"] if values["init_weights"] == "bad" else "factors")
     fill("gates", DEFAULT["gates"] if _can_cluster(values) else "mean_one")
-    key = "layer"
-    if values["gates"] == "clusters":
-        needs_embedding = values.get("codes") not in (None, "random")
-        key = "embedding" if needs_embedding else DEFAULT["key"]
-    fill("key", key)
-    fill("codes", DEFAULT["codes"] if values["key"] == "embedding" else "random")
+    if values["gates"] != "clusters":
+        fill("key", "layer")
+        fill("codes", "random")
+    fill("key", "embedding" if values.get("codes") == "matched" else DEFAULT["key"])
+    fill("codes", DEFAULT["codes"])
     return values
 
 
@@ -142,13 +141,9 @@ def saved_section(section: Options) -> dict[str, Any]:
 
 
 def paper_parts(options: Options) -> dict[str, bool]:
-    """Returns which of the paper's three parts a set of options has.
-
-    Random codes do not depend on the groups, so regrouping with them is not the paper's grouping.
-    """
+    """Returns which of the paper's three parts a set of options has."""
     values = filled(options)
-    uses_groups = values["codes"] == "matched" or values["gates"] != "clusters"
-    is_regrouped = values.get("regroup") is not None and uses_groups
+    is_regrouped = values.get("regroup") is not None
     is_combined = values["routing"] == "prompt" and values.get("num_experts") != 1
     return {
         "singular experts": values["init_weights"] in ("bad", "directions"),

@@ -148,7 +148,12 @@ def test_finished_rows_are_removed_from_the_batch(
     )
     if routing:
         config = BaditConfig(
-            num_experts=4, r=2, target_modules=["gate_proj"], routing=routing, task_type="CAUSAL_LM"
+            num_experts=4,
+            r=2,
+            init_weights="lora",
+            target_modules=["gate_proj"],
+            routing=routing,
+            task_type="CAUSAL_LM",
         )
         model = randomise(get_peft_model(ending, config)).eval()
         expected = generate(model, tokenizer, prompts, batch_size=1)

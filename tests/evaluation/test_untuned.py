@@ -37,6 +37,11 @@ def test_train_ends_with_the_untuned_models_scores_on_the_same_instances(
 
     monkeypatch.setattr(untuned, "load_base", lambda *a: pytest.fail("answered again"))
     assert command(*arguments) == shown, "the answers are kept"
+    monkeypatch.undo()
+    # As a kill leaves it before the first file is written.
+    for file in (run / untuned.FOLDER).iterdir():
+        file.unlink()
+    assert command(*arguments) == shown, "missing answers are made again"
     off = command(*arguments[:-1], "evaluation.untuned=0", f"output={tmp_path / 'off'}")
     assert "untuned model" not in off
 

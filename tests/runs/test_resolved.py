@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 from badit.data import Instance, Task
-from badit.presets import SYSTEM
 from badit.recipe.loading import build_recipe
 from badit.recipe.method import NAMES, resolve_method
 from badit.recipe.saved import dump_recipe
@@ -66,7 +65,7 @@ def write_format_4(folder, recipe, method, version=4):
 
 
 def test_run_of_format_4_has_the_number_of_clusters_of_its_adapter(tmp_path):
-    run = resolved(tmp_path / "run", {"name": "badit", "r": 2})
+    run = resolved(tmp_path / "run", {"name": "cluster-gates", "r": 2})
     run.prepare_folder()
     write_format_4(run.folder.path, run.recipe, {"name": "badit", "r": 2})
     assert open_run(RunFolder(run.folder.path)).method.config.num_clusters == 16
@@ -77,21 +76,19 @@ def test_run_of_format_4_has_the_number_of_clusters_of_its_adapter(tmp_path):
 
 
 def test_interrupted_run_of_format_4_is_resumed_by_the_same_recipe_only(tmp_path):
-    run = resolved(tmp_path / "run", {"name": "badit", "r": 2})
+    run = resolved(tmp_path / "run", {"name": "cluster-gates", "r": 2})
     run.prepare_folder()
     write_format_4(run.folder.path, run.recipe, {"name": "badit", "r": 2})
     (run.folder.path / "metrics.jsonl").write_text("")
     assert run.has_begun()
     refuses(
         r"run: holds a run of another recipe \(it differs in method\.r\)",
-        resolved(tmp_path / "run", {"name": "badit", "r": 3}).prepare_folder,
+        resolved(tmp_path / "run", {"name": "cluster-gates", "r": 3}).prepare_folder,
     )
 
 
 @pytest.mark.parametrize("version", [4, 5])
-def test_earlier_run_keeps_its_defaults_and_is_resumed_by_their_name(
-    tmp_path, monkeypatch, version
-):
+def test_earlier_run_keeps_its_defaults_and_is_resumed_by_their_name(tmp_path, version):
     former = resolved(tmp_path / "run", {"name": "cluster-gates", "r": 2})
     former.prepare_folder()
     saved = {"name": "badit", "r": 2}
@@ -102,11 +99,10 @@ def test_earlier_run_keeps_its_defaults_and_is_resumed_by_their_name(
     write_format_4(former.folder.path, former.recipe, saved, version)
     (former.folder.path / "metrics.jsonl").write_text("")
 
-    monkeypatch.setattr("badit.presets.DEFAULT", SYSTEM)
     assert open_run(RunFolder(former.folder.path)).method.title == "cluster-gates"
     assert resolved(tmp_path / "run", {"name": "cluster-gates", "r": 2}).has_begun()
     refuses(
-        r"holds a run of another recipe \(it differs in .*method\.codes",
+        r"another recipe \(it differs in .*method\.codes.*; write name: cluster-gates, which badit",
         resolved(tmp_path / "run", {"name": "badit", "r": 2}).prepare_folder,
     )
 

@@ -8,7 +8,8 @@ import pytest
 from badit.integrations.studio.session import Session
 from badit.integrations.web import listen, server
 
-BADIT = {"name": "badit", "num_experts": 4, "r": 2, "init_weights": "bad", "regroup": {"every": 2}}
+BADIT = {"name": "badit", "num_experts": 4, "r": 2, "init_weights": "bad", "gated": "factors"}
+BADIT |= {"regroup": {"every": 2}}
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,8 @@ def test_run_with_damaged_checkpoint_ends_bit_identical(
 def put_code(checkpoint, pattern, marker, good):
     """Replaces a checkpoint by the good one with code in some files, and seals it."""
     for file in good.rglob(pattern):
-        replace_file(checkpoint, file.name, lambda path: torch.save(Mark(marker), path), good)
+        name = file.relative_to(good)
+        replace_file(checkpoint, name, lambda path: torch.save(Mark(marker), path), good)
 
 
 def replace_file(checkpoint, name, write, good):

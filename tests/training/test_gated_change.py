@@ -160,7 +160,7 @@ def test_conflicting_options_of_regrouping_are_refused(tiny_model, recipe_values
     scaled = r"regroup\.rescale: with gated='change', it would also multiply the initial factors"
     refuses(f"^method.{scaled}", method_of, {**change, "regroup": {"rescale": True}})
     initial = r"regroup\.reset_smallest: needs gated='change' and init_weights='bad'"
-    for other in ({"init_weights": "bad"}, {"gated": "change", "init_weights": "lora"}):
+    for other in ({"gated": "factors"}, {"gated": "change", "init_weights": "lora"}):
         refuses(
             f"^method.{initial}",
             method_of,
@@ -199,8 +199,8 @@ def test_rescaling_is_resolved_with_the_gates():
         assert resolved.section["regroup"]["rescale"] == resolved.regroup.rescale
         return resolved.regroup.rescale
 
-    assert rescale() is True
-    assert rescale(init_weights="bad") is True
+    assert rescale(init_weights="lora") is True
+    assert rescale(gated="factors") is True
     assert rescale(init_weights="bad", gated="change") is False
     assert rescale(init_weights="lora", gated="change") is True, "the initial B is zero"
     assert BaditConfig(init_weights="lora", gated="change").gates_change is False

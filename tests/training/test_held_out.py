@@ -33,6 +33,7 @@ def recipe(recipe_values, tmp_path):
         overrides = [
             "data.validation_per_task=3",
             "method.init_weights=bad",
+            "method.gated=factors",
             f"output={tmp_path / name}",
         ]
         return build_recipe(values, overrides)

@@ -87,10 +87,9 @@ def test_non_finite_steps_are_skipped_and_counted_across_resume(
     recipe_values, monkeypatch, tmp_path
 ):
     break_loss(monkeypatch, {4, 5, 6})
-    weights, options = (
-        [],
-        ["method.init_weights=bad", "method.regroup.every=4", "training.weight_decay=0.1"],
-    )
+    weights = []
+    options = ["method.init_weights=bad", "method.gated=factors"]
+    options += ["method.regroup.every=4", "training.weight_decay=0.1"]
 
     def keep_weights(state, keywords):
         weights.append(

@@ -61,10 +61,10 @@ def badit_layers(model):
     return [layer for layer in model.modules() if isinstance(layer, BaditLinear)]
 
 
-def codes_used(trainer):
-    """The largest number of different codes that a layer has."""
+def clusters_found(trainer):
+    """The largest number of different centroids that a layer has."""
     layers = badit_layers(trainer.model)
-    return max(len(layer.badit_codes["default"].unique(dim=0)) for layer in layers)
+    return max(len(layer.badit_centroids["default"].unique(dim=0)) for layer in layers)
 
 
 @pytest.mark.filterwarnings("ignore:labels begin at the first token")
@@ -98,7 +98,7 @@ def test_rows_with_a_prompt_are_clustered(model_folder, tmp_path, rows, packed):
     tokenizer = make_tokenizer(chat_template=MARKED)
     trainer = trl_trainer(SFTTrainer, model_folder, tmp_path, data, tokenizer=tokenizer, **options)
     prepare(trainer)
-    assert codes_used(trainer) == 4
+    assert clusters_found(trainer) == 4
     trainer.train()
 
 
@@ -122,7 +122,7 @@ def test_prompts_of_one_token_are_prompts(tiny_model):
     model = get_peft_model(tiny_model("llama"), BaditConfig(**CLUSTERS))
     hooks_of(model).start_task({"all": [{"input_ids": ids, "labels": labels}]})
     assert all(
-        len(layer.badit_codes["default"].unique(dim=0)) == 4 for layer in badit_layers(model)
+        len(layer.badit_centroids["default"].unique(dim=0)) == 4 for layer in badit_layers(model)
     )
 
 
@@ -158,7 +158,7 @@ def test_prompts_that_no_layer_tells_apart_are_refused(tiny_model):
 def test_preferences_and_generated_answers_are_prepared(model_folder, tmp_path, kind, rows):
     trainer = trl_trainer(kind, model_folder, tmp_path, rows)
     prepare(trainer)
-    assert codes_used(trainer) == 4
+    assert clusters_found(trainer) == 4
     before = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
     trainer.train()
     after = dict(trainer.model.named_buffers())

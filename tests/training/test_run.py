@@ -378,7 +378,7 @@ def test_training_that_has_diverged_ends_with_code_2_and_keeps_its_files(
     recipe_file, recipe_values, command, order
 ):
     """With this rate, all gradients are 0 from the third step on; the losses stay finite."""
-    options = ["training.learning_rate=1e30", *order]
+    options = ["training.learning_rate=1e30", "method.init_weights=lora", *order]
     run = Run.at(recipe_values["output"])
     assert main(["train", str(recipe_file), *options]) == 2
     error = command("train", recipe_file, *options, code=2)  # also when nothing is left to do

@@ -45,7 +45,8 @@ CONFIGS = {
     KTOTrainer: KTOConfig,
     GRPOTrainer: GRPOConfig,
 }
-ADAPTER = {"num_experts": 4, "r": 2, "init_weights": "bad", "task_type": "CAUSAL_LM"}
+ADAPTER = {"num_experts": 4, "r": 2, "task_type": "CAUSAL_LM"}
+ADAPTER |= {"init_weights": "bad", "gated": "factors"}
 ROWS = [{"prompt": f"Name city {i}.", "completion": f" city {i}"} for i in range(64)]
 
 

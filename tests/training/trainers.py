@@ -18,7 +18,7 @@ from badit.training.methods import AdapterMethod
 from badit.training.trainer import AnswerTrainer
 from steps import fit
 
-PAPER = {"init_weights": "bad", "router_input": "mean"}
+PAPER = {"init_weights": "bad", "gated": "factors", "router_input": "mean"}
 QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
 
 

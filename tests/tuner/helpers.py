@@ -12,7 +12,8 @@ from badit.tuner import BaditConfig, ExpertLinear
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
 SMALL = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
-SMALL |= {"init_weights": "bad", "router_input": "mean", "gates": "mean_one"}
+SMALL |= {"init_weights": "bad", "gated": "factors", "router_input": "mean", "gates": "mean_one"}
+SMALL |= {"codes": "random"}
 CLUSTERS = {"gates": "clusters", "router_input": "standardised", "num_clusters": 4}
 # The paper's parts with gates that scale the change, and one key for all layers.
 CHANGE = {**CLUSTERS, "gated": "change", "key": "embedding", "codes": "grouped"}

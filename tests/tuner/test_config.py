@@ -52,13 +52,14 @@ def test_default_gates_are_clusters_where_possible():
         "routing": "token",
         "router_input": "mean",
         "top_k": 2,
-        "init_weights": "bad",
+        "gated": "factors",
         "num_experts": 1,
     }
     routed["target_parameters"] = ["experts.down_proj"]
     assert {BaditConfig(**{name: value}).gates for name, value in routed.items()} == {"mean_one"}
     assert BaditConfig().gates == "clusters"
     assert BaditConfig(init_weights="directions").gates == "clusters"
+    assert BaditConfig(init_weights="lora", gated="factors").gates == "clusters"
     assert BaditConfig().router_input == "standardised"
     assert BaditConfig(routing="token").router_input == "mean"
 

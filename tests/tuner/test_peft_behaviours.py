@@ -184,7 +184,7 @@ def test_a_model_that_is_not_of_transformers_is_trained_by_default():
         def forward(self, input_ids, labels=None):
             return self.head(self.up(self.embeddings(input_ids)).relu())
 
-    model = get_peft_model(Plain(), BaditConfig(target_modules=["up"]))
+    model = get_peft_model(Plain(), BaditConfig(target_modules=["up"], num_experts=4, r=2))
     batch = {"input_ids": IDS, "labels": IDS.where(MASK.cumsum(dim=1) > 3, -100)}
     hooks_of(model).start_task({"all": [batch]})
     assert model.train()(**batch).isfinite().all()

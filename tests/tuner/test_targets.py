@@ -124,7 +124,8 @@ def test_smollm2_equals_base_at_step_0_and_generates_as_teacher_forced():
     ]
     ids, mask = tokenizer(texts, padding=True, return_tensors="pt").values()
     expected = logits(base, ids, mask)
-    options = {"init_weights": "bad", "router_input": "mean", "task_type": "CAUSAL_LM"}
+    options = {"init_weights": "bad", "gated": "factors", "router_input": "mean"}
+    options |= {"task_type": "CAUSAL_LM"}
     model = get_peft_model(base, BaditConfig(**options)).eval()
     assert len(layers(model)) == 30
     assert (logits(model, ids, mask) - expected).abs().max() <= 1e-4

@@ -22,11 +22,11 @@ def _shown(target: str, tables: Any, options: dict[str, Any]) -> str:
     if is_folder and not folder.samefile(target):
         runs = [target, folder]
     report = write_report_if_possible(runs, folder / "report.html")
-    verdict = _verdict(tables, Path(target) if is_folder else folder)
+    verdict = shown_verdict(tables, Path(target) if is_folder else folder)
     return f"{verdict}{listed}\n\nTables: {folder / 'analysis'}\n{report}"
 
 
-def _verdict(tables: Any, folder: Path) -> str:
+def shown_verdict(tables: Any, folder: Path) -> str:
     """Returns which pairs of tasks conflict and the next command; empty for a comparison.
 
     ``folder`` has the recipe of the run or of the base model's analysis.

@@ -2,12 +2,16 @@
 
 import signal
 from pathlib import Path
+from typing import Any
 
 from cyclopts.types import PositiveInt
 
-from badit.api import table
+from badit.api import analyze, table
+from badit.cli.analyze import shown_verdict
 from badit.cli.app import Overrides, app, load, read_recipe, write_report_if_possible
-from badit.support.console import show
+from badit.support.console import say, show
+
+_INSTANCES = 4  # of each task, that the demo analyzes
 
 
 @app.command
@@ -42,17 +46,39 @@ def compare(
     # must be stopped too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     results = load("badit.comparison.compare").compare(loaded_recipe, jobs=jobs, ray=ray)
-    path = Path(loaded_recipe.output) / load("badit.comparison.results").RESULTS
     # Printed here, because the returned value is the exit code.
-    show(f"{table(path)}\n\nResults: {path}")
-    show(write_report_if_possible([loaded_recipe.output], path.with_name("report.html")))
+    show(_shown(loaded_recipe))
+    output = loaded_recipe.output
+    show(write_report_if_possible([output], Path(output, "report.html")))
     return int("failed" in set(results.cells["status"]))
 
 
 @app.command
 def demo(*overrides: Overrides) -> str | int:
-    """Tune SmolLM2 on the built-in tasks with LoRA and with BADIT: 'badit compare demo'.
+    """Tune SmolLM2 on built-in tasks with LoRA and with BADIT, and analyze the latter.
 
-    The same command resumes an interrupted demo. To start over, remove the output folder.
+    It does 'badit compare demo' and 'badit analyze' on BADIT's run, and writes one report. The same
+    command resumes an interrupted demo. To start over, remove the output folder.
     """
-    return compare(str(load("badit.recipe.loading").shipped_recipes()["demo"]), *overrides)
+    recipe = read_recipe(str(load("badit.recipe.loading").shipped_recipes()["demo"]), overrides)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    results = load("badit.comparison.compare").compare(recipe)
+    show(_shown(recipe))
+    cells = results.cells[results.cells["method"] == "badit"]
+    # Values on the command line may have removed BADIT.
+    if "failed" in set(results.cells["status"]) or cells.empty:
+        show(write_report_if_possible([recipe.output], Path(recipe.output, "report.html")))
+        return int("failed" in set(results.cells["status"]))
+    first = cells.iloc[0]
+    cell = load("badit.comparison.grid").Cell("badit", first["learning_rate"], int(first["seed"]))
+    run = Path(recipe.output, str(cell))
+    say("\nbadit: measuring on BADIT's run which tasks conflict, and what its experts do")
+    tables = analyze(run, instances=_INSTANCES)
+    show(f"\n{shown_verdict(tables, run)}")
+    show(write_report_if_possible([recipe.output, run], Path(recipe.output, "report.html")))
+    return 0
+
+
+def _shown(recipe: Any) -> str:
+    path = Path(recipe.output, load("badit.comparison.results").RESULTS)
+    return f"{table(path)}\n\nResults: {path}"

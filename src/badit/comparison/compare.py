@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -23,10 +24,12 @@ from badit.comparison.grid import Cell, Grid
 from badit.comparison.rates import find_rate
 from badit.comparison.results import RESULTS, Results, load_results, write_results
 from badit.comparison.worker import error_of, progress_of, start_cell
-from badit.metrics.answers import METRICS
+from badit.metrics.answers import METRICS, score_text
 from badit.models import device, warn_of_slow_dtype
 from badit.recipe.loading import make_recipe
 from badit.recipe.schema import RecipeLike
+from badit.runs.folder import RunFolder
+from badit.runs.scores import read_scores
 from badit.support.console import say, status
 from badit.support.errors import BaditError
 from badit.support.files import exclusive
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from badit.comparison.cluster import Cluster, ClusterCell
 
     Process = Popen[bytes] | ClusterCell
+_BETWEEN_LINES = 30  # seconds between two lines on the progress in a log
 Task = Callable[[], "list[Task] | None"]  # what a thread does; a search returns further tasks
 
 
@@ -100,6 +104,12 @@ def _say_nothing(line: str) -> None:
     pass
 
 
+def _scores_of(folder: RunFolder) -> str:
+    scores = read_scores(folder.scores_path)
+    texts = [f"{METRICS[name].label} {score_text(scores[name], name)}" for name in METRICS]
+    return f": {', '.join(texts)}"
+
+
 class _Comparison:
     """Runs up to ``jobs`` cells at a time.
 
@@ -120,6 +130,7 @@ class _Comparison:
         self._running: dict[Process, tuple[Cell, int | None]] = {}
         self._lock = threading.Lock()  # for _running, _stopping and the file of results
         self._stopping = False
+        self._logged = time.monotonic()
 
     def run(self) -> None:
         self._find_known_rates()
@@ -133,7 +144,9 @@ class _Comparison:
                         running.add(pool.submit(todo.popleft()))
                     # The timeout keeps the progress up to date while no cell ends.
                     done, running = wait(running, timeout=2, return_when=FIRST_COMPLETED)
-                    show(self._progress())
+                    progress = self._progress()
+                    show(progress)
+                    self._log(progress)
                     for future in done:
                         cells = future.result() or []
                         # The first cell of each method comes before further ones.
@@ -163,6 +176,13 @@ class _Comparison:
             cells = [cell for cell, _ in self._running.values()]
         lines = [f"{cell}: {progress_of(self._grid.folder_of(cell).path)}" for cell in cells]
         return "; ".join(lines) or "starting"
+
+    def _log(self, progress: str) -> None:
+        """Reports the progress every half minute, where no terminal shows it all the time."""
+        if sys.stderr.isatty() or time.monotonic() - self._logged < _BETWEEN_LINES:
+            return
+        self._logged = time.monotonic()
+        self._report(progress)
 
     def save(self) -> None:
         """Writes results.json with the runs that are finished so far."""
@@ -232,7 +252,8 @@ class _Comparison:
         error = error_of(run.folder.path, code)
         outcome = "done" if error is None else f"FAILED ({error})"
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
-        self._report(f"{cell}: {outcome} in {minutes}:{seconds:02d}")
+        scores = _scores_of(run.folder) if score and error is None else ""
+        self._report(f"{cell}: {outcome} in {minutes}:{seconds:02d}{scores}")
         # badit table and report can show the results while other cells run.
         if score:
             self.save()

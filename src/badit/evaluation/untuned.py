@@ -56,7 +56,8 @@ def beside_untuned(run: ResolvedRun, *, progress: bool = True) -> BothScores | N
     tuned = _first(run.folder.predictions_path, count)
     tasks = [task for task in run.tasks if task.name in tuned]
     folder = run.folder.path / FOLDER
-    untuned = _first(folder, count) if folder.is_dir() else {}
+    # An interrupted run may have left the folder empty.
+    untuned = _first(folder, count) if any(folder.glob("[!.]*.jsonl")) else {}
     if _instances(untuned) != _instances(tuned):
         with quiet(not progress):
             model, tokenizer = load_base(run.recipe)

@@ -134,6 +134,10 @@ class ResolvedRun:
         if keys:
             problem = f"holds a run of another recipe (it differs in {', '.join(keys[:5])})"
             fix = "choose another output=FOLDER, or remove the folder"
+            names = (saved.method["name"], self.recipe.method["name"])
+            if names == ("cluster-gates", "badit"):
+                former = "write name: cluster-gates, which badit stood for in earlier versions"
+                fix = f"{former}, or {fix}"
             raise BaditError(f"{self.folder.path}: {problem}; {fix}")
 
     def refuse_unscorable(self, split: Split) -> None:

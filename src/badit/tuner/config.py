@@ -289,11 +289,16 @@ class BaditConfig(ExpertConfig):
     """BADIT: ``num_experts`` LoRA experts of rank ``r`` in every target module, weighted by gates.
 
     Pass it to ``get_peft_model`` like any PEFT configuration, call ``badit.prepare(trainer)`` (in
-    your own loop, ``hooks_of(model).start_task``), and train with a learning rate of 2e-3. The
-    sizes are the paper's (arXiv 2605.05676: K 8, r 4, alpha 32, dropout 0.05, gate_proj); the
-    initialisation and the gates are not (docs/paper-index.md). Options that are None are set to
-    what they stand for (:func:`badit.presets.filled`). :meth:`cluster_gates` and :meth:`released`
-    return the presets of :mod:`badit.presets`.
+    your own loop, ``hooks_of(model).start_task``), and train with a learning rate of 2e-3.
+
+    The defaults are the paper's system (arXiv 2605.05676): experts from singular triples, groups
+    of their components by spherical clustering of gradients, and a combination of experts for
+    every prompt. The sizes are the paper's too (K 8, r 4, alpha 32, dropout 0.05, gate_proj).
+    docs/paper-index.md says in what it differs: gates scale the change of the experts, they belong
+    to clusters of prompts, and components are grouped before training.
+
+    Options that are None are set to what they stand for (:func:`badit.presets.filled`).
+    :meth:`cluster_gates` and :meth:`released` return the presets of :mod:`badit.presets`.
     """
 
     method: ClassVar[str] = "BADIT"
@@ -314,32 +319,33 @@ class BaditConfig(ExpertConfig):
     )
     gates: GateKind | None = option(
         None,
-        "'clusters': no router; in every layer, a prompt gets the fixed random gates, with sum 1, "
-        "of the nearest of num_clusters centroids, which badit.prepare(trainer) or "
+        "'clusters': no router; in every layer, a prompt gets the fixed gates of the nearest of "
+        "num_clusters centroids (see codes), which badit.prepare(trainer) or "
         "hooks_of(model).start_task(batches) finds before training. 'mean_one': K·softmax of a "
         "router; all gates are 1 at step 0. 'softmax': sum 1, as in the released code; with "
-        "init_weights='bad', gates with sum 1 change the model at step 0. Default: 'clusters'; "
+        "gated='factors', gates with sum 1 change the model at step 0. Default: 'clusters'; "
         "'mean_one' with routing='token', router_input='mean', top_k, target_parameters, a single "
         "expert, or init_weights='bad' and gated='factors'.",
     )
     gated: Literal["factors", "change"] | None = option(
         None,
-        "What the gates scale with init_weights='bad'. 'factors': the factors, as in the released "
-        "code (default). 'change': the change of the factors since step 0, so that step 0 is the "
-        "base model with any gates.",
+        "What the gates scale with init_weights='bad'. 'change' (default): the change of the "
+        "factors since step 0, so that step 0 is the base model with any gates. 'factors': the "
+        "factors, as in the released code.",
     )
     key: Literal["layer", "embedding"] | None = option(
         None,
         "What clusters of prompts are found from. 'layer': each layer's input (default). "
         "'embedding': the prompt's mean token embedding, so that a prompt has the same cluster in "
-        "all layers (default with codes='matched' or 'grouped').",
+        "all layers (default with codes='matched').",
     )
     codes: Literal["random", "matched", "grouped"] | None = option(
         None,
-        "The gates of clusters. 'random' (default). 'matched' (needs key='embedding'): clusters "
+        "The gates of clusters. 'grouped' (default): components are grouped by spherical "
+        "clustering of their gradients before training, and a cluster has large gates for the "
+        "groups in which its gradients are large. 'matched' (needs key='embedding'): clusters "
         "whose gradients agree share experts, and components join the experts that use them. "
-        "'grouped': components are grouped by their gradients, and clusters have large gates "
-        "where their gradients are large.",
+        "'random': random gates with sum 1.",
     )
     permute_codes: bool = option(
         False, "Give the codes to other clusters: a placebo for experiments with codes."
@@ -350,14 +356,14 @@ class BaditConfig(ExpertConfig):
     top_k: int | None = option(
         None,
         "Use only the k largest gates (default: all). With k = 1 the gate is constant, so the "
-        "router does not learn. With init_weights='bad', the unused experts' part of the base "
-        "weight is missing at step 0.",
+        "router does not learn. With gated='factors' and init_weights='bad', the unused experts' "
+        "part of the base weight is missing at step 0.",
     )
     init_weights: Literal["lora", "directions", "bad"] | None = option(
         None,
-        "'lora': random A and zero B (default). 'directions': A has the weight's top right "
-        "singular vectors, scaled like LoRA's A; B is zero. 'bad': the paper's BAD, the top "
-        "singular triples with their magnitudes in A and B.",
+        "'bad' (default): the paper's BAD, the top singular triples with their magnitudes in A "
+        "and B. 'directions': A has the weight's top right singular vectors, scaled like LoRA's "
+        "A; B is zero. 'lora': random A and zero B.",
     )
     svd_method: SvdMethod = option(
         "auto", "'exact', 'randomized', or 'auto' (randomized for large weights)."
