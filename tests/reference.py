@@ -458,6 +458,26 @@ def rouge_l(prediction, reference):
     return 100 * 2 * precision * recall / (precision + recall)
 
 
+# --- Preferences ---
+def log_likelihood(logits, prompt, answer):
+    """Returns log p(answer | prompt) from the logits (positions, vocabulary) of both."""
+    total = 0.0
+    for i, token in enumerate(answer):
+        scores = logits[len(prompt) + i - 1].double()
+        total += float(scores[token] - scores.exp().sum().log())
+    return total
+
+
+def preference_accuracy(margins):
+    """Returns the share x 100 of pairs whose chosen answer has the larger reward."""
+    return 100 * sum(margin > 0 for margin in margins) / len(margins)
+
+
+def dpo_loss(margins, beta):
+    """Returns the mean of -log sigmoid(beta * margin)."""
+    return sum(-math.log(1 / (1 + math.exp(-beta * margin))) for margin in margins) / len(margins)
+
+
 # --- Verdicts of comparisons ---
 def verdict(nll, score):
     """Returns the documented verdict on a method from (low, inner_low, inner_high, high) twice."""

@@ -404,7 +404,7 @@ def table(
     results: AnyPath,
     *,
     format: Literal["text", "markdown", "latex", "csv"] = "text",
-    metric: str = "rouge_l",
+    metric: str | None = None,
     by_task: bool = False,
     released: bool = False,
     reference: str | None = None,
@@ -414,7 +414,8 @@ def table(
     Args:
         results: a comparison's results.json, or its folder.
         format: the format of the table. LaTeX is a booktabs tabular, CSV has full precision.
-        metric: the metric of differences, ranks and --by-task: rouge_l, exact_match or nll.
+        metric: the metric of differences, ranks and --by-task: rouge_l, exact_match, nll or, of
+            preference data, preference (default: preference, or rouge_l without it).
         by_task: print a row per task and a column per method.
         released: compute forgetting and transfer as SAPT's released code does, of a sequential
             comparison.
@@ -433,8 +434,10 @@ def table(
 
     # Errors name the options of badit table, which is this function.
     refuse_unknown("--format", format, FORMATS)
-    refuse_unknown("--metric", metric, METRICS)
+    if metric is not None:
+        refuse_unknown("--metric", metric, METRICS)
     loaded = load_results(results)
+    metric = metric or loaded.metric
     loaded = replace(loaded, reference=reference or loaded.reference)
     refuse_unknown("--reference", loaded.reference, loaded.methods)
     is_sequential = loaded.protocol == "sequential"

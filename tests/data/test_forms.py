@@ -50,6 +50,69 @@ def test_rows_without_a_task(tmp_path, row, prompt, answer):
     assert task_of(file, task="mine").name == "mine"
 
 
+USER, BEST, WORST = (
+    {"role": role, "content": text}
+    for role, text in (("user", "Why?"), ("assistant", "So."), ("assistant", "No idea."))
+)
+CHATS = {"chosen": [USER, BEST], "rejected": [USER, WORST]}
+TEXTS = {"prompt": "Why?", "chosen": "So.", "rejected": "No idea."}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (TEXTS, {}),
+        (CHATS, {}),
+        ({"prompt": [USER], "chosen": [BEST], "rejected": [WORST]}, {}),
+        ({**CHATS, "prompt": "Why?", "messages": [USER, BEST]}, {}),
+        (
+            {"question": "Why?", "good": "So.", "bad": "No idea."},
+            {"input": "question", "output": "good", "rejected": "bad"},
+        ),
+    ],
+)
+def test_preferences(tmp_path, row, columns):
+    task = task_of(write_rows(tmp_path / "rows.jsonl", row), columns=columns)
+    assert task.has_preferences
+    (instance,) = task.train
+    assert (instance.input, instance.outputs, instance.rejected) == ("Why?", ("So.",), "No idea.")
+    assert instance.history == ()
+    chosen = instance.model_copy(update={"rejected": None})
+    assert (
+        instance.hash != chosen.hash == Instance(id="rows-0", input="Why?", outputs=("So.",)).hash
+    )
+
+
+@pytest.mark.parametrize("column", ["chosen", "messages"])
+def test_a_named_chat_of_preferences_is_a_plain_chat(tmp_path, column):
+    row = {**CHATS, "messages": [USER, BEST]}
+    task = task_of(write_rows(tmp_path / "rows.jsonl", row), columns={"messages": column})
+    assert not task.has_preferences
+    assert task.train[0].outputs == ("So.",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rejected": None}, "rejected: missing in a row of preference data"),
+        ({"prompt": None}, "prompt: missing in a row of preference data"),
+        ({"rejected": "So. "}, "rejected: equals the chosen answer; remove the row"),
+        ({"rejected": " "}, "rejected: must be an answer that is not blank"),
+        ({"chosen": " "}, "chosen: must hold at least one answer that is not blank"),
+        ({"chosen": [BEST]}, "prompt, chosen, rejected: must all be text, or all lists"),
+        ({"rejected": {"a": 1}}, "rejected: input should be a valid string"),
+        (
+            {**CHATS, "rejected": [BEST, USER, WORST]},
+            "rejected: must differ from chosen in the last message only",
+        ),
+        ({**CHATS, "rejected": [WORST]}, "rejected: messages.0: an assistant message must follow"),
+        ({**CHATS, "chosen": [USER]}, "chosen: messages: there is no assistant message"),
+    ],
+)
+def test_preferences_are_refused_with_their_field(tmp_path, change, message):
+    assert f"line 1: {message}" in refusal(write_rows(tmp_path / "rows.jsonl", {**TEXTS, **change}))
+
+
 def test_documentation_lists_the_columns_of_every_form():
     page = Page("docs/own-tasks.md").text
     assert {name for form in FORMS for name in form.columns if f"`{name}`" not in page} == set()

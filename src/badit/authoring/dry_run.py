@@ -3,7 +3,7 @@
 import heapq
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from badit.comparison.checks import check as check_grid
 from badit.comparison.finished import FinishedCells
 from badit.comparison.grid import Grid
 from badit.data import Task, prompt_text
+from badit.data.encoding import sequences
 from badit.models import load_tokenizer
 from badit.recipe.method import resolve_method
 from badit.recipe.schema import Recipe
@@ -128,7 +129,8 @@ class _DryRun:
         steps = [_steps(run, tasks) for _, tasks in run.stages]
         rows = recipe.training.per_device_train_batch_size
         rows *= recipe.training.gradient_accumulation_steps
-        lines.append(f"{sum(steps)} steps of {rows * _processes()} instances")
+        unit = "pairs" if recipe.training.objective == "dpo" else "instances"
+        lines.append(f"{sum(steps)} steps of {rows * _processes()} {unit}")
         lines.append(self._time(sum(steps), sample))
         if run.method.regroup is not None:
             # The components of frozen experts keep their groups.
@@ -164,20 +166,20 @@ class _DryRun:
         # What a later task shares with earlier ones is counted once.
         return f"{line} at a time, {counts[0] + added:,} in all {len(counts)} tasks"
 
-    def _longest(self) -> list[dict[str, Any]]:
-        """Returns the encoded instances of the batch that needs most memory."""
+    def _longest(self) -> list[Mapping[str, Any]]:
+        """Returns the encoded sequences of the batch that needs most memory: two of a pair."""
         recipe = self.run.recipe
 
         def length(pair: Any) -> int:
             task, instance = pair
             prompt = prompt_text(task, instance, recipe.prompt.encoding)
-            return len(prompt) + len(instance.outputs[0])
+            return len(prompt) + max(len(instance.outputs[0]), len(instance.rejected or ""))
 
         # By characters, because tokenising all instances would take long.
         pairs = ((task, instance) for task in self.run.tasks for instance in task.train)
         rows = recipe.training.per_device_train_batch_size
         longest = heapq.nlargest(rows, pairs, key=length)
-        return encoded(self.tokenizer, recipe, longest, self.model)
+        return sequences(encoded(self.tokenizer, recipe, longest, self.model))
 
     def _sample(self) -> list[dict[str, Any]]:
         """Returns some encoded training instances of all tasks."""
@@ -194,7 +196,7 @@ class _DryRun:
         minutes = math.ceil(steps * seconds / 60)
         return f"about {counted(minutes, 'minute')} of training at this machine's present load"
 
-    def _memory(self, longest: Sequence[dict[str, Any]], trained: int) -> str:
+    def _memory(self, longest: Sequence[Mapping[str, Any]], trained: int) -> str:
         """Describes the memory of the longest batch with this many trained parameters."""
         recipe = self.run.recipe
         tokens = max(len(example["input_ids"]) for example in longest)

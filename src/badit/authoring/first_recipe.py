@@ -61,6 +61,7 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
         split=split,
         tokens=_answer_tokens(tasks),
         held_out=held_out,
+        preferences=any(task.has_preferences for task in tasks),
     )
     # Raises the errors that training with this recipe would raise.
     resolve(build_recipe(parse_yaml(text, where=path), where=path))
@@ -76,7 +77,12 @@ def _held_out(tasks: Sequence[Task]) -> int:
 
 def _answer_tokens(tasks: Sequence[Task]) -> int:
     """Returns a limit on answer tokens, a multiple of 50, that truncates few training answers."""
-    answers = (output for task in tasks for instance in task.train for output in instance.outputs)
+    answers = (
+        answer
+        for task in tasks
+        for instance in task.train
+        for answer in (*instance.outputs, instance.rejected or "")
+    )
     longest = max(map(_most_tokens, answers), default=0)
     return min(1024, max(50, math.ceil(longest / 50) * 50))
 

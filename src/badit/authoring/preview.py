@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from badit.data import Task
-from badit.data.encoding import encode_examples, token_ids
+from badit.data.encoding import encode_examples, sequences, token_ids
 from badit.data.prompts import prompt_text
 from badit.models import load_tokenizer
 from badit.recipe.schema import PromptSection, Recipe
@@ -27,6 +27,9 @@ def preview(recipe: Recipe, count: int) -> str:
     """
     tasks = recipe.data.load()
     listed = f"{_task_table(recipe, tasks)}\n\n{counted(len(tasks), 'task')}, all valid"
+    preferences = [task.name for task in tasks if task.has_preferences]
+    if preferences:
+        listed += f"; {len(preferences)} with preferences: train them with training.objective=dpo"
     if not count:
         return listed
     model = recipe.model
@@ -67,6 +70,7 @@ def _token_row(tokenizer: Any, task: Task, section: PromptSection) -> list[str]:
     instances = list(task.train[:_MEASURED])
     prompts = [prompt_text(task, instance, section.encoding) for instance in instances]
     answers = [instance.outputs[0] for instance in instances]
+    answers += [instance.rejected for instance in instances if instance.rejected is not None]
     scored = {_prompt_of(instance) for instance in (*task.test, *task.validation)}
     trained = Counter(map(_prompt_of, task.train))
     repeated = trained.total() - len(trained)
@@ -92,11 +96,14 @@ def _prompts(tokenizer: Any, task: Task, section: PromptSection, count: int) -> 
     """Returns the texts of a task's first prompts, with the trained tokens between ⟦ and ⟧."""
     pairs = [(task, instance) for instance in task.train[:count]]
     texts = []
-    for example in encode_examples(tokenizer, pairs, **section.model_dump()):
+    examples = encode_examples(tokenizer, pairs, **section.model_dump())
+    for number, example in enumerate(sequences(examples)):
         ids = example["input_ids"]
         start = example["prompt_length"]
         text = f"{tokenizer.decode(ids[:start])}⟦{tokenizer.decode(ids[start:])}⟧"
         heading = f"── {task.name}, instance {example['id']}, {len(ids)} tokens"
+        if number >= len(examples):
+            heading += ", rejected"
         # Lines are escaped one by one, so that line breaks of the prompt stay.
         texts.append("\n".join(map(one_line, [heading, *text.split("\n")])))
     return texts

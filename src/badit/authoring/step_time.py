@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from badit.data.encoding import sequences
 from badit.data.examples import AnswerCollator, batches_by_task
 from badit.models import device, load_skeleton
 from badit.runs.resolved import ResolvedRun
@@ -36,7 +37,7 @@ def seconds_per_step(
     # Examples of all tasks, as in a mixed batch; they are in the tasks' order.
     sample = [examples[i % len(examples)] for i in range(0, 7 * rows, 7)]
     collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
-    batch = collate(sample)
+    batch = collate(sequences(sample))
     batches = batches_by_task(examples, collate, rows)
     try:
         model, layers = cut_model(run, _LAYERS)
@@ -99,9 +100,13 @@ def _timed(run: ResolvedRun, model: Any, batch: dict[str, Any], batches: Any) ->
         name: value.to(device()) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
     }
+    has_reference = run.recipe.training.objective == "dpo"
     seconds = []
     for _ in range(1 + _TIMED_STEPS):
         began = time.perf_counter()
+        if has_reference:
+            with torch.no_grad():
+                answer_losses(model, inputs)
         losses_L, _, _ = answer_losses(model, inputs)
         losses_L.mean().backward()
         optimizer.step()

@@ -108,6 +108,11 @@ class Results:
         return f"<p>{escape(repr(self))}</p>{table.to_html(index=False)}"
 
     @property
+    def metric(self) -> str:
+        """The main score: that of preferences, if the data has them, or Rouge-L."""
+        return "preference" if "preference" in set(self.scores["metric"]) else "rouge_l"
+
+    @property
     def scored_methods(self) -> list[str]:
         """The methods that have scores, in the order of the table."""
         return [method for method in self.methods if method in self.scores["method"].array]
@@ -253,12 +258,12 @@ def finished_cells(folder: Path) -> list[dict[str, Any]]:
     return [cell for cell in content["cells"] if cell["status"] == "done"]
 
 
-def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard") -> pd.DataFrame:
+def summarise(results: Results, metric: str | None = None, form: Form = "standard") -> pd.DataFrame:
     """Returns a summary with one row per method, in the order of the table.
 
     Args:
         results: the results of a comparison.
-        metric: the metric of ranks and differences.
+        metric: the metric of ranks and differences (default: ``results.metric``).
         form: the definition of forgetting and transfer, see
             :func:`badit.metrics.statistics.continual_scores`.
 
@@ -273,6 +278,7 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
         ``peak_memory_gib``, the maximum.
     """
     refuse_unknown("form", form, FORMS)
+    metric = metric or results.metric
     cells = results.cells.query("status == 'done' and selected").groupby("method")
     means = task_means(results, metric)
     ascending = METRICS[metric].lower_is_better

@@ -61,8 +61,12 @@ class Table(NamedTuple):
     numbers: pd.DataFrame
 
 
-def method_table(results: Results, metric: str = "rouge_l", released: bool = False) -> Table:
-    """Returns a table with one row per method that has scores."""
+def method_table(results: Results, metric: str | None = None, released: bool = False) -> Table:
+    """Returns a table with one row per method that has scores.
+
+    ``metric`` is that of ranks and differences (default: ``results.metric``).
+    """
+    metric = metric or results.metric
     summary = summarise(results, metric, "released" if released else "standard")
     # The notes name methods without a finished run.
     summary = summary.query("runs > 0").reset_index(drop=True)

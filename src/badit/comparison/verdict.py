@@ -4,7 +4,7 @@ The rule is in docs/benchmark.md. It is asked of two differences to the referenc
 and that of a score, because the NLL alone can be lower without better answers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from badit.comparison.results import Results, differences
@@ -42,15 +42,17 @@ def standing(nll: Sign, score: Sign) -> Standing:
     return standings[nll]
 
 
-def verdict(results: Results, metric: str = "rouge_l") -> list[str]:
+def verdict(results: Results, metric: str | None = None) -> list[str]:
     """Returns the verdict on all trained methods, one sentence per standing.
 
-    ``metric`` is the score; for "nll", it is Rouge-L.
+    ``metric`` is the score; by default, and for "nll", it is ``results.metric``. On preferences the
+    verdict is theirs alone: their training need not make the chosen answers more likely.
     """
-    score = "rouge_l" if metric == "nll" else metric
+    score = results.metric if metric in (None, "nll") else metric
+    judged = [score] if score == "preference" else ["nll", score]
     groups: dict[Standing, list[str]] = {standing: [] for standing in get_args(Standing)}
-    for method, signs, runs in _judged(results, score):
-        found = standing(signs["nll"], signs[score])
+    for method, signs, runs in _judged(results, judged):
+        found = standing(signs[judged[0]], signs[score])
         remarks = []
         if found == "not decided against":
             remarks = [f"{METRICS[name].label} {sign}" for name, sign in signs.items() if sign]
@@ -59,7 +61,7 @@ def verdict(results: Results, metric: str = "rouge_l") -> list[str]:
         groups[found].append(f"{method} ({', '.join(remarks)})" if remarks else method)
     sentences = []
     for found, methods in groups.items():
-        basis = f" in NLL and {METRICS[score].label}"
+        basis = f" in {' and '.join(METRICS[name].label for name in judged)}"
         if found == "not decided against":
             basis = ""
         if methods:
@@ -67,9 +69,9 @@ def verdict(results: Results, metric: str = "rouge_l") -> list[str]:
     return sentences
 
 
-def _judged(results: Results, score: str) -> Iterator[tuple[str, dict[str, Sign], int]]:
-    """Yields each trained method with its signs in NLL and score, and the pairs of runs."""
-    frames = {name: differences(results, name).to_dict("index") for name in ("nll", score)}
+def _judged(results: Results, metrics: Sequence[str]) -> Iterator[tuple[str, dict[str, Sign], int]]:
+    """Yields each trained method with its signs in the metrics, and the pairs of runs."""
+    frames = {name: differences(results, name).to_dict("index") for name in metrics}
     # An untuned model is no method that is compared.
     trained = set(results.cells.dropna(subset="learning_rate")["method"])
     for method in results.scored_methods:

@@ -20,7 +20,7 @@ from badit.support.console import say
 from badit.support.errors import BaditError, explained
 from badit.support.files import cache_folder, lock, sync
 
-_FORMAT = 8  # version of the cache files; increase it whenever their content changes
+_FORMAT = 9  # version of the cache files; increase it whenever their content changes
 _CHECKSUM_SIZE = xxhash.xxh3_128().digest_size
 _CHUNK = 2**20  # bytes that are read at a time, so that the checksum needs little memory
 

@@ -9,7 +9,7 @@ training and in evaluation.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from badit.data.prompts import Prompt, PromptEncoding, build_prompt
@@ -41,7 +41,8 @@ def encode_examples(
 
     Returns:
         For each instance: `input_ids` and `labels` (lists of equal length; the labels of the prompt
-        are -100), `prompt_length` in tokens, and the names `task` and `id`.
+        are -100), `prompt_length` in tokens, the names `task` and `id`, and `rejected_ids`, the
+        tokens of a rejected answer without the prompt.
     """
     prompts = encode_prompts(
         tokenizer,
@@ -51,6 +52,8 @@ def encode_examples(
     )
     # Prompt and answer are tokenised separately, so the prompt's tokens are those of generation.
     answers = token_ids(tokenizer, [instance.outputs[0] for _, instance in pairs])
+    worse = [instance.rejected for _, instance in pairs if instance.rejected is not None]
+    rejected_answers = iter(token_ids(tokenizer, worse))
     end = end_of_turn_id(tokenizer, chat_template)
     examples = []
     for (task, instance), prompt, answer in zip(pairs, prompts, answers, strict=True):
@@ -61,8 +64,28 @@ def encode_examples(
             "prompt_length": len(prompt),
             "input_ids": [*prompt, *answer[:max_answer_tokens], end],
         }
-        examples.append({**example, "labels": labels_of(example)})
+        example["labels"] = labels_of(example)
+        if instance.rejected is not None:
+            example["rejected_ids"] = [*next(rejected_answers)[:max_answer_tokens], end]
+        examples.append(example)
     return examples
+
+
+def rejected_example(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the example of a pair's rejected answer from that of the chosen one."""
+    length = example["prompt_length"]
+    return {
+        "task": example["task"],
+        "id": example["id"],
+        "prompt_length": length,
+        "input_ids": [*example["input_ids"][:length], *example["rejected_ids"]],
+    }
+
+
+def sequences(examples: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the examples, and after them those of rejected answers."""
+    chosen = list(examples)
+    return chosen + [rejected_example(one) for one in chosen if one.get("rejected_ids")]
 
 
 def labels_of(example: Mapping[str, Any]) -> list[int]:

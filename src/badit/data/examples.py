@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 from tqdm import tqdm
 
 from badit.data.cache import arrow_table
-from badit.data.encoding import IGNORED_LABEL, encode_examples, labels_of
+from badit.data.encoding import IGNORED_LABEL, encode_examples, labels_of, sequences
 from badit.data.table import TableItems, chunks
 from badit.data.tasks import Task
 
@@ -34,6 +35,7 @@ _SCHEMA = pa.schema(
         "input_ids": pa.list_(pa.int32()),
     }
 )
+_REJECTED = pa.field("rejected_ids", pa.list_(pa.int32()))  # of preference data
 _compute: Any = pyarrow.compute  # its functions are created at import
 
 
@@ -46,9 +48,17 @@ class Examples(TableItems[dict[str, Any]]):
 
     @property
     def lengths(self) -> list[int]:
-        """The number of tokens of each example."""
+        """The number of tokens of each example, of a pair those of its longer sequence."""
         lengths = _compute.list_value_length(self.table["input_ids"]).to_numpy()
+        if self.has_pairs:
+            rejected = _compute.list_value_length(self.table["rejected_ids"]).to_numpy()
+            lengths = np.maximum(lengths, self.table["prompt_length"].to_numpy() + rejected)
         return lengths[self.rows].tolist()
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether every example has the tokens of a rejected answer."""
+        return _REJECTED.name in self.table.column_names
 
     @property
     def tasks(self) -> list[str]:
@@ -58,10 +68,11 @@ class Examples(TableItems[dict[str, Any]]):
     @property
     def fingerprint(self) -> str:
         """A hash of the token ids and the lengths of prompts in the whole table."""
-        ids = self.table["input_ids"]
-        columns = (self.table["prompt_length"], _compute.list_value_length(ids))
+        columns = [self.table["prompt_length"]]
+        for ids in self._token_columns:
+            columns += [_compute.list_value_length(ids), _compute.list_flatten(ids)]
         digest = hashlib.sha256()
-        for column in (*columns, _compute.list_flatten(ids)):
+        for column in columns:
             for chunk in column.chunks:
                 digest.update(chunk.to_numpy())
         return digest.hexdigest()[:16]
@@ -69,7 +80,13 @@ class Examples(TableItems[dict[str, Any]]):
     @property
     def largest_id(self) -> int:
         """The largest token id in the whole table; 0 if it has no tokens."""
-        return _compute.max(_compute.list_flatten(self.table["input_ids"])).as_py() or 0
+        columns = map(_compute.list_flatten, self._token_columns)
+        return max(_compute.max(column).as_py() or 0 for column in columns)
+
+    @property
+    def _token_columns(self) -> list[pa.ChunkedArray]:
+        names = ["input_ids"] + [_REJECTED.name] * self.has_pairs
+        return [self.table[name] for name in names]
 
 
 def encode_tasks(
@@ -95,6 +112,10 @@ def encode_tasks(
         )
         key = ["examples", tokenizer_text, dict(options), [task.fingerprint for task in tasks]]
 
+    schema = _SCHEMA
+    if any(task.has_preferences for task in tasks):
+        schema = _SCHEMA.append(_REJECTED)
+
     def batches() -> Iterator[pa.RecordBatch]:
         from accelerate.utils import patch_environment
 
@@ -103,13 +124,13 @@ def encode_tasks(
         with bar, patch_environment(TOKENIZERS_PARALLELISM="true"):  # one thread per core
             for chunk in chunks(pairs, _EXAMPLES_PER_BATCH):
                 examples = encode_examples(tokenizer, chunk, **options)
-                yield pa.RecordBatch.from_pylist(examples, schema=_SCHEMA)
+                yield pa.RecordBatch.from_pylist(examples, schema=schema)
                 bar.update(len(chunk))
         # So that a later fork causes no warning.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     # The order is not a part of the key, so runs with other seeds share the encoded data.
-    return Examples(arrow_table(_SCHEMA, batches(), key), order, dict)
+    return Examples(arrow_table(schema, batches(), key), order, dict)
 
 
 @dataclass
@@ -156,6 +177,19 @@ class AnswerCollator:
             padding_value=fill,
             padding_side=self.side,
         )
+
+
+@dataclass
+class PairCollator(AnswerCollator):
+    """Pads pairs of a chosen and a rejected answer to the batch that TRL's DPOTrainer takes.
+
+    The chosen sequences come first, then the rejected ones. ``completion_mask`` is 1 on answers.
+    """
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(sequences(examples))
+        batch["completion_mask"] = (batch.pop("labels") != IGNORED_LABEL).long()
+        return batch
 
 
 def batches_by_task(

@@ -1,7 +1,7 @@
 """The forms of rows: one table says which columns a form has and how its rows become instances."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -36,6 +36,8 @@ class RowForm:
     def applies_to(self, row: Fields, source: Source) -> bool:
         if source.maps_text and not self.if_mapped:
             return False
+        if "messages" in source.columns and self.columns != ("messages",):
+            return False
         values = [row.get(name) for name in self.columns]
         if self.is_chat:
             return all(isinstance(value, list) for value in values)
@@ -67,6 +69,8 @@ def refuse_form(row: Fields, source: Source, values: Mapping[str, Any]) -> NoRet
     for name in ("messages", "conversations"):
         if name in row and not source.maps_text:
             raise BaditError(f"{name}: must be a list of messages, not {row[name]!r:.60}")
+    if row.keys() & {"chosen", "rejected"} and not source.maps_text:
+        _refuse_pair(row)
     # In every form with text, the first column is the prompt and the second the answer.
     answer_columns = [name for form in FORMS for name in form.columns[1:]]
     for name in ("outputs", *answer_columns):
@@ -92,11 +96,49 @@ def refuse_misspelt(key: str, keys: Columns) -> None:
         raise BaditError(f"found {by_lower_case[similar]!r:.60}, did you mean {key!r}?")
 
 
+def _refuse_pair(row: Fields) -> NoReturn:
+    """Raises BaditError for a row with a chosen or a rejected answer that has no form."""
+    for name in ("prompt", "chosen", "rejected"):
+        if row.get(name) is None:
+            raise BaditError(
+                f"{name}: missing in a row of preference data (prompt, chosen, rejected); add it, "
+                "or name the columns with data.columns.input, output and rejected"
+            )
+    raise BaditError("prompt, chosen, rejected: must all be text, or all lists of messages")
+
+
 def _from_chat(row: Fields, columns: Columns, source: Source) -> Iterator[Fields]:
     messages = [message for name in columns for message in row[name]]
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": row["system"]})
     return answers(messages, source.turns)
+
+
+def _from_chat_pair(row: Fields, columns: Columns, source: Source) -> Iterator[Fields]:
+    """Yields the last answers of two chats, which may both contain the prompt, with one prompt."""
+    beginning = row.get("prompt")
+    if not isinstance(beginning, list):  # in some public datasets it repeats the first message
+        beginning = []
+    last = replace(source, turns="last")
+    pair = []
+    for name in columns:
+        try:
+            pair += _from_chat({**row, name: [*beginning, *row[name]]}, (name,), last)
+        except BaditError as error:
+            raise BaditError(f"{name}: {error}") from None
+    chosen, rejected = pair
+    answer = rejected.pop("output")
+    if rejected != {name: chosen[name] for name in rejected}:
+        problem = "must differ from chosen in the last message only"
+        raise BaditError(f"rejected: {problem}; correct it, or remove the row")
+    yield {**chosen, "rejected": answer}
+
+
+def _from_pair(row: Fields, columns: Columns, source: Source) -> Iterator[Fields]:
+    if any(isinstance(row[name], list) for name in columns):
+        _refuse_pair(row)
+    prompt, chosen, rejected = columns
+    yield {"input": row[prompt], "output": row[chosen], "rejected": row[rejected]}
 
 
 def _from_instruction(row: Fields, columns: Columns, source: Source) -> Iterator[Fields]:
@@ -136,6 +178,9 @@ def _from_input(row: Fields, columns: Columns, source: Source) -> Iterator[Field
 
 # A row has the first form that applies.
 FORMS = (
+    # Preference data. Public datasets may also have the chosen chat as messages.
+    RowForm(("chosen", "rejected"), _from_chat_pair, is_chat=True),
+    RowForm(("prompt", "chosen", "rejected"), _from_pair),
     RowForm(("messages",), _from_chat, is_chat=True),
     RowForm(("conversations",), _from_chat, is_chat=True),  # ShareGPT
     RowForm(("prompt", "completion"), _from_chat, is_chat=True),

@@ -30,6 +30,7 @@ _SCHEMA = pa.schema(
         "instruction": _TEXT,
         "outputs": pa.list_(_TEXT),
         "history": pa.list_(pa.list_(_TEXT)),
+        "rejected": _TEXT,
     }
 )
 
@@ -46,6 +47,7 @@ class Row(BaseModel):
     outputs: Strings = Field(alias="output")
     instruction: str | None = None
     history: Messages = ()
+    rejected: str | None = None
     id: str | None = None
     split: Split | None = None
     task_fields: dict[str, Any] = {}
@@ -116,6 +118,7 @@ def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
             outputs=row.outputs,
             instruction=instruction,
             history=row.history,
+            rejected=row.rejected,
         )
         place = {"task": row.task, "about": task_fields, "split": row.split or "train"}
         return {**place, "hash": instance.hash, **dict(instance)}

@@ -85,14 +85,28 @@ def _parsed(values: Any, source: Source, default_task: str, strict: bool) -> Ite
         "instruction": default_instruction(row, source),
         "id": identity or None,
     }
+    if "rejected" in source.columns:
+        shared["rejected"] = row.get("rejected", "")
     for number, fields in enumerate(form.convert(row, form.columns, source)):
         if identity and number:  # the later answers of a chat
             fields["id"] = f"{identity}-{number}"
         parsed = Row.model_validate(shared | fields)
         # The published benchmark has blank answers, but in a user's data they are mistakes.
         if not any(output.strip() for output in parsed.outputs):
-            raise BaditError("output: must hold at least one answer that is not blank")
+            name = "output" if parsed.rejected is None else "chosen"
+            raise BaditError(f"{name}: must hold at least one answer that is not blank")
+        _refuse_useless_pair(parsed)
         yield parsed
+
+
+def _refuse_useless_pair(row: Row) -> None:
+    """Raises BaditError for preference data whose rejected answer is blank or the chosen one."""
+    if row.rejected is None:
+        return
+    if not row.rejected.strip():
+        raise BaditError("rejected: must be an answer that is not blank; add it, or remove the row")
+    if row.rejected.strip() == row.outputs[0].strip():
+        raise BaditError("rejected: equals the chosen answer; remove the row")
 
 
 def _by_field(values: Any, source: Source) -> Fields:

@@ -39,8 +39,8 @@ class Source:
             dataset.
         instruction: the instruction of rows without one. Default: none; a row's input is then the
             whole prompt.
-        columns: maps ``task``, ``instruction``, ``input``, ``output``, ``id``, ``split`` and
-            ``messages`` to the names of their columns, where these differ.
+        columns: maps ``task``, ``instruction``, ``input``, ``output``, ``rejected``, ``id``,
+            ``split`` and ``messages`` to the names of their columns, where these differ.
         splits: maps names of splits (in rows, file names or datasets) to train, validation or test;
             rows of other splits are then not read. Default: the usual names, such as "dev".
         turns: the answers of a chat to train; "all" makes one instance with its own prompt for

@@ -55,7 +55,8 @@ class Instance(BaseModel, frozen=True):
 
     Answers may be blank, as some of the published benchmark are. `instruction` replaces the task's
     definition if instances have different instructions. `history` has the earlier messages of a
-    chat as (role, content); `input` is then the message to answer.
+    chat as (role, content); `input` is then the message to answer. `rejected` is the answer of
+    preference data that is worse than the first of `outputs`.
     """
 
     id: str
@@ -63,12 +64,21 @@ class Instance(BaseModel, frozen=True):
     outputs: Outputs
     instruction: str | None = None
     history: Messages = ()
+    rejected: str | None = None
 
     @property
     def hash(self) -> int:
         """A 64-bit hash of all fields."""
         # Runs record the fingerprints of tasks, so it must not change.
-        fields = (self.id, self.input, self.outputs, self.instruction, self.history)
+        fields: tuple[Any, ...] = (
+            self.id,
+            self.input,
+            self.outputs,
+            self.instruction,
+            self.history,
+        )
+        if self.rejected is not None:
+            fields += (self.rejected,)
         return int.from_bytes(hashlib.blake2b(repr(fields).encode(), digest_size=8).digest())
 
 
@@ -133,6 +143,15 @@ class Task(BaseModel, frozen=True, extra="forbid", arbitrary_types_allowed=True)
     def has_several_instructions(self) -> bool:
         """Whether training instances have instructions other than the definition."""
         return any(text is not None for text in column(self.train, "instruction"))
+
+    @property
+    def has_preferences(self) -> bool:
+        """Whether an instance has a rejected answer."""
+        return any(
+            text is not None
+            for split in SPLITS
+            for text in column(getattr(self, split), "rejected")
+        )
 
     @property
     def fingerprint(self) -> str:

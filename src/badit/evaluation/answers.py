@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from badit.data import AnswerCollator, Instance, Task
 from badit.evaluation.generation import generate_answers
+from badit.evaluation.losses import reward_margins
 from badit.metrics.answers import Prediction, instance_scores, mean_scores
 from badit.recipe.schema import Recipe, Split
 from badit.support.errors import BaditError
@@ -33,11 +34,13 @@ def score_model(  # noqa: PLR0913 (what is scored, and how)
     *,
     progress: bool,
     answer: Answer | None = None,
+    reference: Any = None,
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """Answers every instance in a split of the tasks, with the recipe's settings, and scores them.
 
     All tasks are decoded together, so that batches hold prompts of similar length. With ``answer``
-    the model generates nothing, and the NLL is not measured.
+    the model generates nothing, and only its answers are scored. ``reference`` is the untuned model
+    of preference data (default: see :func:`badit.evaluation.losses.reward_margins`).
 
     Returns the scores in the format of :func:`badit.metrics.answers.mean_scores`, and the
     predictions, in the order of the tasks. BaditError if a prompt is empty.
@@ -52,21 +55,26 @@ def score_model(  # noqa: PLR0913 (what is scored, and how)
     prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
 
     losses: Sequence[float | None] = [None] * len(examples)
+    margins: Sequence[float | None] = losses
     if answer is None:
         # One pass over a prompt measures its reference's NLL and fills the cache for decoding.
         prefill = ReferenceLosses(model, examples, prompts)
         losses = prefill.losses
         answer = _by_decoding(prefill, tokenizer, recipe, progress)
+        if all("rejected_ids" in example for example in examples):
+            margins = reward_margins(model, recipe, examples, reference)
     predictions = []
-    for (task, instance), prompt, text, nll in zip(
-        pairs, prompts, answer(prompts), losses, strict=True
+    for (task, instance), prompt, text, nll, margin in zip(
+        pairs, prompts, answer(prompts), losses, margins, strict=True
     ):
-        if nll is not None and not math.isfinite(nll):
+        if not math.isfinite(nll or 0) or not math.isfinite(margin or 0):
             problem = "the NLL is not finite; the weights are damaged, or model.dtype has too small"
             fix = "a range: use bfloat16 or float32"
             raise BaditError(f"task {task.name}, instance {instance.id}: {problem} {fix}")
         decoded = str(tokenizer.decode(prompt))
-        predictions.append(Prediction(task.name, instance.id, text, instance.outputs, decoded, nll))
+        predictions.append(
+            Prediction(task.name, instance.id, text, instance.outputs, decoded, nll, margin)
+        )
     return mean_scores(instance_scores(predictions)), predictions
 
 

@@ -133,7 +133,13 @@ class _Scoring:
         if not self.resume or not path.is_file():
             model, tokenizer = load_run(self.run, folder)
             scores, predictions = score_model(
-                model, tokenizer, self.run.recipe, tasks, self.split, progress=self.progress
+                model,
+                tokenizer,
+                self.run.recipe,
+                tasks,
+                self.split,
+                progress=self.progress,
+                reference=None if self.run.method.trains else model,
             )
             write_predictions(folder.path / f"predictions{suffix}", predictions)
             # After the predictions: the file of scores marks a stage as finished.

@@ -63,7 +63,9 @@ def beside_untuned(run: ResolvedRun, *, progress: bool = True) -> BothScores | N
             model, tokenizer = load_base(run.recipe)
             split = run.recipe.evaluation.split
             few = [_shortened(task, split, count) for task in tasks]
-            _, answers = score_model(model, tokenizer, run.recipe, few, split, progress=progress)
+            _, answers = score_model(
+                model, tokenizer, run.recipe, few, split, progress=progress, reference=model
+            )
         write_predictions(folder, answers)
         untuned = _first(folder, count)
     both = [

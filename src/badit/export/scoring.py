@@ -75,9 +75,9 @@ def _scores_by_task(
             answer = vllm.answers_of(exported)
         else:
             model, tokenizer = _loaded(exported, run)
-        frozen, _ = score_model(
-            model, tokenizer, recipe, tasks, split, progress=progress, answer=answer
-        )
+        # Only Rouge-L is compared: no untuned model is loaded for preferences.
+        options = {"progress": progress, "answer": answer, "reference": model}
+        frozen, _ = score_model(model, tokenizer, recipe, tasks, split, **options)
         for name, scores in frozen["tasks"].items():
             before = routed[name]["rouge_l"]
             after = scores["rouge_l"]

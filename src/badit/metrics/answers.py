@@ -1,5 +1,6 @@
 """Metrics: Rouge-L, exact match, and the negative log-likelihood (NLL) of the reference answer.
 
+Preference data has the accuracy of the preference between two answers too.
 The NLL needs no generated answer and has less noise. Rouge-L and exact match range from 0 to 100,
 with the maximum over the references. They follow the official evaluation of
 Super-NaturalInstructions (Wang et al. 2022, arXiv:2204.07705). Rouge-L is computed by
@@ -27,7 +28,8 @@ class Prediction:
     """A model's answer (``prediction``) to one instance, with all that is needed to score it again.
 
     ``nll`` is the NLL of the first reference given the prompt, in nats per token; None if it was
-    not measured.
+    not measured. ``margin``, of preference data, is
+    :func:`badit.evaluation.losses.reward_margins`.
     """
 
     task: str
@@ -36,6 +38,7 @@ class Prediction:
     references: tuple[str, ...]
     prompt: str
     nll: float | None = None
+    margin: float | None = None
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
@@ -81,6 +84,16 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
     return 100.0 * any(normalize_answer(reference) == answer for reference in references)
 
 
+def preference(margin: float | None) -> float | None:
+    """Returns 100 if the chosen answer of a pair is preferred, 0 if the rejected one is, else 50.
+
+    The untuned model prefers neither: its margins are 0.
+    """
+    if margin is None:
+        return None
+    return 50.0 * (1 + (margin > 0) - (margin < 0))
+
+
 @dataclass(frozen=True)
 class Metric:
     """A metric of answers, from 0 to ``maximum``. ``score`` returns None if an answer has no score.
@@ -97,8 +110,10 @@ class Metric:
     lower_is_better: bool = False
 
 
-#: All metrics, by their names in scores.json and results.json. Every run is scored in each of them.
+#: All metrics, by their names in scores.json and results.json. Every run is scored in each of them,
+#: in the first one if its data has preferences.
 METRICS: dict[str, Metric] = {
+    "preference": Metric("Preference", lambda answer: preference(answer.margin)),
     "rouge_l": Metric("Rouge-L", lambda answer: rouge_l(answer.prediction, answer.references)),
     "exact_match": Metric("EM", lambda answer: exact_match(answer.prediction, answer.references)),
     # An NLL has no maximum: this one only bounds the values that a file of scores may have.

@@ -45,6 +45,34 @@ class Section(BaseModel):
 _FINITE = ConfigDict(allow_inf_nan=False)
 
 
+#: The losses of TRL's DPOConfig that need no other option.
+DpoLoss = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+]
+
+# The best rate of BADIT's defaults with AdamW (benchmarks/experiments/harness-c.md).
+_RATE = 2e-3
+# The defaults of TRL's DPOConfig (1e-6) and SFTConfig (2e-5) differ by the same factor. DPO can
+# lower the likelihood of an answer without limit, so large updates spoil the model.
+_RATE_OF_DPO = _RATE / 20
+
+
+def _default_rate(section: Mapping[str, Any]) -> float:
+    """Returns the learning rate of a section with the fields that precede it."""
+    return _RATE_OF_DPO if section.get("objective") == "dpo" else _RATE
+
+
 class TrainingSection(Section, extra="allow"):
     """badit's own fields, and those of TrainingArguments with another default or stricter checks.
 
@@ -52,6 +80,15 @@ class TrainingSection(Section, extra="allow"):
     them).
     """
 
+    objective: Literal["sft", "dpo"] = Field(
+        "sft",
+        description="sft: fine-tune on the answers; dpo: prefer the chosen to the rejected ones, "
+        "relative to the untuned model and without dropout (needs badit[trl])",
+    )
+    dpo_beta: float = Field(
+        0.1, gt=0, description="higher: stay closer to the untuned model, with objective: dpo"
+    )
+    dpo_loss: DpoLoss = Field("sigmoid", description="loss_type of TRL's DPOConfig")
     num_train_epochs: float = Field(1.0, gt=0, le=1e6, description="passes over the training data")
     max_steps: int = Field(
         -1, ge=-1, le=LARGEST, description="if positive, overrides num_train_epochs"
@@ -69,9 +106,12 @@ class TrainingSection(Section, extra="allow"):
     router_lr_ratio: float = Field(
         1.0, gt=0, description="learning rate of other parameters, over that of the factors"
     )
-    # The best rate of BADIT's defaults with AdamW (benchmarks/experiments/harness-c.md).
     learning_rate: float = Field(
-        2e-3, gt=0, description="of the factors; see router_lr_ratio and lora_plus_ratio"
+        default_factory=_default_rate,
+        gt=0,
+        description=f"of the factors (with objective: dpo: {_RATE_OF_DPO:g}); see router_lr_ratio "
+        "and lora_plus_ratio",
+        json_schema_extra={"default": _RATE},
     )
     lr_scheduler_type: str = Field(
         "cosine", description="such as cosine, linear, constant or constant_with_warmup"
@@ -142,6 +182,9 @@ class TrainingSection(Section, extra="allow"):
             raise ValueError("early_stopping_patience needs load_best_model_at_end: true")
         if self.eval_steps and self.eval_strategy != "steps":
             raise ValueError("eval_steps needs eval_strategy: steps")
+        if self.objective == "dpo":
+            for key in _NOT_IN_DPO & (self.model_extra or {}).keys():
+                raise ValueError(f"{key} does not apply to objective: dpo; remove it")
         # save_strategy is an argument of transformers without a field here.
         strategies = self.eval_strategy, (self.model_extra or {}).get("save_strategy")
         if self.load_best_model_at_end and "no" in strategies:
@@ -209,6 +252,9 @@ def _values_of(annotation: Any) -> Any:
 
 # Arguments of transformers' optimizers, which optimizer: orthogonal replaces.
 _OF_ADAMW = ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
+
+# Arguments of transformers that TRL's DPO would ignore, or apply to the reference too.
+_NOT_IN_DPO = {"label_smoothing_factor", "neftune_noise_alpha"}
 
 # Field names of earlier releases (and one of transformers'), with the current names.
 RENAMED_ARGUMENTS = {

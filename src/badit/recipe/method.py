@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from accelerate.utils import parse_flag_from_env
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType
 
 from badit import presets
 from badit.baselines import BASELINES, neurons
@@ -22,6 +24,7 @@ from badit.tuner.config import (
     RegroupOptions,
     described,
 )
+from badit.tuner.model import calls_during_training
 
 # Fields of an adapter's configuration that badit or PEFT sets, not the recipe.
 BOOKKEEPING = {
@@ -40,6 +43,8 @@ BOOKKEEPING = {
 _NOT_OPTIONS = BOOKKEEPING | {"peft_type", "auto_mapping", "runtime_config"}
 
 SURGERY = ("pcgrad", "cagrad")  # LoRA with gradient surgery, see badit.training.surgery
+# Values of init_lora_weights with which PEFT leaves the base weights unchanged.
+_KEEP_BASE = (True, False, "gaussian", "orthogonal")
 _NoOptions = dataclasses.make_dataclass("_NoOptions", ())
 
 
@@ -118,6 +123,8 @@ class ResolvedMethod:
         """Raises BaditError if another section of the recipe conflicts with the method."""
         if self.trains_base_weights:
             self._refuse_adapter_settings(recipe)
+        if recipe.training.objective == "dpo":
+            self._refuse_preferences(recipe)
         uses_deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
         if recipe.training.optimizer == "orthogonal" and uses_deepspeed:
             problem = "orthogonal cannot run with DeepSpeed; use FSDP2, DDP, adamw or lora+"
@@ -129,6 +136,34 @@ class ResolvedMethod:
         if KINDS[self.name].trains == "neurons" and recipe.training.weight_decay:
             problem = f"must be 0 with {self.name}; it would change frozen neurons too"
             raise BaditError(f"training.weight_decay: {problem}")
+
+    def _refuse_preferences(self, recipe: Recipe) -> None:
+        """Raises BaditError if the run cannot be trained with ``objective: dpo``."""
+        problem = self._problem_with_preferences
+        if problem:
+            fix = "use badit, cluster-gates, lora, dora, rslora, sapt or full"
+            raise BaditError(f"method: {self.name} cannot be trained with DPO: {problem}; {fix}")
+        dpo = "training.objective=dpo"
+        if recipe.data.order is not None:
+            raise BaditError(f"data.order: {dpo} trains all tasks together; remove one of them")
+        if recipe.extend.run is not None:
+            raise BaditError(f"extend: tasks cannot be added with {dpo}; train a new run")
+        if any(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))):
+            raise BaditError(f"{dpo}: needs unsharded weights; launch it with DDP")
+
+    @property
+    def _problem_with_preferences(self) -> str:
+        if self.name in SURGERY or KINDS[self.name].trains == "neurons":
+            return "it needs the loss of single answers"
+        config = self.config
+        if config is None:
+            return ""
+        if isinstance(config, LoraConfig) and config.init_lora_weights not in _KEEP_BASE:
+            return "it changes the weights of the base model, which is the reference"
+        calls = calls_during_training(PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)])
+        if calls:
+            return f"TRL's trainer does not call its {', '.join(calls)}"
+        return ""
 
     def _refuse_single_tasks(self, recipe: Recipe) -> None:
         # With one task per micro-batch, the run would be plain LoRA.

@@ -25,7 +25,7 @@ from badit.presets import method_name
 from badit.recipe.arguments import LARGEST, Count, CountOrZero, Section, TrainingSection
 from badit.support.errors import BaditError
 
-Column = Literal["task", "instruction", "input", "output", "id", "split", "messages"]
+Column = Literal["task", "instruction", "input", "output", "rejected", "id", "split", "messages"]
 Dtype = Literal["fast", "auto", "float32", "bfloat16", "float16"]
 Split = Literal["test", "validation"]
 

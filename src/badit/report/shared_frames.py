@@ -1,11 +1,11 @@
 """The frames of figures that show all sources together: losses, scores and differences."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from badit.metrics.answers import rouge_l
+from badit.metrics.answers import METRICS, preference, rouge_l
 from badit.metrics.statistics import paired_bootstrap
 from badit.report.sources import DIFFERENCE_COLUMNS, Source
 from badit.support.files import is_number
@@ -37,7 +37,11 @@ def together(sources: Sequence[Source]) -> Source:
 
 def _add_losses(shared: Source, runs: Sequence[tuple[str, Source]]) -> None:
     training, held_out = [], []
+    unit = "nats per token"
     for series, source in runs:
+        section = source.config.get("training")
+        if isinstance(section, Mapping) and section.get("objective") == "dpo":
+            unit = "of preferences"
         for line in source.run.log(_LOG):
             # A loss that was not finite is logged as null.
             losses = {key: loss for key, loss in line.items() if is_number(loss)}
@@ -59,15 +63,24 @@ def _add_losses(shared: Source, runs: Sequence[tuple[str, Source]]) -> None:
         "task", key=lambda tasks: tasks.where(tasks != _ALL_TASKS, ""), kind="stable"
     )
     shared.add("held_out_losses", held_out_frame, _LOG.name)
+    for name in ("losses", "held_out_losses"):
+        if name in shared.frames:
+            shared.frames[name].attrs["unit"] = unit
 
 
 def _differences(scored: Sequence[Source]) -> pd.DataFrame:
     """Returns paired differences to the first run, over the instances that both answered."""
     reference = scored[0]
-    reference_scores = _rouge_l(reference)
+    has_preferences = all(
+        "preference" in set(source.scores["metric"])
+        for source in scored
+        if source.scores is not None
+    )
+    scores_of = _preferences if has_preferences else _rouge_l
+    reference_scores = scores_of(reference)
     rows = []
     for source in scored[1:]:
-        differences = _rouge_l(source).reindex(reference_scores.index) - reference_scores
+        differences = scores_of(source).reindex(reference_scores.index) - reference_scores
         differences = differences.dropna()
         # The untuned model is not one of the trained methods that are compared.
         if differences.empty or source.config.get("method") == {"name": "base"}:
@@ -78,7 +91,19 @@ def _differences(scored: Sequence[Source]) -> pd.DataFrame:
         }
         mean = paired_bootstrap(by_task)
         rows.append([source.label, mean.mean, mean.low, mean.high, reference.label])
-    return pd.DataFrame(rows, columns=DIFFERENCE_COLUMNS)
+    frame = pd.DataFrame(rows, columns=DIFFERENCE_COLUMNS)
+    frame.attrs["metric"] = METRICS["preference" if has_preferences else "rouge_l"].label
+    return frame
+
+
+def _preferences(source: Source) -> pd.Series:
+    """Returns the preference of each pair by task and instance."""
+    scores = {
+        (task, instance): preference(answer.margin)
+        for task, answers in source.predictions.items()
+        for instance, answer in answers.items()
+    }
+    return pd.Series(scores, dtype=float)
 
 
 def _rouge_l(source: Source) -> pd.Series:

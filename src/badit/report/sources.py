@@ -24,7 +24,7 @@ from badit.comparison.grid import Cell
 from badit.comparison.results import RESULTS, Results, load_results
 from badit.comparison.tables import method_table
 from badit.data import own_input
-from badit.metrics.answers import Prediction
+from badit.metrics.answers import METRICS, Prediction
 from badit.recipe.loading import read_values
 from badit.report.charts import ALL
 from badit.report.task_order import order_tasks
@@ -198,7 +198,9 @@ def _add_comparison(source: Source) -> None:
     numbers = table.numbers[table.numbers["method"].isin(trained)]
     differences = numbers.rename(columns=lambda name: name.removeprefix("difference_"))
     differences = differences.assign(reference=results.reference)[DIFFERENCE_COLUMNS]
-    source.add("differences", differences.dropna(), RESULTS)
+    differences = differences.dropna()
+    differences.attrs["metric"] = METRICS[results.metric].label
+    source.add("differences", differences, RESULTS)
 
     scores = results.scores
     # Categories keep the order of the methods in the groups.

@@ -18,7 +18,10 @@ def write_predictions(folder: Path, predictions: Iterable[Prediction]) -> None:
     lines_of_file: dict[Path, list[str]] = {}
     for prediction in predictions:
         file = folder / f"{prediction.task}.jsonl"
-        line = json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
+        fields = asdict(prediction)
+        if prediction.margin is None:  # not preference data
+            del fields["margin"]
+        line = json.dumps(fields, ensure_ascii=False) + "\n"
         lines_of_file.setdefault(file, []).append(line)
 
     for file, lines in lines_of_file.items():

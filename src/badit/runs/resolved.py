@@ -158,6 +158,27 @@ class ResolvedRun:
                 fix = _SCORE_VALIDATION
             raise BaditError(f"data: task {task.name} has no {split} instances; {fix}")
 
+    def refuse_other_objective(self) -> None:
+        """Raises BaditError unless all tasks have the kind of data that the objective needs."""
+        pairs = {task.name: task.has_preferences for task in self.tasks}
+        with_pairs = next((name for name, has_pairs in pairs.items() if has_pairs), None)
+        without = next((name for name, has_pairs in pairs.items() if not has_pairs), None)
+        if with_pairs is not None and without is not None:
+            raise BaditError(
+                f"data: task {with_pairs} has preferences (chosen, rejected), but task {without} "
+                "has single answers; train them in two runs, with data.tasks"
+            )
+        if self.recipe.training.objective == "dpo" and without is not None:
+            raise BaditError(
+                f"training.objective: dpo needs rows with prompt, chosen and rejected, but task "
+                f"{without} has single answers; use training.objective=sft"
+            )
+        if self.recipe.training.objective == "sft" and with_pairs is not None:
+            raise BaditError(
+                f"data: task {with_pairs} has preferences; set training.objective=dpo, or train on "
+                "the chosen answers alone with data.columns={input: prompt, output: chosen}"
+            )
+
     def refuse_untrainable(self) -> None:
         """Raises BaditError if the tasks cannot be trained as the recipe says."""
         if not any(task.train for task in self.tasks):
@@ -197,6 +218,7 @@ def resolve(recipe: Recipe, tasks: list[Task] | None = None) -> ResolvedRun:
     run = ResolvedRun(folder, recipe, method)
     # Fills the cached property, so that the data is not read again.
     run.tasks = tasks
+    run.refuse_other_objective()
     run.refuse_untrainable()
     run.refuse_unscorable(recipe.evaluation.split)
     return run

@@ -201,6 +201,7 @@ class Checkpoints(TrainerCallback):
         self._trainer._tr_loss += sums["loss"]
         self._trainer._globalstep_last_logged = sums["last_logged_step"]
         self._trainer.skipped_steps = sums["skipped_steps"]
+        self._trainer.sums = sums.get("metrics", {})
         self._set_best(state, sums["best"])
         saved: Any = state.stateful_callbacks
         for callback in self._trainer.callback_handler.callbacks:
@@ -222,6 +223,7 @@ class Checkpoints(TrainerCallback):
                 "loss": float(mean_loss),
                 "last_logged_step": self._trainer._globalstep_last_logged,
                 "skipped_steps": self._trainer.skipped_steps,
+                "metrics": self._trainer.sums,
                 "best": best,
                 "seconds": round(self.seconds, 1),
                 "engine": engine_of(self._trainer),

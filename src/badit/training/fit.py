@@ -15,7 +15,13 @@ from peft.utils import CONFIG_NAME
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from badit.data.examples import AnswerCollator, Examples, batches_by_task, encode_tasks
+from badit.data.examples import (
+    AnswerCollator,
+    Examples,
+    PairCollator,
+    batches_by_task,
+    encode_tasks,
+)
 from badit.data.sampling import mixture
 from badit.data.tasks import Task
 from badit.runs.fingerprints import (
@@ -34,7 +40,7 @@ from badit.training.attention import fast_on_short_sequences
 from badit.training.checkpoints import Checkpoints, discard, last_checkpoint, safe_resuming
 from badit.training.encoding import encoded, refuse_beyond_model
 from badit.training.extending import add_tasks, train_covering
-from badit.training.hf_arguments import training_arguments
+from badit.training.hf_arguments import refuse_without_trl, training_arguments
 from badit.training.loading import load_base, model_dtype
 from badit.training.logs import MetricsLog, ProgressBar, divergence, trackers_of, tracking
 from badit.training.methods import Method, training_method
@@ -54,8 +60,9 @@ def fit(run: ResolvedRun, *, progress: bool = True, allow_changed_inputs: bool =
     tokenizer changed, unless ``allow_changed_inputs``.
     """
     folder = run.folder
-    # Refuses trackers that are not installed, before anything is written.
+    # Refuses libraries that are not installed, before anything is written.
     trackers_of(run.recipe.training)
+    refuse_without_trl(run.recipe.training)
     dtype = model_dtype(run.recipe)  # reads the model's configuration, before anything is written
     # Only rank 0 writes; the other ranks wait for it in the first training step.
     if is_main_process():
@@ -122,6 +129,7 @@ def joint_training(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 class _StageData:
     """The data of a stage's training."""
 
+    tokenizer: PreTrainedTokenizerBase
     examples: Examples
     collate: AnswerCollator
     batches: Any  # the training batches of each task
@@ -230,7 +238,8 @@ class _Stage:
         held_out = None
         if recipe.training.eval_strategy != "no":
             held_out = validation_examples(tokenizer, recipe, self.tasks, base)
-        return _StageData(examples, collate, batches_by_task(examples, collate, size), held_out)
+        batches = batches_by_task(examples, collate, size)
+        return _StageData(tokenizer, examples, collate, batches, held_out)
 
     def _trainer(
         self, model: Any, arguments: TrainingArguments, data: _StageData, bar: ProgressBar
@@ -241,20 +250,35 @@ class _Stage:
             callbacks = [one for one in callbacks if not isinstance(one, RegroupCallback)]
         if self.progress:
             callbacks.insert(1, bar)
-        trainer = self.method.trainer(
-            model=model,
-            args=arguments,
-            train_dataset=data.examples,
-            eval_dataset=data.held_out,
-            data_collator=data.collate,
-            callbacks=callbacks,
-            quotas=self.recipe.data.quotas(self.tasks),
-            options=self.recipe.training,
-        )
+        options = {
+            "model": model,
+            "args": arguments,
+            "train_dataset": data.examples,
+            "eval_dataset": data.held_out,
+            "data_collator": data.collate,
+            "callbacks": callbacks,
+            "quotas": self.recipe.data.quotas(self.tasks),
+            "options": self.recipe.training,
+        }
+        if self.recipe.training.objective == "dpo":
+            trainer = self._preference_trainer(options, data.tokenizer)
+        else:
+            trainer = self.method.trainer(**options)
         # It prints the log lines, which are in metrics.jsonl.
         trainer.remove_callback(transformers.PrinterCallback)
         _refuse_sharding(trainer, self.method, self._keeps_experts())
         return trainer
+
+    def _preference_trainer(
+        self, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+    ) -> AnswerTrainer:
+        from badit.training.preferences import PreferenceTrainer  # imports TRL
+
+        reference = None
+        if self.run.method.trains_base_weights:
+            reference, _ = load_base(self.recipe, dtype="float32")
+        options["data_collator"] = PairCollator(tokenizer.pad_token_id, with_tasks=True)
+        return PreferenceTrainer(processing_class=tokenizer, reference=reference, **options)
 
     def _keeps_experts(self) -> bool:
         """Returns whether the stage adds tasks to trained experts, or trains some of them."""

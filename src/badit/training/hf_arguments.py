@@ -1,5 +1,8 @@
 """The arguments of transformers' Trainer, from a resolved run."""
 
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +10,14 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_liger_kernel_available
 
-from badit.recipe.arguments import argument_names
+from badit.recipe.arguments import TrainingSection, argument_names
 from badit.runs.resolved import ResolvedRun
 from badit.support.errors import BaditError, explained
 from badit.training.checkpoints import STAGING
 from badit.training.loading import model_dtype
 from badit.training.logs import trackers_of
+
+_OLDEST_TRL = (1, 16)
 
 
 def training_arguments(
@@ -56,13 +61,33 @@ def training_arguments(
     keeps_best = settings.pop("load_best_model_at_end")
     if keeps_best or settings.get("save_strategy") == "best":
         settings["metric_for_best_model"] = "loss"
+    make = TrainingArguments
+    if recipe.training.objective == "dpo":
+        refuse_without_trl(recipe.training)
+        from badit.training.preferences import dpo_arguments
+
+        make = partial(dpo_arguments, recipe.training)
     # Incompatible values, or DeepSpeed is not installed.
     with explained("training", action="used", any_error=True):
-        arguments = TrainingArguments(**{**defaults, **settings, **fixed})
+        arguments = make(**{**defaults, **settings, **fixed})
     # Set afterwards: transformers refuses other intervals of checkpoints, but AnswerTrainer saves
     # at every evaluation.
     arguments.load_best_model_at_end = keeps_best
     return arguments
+
+
+def refuse_without_trl(training: TrainingSection) -> None:
+    """Raises BaditError if TRL is needed and not installed."""
+    if training.objective != "dpo":
+        return
+    if find_spec("trl") is not None:
+        major, minor = version("trl").split(".")[:2]
+        if (int(major), int(minor)) >= _OLDEST_TRL:
+            return
+    needed = ".".join(map(str, _OLDEST_TRL))
+    raise BaditError(
+        f"training.objective: dpo needs TRL {needed} or newer: pip install 'badit[trl]'"
+    )
 
 
 def _gradient_checkpointing() -> dict[str, Any]:

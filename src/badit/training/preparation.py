@@ -8,10 +8,7 @@ from transformers import Trainer
 from badit.data.examples import AnswerCollator
 from badit.support.errors import BaditError
 from badit.training.trainer import AnswerTrainer
-from badit.tuner.model import Hooks, hooks_of
-
-# The hooks that only badit's trainer and training call.
-_DURING_TRAINING = ("rows_of", "before_update", "after_update", "extra_loss", "end_task")
+from badit.tuner.model import Hooks, calls_during_training, hooks_of
 
 
 def prepare(trainer: Trainer) -> None:
@@ -38,16 +35,12 @@ def prepare(trainer: Trainer) -> None:
 
 
 def _refuse_calls_during_training(hooks: Hooks, trainer: str) -> None:
-    names = [name for name in _DURING_TRAINING if _is_overridden(hooks, name)]
+    names = calls_during_training(type(hooks))
     if names:
         raise BaditError(
             f"prepare: {type(hooks).__name__} needs calls of {', '.join(names)} during the "
             f"training, which {trainer} does not make; use badit train, or your own loop"
         )
-
-
-def _is_overridden(hooks: Hooks, name: str) -> bool:
-    return getattr(type(hooks), name) is not getattr(Hooks, name)
 
 
 def _batches(trainer: Any) -> Iterator[Mapping[str, Any]]:

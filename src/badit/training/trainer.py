@@ -64,13 +64,14 @@ class AnswerTrainer(Trainer):
         own_callbacks: list[TrainerCallback] = [_StepCallback(self)]
         if options.early_stopping_patience:
             own_callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
-        super().__init__(model, args, callbacks=[*own_callbacks, *callbacks], **kwargs)
+        super().__init__(model, args=args, callbacks=[*own_callbacks, *callbacks], **kwargs)
 
         self.options = options
         self.skipped_steps = 0
         self.micro_batches: list[MicroBatch] = []  # since the last step
         # In an evaluation, by task: the sum of its instances' losses, and their number.
         self._losses_by_task: dict[str, list[float]] = {}
+        self.losses_by_task: dict[str, list[float]] = {}  # of the last evaluation, by all ranks
         self._quotas = quotas
         # compute_loss divides by the number of labels in the accumulated batch, so the Trainer must
         # count them.
@@ -210,6 +211,7 @@ class AnswerTrainer(Trainer):
             total = sums.setdefault(task, [0.0, 0])
             total[0] += loss
             total[1] += count
+        self.losses_by_task = sums
         assert output.metrics is not None
         for task in sorted(sums):
             loss, count = sums[task]
@@ -219,13 +221,11 @@ class AnswerTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Returns as loss the mean over instances of the NLL per answer token, in nats."""
+        """Returns as loss the mean over instances; by default of the NLL per answer token."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses_L, row_L, _ = answer_losses(model, inputs)
-        num_instances = len(inputs["labels"])
-        labels_B = torch.bincount(row_L, minlength=num_instances).clamp_min(1)
-        totals_B = losses_L.new_zeros(num_instances).index_add(0, row_L, losses_L)
+            means_B = self.instance_losses(model, inputs)
+        num_instances = len(means_B)
 
         loader = self.accelerator.gradient_state
         if loader.end_of_dataloader and loader.remainder > 0:
@@ -233,13 +233,30 @@ class AnswerTrainer(Trainer):
             # do not count.
             first_of_rank = self.args.process_index * self.args.eval_batch_size
             num_instances = max(1, loader.remainder - first_of_rank)
-        means_B = (totals_B / labels_B)[:num_instances]
+        means_B = means_B[:num_instances]
         # Not strict: the padding that accelerate has added has tasks too.
         for task, loss in zip(inputs.get("tasks", ()), means_B.tolist(), strict=False):
             total = self._losses_by_task.setdefault(task, [0.0, 0])
             total[0] += loss
             total[1] += 1
         return means_B.mean(), None, None
+
+    def instance_losses(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Returns the validation loss of each instance of a batch."""
+        losses_L, row_L, _ = answer_losses(model, inputs)
+        num_instances = len(inputs["labels"])
+        labels_B = torch.bincount(row_L, minlength=num_instances).clamp_min(1)
+        totals_B = losses_L.new_zeros(num_instances).index_add(0, row_L, losses_L)
+        return totals_B / labels_B
+
+    @property
+    def sums(self) -> dict[str, Any]:
+        """What the next log line needs of the steps before it, besides the loss: JSON values."""
+        return {}
+
+    @sums.setter
+    def sums(self, values: Mapping[str, Any]) -> None:
+        pass
 
 
 def _use_one_gpu(args: TrainingArguments) -> None:

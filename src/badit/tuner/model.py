@@ -111,6 +111,17 @@ class Hooks:
         return nullcontext()
 
 
+# The hooks that only badit's trainer and training call.
+_DURING_TRAINING = ("rows_of", "before_update", "after_update", "extra_loss", "end_task")
+
+
+def calls_during_training(hooks: type) -> list[str]:
+    """Returns the hooks of a class that other trainers than badit's do not call."""
+    if not issubclass(hooks, Hooks):
+        return []
+    return [name for name in _DURING_TRAINING if getattr(hooks, name) is not getattr(Hooks, name)]
+
+
 def hooks_of(model: nn.Module) -> Hooks:
     """Returns the hooks of a PEFT model's tuner; for other models the default ones.
 

@@ -26,6 +26,7 @@ from badit.report.heat_maps import Look, cells_of, heat_map
 from badit.support.text import number
 
 _SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
+_UNIT = "nats per token"
 _MOST_POINTS = 250  # of a curve
 _FEW_POINTS = 12  # at most, of curves that are drawn as points
 # When the theme's seven colours repeat, lines are dashed, then dotted.
@@ -42,7 +43,9 @@ def differences(frame: pd.DataFrame) -> Any:
     that includes 0 (the dotted line) is not conclusive. An interval over one run covers no other
     seeds. The untuned model is left out."""
     low = (
-        alt.X("low:Q").title(f"Rouge-L points above {frame['reference'].iloc[0]}").axis(tickCount=6)
+        alt.X("low:Q")
+        .title(f"{frame.attrs.get('metric', 'Rouge-L')} points above {frame['reference'].iloc[0]}")
+        .axis(tickCount=6)
     )
     values = [alt.Tooltip(f"{name}:Q", format="+.2f") for name in ("mean", "low", "high")]
     base = chart_of(frame).encode(
@@ -133,12 +136,12 @@ def loss_curves(frame: pd.DataFrame) -> Any:
     """The pale line is the logged loss with a method's own term, such as a balance loss; in long
     logs, means of several lines. The strong line is its running mean over five points. Curves of
     few points are drawn as these points."""
-    return _curves(frame, "training loss (nats per token)", smoothed=2)
+    return _curves(frame, f"training loss ({frame.attrs.get('unit', _UNIT)})", smoothed=2)
 
 
 def held_out_losses(frame: pd.DataFrame) -> Any:
     """Mean loss on the tasks' validation instances, over all instances or those of one task."""
-    return _curves(frame, "held-out loss (nats per token)", smoothed=0)
+    return _curves(frame, f"held-out loss ({frame.attrs.get('unit', _UNIT)})", smoothed=0)
 
 
 def _curves(frame: pd.DataFrame, title: str, smoothed: int) -> Any:
