@@ -73,3 +73,11 @@ def test_what_was_measured_is_read_from_any_recipe(tmp_path):
     assert measured_in(tmp_path, config) == Measured(str(tmp_path), "d", "m")
     for damaged in ({}, {"model": 3, "data": {"source": [1]}, "method": None}):
         assert measured_in(tmp_path, damaged) == Measured(str(tmp_path), "DATA", None)
+
+
+def test_tables_in_another_folder_name_the_run_that_was_measured(tmp_path):
+    (tmp_path / "analysis.json").write_text('{"settings": {"target": "badit/seed-0"}}')
+    assert measured_in(tmp_path, {}).target == str(tmp_path / "badit" / "seed-0")
+    for damaged in ("[]", '{"settings": {"target": 3}}', "{"):
+        (tmp_path / "analysis.json").write_text(damaged)
+        assert measured_in(tmp_path, {}).target == str(tmp_path)

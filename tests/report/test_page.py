@@ -66,9 +66,13 @@ def test_run_page_has_all_sections_and_figures_have_captions_and_sources(tmp_pat
     page = page_of([write_run(tmp_path / "run")], tmp_path)
     links = [link["href"] for link in page.all("a") if link.get("href")]
     sections = [section["id"] for section in page.all("section", **{"class": "part"})]
+    # A run without a sequence of tasks: the section is listed with what it needs.
+    assert sections.pop() == "absent"
+    assert "<strong>Learning interference.</strong> This needs a comparison" in page.source
     # The skip link, then one link per section.
-    assert links == ["#verdict", *(f"#{section}" for section in sections)]
-    assert {*SECTIONS, "verdict", "overview", "samples", "settings"} == set(sections)
+    assert links == ["#main", *(f"#{section}" for section in sections)]
+    shown = {*SECTIONS, "verdict", "overview", "samples", "settings"}
+    assert shown - {"learning"} == set(sections)
     files = ["scores.json", "metrics.jsonl", "predictions/", "config.yaml", "environment.json"]
     # With clusters, tasks are shown by cluster. Panels per expert need one adapted module.
     left_out = {"gates", "expert_losses", "abilities", "nearest_prompts"}

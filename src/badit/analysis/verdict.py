@@ -7,8 +7,10 @@ negative, and the 95 % interval of the cosine lies below 0.
 # pandas' type stubs declare every selection as a frame, a series or a scalar.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false
 
+import os
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,8 @@ import numpy as np
 import pandas as pd
 
 from badit.analysis.reliability import RELIABLE
+from badit.support.errors import BaditError
+from badit.support.files import read_json
 from badit.support.text import counted, number
 
 _NAMED_PAIRS = 5
@@ -52,7 +56,15 @@ def measured_in(folder: Path, config: Mapping[str, Any]) -> Measured:
     data = text("data", "source") or "DATA"
     if model and text("method", "name") == "base":
         return Measured(model, data, model, is_run=False)
-    return Measured(str(folder), data, model)
+    return Measured(_measured_run(folder), data, model)
+
+
+def _measured_run(folder: Path) -> str:
+    """Returns the folder of the run that was measured, if its tables are elsewhere."""
+    with suppress(BaditError, KeyError, TypeError):
+        target = read_json(folder / "analysis.json")["settings"]["target"]
+        return os.path.normpath(folder / target)
+    return str(folder)
 
 
 def of_shown_parameters(frame: pd.DataFrame) -> pd.DataFrame:

@@ -72,10 +72,11 @@ def demo(*overrides: Overrides) -> str | int:
     first = cells.iloc[0]
     cell = load("badit.comparison.grid").Cell("badit", first["learning_rate"], int(first["seed"]))
     run = Path(recipe.output, str(cell))
-    say("\nbadit: measuring on BADIT's run which tasks conflict, and what its experts do")
-    tables = analyze(run, instances=_INSTANCES)
+    say("badit: measuring on BADIT's run which tasks conflict, and what its experts do")
+    tables = analyze(run, instances=_INSTANCES, output=recipe.output)
     show(f"\n{shown_verdict(tables, run)}")
-    show(write_report_if_possible([recipe.output, run], Path(recipe.output, "report.html")))
+    show(write_report_if_possible([recipe.output], Path(recipe.output, "report.html")))
+    show("Next, your own tasks: badit init my-tasks.csv")
     return 0
 
 

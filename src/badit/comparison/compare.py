@@ -106,7 +106,11 @@ def _say_nothing(line: str) -> None:
 
 def _scores_of(folder: RunFolder) -> str:
     scores = read_scores(folder.scores_path)
-    texts = [f"{METRICS[name].label} {score_text(scores[name], name)}" for name in METRICS]
+    texts = [
+        f"{metric.label} {score_text(scores[name], name)}"
+        for name, metric in METRICS.items()
+        if name in scores
+    ]
     return f": {', '.join(texts)}"
 
 

@@ -71,11 +71,7 @@ def _add_losses(shared: Source, runs: Sequence[tuple[str, Source]]) -> None:
 def _differences(scored: Sequence[Source]) -> pd.DataFrame:
     """Returns paired differences to the first run, over the instances that both answered."""
     reference = scored[0]
-    has_preferences = all(
-        "preference" in set(source.scores["metric"])
-        for source in scored
-        if source.scores is not None
-    )
+    has_preferences = _preferences(reference).notna().any()
     scores_of = _preferences if has_preferences else _rouge_l
     reference_scores = scores_of(reference)
     rows = []
