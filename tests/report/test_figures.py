@@ -230,8 +230,21 @@ def test_scores_table_ends_with_means_and_marks_the_best():
     assert set(table.attrs["strong"]) == {(0, "y: Rouge-L"), (1, "x: Rouge-L")}
 
 
+def test_many_runs_have_one_table_of_scores_per_metric():
+    rows = [("t", run, metric, 1.0) for run in "abcd" for metric in ("rouge_l", "nll")]
+    frame = pd.DataFrame(rows, columns=["task", "run", "metric", "score"]).assign(n=8)
+    tables = {
+        figure.title: figure.draw(frame)
+        for figure in scores.SCORES
+        if figure.title.startswith("Table of")
+    }
+    shown = {title for title, table in tables.items() if table is not None}
+    assert shown == {"Table of Rouge-L by task", "Table of NLL by task"}
+    assert [*tables["Table of NLL by task"]] == ["task", "instances", *"abcd"]
+
+
 def test_every_figure_has_a_caption_a_valid_schema_and_svg_and_pdf_exports(tmp_path):
-    """A run, a sequence and a comparison together have all figures except one."""
+    """A run, a sequence and a comparison together have all figures except three."""
     runs = [
         write_run(tmp_path / "badit"),
         write_sequence(tmp_path / "sequence"),
@@ -243,7 +256,9 @@ def test_every_figure_has_a_caption_a_valid_schema_and_svg_and_pdf_exports(tmp_p
     all_blocks = [*itertools.chain(*sections_of(read_sources(runs)).values())]
     titles = {figure.title for figure in itertools.chain(*SECTIONS.values())}
     missing_titles = titles - {block.title for block in all_blocks}
-    assert missing_titles == {"Cosine of weight gradients"}
+    # The comparison, of many methods, has neither NLL nor preferences.
+    without = {"Table of NLL by task", "Table of Preference by task"}
+    assert missing_titles == {"Cosine of weight gradients", *without}
     blocks = [block for block in all_blocks if block.kind == "figure"]
     captioned = [block for block in blocks if block.caption]
     assert {block.title for block in captioned} == {block.title for block in blocks}

@@ -3,6 +3,7 @@
 # pandas' type stubs declare every selection as a frame, a series or a scalar.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import altair as alt
@@ -27,6 +28,7 @@ from badit.support.text import number
 
 _SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 _UNIT = "nats per token"
+_RUNS_IN_A_TABLE = 3  # with all metrics, which fits the page
 _MOST_POINTS = 250  # of a curve
 _FEW_POINTS = 12  # at most, of curves that are drawn as points
 # When the theme's seven colours repeat, lines are dashed, then dotted.
@@ -98,23 +100,44 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
     return chart.add_params(pick, shown).properties(height=ROW * len(tasks))
 
 
-def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
+def scores_table(frame: pd.DataFrame) -> pd.DataFrame | None:
     """Click a heading to sort. The last row has the means over tasks. The best of several runs is
     in bold, unless it is a tie."""
+    if len(set(frame["run"])) > _RUNS_IN_A_TABLE:
+        return None
+    return _scores(frame, METRICS)
+
+
+def _table_of(name: str) -> Callable[[pd.DataFrame], pd.DataFrame | None]:
+    """Returns the function that makes the table of one metric, for many runs."""
+
+    def table(frame: pd.DataFrame) -> pd.DataFrame | None:
+        is_shown = len(set(frame["run"])) > _RUNS_IN_A_TABLE and name in set(frame["metric"])
+        return _scores(frame, [name]) if is_shown else None
+
+    # The figure's name and caption.
+    table.__name__ = f"{name}_table"
+    table.__doc__ = scores_table.__doc__
+    return table
+
+
+def _scores(frame: pd.DataFrame, metrics: Collection[str]) -> pd.DataFrame:
+    """Returns the scores of each task, a column per metric and run."""
     tasks = frame["task"].unique()
     instances = frame.groupby("task")["n"].max()[tasks]
     table = pd.DataFrame({"task": [*tasks, "mean over tasks"]}, dtype=object)
     table["instances"] = [*(number(count, ".0f") for count in instances), ""]
     strong = []
-    for name, metric in METRICS.items():
+    for name in metrics:
         rows = frame.query("metric == @name")
         if rows.empty:
             continue
         scores = rows.pivot_table("score", "task", "run", sort=False).reindex(tasks)
         values = np.vstack([scores, scores.mean()])
-        headings = [metric.label]
+        label = METRICS[name].label
+        headings = [label]
         if len(set(frame["run"])) > 1:
-            headings = [f"{run}: {metric.label}" for run in scores]
+            headings = [run if len(metrics) == 1 else f"{run}: {label}" for run in scores]
             # Means of different tasks are not compared.
             compared = values[:-1] if scores.isna().to_numpy().any() else values
             for i, row in enumerate(compared):
@@ -129,6 +152,10 @@ SCORES = [
     Figure("Differences", "differences", differences),
     Figure("Scores by task", "scores", scores_by_task),
     Figure("Table of scores by task", "scores", scores_table),
+    *(
+        Figure(f"Table of {metric.label} by task", "scores", _table_of(name))
+        for name, metric in METRICS.items()
+    ),
 ]
 
 
