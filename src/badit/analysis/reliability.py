@@ -18,7 +18,8 @@ def spearman_brown(reliability: Tensor, factor: float | Tensor) -> Tensor:
     It is 0 if ``reliability`` is not positive, and NaN if it is NaN.
     """
     positive = reliability.clamp_min(0.0)
-    return factor * positive / (1 + (factor - 1) * positive)
+    # A reliability of 1 may be exceeded by rounding.
+    return (factor * positive / (1 + (factor - 1) * positive)).clamp_max(1.0)
 
 
 def instances_needed(reliability: Tensor, instances: Tensor, target: float = RELIABLE) -> Tensor:
