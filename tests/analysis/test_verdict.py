@@ -48,6 +48,7 @@ def test_undecided_pairs_ask_for_more_instances(measured):
     verdict = verdict_of(UNDECIDED, UNDECIDED, AGREEMENT, measured=measured)
     assert verdict.sentences[0] == "No conflict beyond noise among 1 decided pair of tasks."
     assert "2 pairs of 3 not decided" in verdict.sentences[1]
+    assert verdict.sentences[2].startswith("As predicted, 18 instances per task would decide half")
     data = "" if measured is RUN else " --data data.csv"
     expected = f"badit analyze {measured.target} --instances 18{data} -o runs/analysis-18"
     assert verdict.command == expected
@@ -56,6 +57,7 @@ def test_undecided_pairs_ask_for_more_instances(measured):
     for needed in (np.nan, 5000.0):
         verdict = verdict_of({**UNDECIDED, "instances_needed": needed}, measured=measured)
         assert "--instances" not in verdict.command
+        assert ("As predicted, 5000" in verdict.sentences[-1]) == (needed == 5000)
 
 
 def test_without_conflicts_the_next_step_is_to_use_or_to_train():

@@ -1,5 +1,7 @@
 """The untuned model's scores at the end of badit train."""
 
+import re
+
 import pytest
 
 from badit.api import Run
@@ -18,6 +20,8 @@ def test_train_ends_with_the_untuned_models_scores_on_the_same_instances(
     arguments = ("train", recipe_file, "training.max_steps=1", "evaluation.untuned=1")
     shown = command(*arguments)
     run = tmp_path / "run"
+    assert re.search(r"^task +instances +Rouge-L", shown, re.MULTILINE)
+    assert f"Answer an input: badit generate {run} --task cities INPUT" in shown
     assert "the first 1 instance per task" in shown
     assert shown.rstrip().endswith(f"Which tasks conflict: badit analyze {run}")
     base = command("train", recipe_file, "method={name: base}", f"output={tmp_path / 'base'}")

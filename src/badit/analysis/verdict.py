@@ -108,7 +108,17 @@ def conflict_verdict(overall: pd.DataFrame, measured: Measured) -> Verdict | Non
             f"{counted(len(undecided), 'pair')} of {len(pairs)} not decided: their gradients are "
             f"too noisy (signal below {RELIABLE})."
         )
+        needed = _needed_for_half(undecided)
+        if np.isfinite(needed):
+            sentences.append(
+                f"As predicted, {needed:.0f} instances per task would decide half of these pairs."
+            )
     return Verdict(sentences, *_next(measured, conflicts, undecided, decided))
+
+
+def _needed_for_half(undecided: pd.DataFrame) -> float:
+    """Returns the predicted instances per task that decide half of the pairs; NaN if unknown."""
+    return undecided["instances_needed"].quantile(0.5, "lower")
 
 
 def _answer(pairs: int, decided: int, conflicts: int) -> str:
@@ -132,7 +142,7 @@ def _next(
     measured: Measured, conflicts: pd.DataFrame, undecided: pd.DataFrame, decided: int
 ) -> tuple[str, str]:
     """Returns the purpose of the next command, and the command."""
-    needed = undecided["instances_needed"].quantile(0.5, "lower")
+    needed = _needed_for_half(undecided)
     of_data = [f"data.source={measured.data}"]
     if measured.model:
         of_data.append(f"model.name={measured.model}")

@@ -61,7 +61,7 @@ def adopt(
     recipe = build_recipe(merged(content, values), overrides, where=config_path)
     folder = RunFolder.at(recipe.output)
     if folder.path.exists() and any(folder.path.iterdir()):
-        raise BaditError(f"{folder.path}: is not empty; choose another --output")
+        raise BaditError(f"{folder.path}: is not empty; remove it, or choose another --output")
 
     run = ResolvedRun(folder, recipe, method)
     if recipe.data.source is not None:

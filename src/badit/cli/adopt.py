@@ -33,4 +33,7 @@ def adopt(
     command = ["badit", "generate" if data is None else "evaluate", str(run.path)]
     if data is None:
         command.append("PROMPT")
-    return f"Run: {run.path} ({method} on {run.recipe.model.name})\nNext: {shlex.join(command)}"
+    lines = [f"Run: {run.path} ({method} on {run.recipe.model.name})"]
+    if data is None:
+        lines.append("It has no tasks, which evaluate, analyze and most exports need: see --data.")
+    return "\n".join([*lines, f"Next: {shlex.join(command)}"])

@@ -43,4 +43,8 @@ def train(
     if both is not None:
         show(f"\n{both.text()}")
     path = str(run.path)
-    return f"\nRun: {path}\nWhich tasks conflict: {shlex.join(['badit', 'analyze', path])}"
+    # The prompts of a task have its instruction and the form of the training.
+    task = str(run.scores["task"].iloc[0])
+    answer = shlex.join(["badit", "generate", path, "--task", task, "INPUT"])
+    analysis = shlex.join(["badit", "analyze", path])
+    return f"\nRun: {path}\nAnswer an input: {answer}\nWhich tasks conflict: {analysis}"

@@ -156,7 +156,7 @@ class DataSection(Section):
     def sources(self) -> list[Source]:
         """Returns the sources, with the defaults of this section and expanded paths."""
         if self.source is None:
-            fix = "adopt the adapter with its data: badit adopt ADAPTER --data FILE"
+            fix = "adopt the adapter again with its data: badit adopt ADAPTER --data FILE -o FOLDER"
             raise BaditError(f"data.source: is null, so there are no tasks; {fix}")
         shared = self.model_dump(
             include={"format", "task", "instruction", "columns", "splits", "turns"}

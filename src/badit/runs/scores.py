@@ -88,6 +88,11 @@ def scores_frame(scores: Mapping[str, Any]) -> pd.DataFrame:
 def score_table(scores: pd.DataFrame) -> str:
     """Returns :func:`scores_frame` as text: tasks and their mean in rows, metrics in columns."""
     table = scores.pivot_table("score", "task", "metric", sort=False)
+    counts = {str(task): str(n) for task, n in zip(scores["task"], scores["n"], strict=True)}
     table.loc["mean over tasks"] = table.apply(fmean)
-    rows = [[str(task), *map(score_text, values, table)] for task, *values in table.itertuples()]
-    return text_table(["task", *(METRICS[metric].label for metric in table)], rows)
+    rows = [
+        [str(task), counts.get(str(task), ""), *map(score_text, values, table)]
+        for task, *values in table.itertuples()
+    ]
+    labels = [METRICS[metric].label for metric in table]
+    return text_table(["task", "instances", *labels], rows)
