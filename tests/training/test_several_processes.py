@@ -23,6 +23,8 @@ CHANGE = {
 def test_two_processes_match_one_process_and_resume_in_one_or_three(
     recipe_values, tmp_path, processes, capsys
 ):
+    # Codes from gradients agree to 1e-3 only, so the adapters would differ.
+    recipe_values["method"] |= {"codes": "random", "init_weights": "lora"}
     launches = Launches(recipe_values, tmp_path, processes)
     launches.train_alone("one", batch=4)
     assert any("badit_centroids" in name for name in learned(launches.run("one")))
