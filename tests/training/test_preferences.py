@@ -250,7 +250,8 @@ def test_commands_show_the_preferences(values, tmp_path, command):
     # Each pair has two sequences.
     assert "a batch of 8 ×" in plan
     trained = command("train", recipe)
-    assert trained.splitlines()[0].split()[:3] == ["task", "Preference", "Rouge-L"]
+    labels = trained.splitlines()[0].split()
+    assert labels[:4] == ["task", "instances", "Preference", "Rouge-L"]
     untuned = next(line for line in trained.splitlines() if line.startswith("untuned model"))
     assert untuned.split()[2] == "50.0"
     assert "Preference" in command("evaluate", tmp_path / "run")
