@@ -15,11 +15,15 @@ SINGLE = {**BADIT, "target_modules": ["layers.1.mlp.gate_proj"]}
 CLUSTERS = {"name": "badit", "num_experts": 4, "r": 2, "gates": "clusters", "num_clusters": 3}
 
 
-@pytest.fixture(scope="session")
-def session(trained):
-    session = Session(trained(BADIT))
+def measured(run):
+    session = Session(run)
     session.measure()
     return session
+
+
+@pytest.fixture(scope="session")
+def session(trained):
+    return measured(trained(BADIT))
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from badit.integrations.studio.server import application
 from badit.integrations.studio.session import Session
 from browsers import emulate, requests, until
 from data.examples import write_rows
-from studio.conftest import BADIT, CLUSTERS, SINGLE, served
+from studio.conftest import BADIT, CLUSTERS, SINGLE, measured, served
 
 # Without a slash, because task names must not contain one.
 MARKUP = "<img src=x onerror='window.ran = true'><b>bold"
@@ -73,9 +73,7 @@ class Page:
 
 @pytest.fixture(scope="module")
 def single(trained):
-    session = Session(trained(SINGLE))
-    session.measure()
-    return session
+    return measured(trained(SINGLE))
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +141,7 @@ def test_heat_map_keyboard_navigation_accessible_names_and_theme_switch(page, si
 
 
 def test_heat_map_shows_the_chosen_module_and_gates_of_a_task_can_be_used(browser, trained):
-    session = Session(trained({**BADIT, "target_modules": ["gate_proj", "o_proj"]}))
-    session.measure()
+    session = measured(trained({**BADIT, "target_modules": ["gate_proj", "o_proj"]}))
     with served(application(session)) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")
         layer, module = Select(page.one("#layer")), Select(page.one("#module"))

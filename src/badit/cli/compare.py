@@ -42,15 +42,9 @@ def compare(
     loaded_recipe = read_recipe(recipe, overrides)
     if dry_run:
         return "\n".join(load("badit.authoring.dry_run").check_comparison(loaded_recipe))
-    # SIGTERM (from a batch system) is handled like Ctrl-C: the cells run in separate sessions and
-    # must be stopped too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    results = load("badit.comparison.compare").compare(loaded_recipe, jobs=jobs, ray=ray)
-    # Printed here, because the returned value is the exit code.
-    show(_shown(loaded_recipe))
-    output = loaded_recipe.output
-    show(write_report_if_possible([output], Path(output, "report.html")))
-    return int("failed" in set(results.cells["status"]))
+    cells = _compared(loaded_recipe, jobs=jobs, ray=ray)
+    _report(loaded_recipe.output)
+    return _exit_code(cells)
 
 
 @app.command
@@ -61,25 +55,39 @@ def demo(*overrides: Overrides) -> str | int:
     command resumes an interrupted demo. To start over, remove the output folder.
     """
     recipe = read_recipe(str(load("badit.recipe.loading").shipped_recipes()["demo"]), overrides)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    results = load("badit.comparison.compare").compare(recipe)
-    show(_shown(recipe))
-    cells = results.cells[results.cells["method"] == "badit"]
+    cells = _compared(recipe)
+    of_badit = cells[cells["method"] == "badit"]
     # Values on the command line may have removed BADIT.
-    if "failed" in set(results.cells["status"]) or cells.empty:
-        show(write_report_if_possible([recipe.output], Path(recipe.output, "report.html")))
-        return int("failed" in set(results.cells["status"]))
-    first = cells.iloc[0]
-    cell = load("badit.comparison.grid").Cell("badit", first["learning_rate"], int(first["seed"]))
-    run = Path(recipe.output, str(cell))
-    say("badit: measuring on BADIT's run which tasks conflict, and what its experts do")
-    tables = analyze(run, instances=_INSTANCES, output=recipe.output)
-    show(f"\n{shown_verdict(tables, run)}")
-    show(write_report_if_possible([recipe.output], Path(recipe.output, "report.html")))
-    show("Next, your own tasks: badit init my-tasks.csv")
-    return 0
+    is_analysed = not _exit_code(cells) and len(of_badit)
+    if is_analysed:
+        first = of_badit.iloc[0]
+        cell_of = load("badit.comparison.grid").Cell
+        cell = cell_of("badit", first["learning_rate"], int(first["seed"]))
+        run = Path(recipe.output, str(cell))
+        say("badit: measuring on BADIT's run which tasks conflict, and what its experts do")
+        tables = analyze(run, instances=_INSTANCES, output=recipe.output)
+        show(f"\n{shown_verdict(tables, run)}")
+    _report(recipe.output)
+    if is_analysed:
+        show("Next, your own tasks: badit init my-tasks.csv")
+    return _exit_code(cells)
 
 
-def _shown(recipe: Any) -> str:
+def _compared(recipe: Any, **options: Any) -> Any:
+    """Runs a comparison and prints its table; returns its cells."""
+    # SIGTERM (from a batch system) is handled like Ctrl-C: the cells run in separate sessions and
+    # must be stopped too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    results = load("badit.comparison.compare").compare(recipe, **options)
     path = Path(recipe.output, load("badit.comparison.results").RESULTS)
-    return f"{table(path)}\n\nResults: {path}"
+    # Printed here, because the command returns the exit code.
+    show(f"{table(path)}\n\nResults: {path}")
+    return results.cells
+
+
+def _report(output: str) -> None:
+    show(write_report_if_possible([output], Path(output, "report.html")))
+
+
+def _exit_code(cells: Any) -> int:
+    return int("failed" in set(cells["status"]))

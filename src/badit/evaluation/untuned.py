@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from badit.data import Task
 from badit.evaluation.answers import score_model
 from badit.metrics.answers import METRICS, Prediction, instance_scores, mean_scores, score_text
-from badit.runs.predictions import read_predictions, write_predictions
+from badit.runs.predictions import prediction_files, read_predictions, write_predictions
 from badit.runs.resolved import ResolvedRun
 from badit.support.console import quiet
 from badit.support.text import counted, text_table
@@ -57,7 +57,7 @@ def beside_untuned(run: ResolvedRun, *, progress: bool = True) -> BothScores | N
     tasks = [task for task in run.tasks if task.name in tuned]
     folder = run.folder.path / FOLDER
     # An interrupted run may have left the folder empty.
-    untuned = _first(folder, count) if any(folder.glob("[!.]*.jsonl")) else {}
+    untuned = _first(folder, count) if prediction_files(folder) else {}
     if _instances(untuned) != _instances(tuned):
         with quiet(not progress):
             model, tokenizer = load_base(run.recipe)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from badit.metrics.answers import METRICS, preference, rouge_l
+from badit.metrics.answers import METRICS, Metric
 from badit.metrics.statistics import paired_bootstrap
 from badit.report.sources import DIFFERENCE_COLUMNS, Source
 from badit.support.files import is_number
@@ -71,12 +71,14 @@ def _add_losses(shared: Source, runs: Sequence[tuple[str, Source]]) -> None:
 def _differences(scored: Sequence[Source]) -> pd.DataFrame:
     """Returns paired differences to the first run, over the instances that both answered."""
     reference = scored[0]
-    has_preferences = _preferences(reference).notna().any()
-    scores_of = _preferences if has_preferences else _rouge_l
-    reference_scores = scores_of(reference)
+    metric = METRICS["preference"]
+    reference_scores = _scores_of(reference, metric)
+    if reference_scores.isna().all():  # not preference data
+        metric = METRICS["rouge_l"]
+        reference_scores = _scores_of(reference, metric)
     rows = []
     for source in scored[1:]:
-        differences = scores_of(source).reindex(reference_scores.index) - reference_scores
+        differences = _scores_of(source, metric).reindex(reference_scores.index) - reference_scores
         differences = differences.dropna()
         # The untuned model is not one of the trained methods that are compared.
         if differences.empty or source.config.get("method") == {"name": "base"}:
@@ -88,24 +90,14 @@ def _differences(scored: Sequence[Source]) -> pd.DataFrame:
         mean = paired_bootstrap(by_task)
         rows.append([source.label, mean.mean, mean.low, mean.high, reference.label])
     frame = pd.DataFrame(rows, columns=DIFFERENCE_COLUMNS)
-    frame.attrs["metric"] = METRICS["preference" if has_preferences else "rouge_l"].label
+    frame.attrs["metric"] = metric.label
     return frame
 
 
-def _preferences(source: Source) -> pd.Series:
-    """Returns the preference of each pair by task and instance."""
+def _scores_of(source: Source, metric: Metric) -> pd.Series:
+    """Returns the score of each answer by task and instance; NaN for answers without one."""
     scores = {
-        (task, instance): preference(answer.margin)
-        for task, answers in source.predictions.items()
-        for instance, answer in answers.items()
-    }
-    return pd.Series(scores, dtype=float)
-
-
-def _rouge_l(source: Source) -> pd.Series:
-    """Returns the Rouge-L of each answer by task and instance."""
-    scores = {
-        (task, instance): rouge_l(answer.prediction, answer.references)
+        (task, instance): metric.score(answer)
         for task, answers in source.predictions.items()
         for instance, answer in answers.items()
     }

@@ -29,7 +29,7 @@ from badit.recipe.loading import read_values
 from badit.report.charts import ALL
 from badit.report.task_order import order_tasks
 from badit.runs.folder import RunFolder
-from badit.runs.predictions import read_predictions
+from badit.runs.predictions import prediction_files, read_predictions
 from badit.support.errors import BaditError
 from badit.support.files import inside, refuse_links
 
@@ -93,7 +93,7 @@ class Source:
     def predictions(self) -> Mapping[str, Mapping[str, Prediction]]:
         """The answers by task and instance; empty if none are saved."""
         folder = self.run.predictions_path
-        if not any(folder.glob("[!.]*.jsonl")):
+        if not prediction_files(folder):
             return {}
         by_task: dict[str, dict[str, Prediction]] = {}
         for answer in read_predictions(folder):

@@ -31,6 +31,12 @@ def write_predictions(folder: Path, predictions: Iterable[Prediction]) -> None:
             file.unlink()
 
 
+def prediction_files(folder: Path) -> list[Path]:
+    """Returns the files of predictions in a folder, sorted; none if it does not exist."""
+    # Names of tasks do not begin with a dot, so hidden files are not predictions.
+    return sorted(folder.glob("[!.]*.jsonl"))
+
+
 def read_predictions(folder: str | Path) -> list[Prediction]:
     """Returns the predictions in a folder, sorted by task, then in the order of the file.
 
@@ -38,8 +44,7 @@ def read_predictions(folder: str | Path) -> list[Prediction]:
     """
     form = TypeAdapter(Prediction)
     predictions = []
-    # Names of tasks do not begin with a dot, so hidden files are not predictions.
-    for file in sorted(Path(folder).glob("[!.]*.jsonl")):
+    for file in prediction_files(Path(folder)):
         for number, fields in enumerate(read_jsonl(file), start=1):
             with explained(f"{file}: line {number}", fix="evaluate the run again"):
                 predictions.append(form.validate_python(fields))

@@ -90,20 +90,19 @@ class PreferenceTrainer(AnswerTrainer, DPOTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Returns the loss of a batch of pairs, without outputs."""
-        loss = self._pair_loss(model, inputs)
+        loss = self._pair_loss(model, _tensors(inputs))
         self.micro_batches.append((loss.detach(), inputs))
         return loss
 
-    def _pair_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
-        batch = {name: value for name, value in inputs.items() if name != "tasks"}
-        return DPOTrainer.compute_loss(self, model, batch)
+    def _pair_loss(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return DPOTrainer.compute_loss(self, model, tensors)
 
     def instance_losses(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Returns the loss of each pair of a batch."""
         # One pair at a time: TRL returns only the mean of a batch, whose pairs may be of several
         # tasks. All ranks have batches of the same size.
         chosen = torch.arange(len(inputs["input_ids"]) // 2)
-        tensors = {name: value for name, value in inputs.items() if name != "tasks"}
+        tensors = _tensors(inputs)
         losses = []
         for i in chosen:
             pair = torch.stack([i, i + len(chosen)])
@@ -131,3 +130,8 @@ class PreferenceTrainer(AnswerTrainer, DPOTrainer):
     def sums(self, values: Mapping[str, Any]) -> None:
         self._metrics["train"].update(values["train"])
         self._total_train_tokens = values["tokens"]
+
+
+def _tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Returns a batch without the names of its tasks."""
+    return {name: value for name, value in inputs.items() if name != "tasks"}
