@@ -1,19 +1,23 @@
 """Recipes: valid values, invalid values and their error messages."""
 
 import dataclasses
+import itertools
 import math
 import re
 import subprocess
 import sys
 
 import pytest
+import yaml
 from transformers import TrainingArguments
 
 from badit.authoring.method_table import present_table
 from badit.comparison.grid import Grid
 from badit.data import Instance, Task
 from badit.recipe.arguments import RENAMED_ARGUMENTS, TrainingSection, argument_names
-from badit.recipe.loading import build_recipe, load_recipe, merged, read_method_table
+from badit.recipe.loading import build_recipe, load_recipe, merged
+from badit.recipe.method import resolve_method
+from badit.recipe.options import read_method_table, refuse_method
 from badit.recipe.saved import differing_keys, dump_recipe
 from badit.recipe.schema import expand_source
 from badit.runs.resolved import resolve
@@ -392,3 +396,50 @@ def test_infinity_is_refused_also_in_arguments_of_transformers():
         build_recipe,
         {"output": "run", "data": {"source": "builtin"}, "training": {"adam_epsilon": math.inf}},
     )
+
+
+VALUES = (0, 1, -1, 3, 0.5, 2.5, "x", "none", True, None, [], ["x"], [1], {})
+
+
+def refusal_of(call, section):
+    """Returns the message of a refused method section, or None."""
+    try:
+        call(section)
+    except BaditError as error:
+        return str(error)
+    return None
+
+
+def test_table_of_methods_refuses_only_what_the_classes_refuse(monkeypatch):
+    refused_values = 0
+    for option in read_method_table()["options"]:
+        if "type" not in option:
+            continue
+        for name, value in itertools.product(option["methods"], VALUES):
+            outer, _, inner = option["key"].partition(".")
+            section = {"name": name, outer: {inner: value} if inner else value}
+            early = refusal_of(refuse_method, section)
+            if early is None:
+                continue
+            refused_values += 1
+            with monkeypatch.context() as without:
+                without.setattr("badit.recipe.options._check_values", lambda *_: None)
+                full = refusal_of(resolve_method, section)
+            assert full is not None, section
+            assert early.partition(":")[0] == full.partition(":")[0]
+    assert refused_values > 1000
+
+
+def test_resolving_keeps_single_values_of_options():
+    # UnresolvedRun compares them with those of a saved run.
+    kept = 0
+    for option in read_method_table()["options"]:
+        default = yaml.safe_load(option["default"])
+        if "." in option["key"] or option["key"] == "preset" or default is None:
+            continue
+        if isinstance(default, str | int | float):
+            for name in option["methods"]:
+                section = {"name": name, option["key"]: default}
+                assert resolve_method(section).section[option["key"]] == default
+                kept += 1
+    assert kept > 100

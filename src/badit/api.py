@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from badit.runs.folder import AnyPath, RunFolder
-from badit.support.console import is_main_process
+from badit.support.console import is_main_process, loading_libraries
 from badit.support.errors import BaditError, refuse_unknown
 
 if TYPE_CHECKING:
@@ -42,8 +42,9 @@ class Run(RunFolder):
 
     def load(self) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Loads the base model with the run's trained weights, for inference, and the tokenizer."""
-        from badit.runs.resolved import open_run
-        from badit.training.loading import load_run
+        with loading_libraries():
+            from badit.runs.resolved import open_run
+            from badit.training.loading import load_run
 
         return load_run(open_run(self))
 
@@ -71,12 +72,17 @@ class Run(RunFolder):
             BaditError: the run does not exist, its adapter is missing or damaged, or the split has
                 no instances.
         """
-        from badit.evaluation.scoring import evaluate
         from badit.recipe.loading import make_recipe
-        from badit.runs.resolved import open_run
         from badit.runs.scores import scores_frame
+        from badit.runs.unresolved import UnresolvedRun
 
-        run = open_run(self)
+        read = UnresolvedRun(self, self.trusted_recipe())
+        read.refuse_unscorable(split or read.recipe.evaluation.split)
+        with loading_libraries():
+            from badit.evaluation.scoring import evaluate
+            from badit.runs.resolved import open_run
+
+        run = open_run(self, read.tasks)
         if batch_size is not None:
             # Validated as in a recipe.
             run.recipe = make_recipe(run.recipe, {"evaluation": {"batch_size": batch_size}})
@@ -109,8 +115,9 @@ class Run(RunFolder):
             batch_size: number of prompts decoded at a time.
             progress: show a progress bar on stderr.
         """
-        from badit.evaluation.prompts import answer_texts
-        from badit.runs.resolved import open_run
+        with loading_libraries():
+            from badit.evaluation.prompts import answer_texts
+            from badit.runs.resolved import open_run
 
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         answers = answer_texts(
@@ -153,13 +160,17 @@ class Run(RunFolder):
             BaditError: the run cannot be extended, a task is already covered or has the name of an
                 earlier one, or the data is invalid.
         """
-        from badit.evaluation.scoring import score_earlier, train_and_score
         from badit.runs.extending import extended_recipe
-        from badit.runs.resolved import resolve
-        from badit.training.extending import check_extension
+        from badit.runs.unresolved import read_run
 
         recipe = extended_recipe(self, data, output, overrides, values)
-        run = resolve(recipe)
+        read = read_run(recipe)
+        with loading_libraries():
+            from badit.evaluation.scoring import score_earlier, train_and_score
+            from badit.runs.resolved import resolve
+            from badit.training.extending import check_extension
+
+        run = resolve(recipe, read.tasks)
         if not run.has_begun():
             check_extension(run)
         train_and_score(run, progress=progress)
@@ -181,14 +192,15 @@ class Run(RunFolder):
         Raises:
             BaditError: the task is not one that was added alone, or the folder exists.
         """
-        from badit.runs.resolved import open_run
-        from badit.training.removal import remove_task
-
         for override in overrides:
             key, _, value = override.partition("=")
             if key != "output":
                 raise BaditError(f"{override!r:.80}: --remove takes only output=FOLDER")
             output = value
+        with loading_libraries():
+            from badit.runs.resolved import open_run
+            from badit.training.removal import remove_task
+
         run = open_run(self)
         folder = remove_task(run, task, output or f"{self.path}-without-{task}")
         return Run(folder, trust_remote_code=self.trust_remote_code)
@@ -247,14 +259,19 @@ class Run(RunFolder):
             BaditError: the run or task does not exist, the output is in use, or the method cannot
                 be exported.
         """
-        from badit.export.exporting import ExportOptions, export
-        from badit.export.scoring import score_export
-        from badit.runs.resolved import open_run
+        from badit.export.options import ExportOptions, refuse_varying_gates
+        from badit.runs.unresolved import UnresolvedRun
 
         if engine != "transformers" and not score:
             raise BaditError("--engine: generates the answers to score; add --score, or remove it")
-        run = open_run(self)
         options = ExportOptions(task, all_tasks, gates, rank, merged)
+        refuse_varying_gates(UnresolvedRun(self, self.trusted_recipe()), options)
+        with loading_libraries():
+            from badit.export.exporting import export
+            from badit.export.scoring import score_export
+            from badit.runs.resolved import open_run
+
+        run = open_run(self)
         exported = export(run, output, options, progress=progress)
         if score:
             score_export(run, exported, engine=engine, progress=progress)
@@ -306,11 +323,15 @@ def train(
     Raises:
         BaditError: invalid input, or the output folder has a run of another recipe.
     """
-    from badit.evaluation.scoring import train_and_score
     from badit.recipe.loading import make_recipe
-    from badit.runs.resolved import resolve
+    from badit.runs.unresolved import read_run
 
-    run = resolve(make_recipe(recipe, values))
+    read = read_run(make_recipe(recipe, values))
+    with loading_libraries():
+        from badit.evaluation.scoring import train_and_score
+        from badit.runs.resolved import resolve
+
+    run = resolve(read.recipe, read.tasks)
     train_and_score(run, progress=progress, allow_changed_inputs=allow_changed_inputs)
     return Run(
         run.folder.path,
@@ -392,8 +413,9 @@ def analyze(
         BaditError: the run or model does not exist, the data is invalid, or the folder has tables
             of other settings.
     """
-    from badit.analysis import analyze
-    from badit.analysis.tables import load_frames
+    with loading_libraries():
+        from badit.analysis import analyze
+        from badit.analysis.tables import load_frames
 
     source = None if data is None else os.fspath(data)
     folder = analyze(os.fspath(target), source, instances, output, progress, trust_remote_code)

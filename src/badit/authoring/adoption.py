@@ -15,7 +15,8 @@ from badit.recipe.saved import dump_recipe
 from badit.recipe.schema import source_of
 from badit.runs.fingerprints import base_fingerprints, task_fingerprints, tokenizer_fingerprint
 from badit.runs.folder import RunFolder, refuse_no_adapter
-from badit.runs.resolved import ResolvedRun, read_tasks
+from badit.runs.resolved import ResolvedRun
+from badit.runs.unresolved import read_tasks
 from badit.support.environment import environment
 from badit.support.errors import BaditError, explained, first_line
 from badit.support.files import (

@@ -35,8 +35,11 @@ _SAMPLED = 64  # approximate number of training instances from which the mean le
 _SIZES = {None: 1.0, "bnb-4bit": 0.3}  # of quantised weights relative to 16 bits; others: 0.5
 
 
-def check(recipe: Recipe) -> list[str]:
-    """Describes a recipe's training in lines of text; BaditError with a line per problem."""
+def check(recipe: Recipe, tasks: list[Task] | None = None) -> list[str]:
+    """Describes a recipe's training in lines of text; BaditError with a line per problem.
+
+    ``tasks`` are those of the recipe, if they are read already.
+    """
     problems: list[str] = []
 
     def tried(step: Callable[[], Any]) -> Any:
@@ -45,7 +48,7 @@ def check(recipe: Recipe) -> list[str]:
         except BaditError as error:
             problems.extend(str(error).split("\n"))
 
-    run: ResolvedRun | None = tried(lambda: resolve(recipe))
+    run: ResolvedRun | None = tried(lambda: resolve(recipe, tasks))
     with status(f"checking {recipe.model.name}"):
         options = recipe.model.model_dump(exclude={"dtype", "quantisation"})
         tokenizer = tried(lambda: load_tokenizer(**options))

@@ -12,7 +12,8 @@ from badit.data import Task, hold_out, limit, load_sources
 from badit.recipe.loading import build_recipe
 from badit.recipe.schema import source_of
 from badit.recipe.yaml_text import parse_yaml
-from badit.runs.resolved import resolve
+from badit.runs.folder import RunFolder
+from badit.runs.unresolved import UnresolvedRun
 from badit.support.console import status
 from badit.support.errors import BaditError
 from badit.support.files import read_text
@@ -64,7 +65,8 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
         preferences=any(task.has_preferences for task in tasks),
     )
     # Raises the errors that training with this recipe would raise.
-    resolve(build_recipe(parse_yaml(text, where=path), where=path))
+    recipe = build_recipe(parse_yaml(text, where=path), where=path)
+    UnresolvedRun(RunFolder.at(recipe.output), recipe).refuse_unusable()
     return text
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from badit.recipe.arguments import argument_names, fixed_reason
-from badit.recipe.loading import read_method_table
+from badit.recipe.options import read_method_table
 from badit.recipe.schema import Recipe, section_of
 from badit.recipe.yaml_text import to_yaml
 

@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 from cyclopts.types import Port
 
 from badit import __version__
-from badit.support.console import status
+from badit.support.console import loading_libraries, status
 
 app = App(
     name="badit",
@@ -46,7 +46,7 @@ Trust = Annotated[
 
 def load(module: str) -> Any:
     """Imports a module, which may take seconds, and shows a status line meanwhile."""
-    with status("loading libraries"):
+    with loading_libraries():
         return import_module(module)
 
 

@@ -40,6 +40,7 @@ def compare(
             run, and exit.
     """
     loaded_recipe = read_recipe(recipe, overrides)
+    load("badit.comparison.refusals").refuse_comparison(loaded_recipe)
     if dry_run:
         return "\n".join(load("badit.authoring.dry_run").check_comparison(loaded_recipe))
     cells = _compared(loaded_recipe, jobs=jobs, ray=ray)

@@ -14,13 +14,13 @@ Show = Callable[[Any, Any, dict[str, Any]], str | None]
 def derive(
     function: Callable[..., Any],
     show: Show,
-    module: str,
+    module: str | None = None,
     refuse: Callable[[Any, dict[str, Any]], None] = lambda target, options: None,
 ) -> None:
     """Adds a command that calls a method of Run, or a function of a path.
 
-    ``module`` is imported first, with a status line; before that, ``refuse`` checks the path and
-    the options. The command of a method has the run's folder
+    ``module`` is imported first, with a status line, unless the function does this itself; before
+    that, ``refuse`` checks the path and the options. The command of a method has the run's folder
     as its first parameter and, if it shows progress (loads the model), ``trust_remote_code``.
     """
     is_method = next(iter(inspect.signature(function).parameters)) == "self"
@@ -31,7 +31,8 @@ def derive(
         if is_method:
             target = Run(path, trust_remote_code=options.pop("trust_remote_code", False))
         refuse(target, options)
-        load(module)
+        if module is not None:
+            load(module)
         return show(target, function(target, *arguments, **options), options)
 
     # cyclopts reads the parameters and the help from these attributes of a function.

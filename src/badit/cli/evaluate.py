@@ -11,4 +11,4 @@ def _shown(run: Run, scores: Any, options: dict[str, Any]) -> str:
     return load("badit.runs.scores").score_table(scores)
 
 
-derive(Run.evaluate, _shown, "badit.evaluation.scoring")
+derive(Run.evaluate, _shown)

@@ -66,4 +66,4 @@ def _rank(exported: Any) -> str:
     return f"{rank}: {overall}, at most {worst:.2g} per module ({module})"
 
 
-derive(Run.export, _shown, "badit.export.exporting")
+derive(Run.export, _shown)

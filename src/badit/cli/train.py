@@ -26,8 +26,8 @@ def train(
     """
     loaded_recipe = read_recipe(recipe, overrides)
     if dry_run:
-        lines = load("badit.authoring.dry_run").check(loaded_recipe)
-        return "\n".join([*lines, "", load("badit.recipe.saved").dump_recipe(loaded_recipe)])
+        tasks = load("badit.runs.unresolved").read_run(loaded_recipe).tasks
+        return "\n".join(load("badit.authoring.dry_run").check(loaded_recipe, tasks))
     run = load("badit.api").train(loaded_recipe, allow_changed_inputs=allow_changed_inputs)
     # Only rank 0 scores.
     if not is_main_process():

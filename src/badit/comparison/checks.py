@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 
 from badit.comparison.finished import FinishedCells
-from badit.comparison.grid import Cell, Grid, of_key
+from badit.comparison.grid import Cell, Grid
+from badit.comparison.refusals import of_key
 from badit.data import ordered
 from badit.runs.fingerprints import keep_inputs, task_fingerprints
-from badit.runs.folder import RunFolder
+from badit.runs.folder import refuse_run
 from badit.runs.resolved import ResolvedRun
 from badit.support.errors import BaditError
 from badit.training.methods import on_skeleton
@@ -21,7 +22,7 @@ def check(grid: Grid, finished: FinishedCells) -> tuple[list[str], dict[str, int
     BaditError if the comparison cannot run.
     """
     section = grid.section
-    _refuse_other_output(grid)
+    refuse_run(grid.recipe.output)
     start_rate = grid.start_rates[section.reference]
     # All methods train on the reference's data, so its tasks are checked for all.
     reference = grid.run_of(grid.chosen(section.reference, start_rate)[0])
@@ -42,13 +43,6 @@ def check(grid: Grid, finished: FinishedCells) -> tuple[list[str], dict[str, int
     _refuse_other_budget(grid, counts)
     _refuse_changed_runs(grid, finished, tasks)
     return tasks, counts
-
-
-def _refuse_other_output(grid: Grid) -> None:
-    output = grid.recipe.output
-    if RunFolder.at(output).config_path.is_file():
-        fix = "choose another output=FOLDER for the comparison"
-        raise BaditError(f"{output}: contains a run; {fix}")
 
 
 def _refuse_equal_orders(grid: Grid, reference: ResolvedRun) -> None:

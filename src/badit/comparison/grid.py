@@ -9,18 +9,19 @@ OUTPUT/METHOD                                   method that does not train
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from badit.comparison.refusals import of_key, section_of
 from badit.data import Task
 from badit.recipe.loading import build_recipe, merged
 from badit.recipe.method import resolve_method
-from badit.recipe.schema import CompareSection, Recipe
+from badit.recipe.schema import Recipe
 from badit.runs.folder import RunFolder
-from badit.runs.resolved import ResolvedRun, read_tasks, resolve
+from badit.runs.resolved import ResolvedRun, resolve
+from badit.runs.unresolved import read_tasks
 from badit.support.errors import BaditError, refuse_unknown
 from badit.support.files import inside
 
@@ -77,11 +78,8 @@ class Grid:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        if recipe.compare is None:
-            fix = "add one, as in recipes/superni-cpu.yaml"
-            raise BaditError(f"compare: the recipe has no compare section; {fix}")
         self.recipe = recipe
-        self.section: CompareSection = recipe.compare
+        self.section = section_of(recipe)
         self.orders: Sequence[Order] = self.section.orders or [None]
         self.start_rates: dict[str, float | None] = {}  # None: the method does not train
         self._tasks: dict[str, list[Task]] = {}  # by data section, so that each is read once
@@ -196,12 +194,3 @@ def _refuse_repeated(field: str, values: Sequence[Any]) -> None:
         if values.count(value) > 1:
             problem = f"{value} is listed more than once; list it once"
             raise BaditError(f"compare.{field}: {problem}")
-
-
-@contextmanager
-def of_key(key: str) -> Iterator[None]:
-    """Lets errors begin with a key of the ``compare`` section."""
-    try:
-        yield
-    except BaditError as error:
-        raise BaditError(f"compare.{key}: {str(error).removeprefix('recipe: ')}") from None

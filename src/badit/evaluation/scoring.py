@@ -7,7 +7,7 @@ task.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -22,7 +22,7 @@ from badit.runs.predictions import write_predictions
 from badit.runs.resolved import ResolvedRun
 from badit.runs.scores import read_scores
 from badit.support.console import is_main_process, quiet, say
-from badit.support.errors import BaditError, explained, refuse_unknown
+from badit.support.errors import BaditError, explained
 from badit.support.files import copy_folder, exclusive, write_json
 from badit.training.fit import fit
 from badit.training.loading import load_run
@@ -63,8 +63,6 @@ def evaluate(
     only the final model is scored. With ``resume``, stages that already have scores are not scored
     again. Errors as of :meth:`badit.Run.evaluate`.
     """
-    if split is not None:
-        refuse_unknown("split", split, get_args(Split))
     own_split = run.recipe.evaluation.split
     split = split or own_split
     run.refuse_unscorable(split)

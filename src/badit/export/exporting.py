@@ -29,6 +29,7 @@ from badit.export.factors import (
     merged_model,
     mixture_factors,
 )
+from badit.export.options import ExportOptions, refuse_varying_gates
 from badit.hub.card import CARD, hub_id, model_card
 from badit.runs.folder import RECORD, AnyPath
 from badit.runs.resolved import ResolvedRun
@@ -50,21 +51,6 @@ from badit.training.loading import load_run
 from badit.tuner import ExpertConfig
 
 SCORES = "scores.json"
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What to export; see :meth:`badit.Run.export`."""
-
-    task: str | None = None
-    all_tasks: bool = False
-    gates: AnyPath | None = None
-    rank: int | None = None
-    merged: bool = False
-
-    @property
-    def fixes_gates(self) -> bool:
-        return self.task is not None or self.all_tasks or self.gates is not None
 
 
 @dataclass(frozen=True)
@@ -262,8 +248,7 @@ def _refuse_options(run: ResolvedRun, options: ExportOptions) -> None:
     if options.fixes_gates and not mixes:
         problem = f"{method.name} has no gates that vary; remove these options"
         raise BaditError(f"--task, --all-tasks, --gates: {problem}")
-    if mixes and method.needs_tasks and options.task is None and not options.all_tasks:
-        raise BaditError(f"{method.name} learns each task separately: choose one with --task")
+    refuse_varying_gates(run, options)
     if not options.merged:
         for name in beyond_lora(method.config):
             raise BaditError(f"method.{name}: {NOT_A_LORA}; export with --merged")
@@ -290,12 +275,6 @@ def _chosen_task(run: ResolvedRun, options: ExportOptions) -> str | None:
         if task not in trained:
             problem = "has no training prompts for mean gates; use --gates FILE"
             raise BaditError(f"task {task}: {problem}")
-    has_clusters = getattr(run.method.config, "gates", None) == "clusters"
-    # Such a LoRA's NLL was 0.38 per token above the run's (benchmarks/experiments/fixed-gates.md).
-    if has_clusters and not options.fixes_gates and len(trained) > 1:
-        problem = "with clusters of prompts, the mean gates of several tasks fit no prompt"
-        fix = "use --all-tasks, for a LoRA per task, or --task"
-        raise BaditError(f"{run.folder.path}: {problem}; {fix}")
     return task
 
 

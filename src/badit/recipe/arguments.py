@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo
 from pydantic.functional_validators import field_validator, model_validator
 
-from badit.support.console import status
+from badit.support.console import loading_libraries
 from badit.support.errors import nearest, problems
 from badit.support.steps import LARGEST, PositiveSteps, Steps
 
@@ -223,7 +223,7 @@ class TrainingSection(Section, extra="allow"):
             values["lr_scheduler_type"] = self.lr_scheduler_type
         if not values and not self.report_to:
             return
-        with status("loading libraries"):
+        with loading_libraries():
             from transformers import TrainingArguments
             from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 

@@ -1,9 +1,7 @@
 """Reads recipes: a file or plain values, the recipes that they extend, and overrides."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from pydantic import ValidationError
 from badit.data.source import SUFFIXES
 from badit.presets import saved_section
 from badit.recipe.arguments import TrainingSection
+from badit.recipe.options import read_method_table
 from badit.recipe.schema import ComparedMethod, Recipe, RecipeLike, section_of
 from badit.recipe.yaml_text import parse_yaml
 from badit.support.errors import BaditError, nearest, problems
@@ -249,20 +248,6 @@ def _unknown_method_keys(place: str, section: Any) -> Iterator[str]:
             yield f"{place}.name: unknown method {value!r:.60}{nearest(value, names)}"
         elif key == "regroup":
             yield from _unknown_method_keys(f"{place}.regroup", value)
-
-
-#: Written by badit.authoring.method_table. A test compares it with the classes.
-METHOD_TABLE = Path(__file__).with_name("method_table.json")
-
-
-@cache
-def read_method_table() -> dict[str, Any]:
-    """Returns the ``names`` of all methods, and all ``options`` with their methods.
-
-    Reading the table needs neither torch nor PEFT. ``of_other_releases`` are names of options that
-    only other releases of ``peft`` have.
-    """
-    return json.loads(read_text(METHOD_TABLE))
 
 
 def _option_names() -> set[str]:

@@ -5,17 +5,19 @@ Imports torch and PEFT, unlike the other modules of this room.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
+from pydantic import TypeAdapter
 
 from badit import presets
 from badit.baselines import BASELINES, neurons
+from badit.recipe.options import refuse_method, refuse_unknown_options
 from badit.recipe.schema import Recipe
-from badit.support.errors import BaditError, nearest
+from badit.support.errors import BaditError
 from badit.tuner.config import (
     FORMAT_FIELD,
     TOP_K_REFUSED,
@@ -204,23 +206,14 @@ def _refuse_resets(recipe: Recipe, uses_deepspeed: bool) -> None:
 
 def resolve_method(section: Mapping[str, Any]) -> ResolvedMethod:
     """Resolves a ``method`` section; BaditError for an unknown name or option, or a bad value."""
+    refuse_method(section)
     options = dict(section)
     name = options.pop("name", "badit")
-    if name not in NAMES:
-        hint = f"{nearest(name, NAMES)}; known: {', '.join(NAMES)}"
-        raise BaditError(f"method.name: unknown method {name!r:.60}{hint}")
     kind = KINDS[name]
-    # Another value would make it another method, as use_dora: false with the name dora.
-    for key in options.keys() & kind.fixed.keys():
-        problem = f"is set by the method name {name} (to {kind.fixed[key]}); delete it"
-        raise BaditError(f"method.{key}: {problem}")
-
     regroup = None
     if name in presets.NAMES:
-        _refuse_preset(name, options)
         options = presets.with_preset({"name": name, **options})
         regroup = _take_regroup(options)
-    _refuse_options_of_peft(options)
     config = _built(name, kind, options)
     if regroup is not None:
         regroup = _fitted(regroup, config)
@@ -236,16 +229,6 @@ def resolve_method(section: Mapping[str, Any]) -> ResolvedMethod:
         name = presets.preset_name(resolved)
         resolved["name"] = name
     return ResolvedMethod(name, config, regroup, resolved)
-
-
-def _refuse_preset(name: str, options: Mapping[str, Any]) -> None:
-    preset = options.get("preset", "default")
-    if name != "badit" and "preset" in options:
-        raise BaditError(f"method.preset: {name} is a preset itself; delete it")
-    if preset == "paper":
-        raise BaditError("method.preset: 'paper' is called 'released' now; rename it")
-    if preset not in ("default", "released"):
-        raise BaditError(f"method.preset: must be default or released, got {preset!r:.60}")
 
 
 def _take_regroup(options: dict[str, Any]) -> RegroupOptions | None:
@@ -269,32 +252,11 @@ def _fitted(regroup: RegroupOptions, config: BaditConfig) -> RegroupOptions:
         raise BaditError(f"method.{error}") from None
 
 
-def _refuse_options_of_peft(options: Mapping[str, Any]) -> None:
-    """Raises BaditError for values that PEFT accepts, but with which a run cannot work."""
-    initial = str(options.get("init_lora_weights"))
-    if initial.startswith("pissa_niter"):
-        problem = "pissa_niter is random, and loading would repeat it; use pissa"
-        raise BaditError(f"method.init_lora_weights: {problem}")
-    if initial in ("eva", "lora_ga"):
-        problem = f"{initial} needs a pass over data; use another value, such as true"
-        raise BaditError(f"method.init_lora_weights: {problem}")
-    modules_to_save = options.get("modules_to_save")
-    if isinstance(modules_to_save, str):  # PEFT would match each of its letters
-        form = f"must be a list, such as [{modules_to_save:.60}]"
-        raise BaditError(f"method.modules_to_save: {form}")
-    if modules_to_save and options.get("ensure_weight_tying"):  # PEFT would change the list
-        fix = "cannot be used with modules_to_save; name all modules there"
-        raise BaditError(f"method.ensure_weight_tying: {fix}")
-
-
 def _built(name: str, kind: Kind, options: Mapping[str, Any], place: str = "method") -> Any:
     """Builds a configuration; errors begin with ``place`` and the option's name."""
     fields = dataclasses.fields(kind.config_class)
     allowed = {field.name for field in fields if field.init} - _NOT_OPTIONS - kind.fixed.keys()
-    for key in options:
-        if key not in allowed:
-            hint = f"{nearest(key, allowed)}; see: badit keys method"
-            raise BaditError(f"{place}.{key}: {name} has no such option{hint}")
+    refuse_unknown_options(name, options, sorted(allowed), place)
     fixed = dict(kind.fixed)
     if issubclass(kind.config_class, PeftConfig):
         # badit trains causal language models only; PEFT's wrapper depends on this type.
@@ -316,6 +278,24 @@ def _option_values(config: Any, kind: Kind) -> dict[str, Any]:
         # The configurations turn lists of modules into sets, which are not plain YAML.
         values[name] = sorted(value) if isinstance(value, set) else value
     return values
+
+
+def option_types(name: str) -> dict[str, Any]:
+    """Returns the JSON schemas of badit's own options of a method; PEFT does not check its own."""
+    config_class = KINDS[name].config_class
+    kinds: dict[str, Any] = {}
+    if issubclass(config_class, ExpertConfig | neurons.NeuronOptions):
+        kinds |= _schemas(config_class)
+    if name in presets.NAMES:
+        schemas = _schemas(RegroupOptions)
+        kinds |= {f"regroup.{key}": schema for key, schema in schemas.items()}
+    return kinds
+
+
+def _schemas(config_class: type[Any]) -> dict[str, Any]:
+    hints = get_type_hints(config_class, include_extras=True)
+    names = [name for name, _, _ in described(config_class)]
+    return {name: TypeAdapter(hints[name]).json_schema() for name in names}
 
 
 def options_of(name: str) -> list[tuple[str, Any, str]]:

@@ -53,6 +53,13 @@ def refuse_unanalyzable(target: str, data: str | None) -> None:
     raise BaditError(f"{target}: not a run's folder; {fix}")
 
 
+def refuse_run(output: AnyPath) -> None:
+    """Raises BaditError if the folder of a comparison has a run."""
+    if RunFolder.at(output).config_path.is_file():
+        fix = "choose another output=FOLDER for the comparison"
+        raise BaditError(f"{os.fspath(output)}: contains a run; {fix}")
+
+
 class RunFolder:
     """A run, given by its folder. Properties read the folder's files at every access.
 
@@ -182,6 +189,13 @@ class RunFolder:
             metrics = folder / self.metrics_path.name
             with explained(metrics, any_error=True):
                 first_step += max((line["step"] for line in read_jsonl(metrics)), default=0)
+
+    def adapter_option(self, name: str) -> Any:
+        """Returns an option of the adapter's configuration, unchecked; None if it has none."""
+        config_path = self.adapter_path / ADAPTER_CONFIG
+        if not config_path.is_file():
+            return None
+        return read_json(config_path).get(name)
 
     @property
     def environment(self) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 _Item = TypeVar("_Item")
 
@@ -69,7 +69,8 @@ def quiet_notices() -> None:
             logger.setLevel(logging.ERROR)
 
 
-_is_waiting = False
+_is_waiting = False  # a status line is shown
+_is_announced = False  # in a log: the next line of a nested status would only add detail
 _is_quiet = False
 _PATIENCE = 3.0  # seconds of a wait after which its bar is shown
 
@@ -81,14 +82,19 @@ def status(text: str, *, in_logs: bool = False) -> Iterator[Callable[[str], None
     Yields a function that changes its text. ``in_logs``: without a terminal, the text is printed
     once, if the wait takes over three seconds.
     """
-    global _is_waiting
+    global _is_waiting, _is_announced
     if in_logs and not sys.stderr.isatty() and is_main_process() and not _is_quiet:
+        if _is_announced:
+            yield lambda text: None
+            return
         timer = threading.Timer(_PATIENCE, say, [f"badit: {text} …"])
         timer.daemon = True
         timer.start()
+        _is_announced = True
         try:
             yield lambda text: None
         finally:
+            _is_announced = False
             timer.cancel()
         return
     # Two live displays, also those of two ranks, would overwrite each other's line.
@@ -114,6 +120,11 @@ def status(text: str, *, in_logs: bool = False) -> Iterator[Callable[[str], None
             yield change
     finally:
         _is_waiting = False
+
+
+def loading_libraries() -> AbstractContextManager[Any]:
+    """A status for imports of torch and other libraries, which take seconds; also in a log."""
+    return status("loading libraries", in_logs=True)
 
 
 @contextmanager

@@ -229,6 +229,16 @@ def _message(problem: Any) -> str:
     return message[:1].lower() + message[1:]
 
 
+def check(name: str, value: Any, kind: Any) -> None:
+    """Raises BaditError if a value is not of a type; the message begins with its name."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise BaditError(f"{name}: {problems(error, value)[0][1]}") from None
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of an exception's message, or its type if the message is empty."""
     lines = filter(None, map(str.strip, str(error).splitlines()))

@@ -25,8 +25,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from badit.method import Moments, no_moments, orthogonal_updates
-from badit.support.errors import BaditError
-from badit.tuner.config import NotNegative, Positive, check
+from badit.support.errors import BaditError, check
+from badit.tuner.config import NotNegative, Positive
 from badit.tuner.distributed import (
     by_shape,
     dtensor,

@@ -26,12 +26,12 @@ from badit.method.grouping import expert_angles, group_components, grouping_obje
 from badit.method.late_grouping import regroup_smallest
 from badit.runs.folder import AnyPath
 from badit.support.console import say
-from badit.support.errors import BaditError
+from badit.support.errors import BaditError, check
 from badit.support.files import append_to_log, rewind_log
 from badit.training.checkpoints import checkpoint_being_written, resumed_checkpoint
 from badit.training.resets import changes, refuse_other_optimizer, reset_components
 from badit.training.windows import Windows, trainable_adapters
-from badit.tuner.config import TOP_K_REFUSED, Count, RegroupOptions, check
+from badit.tuner.config import TOP_K_REFUSED, Count, RegroupOptions
 from badit.tuner.distributed import gathered, rank_and_size, scale_columns
 
 STATE_FILE = "badit_regroup.safetensors"

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_type_hints
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME
-from pydantic import Field, Strict, TypeAdapter, ValidationError
+from pydantic import Field, Strict
 from torch import Tensor
 
 from badit.method.decomposition import (
@@ -32,7 +32,7 @@ from badit.presets import (
     saved_section,
 )
 from badit.support.environment import how_to_install
-from badit.support.errors import BaditError, problems
+from badit.support.errors import BaditError, check
 from badit.support.steps import PositiveSteps
 
 # The version of an adapter's files. Increase it with a change that other releases would read
@@ -50,14 +50,6 @@ NotNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
 Dropout = Annotated[float, Strict(), Field(ge=0, lt=1)]
 Fraction = Annotated[float, Strict(), Field(ge=0, le=1)]
 Share = Annotated[float, Strict(), Field(gt=0, le=1)]
-
-
-def check(name: str, value: Any, kind: Any) -> None:
-    """Raises BaditError if a value is not of a type; the message begins with its name."""
-    try:
-        TypeAdapter(kind).validate_python(value)
-    except ValidationError as error:
-        raise BaditError(f"{name}: {problems(error, value)[0][1]}") from None
 
 
 def option(default: Any, help: str) -> Any:
@@ -148,7 +140,7 @@ class ExpertConfig(PeftConfig):
     modules_to_save: list[str] | None = option(
         None, "Additional modules to train in full and save with the adapter."
     )
-    layers_to_transform: list[int] | int | None = option(
+    layers_to_transform: list[int] | Annotated[int, Strict()] | None = option(
         None, "Indices of the layers to adapt (default: all)."
     )
     layers_pattern: list[str] | str | None = option(
