@@ -187,17 +187,20 @@ def test_time_of_a_step_is_that_of_one_layer_and_the_others(recipe_values, monke
     pairs = [(task, instance) for task in run.tasks for instance in task.train]
     examples = encode_examples(tokenizer, pairs, **run.recipe.prompt.model_dump())
     timed = step_time._timed
-    assert step_time.seconds_per_step(run, tokenizer, examples) > 0
+    preparation, step = step_time.estimated_seconds(run, tokenizer, examples)
+    assert preparation > 0
+    assert step > 0
 
     def by_layers(run, model, *inputs):
         timed(run, model, *inputs)
-        return 0.5 + len(model.model.layers)
+        layers = len(model.model.layers)
+        return step_time.Seconds(7 + 2 * layers, 0.5 + layers)
 
-    # The whole model has two layers, which take 2.5 seconds here.
+    # The whole model has two layers, which take 2.5 seconds here, and 11 before the first step.
     monkeypatch.setattr(step_time, "_timed", by_layers)
-    assert step_time.seconds_per_step(run, tokenizer, examples) == 3 * 2.5
+    assert step_time.estimated_seconds(run, tokenizer, examples) == (11, 3 * 2.5)
     monkeypatch.setattr(step_time, "_OPERATIONS_OF_CPU", 0)
-    assert step_time.seconds_per_step(run, tokenizer, examples) is None
+    assert step_time.estimated_seconds(run, tokenizer, examples) is None
 
 
 def test_check_counts_instructions_among_the_tokens_of_the_longest_instances(
@@ -287,7 +290,10 @@ def test_all_keys_are_listed_and_their_defaults_are_valid(command):
         assert {f"{name}.{key}" for key in getattr(section, "model_fields", ())} <= {*listed}
     assert {f"method.regroup.{name}" for name in RegroupOptions().__dict__} <= {*listed}
     assert command("keys", "training.learning").split()[:2] == ["training.learning_rate", "0.002"]
-    command("keys", "lerning", code=2)
+    assert "did you mean 'training'?" in command("keys", "traning", code=2)
+    found = command("keys", "Epochs")
+    assert "training.num_train_epochs" in found
+    assert "model.name" not in found
     # A listed default is a valid value of its key.
     for key, default, _ in recipe_keys():
         if key.count(".") == 1 and not key.startswith(("method", "compare", "training.NAME")):

@@ -390,6 +390,23 @@ def test_table_of_methods_has_the_options_of_the_classes():
         assert committed["options"] == present["options"], fix
 
 
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("num_train_epochs", "'training.num_train_epochs'"),
+        ("num_train_epoch", "'training.num_train_epochs'"),
+        ("learning_rat", "'training.learning_rate'"),
+        ("num_expert", "'method.num_experts'"),
+        ("seed", "'data.seed' or 'training.seed'"),
+        ("adam_beta2", "'training.adam_beta2'"),
+        ("trainig", "'training'"),
+    ],
+)
+def test_a_key_without_its_section_is_suggested_with_it(key, hint):
+    message = rf"{key}: unknown key \(did you mean {hint}\?\)"
+    refuses(message, build_recipe, {}, [f"{key}=1"])
+
+
 def test_infinity_is_refused_also_in_arguments_of_transformers():
     refuses(
         "training.adam_epsilon: .*finite",

@@ -11,6 +11,7 @@ import yaml
 from badit import BaditError
 from badit.cli import main
 from badit.cli.app import app
+from badit.cli.entry import _EXAMPLES
 from badit.recipe.loading import load_recipe
 from badit.support.files import read_json
 
@@ -41,6 +42,12 @@ def test_every_command_and_parameter_has_help(command):
         assert f"Usage: badit {name}" in command(name, "--help")
         arguments = app[name].assemble_argument_collection(parse_docstring=True)
         assert all(argument.parameter.help for argument in arguments), name
+        required = [argument for argument in arguments if argument.required]
+        assert all(argument.field_info.name in _EXAMPLES for argument in required), name
+        # A positional argument is not shown as an option; --output is the documented form.
+        for argument in arguments:
+            is_both = argument.field_info.is_positional and argument.field_info.is_keyword
+            assert not is_both or argument.name == "--output", argument.name
 
 
 @pytest.mark.parametrize(
@@ -66,6 +73,11 @@ def test_invalid_input_gives_one_line_and_exit_code_2(command, tmp_path, monkeyp
     for arguments, message in (
         (["trian"], 'Did you mean "train"?'),
         (["train", "x", "a=1", "--dry-run", "b=2", "--nope"], "--nope"),
+        (["train"], "RECIPE requires an argument. For example: badit train recipe.yaml."),
+        (
+            ["push", "run"],
+            "REPOSITORY requires an argument. For example: badit push runs/badit ORG/",
+        ),
         (["train", "missing.yaml"], "missing.yaml: cannot be read"),
         (["evaluate", "missing-run"], "missing-run: has no config.yaml"),
         (
@@ -109,10 +121,14 @@ def test_dry_run_writes_nothing_and_overrides_may_follow_flags(tmp_path, command
         "16 tasks, 64 training and 32 test instances; the run would be written to somewhere"
         in shown
     )
-    lines, _, recipe = shown.partition("\n\n")
-    assert lines.startswith("16 tasks")
-    assert lines.count("\n") == 4
-    assert yaml.safe_load(recipe)["output"] == "somewhere"
+    assert shown.startswith("16 tasks")
+    assert shown.count("\n") == 6, "no recipe"
+    assert "add --verbose" in shown
+    shown = command("train", "recipe.yaml", "output=somewhere", "--dry-run", "--verbose")
+    recipe = yaml.safe_load(shown.partition("\n\n")[2])
+    assert recipe["output"] == "somewhere"
+    assert recipe["method"]["num_experts"] == 8, "as in config.yaml, with every default"
+    assert "add --dry-run" in command("train", "recipe.yaml", "--verbose", code=2)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 

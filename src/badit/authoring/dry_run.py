@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from badit.authoring.step_time import seconds_per_step
+from badit.authoring.step_time import estimated_seconds
 from badit.comparison.checks import check as check_grid
 from badit.comparison.finished import FinishedCells
 from badit.comparison.grid import Grid
@@ -31,7 +31,8 @@ from badit.training.loading import model_dtype
 from badit.training.methods import Method, on_skeleton
 from badit.tuner import hooks_of
 
-_SAMPLED = 64  # approximate number of training instances from which the mean length is estimated
+_SAMPLED = 64  # approximate number of training instances that steps are timed with
+_LONG = 5  # seconds of preparation that are worth telling
 _SIZES = {None: 1.0, "bnb-4bit": 0.3}  # of quantised weights relative to 16 bits; others: 0.5
 
 
@@ -193,11 +194,17 @@ class _DryRun:
 
     def _time(self, steps: int, sample: Sequence[dict[str, Any]]) -> str:
         with status("timing steps with few layers"):
-            seconds = seconds_per_step(self.run, self.tokenizer, sample)
+            seconds = estimated_seconds(self.run, self.tokenizer, sample)
         if seconds is None:
             return "time unknown: steps with few layers cannot be tried on this machine"
-        minutes = math.ceil(steps * seconds / 60)
-        return f"about {counted(minutes, 'minute')} of training at this machine's present load"
+        preparation = seconds.preparation * len(self.run.stages)
+        minutes = math.ceil((preparation + steps * seconds.step) / 60)
+        line = f"about {counted(minutes, 'minute')} of training at this machine's present load"
+        if preparation >= _LONG:
+            line += f", {counted(round(preparation), 'second')} of it before the first step"
+        split = self.run.recipe.evaluation.split
+        scored = counted(self.run.test_instances, f"{split} instance")
+        return f"{line}; without loading the model and answering {scored}"
 
     def _memory(self, longest: Sequence[Mapping[str, Any]], trained: int) -> str:
         """Describes the memory of the longest batch with this many trained parameters."""

@@ -8,9 +8,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from badit.recipe.arguments import argument_names, fixed_reason
+from badit.recipe.loading import nearest_key
 from badit.recipe.options import read_method_table
 from badit.recipe.schema import Recipe, section_of
 from badit.recipe.yaml_text import to_yaml
+from badit.support.errors import BaditError
 
 _LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
 _TYPES = {
@@ -42,6 +44,20 @@ def recipe_keys() -> Iterator[Key]:
         if name == "training":
             others = "any other field of TrainingArguments, such as optim or adam_beta2"
             yield "training.NAME", "", others
+
+
+def matching_keys(text: str) -> list[Key]:
+    """Returns the keys that start with a text, else those that contain it; BaditError if none."""
+    keys = list(recipe_keys())
+    starting = [key for key in keys if key[0].startswith(text)]
+    if starting:
+        return starting
+    lowered = text.lower()
+    containing = [key for key in keys if lowered in f"{key[0]} {key[2]}".lower()]
+    if not containing:
+        fix = "list them all with: badit keys"
+        raise BaditError(f"{text!r:.60}: no recipe key has this{nearest_key(text)}; {fix}")
+    return containing
 
 
 def _method_keys() -> Iterator[Key]:

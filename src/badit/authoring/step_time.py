@@ -1,8 +1,8 @@
-"""Estimates the time of a training step from steps of the same model with few layers."""
+"""Estimates the time of a training from that of the same model with few layers."""
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,10 +11,12 @@ from badit.data.encoding import sequences
 from badit.data.examples import AnswerCollator, batches_by_task
 from badit.models import device, load_skeleton
 from badit.runs.resolved import ResolvedRun
+from badit.support.console import quiet
 from badit.training.loading import model_dtype
 from badit.training.methods import training_method
 from badit.training.trainer import answer_losses
 from badit.tuner import hooks_of
+from badit.tuner.model import PROMPTS_PER_CLUSTER
 
 _LAYERS = 3
 _TIMED_STEPS = 3
@@ -23,19 +25,26 @@ _OPERATIONS_OF_CPU = 2e12
 _OPERATIONS_OF_ACCELERATOR = 1e15
 
 
-def seconds_per_step(
-    run: ResolvedRun, tokenizer: Any, examples: Sequence[dict[str, Any]]
-) -> float | None:
-    """Returns the estimated seconds of an optimizer step on this machine.
+class Seconds(NamedTuple):
+    """Estimated times on this machine."""
 
-    Steps with one and with three layers give the time per layer. The weights are random numbers,
-    which do not change the time. None if the steps would take too long, or if the model cannot be
-    cut to few layers.
+    preparation: float  # before the first step: decompositions, clusters and codes
+    step: float  # of an optimizer step
+
+
+def estimated_seconds(
+    run: ResolvedRun, tokenizer: Any, examples: Sequence[dict[str, Any]]
+) -> Seconds | None:
+    """Returns the estimated times of a run.
+
+    Preparations and steps with one and with three layers give the time per layer. The weights are
+    random numbers, which do not change the time of a step. None if the steps would take too long,
+    or if the model cannot be cut to few layers.
     """
     training = run.recipe.training
     rows = training.per_device_train_batch_size
     # Examples of all tasks, as in a mixed batch; they are in the tasks' order.
-    sample = [examples[i % len(examples)] for i in range(0, 7 * rows, 7)]
+    sample = [examples[len(examples) * row // rows] for row in range(rows)]
     collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
     batch = collate(sequences(sample))
     batches = batches_by_task(examples, collate, rows)
@@ -47,8 +56,12 @@ def seconds_per_step(
         one = _timed(run, cut_model(run, 1)[0], batch, batches)
     except Exception:  # an architecture of another form, or too little memory
         return None
-    per_layer = max(0.0, several - one) / max(1, min(_LAYERS, layers) - 1)
-    return training.gradient_accumulation_steps * (one + (layers - 1) * per_layer)
+    whole = []
+    for of_one, of_several in zip(one, several, strict=True):
+        per_layer = max(0.0, of_several - of_one) / max(1, min(_LAYERS, layers) - 1)
+        whole.append(of_one + (layers - 1) * per_layer)
+    preparation, micro_batch = whole
+    return Seconds(preparation, training.gradient_accumulation_steps * micro_batch)
 
 
 def cut_model(run: ResolvedRun, count: int) -> tuple[Any, int]:
@@ -75,6 +88,14 @@ def cut_model(run: ResolvedRun, count: int) -> tuple[Any, int]:
     return model, number
 
 
+def _prompts_per_read(run: ResolvedRun, batches: Any) -> float:
+    """Returns how many prompts the training searches for clusters, per prompt of the batches."""
+    clusters = getattr(run.method.options, "num_clusters", 0)
+    searched = min(run.training_instances, PROMPTS_PER_CLUSTER * clusters)
+    read = sum(len(of_task.dataset) for of_task in batches.values())
+    return max(1.0, searched / max(1, read))
+
+
 def _is_too_large(model: Any, batch: dict[str, Any]) -> bool:
     matrices = {parameter for parameter in model.parameters() if parameter.dim() == 2}
     # Embeddings are looked up, and logits are computed for answers only.
@@ -84,15 +105,20 @@ def _is_too_large(model: Any, batch: dict[str, Any]) -> bool:
     return operations > limit
 
 
-def _timed(run: ResolvedRun, model: Any, batch: dict[str, Any], batches: Any) -> float:
-    """Returns the median seconds of a forward and backward pass and an optimizer update."""
+def _timed(run: ResolvedRun, model: Any, batch: dict[str, Any], batches: Any) -> Seconds:
+    """Times the preparation, and forward and backward passes with an update (the median)."""
+    began = time.perf_counter()
     method = training_method(run.method)
     model = method.apply(model, [task.name for task in run.tasks])
     if run.recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     method.before_training(model, batches)
-    hooks_of(model).start_task(batches)
+    preparation = time.perf_counter() - began
+    began = time.perf_counter()
+    with quiet():
+        hooks_of(model).start_task(batches)
+    preparation += (time.perf_counter() - began) * _prompts_per_read(run, batches)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)
@@ -115,4 +141,4 @@ def _timed(run: ResolvedRun, model: Any, batch: dict[str, Any], batches: Any) ->
             torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - began)
     # The first step also allocates memory and compiles kernels.
-    return sorted(seconds[1:])[_TIMED_STEPS // 2]
+    return Seconds(preparation, sorted(seconds[1:])[_TIMED_STEPS // 2])

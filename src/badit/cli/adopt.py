@@ -9,7 +9,7 @@ from badit.runs.folder import refuse_no_adapter
 
 @app.command
 def adopt(
-    adapter: str, *overrides: str, data: str | None = None, output: Output = "runs/adopted"
+    adapter: str, /, *overrides: str, data: str | None = None, output: Output = "runs/adopted"
 ) -> str:
     """Make a run of an adapter that a script trained (TRL, transformers' Trainer, Axolotl).
 

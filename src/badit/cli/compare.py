@@ -17,6 +17,7 @@ _INSTANCES = 4  # of each task, that the demo analyzes
 @app.command
 def compare(
     recipe: str,
+    /,
     *overrides: str,
     jobs: PositiveInt | None = None,
     ray: str | None = None,

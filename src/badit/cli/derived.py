@@ -59,6 +59,10 @@ def _parameters(function: Callable[..., Any], is_method: bool) -> list[inspect.P
         if parameter.default is True:
             annotation = "Enabled"
         parameters.append(parameter.replace(annotation=annotation))
+    # Else an error would name a positional parameter as an option. The output is one, too.
+    for number, parameter in enumerate(parameters):
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name != "output":
+            parameters[number] = parameter.replace(kind=parameter.POSITIONAL_ONLY)
     if is_method and "progress" in function.__annotations__:
         last = parameters[-1]
         parameters.append(last.replace(name="trust_remote_code", default=False, annotation="Trust"))

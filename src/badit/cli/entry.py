@@ -1,12 +1,13 @@
 """The entry point: runs a command, prints its result, and turns errors into exit codes."""
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-from cyclopts import CycloptsError
+from cyclopts import CycloptsError, MissingArgumentError
 
 from badit.cli.app import app
 from badit.support.console import is_main_process, quiet_notices, say, show
@@ -36,6 +37,17 @@ _COMMANDS = (
 for _name in _COMMANDS:
     import_module(f"badit.cli.{_name}")
 
+# Of the required arguments of all commands.
+_EXAMPLES = {
+    "adapter": "outputs/checkpoint-100",
+    "output": "-o plain-lora",
+    "recipe": "recipe.yaml",
+    "repository": "ORG/NAME",
+    "results": "runs/compared",
+    "run": "runs/badit",
+    "source": "my-tasks.csv",
+    "target": "runs/badit",
+}
 _RESUMABLE = {"train", "extend", "compare", "demo", "analyze"}
 
 
@@ -59,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             show(result)
     except CycloptsError as error:
         command = " ".join(["badit", *(error.command_chain or [])])
-        _complain(f"{error} See: {command} --help")
+        _complain(f"{error}{_example(error)} See: {command} --help")
         return 2
     except BaditError as error:
         if debug:
@@ -77,6 +89,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return result if isinstance(result, int) else 0
+
+
+def _example(error: CycloptsError) -> str:
+    """Returns an example of a command whose required arguments are incomplete."""
+    if not isinstance(error, MissingArgumentError) or not error.command_chain:
+        return ""
+    (name,) = error.command_chain
+    required = [
+        _EXAMPLES[argument.field_info.name]
+        for argument in app[name].assemble_argument_collection()
+        if argument.required
+    ]
+    return f" For example: {shlex.join(['badit', name])} {' '.join(required)}."
 
 
 def _refuse_launcher(words: Sequence[str]) -> None:

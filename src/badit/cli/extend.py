@@ -11,6 +11,7 @@ from badit.support.errors import BaditError
 def extend(
     run: RunPath,
     data: str | None = None,
+    /,
     *overrides: Overrides,
     remove: str | None = None,
     trust_remote_code: Trust = False,

@@ -18,6 +18,7 @@ def generate(  # noqa: PLR0913 (the command's options)
     run: RunPath,
     # Also for the prompt - (standard input).
     prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    /,
     *,
     file: str | None = None,
     task: str | None = None,

@@ -9,7 +9,9 @@ from badit.runs.folder import RunFolder
 
 
 @app.command
-def harness(run: RunPath, *options: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
+def harness(
+    run: RunPath, /, *options: Annotated[str, Parameter(allow_leading_hyphen=True)]
+) -> None:
     """Run lm-evaluation-harness on a run.
 
     For example: badit harness RUN --tasks arc_easy,gsm8k --apply_chat_template --batch_size 8

@@ -9,7 +9,7 @@ from badit.support.files import write_text
 
 
 @app.command
-def init(data: str = "builtin", *overrides: str, output: Output = "recipe.yaml") -> str:
+def init(data: str = "builtin", /, *overrides: str, output: Output = "recipe.yaml") -> str:
     """Write a first recipe for your data, with comments.
 
     Args:

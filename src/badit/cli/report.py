@@ -9,6 +9,7 @@ from badit.support.errors import BaditError
 @app.command
 def report(
     run: str,
+    /,
     *more: str,
     output: Output = "report.html",
     figures: str | None = None,

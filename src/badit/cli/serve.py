@@ -8,6 +8,7 @@ from badit.cli.app import LocalPort, Trust, app, load
 def serve(
     run: str,
     exports: str | None = None,
+    /,
     *,
     url: str = "http://127.0.0.1:8000",
     port: LocalPort = 8001,

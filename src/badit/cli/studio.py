@@ -6,7 +6,12 @@ from badit.cli.app import Enabled, LocalPort, Trust, app, load
 
 @app.command
 def studio(
-    run: str, *, port: LocalPort = 8642, browser: Enabled = True, trust_remote_code: Trust = False
+    run: str,
+    /,
+    *,
+    port: LocalPort = 8642,
+    browser: Enabled = True,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Try a run's adapter in the browser: see its answers and gates, and set gates by hand.
 

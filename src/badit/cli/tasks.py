@@ -8,7 +8,7 @@ from badit.cli.app import app, load
 
 
 @app.command
-def tasks(source: str, *overrides: str, show: NonNegativeInt = 0) -> str:
+def tasks(source: str, /, *overrides: str, show: NonNegativeInt = 0) -> str:
     """List and validate task data, and print prompts in the model's input format.
 
     Args:

@@ -1,6 +1,7 @@
 """``badit train``."""
 
 import shlex
+from typing import Any
 
 from badit.cli.app import Overrides, app, load, read_recipe
 from badit.support.console import is_main_process, show
@@ -9,7 +10,12 @@ from badit.support.errors import BaditError
 
 @app.command
 def train(
-    recipe: str, *overrides: Overrides, dry_run: bool = False, allow_changed_inputs: bool = False
+    recipe: str,
+    /,
+    *overrides: Overrides,
+    dry_run: bool = False,
+    verbose: bool = False,
+    allow_changed_inputs: bool = False,
 ) -> str | None:
     """Train and score a recipe.
 
@@ -21,13 +27,15 @@ def train(
         recipe: a YAML file, or the name of a recipe that comes with badit, such as own-tasks.
         dry_run: check recipe, data and model, print the steps and the estimated costs, and exit
             without training.
+        verbose: with --dry-run, also print the recipe with every default.
         allow_changed_inputs: resume the run even if its data, base model or tokenizer have
             changed, and record the change.
     """
     loaded_recipe = read_recipe(recipe, overrides)
     if dry_run:
-        tasks = load("badit.runs.unresolved").read_run(loaded_recipe).tasks
-        return "\n".join(load("badit.authoring.dry_run").check(loaded_recipe, tasks))
+        return _checked(loaded_recipe, verbose)
+    if verbose:
+        raise BaditError("--verbose: prints the recipe of a dry run; add --dry-run")
     run = load("badit.api").train(loaded_recipe, allow_changed_inputs=allow_changed_inputs)
     # Only rank 0 scores.
     if not is_main_process():
@@ -48,3 +56,12 @@ def train(
     answer = shlex.join(["badit", "generate", path, "--task", task, "INPUT"])
     analysis = shlex.join(["badit", "analyze", path])
     return f"\nRun: {path}\nAnswer an input: {answer}\nWhich tasks conflict: {analysis}"
+
+
+def _checked(recipe: Any, verbose: bool) -> str:
+    tasks = load("badit.runs.unresolved").read_run(recipe).tasks
+    lines = load("badit.authoring.dry_run").check(recipe, tasks)
+    if not verbose:
+        return "\n".join([*lines, "the recipe with every default: add --verbose"])
+    resolved = load("badit.runs.resolved").resolve(recipe, tasks).recipe
+    return "\n".join([*lines, "", load("badit.recipe.saved").dump_recipe(resolved)])

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 
 from badit.data.source import SUFFIXES
 from badit.presets import saved_section
-from badit.recipe.arguments import TrainingSection
+from badit.recipe.arguments import TrainingSection, argument_names, fixed_reason
 from badit.recipe.options import read_method_table
 from badit.recipe.schema import ComparedMethod, Recipe, RecipeLike, section_of
 from badit.recipe.yaml_text import parse_yaml
@@ -176,7 +177,7 @@ def build_recipe(
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        lines += [f"{place}: {text}" for place, text in problems(error, values, _known_keys)]
+        lines += [f"{place}: {text}" for place, text in problems(error, values, _hint)]
     else:
         if not lines:
             # Only now, because it may import transformers, which takes seconds.
@@ -255,6 +256,40 @@ def _option_names() -> set[str]:
     keys = [option["key"] for option in table["options"]] + table["of_other_releases"]
     # Nested options, such as regroup.every, are checked by their last part.
     return {key.rpartition(".")[2] for key in keys}
+
+
+def _hint(location: Sequence[int | str], key: str) -> str:
+    """Returns a hint for an unknown key of the section at a location in the recipe."""
+    known = _known_keys(location)
+    return nearest_key(key) if not location else nearest(key, known)
+
+
+def nearest_key(text: str) -> str:
+    """Returns a hint for a dotted key that is misspelt, or that lacks its section."""
+    keys = _all_keys()
+    by_last_part: dict[str, list[str]] = {}
+    for key in keys:
+        by_last_part.setdefault(key.rpartition(".")[2], []).append(key)
+    if text not in by_last_part:
+        hint = nearest(text, [*Recipe.model_fields, *keys])
+        similar = get_close_matches(text, by_last_part, n=1)
+        if not similar or (hint and "." not in text and "." not in hint):
+            return hint
+        text = similar[0]
+    return f" (did you mean {' or '.join(map(repr, by_last_part[text]))}?)"
+
+
+def _all_keys() -> list[str]:
+    """Returns every dotted key of a recipe."""
+    keys = []
+    for name, field in Recipe.model_fields.items():
+        section = section_of(field.annotation)
+        if section is not None:
+            keys += [f"{name}.{key}" for key in section.model_fields]
+    others = sorted(argument_names() - TrainingSection.model_fields.keys())
+    keys += [f"training.{name}" for name in others if not fixed_reason(name)]
+    options = dict.fromkeys(option["key"] for option in read_method_table()["options"])
+    return [*keys, "method.name", *(f"method.{key}" for key in options)]
 
 
 def _known_keys(location: Sequence[int | str]) -> list[str]:

@@ -164,21 +164,21 @@ _EXPLANATIONS: list[tuple[str, str, str | Callable[[Any], str]]] = [
 def problems(
     error: Any,
     values: Any,
-    known_keys: Callable[[Sequence[int | str]], Iterable[str]] = lambda section: (),
+    hint_of: Callable[[Sequence[int | str], str], str] = lambda section, key: "",
 ) -> list[tuple[str, str]]:
     """Returns the dotted key and the description of each problem in a pydantic ValidationError.
 
     Args:
         error: the error.
         values: the validated values.
-        known_keys: returns the valid keys of the section at a location, to suggest one for a
-            misspelt key.
+        hint_of: returns a hint for an unknown key of the section at a location, as
+            :func:`nearest`.
     """
     messages: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         place = ".".join(map(str, _place(problem, values)))
         # The alternatives of a union report a problem each for the same value; one is enough.
-        messages.setdefault(f"{place:.120}", _described(problem, known_keys))
+        messages.setdefault(f"{place:.120}", _described(problem, hint_of))
     # pydantic reports every alternative of a union. Those that do not reach as deep are dropped.
     return [
         (place, message)
@@ -199,12 +199,12 @@ def _place(problem: Any, values: Any) -> list[int | str]:
     return place
 
 
-def _described(problem: Any, known_keys: Callable[[Sequence[int | str]], Iterable[str]]) -> str:
+def _described(problem: Any, hint_of: Callable[[Sequence[int | str], str], str]) -> str:
     """Returns the message of a problem, with the value or, for an unknown key, a known one."""
     kind = problem["type"]
     if kind == "extra_forbidden":
         *section, key = problem["loc"]
-        return f"unknown key{nearest(str(key), known_keys(section))}"
+        return f"unknown key{hint_of(section, str(key))}"
     message = _message(problem)
     # These problems concern a whole section, which is too long to be shown.
     if kind in ("missing", "value_error") and isinstance(problem["input"], dict):

@@ -58,7 +58,7 @@ from badit.tuner.targets import (
 
 # Batches by task.
 TaskBatches = Mapping[str, Any]
-_PROMPTS_PER_CLUSTER = 32
+PROMPTS_PER_CLUSTER = 32
 _PROMPT_FIX = (
     "set the labels of prompts to -100 (rows of prompt and completion, such as "
     "badit.data.answer_rows(messages); in TRL also assistant_only_loss=True), or use "
@@ -345,7 +345,7 @@ class BaditModel(ExpertModel):
             )
         adapters = {name for _, name in unclustered}
         clusters = max(layer.badit_config[name].num_clusters for layer, name in unclustered)
-        prompts = max(1, _PROMPTS_PER_CLUSTER * clusters // max(1, len(batches)))
+        prompts = max(1, PROMPTS_PER_CLUSTER * clusters // max(1, len(batches)))
         self._find_abilities(unclustered, batches, prompts, keys)
         unclustered = RoutingContext.of(self.model).without_clusters()
         if unclustered:
@@ -370,7 +370,7 @@ class BaditModel(ExpertModel):
         if not missing or is_divided_by_zero3(self.model):
             return
         for name, holder in missing:
-            prompts = _PROMPTS_PER_CLUSTER * holder.badit_config[name].num_clusters
+            prompts = PROMPTS_PER_CLUSTER * holder.badit_config[name].num_clusters
             per_task = max(1, prompts // max(1, len(batches)))
             # The batches may draw from the random state of the training.
             with torch.random.fork_rng([]):
@@ -482,7 +482,7 @@ class BaditModel(ExpertModel):
     def _prompts_of_tasks(self, batches: TaskBatches, clusters: int) -> dict[str, list[Example]]:
         examples = {}
         for task, of_task in batches.items():
-            examples[task] = self._examples({task: of_task}, _PROMPTS_PER_CLUSTER * clusters)
+            examples[task] = self._examples({task: of_task}, PROMPTS_PER_CLUSTER * clusters)
             if not any(example.has_prompt for example in examples[task]):
                 raise BaditError(f"task {task}: has no prompts, so it cannot have a cluster")
         return examples
