@@ -47,9 +47,7 @@ def extended(dtype: str, earlier: int, reused: int) -> tuple[nn.Module, float]:
 
 
 def lora(dtype: str, rank: int) -> nn.Module:
-    config = LoraConfig(
-        r=rank, lora_alpha=8 * rank, target_modules=TARGETS, task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=rank, lora_alpha=8 * rank, target_modules=TARGETS, task_type="CAUSAL_LM")
     return get_peft_model(base(dtype), config).train()
 
 
