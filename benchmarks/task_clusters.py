@@ -52,7 +52,8 @@ def keys_of(seed: int, definitions: bool) -> dict[str, tuple[Tensor, Tensor]]:
     """Returns the keys (S, E) of training and of held-out prompts, by task."""
     sizes = {"train_per_task": TRAIN, "validation_per_task": HELD_OUT, "seed": seed}
     recipe = badit.load_recipe(RECIPE, [f"data.{key}={value}" for key, value in sizes.items()])
-    base, tokenizer = load_base(recipe)
+    model, tokenizer = load_base(recipe)
+    base: Any = model
     embedding = base.get_input_embeddings().weight.detach().float()
     moments = vocabulary_moments(embedding)
     keys = {}

@@ -34,7 +34,7 @@ def extended(dtype: str, earlier: int, reused: int) -> tuple[nn.Module, float]:
     options = with_preset({"name": "cluster-gates", "num_experts": EXPERTS, "r": RANK})
     config = BaditConfig(**options, target_modules=TARGETS, task_type="CAUSAL_LM")
     model: Any = get_peft_model(base(dtype), config)
-    hooks = hooks_of(model)
+    hooks: Any = hooks_of(model)
     hooks.start_task({"first": [batch(4, 32)]})
     for number in range(earlier):
         # A rank of its own and gates on earlier experts, as those of the last task.
