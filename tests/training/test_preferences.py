@@ -182,12 +182,38 @@ def naive_margins(folder, model_folder, split):
         ("training", {"neftune_noise_alpha": 1.0}, "neftune_noise_alpha does not apply to"),
         ("training", {"packing": True}, "training.packing: unknown key"),
         ("method", {"name": "lora", "init_lora_weights": "pissa"}, "it changes the weights of"),
+        ("method", {"name": "lora", "target_modules": ["q_proj", "lm_head"]}, "leave lm_head out"),
+        ("method", {**BADIT, "routing": "token", "target_modules": "lm_head"}, "leave lm_head out"),
+        ("method", {"name": "lora", "bias": "all"}, "biases .bias. of one adapter only"),
     ],
 )
 def test_conflicting_settings_are_refused(values, tmp_path, section, change, message):
     values[section] = change if section == "method" else {**values[section], **change}
     refuses(message, lambda: train_and_score(build_recipe(values)))
     assert not (tmp_path / "run").exists()
+
+
+def test_trained_tokens_of_a_head_that_shares_the_embeddings_are_refused(
+    values, tiny_model, model_folder, tmp_path
+):
+    """TRL fails on them with an AttributeError."""
+    tied = tiny_model("llama", tie_word_embeddings=True)
+    tied.resize_token_embeddings(
+        len(AutoTokenizer.from_pretrained(model_folder)), mean_resizing=False
+    )
+    tied.save_pretrained(model_folder)
+    values["method"] = {"name": "lora", "trainable_token_indices": [1, 2]}
+    message = "method.trainable_token_indices: cannot be used with training.objective=dpo"
+    refuses(message, fit, build_recipe(values))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_whole_copies_of_the_head_and_of_the_embeddings_are_trained(values, name):
+    values["method"] = {**LORA, "modules_to_save": [name]}
+    run = fit(build_recipe(values), progress=False)
+    assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses(run)[-1] < losses(run)[0] - 0.01
 
 
 def test_data_of_another_kind_is_refused(values, task_file, tmp_path):
