@@ -248,13 +248,15 @@ class Run(RunFolder):
                 be exported.
         """
         from badit.export.exporting import ExportOptions, export
-        from badit.export.scoring import score_export
+        from badit.export.scoring import refuse_unscorable, score_export
         from badit.runs.resolved import open_run
 
         if engine != "transformers" and not score:
             raise BaditError("--engine: generates the answers to score; add --score, or remove it")
         run = open_run(self)
         options = ExportOptions(task, all_tasks, gates, rank, merged)
+        if score:
+            refuse_unscorable(run, options, engine)
         exported = export(run, output, options, progress=progress)
         if score:
             score_export(run, exported, engine=engine, progress=progress)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import reference
 from badit.analysis.gates import adapted_layers, changed_gates, gates_of_task, mean_gates
 from badit.data import AnswerCollator, batches_by_task
+from badit.export import exporting
 from badit.export.adapter import write_adapter
 from badit.export.exporting import Export
 from badit.export.factors import beyond_lora, merge, mixture_factors
@@ -500,6 +501,7 @@ def test_tasks_without_training_or_test_data(trained, tmp_path):
     assert list(done.tasks) == ["cities"]
     options = {"task": "cities", "score": True, "progress": False}
     refuses("cities: no test instances to score", run.export, tmp_path / "b", **options)
+    assert not (tmp_path / "b").exists()
     (tmp_path / "split.jsonl").unlink()
     export(run, tmp_path / "one", gates=done.folder / "cities" / "gates.json", progress=False)
 
@@ -517,6 +519,18 @@ def test_export_command(trained, tmp_path, command):
     assert (out / "scores.json").is_file()
     assert f"vllm serve {out}" in command("export", run.path, "-o", out, "--merged")
     assert not (out / "scores.json").exists()  # they belonged to the previous export
+
+
+def test_what_can_be_refused_is_refused_before_the_model_is_loaded(trained, tmp_path, monkeypatch):
+    run = trained(BADIT)
+    monkeypatch.setattr(exporting, "load_run", lambda run: pytest.fail("loaded the model"))
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    scored = {"score": True, "all_tasks": True, "progress": False}
+    message = "engine: vllm is not installed; install vLLM here, or use transformers"
+    refuses(message, run.export, tmp_path / "out", engine="vllm", **scored)
+    refuses("engine: unknown 'vlm'", run.export, tmp_path / "out", engine="vlm", **scored)
+    refuses("gone.json", run.export, tmp_path / "out", gates=tmp_path / "gone.json")
+    assert not (tmp_path / "out").exists()
 
 
 def asked(shown):
