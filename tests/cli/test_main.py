@@ -202,5 +202,8 @@ def test_init_train_and_analyze_turn_a_csv_into_scores_and_a_report(
     assert f"Report: runs{os.sep}recipe{os.sep}report.html" in shown
     assert "the first 1 instance per task" in shown or "instances per task" in shown
     analysed = shown.split("Which tasks conflict: badit analyze runs/recipe\n")[1]
-    assert analysed.index("of tasks") < analysed.index("gradient_overall"), "the verdict is first"
-    assert "\n  badit " in analysed
+    assert analysed.index("of tasks") < analysed.index("\n  badit ") < analysed.index("Tables: ")
+    assert "gradient_overall" not in analysed, "the list of tables"
+    # The first recipe holds out a quarter of each task's eight rows.
+    assert "The gradients rest on 2 instances per task.\nThese are few" in analysed
+    assert "data.validation_per_task=16" in analysed
