@@ -11,7 +11,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import badit
-from badit.authoring import adoption
+from badit.authoring import adapters
 from badit.data import encode_examples
 from badit.support.files import read_json
 
@@ -266,7 +266,7 @@ def test_what_is_quick_to_check_is_refused_first(material, tmp_path, monkeypatch
     used = tmp_path / "used"
     used.mkdir()
     (used / "notes.txt").write_text("mine")
-    monkeypatch.setattr(adoption, "load_base", lambda *a: pytest.fail("loaded the base model"))
+    monkeypatch.setattr(adapters, "load_base", lambda *a: pytest.fail("loaded the base model"))
     words = ["adopt", adapter, "--data", wrong, "model.name=./gone"]
     assert "is not an empty folder" in command(*words, "-o", used, code=2)
     words += ["-o", tmp_path / "run"]

@@ -62,7 +62,8 @@ def refused(*commands):
     return lines
 
 
-def test_refusals_of_folders_and_data_import_no_torch(place):
+def test_refusals_of_folders_and_data_import_no_torch(place, material):
+    in_new = ["adopt", "adapter", "-o", "new", "--data", "rows.csv"]
     errors = refused(
         ["train", "recipe.yaml", "method.name=lora"],
         ["train", "recipe.yaml", "training.learning_rate=1", "--dry-run"],
@@ -74,6 +75,9 @@ def test_refusals_of_folders_and_data_import_no_torch(place):
         ["evaluate", "bare"],
         ["evaluate", "run", "--split", "validation"],
         ["export", "run", "-o", "new"],
+        ["adopt", "adapter", "-o", "run"],
+        ["adopt", "adapter", "-o", "new"],
+        [*in_new, f"model.name={material / 'model'}", "data.columns.input=nothing"],
         ["init", "rows.csv", "data.columns.input=nothing", "-o", "new"],
     )
     for error, message in zip(
@@ -89,6 +93,9 @@ def test_refusals_of_folders_and_data_import_no_torch(place):
             "data.source: is null",
             "has no validation instances",
             "use --all-tasks",
+            "run: is not an empty folder",
+            "model ./nowhere: not an existing folder",
+            "nothing",
             "nothing",
         ],
         strict=True,

@@ -1,52 +1,39 @@
-"""``badit adopt``: makes a run of an adapter that a script trained."""
+"""``badit adopt``: makes a run of an adapter that a script trained.
 
-import json
+What needs no torch is checked here, first; :mod:`badit.authoring.adapters` does the rest.
+"""
+
+from __future__ import annotations
+
 import os
 import shlex
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from typing import TYPE_CHECKING, Any
 
 from badit.data.encoding import encode_prompts
 from badit.data.prompts import build_prompt
 from badit.data.tasks import SPLITS
-from badit.evaluation.prompts import answer_command
-from badit.models import BUILT_IN, HUB_ID, built_in_path, load_tokenizer, resolve_model
+from badit.models import BUILT_IN, built_in_path, load_tokenizer, resolve_model
 from badit.recipe.loading import build_recipe, merged
-from badit.recipe.method import BOOKKEEPING, KINDS, SURGERY, ResolvedMethod, resolve_method
-from badit.recipe.saved import dump_recipe
 from badit.recipe.schema import Recipe, source_of
-from badit.runs.fingerprints import base_fingerprints, task_fingerprints, tokenizer_fingerprint
-from badit.runs.folder import RunFolder, refuse_no_adapter
-from badit.runs.resolved import ResolvedRun
+from badit.runs.folder import ADAPTER_CONFIG, RunFolder, refuse_no_adapter
 from badit.runs.unresolved import read_tasks
-from badit.support.environment import environment
-from badit.support.errors import BaditError, explained, first_line
-from badit.support.files import (
-    exclusive,
-    read_json,
-    refuse_links,
-    remove,
-    replace_folder,
-    write_json,
-    write_text,
-)
+from badit.support.console import loading_libraries
+from badit.support.errors import BaditError, explained
+from badit.support.files import exclusive, read_json, refuse_links
 from badit.support.text import counted
-from badit.training.loading import load_base, model_dtype
-from badit.training.methods import training_method
-from badit.tuner.config import ExpertConfig
 
+if TYPE_CHECKING:
+    from badit.runs.resolved import ResolvedRun
+
+WEIGHTS = "adapter_model.safetensors"  # PEFT's name, without importing PEFT
 _SECTIONS = ("model", "data", "prompt", "evaluation")  # the others say how a run was trained
-# Fields of adapter_config.json that are not options of a method.
-_NOT_OPTIONS = BOOKKEEPING | {"peft_type", "auto_mapping"}
 # Initialisations that change the base weights by random numbers or data, so loading cannot repeat
 # them.
 _CHANGE_BASE = ("corda", "lora_ga", "pissa_niter")
-_NAME_FOLDER = "name the base model's folder with model.name=FOLDER"
+NAME_FOLDER = "name the base model's folder with model.name=FOLDER"
 _SHOWN_TASKS = 5
 _SHOWN_START = 150  # characters of a prompt that are shown, if it is longer than both together
 _SHOWN_END = 100
@@ -61,15 +48,13 @@ def adopt(
 ) -> ResolvedRun:
     """Implements :func:`badit.adopt`; ``overrides`` are applied after ``values``."""
     # In the order of their duration: the data may be large, and the base model larger.
-    config_path = adapter / CONFIG_NAME
+    config_path = adapter / ADAPTER_CONFIG
     _refuse_missing(adapter)
     _refuse_other_keys([*values, *overrides])
     saved = _plain_config(config_path)
-    method = _method_of(config_path, saved)
     content = {
         "model": {"name": _base_model(saved), "revision": saved.get("revision")},
         "data": {"source": None if data is None else source_of(data)},
-        "method": dict(method.section),
         "output": output,
     }
     recipe = build_recipe(merged(content, values), overrides, where=config_path)
@@ -79,11 +64,18 @@ def adopt(
         raise BaditError(f"{folder.path}: is not an empty folder; {fix}")
     _refuse_missing_base(recipe)
 
+    tasks = None if recipe.data.source is None else read_tasks(recipe)
+    with loading_libraries():
+        from badit.authoring.adapters import method_of, write_run
+        from badit.runs.resolved import ResolvedRun
+
+    method = method_of(config_path, saved)
+    recipe = recipe.model_copy(update={"method": dict(method.section)})
     run = ResolvedRun(folder, recipe, method)
-    if recipe.data.source is not None:
-        run.tasks = read_tasks(recipe)
+    if tasks is not None:
+        run.tasks = tasks
     with exclusive(folder.path), explained(folder.path):
-        _write(run, adapter, saved)
+        write_run(run, adapter, saved)
     return run
 
 
@@ -105,9 +97,9 @@ def built_prompts(run: ResolvedRun) -> list[str]:
         lines.append(f"  {task.name}: {_shortened(str(tokenizer.decode(ids)))!r}")
     if len(run.tasks) > _SHOWN_TASKS:
         lines.append(f"  and {counted(len(run.tasks) - _SHOWN_TASKS, 'more task')}")
-    config = run.method.config
     reason = "the adapter has learnt no others"
-    if isinstance(config, ExpertConfig) and not config.has_fixed_gates:
+    # PEFT's own adapters have no gates.
+    if not getattr(run.method.config, "has_fixed_gates", True):
         reason = "other prompts select other gates"
     keys = "prompt.chat_template, prompt.encoding, prompt.max_source_tokens or data.instruction"
     lines.append(
@@ -119,6 +111,8 @@ def built_prompts(run: ResolvedRun) -> list[str]:
 
 def next_commands(run: ResolvedRun) -> list[str]:
     """Returns lines with the commands that use the adopted run first."""
+    from badit.evaluation.prompts import answer_command
+
     lines = [f"Answer an input: {answer_command(run)}"]
     if run.recipe.data.source is None:
         return lines
@@ -134,53 +128,6 @@ def _shortened(text: str) -> str:
     return f"{text[:_SHOWN_START]} … {text[-_SHOWN_END:]}"
 
 
-def _write(run: ResolvedRun, adapter: Path, saved: Mapping[str, Any]) -> None:
-    """Writes the run's folder, if its base model can be loaded with the adapter."""
-    folder = run.folder
-    partial = folder.adapter_path.with_name("adapter.partial")
-    partial.mkdir()
-    try:
-        write_json(
-            partial / CONFIG_NAME, {**saved, "base_model_name_or_path": run.recipe.model.name}
-        )
-        shutil.copyfile(adapter / SAFETENSORS_WEIGHTS_NAME, partial / SAFETENSORS_WEIGHTS_NAME)
-        model, tokenizer = _loaded_base(run.recipe)
-        # Before the adapter, which may change the base weights.
-        inputs = base_fingerprints(model)
-        inputs |= tokenizer_fingerprint(tokenizer, run.recipe.prompt.chat_template)
-        _refuse_unsuitable(run, model, partial, adapter)
-        if run.recipe.data.source is not None:
-            inputs |= task_fingerprints(run.tasks)
-        record = {**environment(), "dtype": model_dtype(run.recipe)}
-        record |= {"adopted": str(adapter.resolve()), "inputs": inputs}
-        write_json(folder.environment_path, record)
-        replace_folder(partial, folder.adapter_path)
-    finally:
-        remove(partial)
-    # The last file: it makes the folder a run.
-    write_text(folder.config_path, dump_recipe(run.recipe))
-
-
-def _loaded_base(recipe: Recipe) -> tuple[Any, Any]:
-    """Loads the base model; an error says that a hub id may be meant as a folder."""
-    try:
-        return load_base(recipe)
-    except BaditError as error:
-        name = recipe.model.name
-        # Of a relative path of two parts, only the attempt shows that it is no hub id.
-        if HUB_ID.fullmatch(name) and not Path(name).is_dir():
-            raise BaditError(f"{error}; if it is a folder, {_NAME_FOLDER}") from None
-        raise
-
-
-def _refuse_unsuitable(run: ResolvedRun, model: Any, copied: Path, adapter: Path) -> None:
-    """Raises BaditError, which names the ``adapter``, if its copy does not fit the base model."""
-    try:
-        training_method(run.method).load(model, copied)
-    except BaditError as error:
-        raise BaditError(str(error).replace(str(copied), str(adapter))) from None
-
-
 def _refuse_missing_base(recipe: Recipe) -> None:
     """Raises BaditError if the base model is neither a folder nor can be on the hub."""
     if recipe.model.name == BUILT_IN:  # which would be downloaded here
@@ -188,16 +135,16 @@ def _refuse_missing_base(recipe: Recipe) -> None:
     try:
         resolve_model(recipe.model.name)
     except BaditError as error:
-        raise BaditError(f"{error}; {_NAME_FOLDER}") from None
+        raise BaditError(f"{error}; {NAME_FOLDER}") from None
 
 
 def _refuse_missing(adapter: Path) -> None:
     """Raises BaditError unless the folder has an adapter's configuration and its weights."""
     refuse_no_adapter(adapter)
     refuse_links(adapter)
-    if not (adapter / SAFETENSORS_WEIGHTS_NAME).is_file():
+    if not (adapter / WEIGHTS).is_file():
         fix = "save the adapter with safe_serialization=True; pickled weights are not read"
-        raise BaditError(f"{adapter}: has no {SAFETENSORS_WEIGHTS_NAME}; {fix}")
+        raise BaditError(f"{adapter}: has no {WEIGHTS}; {fix}")
 
 
 def _plain_config(path: Path) -> dict[str, Any]:
@@ -220,49 +167,11 @@ def _plain_config(path: Path) -> dict[str, Any]:
     return {**plain, "init_lora_weights": True} if initial == "eva" else plain
 
 
-def _method_of(path: Path, saved: Mapping[str, Any]) -> ResolvedMethod:
-    """Returns the method that trains such an adapter, with the adapter's options."""
-    peft_type = saved.get("peft_type")
-    methods = {
-        name: resolve_method({"name": name})
-        for name, kind in KINDS.items()
-        if kind.trains == "adapter" and name not in SURGERY
-    }
-    of_type = [name for name in methods if methods[name].config.peft_type.value == peft_type]
-    if not of_type:
-        types = sorted({method.config.peft_type.value for method in methods.values()})
-        problem = f"is {peft_type!r:.60}; badit has methods of {', '.join(types)}"
-        raise BaditError(f"{path}: peft_type: {problem}; load this adapter with PEFT")
-
-    def is_fixed_by(name: str) -> bool:
-        return all(saved.get(key) == value for key, value in KINDS[name].fixed.items())
-
-    # LoRA itself fixes nothing, so its variants come first.
-    name = max(filter(is_fixed_by, of_type), key=lambda name: len(KINDS[name].fixed))
-    kind = KINDS[name]
-    defaults = {}
-    # The defaults of a recipe may differ from those of an adapter with experts.
-    if not issubclass(kind.config_class, ExpertConfig):
-        defaults = json.loads(json.dumps(kind.config_class().to_dict(), default=sorted))
-    options = {}
-    for key, value in saved.items():
-        is_default = key in defaults and value == defaults[key]
-        if key not in _NOT_OPTIONS | kind.fixed.keys() and not is_default:
-            options[key] = value
-    try:
-        kind.config_class.check_kwargs(**saved)  # refuses other formats
-        return resolve_method({"name": name, **options})
-    except BaditError as error:
-        raise BaditError(f"{path}: {error}") from None
-    except Exception as error:  # the values can have any type
-        raise BaditError(f"{path}: {first_line(error)}") from None
-
-
 def _base_model(saved: Mapping[str, Any]) -> Any:
     name = saved.get("base_model_name_or_path")
     if not name:
         fix = "name it with model.name=MODEL"
-        raise BaditError(f"{CONFIG_NAME}: base_model_name_or_path: is empty; {fix}")
+        raise BaditError(f"{ADAPTER_CONFIG}: base_model_name_or_path: is empty; {fix}")
     path = os.path.abspath(os.path.expanduser(str(name)))
     # A script's built-in model has the folder in the cache as its name.
     if Path(path) == built_in_path():
