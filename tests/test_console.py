@@ -32,6 +32,17 @@ def test_a_long_status_is_printed_once_without_a_terminal(
     assert capsys.readouterr().err == ("badit: loading a model …\n" if is_shown else "")
 
 
+def test_a_wait_within_a_wait_is_not_printed_too(monkeypatch, capsys):
+    monkeypatch.setattr(console, "_PATIENCE", 0.05)
+    with status("outer", in_logs=True):
+        for _ in range(2):
+            with status("inner", in_logs=True):
+                time.sleep(0.3)
+    with status("after", in_logs=True):
+        time.sleep(0.3)
+    assert capsys.readouterr().err == "badit: outer …\nbadit: after …\n"
+
+
 def test_quiet_contexts_are_nested(monkeypatch, capsys):
     monkeypatch.setattr(console, "_PATIENCE", 0)
     with quiet():

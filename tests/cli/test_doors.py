@@ -126,3 +126,45 @@ def test_refusals_of_method_options_import_no_torch(place):
         strict=True,
     ):
         assert message in error
+
+
+# Interrupts a command at its first import of a slow library, and prints whether a wait is shown.
+WAITS = """
+import json, sys
+from badit.cli import main
+from badit.support import console
+
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name in ("torch", "peft", "accelerate"):
+            print(json.dumps(console._is_announced))
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupts())
+for words in json.loads(sys.argv[1]):
+    assert main(words) == 130, words
+"""
+
+
+def test_libraries_are_loaded_with_a_status_also_in_a_log(place, material):
+    model = f"model.name={material / 'model'}"
+    commands = [
+        ["train", "recipe.yaml", "output=new"],
+        ["train", "recipe.yaml", "output=new", "--dry-run"],
+        ["compare", "compared.yaml", "output=new"],
+        ["compare", "compared.yaml", "output=new", "--dry-run"],
+        ["adopt", "adapter", model, "-o", "new"],
+        ["extend", "run", str(material / "tasks.jsonl")],
+        ["evaluate", "run"],
+        ["generate", "run", "Hi"],
+        ["export", "run", "-o", "new", "--task", "cities"],
+        ["analyze", "run"],
+        ["push", "run", "a/b"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["true"] * len(commands), done.stderr

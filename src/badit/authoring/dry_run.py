@@ -50,7 +50,7 @@ def check(recipe: Recipe, tasks: list[Task] | None = None) -> list[str]:
             problems.extend(str(error).split("\n"))
 
     run: ResolvedRun | None = tried(lambda: resolve(recipe, tasks))
-    with status(f"checking {recipe.model.name}"):
+    with status(f"checking {recipe.model.name}", in_logs=True):
         options = recipe.model.model_dump(exclude={"dtype", "quantisation"})
         tokenizer = tried(lambda: load_tokenizer(**options))
     # Also with invalid data, so that all problems are reported at once.
@@ -88,7 +88,7 @@ def check_comparison(recipe: Recipe) -> list[str]:
     first_cell = grid.chosen(reference, grid.start_rates[reference])[0]
     # Without the first line, which names the folder of this one run.
     lines_of_run = check(grid.recipe_of(first_cell))[1:]
-    with status("checking data and methods"):
+    with status("checking data and methods", in_logs=True):
         tasks, counts = check_grid(grid, FinishedCells(grid))
     rows = []
     total = 0
@@ -125,7 +125,7 @@ class _DryRun:
         counts += f" {recipe.evaluation.split} instances"
         lines = [f"{tasks}, {counts}; the run would be written to {recipe.output}"]
         # Also if nothing is trained: encoding refuses instances that the model cannot take.
-        with status("reading the longest prompts"):
+        with status("reading the longest prompts", in_logs=True):
             longest, sample = self._longest(), self._sample()
         if not run.method.trains:
             return [*lines, f"the method {self.method.name} trains nothing"]
@@ -193,7 +193,7 @@ class _DryRun:
         return encoded(self.tokenizer, self.run.recipe, pairs, self.model)
 
     def _time(self, steps: int, sample: Sequence[dict[str, Any]]) -> str:
-        with status("timing steps with few layers"):
+        with status("timing steps with few layers", in_logs=True):
             seconds = estimated_seconds(self.run, self.tokenizer, sample)
         if seconds is None:
             return "time unknown: steps with few layers cannot be tried on this machine"

@@ -80,7 +80,7 @@ def compare(
     if jobs is None:
         jobs = 1 if cluster is None else cluster.places()
     with exclusive(output):
-        with status("checking data and methods"):
+        with status("checking data and methods", in_logs=True):
             comparison = _Comparison(grid, jobs, say if progress else _say_nothing, cluster)
         # Those of the cells go to their log files.
         if cluster is None:
