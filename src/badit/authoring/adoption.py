@@ -37,6 +37,7 @@ from badit.support.files import (
 from badit.support.text import counted
 from badit.training.loading import load_base, model_dtype
 from badit.training.methods import training_method
+from badit.training.saved_adapters import tensor_shapes
 from badit.tuner.config import ExpertConfig
 
 _SECTIONS = ("model", "data", "prompt", "evaluation")  # the others say how a run was trained
@@ -191,12 +192,13 @@ def _refuse_missing_base(recipe: Recipe) -> None:
 
 
 def _refuse_missing(adapter: Path) -> None:
-    """Raises BaditError unless the folder has an adapter's configuration and its weights."""
+    """Raises BaditError unless the folder has an adapter's configuration and readable weights."""
     refuse_no_adapter(adapter)
     refuse_links(adapter)
     if not (adapter / SAFETENSORS_WEIGHTS_NAME).is_file():
         fix = "save the adapter with safe_serialization=True; pickled weights are not read"
         raise BaditError(f"{adapter}: has no {SAFETENSORS_WEIGHTS_NAME}; {fix}")
+    tensor_shapes(adapter / SAFETENSORS_WEIGHTS_NAME)  # refuses a damaged file
 
 
 def _plain_config(path: Path) -> dict[str, Any]:
