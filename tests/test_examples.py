@@ -8,13 +8,11 @@ import sys
 import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM
 
-from badit.data import AnswerCollator
 from badit.support.files import read_json
 from data.examples import CHAT, write_rows
 from docs.pages import ROOT, Page
-from training.trainers import QUIET, examples
 
 README = Page("README.md")
 
@@ -70,24 +68,17 @@ def test_readme_links_and_paths_in_the_architecture_tree_exist():
     assert [name for name in tree if not (ROOT / "src" / "badit" / name).exists()] == []
 
 
-def test_readme_snippet_runs_and_its_adapter_loads(tiny_model, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("tiny_built_in")
+def test_readme_snippet_runs_and_its_adapter_loads(material, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = TrainingArguments(output_dir="out", max_steps=3, remove_unused_columns=False, **QUIET)
+    rows = [{"prompt": f"Where is {name}?", "completion": name} for name in ("Rome", "Oslo")] * 4
+    write_rows(tmp_path / "rows.jsonl", *rows)
     (tune,) = README.blocks("python")
     load = Page("docs/integrations.md").blocks("python")[0].replace("runs/mine/adapter", "adapter")
-    exec(
-        tune,
-        {
-            "model": tiny_model("llama"),
-            "args": args,
-            "dataset": examples(),
-            "collator": AnswerCollator(0),
-        },
-    )
-    tiny_model("llama").save_pretrained("base")
+    exec(tune, {})
     # In a new process, in which only the snippet registers the method with PEFT.
     base = "from transformers import AutoModelForCausalLM\n"
-    base += "base = AutoModelForCausalLM.from_pretrained('base')\n"
+    base += f"base = AutoModelForCausalLM.from_pretrained({str(material / 'model')!r})\n"
     done = subprocess.run(
         [sys.executable, "-c", base + load], capture_output=True, text=True, check=False
     )

@@ -17,6 +17,7 @@ from typing import Any
 from screening import Cell, Experiment
 
 SEED = 20  # of the first part
+FURTHER_SEEDS = (21, 22)  # of the second part
 LORA = {"name": "lora", "r": 34, "lora_alpha": 272, "lora_dropout": 0.05}
 EXPERTS = {"name": "badit", "num_experts": 8, "r": 4, "lora_dropout": 0.05}
 BAD = {**EXPERTS, "init_weights": "bad", "gated": "change"}
@@ -26,6 +27,7 @@ CLUSTERS = {"gates": "clusters", "key": "embedding", "regroup": None}
 # no rescaling.
 PUBLISHED = {"every": 0.1, "stop": 0.5, "solver": "paper", "restarts": 10, "rescale": False}
 LAYER_CLUSTERS = {"gates": "clusters", "key": "layer", "regroup": None}
+RANDOM_START = {**EXPERTS, "init_weights": "lora"}  # with clusters of each layer: cluster-gates
 ROUTER = {"gates": "mean_one"}
 SLOW_ROUTER = {"router_lr_ratio": 0.3}
 
@@ -45,7 +47,7 @@ def router(learning_rate: float, **options: Any) -> Cell:
 
 
 # In the order of training.
-CELLS = {
+FIRST_PART = {
     "lora@2e-3": Cell(LORA, 2e-3),
     "bad-grouped@2e-3": Cell(clusters(BAD, "grouped"), 2e-3),
     "bad-matched@2e-3": Cell(clusters(BAD, "matched"), 2e-3),
@@ -57,24 +59,28 @@ CELLS = {
         layer_clusters(BAD, "grouped", permute_codes=True), 2e-3
     ),
     "bad-layer-regroup@2e-3": Cell(layer_clusters(BAD, "random", regroup=PUBLISHED), 2e-3),
-    "bad-router-regroup@2e-3": router(2e-3, regroup=PUBLISHED),
-    "bad-layer-grouped-regroup@2e-3": Cell(layer_clusters(BAD, "grouped", regroup=PUBLISHED), 2e-3),
-    "bad-layer-grouped@1e-3": Cell(layer_clusters(BAD, "grouped"), 1e-3),
-    "directions-layer-grouped@2e-3": Cell(layer_clusters(DIRECTIONS, "grouped"), 2e-3),
     "bad-router-regroup@5e-4": router(5e-4, regroup=PUBLISHED),
-    "bad-router@1e-3": router(1e-3),
-    "bad-grouped@4e-3": Cell(clusters(BAD, "grouped"), 4e-3),
-    "bad-random@2e-3": Cell(clusters(BAD, "random"), 2e-3),
-    "bad-grouped-permuted@2e-3": Cell(clusters(BAD, "grouped", permute_codes=True), 2e-3),
-    "bad-matched-regroup@2e-3": Cell(clusters(BAD, "matched", regroup=PUBLISHED), 2e-3),
-    "directions-grouped@2e-3": Cell(clusters(DIRECTIONS, "grouped"), 2e-3),
+    "bad-layer-grouped-regroup@2e-3": Cell(layer_clusters(BAD, "grouped", regroup=PUBLISHED), 2e-3),
+    "directions-layer-grouped@2e-3": Cell(layer_clusters(DIRECTIONS, "grouped"), 2e-3),
+    "bad-layer-grouped@1e-3": Cell(layer_clusters(BAD, "grouped"), 1e-3),
 }
+# Seed 20 of the first two is in stage 1.
+SECOND_PART = {
+    "lora@1e-3": Cell(LORA, 1e-3),
+    "cluster-gates@2e-3": Cell(layer_clusters(RANDOM_START, "random"), 2e-3),
+    **{
+        name: FIRST_PART[name]
+        for name in ("bad-layer-grouped@2e-3", "bad-layer@2e-3", "bad-layer-grouped-permuted@2e-3")
+    },
+}
+CELLS = {**FIRST_PART, **SECOND_PART}
 
 
 def main() -> None:
     experiment = Experiment("abilities-codes", CELLS)
     if sys.argv[1:] != ["table"]:
-        experiment.train([(name, SEED) for name in CELLS])
+        experiment.train([(name, SEED) for name in FIRST_PART])
+        experiment.train([(name, seed) for seed in FURTHER_SEEDS for name in SECOND_PART])
     print(experiment.table(CELLS, reference="lora@2e-3"))
 
 

@@ -73,4 +73,4 @@ def test_quickstart_runs_and_writes_its_report(tmp_path):
             if arguments != ["--version"]:
                 assert main(arguments) == 0
     assert not [*commands], "every command has run"
-    assert (tmp_path / "runs/mine/report.html").is_file()
+    assert (tmp_path / "runs/recipe/report.html").is_file()

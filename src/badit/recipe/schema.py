@@ -249,7 +249,7 @@ class ExtendSection(Section):
         "null: that of 0, 0.5 and 1 with the lowest loss",
     )
     coverage: float = Field(
-        0.93,
+        0.95,
         ge=-1,
         le=1,
         description="a task is covered if 80 % of its prompts have a larger cosine to an existing "

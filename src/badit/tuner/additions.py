@@ -245,6 +245,14 @@ def start_extension(layers: Sequence[Any], adapter: str, losses: Losses, start: 
 
     ``start`` is the start β of the gates of earlier abilities; None chooses it by the loss.
     """
+    extensions = layers[0].badit_config[adapter].extensions
+    if extensions[-1].used:
+        _start_gates(layers, adapter, losses, start)
+    _find_directions(layers, adapter, len(extensions), losses)
+
+
+def _start_gates(layers: Sequence[Any], adapter: str, losses: Losses, start: Any) -> None:
+    """Sets which earlier abilities the last extension uses, and the first gates of these."""
     code = _natural_gates(layers, adapter, losses)
     number = len(layers[0].badit_config[adapter].extensions)
     first_gates = []
@@ -256,7 +264,6 @@ def start_extension(layers: Sequence[Any], adapter: str, losses: Losses, start: 
         used_U.copy_(order_G[: len(used_U)])
         first_gates.append((extensions.of("gates", number), gates_G[order_G[: len(used_U)]]))
     _choose_start(first_gates, losses, STARTS if start is None else (start,))
-    _find_directions(layers, adapter, number, losses)
 
 
 def _natural_gates(layers: Sequence[Any], adapter: str, losses: Losses) -> dict[Any, Tensor]:
