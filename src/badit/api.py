@@ -259,13 +259,13 @@ class Run(RunFolder):
             BaditError: the run or task does not exist, the output is in use, or the method cannot
                 be exported.
         """
-        from badit.export.options import ExportOptions, refuse_varying_gates
+        from badit.export.options import ExportOptions, refuse_export
         from badit.runs.unresolved import UnresolvedRun
 
         if engine != "transformers" and not score:
             raise BaditError("--engine: generates the answers to score; add --score, or remove it")
         options = ExportOptions(task, all_tasks, gates, rank, merged)
-        refuse_varying_gates(UnresolvedRun(self, self.trusted_recipe()), options)
+        refuse_export(UnresolvedRun(self, self.trusted_recipe()), output, options)
         with loading_libraries():
             from badit.export.exporting import export
             from badit.export.scoring import refuse_unscorable, score_export

@@ -178,6 +178,11 @@ def test_evaluate_prints_the_scores_of_the_chosen_split(recipe_file, tmp_path, c
     assert shown[-1] == f"{read_json(tmp_path / 'run' / 'scores-validation.json')['nll']:.3f}"
 
 
+def test_help_of_analyze_names_all_that_data_can_be(command):
+    shown = " ".join(command("analyze", "--help").replace("│", " ").split())
+    assert "data.source: a file, a folder, a pattern with *, a dataset on the hub or" in shown
+
+
 def test_init_train_and_analyze_turn_a_csv_into_scores_and_a_report(
     tiny_built_in, tmp_path, monkeypatch, capsys
 ):

@@ -26,10 +26,10 @@ from badit.data import AnswerCollator, Task, batches_by_task
 from badit.method import prompt_mean
 from badit.recipe.schema import Recipe
 from badit.runs.fingerprints import model_fingerprint, task_fingerprints
-from badit.runs.folder import RECORD, RunFolder
+from badit.runs.folder import RunFolder, read_export
 from badit.support.console import waiting
 from badit.support.errors import BaditError, nearest
-from badit.support.files import is_number, read_json, refuse_links, write_json
+from badit.support.files import is_number, read_json, write_json
 from badit.training.encoding import encoded
 from badit.training.loading import model_dtype
 from badit.training.trainer import answer_losses
@@ -299,9 +299,7 @@ def read_gates(path: Path, model: PeftModel) -> Gates:
 
     It must have one gate for every expert of every adapted module and nothing else.
     """
-    if (path.parent / RECORD).is_file():
-        refuse_links(path.parent)  # an export, which may be untrusted
-    return _checked_gates(read_json(path), path, model)
+    return _checked_gates(read_export(path), path, model)
 
 
 def _checked_gates(content: Mapping[str, Any], path: Path, model: PeftModel) -> Gates:

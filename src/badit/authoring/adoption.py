@@ -68,7 +68,9 @@ def adopt(
     with loading_libraries():
         from badit.authoring.adapters import method_of, write_run
         from badit.runs.resolved import ResolvedRun
+        from badit.training.saved_adapters import tensor_shapes
 
+    tensor_shapes(adapter / WEIGHTS)  # refuses a damaged file
     method = method_of(config_path, saved)
     recipe = recipe.model_copy(update={"method": dict(method.section)})
     run = ResolvedRun(folder, recipe, method)

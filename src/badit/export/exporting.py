@@ -29,28 +29,17 @@ from badit.export.factors import (
     merged_model,
     mixture_factors,
 )
-from badit.export.options import ExportOptions, refuse_varying_gates
+from badit.export.options import SCORES, ExportOptions, refuse_other_files, refuse_varying_gates
 from badit.hub.card import CARD, hub_id, model_card
-from badit.runs.folder import RECORD, AnyPath
+from badit.runs.folder import RECORD, AnyPath, read_export
 from badit.runs.resolved import ResolvedRun
 from badit.support.console import status
 from badit.support.errors import BaditError, explained
-from badit.support.files import (
-    OWNER,
-    exclusive,
-    read_json,
-    refuse_links,
-    remove,
-    replace_folder,
-    write_json,
-    write_text,
-)
+from badit.support.files import exclusive, remove, replace_folder, write_json, write_text
 from badit.support.text import counted
 from badit.training.checkpoints import checksums
 from badit.training.loading import load_run
 from badit.tuner import ExpertConfig
-
-SCORES = "scores.json"
 
 
 @dataclass(frozen=True)
@@ -108,13 +97,13 @@ def export(
     """
     output = Path(output)
     # Everything that can be refused is refused before the model is loaded.
-    _refuse_other_files(output)
+    refuse_other_files(output)
     _refuse_options(run, options)
     if options.all_tasks:
         _refuse_reserved_names(run)
     chosen_task = _chosen_task(run, options)
     if options.gates is not None:
-        read_json(Path(options.gates))  # refuses a missing or damaged file
+        read_export(Path(options.gates))  # refuses a missing or damaged file
     model, tokenizer = load_run(run)
     if options.gates is not None:
         path = Path(options.gates)
@@ -321,25 +310,3 @@ def _mean_gates(
 def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
     files = sorted(path.name for path in folder.iterdir())
     write_json(folder / RECORD, {**record, "files": files})
-
-
-def _refuse_other_files(folder: Path) -> None:
-    """Raises BaditError unless the folder is new, empty, or has only an earlier export."""
-    fix = "choose another folder with -o"
-    if folder.exists() and not folder.is_dir():
-        raise BaditError(f"{folder}: is a file; {fix}")
-    if Path.cwd().is_relative_to(folder.resolve()):
-        raise BaditError(f"{folder}: contains the current folder and would be replaced; {fix}")
-    written: list[Any] = [OWNER]
-    if (folder / RECORD).is_file():
-        refuse_links(folder)
-        files = read_json(folder / RECORD).get("files")
-        if isinstance(files, list):
-            # The scores are measured after the record is written.
-            written += [RECORD, SCORES, *files]
-    for path in sorted(folder.glob("*")):
-        if path.name.removesuffix(".partial") not in written:  # left by a killed process
-            raise BaditError(f"{folder}: holds {path.name}, which badit did not write; {fix}")
-        # An export of all tasks has an export of each task.
-        if path.is_dir():
-            _refuse_other_files(path)

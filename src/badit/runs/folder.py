@@ -60,6 +60,13 @@ def refuse_run(output: AnyPath) -> None:
         raise BaditError(f"{os.fspath(output)}: contains a run; {fix}")
 
 
+def read_export(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that may be in the folder of an export, which may be untrusted."""
+    if (path.parent / RECORD).is_file():
+        refuse_links(path.parent)
+    return read_json(path)
+
+
 class RunFolder:
     """A run, given by its folder. Properties read the folder's files at every access.
 
