@@ -257,7 +257,7 @@ def test_a_relative_base_model_becomes_an_absolute_path(material, tmp_path, monk
 
 
 def test_what_is_quick_to_check_is_refused_first(material, tmp_path, monkeypatch, command):
-    """The order: the adapter, the output folder, the base model's place, the data, the model."""
+    """The order: the output folder, the base model's place, the data, the weights, the model."""
     adapter = script_adapter(
         material, tmp_path / "script", LoraConfig(r=2, target_modules=["q_proj"])
     )
@@ -273,6 +273,7 @@ def test_what_is_quick_to_check_is_refused_first(material, tmp_path, monkeypatch
     assert "model ./gone" in command(*words, code=2)
     words[4] = f"model.name={material / 'model'}"
     assert "wrong.csv" in command(*words, code=2)
+    words[3] = material / "tasks.jsonl"
     (adapter / "adapter_model.safetensors").write_bytes(b"damaged")
     assert "adapter_model.safetensors: cannot be loaded" in command(*words, code=2)
     assert not (tmp_path / "run").exists()
