@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from ast import literal_eval
 from copy import deepcopy
 
 import pytest
@@ -10,6 +11,8 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import badit
+from badit.authoring import adoption
+from badit.data import encode_examples
 from badit.support.files import read_json
 
 METHODS = [
@@ -76,7 +79,11 @@ def test_commands_name_adopt_and_then_accept_the_adapter(material, tmp_path, com
     tasks = material / "tasks.jsonl"
     run = tmp_path / "run"
     shown = command("adopt", adapter, "evaluation.max_new_tokens=4", "--data", tasks, "-o", run)
-    assert shown == f"Run: {run} (lora on {material / 'model'})\nNext: badit evaluate {run}\n"
+    assert shown.startswith(f"Run: {run} (lora on {material / 'model'})\n")
+    assert shown.endswith(
+        f"\nScore it: badit evaluate {run}\n"
+        f"Answer an input: badit generate {run} --task cities INPUT\n"
+    )
     assert "cities" in command("evaluate", run)
     command("generate", run, "land 1", "--task", "rivers")
     command("analyze", run, "--instances", 2)
@@ -99,7 +106,8 @@ def test_without_data_only_commands_that_need_tasks_are_refused(material, tmp_pa
         material, tmp_path / "script", LoraConfig(r=2, target_modules=["q_proj"])
     )
     run = tmp_path / "run"
-    command("adopt", adapter, "-o", run)
+    shown = command("adopt", adapter, "-o", run)
+    assert shown.endswith(f"\nAnswer an input: badit generate {run} PROMPT\n")
     command("generate", run, "land 1")
     command("export", run, "-o", tmp_path / "export")
     for words in (["evaluate", run], ["analyze", run], ["generate", run, "x", "--task", "rivers"]):
@@ -120,7 +128,18 @@ def broken(adapter, **changes):
         ({"init_lora_weights": "lora_ga"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         ({"base_model_name_or_path": None}, "name_or_path: is empty; .*model.name=MODEL"),
-        ({"base_model_name_or_path": "gone"}, "model gone: not an existing folder"),
+        (
+            {"base_model_name_or_path": "gone"},
+            "model gone: not an existing folder.*with model.name=FOLDER",
+        ),
+        (
+            {"base_model_name_or_path": "./base"},
+            "model ./base: not an existing folder.*with model.name=FOLDER",
+        ),
+        (
+            {"base_model_name_or_path": "models/base"},
+            "loaded from the hub.*if it is a folder.*with model.name=FOLDER",
+        ),
         ({"r": 3}, "adapter"),
         ({"r": "2"}, "adapter_config.json"),
         ({"surprise": 1}, "surprise"),
@@ -128,8 +147,9 @@ def broken(adapter, **changes):
     ],
 )  # fmt: skip
 def test_unsuitable_adapters_are_refused_and_nothing_is_written(
-    changes, message, material, tmp_path
+    changes, message, material, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     adapter = script_adapter(
         material, tmp_path / "script", LoraConfig(r=2, target_modules=["q_proj"])
     )
@@ -149,10 +169,113 @@ def test_wrong_folders_and_keys_are_refused(material, tmp_path, command):
     assert "no adapter_config.json" in command("adopt", tmp_path / "gone", "-o", run, code=2)
     shown = command("adopt", adapter, "training.seed=1", "-o", run, code=2)
     assert "training.seed=1" in shown
-    assert "is not empty" in command("adopt", adapter, "-o", adapter.parent, code=2)
+    for used in (adapter.parent, adapter / "adapter_config.json"):
+        assert "is not an empty folder" in command("adopt", adapter, "-o", used, code=2)
     assert not run.exists()
     shutil.move(adapter / "adapter_model.safetensors", adapter / "adapter_model.bin")
     assert "safe_serialization=True" in command("adopt", adapter, "-o", run, code=2)
+
+
+def prompts_in(shown):
+    lines = (line.partition(": ") for line in shown.splitlines() if line.startswith("  "))
+    return {name.strip(): literal_eval(text) for name, _, text in lines if text}
+
+
+@pytest.mark.parametrize("template", ["auto", "never"])
+def test_prompts_are_shown_as_they_are_encoded(material, tmp_path, command, template):
+    adapter = script_adapter(
+        material, tmp_path / "script", LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    run = tmp_path / "run"
+    words = ["adopt", adapter, f"prompt.chat_template={template}", "-o", run]
+    shown = command(*words, "--data", material / "tasks.jsonl")
+    command("evaluate", run)
+    tasks = badit.load_tasks(material / "tasks.jsonl")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(material / "model")
+    examples = encode_examples(
+        tokenizer, [(task, task.train[0]) for task in tasks], chat_template=template
+    )
+    expected = {
+        example["task"]: tokenizer.decode(example["input_ids"][: example["prompt_length"]])
+        for example in examples
+    }
+    assert prompts_in(shown) == expected
+    assert "the adapter has learnt no others" in shown
+    assert "prompt.chat_template" in shown.splitlines()[-4]
+
+
+def test_of_many_tasks_five_long_prompts_are_shown_shortened(trained, material, tmp_path, command):
+    rows = [
+        {"task": f"t{i}", "input": f"start{i}\n" + "\x1b long " * 99 + f"end{i}", "output": "x"}
+        for i in range(7)
+    ]
+    file = tmp_path / "many.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapter = trained({"name": "cluster-gates", "num_experts": 4, "r": 2}).adapter_path
+    words = ["adopt", adapter, "prompt.chat_template=never", "--data", file, "-o", tmp_path / "r"]
+    shown = command(*words)
+    prompts = prompts_in(shown)
+    assert list(prompts) == ["t0", "t1", "t2", "t3", "t4"]
+    assert "and 2 more tasks" in shown
+    assert "\x1b" not in shown
+    assert "other prompts select other gates" in shown
+    assert "Score it" not in shown, "the data has no test instances"
+    for i, prompt in enumerate(prompts.values()):
+        start, end = prompt.split(" … ")
+        assert start.startswith(f"<s>start{i}\n\x1b")
+        assert end.endswith(f"end{i}\n")
+        assert len(prompt) < 300
+
+
+def test_next_commands_of_tasks_with_several_instructions_work(material, tmp_path, command):
+    rows = [{"task": "a", "instruction": f"Do {i}.", "input": "x", "output": "y"} for i in range(3)]
+    file = tmp_path / "several.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapter = script_adapter(
+        material, tmp_path / "script", LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    run = tmp_path / "run"
+    several = "data.columns.instruction=instruction"
+    shown = command("adopt", adapter, several, "--data", file, "-o", run)
+    assert shown.endswith(f"\nAnswer an input: badit generate {run} PROMPT\n")
+    command("generate", run, "PROMPT")
+
+
+def test_a_relative_base_model_becomes_an_absolute_path(material, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(material)
+    adapter = script_adapter(
+        material, tmp_path / "script", LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    broken(adapter, base_model_name_or_path="./model")
+    run = tmp_path / "run"
+    command("adopt", adapter, "-o", run)
+    monkeypatch.chdir(tmp_path)
+    assert badit.Run(run).recipe.model.name == str(material / "model")
+    config = read_json(run / "adapter" / "adapter_config.json")
+    assert config["base_model_name_or_path"] == str(material / "model")
+    command("generate", run, "land 1")
+
+
+def test_what_is_quick_to_check_is_refused_first(material, tmp_path, monkeypatch, command):
+    """The order: the adapter, the output folder, the base model's place, the data, the model."""
+    adapter = script_adapter(
+        material, tmp_path / "script", LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    wrong = tmp_path / "wrong.csv"
+    wrong.write_text("question,label\na,b\n")
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "notes.txt").write_text("mine")
+    monkeypatch.setattr(adoption, "load_base", lambda *a: pytest.fail("loaded the base model"))
+    words = ["adopt", adapter, "--data", wrong, "model.name=./gone"]
+    assert "is not an empty folder" in command(*words, "-o", used, code=2)
+    words += ["-o", tmp_path / "run"]
+    assert "model ./gone" in command(*words, code=2)
+    words[4] = f"model.name={material / 'model'}"
+    assert "wrong.csv" in command(*words, code=2)
+    (adapter / "adapter_model.safetensors").write_bytes(b"damaged")
+    assert "adapter_model.safetensors: cannot be loaded" in command(*words, code=2)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_adapter_initialised_by_eva_is_adopted_without_its_pass_over_data(material, tmp_path):

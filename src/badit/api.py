@@ -248,13 +248,15 @@ class Run(RunFolder):
                 be exported.
         """
         from badit.export.exporting import ExportOptions, export
-        from badit.export.scoring import score_export
+        from badit.export.scoring import refuse_unscorable, score_export
         from badit.runs.resolved import open_run
 
         if engine != "transformers" and not score:
             raise BaditError("--engine: generates the answers to score; add --score, or remove it")
         run = open_run(self)
         options = ExportOptions(task, all_tasks, gates, rank, merged)
+        if score:
+            refuse_unscorable(run, options, engine)
         exported = export(run, output, options, progress=progress)
         if score:
             score_export(run, exported, engine=engine, progress=progress)
@@ -346,8 +348,8 @@ def adopt(
     from badit.authoring.adoption import adopt
 
     source = None if data is None else os.fspath(data)
-    folder = adopt(Path(adapter), os.fspath(output), source, values)
-    return Run(folder.path, trust_remote_code=folder.recipe.model.trust_remote_code)
+    run = adopt(Path(adapter), os.fspath(output), source, values)
+    return Run(run.folder.path, trust_remote_code=run.recipe.model.trust_remote_code)
 
 
 def plan(recipe: RecipeLike | None = None, /, **values: Any) -> ResolvedRun:
@@ -378,7 +380,8 @@ def analyze(
     Args:
         target: a run's folder, a comparison's folder, or a base model (with --data) such as
             smollm2-135m.
-        data: tasks to measure on: a folder, a .jsonl file, or 'builtin' (default: the run's own).
+        data: tasks to measure on, as a recipe's data.source: a file, a folder, a pattern with *, a
+            dataset on the hub or 'builtin' (default: the run's own).
         instances: number of instances per task, at least 2 (not used with a comparison).
         output: the folder to write to (default: the target; for a base model, runs/analysis).
         progress: show progress bars on stderr.

@@ -1,5 +1,7 @@
 """The verdict on conflicts: which pairs are named, how sure they are, and the next command."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,13 +16,16 @@ AGREEMENT = {"cosine": 0.3, "corrected_cosine": 0.4, "low": 0.2, "high": 0.4, "c
 UNDECIDED = {**UNSURE, "conflict": np.nan, "instances_needed": 18.0}
 
 
-def verdict_of(*pairs, measured=RUN, kind="adapter"):
+def verdict_of(*pairs, measured=RUN, kind="adapter", counts=None):
     rows = [
         {"task_a": f"a{i}", "task_b": f"b{i}", "parameters": kind, "instances_needed": 8.0, **pair}
         for i, pair in enumerate(pairs)
     ]
     columns = ["task_a", "task_b", "parameters", *CONFLICT, "instances_needed"]
-    return conflict_verdict(pd.DataFrame(rows, columns=columns), measured)
+    tasks = None
+    if counts is not None:
+        tasks = pd.DataFrame({"parameters": kind, "instances": counts})
+    return conflict_verdict(pd.DataFrame(rows, columns=columns), tasks, measured)
 
 
 def test_pairs_beyond_noise_are_named_with_their_interval_and_a_comparison():
@@ -61,11 +66,50 @@ def test_undecided_pairs_ask_for_more_instances(measured):
 
 
 def test_without_conflicts_the_next_step_is_to_use_or_to_train():
-    assert verdict_of(AGREEMENT).command == "badit generate runs/mine PROMPT"
+    assert verdict_of(AGREEMENT).command == "badit generate runs/mine --task a0 INPUT"
+    other = RUN._replace(other_data="other.csv")
+    assert verdict_of(AGREEMENT, measured=other).command == "badit generate runs/mine PROMPT"
     assert verdict_of(AGREEMENT, measured=BASE).command == (
         "badit train own-tasks data.source=data.csv model.name=smollm2-135m"
     )
     assert verdict_of() is None, "a single task"
+
+
+@pytest.mark.parametrize(
+    ("counts", "changes", "expected"),
+    [
+        ([3, 3], {}, "no more: give others with --data FILE .* data.validation_per_task=16"),
+        ([3, 8], {}, "no more: give others"),
+        ([3, 8], {"other_data": "b.csv"}, "no more: add some to b.csv"),
+        ([3, 3], {"is_run": False}, "no more: add some to data.csv"),
+        ([8, 8], {}, ": --instances 16 -o FOLDER measures more"),
+        ([8, 8], {"instances": None}, ": --instances 16 -o FOLDER measures more"),
+        ([15, 40], {"instances": 15}, ": --instances 16"),
+        ([16, 40], {"instances": 16}, None),
+    ],
+)
+def test_the_number_of_instances_is_said_and_how_to_measure_more(counts, changes, expected):
+    measured = RUN._replace(**{"instances": 8, **changes})
+    for pair in (CONFLICT, AGREEMENT, UNDECIDED):
+        sentences = verdict_of(pair, measured=measured, counts=counts).sentences
+        number = str(counts[0]) if counts[0] == counts[1] else f"{counts[0]} to {counts[1]}"
+        place = sentences.index(f"The gradients rest on {number} instances per task.")
+        if expected is None:
+            assert len(sentences) == place + 1
+        else:
+            assert re.search(f"^These are few.*{expected}", sentences[place + 1])
+
+
+def test_more_instances_are_not_proposed_where_the_split_has_no_more():
+    few = RUN._replace(instances=8)
+    pairs = (UNDECIDED, UNDECIDED, AGREEMENT)
+    command = verdict_of(*pairs, measured=few, counts=[8, 8]).command
+    assert command == "badit analyze runs/mine --instances 18 -o runs/analysis-18"
+    command = verdict_of(*pairs, measured=few, counts=[3, 8]).command
+    assert command == "badit generate runs/mine --task a0 INPUT"
+    other = few._replace(other_data="other.csv")
+    command = verdict_of(*pairs, measured=other, counts=[8, 8]).command
+    assert command.startswith("badit analyze runs/mine --instances 18 --data other.csv -o ")
 
 
 def test_what_was_measured_is_read_from_any_recipe(tmp_path):
@@ -80,6 +124,13 @@ def test_what_was_measured_is_read_from_any_recipe(tmp_path):
 def test_tables_in_another_folder_name_the_run_that_was_measured(tmp_path):
     (tmp_path / "analysis.json").write_text('{"settings": {"target": "badit/seed-0"}}')
     assert measured_in(tmp_path, {}).target == str(tmp_path / "badit" / "seed-0")
-    for damaged in ("[]", '{"settings": {"target": 3}}', "{"):
+    for damaged in (
+        "[]",
+        '{"settings": {"target": 3, "data": [1], "instances": "8"}}',
+        '{"settings": 5}',
+        "{",
+    ):
         (tmp_path / "analysis.json").write_text(damaged)
-        assert measured_in(tmp_path, {}).target == str(tmp_path)
+        assert measured_in(tmp_path, {}) == Measured(str(tmp_path))
+    (tmp_path / "analysis.json").write_text('{"settings": {"data": "b.csv", "instances": 4}}')
+    assert measured_in(tmp_path, {})[-2:] == ("b.csv", 4)

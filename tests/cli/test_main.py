@@ -162,6 +162,11 @@ def test_evaluate_prints_the_scores_of_the_chosen_split(recipe_file, tmp_path, c
     assert shown[-1] == f"{read_json(tmp_path / 'run' / 'scores-validation.json')['nll']:.3f}"
 
 
+def test_help_of_analyze_names_all_that_data_can_be(command):
+    shown = " ".join(command("analyze", "--help").replace("│", " ").split())
+    assert "data.source: a file, a folder, a pattern with *, a dataset on the hub or" in shown
+
+
 def test_init_train_and_analyze_turn_a_csv_into_scores_and_a_report(
     tiny_built_in, tmp_path, monkeypatch, capsys
 ):
@@ -186,5 +191,8 @@ def test_init_train_and_analyze_turn_a_csv_into_scores_and_a_report(
     assert f"Report: runs{os.sep}recipe{os.sep}report.html" in shown
     assert "the first 1 instance per task" in shown or "instances per task" in shown
     analysed = shown.split("Which tasks conflict: badit analyze runs/recipe\n")[1]
-    assert analysed.index("of tasks") < analysed.index("gradient_overall"), "the verdict is first"
-    assert "\n  badit " in analysed
+    assert analysed.index("of tasks") < analysed.index("\n  badit ") < analysed.index("Tables: ")
+    assert "gradient_overall" not in analysed, "the list of tables"
+    # The first recipe holds out a quarter of each task's eight rows.
+    assert "The gradients rest on 2 instances per task.\nThese are few" in analysed
+    assert "data.validation_per_task=16" in analysed

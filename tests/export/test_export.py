@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import reference
 from badit.analysis.gates import adapted_layers, changed_gates, gates_of_task, mean_gates
 from badit.data import AnswerCollator, batches_by_task
+from badit.export import exporting
 from badit.export.adapter import write_adapter
 from badit.export.exporting import Export
 from badit.export.factors import beyond_lora, merge, mixture_factors
@@ -500,6 +501,7 @@ def test_tasks_without_training_or_test_data(trained, tmp_path):
     assert list(done.tasks) == ["cities"]
     options = {"task": "cities", "score": True, "progress": False}
     refuses("cities: no test instances to score", run.export, tmp_path / "b", **options)
+    assert not (tmp_path / "b").exists()
     (tmp_path / "split.jsonl").unlink()
     export(run, tmp_path / "one", gates=done.folder / "cities" / "gates.json", progress=False)
 
@@ -517,6 +519,114 @@ def test_export_command(trained, tmp_path, command):
     assert (out / "scores.json").is_file()
     assert f"vllm serve {out}" in command("export", run.path, "-o", out, "--merged")
     assert not (out / "scores.json").exists()  # they belonged to the previous export
+
+
+def test_what_can_be_refused_is_refused_before_the_model_is_loaded(trained, tmp_path, monkeypatch):
+    run = trained(BADIT)
+    monkeypatch.setattr(exporting, "load_run", lambda run: pytest.fail("loaded the model"))
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    scored = {"score": True, "all_tasks": True, "progress": False}
+    message = "engine: vllm is not installed; install vLLM here, or use transformers"
+    refuses(message, run.export, tmp_path / "out", engine="vllm", **scored)
+    refuses("engine: unknown 'vlm'", run.export, tmp_path / "out", engine="vlm", **scored)
+    refuses("gone.json", run.export, tmp_path / "out", gates=tmp_path / "gone.json")
+    assert not (tmp_path / "out").exists()
+
+
+def asked(shown):
+    """Runs the printed request in a shell, without curl; returns its address and content."""
+    request = next(line for line in shown.splitlines() if line.startswith("request "))
+    script = 'curl() { printf "%s\\0" "$@"; }; ' + request.removeprefix("request ").strip()
+    printed = subprocess.run(["bash", "-c", script], capture_output=True, check=True, text=True)
+    address, _, header, _, body, _ = printed.stdout.split("\0")
+    assert header == "content-type: application/json"
+    return address, json.loads(body)
+
+
+def prompt_tokens(tokenizer, body):
+    """Returns the tokens that a server makes of a request."""
+    if "messages" in body:
+        text = tokenizer.apply_chat_template(
+            body["messages"], tokenize=False, add_generation_prompt=True
+        )
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(body["prompt"])["input_ids"]
+
+
+@pytest.fixture
+def quoting_run(trained, tmp_path):
+    rows = [
+        {
+            "task": task,
+            "instruction": 'Say "it\'s" $HOME `pwd` \\n!\n',
+            "input": f"{task} 🙂\t'é' " * (1 + (i - 2) ** 2),
+            "output": "x",
+            "split": "test" if i > 3 else "train",
+        }
+        for task in ("cities", "rivers")
+        for i in range(6)
+    ]
+    file = tmp_path / "quotes.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return trained(LORA | {"name": "lora"}, file)
+
+
+@pytest.mark.parametrize("template", ["auto", "never"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_printed_request_has_the_shortest_prompt_of_the_run(
+    quoting_run, tmp_path, command, template, merged
+):
+    run = quoting_run
+    text = run.config_path.read_text()
+    run.config_path.write_text(text.replace("chat_template: auto", f"chat_template: {template}"))
+    out = tmp_path / "exports" / "it's mine"
+    address, body = asked(command("export", run.path, "-o", out, *["--merged"] * merged))
+    path = "chat/completions" if template == "auto" else "completions"
+    assert address == f"http://127.0.0.1:8000/v1/{path}"
+    assert body["model"] == "it's mine"
+    resolved = resolve(run.recipe)
+    task = resolved.tasks[0]
+    _, tokenizer = run.load()
+    (example,) = encoded(tokenizer, run.recipe, [(task, task.train[2])], None)
+    expected = example["input_ids"][: example["prompt_length"]]
+    assert prompt_tokens(tokenizer, body) == expected
+    end = example["input_ids"][-1]
+    assert body.get("stop_token_ids", [tokenizer.eos_token_id]) == [end]
+    assert body["max_tokens"] == run.recipe.evaluation.max_new_tokens
+
+
+def test_requests_name_the_task_of_the_adapter(trained, tmp_path, command):
+    run = trained(BADIT)
+    _, body = asked(command("export", run.path, "-o", tmp_path / "all", "--all-tasks"))
+    assert body["model"] == "cities"
+    assert "Name the capital." in body["messages"][0]["content"]
+    _, body = asked(command("export", run.path, "-o", tmp_path / "one", "--task", "rivers"))
+    assert body["model"] == "one"
+    assert "Name the river." in body["messages"][0]["content"]
+
+
+def test_without_instances_the_request_has_a_placeholder(quoting_run, tmp_path, command):
+    Path(quoting_run.recipe.data.source).unlink()
+    _, body = asked(command("export", quoting_run.path, "-o", tmp_path / "out"))
+    assert body["messages"] == [{"role": "user", "content": "PROMPT"}]
+
+
+def test_commands_have_whole_paths(trained, tmp_path, monkeypatch, command):
+    run = trained({**LORA, "name": "lora"})
+    model = Path(run.recipe.model.name)
+    monkeypatch.chdir(model.parent)
+    config = run.config_path.read_text()
+    run.config_path.write_text(config.replace(f"name: {model}\n", f"name: ./{model.name}\n"))
+    assert run.recipe.model.name == "./model"
+    relative = os.path.relpath(tmp_path)
+    shown = command("export", run.path, "-o", f"{relative}/lora")
+    assert f"vllm serve {model} --enable-lora" in shown
+    assert f"lora={tmp_path}/lora\n" in shown
+    assert f"convert_lora_to_gguf.py {tmp_path}/lora --base {model}\n" in shown
+    shown = command("export", run.path, "-o", f"{relative}/merged", "--merged")
+    assert f"vllm serve {tmp_path}/merged --served-model-name merged\n" in shown
+    assert f"convert_hf_to_gguf.py {tmp_path}/merged\n" in shown
+    assert "./" not in shown
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,18 +8,21 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 import reference
 from badit.data import encode_examples
+from badit.export.exporting import Export
 from badit.recipe.loading import build_recipe
 from badit.recipe.method import KINDS
+from badit.runs.folder import RunFolder
 from badit.runs.predictions import read_predictions
 from badit.runs.resolved import resolve
 from badit.support.files import read_json, read_jsonl
 from refusals import refuses
-from steps import fit, load_run, validation_loss
+from steps import fit, load_run, score_export, validation_loss
 from training.trainers import QUIET, assert_same, fit_until, learned, train_and_score
 
 LORA = {"name": "lora", "r": 2, "lora_alpha": 4}
@@ -182,12 +185,38 @@ def naive_margins(folder, model_folder, split):
         ("training", {"neftune_noise_alpha": 1.0}, "neftune_noise_alpha does not apply to"),
         ("training", {"packing": True}, "training.packing: unknown key"),
         ("method", {"name": "lora", "init_lora_weights": "pissa"}, "it changes the weights of"),
+        ("method", {"name": "lora", "target_modules": ["q_proj", "lm_head"]}, "leave lm_head out"),
+        ("method", {**BADIT, "routing": "token", "target_modules": "lm_head"}, "leave lm_head out"),
+        ("method", {"name": "lora", "bias": "all"}, "biases .bias. of one adapter only"),
     ],
 )
 def test_conflicting_settings_are_refused(values, tmp_path, section, change, message):
     values[section] = change if section == "method" else {**values[section], **change}
     refuses(message, lambda: train_and_score(build_recipe(values)))
     assert not (tmp_path / "run").exists()
+
+
+def test_trained_tokens_of_a_head_that_shares_the_embeddings_are_refused(
+    values, tiny_model, model_folder, tmp_path
+):
+    """TRL fails on them with an AttributeError."""
+    tied = tiny_model("llama", tie_word_embeddings=True)
+    tied.resize_token_embeddings(
+        len(AutoTokenizer.from_pretrained(model_folder)), mean_resizing=False
+    )
+    tied.save_pretrained(model_folder)
+    values["method"] = {"name": "lora", "trainable_token_indices": [1, 2]}
+    message = "method.trainable_token_indices: cannot be used with training.objective=dpo"
+    refuses(message, fit, build_recipe(values))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_whole_copies_of_the_head_and_of_the_embeddings_are_trained(values, name):
+    values["method"] = {**LORA, "modules_to_save": [name]}
+    run = fit(build_recipe(values), progress=False)
+    assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses(run)[-1] < losses(run)[0] - 0.01
 
 
 def test_data_of_another_kind_is_refused(values, task_file, tmp_path):
@@ -238,6 +267,30 @@ def test_trl_reports_nothing_and_rounds_no_adapter(values, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("method", "merged"), [(LORA, False), (LORA, True), ({"name": "full"}, True)]
+)
+def test_exports_are_scored_by_their_preferences(values, tmp_path, command, method, merged):
+    values["method"] = method
+    scores = train_and_score(build_recipe(values))
+    run, out = tmp_path / "run", tmp_path / "out"
+    shown = command("export", run, "-o", out, "--score", *["--merged"] * merged)
+    assert "Preference routed" in shown
+    content = read_json(out / "scores.json")
+    assert content["metric"] == "preference"
+    for task, of_task in scores["tasks"].items():
+        assert of_task["preference"] != 50
+        entry = {"routed": of_task["preference"], "frozen": of_task["preference"]}
+        assert content["tasks"][task] == {**entry, "difference": 0.0}
+    if merged:
+        return
+    # Without its update, the export is the untuned model, which prefers neither answer.
+    weights = out / "adapter_model.safetensors"
+    save_file({name: 0 * tensor for name, tensor in load_file(weights).items()}, weights)
+    score_export(RunFolder(run), Export(out, read_json(out / "export.json")), progress=False)
+    assert {entry["frozen"] for entry in read_json(out / "scores.json")["tasks"].values()} == {50}
+
+
 def test_commands_show_the_preferences(values, tmp_path, command):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values))
@@ -256,7 +309,11 @@ def test_commands_show_the_preferences(values, tmp_path, command):
     assert untuned.split()[2] == "50.0"
     assert "Preference" in command("evaluate", tmp_path / "run")
     command("generate", tmp_path / "run", "Name cities 3.")
-    command("export", tmp_path / "run", tmp_path / "plain", "--task", "cities", "--score")
+    export = ["export", tmp_path / "run", "-o", tmp_path / "plain", "--task", "cities", "--score"]
+    refused = command(*export, "--engine", "vllm", code=2)
+    assert "engine: vllm only generates answers" in refused
+    assert not (tmp_path / "plain").exists()
+    command(*export)
     init = tmp_path / "init.yaml"
     command("init", values["data"]["source"], "--output", init)
     written = yaml.safe_load(init.read_text())

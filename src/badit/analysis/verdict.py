@@ -9,7 +9,7 @@ negative, and the 95 % interval of the cosine lies below 0.
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from badit.analysis.reliability import RELIABLE
+from badit.analysis.tables import span
 from badit.support.errors import BaditError
 from badit.support.files import read_json
 from badit.support.text import counted, number
@@ -25,6 +26,7 @@ from badit.support.text import counted, number
 _NAMED_PAIRS = 5
 _BELOW_BY_CHANCE = 0.025  # of the 95 % intervals of cosines that are 0
 _MOST_INSTANCES = 200  # more are not proposed: the measurement would take too long
+_FEW_INSTANCES = 16  # below it, the verdict says how to measure more
 
 
 class Verdict(NamedTuple):
@@ -36,12 +38,18 @@ class Verdict(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What was analysed: a run or a base model (``target``), its tasks' source and base model."""
+    """What was analysed: a run or a base model (``target``), its tasks' source and base model.
+
+    ``other_data`` is the source of tasks that are not the run's own; ``instances`` is the number
+    per task that was asked for, None if unknown.
+    """
 
     target: str
     data: str = "DATA"
     model: str | None = None
     is_run: bool = True
+    other_data: str | None = None
+    instances: int | None = None
 
 
 def measured_in(folder: Path, config: Mapping[str, Any]) -> Measured:
@@ -54,17 +62,27 @@ def measured_in(folder: Path, config: Mapping[str, Any]) -> Measured:
 
     model = text("model", "name")
     data = text("data", "source") or "DATA"
+    settings = _settings(folder)
+    count = settings.get("instances")
+    instances = count if isinstance(count, int) else None
     if model and text("method", "name") == "base":
-        return Measured(model, data, model, is_run=False)
-    return Measured(_measured_run(folder), data, model)
+        return Measured(model, data, model, is_run=False, instances=instances)
+    other_data = settings.get("data")
+    if not isinstance(other_data, str):
+        other_data = None
+    target = settings.get("target")
+    # The run that was measured, if its tables are elsewhere.
+    run = os.path.normpath(folder / target) if isinstance(target, str) else str(folder)
+    return Measured(run, data, model, other_data=other_data, instances=instances)
 
 
-def _measured_run(folder: Path) -> str:
-    """Returns the folder of the run that was measured, if its tables are elsewhere."""
-    with suppress(BaditError, KeyError, TypeError):
-        target = read_json(folder / "analysis.json")["settings"]["target"]
-        return os.path.normpath(folder / target)
-    return str(folder)
+def _settings(folder: Path) -> Mapping[str, Any]:
+    """Returns the settings of an analysis; empty if they cannot be read."""
+    with suppress(BaditError):
+        settings = read_json(folder / "analysis.json").get("settings")
+        if isinstance(settings, Mapping):
+            return settings
+    return {}
 
 
 def of_shown_parameters(frame: pd.DataFrame) -> pd.DataFrame:
@@ -85,14 +103,23 @@ def within_noise(pairs: pd.DataFrame) -> pd.Series:
     return ~((pairs["high"] < 0) | (pairs["low"] > 0))
 
 
-def conflict_verdict(overall: pd.DataFrame, measured: Measured) -> Verdict | None:
-    """Returns the verdict from the table gradient_overall; None without a pair of tasks."""
+def conflict_verdict(
+    overall: pd.DataFrame, tasks: pd.DataFrame | None, measured: Measured
+) -> Verdict | None:
+    """Returns the verdict from the table gradient_overall; None without a pair of tasks.
+
+    ``tasks`` is the table gradient_tasks, which has the numbers of instances, if there is one.
+    """
     pairs = of_shown_parameters(overall)
     if pairs.empty:
         return None
     conflicts = pairs[beyond_noise(pairs)].sort_values("corrected_cosine")
     undecided = pairs[pairs["conflict"].isna()]
     decided = len(pairs) - len(undecided)
+    counts: list[int] = []
+    if tasks is not None:
+        counts = of_shown_parameters(tasks)["instances"].dropna().astype(int).tolist()
+    has_no_more = bool(counts) and min(counts) < (measured.instances or 0)
     sentences = [_answer(len(pairs), decided, len(conflicts))]
     if len(conflicts):
         sentences += [*map(_pair, conflicts[:_NAMED_PAIRS].to_dict("records"))]
@@ -113,7 +140,29 @@ def conflict_verdict(overall: pd.DataFrame, measured: Measured) -> Verdict | Non
             sentences.append(
                 f"As predicted, {needed:.0f} instances per task would decide half of these pairs."
             )
-    return Verdict(sentences, *_next(measured, conflicts, undecided, decided))
+    if counts:
+        sentences += _basis(counts, measured, has_no_more)
+    proposed = undecided
+    if len(undecided) <= decided or has_no_more:
+        proposed = undecided[:0]
+    return Verdict(sentences, *_next(measured, pairs, conflicts, proposed))
+
+
+def _basis(counts: Sequence[int], measured: Measured, has_no_more: bool) -> list[str]:
+    """Returns sentences with the number of instances per task and, if they are few, what to set."""
+    noun = "instance" if max(counts) == 1 else "instances"
+    sentence = f"The gradients rest on {span(counts)} {noun} per task."
+    if min(counts) >= _FEW_INSTANCES:
+        return [sentence]
+    if not has_no_more:
+        fix = f"--instances {_FEW_INSTANCES} -o FOLDER measures more"
+        return [sentence, f"These are few: {fix}."]
+    problem = "These are few, and the split that was measured has no more"
+    if not measured.is_run or measured.other_data is not None:
+        return [sentence, f"{problem}: add some to {measured.other_data or measured.data}."]
+    held_out = f"data.validation_per_task={_FEW_INSTANCES} (at most a quarter of a task)"
+    fix = f"give others with --data FILE -o FOLDER, or train again with {held_out}"
+    return [sentence, f"{problem}: {fix}."]
 
 
 def _needed_for_half(undecided: pd.DataFrame) -> float:
@@ -139,9 +188,12 @@ def _pair(row: Mapping[str, Any]) -> str:
 
 
 def _next(
-    measured: Measured, conflicts: pd.DataFrame, undecided: pd.DataFrame, decided: int
+    measured: Measured, pairs: pd.DataFrame, conflicts: pd.DataFrame, undecided: pd.DataFrame
 ) -> tuple[str, str]:
-    """Returns the purpose of the next command, and the command."""
+    """Returns the purpose of the next command, and the command.
+
+    ``undecided`` are the pairs for which more instances may be proposed.
+    """
     needed = _needed_for_half(undecided)
     of_data = [f"data.source={measured.data}"]
     if measured.model:
@@ -150,15 +202,20 @@ def _next(
         purpose = "What the conflicts cost: train LoRA and BADIT together and LoRA on each task"
         options = ["data.validation_per_task=10", "compare.single_task=[lora]"]
         return purpose, _command("compare", "own-tasks", *of_data, *options)
-    if len(undecided) > decided and np.isfinite(needed) and needed <= _MOST_INSTANCES:
+    if np.isfinite(needed) and needed <= _MOST_INSTANCES:
         words = [measured.target, "--instances", f"{needed:.0f}"]
-        if not measured.is_run:
-            words += ["--data", measured.data]
+        data = measured.other_data if measured.is_run else measured.data
+        if data is not None:
+            words += ["--data", data]
         words += ["-o", f"runs/analysis-{needed:.0f}"]
         return "Decide half of these pairs, as predicted", _command("analyze", *words)
-    if measured.is_run:
-        return "Answer a prompt", _command("generate", measured.target, "PROMPT")
-    return "Tune on all tasks together", _command("train", "own-tasks", *of_data)
+    if not measured.is_run:
+        return "Tune on all tasks together", _command("train", "own-tasks", *of_data)
+    words = ["generate", measured.target]
+    if measured.other_data is not None:  # the run has other tasks
+        return "Answer a prompt", _command(*words, "PROMPT")
+    task = str(pairs["task_a"].iloc[0])
+    return "Answer an input", _command(*words, "--task", task, "INPUT")
 
 
 def _command(*words: str) -> str:

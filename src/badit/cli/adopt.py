@@ -1,6 +1,5 @@
 """``badit adopt``."""
 
-import shlex
 from pathlib import Path
 
 from badit.cli.app import Output, app, load, refuse_missing_data
@@ -14,13 +13,14 @@ def adopt(
     """Make a run of an adapter that a script trained (TRL, transformers' Trainer, Axolotl).
 
     generate, evaluate, export, analyze, push and studio then accept it. Nothing is trained. The
-    base model is loaded once with the adapter, to check that they fit.
+    base model is loaded once with the adapter, to check that they fit. With --data, a prompt of
+    each task is printed as badit builds it: compare it with those of the script.
 
     Args:
         adapter: the folder with adapter_config.json and adapter_model.safetensors, such as a
             checkpoint of a trainer.
         overrides: key=value of the sections model, data, prompt and evaluation, such as
-            model.name=org/name or data.columns.input=text.
+            model.name=org/name, prompt.chat_template=never or data.columns.input=text.
         data: tasks to score and to analyze: a file, a folder, a dataset on the hub or 'builtin'
             (default: none).
         output: the folder of the run, which must be new or empty.
@@ -28,12 +28,11 @@ def adopt(
     refuse_no_adapter(adapter)
     if data is not None:
         refuse_missing_data(data)
-    run = load("badit.authoring.adoption").adopt(Path(adapter), output, data, {}, overrides)
-    method = run.recipe.method["name"]
-    command = ["badit", "generate" if data is None else "evaluate", str(run.path)]
-    if data is None:
-        command.append("PROMPT")
-    lines = [f"Run: {run.path} ({method} on {run.recipe.model.name})"]
+    adoption = load("badit.authoring.adoption")
+    run = adoption.adopt(Path(adapter), output, data, {}, overrides)
+    lines = [f"Run: {run.folder.path} ({run.method.name} on {run.recipe.model.name})", ""]
     if data is None:
         lines.append("It has no tasks, which evaluate, analyze and most exports need: see --data.")
-    return "\n".join([*lines, f"Next: {shlex.join(command)}"])
+    else:
+        lines += adoption.built_prompts(run)
+    return "\n".join([*lines, "", *adoption.next_commands(run)])

@@ -15,31 +15,30 @@ def _shown(target: str, tables: Any, options: dict[str, Any]) -> str:
     is_folder = any((Path(target) / name).is_file() for name in names)
     # The folder that analyze() has written to.
     folder = Path(options.get("output") or (target if is_folder else "runs/analysis"))
-    rows = [[name, f"{len(frame):,}"] for name, frame in tables.items()]
-    listed = load("badit.support.text").text_table(["table", "rows"], rows, right={1})
     runs: list[str | Path] = [folder]
     # If the tables are elsewhere, the report also gets the target, which has scores and losses.
     if is_folder and not folder.samefile(target):
         runs = [target, folder]
     report = write_report_if_possible(runs, folder / "report.html")
-    verdict = shown_verdict(tables, Path(target) if is_folder else folder)
-    return f"{verdict}{listed}\n\nTables: {folder / 'analysis'}\n{report}"
+    verdict = shown_verdict(tables, folder, Path(target) if is_folder else folder)
+    return f"{verdict}Tables: {folder / 'analysis'}\n{report}"
 
 
-def shown_verdict(tables: Any, folder: Path) -> str:
+def shown_verdict(tables: Any, folder: Path, with_recipe: Path) -> str:
     """Returns which pairs of tasks conflict and the next command; empty for a comparison.
 
-    ``folder`` has the recipe of the run or of the base model's analysis.
+    ``folder`` has the tables, ``with_recipe`` the recipe of the run or of the base model's
+    analysis.
     """
     if "gradient_overall" not in tables:
         return ""
     module = load("badit.analysis.verdict")
-    run = load("badit.runs.folder").RunFolder.at(folder)
+    run = load("badit.runs.folder").RunFolder.at(with_recipe)
     config = {}
     if run.config_path.is_file():
         config = load("badit.recipe.loading").read_values(run.config_path)
     verdict = module.conflict_verdict(
-        tables["gradient_overall"], module.measured_in(folder, config)
+        tables["gradient_overall"], tables.get("gradient_tasks"), module.measured_in(folder, config)
     )
     if verdict is None:
         return ""

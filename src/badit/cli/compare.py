@@ -66,7 +66,7 @@ def demo(*overrides: Overrides) -> str | int:
         run = Path(recipe.output, str(cell))
         say("badit: measuring on BADIT's run which tasks conflict, and what its experts do")
         tables = analyze(run, instances=_INSTANCES, output=recipe.output)
-        show(f"\n{shown_verdict(tables, run)}")
+        show(f"\n{shown_verdict(tables, Path(recipe.output), run)}")
     _report(recipe.output)
     if is_analysed:
         show("Next, your own tasks: badit init my-tasks.csv")

@@ -37,14 +37,11 @@ def train(
         fix = "its files are complete; train again with a lower training.learning_rate"
         raise BaditError(f"{run.path}: the training has diverged ({problem}); {fix}")
     show(load("badit.runs.scores").score_table(run.scores))
-    both = load("badit.evaluation.untuned").beside_untuned(
-        load("badit.runs.resolved").open_run(run)
-    )
+    trained = load("badit.runs.resolved").open_run(run)
+    both = load("badit.evaluation.untuned").beside_untuned(trained)
     if both is not None:
         show(f"\n{both.text()}")
     path = str(run.path)
-    # The prompts of a task have its instruction and the form of the training.
-    task = str(run.scores["task"].iloc[0])
-    answer = shlex.join(["badit", "generate", path, "--task", task, "INPUT"])
+    answer = load("badit.evaluation.prompts").answer_command(trained)
     analysis = shlex.join(["badit", "analyze", path])
     return f"\nRun: {path}\nAnswer an input: {answer}\nWhich tasks conflict: {analysis}"

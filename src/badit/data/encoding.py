@@ -126,6 +126,25 @@ def encode_prompts(
     return encoded
 
 
+def as_request(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    max_source_tokens: int,
+    chat_template: ChatTemplate = "auto",
+) -> dict[str, Any]:
+    """Returns the field of a request in OpenAI's format that has a prompt as its value.
+
+    It is `messages` if prompts use the chat template, else `prompt`. A server with this tokenizer
+    makes the tokens of :func:`encode_prompts` of it.
+    """
+    (fitting,) = _truncated(tokenizer, [prompt], max_source_tokens)
+    if uses_template(tokenizer, chat_template):
+        turns = (*fitting.history, ("user", fitting.text))
+        return {"messages": _messages(turns)}
+    return {"prompt": _plain(fitting)}
+
+
 def _templated(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     """Returns the chat template's text of a prompt and its history."""
     turns = (*prompt.history, ("user", prompt.text))
@@ -138,9 +157,12 @@ def _templated(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Messages, **options: Any) -> str:
-    messages = [{"role": role, "content": content} for role, content in turns]
     with explained("chat_template", action="rendered", fix=_TEMPLATE_FIX, any_error=True):
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        return str(tokenizer.apply_chat_template(_messages(turns), tokenize=False, **options))
+
+
+def _messages(turns: Messages) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 def _plain(prompt: Prompt) -> str:

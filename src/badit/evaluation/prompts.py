@@ -1,5 +1,6 @@
 """Answers prompts that a user gives, with a run's adapter."""
 
+import shlex
 from collections.abc import Sequence
 
 from badit.data import Task, load_sources
@@ -8,6 +9,19 @@ from badit.runs.resolved import ResolvedRun
 from badit.support.errors import BaditError
 from badit.training.encoding import encoded_texts, refuse_long_prompts
 from badit.training.loading import load_run
+
+
+def answer_command(run: ResolvedRun) -> str:
+    """Returns the command that answers an input of a task, or a prompt if no task can be named."""
+    words = ["badit", "generate", str(run.folder.path)]
+    tasks = [] if run.recipe.data.source is None else run.tasks
+    for task in tasks:
+        # The prompts of a task have its instruction and the form of the training.
+        if not task.has_several_instructions:
+            return shlex.join([*words, "--task", task.name, "INPUT"])
+    if run.method.needs_tasks and tasks:
+        words += ["--task", tasks[0].name, "--raw"]
+    return shlex.join([*words, "PROMPT"])
 
 
 def answer_texts(  # noqa: PLR0913 (the options of badit generate)

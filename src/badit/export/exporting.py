@@ -127,6 +127,8 @@ def export(
     if options.all_tasks:
         _refuse_reserved_names(run)
     chosen_task = _chosen_task(run, options)
+    if options.gates is not None:
+        read_json(Path(options.gates))  # refuses a missing or damaged file
     model, tokenizer = load_run(run)
     if options.gates is not None:
         path = Path(options.gates)

@@ -1,6 +1,10 @@
-"""Scores an export in Rouge-L next to its run, as other tools load it."""
+"""Scores an export next to its run, as other tools load it.
+
+The metric is Rouge-L, or the preference of preference data.
+"""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import count
 from statistics import fmean
 from typing import Any
@@ -8,9 +12,11 @@ from typing import Any
 from peft import PeftModel
 
 from badit.data.encoding import end_of_turn_id
+from badit.data.orders import resolve_names
 from badit.evaluation.answers import Answer, score_model
 from badit.evaluation.scoring import evaluate
-from badit.export.exporting import SCORES, Export
+from badit.export.exporting import SCORES, Export, ExportOptions
+from badit.metrics.answers import METRICS
 from badit.models import device, load_base_model, resolve_model
 from badit.recipe.schema import Recipe
 from badit.runs.fingerprints import changed_inputs, task_fingerprints
@@ -27,13 +33,14 @@ def score_export(
 ) -> dict[str, Any]:
     """Loads an export as other tools do, scores it, and writes its ``scores.json``.
 
-    ``tasks`` has for each task the Rouge-L of the run (``routed``), the export (``frozen``) and
-    their ``difference``; ``mean`` has the means. One task's export is scored on that task only; of
-    an export of all tasks, each task uses its adapter. Returns the content of the file.
+    ``tasks`` has for each task the score of the run (``routed``), the export (``frozen``) and
+    their ``difference`` in the ``metric``; ``mean`` has the means. One task's export is scored on
+    that task only; of an export of all tasks, each task uses its adapter. Returns the content of
+    the file.
     """
-    refuse_unknown("engine", engine, ["transformers", "vllm"])
+    metric = _metric(run)
     with exclusive(done.folder):  # another export would replace the folder
-        by_task = _scores_by_task(run, done, engine, progress)
+        by_task = _scores_by_task(run, done, metric, engine, progress)
         content: dict[str, Any] = {}
         for part in (*done.tasks.values(), done):
             task = part.record["task"]
@@ -42,7 +49,7 @@ def score_export(
             for key in ("routed", "frozen", "difference"):
                 mean[key] = fmean(scores[key] for scores in of_part.values())
             content = {
-                "metric": "rouge_l",
+                "metric": metric,
                 "split": run.recipe.evaluation.split,
                 "engine": engine,
                 "mixture": part.record["mixture"],
@@ -53,8 +60,35 @@ def score_export(
     return content
 
 
+def refuse_unscorable(run: ResolvedRun, options: ExportOptions, engine: str) -> None:
+    """Raises BaditError if an export with these options could not be scored, before it is made."""
+    refuse_unknown("engine", engine, ["transformers", "vllm"])
+    fix = "use transformers"
+    if engine == "vllm" and run.recipe.model.quantisation is not None:
+        raise BaditError(f"engine: vllm does not support model.quantisation; {fix}")
+    if engine == "vllm" and _metric(run) == "preference":
+        problem = "only generates answers, and preferences need the likelihoods of given ones"
+        raise BaditError(f"engine: vllm {problem}; {fix}")
+    if engine == "vllm" and find_spec("vllm") is None:
+        raise BaditError(f"engine: vllm is not installed; install vLLM here, or {fix}")
+    split = run.recipe.evaluation.split
+    run.refuse_unscorable(split)
+    tasks = {task.name: task for task in run.tasks}
+    exported = [name for name in tasks if tasks[name].train] if options.all_tasks else []
+    if options.task is not None:
+        exported = resolve_names([options.task], list(tasks), field="--task")
+    for name in exported:
+        if not getattr(tasks[name], split):
+            raise BaditError(f"{name}: no {split} instances to score; remove --score")
+
+
+def _metric(run: ResolvedRun) -> str:
+    has_preferences = all(task.has_preferences for task in run.tasks)
+    return "preference" if has_preferences else "rouge_l"
+
+
 def _scores_by_task(
-    run: ResolvedRun, done: Export, engine: str, progress: bool
+    run: ResolvedRun, done: Export, metric: str, engine: str, progress: bool
 ) -> dict[str, dict[str, float]]:
     recipe = run.recipe
     split = recipe.evaluation.split
@@ -75,12 +109,12 @@ def _scores_by_task(
             answer = vllm.answers_of(exported)
         else:
             model, tokenizer = _loaded(exported, run)
-        # Only Rouge-L is compared: no untuned model is loaded for preferences.
-        options = {"progress": progress, "answer": answer, "reference": model}
-        frozen, _ = score_model(model, tokenizer, recipe, tasks, split, **options)
+        frozen, _ = score_model(
+            model, tokenizer, recipe, tasks, split, progress=progress, answer=answer
+        )
         for name, scores in frozen["tasks"].items():
-            before = routed[name]["rouge_l"]
-            after = scores["rouge_l"]
+            before = routed[name][metric]
+            after = scores[metric]
             difference = after - before
             by_task[name] = {"routed": before, "frozen": after, "difference": difference}
     return by_task
@@ -104,9 +138,6 @@ class _VllmEngine:
     """vLLM with the base model of an export, which answers with the export's adapters."""
 
     def __init__(self, exported: Export, recipe: Recipe) -> None:
-        if recipe.model.quantisation is not None:
-            fix = "use transformers"
-            raise BaditError(f"engine: vllm does not support model.quantisation; {fix}")
         base = str(exported.folder)
         revision = None
         lora = {}
@@ -152,7 +183,7 @@ class _VllmEngine:
 
 
 def cost_table(scores: dict[str, Any]) -> str:
-    """Returns a table of Rouge-L per task, of a run with routing and of its export."""
+    """Returns a table of the scores per task, of a run with routing and of its export."""
     entries = dict(scores["tasks"])
     if len(entries) > 1:
         entries["mean over tasks"] = scores["mean"]
@@ -164,4 +195,5 @@ def cost_table(scores: dict[str, Any]) -> str:
             f"{entry['difference']:+.1f}",
         ]
         rows.append([name, *numbers])
-    return text_table(["task", "Rouge-L routed", "frozen", "difference"], rows)
+    label = METRICS[scores["metric"]].label
+    return text_table(["task", f"{label} routed", "frozen", "difference"], rows)

@@ -160,6 +160,8 @@ class ResolvedMethod:
             return ""
         if isinstance(config, LoraConfig) and config.init_lora_weights not in _KEEP_BASE:
             return "it changes the weights of the base model, which is the reference"
+        if getattr(config, "bias", "none") != "none":
+            return "TRL copies the adapter, and PEFT trains the biases (bias) of one adapter only"
         calls = calls_during_training(PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)])
         if calls:
             return f"TRL's trainer does not call its {', '.join(calls)}"

@@ -63,7 +63,8 @@ def _verdicts(sources: Sequence[Source]) -> Iterator[Block]:
         frame = source.frames.get("gradient_overall")
         if frame is None:
             continue
-        found = conflict_verdict(frame, measured_in(source.folder, source.config))
+        measured = measured_in(source.folder, source.config)
+        found = conflict_verdict(frame, source.frames.get("gradient_tasks"), measured)
         if found is not None:
             file = frame.attrs["file"]
             yield Block("verdict", "Conflicts between tasks", found, file=file, source=label)

@@ -43,7 +43,7 @@ from badit.training.extending import add_tasks, train_covering
 from badit.training.hf_arguments import refuse_without_trl, training_arguments
 from badit.training.loading import load_base, model_dtype
 from badit.training.logs import MetricsLog, ProgressBar, divergence, trackers_of, tracking
-from badit.training.methods import Method, training_method
+from badit.training.methods import Method, on_skeleton, training_method
 from badit.training.regrouping import RegroupCallback
 from badit.training.trainer import AnswerTrainer
 from badit.tuner import hooks_of
@@ -64,6 +64,9 @@ def fit(run: ResolvedRun, *, progress: bool = True, allow_changed_inputs: bool =
     trackers_of(run.recipe.training)
     refuse_without_trl(run.recipe.training)
     dtype = model_dtype(run.recipe)  # reads the model's configuration, before anything is written
+    if run.recipe.training.objective == "dpo":
+        # Refuses an adapter that TRL would not train.
+        on_skeleton(run.recipe, run.method, [task.name for task in run.tasks], dtype=dtype)
     # Only rank 0 writes; the other ranks wait for it in the first training step.
     if is_main_process():
         run.prepare_folder()

@@ -16,7 +16,9 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import TrainableTokensWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback
@@ -275,4 +277,20 @@ def on_skeleton(
     model = load_skeleton(**options, dtype=dtype)
     method = training_method(resolved)
     with torch.device("meta"):
-        return method, method.apply(model, tasks)
+        adapted = method.apply(model, tasks)
+    if recipe.training.objective == "dpo":
+        _refuse_adapted_head(adapted)
+    return method, adapted
+
+
+def _refuse_adapted_head(model: Any) -> None:
+    """Raises BaditError if DPO would not train the adapter of the model's head."""
+    head = model.get_output_embeddings()
+    # Also of the embeddings, if the head has their weight.
+    if not isinstance(head, BaseTunerLayer | TrainableTokensWrapper):
+        return
+    name = next(name for name, module in model.named_modules() if module is head)
+    problem = "TRL computes probabilities from the weight of the head, without its adapter"
+    fix = f"leave {name.rpartition('.')[2]} out, or name it in modules_to_save"
+    key = "target_modules" if isinstance(head, BaseTunerLayer) else "trainable_token_indices"
+    raise BaditError(f"method.{key}: cannot be used with training.objective=dpo: {problem}; {fix}")
