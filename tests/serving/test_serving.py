@@ -39,7 +39,7 @@ RECIPE = {
     "data": {"source": "builtin", "train_per_task": 5, "test_per_task": 4},
     # llama.cpp permutes q_proj.
     "method": {
-        "name": "cluster-gates",
+        "name": "badit",
         "target_modules": ["q_proj", "gate_proj"],
         "regroup": {"every": 10},
     },

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from badit.support.files import read_json
+from data.examples import write_rows
 from fuzz.command import STRESS
 from materials import make_recipe
 from training import killed
@@ -38,6 +39,7 @@ KINDS = {
     ],
     "gated-change": [f"method={ROUTER}", "method.regroup={every: 3, reset_smallest: 0.2}"],
     "codes": [f"method={CODES}", "method.regroup.every=4"],
+    "preferences": ["training.objective=dpo", "method.regroup.every=4"],
     "without-regrouping": [
         LORAMOE,
         "training.lr_scheduler_type=linear",
@@ -46,12 +48,23 @@ KINDS = {
 }
 
 
+def write_pairs(file):
+    rows = [
+        {"task": task, "prompt": f"Name {task} {number}.", "chosen": task, "rejected": f"no {task}",
+         "split": "test" if number >= 24 else "train"}
+        for task in ("cities", "rivers") for number in range(26)
+    ]  # fmt: skip
+    return write_rows(file, *rows)
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def train(request, processes, material, tmp_path_factory):
     """Trains one kind of run, whole or until an injected failure; "whole" is already finished."""
     folder = tmp_path_factory.mktemp(request.param)
     values = make_recipe(material / "model", material / "tasks.jsonl", folder)
     values["training"] |= TRAINING
+    if request.param == "preferences":
+        values["data"] = {"source": str(write_pairs(folder / "pairs.jsonl"))}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
 
     def run(name, *when):
