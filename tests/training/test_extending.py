@@ -107,6 +107,16 @@ def test_a_result_is_a_run_with_the_scores_of_its_tasks(finished):
     assert badit.Run(second.path).environment["training"]["steps"] == 3
 
 
+def test_a_task_of_an_earlier_run_is_refused_with_that_run(finished, tmp_path):
+    _, first, second = finished
+    export = tmp_path / "export"
+    for task in ("cities", "animals"):
+        message = f"{task} is a task of an earlier run"
+        assert str(first.path) in refuses(message, second.generate, "land 1", task=task)
+        assert str(first.path) in refuses(message, second.export, export, task=task)
+    assert not export.exists()
+
+
 def test_an_export_per_task_equals_the_run(finished, folder, tmp_path):
     _, _, second = finished
     exported = second.export(tmp_path / "exported", all_tasks=True, progress=False)

@@ -3,7 +3,7 @@
 import os
 
 from badit.cli.app import Overrides, RunPath, Trust, app, load
-from badit.support.console import is_main_process
+from badit.cli.train import show_trained
 from badit.support.errors import BaditError
 
 
@@ -39,13 +39,4 @@ def extend(
     opened = api.Run(run, trust_remote_code=trust_remote_code)
     if remove is not None:
         return f"Run: {opened.remove_task(remove, overrides=overrides).path}"
-    result = opened.extend(data, overrides=overrides)
-    # Only rank 0 scores.
-    if not is_main_process():
-        return None
-    scores = load("badit.runs.scores")
-    text = scores.score_table(result.scores)
-    if result.earlier_scores_path.is_file():
-        earlier = scores.scores_frame(scores.read_scores(result.earlier_scores_path))
-        text += f"\n\nEarlier tasks:\n{scores.score_table(earlier)}"
-    return f"{text}\n\nRun: {result.path}"
+    return show_trained(opened.extend(data, overrides=overrides))

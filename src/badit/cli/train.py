@@ -37,6 +37,15 @@ def train(
     if verbose:
         raise BaditError("--verbose: prints the recipe of a dry run; add --dry-run")
     run = load("badit.api").train(loaded_recipe, allow_changed_inputs=allow_changed_inputs)
+    return show_trained(run)
+
+
+def show_trained(run: Any) -> str | None:
+    """Shows the scores of a trained run, and returns the next commands.
+
+    Raises:
+        BaditError: the training has diverged.
+    """
     # Only rank 0 scores.
     if not is_main_process():
         return None
@@ -44,7 +53,11 @@ def train(
     if problem is not None:
         fix = "its files are complete; train again with a lower training.learning_rate"
         raise BaditError(f"{run.path}: the training has diverged ({problem}); {fix}")
-    show(load("badit.runs.scores").score_table(run.scores))
+    scores = load("badit.runs.scores")
+    show(scores.score_table(run.scores))
+    if run.earlier_scores_path.is_file():
+        earlier = scores.scores_frame(scores.read_scores(run.earlier_scores_path))
+        show(f"\nEarlier tasks:\n{scores.score_table(earlier)}")
     trained = load("badit.runs.resolved").open_run(run)
     both = load("badit.evaluation.untuned").beside_untuned(trained)
     if both is not None:

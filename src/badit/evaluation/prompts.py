@@ -63,6 +63,7 @@ def _chosen_task(run: ResolvedRun, name: str | None, raw: bool) -> Task | None:
             problem = f"{run.method.name} needs the name of a task; add --task TASK"
             raise BaditError(f"{run.folder.path}: {problem}")
         return None
+    run.refuse_task_of_earlier_run(name)
     task = load_sources(run.recipe.data.sources(), [name])[0]
     if task.has_several_instructions and not raw:
         fix = "give whole prompts, with --raw"

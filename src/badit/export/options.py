@@ -34,6 +34,8 @@ def refuse_export(run: UnresolvedRun, output: AnyPath, options: ExportOptions) -
     refuse_other_files(Path(output))
     if options.gates is not None:
         read_export(Path(options.gates))
+    if options.task is not None:
+        run.refuse_task_of_earlier_run(options.task)
     refuse_varying_gates(run, options)
 
 

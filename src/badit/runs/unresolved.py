@@ -111,6 +111,20 @@ class UnresolvedRun:
         )
         return saved_part, part
 
+    def refuse_task_of_earlier_run(self, name: str) -> None:
+        """Raises BaditError for a task that an earlier run has, which this run extends.
+
+        An extended run has the data of its own tasks only.
+        """
+        earlier = self.recipe.extend.run
+        if earlier is None or name in [task.name for task in self.tasks]:
+            return
+        extensions = self.folder.adapter_option("extensions") or []
+        known = [self.folder.adapter_option("tasks") or [], *(one["tasks"] for one in extensions)]
+        if any(name in tasks for tasks in known):
+            fix = f"give {earlier} instead, which answers it as this run does"
+            raise BaditError(f"--task: {name} is a task of an earlier run; {fix}")
+
     def refuse_unusable(self) -> None:
         """Raises BaditError if the tasks cannot be trained and scored as the recipe says."""
         self.refuse_other_objective()
