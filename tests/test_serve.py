@@ -27,6 +27,7 @@ from badit.integrations.proxy import MAX_BODY, Router, application
 from badit.runs.resolved import resolve
 from badit.training.encoding import encoded
 from badit.training.loading import load_base
+from data.examples import write_rows
 from refusals import refuses
 from steps import export
 from studio.conftest import BADIT, served
@@ -263,6 +264,42 @@ def test_gated_change_is_served_by_the_weights_of_its_change(trained, tmp_path):
     compares_weights_of_changes(run, tmp_path)
 
 
+def test_an_extended_run_gives_prompts_of_all_tasks_their_lora(run, tmp_path):
+    rows = [
+        {"task": "animals", "instruction": "Say which animal lives there.", "input": f"forest {i}"}
+        | {"output": "a fox", "split": "train" if i < 12 else "test"}
+        for i in range(14)
+    ]
+    data = write_rows(tmp_path / "animals.jsonl", *rows)
+    extended = run.extend(
+        data,
+        output=tmp_path / "extended",
+        progress=False,
+        training={"learning_rate": 0.1, "num_train_epochs": 3},
+    )
+    router = Router(extended, None)
+    added = training_prompts(router)
+    earlier = training_prompts(Router(run, None))
+    uses_new = []
+    for example in [*added[::6], *earlier[::9]]:
+        prompt = example["input_ids"][: example["prompt_length"]]
+        uses_new.append(bool(router.gates(prompt)[:, -1].all()))
+        assert_lora_equals_run(router, prompt, tmp_path / "lora")
+    assert uses_new == [True] * len(added[::6]) + [False] * len(earlier[::9])
+
+
+@torch.no_grad()
+def assert_lora_equals_run(router, prompt, folder):
+    folder.mkdir()
+    router.write(router.gates(prompt), folder)
+    base, _ = load_base(router.run.recipe)
+    lora = PeftModel.from_pretrained(base, str(folder))
+    ids = torch.tensor([prompt])
+    expected = router.model(input_ids=ids).logits
+    torch.testing.assert_close(lora(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+    shutil.rmtree(folder)
+
+
 @torch.no_grad()
 def compares_weights_of_changes(run, tmp_path):
     router = Router(run, export(run, tmp_path / "tasks", all_tasks=True).folder)
@@ -281,14 +318,7 @@ def compares_weights_of_changes(run, tmp_path):
         assert router.nearest(gates_MK) == router.exports[distances.index(min(distances))]
     for example in training_prompts(router)[::9]:
         prompt = example["input_ids"][: example["prompt_length"]]
-        (tmp_path / "lora").mkdir()
-        router.write(router.gates(prompt), tmp_path / "lora")
-        base, _ = load_base(run.recipe)
-        lora = PeftModel.from_pretrained(base, str(tmp_path / "lora"))
-        ids = torch.tensor([prompt])
-        expected = router.model(input_ids=ids).logits
-        torch.testing.assert_close(lora(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
-        shutil.rmtree(tmp_path / "lora")
+        assert_lora_equals_run(router, prompt, tmp_path / "lora")
 
 
 @pytest.mark.parametrize("exports", [True, False])
