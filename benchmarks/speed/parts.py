@@ -2,16 +2,17 @@
 
     python benchmarks/speed/parts.py [--data FOLDER]
 
-Without gates there is one expert of rank 32, the rank of PEFT's LoRA. Before training, BADIT finds
-its clusters of prompts on 512 of them (``start_task``), and ``init_weights="directions"``
-decomposes every adapted weight.
+Without gates there is one expert of rank 32, the rank of PEFT's LoRA. Steps are also measured with
+64 experts, N = 256. Before training, BADIT decomposes every adapted weight (except for
+``cluster-gates``), finds its clusters on up to 512 prompts and computes their codes from gradients
+(``start_task``). The share is that of a run of 113 steps of 8 rows of the same data.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from functools import partial
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from measure import in_turns, keep, options, ratio
@@ -31,20 +32,38 @@ from workload import (
 from badit import BaditConfig, hooks_of, load_base_model
 from badit.cli.entry import quiet_libraries
 from badit.data import AnswerCollator
+from badit.presets import with_preset
 
 ROWS, TOKENS = 4, 320
+STEPS = 113  # of a run
 WITHOUT, PEFT = "without gates", "PEFT's LoRA"
 GATES: dict[str, dict[str, Any]] = {
     WITHOUT: {"num_experts": 1, "r": 32, "lora_alpha": 256, "gates": "mean_one"},
-    "clusters": {"num_experts": 8, "r": 4, "lora_alpha": 32},
-    "a trained router": {"num_experts": 8, "r": 4, "lora_alpha": 32, "gates": "mean_one"},
+    "badit": {"name": "badit"},
+    "cluster-gates": {"name": "cluster-gates"},
+    "a trained router": {"name": "cluster-gates", "gates": "mean_one"},
 }
+MANY = {"badit": {"name": "badit", "num_experts": 64}}
+STARTED = ("badit", "cluster-gates")
 
 
-def adapted(dtype: str, **values: Any) -> nn.Module:
-    return get_peft_model(
-        base(dtype), BaditConfig(target_modules=TARGETS, task_type="CAUSAL_LM", **values)
-    ).train()
+def adapted(dtype: str, **section: Any) -> nn.Module:
+    experts = {"num_experts": 8, "r": 4, "lora_alpha": 32}
+    values = {**experts, **with_preset(section)}
+    config = BaditConfig(target_modules=TARGETS, task_type="CAUSAL_LM", **values)
+    return get_peft_model(base(dtype), config).train()
+
+
+def lora(dtype: str, rank: int) -> nn.Module:
+    # With BADIT's default dropout, which costs time too.
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=8 * rank,
+        lora_dropout=0.05,
+        target_modules=TARGETS,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(base(dtype), config).train()
 
 
 def prompts(source: str) -> list[Any]:
@@ -55,40 +74,50 @@ def prompts(source: str) -> list[Any]:
     return [collate(rows[i : i + 8]) for i in range(0, len(rows), 8)]
 
 
-def measure(dtype: str, batches: list[Any], rounds: int) -> dict[str, Any]:
-    steps: dict[str, Callable[[], None]] = {}
-    for name, values in GATES.items():
-        model = adapted(dtype, **values)
-        if name == "clusters":
-            hooks_of(model).start_task({"all": batches})
-        steps[name] = training_step(model, batch(ROWS, TOKENS))
-    # With BADIT's default dropout, which costs time too.
-    lora = LoraConfig(
-        r=32, lora_alpha=256, lora_dropout=0.05, target_modules=TARGETS, task_type="CAUSAL_LM"
-    )
-    steps[PEFT] = training_step(get_peft_model(base(dtype), lora).train(), batch(ROWS, TOKENS))
-    before = {
-        "the adapters": partial(adapted, dtype),
-        "the adapters and the clusters": lambda: hooks_of(adapted(dtype)).start_task(
-            {"all": batches}
-        ),
-        "the adapters from the directions": partial(adapted, dtype, init_weights="directions"),
+def steps_of(dtype: str, sections: Mapping[str, Any], rank: int, rounds: int) -> dict[str, Any]:
+    """Measures steps of BADIT's forms against PEFT's LoRA of the same rank."""
+    inputs = batch(ROWS, TOKENS)
+    steps = {
+        name: training_step(adapted(dtype, **section), inputs) for name, section in sections.items()
     }
+    steps[PEFT] = training_step(lora(dtype, rank), inputs)
     samples = in_turns(steps, rounds=rounds, warmup=2)
-    return {
-        "seconds of a step": samples,
-        "ratio to a step without gates": {
-            name: ratio(samples, name, WITHOUT) for name in GATES if name != WITHOUT
-        },
-        "ratio to PEFT's LoRA": {name: ratio(samples, name, PEFT) for name in GATES},
-        "seconds before training": in_turns(before, rounds=1, warmup=0),
-    }
+    ratios = {name: ratio(samples, name, PEFT) for name in sections}
+    return {"seconds of a step": samples, "ratio to PEFT's LoRA": ratios}
+
+
+def before_training(dtype: str, batches: Sequence[Any]) -> dict[str, Any]:
+    """Measures the start of training, and its share of a run."""
+    seconds: dict[str, Any] = {}
+    for name in STARTED:
+        started = time.perf_counter()
+        model = adapted(dtype, name=name)
+        created = time.perf_counter()
+        hooks_of(model).start_task({"all": batches})
+        ready = time.perf_counter()
+        of_batches = [training_step(model, inputs) for inputs in batches[:: len(batches) // 8]]
+        for step in of_batches:
+            step()
+        of_step = (time.perf_counter() - ready) / len(of_batches)
+        seconds[name] = {
+            "the adapters": created - started,
+            "clusters and codes": ready - created,
+            "a step of the data": of_step,
+            f"share of {STEPS} steps": (ready - started) / (STEPS * of_step),
+        }
+    return seconds
 
 
 def main(arguments: argparse.Namespace) -> None:
     batches = prompts(arguments.data)
     dtype = fast_dtypes()[0]
-    result = {dtype: measure(dtype, batches, arguments.rounds)}
+    result = {
+        dtype: {
+            "rank 32": steps_of(dtype, GATES, 32, arguments.rounds),
+            "rank 256": steps_of(dtype, MANY, 256, arguments.rounds),
+            "before training": before_training(dtype, batches),
+        }
+    }
     keep(
         "parts",
         {
