@@ -40,13 +40,13 @@ for _name in _COMMANDS:
 # Of the required arguments of all commands.
 _EXAMPLES = {
     "adapter": "outputs/checkpoint-100",
-    "output": "-o plain-lora",
+    "output": "--all-tasks -o exports",
     "recipe": "recipe.yaml",
     "repository": "ORG/NAME",
     "results": "runs/compared",
-    "run": "runs/badit",
+    "run": "runs/recipe",
     "source": "my-tasks.csv",
-    "target": "runs/badit",
+    "target": "runs/recipe",
 }
 _RESUMABLE = {"train", "extend", "compare", "demo", "analyze"}
 
