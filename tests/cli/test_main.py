@@ -76,7 +76,11 @@ def test_invalid_input_gives_one_line_and_exit_code_2(command, tmp_path, monkeyp
         (["train"], "RECIPE requires an argument. For example: badit train recipe.yaml."),
         (
             ["push", "run"],
-            "REPOSITORY requires an argument. For example: badit push runs/badit ORG/",
+            "REPOSITORY requires an argument. For example: badit push runs/recipe ORG/",
+        ),
+        (
+            ["export", "run", "--all-tasks"],
+            "For example: badit export runs/recipe --all-tasks -o exports.",
         ),
         (["train", "missing.yaml"], "missing.yaml: cannot be read"),
         (["evaluate", "missing-run"], "missing-run: has no config.yaml"),
@@ -122,9 +126,16 @@ def test_dry_run_writes_nothing_and_overrides_may_follow_flags(tmp_path, command
         in shown
     )
     assert shown.startswith("16 tasks")
-    assert shown.count("\n") == 6, "no recipe"
+    assert shown.count("\n") == 7, "no recipe"
     assert "add --verbose" in shown
-    shown = command("train", "recipe.yaml", "output=somewhere", "--dry-run", "--verbose")
+    expected = "Next: badit train recipe.yaml data.train_per_task=4 output=somewhere\n"
+    assert shown.endswith(expected)
+    given = ["output=somewhere", "data.validation_per_task=2"]
+    shown = command("train", "recipe.yaml", *given, "--dry-run", "--verbose")
+    assert shown.startswith("16 tasks, 48 training, 32 held-out and 32 test instances; the run")
+    assert "\nNext: badit train recipe.yaml output=somewhere data.validation_per_task=2\n" in shown
+    one_split = command("train", "recipe.yaml", *given, "evaluation.split=validation", "--dry-run")
+    assert one_split.startswith("16 tasks, 48 training and 32 validation instances; the run")
     recipe = yaml.safe_load(shown.partition("\n\n")[2])
     assert recipe["output"] == "somewhere"
     assert recipe["method"]["num_experts"] == 8, "as in config.yaml, with every default"

@@ -120,10 +120,7 @@ class _DryRun:
         """Returns the description of the training."""
         run = self.run
         recipe = run.recipe
-        tasks = counted(len(run.tasks), "task")
-        counts = f"{run.training_instances} training and {run.test_instances}"
-        counts += f" {recipe.evaluation.split} instances"
-        lines = [f"{tasks}, {counts}; the run would be written to {recipe.output}"]
+        lines = [f"{run.counts}; the run would be written to {recipe.output}"]
         # Also if nothing is trained: encoding refuses instances that the model cannot take.
         with status("reading the longest prompts", in_logs=True):
             longest, sample = self._longest(), self._sample()

@@ -33,7 +33,8 @@ def train(
     """
     loaded_recipe = read_recipe(recipe, overrides)
     if dry_run:
-        return _checked(loaded_recipe, verbose)
+        command = shlex.join(["badit", "train", recipe, *overrides])
+        return _checked(loaded_recipe, verbose, f"Next: {command}")
     if verbose:
         raise BaditError("--verbose: prints the recipe of a dry run; add --dry-run")
     run = load("badit.api").train(loaded_recipe, allow_changed_inputs=allow_changed_inputs)
@@ -68,10 +69,11 @@ def show_trained(run: Any) -> str | None:
     return f"\nRun: {path}\nAnswer an input: {answer}\nWhich tasks conflict: {analysis}"
 
 
-def _checked(recipe: Any, verbose: bool) -> str:
+def _checked(recipe: Any, verbose: bool, command: str) -> str:
     tasks = load("badit.runs.unresolved").read_run(recipe).tasks
     lines = load("badit.authoring.dry_run").check(recipe, tasks)
     if not verbose:
-        return "\n".join([*lines, "the recipe with every default: add --verbose"])
+        return "\n".join([*lines, "the recipe with every default: add --verbose", command])
     resolved = load("badit.runs.resolved").resolve(recipe, tasks).recipe
-    return "\n".join([*lines, "", load("badit.recipe.saved").dump_recipe(resolved)])
+    # The recipe comes last, so that it can be cut off and saved.
+    return "\n".join([*lines, command, "", load("badit.recipe.saved").dump_recipe(resolved)])

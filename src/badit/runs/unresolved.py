@@ -18,6 +18,7 @@ from badit.runs.folder import ERROR, LOG, RunFolder
 from badit.support.console import is_main_process, status
 from badit.support.errors import BaditError, refuse_unknown
 from badit.support.files import OWNER, refuse_links
+from badit.support.text import counted
 
 _SINGLE = (str, int, float)
 
@@ -51,6 +52,17 @@ class UnresolvedRun:
     @property
     def test_instances(self) -> int:
         return sum(len(getattr(task, self.recipe.evaluation.split)) for task in self.tasks)
+
+    @property
+    def counts(self) -> str:
+        """The numbers of tasks and of training, held-out and scored instances, as text."""
+        scored = self.recipe.evaluation.split
+        counts = f"{self.training_instances:,} training"
+        held_out = sum(len(task.validation) for task in self.tasks)
+        if held_out and scored != "validation":
+            counts += f", {held_out:,} held-out"
+        tasks = counted(len(self.tasks), "task")
+        return f"{tasks}, {counts} and {self.test_instances:,} {scored} instances"
 
     def has_begun(self) -> bool:
         """Returns whether the folder has a run of this recipe; BaditError if it has other files."""
