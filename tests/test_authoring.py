@@ -1,5 +1,6 @@
 """The first recipe of `badit init`, the check of a dry run, the list of keys, and the schema."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,8 @@ from badit.authoring import step_time
 from badit.authoring.dry_run import check
 from badit.authoring.first_recipe import first_recipe
 from badit.authoring.keys import recipe_keys, schema
+from badit.data import Source
+from badit.data.columns import unused_columns
 from badit.data.encoding import encode_examples
 from badit.models import load_tokenizer
 from badit.recipe.loading import build_recipe, load_recipe, shipped_recipes
@@ -67,12 +70,69 @@ def rows(folder, count, answer="b", test=True):
     return str(write_rows(folder / "a.jsonl", *lines))
 
 
+QUESTIONS = ["id,question,answer,category,split,link,empty"]
+QUESTIONS += [
+    f"{i},question {i},answer {i},{'ab'[i % 2]},{'test' if i > 5 else 'train'},of {i},"
+    for i in range(8)
+]
+UNUSED = "Columns that are not used: category, link."
+
+
+@pytest.mark.parametrize(
+    ("suffix", "overrides", "counts", "unused"),
+    [
+        ("csv", [], "1 task, 5 training, 1 held-out and 2 test instances; method lora",
+         f"{UNUSED} Task names: data.columns.task=category"),
+        ("jsonl", ["data.columns.task=category"],
+         "2 tasks, 6 training and 2 test instances; method cluster-gates",
+         "Columns that are not used: link."),
+        ("json", ["data.task=mine", "data.validation_per_task=1"],
+         "1 task, 5 training, 1 held-out and 2 test instances; method lora", UNUSED),
+        ("tsv", ["data.columns={task: category, id: link}"],
+         "2 tasks, 6 training and 2 test instances; method cluster-gates", None),
+    ],
+)  # fmt: skip
+def test_init_says_what_it_found_and_which_columns_are_not_used(
+    tmp_path, monkeypatch, command, suffix, overrides, counts, unused
+):
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / f"mine.{suffix}"
+    if suffix in ("csv", "tsv"):
+        data.write_text("\n".join(QUESTIONS).replace(",", "\t" if suffix == "tsv" else ","))
+    else:
+        lines = [json.dumps(row) for row in csv.DictReader(QUESTIONS)]
+        data.write_text("\n".join(lines) if suffix == "jsonl" else f"[{','.join(lines)}]")
+    found = [counts] if unused is None else [counts, unused]
+    expected = ["Recipe: recipe.yaml", *found, "Next: badit train recipe.yaml --dry-run"]
+    assert command("init", data, *overrides).splitlines() == expected
+
+
+def test_columns_that_a_form_uses_are_not_named(tmp_path):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for used in (
+        {"instruction": "Do.", "input": "a", "output": "b"},
+        {"task": "a", "instruction": "Do.", "outputs": ["b"], "id": "1", "split": "train"},
+        {"messages": chat, "prompt": "a", "system": "s"},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"chosen": chat, "rejected": chat, "prompt": chat[:1]},
+        {"inputs": "a", "targets": "b", "task_name": "t"},
+        {"question": "a", "answer": "b"},
+    ):
+        assert unused_columns(Source(write_rows(tmp_path / "a.jsonl", used))) == ([], None)
+    folder = Source(tmp_path)
+    assert unused_columns(folder) == unused_columns(Source("builtin")) == ([], None)
+    rows = [{"prompt": "a", "response": "b", "source": f"{i}", "instruction": ""} for i in range(4)]
+    odd = [{**row, "odd\nname": ["x", "y"][i % 2]} for i, row in enumerate(rows)]
+    found = unused_columns(Source(write_rows(tmp_path / "a.jsonl", *odd)))
+    assert found == (["source", "odd\nname"], "odd\nname")
+
+
 @pytest.mark.parametrize(
     ("answer", "tokens"), [("дом " * 50, 250), ("word " * 50, 100), ("漢" * 100, 150)]
 )
 def test_max_answer_tokens_of_a_first_recipe_depend_on_the_script(tmp_path, answer, tokens):
     assert (
-        yaml.safe_load(first_recipe(rows(tmp_path, 8, answer), "a.yaml"))["prompt"][
+        yaml.safe_load(first_recipe(rows(tmp_path, 8, answer), "a.yaml").text)["prompt"][
             "max_answer_tokens"
         ]
         == tokens
@@ -87,7 +147,7 @@ def test_tasks_with_few_rows_do_not_keep_the_others_from_being_held_out(tmp_path
         write_rows(
             tmp_path / "data" / f"{name}.jsonl", *rows_, {**rows_[0], "input": "x", "split": "test"}
         )
-    recipe = yaml.safe_load(first_recipe(str(tmp_path / "data"), "a.yaml"))
+    recipe = yaml.safe_load(first_recipe(str(tmp_path / "data"), "a.yaml").text)
     assert recipe["data"]["validation_per_task"] == 3
 
 
@@ -110,7 +170,7 @@ def test_dollar_signs_in_the_name_of_a_file_are_taken_literally(
 
 
 def test_few_rows_give_no_validation_or_rate_search_and_any_file_name_works(tmp_path):
-    text = first_recipe(rows(tmp_path, 3), "my recipe #2.yaml", ["data.order=[a]"])
+    text = first_recipe(rows(tmp_path, 3), "my recipe #2.yaml", ["data.order=[a]"]).text
     assert "badit compare 'my recipe #2.yaml' 'output=runs/my recipe #2-compared' " in text
     values = yaml.safe_load(text)
     assert (values["output"], "learning_rates" in values["compare"]) == ("runs/my recipe #2", False)

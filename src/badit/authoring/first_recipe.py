@@ -4,26 +4,36 @@ import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 
 from badit.authoring.keys import as_yaml
-from badit.data import Task, hold_out, limit, load_sources
+from badit.data import Source, Task, hold_out, limit, load_sources
+from badit.data.columns import unused_columns
 from badit.recipe.loading import build_recipe
 from badit.recipe.schema import source_of
 from badit.recipe.yaml_text import parse_yaml
 from badit.runs.folder import RunFolder
 from badit.runs.unresolved import UnresolvedRun
-from badit.support.console import status
+from badit.support.console import one_line, status
 from badit.support.errors import BaditError
 from badit.support.files import read_text
 from badit.support.text import counted
 
 _HELD_OUT = 10  # validation instances of each task, if all tasks have enough training data
+_NAMED_COLUMNS = 10
 
 
-def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
-    """Returns the text of a commented recipe for the file ``path``.
+class FirstRecipe(NamedTuple):
+    """The text of a recipe, and lines that say what was found in the data."""
+
+    text: str
+    found: list[str]
+
+
+def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> FirstRecipe:
+    """Returns a commented recipe for the file ``path``.
 
     ``source`` is a path or another ``data.source``; ``overrides`` are keys of the data section that
     are needed to read it, such as ``data.columns.input=text``. BaditError if the data cannot be
@@ -66,8 +76,26 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     )
     # Raises the errors that training with this recipe would raise.
     recipe = build_recipe(parse_yaml(text, where=path), where=path)
-    UnresolvedRun(RunFolder.at(recipe.output), recipe).refuse_unusable()
-    return text
+    run = UnresolvedRun(RunFolder.at(recipe.output), recipe)
+    run.refuse_unusable()
+    found = [f"{run.counts}; method {recipe.method['name']}"]
+    for place in recipe.data.sources():
+        found += _unused(place)
+    return FirstRecipe(text, found)
+
+
+def _unused(source: Source) -> list[str]:
+    """Returns a line with the columns of a source that are not used, if there are any."""
+    names, of_tasks = unused_columns(source)
+    if not names:
+        return []
+    named = ", ".join(names[:_NAMED_COLUMNS])
+    if len(names) > _NAMED_COLUMNS:
+        named += f" and {len(names) - _NAMED_COLUMNS} more"
+    line = f"Columns that are not used: {named}."
+    if of_tasks is not None:
+        line += f" Task names: {shlex.quote(f'data.columns.task={as_yaml(of_tasks)}')}"
+    return [one_line(line)]
 
 
 def _held_out(tasks: Sequence[Task]) -> int:

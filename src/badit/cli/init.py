@@ -21,5 +21,7 @@ def init(data: str = "builtin", /, *overrides: str, output: Output = "recipe.yam
     if path.exists():
         raise BaditError(f"{output}: already exists; choose another --output")
     refuse_missing_data(data)
-    write_text(path, load("badit.authoring.first_recipe").first_recipe(data, output, overrides))
-    return f"Recipe: {output}\nNext: badit train {shlex.quote(output)} --dry-run"
+    recipe = load("badit.authoring.first_recipe").first_recipe(data, output, overrides)
+    write_text(path, recipe.text)
+    next_line = f"Next: badit train {shlex.quote(output)} --dry-run"
+    return "\n".join([f"Recipe: {output}", *recipe.found, next_line])

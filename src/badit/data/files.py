@@ -74,7 +74,7 @@ def _rows(source: Source, files: Sequence[Path]) -> Iterator[Row]:
             task = os.path.basename(os.path.dirname(os.path.abspath(file)))
         # Other formats are often published datasets, with columns that badit does not need.
         strict = file.suffix in (".json", ".jsonl") and not source.columns
-        for row in read_rows(_values(file), source, task, split, strict=strict):
+        for row in read_rows(values_of(file), source, task, split, strict=strict):
             # Only if the name of the file or folder has become the task.
             if row.task == task != source.task:
                 # Else two files or folders of one name would become one task.
@@ -86,7 +86,7 @@ def _rows(source: Source, files: Sequence[Path]) -> Iterator[Row]:
             yield row
 
 
-def _values(file: Path) -> PlacedRows:
+def values_of(file: Path) -> PlacedRows:
     """Yields the place and the value of each row of a file."""
     if file.suffix in (".csv", ".tsv"):
         return _csv_values(file)

@@ -15,6 +15,7 @@ Fields = dict[str, Any]  # values that are not yet validated, by field or by col
 
 # Columns that no form uses. They are refused, because their content would be lost.
 _LOST = ("context", "history", "tools", "functions")
+_OF_ANY_FORM = ("task", "task_name", "split", "id")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,16 @@ class RowForm:
             # A prompt is allowed: in some public datasets it repeats the first message.
             return ("instruction", *_LOST)
         return ("system", "prompt", *_LOST)
+
+    @property
+    def used(self) -> Columns:
+        """The columns that this form uses, whether a row must have them or not."""
+        used = (*self.columns, *_OF_ANY_FORM)
+        if self.is_chat:
+            return (*used, "system", "prompt")
+        if "output" in self.columns:
+            return (*used, "input", "outputs")
+        return used
 
 
 def form_of(row: Fields, source: Source) -> RowForm | None:

@@ -63,7 +63,7 @@ def _set_split(row: Row, file_split: Split) -> None:
 
 def _parsed(values: Any, source: Source, default_task: str, strict: bool) -> Iterator[Row]:
     """Yields the instances of one row; none if its split is not to be read."""
-    row = _by_field(values, source)
+    row = by_field(values, source)
     split = str(row.get("split") or "")
     if split and source.splits and split not in source.splits:
         return
@@ -109,7 +109,7 @@ def _refuse_useless_pair(row: Row) -> None:
         raise BaditError("rejected: equals the chosen answer; remove the row")
 
 
-def _by_field(values: Any, source: Source) -> Fields:
+def by_field(values: Any, source: Source) -> Fields:
     """Returns a row's values under the names of the fields that data.columns maps.
 
     Numbers become text, as in files without types, and null values are left out.
