@@ -169,6 +169,25 @@ def test_dollar_signs_in_the_name_of_a_file_are_taken_literally(
     assert Path(load_recipe("recipe.yaml").data.sources()[0].path) == place
 
 
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (1, "# For one task, lora. Others"),
+        (2, "# In trials with 3 and 5 tasks, cluster-gates was within noise of lora, which"),
+        (5, "within noise of lora"),
+        (6, "# cluster-gates had a lower loss than lora in trials with 15 tasks. Others"),
+    ],
+)
+def test_reason_of_a_first_method_is_that_of_trials_with_as_many_tasks(tmp_path, count, words):
+    fields = [
+        {"task": f"t{i}", "split": split} for i in range(count) for split in ("train", "test")
+    ]
+    data = write_rows(tmp_path / "a.jsonl", *({"prompt": "a", "response": "b"} | f for f in fields))
+    text = first_recipe(str(data), "a.yaml").text
+    assert words in text
+    assert yaml.safe_load(text)["method"]["name"] == ("lora" if count == 1 else "cluster-gates")
+
+
 def test_few_rows_give_no_validation_or_rate_search_and_any_file_name_works(tmp_path):
     text = first_recipe(rows(tmp_path, 3), "my recipe #2.yaml", ["data.order=[a]"]).text
     assert "badit compare 'my recipe #2.yaml' 'output=runs/my recipe #2-compared' " in text
