@@ -1,5 +1,6 @@
 """The verdict on conflicts: which pairs are named, how sure they are, and the next command."""
 
+import json
 import re
 
 import numpy as np
@@ -78,8 +79,18 @@ def test_without_conflicts_the_next_step_is_to_use_or_to_train():
 @pytest.mark.parametrize(
     ("counts", "changes", "expected"),
     [
-        ([3, 3], {}, "no more: give others with --data FILE .* data.validation_per_task=16"),
+        ([3, 3], {}, "no more: give others with --data FILE .* again with more instances per task"),
         ([3, 8], {}, "no more: give others"),
+        (
+            [8, 8],
+            {"available": 10, "most_held_out": 10},
+            ": --instances 10 -o FOLDER measures more",
+        ),
+        ([8, 8], {"available": 40}, ": --instances 16 -o FOLDER measures more"),
+        ([8, 8], {"available": 8, "most_held_out": 8}, "no more: .* again with more instances"),
+        ([8, 8], {"available": 8, "most_held_out": 12}, "no more: .* data.validation_per_task=12"),
+        ([8, 9], {"available": 8, "most_held_out": 90}, "no more: .* data.validation_per_task=16"),
+        ([8, 8], {"available": 8, "is_run": False}, "no more: add some to data.csv"),
         ([3, 8], {"other_data": "b.csv"}, "no more: add some to b.csv"),
         ([3, 3], {"is_run": False}, "no more: add some to data.csv"),
         ([8, 8], {}, ": --instances 16 -o FOLDER measures more"),
@@ -105,6 +116,13 @@ def test_more_instances_are_not_proposed_where_the_split_has_no_more():
     pairs = (UNDECIDED, UNDECIDED, AGREEMENT)
     command = verdict_of(*pairs, measured=few, counts=[8, 8]).command
     assert command == "badit analyze runs/mine --instances 18 -o runs/analysis-18"
+    for available in (8, 17):
+        measured = few._replace(available=available)
+        command = verdict_of(*pairs, measured=measured, counts=[8, 8]).command
+        assert command == "badit generate runs/mine --task a0 INPUT"
+    measured = few._replace(available=18)
+    command = verdict_of(*pairs, measured=measured, counts=[8, 8]).command
+    assert command == "badit analyze runs/mine --instances 18 -o runs/analysis-18"
     command = verdict_of(*pairs, measured=few, counts=[3, 8]).command
     assert command == "badit generate runs/mine --task a0 INPUT"
     other = few._replace(other_data="other.csv")
@@ -128,9 +146,17 @@ def test_tables_in_another_folder_name_the_run_that_was_measured(tmp_path):
         "[]",
         '{"settings": {"target": 3, "data": [1], "instances": "8"}}',
         '{"settings": 5}',
+        '{"instances": 5}',
+        '{"instances": {"available": 3, "most_held_out": {}}}',
+        '{"instances": {"available": {"a": "3"}}}',
         "{",
     ):
         (tmp_path / "analysis.json").write_text(damaged)
         assert measured_in(tmp_path, {}) == Measured(str(tmp_path))
     (tmp_path / "analysis.json").write_text('{"settings": {"data": "b.csv", "instances": 4}}')
-    assert measured_in(tmp_path, {})[-2:] == ("b.csv", 4)
+    measured = measured_in(tmp_path, {})
+    assert (measured.other_data, measured.instances, measured.available) == ("b.csv", 4, None)
+    numbers = {"available": {"a": 9, "b": 7}, "most_held_out": {"a": 2, "b": 3}}
+    (tmp_path / "analysis.json").write_text(json.dumps({"instances": numbers}))
+    measured = measured_in(tmp_path, {})
+    assert (measured.available, measured.most_held_out) == (7, 2)

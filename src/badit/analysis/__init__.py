@@ -29,7 +29,7 @@ from badit.analysis.learning import (
 from badit.analysis.record import Record
 from badit.analysis.tables import save_frame
 from badit.comparison.results import RESULTS
-from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_sources
+from badit.data import AnswerCollator, Instance, Task, batches_by_task, hold_out, load_sources
 from badit.recipe.loading import build_recipe
 from badit.recipe.method import resolve_method
 from badit.recipe.schema import DataSection, source_of
@@ -91,10 +91,13 @@ def analyze(
             "weights": checksums(weights, "*safetensors*"),
             "tasks": task_fingerprints(tasks),
         }
-        prompts = [
-            (task, _measured_instances(task, instances, run.method.trains)) for task in tasks
-        ]
-        record = Record(output, settings, with_recipe=not is_run)
+        measured = [(task, _measured_split(task, run.method.trains)) for task in tasks]
+        numbers = {
+            "available": {task.name: len(split) for task, split in measured},
+            "most_held_out": _most_held_out(run, data),
+        }
+        record = Record(output, settings, numbers, with_recipe=not is_run)
+        prompts = [(task, split[:instances]) for task, split in measured]
         if not record.is_complete:  # only then the model is loaded
             _measure(record, run, prompts, progress)
     return output
@@ -126,17 +129,31 @@ def _tasks(run: ResolvedRun, data: str | None) -> Sequence[Task]:
     return load_sources(section.sources(), section.tasks)
 
 
-def _measured_instances(task: Task, count: int, trains: bool) -> Sequence[Instance]:
-    """Returns the first instances of a task, preferably some that were not trained on."""
+def _measured_split(task: Task, trains: bool) -> Sequence[Instance]:
+    """Returns a task's instances of one split, preferably one that was not trained on."""
     splits = [task.train, task.validation, task.test]
     if trains:
         splits = [task.validation, task.test, task.train]
     for split in splits:
         # Gradients of two halves are compared.
         if len(split) >= 2:
-            return split[:count]
+            return split
     problem = "has no split with at least 2 instances"
     raise BaditError(f"data: task {task.name} {problem}; add some or leave the task out")
+
+
+def _most_held_out(run: ResolvedRun, data: str | None) -> dict[str, int]:
+    """Returns the validation instances of each task with the largest data.validation_per_task.
+
+    Empty unless a trained run is measured on its own tasks.
+    """
+    if data is not None or not run.method.trains:
+        return {}
+    section = run.recipe.data
+    # Without the run's own split and limits.
+    tasks = load_sources(section.sources(), section.tasks)
+    largest = max((len(task.train) for task in tasks), default=0)
+    return {task.name: len(task.validation) for task in hold_out(tasks, largest, section.seed)}
 
 
 def _measure(record: Record, run: ResolvedRun, prompts: Prompts, progress: bool) -> None:

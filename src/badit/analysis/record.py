@@ -1,6 +1,6 @@
 """The record of an analysis: analysis.json, next to the tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,30 @@ def _is_readable(path: Path) -> bool:
 class Record:
     """The settings and the finished parts of an analysis, as saved in ``OUTPUT/analysis.json``.
 
-    BaditError if the file is damaged or has other ``settings``. ``with_recipe`` says that
-    ``OUTPUT`` has the config.yaml of a base model, which belongs to the analysis.
+    BaditError if the file is damaged or has other ``settings``. ``instances`` are numbers by task,
+    of which the verdict proposes more. ``with_recipe`` says that ``OUTPUT`` has the config.yaml of
+    a base model, which belongs to the analysis.
     """
 
-    def __init__(self, output: Path, settings: dict[str, Any], *, with_recipe: bool) -> None:
+    def __init__(
+        self,
+        output: Path,
+        settings: dict[str, Any],
+        instances: Mapping[str, Mapping[str, int]],
+        *,
+        with_recipe: bool,
+    ) -> None:
         self.path = inside(output, output / "analysis.json")
         self.tables = output / "analysis"
         #: The finished parts whose tables can still be read.
         self.finished: dict[str, dict[str, Any]] = {}
         if not self.path.is_file():
-            self.content = {"settings": settings, "environment": environment()}
+            numbers = {name: dict(by_task) for name, by_task in instances.items()}
+            self.content = {
+                "settings": settings,
+                "instances": numbers,
+                "environment": environment(),
+            }
             return
         files = (
             f"it, {self.path.name} and config.yaml" if with_recipe else f"it and {self.path.name}"

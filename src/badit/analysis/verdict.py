@@ -41,7 +41,9 @@ class Measured(NamedTuple):
     """What was analysed: a run or a base model (``target``), its tasks' source and base model.
 
     ``other_data`` is the source of tasks that are not the run's own; ``instances`` is the number
-    per task that was asked for, None if unknown.
+    per task that was asked for, ``available`` that of the smallest split that was measured, and
+    ``most_held_out`` the largest validation set that all of a run's tasks can have. Each is None if
+    it is unknown.
     """
 
     target: str
@@ -50,6 +52,8 @@ class Measured(NamedTuple):
     is_run: bool = True
     other_data: str | None = None
     instances: int | None = None
+    available: int | None = None
+    most_held_out: int | None = None
 
 
 def measured_in(folder: Path, config: Mapping[str, Any]) -> Measured:
@@ -62,27 +66,43 @@ def measured_in(folder: Path, config: Mapping[str, Any]) -> Measured:
 
     model = text("model", "name")
     data = text("data", "source") or "DATA"
-    settings = _settings(folder)
+    record = _record(folder)
+    settings = _mapping(record, "settings")
     count = settings.get("instances")
-    instances = count if isinstance(count, int) else None
+    numbers = {
+        "instances": count if isinstance(count, int) else None,
+        "available": _smallest(record, "available"),
+        "most_held_out": _smallest(record, "most_held_out"),
+    }
     if model and text("method", "name") == "base":
-        return Measured(model, data, model, is_run=False, instances=instances)
+        return Measured(model, data, model, is_run=False, **numbers)
     other_data = settings.get("data")
     if not isinstance(other_data, str):
         other_data = None
     target = settings.get("target")
     # The run that was measured, if its tables are elsewhere.
     run = os.path.normpath(folder / target) if isinstance(target, str) else str(folder)
-    return Measured(run, data, model, other_data=other_data, instances=instances)
+    return Measured(run, data, model, other_data=other_data, **numbers)
 
 
-def _settings(folder: Path) -> Mapping[str, Any]:
-    """Returns the settings of an analysis; empty if they cannot be read."""
+def _record(folder: Path) -> Mapping[str, Any]:
+    """Returns the record of an analysis; empty if it cannot be read."""
     with suppress(BaditError):
-        settings = read_json(folder / "analysis.json").get("settings")
-        if isinstance(settings, Mapping):
-            return settings
+        return read_json(folder / "analysis.json")
     return {}
+
+
+def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = values.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _smallest(record: Mapping[str, Any], name: str) -> int | None:
+    """Returns the smallest of the numbers by task, which earlier versions did not record."""
+    numbers = list(_mapping(_mapping(record, "instances"), name).values())
+    if not numbers or not all(isinstance(count, int) for count in numbers):
+        return None
+    return min(numbers)
 
 
 def of_shown_parameters(frame: pd.DataFrame) -> pd.DataFrame:
@@ -119,7 +139,9 @@ def conflict_verdict(
     counts: list[int] = []
     if tasks is not None:
         counts = of_shown_parameters(tasks)["instances"].dropna().astype(int).tolist()
-    has_no_more = bool(counts) and min(counts) < (measured.instances or 0)
+    most = _most_instances(counts, measured)
+    needed = _needed_for_half(undecided)
+    has_no_more = bool(counts) and most <= min(counts)
     sentences = [_answer(len(pairs), decided, len(conflicts))]
     if len(conflicts):
         sentences += [*map(_pair, conflicts[:_NAMED_PAIRS].to_dict("records"))]
@@ -135,33 +157,44 @@ def conflict_verdict(
             f"{counted(len(undecided), 'pair')} of {len(pairs)} not decided: their gradients are "
             f"too noisy (signal below {RELIABLE})."
         )
-        needed = _needed_for_half(undecided)
         if np.isfinite(needed):
             sentences.append(
                 f"As predicted, {needed:.0f} instances per task would decide half of these pairs."
             )
     if counts:
-        sentences += _basis(counts, measured, has_no_more)
-    proposed = undecided
-    if len(undecided) <= decided or has_no_more:
-        proposed = undecided[:0]
-    return Verdict(sentences, *_next(measured, pairs, conflicts, proposed))
+        sentences += _basis(counts, measured, most)
+    if len(undecided) <= decided or has_no_more or needed > most:
+        needed = np.nan
+    return Verdict(sentences, *_next(measured, pairs, conflicts, needed))
 
 
-def _basis(counts: Sequence[int], measured: Measured, has_no_more: bool) -> list[str]:
+def _most_instances(counts: Sequence[int], measured: Measured) -> float:
+    """Returns the instances per task that can be measured; infinite if the number is unknown."""
+    if measured.available is not None:
+        return measured.available
+    # A task with fewer than were asked for has no more.
+    if counts and min(counts) < (measured.instances or 0):
+        return min(counts)
+    return np.inf
+
+
+def _basis(counts: Sequence[int], measured: Measured, most: float) -> list[str]:
     """Returns sentences with the number of instances per task and, if they are few, what to set."""
     noun = "instance" if max(counts) == 1 else "instances"
     sentence = f"The gradients rest on {span(counts)} {noun} per task."
     if min(counts) >= _FEW_INSTANCES:
         return [sentence]
-    if not has_no_more:
-        fix = f"--instances {_FEW_INSTANCES} -o FOLDER measures more"
+    if most > min(counts):
+        fix = f"--instances {min(_FEW_INSTANCES, most)} -o FOLDER measures more"
         return [sentence, f"These are few: {fix}."]
     problem = "These are few, and the split that was measured has no more"
     if not measured.is_run or measured.other_data is not None:
         return [sentence, f"{problem}: add some to {measured.other_data or measured.data}."]
-    held_out = f"data.validation_per_task={_FEW_INSTANCES} (at most a quarter of a task)"
-    fix = f"give others with --data FILE -o FOLDER, or train again with {held_out}"
+    held_out = min(_FEW_INSTANCES, measured.most_held_out or 0)
+    training = "with more instances per task"
+    if held_out > min(counts):
+        training = f"with data.validation_per_task={held_out}"
+    fix = f"give others with --data FILE -o FOLDER, or train again {training}"
     return [sentence, f"{problem}: {fix}."]
 
 
@@ -188,13 +221,12 @@ def _pair(row: Mapping[str, Any]) -> str:
 
 
 def _next(
-    measured: Measured, pairs: pd.DataFrame, conflicts: pd.DataFrame, undecided: pd.DataFrame
+    measured: Measured, pairs: pd.DataFrame, conflicts: pd.DataFrame, needed: float
 ) -> tuple[str, str]:
     """Returns the purpose of the next command, and the command.
 
-    ``undecided`` are the pairs for which more instances may be proposed.
+    ``needed`` is the number of instances that may be proposed, NaN for none.
     """
-    needed = _needed_for_half(undecided)
     of_data = [f"data.source={measured.data}"]
     if measured.model:
         of_data.append(f"model.name={measured.model}")
