@@ -70,9 +70,11 @@ def test_without_conflicts_the_next_step_is_to_use_or_to_train():
     assert verdict_of(AGREEMENT).command == "badit generate runs/mine --task a0 INPUT"
     other = RUN._replace(other_data="other.csv")
     assert verdict_of(AGREEMENT, measured=other).command == "badit generate runs/mine PROMPT"
-    assert verdict_of(AGREEMENT, measured=BASE).command == (
-        "badit train own-tasks data.source=data.csv model.name=smollm2-135m"
-    )
+    verdict = verdict_of(AGREEMENT, measured=BASE)
+    assert verdict.command == "badit init data.csv"
+    assert "model.name" not in verdict.purpose, "the recipe has this model"
+    other = BASE._replace(target="org/name", model="org/name")
+    assert verdict_of(AGREEMENT, measured=other).purpose.endswith("set its model.name to org/name")
     assert verdict_of() is None, "a single task"
 
 

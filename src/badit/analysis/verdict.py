@@ -19,6 +19,7 @@ import pandas as pd
 
 from badit.analysis.reliability import RELIABLE
 from badit.analysis.tables import span
+from badit.models import BUILT_IN
 from badit.support.errors import BaditError
 from badit.support.files import read_json
 from badit.support.text import counted, number
@@ -242,7 +243,10 @@ def _next(
         words += ["-o", f"runs/analysis-{needed:.0f}"]
         return "Decide half of these pairs, as predicted", _command("analyze", *words)
     if not measured.is_run:
-        return "Tune on all tasks together", _command("train", "own-tasks", *of_data)
+        purpose = "Write a recipe to tune on all tasks together"
+        if measured.model != BUILT_IN:
+            purpose += f", and set its model.name to {measured.model}"
+        return purpose, _command("init", measured.data)
     words = ["generate", measured.target]
     if measured.other_data is not None:  # the run has other tasks
         return "Answer a prompt", _command(*words, "PROMPT")
