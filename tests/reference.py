@@ -408,6 +408,18 @@ def confused_share(keys, own, other):
     return 0.5 * math.erfc(-(mean @ difference) / deviation / math.sqrt(2))
 
 
+def unlike_share(keys, by_cluster, centroids):
+    """Returns the share of keys below three standard deviations of their cluster's cosines."""
+    unlike = 0
+    for key in float64(keys):
+        cosines = [key @ centroid for centroid in float64(centroids)]
+        nearest = int(np.argmax(cosines))
+        own = float64(by_cluster[nearest]) @ float64(centroids[nearest])
+        # Equal prompts have no deviation, but rounding.
+        unlike += cosines[nearest] < own.mean() - 3 * own.std() - 1e-4
+    return unlike / len(keys)
+
+
 def new_directions(gradient, frozen, rank):
     """Returns the projector on the top right singular vectors of G (I − P), from the whole G."""
     gradient, frozen = float64(gradient), float64(frozen)

@@ -181,6 +181,18 @@ def prompts_in(shown):
     return {name.strip(): literal_eval(text) for name, _, text in lines if text}
 
 
+def test_prompts_unlike_those_of_the_training_are_reported(trained, tmp_path, capsys):
+    run = trained({"name": "cluster-gates", "num_experts": 2, "r": 2})
+    options = {"data": run.recipe.data.source, "model": {"dtype": "float32"}}
+    badit.adopt(run.adapter_path, output=tmp_path / "same", **options)
+    assert "the prompts are like those of the training" in capsys.readouterr().err
+    other = {"prompt": {"chat_template": "never"}}
+    badit.adopt(run.adapter_path, output=tmp_path / "other", **options, **other)
+    said = capsys.readouterr().err
+    assert "warning: the prompts of cities (" in said
+    assert "are unlike those of the training" in said
+
+
 @pytest.mark.parametrize("template", ["auto", "never"])
 def test_prompts_are_shown_as_they_are_encoded(material, tmp_path, command, template):
     adapter = script_adapter(

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import normalize
 
 import reference
 from badit.method.extension import (
@@ -17,6 +18,7 @@ from badit.method.extension import (
     key_spread,
     sketch_rows,
     top_directions,
+    unlike_share,
 )
 
 _SEED = st.integers(0, 2**32 - 1)
@@ -126,6 +128,34 @@ def test_without_variance_a_share_is_0_or_1():
     means, zeros = torch.tensor([[0.2, 0.8]]), torch.zeros(1, 8, 2)
     assert confused_shares(means, zeros, own, others).tolist() == [[1.0, 0.0]]
     assert confused_shares(own, zeros, own, others).tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shift", [0.0, 0.3, 3.0])
+def test_unlike_shares_equal_the_reference(seed, shift):
+    generator = torch.Generator().manual_seed(seed)
+    # At most eight features vary, as many as there are principal components.
+    sources = torch.eye(12)[:2] * 3
+    keys = [
+        normalize(
+            source + 0.3 * torch.randn(20, 12, generator=generator) * (torch.arange(12) < 7)
+        )
+        for source in sources
+    ]
+    centroids = normalize(torch.stack([of_cluster.mean(dim=0) for of_cluster in keys]))
+    cluster = torch.arange(2).repeat_interleave(20)
+    means, spread = key_spread(torch.cat(keys), cluster, 2)
+    others = normalize(torch.cat(keys) + shift * torch.randn(40, 12, generator=generator))
+    share = unlike_share(others, means, spread, centroids)
+    assert share == reference.unlike_share(others, keys, centroids)
+    assert share <= 0.05 if shift == 0 else share > 0
+
+
+def test_equal_prompts_are_like_those_of_the_training():
+    key = torch.eye(4)[:1]
+    means, spread = key_spread(key.expand(5, 4), torch.zeros(5, dtype=torch.long), 1)
+    assert unlike_share(key, means, spread, key) == 0
+    assert unlike_share(torch.eye(4)[1:], means, spread, key) == 1
 
 
 @pytest.mark.parametrize(("close", "is_enough"), [(7, False), (8, True), (10, True)])

@@ -106,7 +106,8 @@ def built_prompts(run: ResolvedRun) -> list[str]:
     keys = "prompt.chat_template, prompt.encoding, prompt.max_source_tokens or data.instruction"
     lines.append(
         f"These must be the prompts of the script's training, because {reason}. If they are not, "
-        f"remove {run.folder.path} and adopt again with another {keys}."
+        f"remove {run.folder.path} and adopt again with the script's rows (prompt and completion) "
+        f"as data, or with another {keys}."
     )
     return lines
 

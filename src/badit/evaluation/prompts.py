@@ -18,7 +18,8 @@ def answer_command(run: ResolvedRun) -> str:
     for task in tasks:
         # The prompts of a task have its instruction and the form of the training.
         if not task.has_several_instructions:
-            return shlex.join([*words, "--task", task.name, "INPUT"])
+            text = "PROMPT" if task.definition is None else "INPUT"
+            return shlex.join([*words, "--task", task.name, text])
     if run.method.needs_tasks and tasks:
         words += ["--task", tasks[0].name, "--raw"]
     return shlex.join([*words, "PROMPT"])

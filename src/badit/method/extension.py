@@ -25,6 +25,8 @@ from torch import Tensor
 
 #: Principal components of a cluster's keys; single features vary together.
 PRINCIPAL_COMPONENTS = 8
+_UNLIKE_DEVIATIONS = 3
+_ROUNDING = 1e-4  # of a cosine: the prompts of a cluster may all be equal
 _OVERSAMPLING = 8  # rows of a sketch beyond the rank
 _NOISE = 1e-6  # of a sketch's norm; fills the basis if the gradient has too small a rank
 _NEGLIGIBLE = 1e-5  # of a norm: what rounding leaves of a vector inside the frozen space
@@ -54,6 +56,22 @@ def key_spread(keys_SE: Tensor, cluster_S: Tensor, clusters: int) -> tuple[Tenso
         components_KE = (sizes[:, None] * directions)[:PRINCIPAL_COMPONENTS]
         spread_CKE[cluster, : len(components_KE)] = components_KE
     return means_CE, spread_CKE
+
+
+def unlike_share(
+    keys_SE: Tensor, means_CE: Tensor, spread_CKE: Tensor, centroids_CE: Tensor
+) -> float:
+    """Returns the share of prompts that are unlike those that the clusters were found from.
+
+    The cosine of such a prompt to its centroid c is more than three standard deviations below the
+    mean of the cluster's prompts: ⟨z, c⟩ < ⟨mean, c⟩ − 3 √(Σ_k ⟨u_k σ_k, c⟩²).
+    """
+    centroids_CE = centroids_CE.double()
+    cosine_S, cluster_S = (keys_SE.double() @ centroids_CE.T).max(dim=1)
+    mean_C = (means_CE.double() * centroids_CE).sum(dim=1)
+    deviation_C = torch.einsum("cke,ce->ck", spread_CKE.double(), centroids_CE).norm(dim=1)
+    least_C = mean_C - _UNLIKE_DEVIATIONS * deviation_C - _ROUNDING
+    return float((cosine_S < least_C[cluster_S]).double().mean())
 
 
 def confused_shares(

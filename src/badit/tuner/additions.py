@@ -29,6 +29,7 @@ from badit.method.extension import (
     key_spread,
     sketch_rows,
     top_directions,
+    unlike_share,
 )
 from badit.method.routing import prompt_centroids
 from badit.support.console import say
@@ -156,6 +157,15 @@ def survey(
         earlier.all("means"), earlier.all("spread"), earlier.centroids_CE, centroids_DE
     )
     return Survey(covered, confused, earlier.by_task(shares_CD.amax(dim=1)), nearest)
+
+
+def unlike_shares(
+    holder: Any, adapter: str, keys: Keys, examples: ExamplesByTask
+) -> dict[str, float]:
+    """Returns, by task, the share of prompts that are unlike those of an adapter's training."""
+    earlier = _Earlier(holder, adapter, keys)
+    clusters = (earlier.all("means"), earlier.all("spread"), earlier.centroids_CE)
+    return {task: unlike_share(keys.of(of_task), *clusters) for task, of_task in examples.items()}
 
 
 class _Earlier:

@@ -39,6 +39,7 @@ from badit.tuner.additions import (
     start_extension,
     store_clusters,
     survey,
+    unlike_shares,
 )
 from badit.tuner.badit_layer import BaditLinear, Place
 from badit.tuner.config import BaditConfig, ExpertConfig, Extension, peft_type
@@ -458,6 +459,18 @@ class BaditModel(ExpertModel):
         holder = RoutingContext.of(self.model).extension_holders[adapter]
         examples = self._prompts_of_tasks(batches, clusters)
         return survey(holder, adapter, Keys(self.model), examples, threshold, clusters)
+
+    def unlike_prompts(self, batches: TaskBatches) -> dict[str, float] | None:
+        """Returns, by task, the share of prompts that are unlike those of the training.
+
+        None if the active adapter has no stored clusters of prompts.
+        """
+        (adapter,) = self.active_adapters
+        holder = RoutingContext.of(self.model).extension_holders.get(adapter)
+        if holder is None or not holder.badit_extensions[adapter].has_clusters(0):
+            return None
+        examples = self._prompts_of_tasks(batches, clusters=1)
+        return unlike_shares(holder, adapter, Keys(self.model), examples)
 
     def nearest_extensions(self, batches: TaskBatches, *, clusters: int = 2) -> set[int]:
         """Returns the extensions (0: the adapter's own experts) of the prompts of batches."""
