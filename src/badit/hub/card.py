@@ -137,7 +137,6 @@ def _training(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     """Returns the rows of the card's table: data, prompt, options, counts and versions."""
     sources = [entry["path"] for entry in recipe.data.entries]
     names = ["the built-in tasks" if path == "builtin" else _last_part(path) for path in sources]
-    # An adapter that was adopted without data has no sources.
     rows = {"data": ", ".join(names), "prompt": recipe.prompt.encoding}
     model = recipe.model.model_dump(include={"revision", "quantisation"}, exclude_none=True)
     rows |= {f"model.{name}": value for name, value in model.items()}
