@@ -13,6 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import badit
 from badit.authoring import adapters
 from badit.data import encode_examples
+from badit.hub.card import model_card
+from badit.runs.folder import RunFolder
 from badit.support.files import read_json
 
 METHODS = [
@@ -47,6 +49,10 @@ def test_an_adopted_adapter_is_the_run_that_trained_it(trained, method, tmp_path
     assert adopted.evaluate(progress=False).equals(run.evaluate(progress=False))
     weights = "adapter/adapter_model.safetensors"
     assert (adopted.path / weights).read_bytes() == (run.path / weights).read_bytes()
+    card = model_card(RunFolder(adopted.path))
+    assert "trained by a script" in card
+    assert "its data and options are not recorded" in card
+    assert "tasks.jsonl" not in card
 
 
 def script_adapter(material, folder, config):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from badit.data.orders import resolve_names
 from badit.presets import NAMES, filled, with_preset
 from badit.recipe.options import read_method_table
 from badit.runs.folder import RECORD, AnyPath, read_export
@@ -36,6 +37,7 @@ def refuse_export(run: UnresolvedRun, output: AnyPath, options: ExportOptions) -
         read_export(Path(options.gates))
     if options.task is not None:
         run.refuse_task_of_earlier_run(options.task)
+        resolve_names([options.task], [task.name for task in run.tasks], field="--task")
     refuse_varying_gates(run, options)
 
 

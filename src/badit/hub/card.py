@@ -108,6 +108,7 @@ def model_card(
         merged=metadata.library_name == "transformers",
         scores=run.scores_path.is_file() and read_scores(run.scores_path),
         training=_training(run, recipe),
+        is_adopted=_is_adopted(run),
     )
     return f"{card}\n"
 
@@ -136,8 +137,7 @@ def _training(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     """Returns the rows of the card's table: data, prompt, options, counts and versions."""
     sources = [entry["path"] for entry in recipe.data.entries]
     names = ["the built-in tasks" if path == "builtin" else _last_part(path) for path in sources]
-    # An adapter that was adopted without data has no sources.
-    rows = {"data": ", ".join(names) or "unknown", "prompt": recipe.prompt.encoding}
+    rows = {"data": ", ".join(names), "prompt": recipe.prompt.encoding}
     model = recipe.model.model_dump(include={"revision", "quantisation"}, exclude_none=True)
     rows |= {f"model.{name}": value for name, value in model.items()}
     # Nested options get dotted names, such as method.regroup.every.
@@ -150,8 +150,10 @@ def _training(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         rows[name] = value
 
     environment = run.known_environment
-    if "adopted" in environment:  # the recipe has defaults, which its training may not have had
-        return {name: rows[name] for name in rows if name not in recipe.training.model_dump()}
+    if _is_adopted(run):  # the recipe's data and options are not those of the training
+        unknown = {"data", "prompt", *recipe.training.model_dump()}
+        of_adapter = {name: value for name, value in rows.items() if name not in unknown}
+        return {"training": "by a script; its data and options are not recorded", **of_adapter}
     for name in ("trainable_parameters", "steps", "tokens"):
         # The environment is missing until a run is trained, and may be damaged.
         count = environment.get("training", {}).get(name)
@@ -161,6 +163,10 @@ def _training(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     if isinstance(packages, Mapping):
         rows["packages"] = ", ".join(f"{name} {version}" for name, version in packages.items())
     return rows
+
+
+def _is_adopted(run: RunFolder) -> bool:
+    return "adopted" in run.known_environment
 
 
 def _last_part(path: str) -> str:

@@ -43,9 +43,15 @@ def refuse_no_adapter(path: AnyPath) -> None:
 
 
 def refuse_unanalyzable(target: str, data: str | None) -> None:
-    """Raises BaditError if an analysis without data is of neither a run nor a comparison."""
+    """Raises BaditError if an analysis without data is of neither a run nor a comparison.
+
+    Also for a run without tasks.
+    """
     folder = Path(target)
-    if data is not None or any((folder / name).is_file() for name in ("config.yaml", RESULTS)):
+    if data is not None or (folder / RESULTS).is_file():
+        return
+    if (folder / "config.yaml").is_file():
+        RunFolder(folder).recipe.data.sources()
         return
     fix = "to analyze a base model, set its tasks with --data"
     if (folder / ADAPTER_CONFIG).is_file():
