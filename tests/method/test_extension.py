@@ -137,9 +137,7 @@ def test_unlike_shares_equal_the_reference(seed, shift):
     # At most eight features vary, as many as there are principal components.
     sources = torch.eye(12)[:2] * 3
     keys = [
-        normalize(
-            source + 0.3 * torch.randn(20, 12, generator=generator) * (torch.arange(12) < 7)
-        )
+        normalize(source + 0.3 * torch.randn(20, 12, generator=generator) * (torch.arange(12) < 7))
         for source in sources
     ]
     centroids = normalize(torch.stack([of_cluster.mean(dim=0) for of_cluster in keys]))
