@@ -27,7 +27,7 @@ from badit.integrations.proxy import MAX_BODY, Router, application
 from badit.runs.resolved import resolve
 from badit.training.encoding import encoded
 from badit.training.loading import load_base
-from data.examples import write_rows
+from data.examples import write_animals
 from refusals import refuses
 from steps import export
 from studio.conftest import BADIT, served
@@ -265,12 +265,7 @@ def test_gated_change_is_served_by_the_weights_of_its_change(trained, tmp_path):
 
 
 def test_an_extended_run_gives_prompts_of_all_tasks_their_lora(run, tmp_path):
-    rows = [
-        {"task": "animals", "instruction": "Say which animal lives there.", "input": f"forest {i}"}
-        | {"output": "a fox", "split": "train" if i < 12 else "test"}
-        for i in range(14)
-    ]
-    data = write_rows(tmp_path / "animals.jsonl", *rows)
+    data = write_animals(tmp_path / "animals.jsonl", train=12)
     extended = run.extend(
         data,
         output=tmp_path / "extended",

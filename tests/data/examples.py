@@ -95,6 +95,27 @@ def encode_prompt(tokenizer, prompt, max_source_tokens=100, **options):
     return ids
 
 
+def write_animals(file, train):
+    """Writes a task, with two test rows, that is unlike those of the other tests."""
+    rows = [
+        {"task": "animals", "instruction": "Say which animal lives there.", "input": f"forest {i}"}
+        | {"output": "a fox", "split": "train" if i < train else "test"}
+        for i in range(train + 2)
+    ]
+    return write_rows(file, *rows)
+
+
+def write_pairs(file):
+    """Writes preference data of two tasks, each with 24 training and 4 test rows."""
+    rows = [
+        {"task": task, "prompt": f"Name {task} {number}.\n", "chosen": f"{task} {number}"}
+        | {"rejected": f"no {task}", "split": "train" if number < 24 else "test"}
+        for task in ("cities", "rivers")
+        for number in range(28)
+    ]
+    return write_rows(file, *rows)
+
+
 def write_rows(file, *rows):
     """Writes rows in the format of the file's suffix; any other suffix writes a saved dataset."""
     file.parent.mkdir(parents=True, exist_ok=True)

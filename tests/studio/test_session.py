@@ -18,7 +18,7 @@ from badit.recipe.saved import dump_recipe
 from badit.support.errors import refuse_unknown
 from badit.training.encoding import encoded
 from badit.tuner import hooks_of
-from data.examples import write_rows
+from data.examples import write_animals
 from refusals import refuses
 from studio.conftest import BADIT, CLUSTERS
 
@@ -267,12 +267,7 @@ def test_gates_of_a_task_are_used_in_every_module(session):
 
 
 def test_tasks_of_an_extension_are_one_more_cluster_and_gates_cannot_be_set(trained, tmp_path):
-    rows = [
-        {"task": "animals", "instruction": "Say which animal lives there.", "input": f"forest {i}"}
-        | {"output": "a fox", "split": "train" if i < 8 else "test"}
-        for i in range(10)
-    ]
-    data = write_rows(tmp_path / "animals.jsonl", *rows)
+    data = write_animals(tmp_path / "animals.jsonl", train=8)
     run = trained({**CLUSTERS, "key": "embedding"})
     session = Session(run.extend(data, output=tmp_path / "extended", progress=False))
     session.measure()

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from badit.support.files import read_json
-from data.examples import write_rows
+from data.examples import write_pairs
 from fuzz.command import STRESS
 from materials import make_recipe
 from training import killed
@@ -46,15 +46,6 @@ KINDS = {
         "training.optimizer=orthogonal",
     ],
 }
-
-
-def write_pairs(file):
-    rows = [
-        {"task": task, "prompt": f"Name {task} {number}.", "chosen": task, "rejected": f"no {task}",
-         "split": "test" if number >= 24 else "train"}
-        for task in ("cities", "rivers") for number in range(26)
-    ]  # fmt: skip
-    return write_rows(file, *rows)
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch
 
-from data.examples import write_rows
+from data.examples import write_pairs
 from training.launches import Launches, assert_same_run, assert_stops_and_resumes, losses
 from training.ranks import clustered, codes_of
 from training.trainers import assert_same, learned
@@ -148,18 +148,7 @@ def test_gated_change_with_codes_and_resets_in_two_processes_matches_one(
 def test_preferences_in_two_processes_match_one_process_and_resume(
     recipe_values, tmp_path, processes
 ):
-    rows = [
-        {
-            "task": task,
-            "prompt": f"Name {task} {number}.\n",
-            "chosen": f"{task} {number}",
-            "rejected": f"no {task}",
-            "split": "test" if number >= 24 else "train",
-        }
-        for task in ("cities", "rivers")
-        for number in range(28)
-    ]
-    recipe_values["data"] = {"source": str(write_rows(tmp_path / "pairs.jsonl", *rows))}
+    recipe_values["data"] = {"source": str(write_pairs(tmp_path / "pairs.jsonl"))}
     recipe_values["method"] |= {"codes": "random", "init_weights": "lora"}
     recipe_values["training"] |= {"objective": "dpo"}
     launches = Launches(recipe_values, tmp_path, processes)

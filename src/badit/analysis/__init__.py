@@ -92,10 +92,13 @@ def analyze(
             "tasks": task_fingerprints(tasks),
         }
         measured = [(task, _measured_split(task, run.method.trains)) for task in tasks]
-        numbers = {
-            "available": {task.name: len(split) for task, split in measured},
-            "most_held_out": _most_held_out(run, data),
-        }
+
+        def numbers() -> dict[str, dict[str, int]]:
+            return {
+                "available": {task.name: len(split) for task, split in measured},
+                "most_held_out": _most_held_out(run, data),
+            }
+
         record = Record(output, settings, numbers, with_recipe=not is_run)
         prompts = [(task, split[:instances]) for task, split in measured]
         if not record.is_complete:  # only then the model is loaded

@@ -1,6 +1,6 @@
 """The record of an analysis: analysis.json, next to the tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,17 @@ def _is_readable(path: Path) -> bool:
 class Record:
     """The settings and the finished parts of an analysis, as saved in ``OUTPUT/analysis.json``.
 
-    BaditError if the file is damaged or has other ``settings``. ``instances`` are numbers by task,
-    of which the verdict proposes more. ``with_recipe`` says that ``OUTPUT`` has the config.yaml of
-    a base model, which belongs to the analysis.
+    BaditError if the file is damaged or has other ``settings``. ``count_instances`` returns numbers
+    by task, of which the verdict proposes more; it reads the data, so it is called for a new record
+    only. ``with_recipe`` says that ``OUTPUT`` has the config.yaml of a base model, which belongs to
+    the analysis.
     """
 
     def __init__(
         self,
         output: Path,
         settings: dict[str, Any],
-        instances: Mapping[str, Mapping[str, int]],
+        count_instances: Callable[[], Mapping[str, Mapping[str, int]]],
         *,
         with_recipe: bool,
     ) -> None:
@@ -44,10 +45,9 @@ class Record:
         #: The finished parts whose tables can still be read.
         self.finished: dict[str, dict[str, Any]] = {}
         if not self.path.is_file():
-            numbers = {name: dict(by_task) for name, by_task in instances.items()}
             self.content = {
                 "settings": settings,
-                "instances": numbers,
+                "instances": count_instances(),
                 "environment": environment(),
             }
             return

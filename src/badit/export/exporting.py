@@ -29,9 +29,9 @@ from badit.export.factors import (
     merged_model,
     mixture_factors,
 )
-from badit.export.options import SCORES, ExportOptions, refuse_other_files, refuse_varying_gates
+from badit.export.options import SCORES, ExportOptions, refuse_export
 from badit.hub.card import CARD, hub_id, model_card
-from badit.runs.folder import RECORD, AnyPath, read_export
+from badit.runs.folder import RECORD, AnyPath
 from badit.runs.resolved import ResolvedRun
 from badit.support.console import status
 from badit.support.errors import BaditError, explained
@@ -97,13 +97,11 @@ def export(
     """
     output = Path(output)
     # Everything that can be refused is refused before the model is loaded.
-    refuse_other_files(output)
     _refuse_options(run, options)
+    refuse_export(run, output, options)
     if options.all_tasks:
         _refuse_reserved_names(run)
     chosen_task = _chosen_task(run, options)
-    if options.gates is not None:
-        read_export(Path(options.gates))  # refuses a missing or damaged file
     model, tokenizer = load_run(run)
     if options.gates is not None:
         path = Path(options.gates)
@@ -239,7 +237,6 @@ def _refuse_options(run: ResolvedRun, options: ExportOptions) -> None:
     if options.fixes_gates and not mixes:
         problem = f"{method.name} has no gates that vary; remove these options"
         raise BaditError(f"--task, --all-tasks, --gates: {problem}")
-    refuse_varying_gates(run, options)
     if not options.merged:
         for name in beyond_lora(method.config):
             raise BaditError(f"method.{name}: {NOT_A_LORA}; export with --merged")

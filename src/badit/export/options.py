@@ -32,16 +32,16 @@ class ExportOptions:
 
 def refuse_export(run: UnresolvedRun, output: AnyPath, options: ExportOptions) -> None:
     """Raises BaditError for the folder, the file of gates, and gates that are not fixed."""
-    refuse_other_files(Path(output))
+    _refuse_other_files(Path(output))
     if options.gates is not None:
         read_export(Path(options.gates))
     if options.task is not None:
         run.refuse_task_of_earlier_run(options.task)
         resolve_names([options.task], [task.name for task in run.tasks], field="--task")
-    refuse_varying_gates(run, options)
+    _refuse_varying_gates(run, options)
 
 
-def refuse_varying_gates(run: UnresolvedRun, options: ExportOptions) -> None:
+def _refuse_varying_gates(run: UnresolvedRun, options: ExportOptions) -> None:
     """Raises BaditError if a run's gates vary, and no option says to what they are fixed."""
     name = run.recipe.method.get("name", "badit")
     needs_task = name in read_method_table()["need_task"]
@@ -65,7 +65,7 @@ def _varies_by_cluster(run: UnresolvedRun) -> bool:
     return options["gates"] == "clusters" and bool(has_several)
 
 
-def refuse_other_files(folder: Path) -> None:
+def _refuse_other_files(folder: Path) -> None:
     """Raises BaditError unless the folder is new, empty, or has only an earlier export."""
     fix = "choose another folder with -o"
     if folder.exists() and not folder.is_dir():
@@ -84,4 +84,4 @@ def refuse_other_files(folder: Path) -> None:
             raise BaditError(f"{folder}: holds {path.name}, which badit did not write; {fix}")
         # An export of all tasks has an export of each task.
         if path.is_dir():
-            refuse_other_files(path)
+            _refuse_other_files(path)

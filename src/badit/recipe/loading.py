@@ -260,8 +260,9 @@ def _option_names() -> set[str]:
 
 def _hint(location: Sequence[int | str], key: str) -> str:
     """Returns a hint for an unknown key of the section at a location in the recipe."""
-    known = _known_keys(location)
-    return nearest_key(key) if not location else nearest(key, known)
+    if not location:
+        return nearest_key(key)
+    return nearest(key, _known_keys(location))
 
 
 def nearest_key(text: str) -> str:
