@@ -70,7 +70,14 @@ SECOND_PART = {
     "cluster-gates@2e-3": Cell(layer_clusters(RANDOM_START, "random"), 2e-3),
     **{
         name: FIRST_PART[name]
-        for name in ("bad-layer-grouped@2e-3", "bad-layer@2e-3", "bad-layer-grouped-permuted@2e-3")
+        for name in (
+            "bad-layer-grouped@2e-3",
+            "bad-layer@2e-3",
+            "bad-layer-grouped-permuted@2e-3",
+            "bad-layer-grouped-regroup@2e-3",
+            "directions-layer-grouped@2e-3",
+            "bad-router-regroup@5e-4",
+        )
     },
 }
 CELLS = {**FIRST_PART, **SECOND_PART}

@@ -51,14 +51,8 @@ def test_run_in_use_is_refused_until_its_process_is_killed(run, recipe_file, com
     held = [sys.executable, "-c", HOLD + "    print('held', flush=True); sys.stdin.read()", output]
     with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        comparison = "compare={methods: {lora: {name: lora, r: 2}}, reference: lora}"
         trains = [["train", str(recipe_file)], ["train", str(recipe_file), "method.name=base"]]
-        for words in (
-            *trains,
-            ["compare", recipe_file, comparison],
-            ["evaluate", output],
-            ["analyze", output],
-        ):
+        for words in (*trains, ["evaluate", output], ["analyze", output]):
             assert f"{output}: is in use by process {other.pid} on " in command(*words, code=2)
         refuses("is in use by process", start_cell, run.path, score=True, threads=None, device=None)
         other.kill()
@@ -66,6 +60,15 @@ def test_run_in_use_is_refused_until_its_process_is_killed(run, recipe_file, com
     assert not Path(output, OWNER).exists()
     with exclusive(Path(output)), exclusive(Path(output)):  # the lock is reentrant within a process
         assert main(["evaluate", output]) == 0
+
+
+def test_comparison_in_use_is_refused(recipe_file, recipe_values, tmp_path, command):
+    folder = tmp_path / "comparison"
+    folder.mkdir()
+    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)
+    methods = "compare={methods: {lora: {name: lora, r: 2}}, reference: lora}"
+    message = command("compare", recipe_file, methods, f"output={folder}", code=2)
+    assert f"{folder}: is in use by another process" in message
 
 
 def test_run_that_failed_before_training_starts_again_with_corrections(

@@ -17,7 +17,7 @@ from badit.recipe.schema import Recipe, Split
 from badit.runs.folder import ERROR, LOG, RunFolder
 from badit.support.console import is_main_process, status
 from badit.support.errors import BaditError, refuse_unknown
-from badit.support.files import OWNER, refuse_links
+from badit.support.files import OWNER, exclusive, refuse_links
 from badit.support.text import counted
 
 _SINGLE = (str, int, float)
@@ -83,10 +83,15 @@ class UnresolvedRun:
         return False
 
     def refuse_other_run(self) -> None:
-        """Raises BaditError if the folder has other files, or a run of another recipe."""
+        """Raises BaditError if the folder is in use, or has other files or another recipe's run."""
         # Other ranks: rank 0 may be writing the folder.
-        if is_main_process():
-            self.has_begun()
+        if not is_main_process():
+            return
+        # First: the files of a folder in use change, and its user must not remove it.
+        if self.folder.path.is_dir():
+            with exclusive(self.folder.path):
+                pass
+        self.has_begun()
 
     def _refuse_other_recipe(self) -> None:
         saved = self.folder.recipe
