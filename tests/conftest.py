@@ -137,11 +137,12 @@ def trained(tmp_path_factory):
     )  # so that a wrong factor changes the logits clearly
     runs = {}
 
-    def make(method, source=folder / "tasks.jsonl", name="run"):
-        key = json.dumps([method, str(source)])
+    def make(method, source=folder / "tasks.jsonl", name="run", prompt=None):
+        key = json.dumps([method, str(source), prompt])
         if key not in runs:
             values = make_recipe(folder / "model", source, folder / str(len(runs)))
             values |= {"method": method, "evaluation": {"max_new_tokens": 8}}
+            values["prompt"] = prompt or {}
             values["training"] = {
                 "max_steps": 3,
                 "per_device_train_batch_size": 4,

@@ -408,16 +408,20 @@ def confused_share(keys, own, other):
     return 0.5 * math.erfc(-(mean @ difference) / deviation / math.sqrt(2))
 
 
-def unlike_share(keys, by_cluster, centroids):
-    """Returns the share of keys below three standard deviations of their cluster's cosines."""
-    unlike = 0
+def likeness(keys, by_cluster, centroids):
+    """Returns the share of keys below three standard deviations of their cluster's cosines.
+
+    And the distance of their mean from that of the clusters' keys.
+    """
+    unlike, difference = 0, 0.0
     for key in float64(keys):
         cosines = [key @ centroid for centroid in float64(centroids)]
         nearest = int(np.argmax(cosines))
         own = float64(by_cluster[nearest]) @ float64(centroids[nearest])
         # Equal prompts have no deviation, but rounding.
         unlike += cosines[nearest] < own.mean() - 3 * own.std() - 1e-4
-    return unlike / len(keys)
+        difference = difference + key - float64(by_cluster[nearest]).mean(axis=0)
+    return unlike / len(keys), math.sqrt(((difference / len(keys)) ** 2).sum())
 
 
 def new_directions(gradient, frozen, rank):

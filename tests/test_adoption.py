@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import badit
 from badit.authoring import adapters
+from badit.cli import main
 from badit.data import encode_examples
 from badit.hub.card import model_card
 from badit.runs.folder import RunFolder
@@ -187,16 +188,86 @@ def prompts_in(shown):
     return {name.strip(): literal_eval(text) for name, _, text in lines if text}
 
 
-def test_prompts_unlike_those_of_the_training_are_reported(trained, tmp_path, capsys):
-    run = trained({"name": "cluster-gates", "num_experts": 2, "r": 2})
-    options = {"data": run.recipe.data.source, "model": {"dtype": "float32"}}
-    badit.adopt(run.adapter_path, output=tmp_path / "same", **options)
-    assert "the prompts are like those of the training" in capsys.readouterr().err
-    other = {"prompt": {"chat_template": "never"}}
-    badit.adopt(run.adapter_path, output=tmp_path / "other", **options, **other)
+CLUSTER_GATES = {"name": "cluster-gates", "num_experts": 2, "r": 2}
+
+
+def test_prompts_unlike_those_of_the_training_are_refused(trained, tmp_path, command, capsys):
+    run = trained(CLUSTER_GATES)
+    output = tmp_path / "run"
+    words = ["adopt", run.adapter_path, "--data", run.recipe.data.source, "model.dtype=float32"]
+    assert main([*map(str, words), "-o", str(tmp_path / "same")]) == 0
+    assert "badit: the prompts are like those of the training\n" in capsys.readouterr().err
+
+    words += ["prompt.chat_template=never", "-o", output]
+    assert main([*map(str, words)]) == 2
     said = capsys.readouterr().err
-    assert "warning: the prompts of cities (" in said
+    assert "  cities: " in said, "a prompt as badit builds it"
+    assert "data: the prompts of cities (" in said
+    assert "leave out prompt.chat_template, which badit then finds itself" in said
+    assert not output.exists()
+
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "@@@@ %%%% ####", "completion": "x"}) + "\n")
+    words = ["adopt", run.adapter_path, "--data", other, "-o", output]
+    assert main([*map(str, words)]) == 2
+    said = capsys.readouterr().err
     assert "are unlike those of the training" in said
+    assert "--any-prompts" in said
+    assert not output.exists()
+    shown = command(*words, "--any-prompts")
+    assert "These must be the prompts of the script's training" in shown
+
+
+@pytest.mark.parametrize(
+    ("form", "space"),
+    [
+        ({"chat_template": "auto"}, ""),
+        ({"chat_template": "never"}, ""),
+        ({"chat_template": "never", "separator": ""}, " "),
+        ({"chat_template": "never", "separator": ""}, ""),
+    ],
+)
+def test_form_of_the_prompts_is_found(form, space, trained, tmp_path, capsys):
+    rows = [
+        {
+            "task": task,
+            "prompt": f"{word} {number} .\nAnswer:",
+            "completion": f"{space}land",
+            "split": "train" if number < 20 else "test",
+        }
+        for number in range(24)
+        for task, word in (("cities", "city"), ("rivers", "river"))
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = trained(CLUSTER_GATES, source=file, prompt=form)
+    output = tmp_path / "adopted"
+    words = ["adopt", run.adapter_path, "--data", file, "-o", output, "model.dtype=float32"]
+    assert main([*map(str, words)]) == 0
+    shown, said = capsys.readouterr()
+    assert "the prompts are like those of the training" in said
+    assert "These must be" not in shown
+    adopted = badit.Run(output).recipe.prompt
+    assert adopted.chat_template == form["chat_template"]
+    if form["chat_template"] == "never":
+        assert adopted.separator == form.get("separator", "\n")
+        prompts = prompts_in(shown)
+        assert prompts["cities"] == "<s>" + rows[0]["prompt"] + form.get("separator", "\n")
+
+
+def test_separator_without_stored_clusters_follows_the_answers(material, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    adapter = script_adapter(material, tmp_path / "script", config)
+    for name, completion, separator in (("joined", " land", ""), ("apart", "land", "\n")):
+        file.write_text(json.dumps({"prompt": "city:", "completion": completion}) + "\n")
+        output = tmp_path / name
+        words = ["adopt", adapter, "prompt.chat_template=never", "--data", file, "-o", output]
+        assert main([*map(str, words)]) == 0
+        shown, said = capsys.readouterr()
+        assert prompts_in(shown)["rows"] == f"<s>city:{separator}"
+        assert badit.Run(output).recipe.prompt.separator == separator
+        assert ("are built with prompt.separator=, because" in said) == (name == "joined")
 
 
 @pytest.mark.parametrize("template", ["auto", "never"])
@@ -231,7 +302,7 @@ def test_of_many_tasks_five_long_prompts_are_shown_shortened(trained, material, 
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     adapter = trained({"name": "cluster-gates", "num_experts": 4, "r": 2}).adapter_path
     words = ["adopt", adapter, "prompt.chat_template=never", "--data", file, "-o", tmp_path / "r"]
-    shown = command(*words)
+    shown = command(*words, "--any-prompts")
     prompts = prompts_in(shown)
     assert list(prompts) == ["t0", "t1", "t2", "t3", "t4"]
     assert "and 2 more tasks" in shown

@@ -349,27 +349,32 @@ def adopt(
     *,
     data: AnyPath | None = None,
     output: AnyPath = "runs/adopted",
+    any_prompts: bool = False,
     **values: Any,
 ) -> Run:
     """Makes a run of an adapter that a script trained, without training it.
 
-    The base model is loaded once with the adapter, to check that they fit.
+    The base model is loaded once with the adapter, to check that they fit. Unless ``values`` set
+    them, prompt.chat_template and prompt.separator become those with which the prompts of the data
+    are like those of the training, as the clusters of prompts show that the adapter stores.
 
     Args:
         adapter: the folder with adapter_config.json and adapter_model.safetensors, such as a
             checkpoint of a trainer.
         data: tasks to score and to analyze, as a recipe's data.source (default: none).
         output: the folder of the run, which must be new or empty.
+        any_prompts: adopt even if the prompts are unlike those of the training, as for other tasks.
         values: further values of a recipe's sections model, data, prompt and evaluation, such as
             ``model={"name": "org/name"}``.
 
     Raises:
-        BaditError: the adapter is incomplete, of another kind or for another base model.
+        BaditError: the adapter is incomplete, of another kind or for another base model, or the
+            prompts are unlike those of its training.
     """
     from badit.authoring.adoption import adopt
 
     source = None if data is None else os.fspath(data)
-    run = adopt(Path(adapter), os.fspath(output), source, values)
+    run, _ = adopt(Path(adapter), os.fspath(output), source, values, any_prompts=any_prompts)
     return Run(run.folder.path, trust_remote_code=run.recipe.model.trust_remote_code)
 
 

@@ -16,9 +16,9 @@ from badit.method.extension import (
     frozen_basis,
     is_covered,
     key_spread,
+    likeness,
     sketch_rows,
     top_directions,
-    unlike_share,
 )
 
 _SEED = st.integers(0, 2**32 - 1)
@@ -132,7 +132,7 @@ def test_without_variance_a_share_is_0_or_1():
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shift", [0.0, 0.3, 3.0])
-def test_unlike_shares_equal_the_reference(seed, shift):
+def test_likeness_equals_the_reference(seed, shift):
     generator = torch.Generator().manual_seed(seed)
     # At most eight features vary, as many as there are principal components.
     sources = torch.eye(12)[:2] * 3
@@ -144,16 +144,19 @@ def test_unlike_shares_equal_the_reference(seed, shift):
     cluster = torch.arange(2).repeat_interleave(20)
     means, spread = key_spread(torch.cat(keys), cluster, 2)
     others = normalize(torch.cat(keys) + shift * torch.randn(40, 12, generator=generator))
-    share = unlike_share(others, means, spread, centroids)
-    assert share == reference.unlike_share(others, keys, centroids)
+    found = likeness(others, means, spread, centroids)
+    share, distance = reference.likeness(others, keys, centroids)
+    assert found.unlike_share == share
+    assert found.shift == pytest.approx(distance, abs=1e-6)
     assert share <= 0.05 if shift == 0 else share > 0
+    assert distance < 1e-6 if shift == 0 else distance > 0.01
 
 
 def test_equal_prompts_are_like_those_of_the_training():
     key = torch.eye(4)[:1]
     means, spread = key_spread(key.expand(5, 4), torch.zeros(5, dtype=torch.long), 1)
-    assert unlike_share(key, means, spread, key) == 0
-    assert unlike_share(torch.eye(4)[1:], means, spread, key) == 1
+    assert likeness(key, means, spread, key) == (0, 0)
+    assert likeness(torch.eye(4)[1:], means, spread, key).unlike_share == 1
 
 
 @pytest.mark.parametrize(("close", "is_enough"), [(7, False), (8, True), (10, True)])

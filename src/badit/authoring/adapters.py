@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from badit.authoring.adoption import NAME_FOLDER, WEIGHTS
-from badit.data import AnswerCollator, batches_by_task
-from badit.data.tasks import SPLITS
+from badit.authoring.prompt_forms import choose_form, shown_prompts
 from badit.models import HUB_ID
 from badit.recipe.method import BOOKKEEPING, KINDS, SURGERY, ResolvedMethod, resolve_method
 from badit.recipe.saved import dump_recipe
@@ -16,17 +15,13 @@ from badit.recipe.schema import Recipe
 from badit.runs.fingerprints import base_fingerprints, task_fingerprints, tokenizer_fingerprint
 from badit.runs.folder import ADAPTER_CONFIG
 from badit.runs.resolved import ResolvedRun
-from badit.support.console import say
 from badit.support.environment import environment
 from badit.support.errors import BaditError, first_line
 from badit.support.files import remove, replace_folder, write_json, write_text
-from badit.training.encoding import encoded
 from badit.training.loading import load_base, model_dtype
 from badit.training.methods import training_method
-from badit.tuner import BaditModel, hooks_of
 from badit.tuner.config import ExpertConfig
 
-_COMPARED = 32  # prompts of each task
 # Fields of adapter_config.json that are not options of a method.
 _NOT_OPTIONS = BOOKKEEPING | {"peft_type", "auto_mapping"}
 
@@ -69,8 +64,15 @@ def method_of(path: Path, saved: Mapping[str, Any]) -> ResolvedMethod:
         raise BaditError(f"{path}: {first_line(error)}") from None
 
 
-def write_run(run: ResolvedRun, adapter: Path, saved: Mapping[str, Any]) -> None:
-    """Writes the run's folder, if its base model can be loaded with the adapter."""
+def write_run(
+    run: ResolvedRun, adapter: Path, saved: Mapping[str, Any], *, any_prompts: bool
+) -> list[str]:
+    """Writes the run's folder, if its base model can be loaded with the adapter.
+
+    Returns:
+        Lines that show a prompt of each task, and what to compare them with.
+    """
+    prompts: list[str] = []
     folder = run.folder
     partial = folder.adapter_path.with_name("adapter.partial")
     partial.mkdir()
@@ -82,11 +84,14 @@ def write_run(run: ResolvedRun, adapter: Path, saved: Mapping[str, Any]) -> None
         model, tokenizer = _loaded_base(run.recipe)
         # Before the adapter, which may change the base weights.
         inputs = base_fingerprints(model)
-        inputs |= tokenizer_fingerprint(tokenizer, run.recipe.prompt.chat_template)
         adapted = _loaded_adapter(run, model, partial, adapter)
         if run.recipe.data.source is not None:
             inputs |= task_fingerprints(run.tasks)
-            _compare_prompts(run, adapted, tokenizer)
+            are_like = choose_form(run, adapted, tokenizer, any_prompts=any_prompts)
+            prompts = shown_prompts(run, tokenizer)
+            if not are_like:
+                prompts.append(_what_to_compare(run))
+        inputs |= tokenizer_fingerprint(tokenizer, run.recipe.prompt.chat_template)
         record = {**environment(), "dtype": model_dtype(run.recipe)}
         record |= {"adopted": str(adapter.resolve()), "inputs": inputs}
         write_json(folder.environment_path, record)
@@ -95,6 +100,20 @@ def write_run(run: ResolvedRun, adapter: Path, saved: Mapping[str, Any]) -> None
         remove(partial)
     # The last file: it makes the folder a run.
     write_text(folder.config_path, dump_recipe(run.recipe))
+    return prompts
+
+
+def _what_to_compare(run: ResolvedRun) -> str:
+    reason = "the adapter has learnt no others"
+    # PEFT's own adapters have no gates.
+    if not getattr(run.method.config, "has_fixed_gates", True):
+        reason = "other prompts select other gates"
+    keys = "prompt.chat_template, prompt.separator, prompt.encoding or data.instruction"
+    return (
+        f"These must be the prompts of the script's training, because {reason}. If they are not, "
+        f"remove {run.folder.path} and adopt again with the script's rows (prompt and completion) "
+        f"as data, or with another {keys}."
+    )
 
 
 def _loaded_base(recipe: Recipe) -> tuple[Any, Any]:
@@ -119,29 +138,3 @@ def _loaded_adapter(run: ResolvedRun, model: Any, copied: Path, adapter: Path) -
         return training_method(run.method).load(model, copied)
     except BaditError as error:
         raise BaditError(str(error).replace(str(copied), str(adapter))) from None
-
-
-def _compare_prompts(run: ResolvedRun, model: Any, tokenizer: Any) -> None:
-    """Says whether the prompts are like those of the training, as the adapter's clusters show."""
-    hooks: Any = hooks_of(model)
-    if not isinstance(hooks, BaditModel):
-        return
-    pairs = [
-        (task, instance)
-        for task in run.tasks
-        for instance in next(filter(None, (getattr(task, split) for split in SPLITS)))[:_COMPARED]
-    ]
-    examples = encoded(tokenizer, run.recipe, pairs, model)
-    batches = batches_by_task(examples, AnswerCollator(tokenizer.pad_token_id), _COMPARED)
-    shares = hooks.unlike_prompts({task: list(of_task) for task, of_task in batches.items()})
-    if shares is None:
-        return
-    unlike = [f"{task} ({100 * share:.0f} %)" for task, share in shares.items() if share > 0.5]
-    if not unlike:
-        say("badit: the prompts are like those of the training")
-        return
-    listed = ", ".join(unlike[:5]) + (f" and {len(unlike) - 5} more" if unlike[5:] else "")
-    say(
-        f"badit: warning: the prompts of {listed} are unlike those of the training, so their gates "
-        "will be wrong; adopt again with the script's form of prompts"
-    )

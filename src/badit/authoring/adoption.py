@@ -10,12 +10,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from badit.data.encoding import encode_prompts
-from badit.data.prompts import build_prompt
-from badit.data.tasks import SPLITS
-from badit.models import BUILT_IN, built_in_path, load_tokenizer, resolve_model
+from badit.models import BUILT_IN, built_in_path, resolve_model
 from badit.recipe.loading import build_recipe, merged
 from badit.recipe.schema import Recipe, source_of
 from badit.runs.folder import ADAPTER_CONFIG, RunFolder, refuse_no_adapter
@@ -23,7 +20,6 @@ from badit.runs.unresolved import read_tasks
 from badit.support.console import loading_libraries
 from badit.support.errors import BaditError, explained
 from badit.support.files import exclusive, read_json, refuse_links
-from badit.support.text import counted
 
 if TYPE_CHECKING:
     from badit.runs.resolved import ResolvedRun
@@ -34,9 +30,13 @@ _SECTIONS = ("model", "data", "prompt", "evaluation")  # the others say how a ru
 # them.
 _CHANGE_BASE = ("corda", "lora_ga", "pissa_niter")
 NAME_FOLDER = "name the base model's folder with model.name=FOLDER"
-_SHOWN_TASKS = 5
-_SHOWN_START = 150  # characters of a prompt that are shown, if it is longer than both together
-_SHOWN_END = 100
+
+
+class Adopted(NamedTuple):
+    """A run of an adapter from a script."""
+
+    run: ResolvedRun
+    prompts: list[str]  # lines that show a prompt of each task, and what to compare them with
 
 
 def adopt(
@@ -45,7 +45,9 @@ def adopt(
     data: str | None,
     values: Mapping[str, Any],
     overrides: Sequence[str] = (),
-) -> ResolvedRun:
+    *,
+    any_prompts: bool = False,
+) -> Adopted:
     """Implements :func:`badit.adopt`; ``overrides`` are applied after ``values``."""
     # In the order of their duration: the data may be large, and the base model larger.
     config_path = adapter / ADAPTER_CONFIG
@@ -77,39 +79,8 @@ def adopt(
     if tasks is not None:
         run.tasks = tasks
     with exclusive(folder.path), explained(folder.path):
-        write_run(run, adapter, saved)
-    return run
-
-
-def built_prompts(run: ResolvedRun) -> list[str]:
-    """Returns lines with a prompt of each task as badit builds it, and what it must equal."""
-    model = run.recipe.model
-    tokenizer = load_tokenizer(
-        model.name, trust_remote_code=model.trust_remote_code, revision=model.revision
-    )
-    section = run.recipe.prompt
-    prompts = []
-    for task in run.tasks[:_SHOWN_TASKS]:
-        instance = next(instance for split in SPLITS for instance in getattr(task, split))
-        prompts.append(build_prompt(task, instance, section.encoding))
-    options = section.model_dump(include={"max_source_tokens", "chat_template"})
-    lines = ["Prompts as badit builds them, one of each task:"]
-    for task, ids in zip(run.tasks, encode_prompts(tokenizer, prompts, **options), strict=False):
-        # The notation of Python shows white space at the ends and special characters.
-        lines.append(f"  {task.name}: {_shortened(str(tokenizer.decode(ids)))!r}")
-    if len(run.tasks) > _SHOWN_TASKS:
-        lines.append(f"  and {counted(len(run.tasks) - _SHOWN_TASKS, 'more task')}")
-    reason = "the adapter has learnt no others"
-    # PEFT's own adapters have no gates.
-    if not getattr(run.method.config, "has_fixed_gates", True):
-        reason = "other prompts select other gates"
-    keys = "prompt.chat_template, prompt.encoding, prompt.max_source_tokens or data.instruction"
-    lines.append(
-        f"These must be the prompts of the script's training, because {reason}. If they are not, "
-        f"remove {run.folder.path} and adopt again with the script's rows (prompt and completion) "
-        f"as data, or with another {keys}."
-    )
-    return lines
+        prompts = write_run(run, adapter, saved, any_prompts=any_prompts)
+    return Adopted(run, prompts)
 
 
 def next_commands(run: ResolvedRun) -> list[str]:
@@ -123,12 +94,6 @@ def next_commands(run: ResolvedRun) -> list[str]:
         run.refuse_unscorable(run.recipe.evaluation.split)
         lines.insert(0, f"Score it: {shlex.join(['badit', 'evaluate', str(run.folder.path)])}")
     return lines
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= _SHOWN_START + _SHOWN_END:
-        return text
-    return f"{text[:_SHOWN_START]} … {text[-_SHOWN_END:]}"
 
 
 def _refuse_missing_base(recipe: Recipe) -> None:

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 ChatTemplate = Literal["auto", "always", "never"]
 
+LINE_BREAK = "\n"  # the default between a whole prompt and its answer
 IGNORED_LABEL = -100  # ignored by the losses of PyTorch and transformers
 _TEMPLATE_FIX = "use prompt.chat_template=never or another template"
 
 
-def encode_examples(
+def encode_examples(  # noqa: PLR0913 (the keys of a recipe's section prompt)
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[Task, Instance]],
     *,
@@ -33,6 +34,7 @@ def encode_examples(
     max_source_tokens: int = 1024,
     max_answer_tokens: int = 50,
     chat_template: ChatTemplate = "auto",
+    separator: str = LINE_BREAK,
 ) -> list[dict[str, Any]]:
     """Encodes instances for a causal language model.
 
@@ -49,6 +51,7 @@ def encode_examples(
         [build_prompt(task, instance, encoding) for task, instance in pairs],
         max_source_tokens=max_source_tokens,
         chat_template=chat_template,
+        separator=separator,
     )
     # Prompt and answer are tokenised separately, so the prompt's tokens are those of generation.
     answers = token_ids(tokenizer, [instance.outputs[0] for _, instance in pairs])
@@ -102,6 +105,7 @@ def encode_prompts(
     *,
     max_source_tokens: int,
     chat_template: ChatTemplate = "auto",
+    separator: str = LINE_BREAK,
 ) -> list[list[int]]:
     """Returns the token ids of prompts, for generation or training.
 
@@ -109,6 +113,7 @@ def encode_prompts(
     its history. The tokens of the chat template, or the BOS that the tokenizer adds, are not
     included and never truncated. ``chat_template`` "auto" puts the text in the user's turn if the
     tokenizer has a template, "always" requires a template, "never" uses the plain text.
+    Without a template, ``separator`` follows a whole prompt that does not end with white space.
     """
     has_template = uses_template(tokenizer, chat_template)
     wholes = [Prompt("", prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -116,7 +121,7 @@ def encode_prompts(
     if has_template:  # which adds BOS itself
         return token_ids(tokenizer, [_templated(tokenizer, prompt) for prompt in fitting])
 
-    encoded = token_ids(tokenizer, [_plain(prompt) for prompt in fitting])
+    encoded = token_ids(tokenizer, [_plain(prompt, separator) for prompt in fitting])
     bos: Any = tokenizer.bos_token_id
     # BOS is added here, since some tokenizers would also append EOS to the prompt.
     if tokenizer("")["input_ids"][:1] == [bos]:
@@ -132,6 +137,7 @@ def as_request(
     *,
     max_source_tokens: int,
     chat_template: ChatTemplate = "auto",
+    separator: str = LINE_BREAK,
 ) -> dict[str, Any]:
     """Returns the field of a request in OpenAI's format that has a prompt as its value.
 
@@ -142,7 +148,7 @@ def as_request(
     if uses_template(tokenizer, chat_template):
         turns = (*fitting.history, ("user", fitting.text))
         return {"messages": _messages(turns)}
-    return {"prompt": _plain(fitting)}
+    return {"prompt": _plain(fitting, separator)}
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
@@ -165,14 +171,13 @@ def _messages(turns: Messages) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def _plain(prompt: Prompt) -> str:
+def _plain(prompt: Prompt, separator: str) -> str:
     """Returns the text of a prompt and its history without a chat template."""
     if prompt.history:
         turns = (*prompt.history, ("user", prompt.text))
         return "".join(f"{role}: {content}\n\n" for role, content in turns) + "assistant: "
-    # It separates the message from the answer.
     if prompt.is_message and not prompt.text[-1:].isspace():
-        return prompt.text + "\n"
+        return prompt.text + separator
     return prompt.text
 
 

@@ -33,9 +33,8 @@ def example_request(run: ResolvedRun, exported: Export) -> str:
         trust_remote_code=recipe.model.trust_remote_code,
         revision=recipe.model.revision,
     )
-    options = recipe.prompt.model_dump(include={"max_source_tokens", "chat_template"})
     prompt = _shortest_prompt(run, one.record["task"])
-    body = {"model": served_name(one), **as_request(tokenizer, prompt, **options)}
+    body = {"model": served_name(one), **as_request(tokenizer, prompt, **recipe.prompt.of_prompts)}
     # As the run answers.
     body |= {"max_tokens": recipe.evaluation.max_new_tokens, "temperature": 0}
     end = end_of_turn_id(tokenizer, recipe.prompt.chat_template)

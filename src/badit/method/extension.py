@@ -19,6 +19,8 @@ Shape suffixes: S = prompts, E = features of a key, C = clusters, D = other clus
 features, R = rank, F = rows of frozen A's, M = rows of the sketch, P = positions.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,20 +60,33 @@ def key_spread(keys_SE: Tensor, cluster_S: Tensor, clusters: int) -> tuple[Tenso
     return means_CE, spread_CKE
 
 
-def unlike_share(
-    keys_SE: Tensor, means_CE: Tensor, spread_CKE: Tensor, centroids_CE: Tensor
-) -> float:
-    """Returns the share of prompts that are unlike those that the clusters were found from.
+class Likeness(NamedTuple):
+    """How prompts compare with those that clusters were found from.
 
-    The cosine of such a prompt to its centroid c is more than three standard deviations below the
-    mean of the cluster's prompts: ⟨z, c⟩ < ⟨mean, c⟩ − 3 √(Σ_k ⟨u_k σ_k, c⟩²).
+    Attributes:
+        unlike_share: the share of prompts whose cosine to their centroid c is more than three
+            standard deviations below the mean of the cluster's prompts:
+            ⟨z, c⟩ < ⟨mean, c⟩ − 3 √(Σ_k ⟨u_k σ_k, c⟩²).
+        shift: the distance of the prompts' mean from the mean of their clusters' prompts,
+            ‖mean(z) − mean(mean_c(z))‖.
     """
+
+    unlike_share: float
+    shift: float
+
+
+def likeness(
+    keys_SE: Tensor, means_CE: Tensor, spread_CKE: Tensor, centroids_CE: Tensor
+) -> Likeness:
+    """Compares prompts with the clusters that are nearest to them."""
     centroids_CE = centroids_CE.double()
     cosine_S, cluster_S = (keys_SE.double() @ centroids_CE.T).max(dim=1)
     mean_C = (means_CE.double() * centroids_CE).sum(dim=1)
     deviation_C = torch.einsum("cke,ce->ck", spread_CKE.double(), centroids_CE).norm(dim=1)
     least_C = mean_C - _UNLIKE_DEVIATIONS * deviation_C - _ROUNDING
-    return float((cosine_S < least_C[cluster_S]).double().mean())
+    is_unlike_S = cosine_S < least_C[cluster_S]
+    shift_E = (keys_SE.double() - means_CE.double()[cluster_S]).mean(dim=0)
+    return Likeness(float(is_unlike_S.double().mean()), float(shift_E.norm()))
 
 
 def confused_shares(

@@ -14,7 +14,7 @@ from pydantic import (
     field_validator,
 )
 
-from badit.data.encoding import ChatTemplate
+from badit.data.encoding import LINE_BREAK, ChatTemplate
 from badit.data.prompts import PromptEncoding
 from badit.data.sampling import hold_out, limit, quotas
 from badit.data.source import Format, Source, Turns
@@ -188,6 +188,11 @@ class DataSection(Section):
         return quotas(tasks, balanced=self.sampling == "balanced", temperature=self.temperature)
 
 
+def _given_text(value: Any) -> Any:
+    # `prompt.separator=` on a command line is YAML's null.
+    return "" if value is None else value
+
+
 class PromptSection(Section):
     """Prompts and tokenisation."""
 
@@ -203,6 +208,16 @@ class PromptSection(Section):
     chat_template: ChatTemplate = Field(
         "auto", description="use the model's chat template; auto: if it has one"
     )
+    separator: Annotated[str, BeforeValidator(_given_text)] = Field(
+        LINE_BREAK,
+        max_length=100,
+        description="without a template, follows a whole prompt that does not end with white space",
+    )
+
+    @property
+    def of_prompts(self) -> dict[str, Any]:
+        """The options of :func:`badit.data.encode_prompts`."""
+        return self.model_dump(include={"max_source_tokens", "chat_template", "separator"})
 
 
 class EvaluationSection(Section):

@@ -51,8 +51,7 @@ def encoded_texts(
         # An instance needs an output, which is no part of its prompt.
         inputs = [Instance(id="", input=text, outputs=("",)) for text in texts]
         prompts = [build_prompt(task, instance, recipe.prompt.encoding) for instance in inputs]
-    options = recipe.prompt.model_dump(include={"max_source_tokens", "chat_template"})
-    return encode_prompts(tokenizer, prompts, **options)
+    return encode_prompts(tokenizer, prompts, **recipe.prompt.of_prompts)
 
 
 def refuse_long_prompts(prompts: Sequence[Sequence[int]], model: Any, new_tokens: int) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from badit.method.abilities import key_scores
 from badit.method.extension import (
+    Likeness,
     add_to_image,
     add_to_sketch,
     complement_basis,
@@ -27,9 +28,9 @@ from badit.method.extension import (
     frozen_basis,
     is_covered,
     key_spread,
+    likeness,
     sketch_rows,
     top_directions,
-    unlike_share,
 )
 from badit.method.routing import prompt_centroids
 from badit.support.console import say
@@ -159,13 +160,13 @@ def survey(
     return Survey(covered, confused, earlier.by_task(shares_CD.amax(dim=1)), nearest)
 
 
-def unlike_shares(
+def likeness_by_task(
     holder: Any, adapter: str, keys: Keys, examples: ExamplesByTask
-) -> dict[str, float]:
-    """Returns, by task, the share of prompts that are unlike those of an adapter's training."""
+) -> dict[str, Likeness]:
+    """Compares the prompts of tasks with those of an adapter's training."""
     earlier = _Earlier(holder, adapter, keys)
     clusters = (earlier.all("means"), earlier.all("spread"), earlier.centroids_CE)
-    return {task: unlike_share(keys.of(of_task), *clusters) for task, of_task in examples.items()}
+    return {task: likeness(keys.of(of_task), *clusters) for task, of_task in examples.items()}
 
 
 class _Earlier:

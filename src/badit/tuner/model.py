@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
+from badit.method.extension import Likeness
 from badit.support.console import waiting
 from badit.support.errors import BaditError
 from badit.tuner.abilities import (
@@ -34,12 +35,12 @@ from badit.tuner.additions import (
     Survey,
     adapters_to_start,
     extended_config,
+    likeness_by_task,
     refuse_unextendable,
     set_clusters,
     start_extension,
     store_clusters,
     survey,
-    unlike_shares,
 )
 from badit.tuner.badit_layer import BaditLinear, Place
 from badit.tuner.config import BaditConfig, ExpertConfig, Extension, peft_type
@@ -460,17 +461,19 @@ class BaditModel(ExpertModel):
         examples = self._prompts_of_tasks(batches, clusters)
         return survey(holder, adapter, Keys(self.model), examples, threshold, clusters)
 
-    def unlike_prompts(self, batches: TaskBatches) -> dict[str, float] | None:
-        """Returns, by task, the share of prompts that are unlike those of the training.
-
-        None if the active adapter has no stored clusters of prompts.
-        """
+    @property
+    def has_clusters(self) -> bool:
+        """Whether the active adapter has stored the clusters of its training's prompts."""
         (adapter,) = self.active_adapters
         holder = RoutingContext.of(self.model).extension_holders.get(adapter)
-        if holder is None or not holder.badit_extensions[adapter].has_clusters(0):
-            return None
+        return holder is not None and holder.badit_extensions[adapter].has_clusters(0)
+
+    def likeness(self, batches: TaskBatches) -> dict[str, Likeness]:
+        """Compares the prompts of tasks with the stored clusters of the training's prompts."""
+        (adapter,) = self.active_adapters
+        holder = RoutingContext.of(self.model).extension_holders[adapter]
         examples = self._prompts_of_tasks(batches, clusters=1)
-        return unlike_shares(holder, adapter, Keys(self.model), examples)
+        return likeness_by_task(holder, adapter, Keys(self.model), examples)
 
     def nearest_extensions(self, batches: TaskBatches, *, clusters: int = 2) -> set[int]:
         """Returns the extensions (0: the adapter's own experts) of the prompts of batches."""
