@@ -54,16 +54,21 @@ def test_undecided_pairs_ask_for_more_instances(measured):
     verdict = verdict_of(UNDECIDED, UNDECIDED, AGREEMENT, measured=measured)
     assert verdict.sentences[0] == "No conflict beyond noise among 1 decided pair of tasks."
     assert "2 pairs of 3 not decided" in verdict.sentences[1]
-    assert verdict.sentences[2].startswith("As predicted, 18 instances per task would decide half")
+    assert verdict.sentences[2] == "Predicted: 18 instances per task would decide 2 of them."
     data = "" if measured is RUN else " --data data.csv"
     expected = f"badit analyze {measured.target} --instances 18{data} -o runs/analysis-18"
     assert verdict.command == expected
-    assert "does not decide" in verdict_of(UNDECIDED).sentences[0]
+    single = verdict_of(UNDECIDED).sentences
+    assert "does not decide" in single[0]
+    assert single[2].endswith("would decide it.")
+    more = {**UNDECIDED, "instances_needed": 40.0}
+    assert verdict_of(UNDECIDED, more, more).sentences[2].endswith("decide 3 of them.")
+    assert verdict_of(UNDECIDED, UNDECIDED, more).sentences[2].endswith("decide 2 of them.")
     # Without a prediction, or if too many are needed, more instances are no answer.
     for needed in (np.nan, 5000.0):
         verdict = verdict_of({**UNDECIDED, "instances_needed": needed}, measured=measured)
         assert "--instances" not in verdict.command
-        assert ("As predicted, 5000" in verdict.sentences[-1]) == (needed == 5000)
+        assert ("Predicted: 5000 " in verdict.sentences[-1]) == (needed == 5000)
 
 
 def test_without_conflicts_the_next_step_is_to_use_or_to_train():
@@ -103,14 +108,15 @@ def test_without_conflicts_the_next_step_is_to_use_or_to_train():
 )
 def test_the_number_of_instances_is_said_and_how_to_measure_more(counts, changes, expected):
     measured = RUN._replace(**{"instances": 8, **changes})
-    for pair in (CONFLICT, AGREEMENT, UNDECIDED):
+    for pair in (CONFLICT, AGREEMENT, {**UNDECIDED, "instances_needed": 8.0}):
         sentences = verdict_of(pair, measured=measured, counts=counts).sentences
         number = str(counts[0]) if counts[0] == counts[1] else f"{counts[0]} to {counts[1]}"
         place = sentences.index(f"The gradients rest on {number} instances per task.")
         if expected is None:
             assert len(sentences) == place + 1
         else:
-            assert re.search(f"^These are few.*{expected}", sentences[place + 1])
+            start = "These are few" if expected.startswith(":") else "The split .* has "
+            assert re.search(f"^{start}.*{expected}", sentences[place + 1])
 
 
 def test_more_instances_are_not_proposed_where_the_split_has_no_more():
@@ -130,6 +136,31 @@ def test_more_instances_are_not_proposed_where_the_split_has_no_more():
     other = few._replace(other_data="other.csv")
     command = verdict_of(*pairs, measured=other, counts=[8, 8]).command
     assert command.startswith("badit analyze runs/mine --instances 18 --data other.csv -o ")
+
+
+@pytest.mark.parametrize(
+    ("most_held_out", "fix"),
+    [(15, "train again with more instances per task"), (20, "with data.validation_per_task=18")],
+)
+def test_a_split_that_is_too_small_for_the_prediction_is_named(most_held_out, fix):
+    measured = RUN._replace(instances=8, available=10, most_held_out=most_held_out)
+    sentences = verdict_of(UNDECIDED, measured=measured, counts=[8, 8]).sentences
+    assert sentences[-1].startswith("The split that was measured has only 10: give others with")
+    assert sentences[-1].endswith(f"{fix}.")
+    measured = measured._replace(instances=16, available=16)
+    sentences = verdict_of(UNDECIDED, measured=measured, counts=[16, 16]).sentences
+    assert "The split that was measured has no more" in sentences[-1], "18 are needed"
+
+
+def test_next_commands_fit_the_method_and_the_data():
+    with_experts = RUN._replace(has_experts=True)
+    command = verdict_of(AGREEMENT, measured=with_experts).command
+    assert command == "badit export runs/mine --all-tasks -o exports"
+    other = with_experts._replace(other_data="other.csv")
+    assert verdict_of(AGREEMENT, measured=other).command == "badit generate runs/mine PROMPT"
+    for tested, is_named in ((None, False), (0, True), (4, False)):
+        command = verdict_of(CONFLICT, measured=RUN._replace(tested=tested)).command
+        assert ("evaluation.split=validation" in command) == is_named
 
 
 def test_what_was_measured_is_read_from_any_recipe(tmp_path):
@@ -159,6 +190,9 @@ def test_tables_in_another_folder_name_the_run_that_was_measured(tmp_path):
     measured = measured_in(tmp_path, {})
     assert (measured.other_data, measured.instances, measured.available) == ("b.csv", 4, None)
     numbers = {"available": {"a": 9, "b": 7}, "most_held_out": {"a": 2, "b": 3}}
+    numbers["tested"] = {"a": 0, "b": 5}
     (tmp_path / "analysis.json").write_text(json.dumps({"instances": numbers}))
     measured = measured_in(tmp_path, {})
-    assert (measured.available, measured.most_held_out) == (7, 2)
+    assert (measured.available, measured.most_held_out, measured.tested) == (7, 2, 0)
+    assert not measured.has_experts
+    assert measured_in(tmp_path, {"method": {"name": "cluster-gates"}}).has_experts

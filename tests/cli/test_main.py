@@ -221,9 +221,13 @@ def test_init_train_and_analyze_turn_a_csv_into_scores_and_a_report(
     assert analysed.index("of tasks") < analysed.index("\n  badit ") < analysed.index("Tables: ")
     assert "gradient_overall" not in analysed, "the list of tables"
     # The first recipe holds out a quarter of each task's eight rows.
-    assert "The gradients rest on 2 instances per task.\nThese are few" in analysed
+    assert (
+        "The gradients rest on 2 instances per task.\nThe split that was measured has no more"
+        in analysed
+    )
     assert "or train again with more instances per task." in analysed
     assert read_json(tmp_path / "runs/recipe/analysis.json")["instances"] == {
         "available": {"capital": 2, "river": 2},
         "most_held_out": {"capital": 2, "river": 2},
+        "tested": {"capital": 0, "river": 0},
     }

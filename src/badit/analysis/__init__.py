@@ -97,6 +97,7 @@ def analyze(
             return {
                 "available": {task.name: len(split) for task, split in measured},
                 "most_held_out": _most_held_out(run, data),
+                "tested": {task.name: len(task.test) for task in tasks},
             }
 
         record = Record(output, settings, numbers, with_recipe=not is_run)

@@ -20,6 +20,7 @@ import pandas as pd
 from badit.analysis.reliability import RELIABLE
 from badit.analysis.tables import span
 from badit.models import BUILT_IN
+from badit.presets import NAMES
 from badit.support.errors import BaditError
 from badit.support.files import read_json
 from badit.support.text import counted, number
@@ -42,9 +43,10 @@ class Measured(NamedTuple):
     """What was analysed: a run or a base model (``target``), its tasks' source and base model.
 
     ``other_data`` is the source of tasks that are not the run's own; ``instances`` is the number
-    per task that was asked for, ``available`` that of the smallest split that was measured, and
-    ``most_held_out`` the largest validation set that all of a run's tasks can have. Each is None if
-    it is unknown.
+    per task that was asked for, ``available`` that of the smallest split that was measured,
+    ``most_held_out`` the largest validation set that all of a run's tasks can have, and ``tested``
+    the smallest number of test instances. Each is None if it is unknown. ``has_experts``: the run's
+    method is a form of BADIT.
     """
 
     target: str
@@ -55,6 +57,8 @@ class Measured(NamedTuple):
     instances: int | None = None
     available: int | None = None
     most_held_out: int | None = None
+    tested: int | None = None
+    has_experts: bool = False
 
 
 def measured_in(folder: Path, config: Mapping[str, Any]) -> Measured:
@@ -74,6 +78,7 @@ def measured_in(folder: Path, config: Mapping[str, Any]) -> Measured:
         "instances": count if isinstance(count, int) else None,
         "available": _smallest(record, "available"),
         "most_held_out": _smallest(record, "most_held_out"),
+        "tested": _smallest(record, "tested"),
     }
     if model and text("method", "name") == "base":
         return Measured(model, data, model, is_run=False, **numbers)
@@ -83,7 +88,8 @@ def measured_in(folder: Path, config: Mapping[str, Any]) -> Measured:
     target = settings.get("target")
     # The run that was measured, if its tables are elsewhere.
     run = os.path.normpath(folder / target) if isinstance(target, str) else str(folder)
-    return Measured(run, data, model, other_data=other_data, **numbers)
+    has_experts = text("method", "name") in NAMES
+    return Measured(run, data, model, other_data=other_data, has_experts=has_experts, **numbers)
 
 
 def _record(folder: Path) -> Mapping[str, Any]:
@@ -143,6 +149,7 @@ def conflict_verdict(
     most = _most_instances(counts, measured)
     needed = _needed_for_half(undecided)
     has_no_more = bool(counts) and most <= min(counts)
+    too_many = needed > most
     sentences = [_answer(len(pairs), decided, len(conflicts))]
     if len(conflicts):
         sentences += [*map(_pair, conflicts[:_NAMED_PAIRS].to_dict("records"))]
@@ -159,12 +166,12 @@ def conflict_verdict(
             f"too noisy (signal below {RELIABLE})."
         )
         if np.isfinite(needed):
-            sentences.append(
-                f"As predicted, {needed:.0f} instances per task would decide half of these pairs."
-            )
+            would_be = int((undecided["instances_needed"] <= needed).sum())
+            whole = "it" if len(undecided) == 1 else f"{would_be} of them"
+            sentences.append(f"Predicted: {needed:.0f} instances per task would decide {whole}.")
     if counts:
-        sentences += _basis(counts, measured, most)
-    if len(undecided) <= decided or has_no_more or needed > most:
+        sentences += _basis(counts, measured, needed, most)
+    if len(undecided) <= decided or has_no_more or too_many:
         needed = np.nan
     return Verdict(sentences, *_next(measured, pairs, conflicts, needed))
 
@@ -179,22 +186,31 @@ def _most_instances(counts: Sequence[int], measured: Measured) -> float:
     return np.inf
 
 
-def _basis(counts: Sequence[int], measured: Measured, most: float) -> list[str]:
-    """Returns sentences with the number of instances per task and, if they are few, what to set."""
+def _basis(counts: Sequence[int], measured: Measured, needed: float, most: float) -> list[str]:
+    """Returns sentences with the number of instances per task and, if they are few, what to set.
+
+    ``needed`` is the number that would decide more pairs, NaN if unknown, and ``most`` that of the
+    split that was measured.
+    """
     noun = "instance" if max(counts) == 1 else "instances"
     sentence = f"The gradients rest on {span(counts)} {noun} per task."
-    if min(counts) >= _FEW_INSTANCES:
+    few = min(counts) < _FEW_INSTANCES
+    if not few and not needed > most:
         return [sentence]
-    if most > min(counts):
+    if most > min(counts) and not needed > most:
         fix = f"--instances {min(_FEW_INSTANCES, most)} -o FOLDER measures more"
         return [sentence, f"These are few: {fix}."]
-    problem = "These are few, and the split that was measured has no more"
+    problem = "The split that was measured has no more"
+    if most > min(counts):
+        problem = f"The split that was measured has only {most}"
     if not measured.is_run or measured.other_data is not None:
         return [sentence, f"{problem}: add some to {measured.other_data or measured.data}."]
-    held_out = min(_FEW_INSTANCES, measured.most_held_out or 0)
+    wanted = needed if needed > most else _FEW_INSTANCES
+    held_out = min(wanted, measured.most_held_out or 0)
     training = "with more instances per task"
-    if held_out > min(counts):
-        training = f"with data.validation_per_task={held_out}"
+    # A larger validation set that is still too small would decide no more.
+    if held_out > most and not needed > held_out:
+        training = f"with data.validation_per_task={held_out:.0f}"
     fix = f"give others with --data FILE -o FOLDER, or train again {training}"
     return [sentence, f"{problem}: {fix}."]
 
@@ -234,6 +250,8 @@ def _next(
     if len(conflicts):
         purpose = "What the conflicts cost: train LoRA and BADIT together and LoRA on each task"
         options = ["data.validation_per_task=10", "compare.single_task=[lora]"]
+        if measured.tested == 0:
+            options.append("evaluation.split=validation")
         return purpose, _command("compare", "own-tasks", *of_data, *options)
     if np.isfinite(needed) and needed <= _MOST_INSTANCES:
         words = [measured.target, "--instances", f"{needed:.0f}"]
@@ -250,6 +268,9 @@ def _next(
     words = ["generate", measured.target]
     if measured.other_data is not None:  # the run has other tasks
         return "Answer a prompt", _command(*words, "PROMPT")
+    if measured.has_experts:
+        purpose = "Export a LoRA per task for vLLM and llama.cpp"
+        return purpose, _command("export", measured.target, "--all-tasks", "-o", "exports")
     task = str(pairs["task_a"].iloc[0])
     return "Answer an input", _command(*words, "--task", task, "INPUT")
 

@@ -40,8 +40,8 @@ def preview(recipe: Recipe, count: int) -> str:
     heading = ["task", "prompt", "longest", "cut", "answer", "longest", "cut"]
     heading += ["repeated", "in test too"]
     note = (
-        f"Tokens of the first {_MEASURED:,} training instances: median, maximum, and how many are "
-        "truncated (cut). Of all training instances: how many repeat an earlier input or have an "
+        f"Tokens of the first {_MEASURED:,} training instances, without the chat template: median, "
+        "maximum, and how many are truncated (cut). Of all training instances: how many repeat an earlier input or have an "
         "input of the test or validation data."
     )
     prompts = []

@@ -90,7 +90,7 @@ def method_table(results: Results, metric: str | None = None, released: bool = F
         ]
 
     columns: dict[str, Any] = {
-        "method": summary["method"],
+        "method": [_shown_name(results, method) for method in summary["method"]],
         "parameters": [number(count, ".0f") for count in summary["trainable_parameters"]],
         "lr": summary["learning_rate"].fillna(UNKNOWN),
         runs: summary["runs"].astype(str),
@@ -218,6 +218,17 @@ def _difference_notes(
     if 1 in compared["difference_runs"].tolist():
         notes.append("an interval over one run covers instances only, not other seeds")
     return notes
+
+
+def _shown_name(results: Results, method: str) -> str:
+    """Returns the given name, with what it is if it is another form's name, as of earlier results.
+
+    Until format 6, ``badit`` had the options of ``cluster-gates``.
+    """
+    title = results.titles.get(method, method)
+    if method in NAMES and title != method:
+        return f"{method} (= {title})"
+    return method
 
 
 def _title_notes(results: Results, methods: Sequence[str]) -> list[str]:

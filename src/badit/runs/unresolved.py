@@ -24,7 +24,8 @@ _SINGLE = (str, int, float)
 
 _LEAST_TO_HOLD_OUT = 4  # hold_out() takes at most a quarter of a task
 _SCORE_VALIDATION = (
-    "to score held-out training instances: evaluation.split=validation data.validation_per_task=10"
+    "add some, or score held-out training instances: give badit train or badit adopt "
+    "evaluation.split=validation data.validation_per_task=10"
 )
 _HOLD_OUT = "set data.validation_per_task to hold out some of its training instances"
 _TOO_FEW = (
