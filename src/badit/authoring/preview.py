@@ -41,8 +41,8 @@ def preview(recipe: Recipe, count: int) -> str:
     heading += ["repeated", "in test too"]
     note = (
         f"Tokens of the first {_MEASURED:,} training instances, without the chat template: median, "
-        "maximum, and how many are truncated (cut). Of all training instances: how many repeat an earlier input or have an "
-        "input of the test or validation data."
+        "maximum, and how many are truncated (cut). Of all training instances: how many repeat an "
+        "earlier input or have an input of the test or validation data."
     )
     prompts = []
     for task in tasks:
