@@ -5,6 +5,7 @@ import shutil
 from ast import literal_eval
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -167,6 +168,15 @@ def test_unsuitable_adapters_are_refused_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_base_model_can_be_given_for_an_adapter_without_one(material, tmp_path, command):
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    adapter = script_adapter(material, tmp_path / "script", config)
+    broken(adapter, base_model_name_or_path=None)
+    run = tmp_path / "run"
+    command("adopt", adapter, f"model.name={material / 'model'}", "-o", run)
+    assert badit.Run(run).recipe.model.name == str(material / "model")
+
+
 def test_wrong_folders_and_keys_are_refused(material, tmp_path, command):
     adapter = script_adapter(
         material, tmp_path / "out" / "checkpoint-4", LoraConfig(r=2, target_modules=["q_proj"])
@@ -176,6 +186,10 @@ def test_wrong_folders_and_keys_are_refused(material, tmp_path, command):
     assert "no adapter_config.json" in command("adopt", tmp_path / "gone", "-o", run, code=2)
     shown = command("adopt", adapter, "training.seed=1", "-o", run, code=2)
     assert "training.seed=1" in shown
+    shown = command("adopt", adapter, "promt.separator=x", "-o", run, code=2)
+    assert "did you mean 'prompt'?" in shown
+    shown = command("adopt", adapter, "prompt.chat_template=none", "-o", run, code=2)
+    assert shown.startswith("badit: recipe: prompt.chat_template: "), "not the adapter's file"
     for used in (adapter.parent, adapter / "adapter_config.json"):
         assert "is not an empty folder" in command("adopt", adapter, "-o", used, code=2)
     assert not run.exists()
@@ -196,7 +210,8 @@ def test_prompts_unlike_those_of_the_training_are_refused(trained, tmp_path, com
     output = tmp_path / "run"
     words = ["adopt", run.adapter_path, "--data", run.recipe.data.source, "model.dtype=float32"]
     assert main([*map(str, words), "-o", str(tmp_path / "same")]) == 0
-    assert "badit: the prompts are like those of the training\n" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "badit: the prompts are like those of the training, with prompt.chat_template=" in said
 
     words += ["prompt.chat_template=never", "-o", output]
     assert main([*map(str, words)]) == 2
@@ -255,19 +270,55 @@ def test_form_of_the_prompts_is_found(form, space, trained, tmp_path, capsys):
         assert prompts["cities"] == "<s>" + rows[0]["prompt"] + form.get("separator", "\n")
 
 
-def test_separator_without_stored_clusters_follows_the_answers(material, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"chat_template": "auto"},
+        {"chat_template": "never", "separator": "\n"},
+        {"chat_template": "never", "separator": ""},
+    ],
+)
+def test_form_with_the_lowest_loss_is_chosen_without_stored_clusters(
+    form, material, tmp_path, monkeypatch, capsys
+):
+    """The adapter's losses are replaced, so that one form has the lowest."""
     file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "city:", "completion": "land"}) + "\n")
     config = LoraConfig(r=2, target_modules=["q_proj"])
     adapter = script_adapter(material, tmp_path / "script", config)
-    for name, completion, separator in (("joined", " land", ""), ("apart", "land", "\n")):
-        file.write_text(json.dumps({"prompt": "city:", "completion": completion}) + "\n")
-        output = tmp_path / name
-        words = ["adopt", adapter, "prompt.chat_template=never", "--data", file, "-o", output]
-        assert main([*map(str, words)]) == 0
-        shown, said = capsys.readouterr()
-        assert prompts_in(shown)["rows"] == f"<s>city:{separator}"
-        assert badit.Run(output).recipe.prompt.separator == separator
-        assert ("are built with prompt.separator=, because" in said) == (name == "joined")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(material / "model")
+    (task,) = badit.load_tasks(file)
+    (wanted,) = encode_examples(tokenizer, [(task, task.train[0])], **form)
+
+    def losses(_, batches):
+        tokens = [batch["input_ids"][0].tolist() for batch in batches]
+        return np.array([0.5 if ids == wanted["input_ids"] else 2.0 for ids in tokens]), np.ones(1)
+
+    monkeypatch.setattr("badit.authoring.prompt_forms.prompt_losses", losses)
+    words = ["adopt", str(adapter), "--data", str(file), "-o", str(tmp_path / "run")]
+    assert main(words) == 0
+    shown, said = capsys.readouterr()
+    assert f"lowest for prompts with prompt.chat_template={form['chat_template']}" in said
+    assert "(0.50; 2.00 with prompt.chat_template=" in said
+    adopted = badit.Run(tmp_path / "run").recipe.prompt
+    assert adopted.model_dump(include=form.keys()) == form
+    expected = tokenizer.decode(wanted["input_ids"][: wanted["prompt_length"]])
+    assert prompts_in(shown)["rows"] == expected
+    assert "These must be the prompts of the script's training" in shown
+    assert "To score it: adopt the adapter with data that has test instances" in shown
+
+
+def test_given_keys_leave_only_forms_that_have_them(material, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "city:", "completion": " land"}) + "\n")
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    adapter = script_adapter(material, tmp_path / "script", config)
+    keys = ["prompt.chat_template=never", 'prompt.separator="\\n\\n"']
+    words = ["adopt", str(adapter), "--data", str(file), "-o", str(tmp_path / "run"), *keys]
+    assert main(words) == 0
+    shown, said = capsys.readouterr()
+    assert prompts_in(shown)["rows"] == "<s>city:\n\n"
+    assert "lowest" not in said
 
 
 @pytest.mark.parametrize("template", ["auto", "never"])
@@ -290,7 +341,7 @@ def test_prompts_are_shown_as_they_are_encoded(material, tmp_path, command, temp
     }
     assert prompts_in(shown) == expected
     assert "the adapter has learnt no others" in shown
-    assert "prompt.chat_template" in shown.splitlines()[-4]
+    assert "data.instruction" in shown.splitlines()[-4]
 
 
 def test_of_many_tasks_five_long_prompts_are_shown_shortened(trained, material, tmp_path, command):
@@ -326,7 +377,7 @@ def test_next_commands_of_tasks_with_several_instructions_work(material, tmp_pat
     run = tmp_path / "run"
     several = "data.columns.instruction=instruction"
     shown = command("adopt", adapter, several, "--data", file, "-o", run)
-    assert shown.endswith(f"\nAnswer an input: badit generate {run} PROMPT\n")
+    assert f"\nAnswer an input: badit generate {run} PROMPT\n" in shown
     command("generate", run, "PROMPT")
 
 

@@ -53,16 +53,17 @@ def test_of_many_conflicts_the_strongest_five_are_named():
 def test_undecided_pairs_ask_for_more_instances(measured):
     verdict = verdict_of(UNDECIDED, UNDECIDED, AGREEMENT, measured=measured)
     assert verdict.sentences[0] == "No conflict beyond noise among 1 decided pair of tasks."
-    assert "2 pairs of 3 not decided" in verdict.sentences[1]
-    assert verdict.sentences[2] == "Predicted: 18 instances per task would decide 2 of them."
+    assert verdict.sentences[1].startswith("2 pairs not decided: their gradients")
+    assert verdict.sentences[2] == "Predicted: 18 instances per task would decide all."
     data = "" if measured is RUN else " --data data.csv"
     expected = f"badit analyze {measured.target} --instances 18{data} -o runs/analysis-18"
     assert verdict.command == expected
     single = verdict_of(UNDECIDED).sentences
     assert "does not decide" in single[0]
+    assert single[1].startswith("Their gradients are too noisy")
     assert single[2].endswith("would decide it.")
     more = {**UNDECIDED, "instances_needed": 40.0}
-    assert verdict_of(UNDECIDED, more, more).sentences[2].endswith("decide 3 of them.")
+    assert verdict_of(UNDECIDED, more, more).sentences[2].endswith("decide all.")
     assert verdict_of(UNDECIDED, UNDECIDED, more).sentences[2].endswith("decide 2 of them.")
     # Without a prediction, or if too many are needed, more instances are no answer.
     for needed in (np.nan, 5000.0):

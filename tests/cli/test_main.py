@@ -189,6 +189,15 @@ def test_evaluate_prints_the_scores_of_the_chosen_split(recipe_file, tmp_path, c
     assert shown[-1] == f"{read_json(tmp_path / 'run' / 'scores-validation.json')['nll']:.3f}"
 
 
+def test_help_fills_its_lines(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    paragraphs = command("adopt", "--help").partition("╭")[0].strip().split("\n\n")
+    lines = paragraphs[-1].splitlines()
+    first_words = [line.split()[0] for line in lines[1:]]
+    pairs = zip(lines, first_words, strict=False)
+    assert all(len(f"{line.rstrip()} {word}") > 80 for line, word in pairs)
+
+
 def test_help_of_analyze_names_all_that_data_can_be(command):
     shown = " ".join(command("analyze", "--help").replace("│", " ").split())
     assert "data.source: a file, a folder, a pattern with *, a dataset on the hub or" in shown

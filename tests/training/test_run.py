@@ -404,3 +404,20 @@ def test_training_that_has_diverged_ends_with_code_2_and_keeps_its_files(
 def test_last_gradient_norms_tell_whether_a_training_has_diverged(norms, problem):
     lines = [{"loss": 1.0, "grad_norm": norm} for norm in norms]
     assert divergence([*lines, {"eval_loss": 1.0}]) == problem
+
+
+@pytest.mark.usefixtures("tiny_built_in")
+def test_checkpoints_of_later_stages_do_not_ask_the_hub(
+    recipe_file, recipe_values, command, monkeypatch
+):
+    def asked(*_):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", asked)
+    model = "model={name: smollm2-135m, dtype: float32}"
+    options = ["data.order=[cities, rivers]", "training.max_steps=2", "training.save_steps=1"]
+    command("train", recipe_file, model, *options)
+    run = Run(recipe_values["output"])
+    assert run.recipe.model.name == "smollm2-135m"
+    config = json.loads((run.adapter_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "smollm2-135m"

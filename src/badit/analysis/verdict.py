@@ -161,13 +161,13 @@ def conflict_verdict(
             "lie below 0 by chance."
         )
     if len(undecided):
-        sentences.append(
-            f"{counted(len(undecided), 'pair')} of {len(pairs)} not decided: their gradients are "
-            f"too noisy (signal below {RELIABLE})."
-        )
+        which = "Their" if not decided else f"{counted(len(undecided), 'pair')} not decided: their"
+        sentences.append(f"{which} gradients are too noisy (signal below {RELIABLE}).")
         if np.isfinite(needed):
             would_be = int((undecided["instances_needed"] <= needed).sum())
-            whole = "it" if len(undecided) == 1 else f"{would_be} of them"
+            whole = f"{would_be} of them"
+            if would_be == len(undecided):
+                whole = "it" if would_be == 1 else "all"
             sentences.append(f"Predicted: {needed:.0f} instances per task would decide {whole}.")
     if counts:
         sentences += _basis(counts, measured, needed, most)

@@ -108,11 +108,10 @@ def _what_to_compare(run: ResolvedRun) -> str:
     # PEFT's own adapters have no gates.
     if not getattr(run.method.config, "has_fixed_gates", True):
         reason = "other prompts select other gates"
-    keys = "prompt.chat_template, prompt.separator, prompt.encoding or data.instruction"
     return (
         f"These must be the prompts of the script's training, because {reason}. If they are not, "
-        f"remove {run.folder.path} and adopt again with the script's rows (prompt and completion) "
-        f"as data, or with another {keys}."
+        f"remove {run.folder.path} and adopt again with the script's own rows (prompt and "
+        "completion) as data, or with another data.instruction or prompt.encoding."
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,9 +15,9 @@ from badit.models import BUILT_IN, built_in_path, resolve_model
 from badit.recipe.loading import build_recipe, merged
 from badit.recipe.schema import Recipe, source_of
 from badit.runs.folder import ADAPTER_CONFIG, RunFolder, refuse_no_adapter
-from badit.runs.unresolved import read_tasks
+from badit.runs.unresolved import TO_SCORE_ADOPTED, read_tasks
 from badit.support.console import loading_libraries
-from badit.support.errors import BaditError, explained
+from badit.support.errors import BaditError, explained, nearest
 from badit.support.files import exclusive, read_json, refuse_links
 
 if TYPE_CHECKING:
@@ -55,11 +54,15 @@ def adopt(
     _refuse_other_keys([*values, *overrides])
     saved = _plain_config(config_path)
     content = {
-        "model": {"name": _base_model(saved), "revision": saved.get("revision")},
+        "model": _base_model(saved),
         "data": {"source": None if data is None else source_of(data)},
         "output": output,
     }
-    recipe = build_recipe(merged(content, values), overrides, where=config_path)
+    build_recipe(content, where=config_path)  # an error in it is not one of the given keys
+    recipe = build_recipe(merged(content, values), overrides)
+    if "name" not in recipe.model.model_fields_set:
+        fix = "name it with model.name=MODEL"
+        raise BaditError(f"{config_path}: base_model_name_or_path: is empty; {fix}")
     folder = RunFolder.at(recipe.output)
     if folder.path.exists() and not (folder.path.is_dir() and not any(folder.path.iterdir())):
         fix = "remove it, or choose another --output"
@@ -90,10 +93,11 @@ def next_commands(run: ResolvedRun) -> list[str]:
     lines = [f"Answer an input: {answer_command(run)}"]
     if run.recipe.data.source is None:
         return lines
-    with suppress(BaditError):  # the data may have no instances to score
+    try:
         run.refuse_unscorable(run.recipe.evaluation.split)
-        lines.insert(0, f"Score it: {shlex.join(['badit', 'evaluate', str(run.folder.path)])}")
-    return lines
+    except BaditError:
+        return [*lines, f"To score it: {TO_SCORE_ADOPTED}"]
+    return [f"Score it: {shlex.join(['badit', 'evaluate', str(run.folder.path)])}", *lines]
 
 
 def _refuse_missing_base(recipe: Recipe) -> None:
@@ -135,21 +139,24 @@ def _plain_config(path: Path) -> dict[str, Any]:
     return {**plain, "init_lora_weights": True} if initial == "eva" else plain
 
 
-def _base_model(saved: Mapping[str, Any]) -> Any:
+def _base_model(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a recipe's section model of the base model that an adapter names."""
     name = saved.get("base_model_name_or_path")
     if not name:
-        fix = "name it with model.name=MODEL"
-        raise BaditError(f"{ADAPTER_CONFIG}: base_model_name_or_path: is empty; {fix}")
+        return {}
     path = os.path.abspath(os.path.expanduser(str(name)))
     # A script's built-in model has the folder in the cache as its name.
     if Path(path) == built_in_path():
-        return BUILT_IN
-    # The run is also used from other folders than the script.
-    return path if name != BUILT_IN and os.path.isdir(path) else name
+        name = BUILT_IN
+    elif name != BUILT_IN and os.path.isdir(path):
+        # The run is also used from other folders than the script.
+        name = path
+    return {"name": name, "revision": saved.get("revision")}
 
 
 def _refuse_other_keys(keys: Sequence[str]) -> None:
     for key in keys:
-        if key.partition("=")[0].partition(".")[0] not in _SECTIONS:
+        section = key.partition("=")[0].partition(".")[0]
+        if section not in _SECTIONS:
             problem = f"only keys of {', '.join(_SECTIONS)} can be set; the adapter has the others"
-            raise BaditError(f"{key!r:.80}: {problem}")
+            raise BaditError(f"{key!r:.80}: {problem}{nearest(section, _SECTIONS)}")

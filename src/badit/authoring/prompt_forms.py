@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from badit.data import AnswerCollator, batches_by_task
 from badit.data.encoding import LINE_BREAK, encode_prompts, uses_template
 from badit.data.prompts import build_prompt
 from badit.data.tasks import SPLITS, Instance, Task
-from badit.support.console import say
+from badit.evaluation.losses import prompt_losses
+from badit.support.console import say, waiting
 from badit.support.errors import BaditError
 from badit.support.text import counted
 from badit.training.encoding import encoded
 from badit.tuner import BaditModel, hooks_of
 
 if TYPE_CHECKING:
+    from badit.recipe.schema import Recipe
     from badit.runs.resolved import ResolvedRun
 
 # Values of the keys chat_template and separator of a recipe's section prompt.
 Form = dict[str, Any]
 
 _COMPARED = 32  # prompts of each task
+_SCORED = 4  # instances of each task
 _SHOWN_TASKS = 5
 _SHOWN_START = 150  # characters of a prompt that are shown, if it is longer than both together
 _SHOWN_END = 100
@@ -46,7 +53,7 @@ def choose_form(run: ResolvedRun, model: Any, tokenizer: Any, *, any_prompts: bo
     """Sets the chat template and the separator of the run's prompts, unless its recipe does.
 
     The clusters of prompts that an adapter stores show whether prompts are like those of its
-    training. Without clusters, the first form is chosen.
+    training. Without clusters, the form is chosen in which the adapter has the lowest loss.
 
     Returns:
         Whether the prompts were compared and are like those of the training.
@@ -56,26 +63,18 @@ def choose_form(run: ResolvedRun, model: Any, tokenizer: Any, *, any_prompts: bo
     """
     given = _given(run)
     forms = _forms(run.tasks, tokenizer)
-    allowed = [
-        form | given
-        for form in forms
-        if uses_template(tokenizer, (form | given)["chat_template"])
-        == uses_template(tokenizer, form["chat_template"])
-    ]
+    allowed = _with_given(forms, given, tokenizer)
     hooks: Any = hooks_of(model)
     if not isinstance(hooks, BaditModel) or not hooks.has_clusters:
-        changes = _set_form(run, allowed[0])
-        if changes:
-            reason = "because the answers begin with white space"
-            say(f"badit: the prompts are built with {changes}, {reason}")
+        if len(allowed) > 1:
+            _choose_by_loss(run, allowed, model, tokenizer)
         return False
 
     compared = [_compare(run, form, hooks, tokenizer) for form in allowed]
     best = _best_of(compared)
     if best is not None:
-        changes = _set_form(run, best.form)
-        chosen = f" with {changes}" if changes else ""
-        say(f"badit: the prompts are like those of the training{chosen}")
+        run.recipe = _with_form(run.recipe, best.form)
+        say(f"badit: the prompts are like those of the training, with {_overrides(best.form)}")
         return True
 
     problem = f"the prompts of {', '.join(compared[0].unlike)} are unlike those of the training"
@@ -86,24 +85,24 @@ def choose_form(run: ResolvedRun, model: Any, tokenizer: Any, *, any_prompts: bo
     if given and _best_of(_compare(run, form, hooks, tokenizer) for form in forms) is not None:
         keys = " and ".join(f"prompt.{key}" for key in sorted(given))
         fix = f"leave out {keys}, which badit then finds itself"
-    for line in shown_prompts(run, tokenizer):
+    for line in shown_prompts(run, tokenizer, tasks=1):
         say(line)
     raise BaditError(f"data: {problem}, so their gates would be wrong; {fix}")
 
 
-def shown_prompts(run: ResolvedRun, tokenizer: Any) -> list[str]:
-    """Returns lines with a prompt of each task as badit builds it."""
+def shown_prompts(run: ResolvedRun, tokenizer: Any, tasks: int = _SHOWN_TASKS) -> list[str]:
+    """Returns lines with a prompt of each of the first tasks as badit builds it."""
     prompts = [
         build_prompt(task, _instances(task)[0], run.recipe.prompt.encoding)
-        for task in run.tasks[:_SHOWN_TASKS]
+        for task in run.tasks[:tasks]
     ]
     encoded_prompts = encode_prompts(tokenizer, prompts, **run.recipe.prompt.of_prompts)
     lines = ["Prompts as badit builds them, one of each task:"]
     for task, ids in zip(run.tasks, encoded_prompts, strict=False):
         # The notation of Python shows white space at the ends and special characters.
         lines.append(f"  {task.name}: {_shortened(str(tokenizer.decode(ids)))!r}")
-    if len(run.tasks) > _SHOWN_TASKS:
-        lines.append(f"  and {counted(len(run.tasks) - _SHOWN_TASKS, 'more task')}")
+    if len(run.tasks) > tasks:
+        lines.append(f"  and {counted(len(run.tasks) - tasks, 'more task')}")
     return lines
 
 
@@ -125,20 +124,56 @@ def _given(run: ResolvedRun) -> Form:
     return section.model_dump(include=section.model_fields_set & {"chat_template", "separator"})
 
 
-def _set_form(run: ResolvedRun, form: Form) -> str:
-    """Gives the run's recipe a form of prompts; returns the keys that change, as overrides."""
-    former = run.recipe.prompt
-    changed = {key: value for key, value in form.items() if value != getattr(former, key)}
-    section = former.model_copy(update=changed)
-    run.recipe = run.recipe.model_copy(update={"prompt": section})
-    return shlex.join(f"prompt.{key}={value}" for key, value in changed.items())
+def _with_given(forms: Sequence[Form], given: Form, tokenizer: Any) -> list[Form]:
+    """Returns the different forms with the given keys, without those that would lose theirs."""
+    allowed = []
+    for form in forms:
+        wanted = form | given
+        is_same_kind = uses_template(tokenizer, wanted["chat_template"]) == uses_template(
+            tokenizer, form["chat_template"]
+        )
+        if is_same_kind and wanted not in allowed:
+            allowed.append(wanted)
+    return allowed
+
+
+def _with_form(recipe: Recipe, form: Form) -> Recipe:
+    return recipe.model_copy(update={"prompt": recipe.prompt.model_copy(update=form)})
+
+
+def _overrides(form: Form) -> str:
+    """Returns a form as overrides of a command line."""
+    words = []
+    for key, value in form.items():
+        text = str(value)
+        # A line break as YAML in quotes.
+        words.append(f"prompt.{key}={text if text.isprintable() else json.dumps(text)}")
+    return shlex.join(words)
+
+
+def _choose_by_loss(run: ResolvedRun, forms: Sequence[Form], model: Any, tokenizer: Any) -> None:
+    """Gives the run the form of prompts in which the adapter has the lowest loss."""
+    pairs = [(task, instance) for task in run.tasks for instance in _instances(task)[:_SCORED]]
+    losses = []
+    for form in waiting(forms, "Forms of prompts", "form"):
+        examples = encoded(tokenizer, _with_form(run.recipe, form), pairs, model)
+        collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
+        batches = batches_by_task(examples, collate, _SCORED).values()
+        sums_P, counts_P = prompt_losses(model, chain.from_iterable(batches))
+        losses.append(float(sums_P.sum() / counts_P.sum()))
+    order = np.argsort(losses)
+    best, second = (forms[index] for index in order[:2])
+    run.recipe = _with_form(run.recipe, best)
+    lowest, next_lowest = (f"{losses[index]:.2f}" for index in order[:2])
+    say(
+        f"badit: the adapter's loss is lowest for prompts with {_overrides(best)} ({lowest}; "
+        f"{next_lowest} with {_overrides(second)})"
+    )
 
 
 def _compare(run: ResolvedRun, form: Form, hooks: BaditModel, tokenizer: Any) -> _Comparison:
-    section = run.recipe.prompt.model_copy(update=form)
-    recipe = run.recipe.model_copy(update={"prompt": section})
     pairs = [(task, instance) for task in run.tasks for instance in _instances(task)[:_COMPARED]]
-    examples = encoded(tokenizer, recipe, pairs, hooks.model)
+    examples = encoded(tokenizer, _with_form(run.recipe, form), pairs, hooks.model)
     batches = batches_by_task(examples, AnswerCollator(tokenizer.pad_token_id), _COMPARED)
     found = hooks.likeness({task: list(of_task) for task, of_task in batches.items()})
     unlike = [

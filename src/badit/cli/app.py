@@ -19,7 +19,8 @@ app = App(
         "tracebacks."
     ),
     version=f"badit {__version__}",
-    help_format="plaintext",
+    # Fills the lines of a paragraph at the width of the terminal.
+    help_format="markdown",
     # Flags have no --no-NAME unless they are of the type Enabled.
     default_parameter=Parameter(negative_bool=()),
     # main() prints the result, and reports an interruption.

@@ -23,9 +23,12 @@ from badit.support.text import counted
 _SINGLE = (str, int, float)
 
 _LEAST_TO_HOLD_OUT = 4  # hold_out() takes at most a quarter of a task
+TO_SCORE_ADOPTED = (
+    "adopt the adapter with data that has test instances (split: test) unseen in its training"
+)
 _SCORE_VALIDATION = (
-    "add some, or score held-out training instances: give badit train or badit adopt "
-    "evaluation.split=validation data.validation_per_task=10"
+    "add some, or score held-out training instances with evaluation.split=validation "
+    "data.validation_per_task=10"
 )
 _HOLD_OUT = "set data.validation_per_task to hold out some of its training instances"
 _TOO_FEW = (
@@ -166,6 +169,8 @@ class UnresolvedRun:
             fix = self._fix_of_validation(task)
             if split == "test" and len(task.train) >= _LEAST_TO_HOLD_OUT:
                 fix = _SCORE_VALIDATION
+                if "adopted" in self.folder.known_environment:
+                    fix = TO_SCORE_ADOPTED
             raise BaditError(f"data: task {task.name} has no {split} instances; {fix}")
 
     def refuse_other_objective(self) -> None:

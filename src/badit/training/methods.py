@@ -125,6 +125,9 @@ class AdapterMethod(Method):
         # As PEFT did before training, for fused experts.
         convert_peft_config_for_transformers(wanted, model, None)
         config = saved_config(folder / CONFIG_NAME, wanted, shapes)
+        # As PEFT names it before training. For the recipe's name, which is saved, PEFT would ask
+        # the hub whenever a checkpoint is written.
+        config.base_model_name_or_path = model.name_or_path
         with explained(folder, action="loaded", any_error=True), warnings.catch_warnings():
             # PEFT only warns of missing tensors, which would keep their initial values.
             warnings.filterwarnings("error", message="Found missing adapter keys")
