@@ -200,7 +200,9 @@ def test_comparison_page_has_its_table_failed_runs_and_loss_curves(tmp_path):
     ):
         assert words in page.source
     assert re.search(
-        r'>badit</th>.*?<td[^>]* class=" strong">[\d.]+ ± [\d.]+</td>', page.source, re.DOTALL
+        r'>badit \(= cluster-gates\)</th>.*?<td[^>]* class=" strong">[\d.]+ ± [\d.]+</td>',
+        page.source,
+        re.DOTALL,
     )
     assert "name a run's folder as well" in page.text
     assert page.source.count('"series":"badit"') >= 3 * 37, "the page has the curves of all seeds"

@@ -26,7 +26,7 @@ def test_comparison_is_read_from_its_folder_or_its_results_file(tmp_path):
         assert list(source.frames["methods"]["method"]) == [
             "base",
             "lora",
-            "badit",
+            "badit (= cluster-gates)",
             "lora, one model per task",
         ]
         assert set(source.frames["task_gap"]["method"]) == {"lora"}, "no analysis is needed"
