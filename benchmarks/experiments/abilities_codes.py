@@ -80,14 +80,19 @@ SECOND_PART = {
         )
     },
 }
-CELLS = {**FIRST_PART, **SECOND_PART}
+# Added after two seeds: the groups of the gradients without their codes.
+ADDED = {"bad-layer-grouped-random@2e-3": Cell(layer_clusters(BAD, "grouped-random"), 2e-3)}
+CELLS = {**FIRST_PART, **ADDED, **SECOND_PART}
 
 
 def main() -> None:
     experiment = Experiment("abilities-codes", CELLS)
     if sys.argv[1:] != ["table"]:
-        experiment.train([(name, SEED) for name in FIRST_PART])
-        experiment.train([(name, seed) for seed in FURTHER_SEEDS for name in SECOND_PART])
+        experiment.train([(name, SEED) for name in {**FIRST_PART, **ADDED}])
+        experiment.train([(name, FURTHER_SEEDS[0]) for name in ADDED])
+        experiment.train(
+            [(name, seed) for seed in FURTHER_SEEDS for name in {**SECOND_PART, **ADDED}]
+        )
     print(experiment.table(CELLS, reference="lora@2e-3"))
 
 

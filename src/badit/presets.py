@@ -147,7 +147,7 @@ def paper_parts(options: Options) -> dict[str, bool]:
     is_combined = values["routing"] == "prompt" and values.get("num_experts") != 1
     return {
         "singular experts": values["init_weights"] in ("bad", "directions"),
-        "grouping": values["codes"] == "grouped" or is_regrouped,
+        "grouping": values["codes"] in ("grouped", "grouped-random") or is_regrouped,
         # A placebo gives a cluster the combination of another one.
         "combination": is_combined and not values.get("permute_codes"),
     }

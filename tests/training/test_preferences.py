@@ -177,6 +177,7 @@ def naive_margins(folder, model_folder, split):
     return margins
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT 0.19
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
@@ -211,6 +212,7 @@ def test_trained_tokens_of_a_head_that_shares_the_embeddings_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT 0.19
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
 def test_whole_copies_of_the_head_and_of_the_embeddings_are_trained(values, name):
     values["method"] = {**LORA, "modules_to_save": [name]}

@@ -150,7 +150,7 @@ def test_packed_rows_have_the_gates_of_separate_rows(tiny_model):
     torch.testing.assert_close(packed.view_as(separate), separate, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("codes", ["random", "matched", "grouped"])
+@pytest.mark.parametrize("codes", ["random", "matched", "grouped", "grouped-random"])
 def test_adapters_with_a_key_are_saved_and_loaded(tiny_model, tmp_path, codes):
     model = _started(adapt(tiny_model("llama"), **KEY, codes=codes))
     randomise_factors(model)
@@ -184,6 +184,21 @@ def test_codes_follow_the_agreement_of_gradients(tiny_model):
     same = [float(overlap[c, d]) for c, d in pairs if tasks[c] == tasks[d]]
     other = [float(overlap[c, d]) for c, d in pairs if tasks[c] != tasks[d]]
     assert min(same) > max(other)
+
+
+def test_random_codes_of_groups_are_those_without_groups(tiny_model):
+    def started(codes):
+        torch.manual_seed(0)
+        return _started(adapt(tiny_model("llama"), **KEY, codes=codes))
+
+    random, grouped, both = map(started, ("random", "grouped", "grouped-random"))
+    assert torch.equal(_codes(both), _codes(random))
+    differs = False
+    for layer, of_grouped, of_random in zip(*map(layers, (both, grouped, random)), strict=True):
+        experts = layer.expert_of("default")
+        assert torch.equal(experts, of_grouped.expert_of("default"))
+        differs |= not torch.equal(experts, of_random.expert_of("default"))
+    assert differs
 
 
 @pytest.mark.parametrize("codes", ["matched", "grouped"])

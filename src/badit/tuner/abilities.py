@@ -582,6 +582,8 @@ def _codes(
             overlap = mean_overlap(target_overlap(of_layer.cosines_PP).float())
             codes_PK = grouped_codes(of_layer.energy_PN, labels_N, float(overlap))
         layer.expert_of(adapter).copy_(gathered(labels_N)[0])
+        if config.codes == "grouped-random":
+            continue
         codes_PK = with_norm_of(codes_PK, random_LCK[index].cpu())
         if config.permute_codes:
             codes_PK = permuted(codes_PK)

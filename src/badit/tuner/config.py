@@ -332,11 +332,12 @@ class BaditConfig(ExpertConfig):
         "'embedding': the prompt's mean token embedding, so that a prompt has the same cluster in "
         "all layers (default with codes='matched').",
     )
-    codes: Literal["random", "matched", "grouped"] | None = option(
+    codes: Literal["random", "matched", "grouped", "grouped-random"] | None = option(
         None,
         "The gates of clusters. 'grouped' (default): components are grouped by spherical "
         "clustering of their gradients before training, and a cluster has large gates for the "
-        "groups in which its gradients are large. 'matched' (needs key='embedding'): clusters "
+        "groups in which its gradients are large. 'grouped-random': the same groups, with random "
+        "gates. 'matched' (needs key='embedding'): clusters "
         "whose gradients agree share experts, and components join the experts that use them. "
         "'random': random gates with sum 1.",
     )
