@@ -614,7 +614,8 @@ def test_the_base_model_called_with_embeddings_or_conflicting_options_is_refused
     refuses(
         "codes: 'matched' needs key='embedding'", config, **CLUSTERS, key="layer", codes="matched"
     )
-    refuses("permute_codes: needs codes", config, **KEY, permute_codes=True)
+    for codes in ("random", "grouped-random"):
+        refuses("permute_codes: needs codes", config, **KEY, codes=codes, permute_codes=True)
 
 
 def test_randomised_adapters_can_be_merged_into_an_equal_lora(tiny_model):

@@ -579,10 +579,12 @@ def _codes(
             cosines_NN = of_layer.cosines_NN.cpu().numpy()
             groups_N = group_components(cosines_NN, current_N, seed=[0, 0, index])
             labels_N = torch.from_numpy(in_order(groups_N))
-            overlap = mean_overlap(target_overlap(of_layer.cosines_PP).float())
-            codes_PK = grouped_codes(of_layer.energy_PN, labels_N, float(overlap))
+            codes_PK = None  # of grouped-random, which keeps the random codes
+            if config.codes == "grouped":
+                overlap = mean_overlap(target_overlap(of_layer.cosines_PP).float())
+                codes_PK = grouped_codes(of_layer.energy_PN, labels_N, float(overlap))
         layer.expert_of(adapter).copy_(gathered(labels_N)[0])
-        if config.codes == "grouped-random":
+        if codes_PK is None:
             continue
         codes_PK = with_norm_of(codes_PK, random_LCK[index].cpu())
         if config.permute_codes:

@@ -447,7 +447,7 @@ class BaditConfig(ExpertConfig):
             raise BaditError("key: 'embedding' needs gates='clusters'")
         if self.codes == "matched" and self.key != "embedding":
             raise BaditError("codes: 'matched' needs key='embedding'; use codes='grouped'")
-        if self.permute_codes and self.codes == "random":
+        if self.permute_codes and self.codes in ("random", "grouped-random"):
             raise BaditError("permute_codes: needs codes='matched' or 'grouped'")
         # PEFT does not apply layers_to_transform to target_parameters.
         can_be_fused = self.routing == "prompt" and self.layers_to_transform is None
