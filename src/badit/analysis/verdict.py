@@ -149,7 +149,6 @@ def conflict_verdict(
     most = _most_instances(counts, measured)
     needed = _needed_for_half(undecided)
     has_no_more = bool(counts) and most <= min(counts)
-    too_many = needed > most
     sentences = [_answer(len(pairs), decided, len(conflicts))]
     if len(conflicts):
         sentences += [*map(_pair, conflicts[:_NAMED_PAIRS].to_dict("records"))]
@@ -171,7 +170,7 @@ def conflict_verdict(
             sentences.append(f"Predicted: {needed:.0f} instances per task would decide {whole}.")
     if counts:
         sentences += _basis(counts, measured, needed, most)
-    if len(undecided) <= decided or has_no_more or too_many:
+    if len(undecided) <= decided or has_no_more or needed > most:
         needed = np.nan
     return Verdict(sentences, *_next(measured, pairs, conflicts, needed))
 
@@ -194,10 +193,11 @@ def _basis(counts: Sequence[int], measured: Measured, needed: float, most: float
     """
     noun = "instance" if max(counts) == 1 else "instances"
     sentence = f"The gradients rest on {span(counts)} {noun} per task."
-    few = min(counts) < _FEW_INSTANCES
-    if not few and not needed > most:
+    is_few = min(counts) < _FEW_INSTANCES
+    is_short = needed > most  # False if unknown
+    if not is_few and not is_short:
         return [sentence]
-    if most > min(counts) and not needed > most:
+    if most > min(counts) and not is_short:
         fix = f"--instances {min(_FEW_INSTANCES, most)} -o FOLDER measures more"
         return [sentence, f"These are few: {fix}."]
     problem = "The split that was measured has no more"
@@ -205,7 +205,7 @@ def _basis(counts: Sequence[int], measured: Measured, needed: float, most: float
         problem = f"The split that was measured has only {most}"
     if not measured.is_run or measured.other_data is not None:
         return [sentence, f"{problem}: add some to {measured.other_data or measured.data}."]
-    wanted = needed if needed > most else _FEW_INSTANCES
+    wanted = needed if is_short else _FEW_INSTANCES
     held_out = min(wanted, measured.most_held_out or 0)
     training = "with more instances per task"
     # A larger validation set that is still too small would decide no more.

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from badit.data import AnswerCollator, batches_by_task
 from badit.data.encoding import LINE_BREAK, encode_prompts, uses_template
 from badit.data.prompts import build_prompt
@@ -153,28 +151,21 @@ def _overrides(form: Form) -> str:
 
 def _choose_by_loss(run: ResolvedRun, forms: Sequence[Form], model: Any, tokenizer: Any) -> None:
     """Gives the run the form of prompts in which the adapter has the lowest loss."""
-    pairs = [(task, instance) for task in run.tasks for instance in _instances(task)[:_SCORED]]
     losses = []
     for form in waiting(forms, "Forms of prompts", "form"):
-        examples = encoded(tokenizer, _with_form(run.recipe, form), pairs, model)
-        collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
-        batches = batches_by_task(examples, collate, _SCORED).values()
+        batches = _batches(run, form, model, tokenizer, _SCORED).values()
         sums_P, counts_P = prompt_losses(model, chain.from_iterable(batches))
-        losses.append(float(sums_P.sum() / counts_P.sum()))
-    order = np.argsort(losses)
-    best, second = (forms[index] for index in order[:2])
+        losses.append((sums_P.sum() / counts_P.sum(), form))
+    (lowest, best), (next_lowest, second), *_ = sorted(losses, key=lambda pair: pair[0])
     run.recipe = _with_form(run.recipe, best)
-    lowest, next_lowest = (f"{losses[index]:.2f}" for index in order[:2])
     say(
-        f"badit: the adapter's loss is lowest for prompts with {_overrides(best)} ({lowest}; "
-        f"{next_lowest} with {_overrides(second)})"
+        f"badit: the adapter's loss is lowest for prompts with {_overrides(best)} ({lowest:.2f}; "
+        f"{next_lowest:.2f} with {_overrides(second)})"
     )
 
 
 def _compare(run: ResolvedRun, form: Form, hooks: BaditModel, tokenizer: Any) -> _Comparison:
-    pairs = [(task, instance) for task in run.tasks for instance in _instances(task)[:_COMPARED]]
-    examples = encoded(tokenizer, _with_form(run.recipe, form), pairs, hooks.model)
-    batches = batches_by_task(examples, AnswerCollator(tokenizer.pad_token_id), _COMPARED)
+    batches = _batches(run, form, hooks.model, tokenizer, _COMPARED)
     found = hooks.likeness({task: list(of_task) for task, of_task in batches.items()})
     unlike = [
         f"{task} ({100 * of_task.unlike_share:.0f} %)"
@@ -184,6 +175,13 @@ def _compare(run: ResolvedRun, form: Form, hooks: BaditModel, tokenizer: Any) ->
     if len(unlike) > _SHOWN_TASKS:
         unlike[_SHOWN_TASKS:] = [f"{len(unlike) - _SHOWN_TASKS} more"]
     return _Comparison(form, unlike, sum(of_task.shift for of_task in found.values()))
+
+
+def _batches(run: ResolvedRun, form: Form, model: Any, tokenizer: Any, count: int) -> Any:
+    """Returns, by task, a batch of its first instances with prompts of a form."""
+    pairs = [(task, instance) for task in run.tasks for instance in _instances(task)[:count]]
+    examples = encoded(tokenizer, _with_form(run.recipe, form), pairs, model)
+    return batches_by_task(examples, AnswerCollator(tokenizer.pad_token_id, with_tasks=True), count)
 
 
 def _best_of(compared: Iterable[_Comparison]) -> _Comparison | None:

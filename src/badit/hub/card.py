@@ -108,7 +108,7 @@ def model_card(
         merged=metadata.library_name == "transformers",
         scores=run.scores_path.is_file() and read_scores(run.scores_path),
         training=_training(run, recipe),
-        is_adopted="adopted" in run.known_environment,
+        is_adopted=run.is_adopted,
     )
     return f"{card}\n"
 
@@ -150,7 +150,7 @@ def _training(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         rows[name] = value
 
     environment = run.known_environment
-    if "adopted" in environment:  # the recipe's data and options are not those of the training
+    if run.is_adopted:  # the recipe's data and options are not those of the training
         unknown = {"data", "prompt", *recipe.training.model_dump()}
         of_adapter = {name: value for name, value in rows.items() if name not in unknown}
         return {"training": "by a script; its data and options are not recorded", **of_adapter}

@@ -224,3 +224,8 @@ class RunFolder:
     def known_environment(self) -> dict[str, Any]:
         """Like ``environment``, but empty if the file does not exist yet."""
         return self.environment if self.environment_path.is_file() else {}
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether a script has trained the adapter."""
+        return "adopted" in self.known_environment

@@ -169,7 +169,7 @@ class UnresolvedRun:
             fix = self._fix_of_validation(task)
             if split == "test" and len(task.train) >= _LEAST_TO_HOLD_OUT:
                 fix = _SCORE_VALIDATION
-                if "adopted" in self.folder.known_environment:
+                if self.folder.is_adopted:
                     fix = TO_SCORE_ADOPTED
             raise BaditError(f"data: task {task.name} has no {split} instances; {fix}")
 
