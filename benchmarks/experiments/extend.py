@@ -1,23 +1,32 @@
 """Runs the experiment of extend.md: tasks in sequence with an expert per task.
 
-    python benchmarks/experiments/extend.py screen            # resumable
-    python benchmarks/experiments/extend.py confirm own-5     # the winner; resumable
-    python benchmarks/experiments/extend.py report own-5
+    python benchmarks/experiments/extend.py screen              # resumable
+    python benchmarks/experiments/extend.py table               # of the screening, as Markdown
+    python benchmarks/experiments/extend.py confirm own-5@2e-3  # the winner; resumable
+    python benchmarks/experiments/extend.py report own-5@2e-3
 
 Needs BADIT_SUPERNI, as the recipe.
 """
 
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from cell_losses import say
 from scipy import stats
 
 import badit
-from badit.support.files import read_json
+from badit.api import plan
+from badit.evaluation.losses import validation_loss
+from badit.support.files import read_json, write_json
+from badit.training.fit import fit
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "evidence-sequence-cpu.yaml"
+BENCHMARKS = Path(__file__).resolve().parents[1]
+RECIPE = BENCHMARKS.parent / "recipes" / "evidence-sequence-cpu.yaml"
+RESULTS = BENCHMARKS / "results" / "extend-screening"
 RUNS = Path("runs/extend")
 # Rank of a task's expert, and number of earlier experts that it may use.
 VARIANTS = {
@@ -29,6 +38,23 @@ VARIANTS = {
 OTHERS = ("gainlora", "o-lora", "lora")
 # Of benchmarks/results/evidence-sequence-cpu.
 RATES = {"gainlora": 1e-3, "o-lora": 2e-3, "lora": 2e-3}
+
+Sequence = tuple[str, int]  # an order and a seed
+# Of the screening.
+SEQUENCES: list[Sequence] = [("seeded-0", 30), ("seeded-1", 31), ("seeded-1", 30), ("seeded-0", 31)]
+# Variants and others with their learning rates, in the order of training.
+CELLS = (
+    "own-5@2e-3",
+    "own-5-transfer@2e-3",
+    "own-32@2e-3",
+    "own-32@1e-3",
+    "own-32-transfer@2e-3",
+    "own-32-transfer@1e-3",
+    "gainlora@1e-3",
+)
+REFERENCE = "gainlora@1e-3"
+# A variant that is this much above the best one in the first sequence gets no further ones.
+DROPPED = 0.03
 
 
 def recipe(name: str, methods: dict[str, Any], **compare: Any) -> dict[str, Any]:
@@ -48,20 +74,99 @@ def variant(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return method, {"own_experts": True, "rank": rank, "reused": reused, "clusters": 2}
 
 
+def section(name: str) -> tuple[dict[str, Any], dict[str, Any], float]:
+    """Returns a cell's method section, section extend and learning rate."""
+    method_name, rate = name.split("@")
+    if method_name in VARIANTS:
+        return *variant(method_name), float(rate)
+    methods = badit.load_recipe(RECIPE).model_dump(mode="json")["compare"]["methods"]
+    # Without what only a comparison reads.
+    options = {
+        key: value
+        for key, value in methods[method_name].items()
+        if key not in ("training", "seeds")
+    }
+    return options, {}, float(rate)
+
+
 def screen() -> None:
-    for name in VARIANTS:
-        method, extend = variant(name)
-        orders = ["seeded-0", "seeded-1"]
-        values = recipe(name, {name: method}, seeds=[30, 31], orders=orders, single_task=[])
-        badit.compare({**values, "extend": extend})
-        print(f"{name}: {mean(performance(RUNS / name, name).values()):.1f}", flush=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for name, (order, seed) in jobs():
+        path = RESULTS / f"{name}-{order}-{seed}.json"
+        if not path.is_file():
+            say(f"{name}, {order}, seed {seed}: started")
+            result = screening_result(name, order, seed)
+            write_json(path, result)
+            say(f"{name}, {order}, seed {seed}: held-out loss {result['loss']:.4f}")
+    print(table())
+
+
+def jobs() -> Iterator[tuple[str, Sequence]]:
+    """Yields the cells of the screening. Which ones depends on the results of earlier ones."""
+    for name in CELLS:
+        if not name.startswith("own-32-transfer") or name == _best_of_rank_32():
+            yield name, SEQUENCES[0]
+    remaining = [name for name in CELLS if screening_losses(name)]
+    losses = {name: screening_losses(name)[SEQUENCES[0]] for name in remaining}
+    limit = DROPPED + min(loss for name, loss in losses.items() if name != REFERENCE)
+    for sequence in SEQUENCES[1:]:
+        for name, loss in losses.items():
+            if name == REFERENCE or loss <= limit:
+                yield name, sequence
+
+
+def _best_of_rank_32() -> str:
+    """Returns the cell with transfer at the learning rate that is better without."""
+    rates = ("1e-3", "2e-3")
+    losses = {rate: screening_losses(f"own-32@{rate}")[SEQUENCES[0]] for rate in rates}
+    return f"own-32-transfer@{min(losses, key=losses.__getitem__)}"
+
+
+def screening_result(name: str, order: str, seed: int) -> dict[str, Any]:
+    """Trains a cell and returns its loss on held-out training instances after the last task."""
+    method, extend, rate = section(name)
+    values = badit.load_recipe(RECIPE).model_dump(mode="json", exclude_unset=True)
+    values |= {"compare": None, "method": method, "extend": extend}
+    values["training"] |= {"learning_rate": rate, "seed": seed}
+    values["data"] |= {"order": order, "seed": seed}
+    values["output"] = str(RUNS / "screening" / f"{name}-{order}-{seed}")
+    run = plan(values)
+    fit(run, progress=False)
+    validation_loss(run)
+    result = {
+        **read_json(run.folder.validation_path),
+        "cell": name,
+        "order": order,
+        "seed": seed,
+        "environment": run.folder.environment,
+        "recipe": run.recipe.model_dump(mode="json", exclude={"output", "compare"}),
+    }
+    shutil.rmtree(run.folder.path)
+    return result
+
+
+def screening_losses(name: str) -> dict[Sequence, float]:
+    """Returns the losses of a cell's finished sequences."""
+    results = [read_json(path) for path in sorted(RESULTS.glob(f"{name}-seeded-*.json"))]
+    return {(result["order"], result["seed"]): result["loss"] for result in results}
+
+
+def table() -> str:
+    headings = " | ".join(f"{order}, {seed}" for order, seed in SEQUENCES)
+    lines = [f"| cell | {headings} | mean |", "|---|" + "---:|" * (len(SEQUENCES) + 1)]
+    for name in CELLS:
+        losses = screening_losses(name)
+        shown = [f"{losses[key]:.4f}" if key in losses else "" for key in SEQUENCES]
+        average = f"{mean(losses.values()):.4f}" if losses else ""
+        lines.append(f"| `{name}` | {' | '.join([*shown, average])} |")
+    return "\n".join(lines)
 
 
 def confirm(winner: str) -> None:
     fixed = {"seeds": [32, 33, 34], "orders": ["seeded-2", "seeded-3", "seeded-4"]}
     fixed |= {"learning_rates": None, "search": None}
-    method, extend = variant(winner)
-    method["training"] = {"learning_rate": _chosen_rate(winner)}
+    method, extend, rate = section(winner)
+    method["training"] = {"learning_rate": rate}
     values = recipe("winner", {winner: method}, **fixed, single_task=[])
     others = badit.load_recipe(RECIPE).model_dump(mode="json")["compare"]["methods"]
     sections = {
@@ -98,11 +203,11 @@ def performance(folder: Path, method: str) -> dict[tuple[str, int], float]:
     }
 
 
-def _chosen_rate(name: str) -> float:
-    cells = read_json(RUNS / name / "results.json")["cells"]
-    return next(cell["learning_rate"] for cell in cells if cell["selected"])
-
-
 if __name__ == "__main__":
-    commands = {"screen": screen, "confirm": confirm, "report": report}
+    commands = {
+        "screen": screen,
+        "table": lambda: print(table()),
+        "confirm": confirm,
+        "report": report,
+    }
     commands[sys.argv[1]](*sys.argv[2:])

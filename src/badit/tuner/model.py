@@ -12,6 +12,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
@@ -42,6 +43,7 @@ from badit.tuner.additions import (
     store_clusters,
     survey,
 )
+from badit.tuner.answers import answer_logits
 from badit.tuner.badit_layer import BaditLinear, Place
 from badit.tuner.config import BaditConfig, ExpertConfig, Extension, peft_type
 from badit.tuner.context import RoutingContext
@@ -526,11 +528,12 @@ class BaditModel(ExpertModel):
             for batch, tensors, mask_BT, _ in self._first_prompts(task_batches, rows):
                 if "labels" not in tensors:
                     raise BaditError("start_task: the batches of a new task need labels")
-                # No position predicts the label of the first token.
-                answer_tokens = (tensors["labels"][:, 1:] != IGNORED_LABEL).sum()
+                inputs = self._inputs_of(batch, tensors, mask_BT)
                 with torch.set_grad_enabled(with_gradients):
-                    output = self._run_layers(batch, tensors, mask_BT, tensors["labels"])
-                    loss = output.loss * answer_tokens
+                    answer = answer_logits(self.model, inputs, tensors["labels"])
+                    loss = F.cross_entropy(
+                        answer.logits_LV.float(), answer.target_L, reduction="sum"
+                    )
                 yield loss
 
     def _find_abilities(
@@ -621,7 +624,9 @@ class BaditModel(ExpertModel):
             for task_batches in waiting([*batches.values()], "Reading prompts", "task"):
                 for prompts in self._first_prompts(task_batches, prompts_per_task):
                     batch, tensors, mask_BT, segments = prompts
-                    self._run_layers(batch, tensors, mask_BT)
+                    # The logits of one position only, to save memory.
+                    inputs = self._inputs_of({**batch, "logits_to_keep": 1}, tensors, mask_BT)
+                    self.model(**inputs)
                     examples += examples_in(tensors, mask_BT, segments)
         return _Sample(means, examples)
 
@@ -639,23 +644,17 @@ class BaditModel(ExpertModel):
             for module, training in was_training.items():
                 module.training = training
 
-    def _run_layers(
-        self,
-        batch: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-        mask_BT: Tensor,
-        labels_BT: Tensor | None = None,
-    ) -> Any:
-        """Runs the base model on the first rows of a batch, its tensors, as in training."""
-        options = {**batch, **tensors, "labels": labels_BT, "use_cache": False}
-        # Without a loss, with the logits of one position, to save memory.
-        if labels_BT is None:
-            options["logits_to_keep"] = 1
+    def _inputs_of(
+        self, batch: Mapping[str, Any], tensors: Mapping[str, Tensor], mask_BT: Tensor
+    ) -> dict[str, Any]:
+        """Returns the base model's inputs for the first rows of a batch, as in training."""
+        options = {**batch, **tensors, "use_cache": False}
+        # The model gets no labels: neither to compute a loss nor to find the prompt by.
+        options.pop("labels", None)
         # Batches may have more columns, such as the tasks of badit's collator.
         accepted = {*inspect.signature(self.model.forward).parameters, *_PACKING}
-        options = {name: value for name, value in options.items() if name in accepted}
-        # The mask is passed explicitly, because the model gets no labels to find the prompt by.
-        return self.model(**options, prompt_mask=mask_BT)
+        inputs = {name: value for name, value in options.items() if name in accepted}
+        return {**inputs, "prompt_mask": mask_BT}
 
     def _first_rows(self, batch: Any, rows: int) -> dict[str, Tensor]:
         """Returns a batch's tensors on the model's device, cut to the first rows."""
