@@ -8,21 +8,17 @@
 Needs BADIT_SUPERNI, as the recipe.
 """
 
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from cell_losses import say
+from held_out import held_out_loss
 from scipy import stats
 
 import badit
-from badit.api import plan
-from badit.evaluation.losses import validation_loss
-from badit.support.files import read_json, write_json
-from badit.training.fit import fit
+from badit.support.files import read_json
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 RECIPE = BENCHMARKS.parent / "recipes" / "evidence-sequence-cpu.yaml"
@@ -90,15 +86,15 @@ def section(name: str) -> tuple[dict[str, Any], dict[str, Any], float]:
 
 
 def screen() -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for name, (order, seed) in jobs():
-        path = RESULTS / f"{name}-{order}-{seed}.json"
-        if not path.is_file():
-            say(f"{name}, {order}, seed {seed}: started")
-            result = screening_result(name, order, seed)
-            write_json(path, result)
-            say(f"{name}, {order}, seed {seed}: held-out loss {result['loss']:.4f}")
+    for name, sequence in jobs():
+        path = path_of(name, sequence)
+        held_out_loss(recipe_of(name, sequence), RUNS / "screening" / path.stem, path)
     print(table())
+
+
+def path_of(name: str, sequence: Sequence) -> Path:
+    order, seed = sequence
+    return RESULTS / f"{name}-{order}-{seed}.json"
 
 
 def jobs() -> Iterator[tuple[str, Sequence]]:
@@ -122,33 +118,21 @@ def _best_of_rank_32() -> str:
     return f"own-32-transfer@{min(losses, key=losses.__getitem__)}"
 
 
-def screening_result(name: str, order: str, seed: int) -> dict[str, Any]:
-    """Trains a cell and returns its loss on held-out training instances after the last task."""
+def recipe_of(name: str, sequence: Sequence) -> dict[str, Any]:
+    """Returns the recipe's values for a cell of the screening."""
     method, extend, rate = section(name)
+    order, seed = sequence
     values = badit.load_recipe(RECIPE).model_dump(mode="json", exclude_unset=True)
     values |= {"compare": None, "method": method, "extend": extend}
     values["training"] |= {"learning_rate": rate, "seed": seed}
     values["data"] |= {"order": order, "seed": seed}
-    values["output"] = str(RUNS / "screening" / f"{name}-{order}-{seed}")
-    run = plan(values)
-    fit(run, progress=False)
-    validation_loss(run)
-    result = {
-        **read_json(run.folder.validation_path),
-        "cell": name,
-        "order": order,
-        "seed": seed,
-        "environment": run.folder.environment,
-        "recipe": run.recipe.model_dump(mode="json", exclude={"output", "compare"}),
-    }
-    shutil.rmtree(run.folder.path)
-    return result
+    return values
 
 
 def screening_losses(name: str) -> dict[Sequence, float]:
     """Returns the losses of a cell's finished sequences."""
-    results = [read_json(path) for path in sorted(RESULTS.glob(f"{name}-seeded-*.json"))]
-    return {(result["order"], result["seed"]): result["loss"] for result in results}
+    paths = {sequence: path_of(name, sequence) for sequence in SEQUENCES}
+    return {sequence: read_json(path)["loss"] for sequence, path in paths.items() if path.is_file()}
 
 
 def table() -> str:

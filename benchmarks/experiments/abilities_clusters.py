@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""Measures numbers of clusters and of tasks for BADIT's default: abilities-clusters.md.
+
+export BADIT_SUPERNI=/path/to/superni
+python benchmarks/experiments/abilities_clusters.py          # trains all cells; resumable
+python benchmarks/experiments/abilities_clusters.py table    # prints the results as Markdown
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from held_out import held_out_loss
+
+import badit
+from badit.support.files import read_json
+
+BENCHMARKS = Path(__file__).resolve().parents[1]
+RECIPE = BENCHMARKS.parent / "recipes" / "evidence-seeds-cpu.yaml"
+RESULTS = BENCHMARKS / "results" / "abilities-clusters"
+RUNS = BENCHMARKS.parent / "runs" / "abilities-clusters"
+SEEDS = (35, 36, 37)
+# Every third and two of three of the fifteen tasks, by name.
+# fmt: off
+ALL_TASKS = [
+    "002", "073", "1290", "1510", "1572", "1590", "1687", "1729",
+    "181", "363", "511", "591", "639", "748", "875",
+]
+# fmt: on
+TASKS = {5: ALL_TASKS[::3], 10: [task for i, task in enumerate(ALL_TASKS) if i % 3], 15: ALL_TASKS}
+CLUSTERS = (8, 16, 32)
+LORA = {"name": "lora", "r": 34, "lora_alpha": 272, "lora_dropout": 0.05}
+
+
+def cells_of(num_tasks: int) -> dict[str, tuple[dict[str, Any], float]]:
+    """Returns the method section and the learning rate of the cells of a number of tasks."""
+    numbers = sorted({*CLUSTERS, num_tasks})
+    cells: dict[str, tuple[dict[str, Any], float]] = {
+        f"badit-{number}": ({"name": "badit", "lora_dropout": 0.05, "num_clusters": number}, 2e-3)
+        for number in numbers
+    }
+    return {"lora": (LORA, 1e-3), **cells}
+
+
+def path_of(cell: str, num_tasks: int, seed: int) -> Path:
+    return RESULTS / f"{cell}-{num_tasks}-tasks-{seed}.json"
+
+
+def train() -> None:
+    for seed in SEEDS:
+        for num_tasks in TASKS:
+            for cell, (method, rate) in cells_of(num_tasks).items():
+                values = badit.load_recipe(RECIPE).model_dump(mode="json", exclude_unset=True)
+                values |= {"compare": None, "method": method}
+                values["training"] |= {"learning_rate": rate, "seed": seed}
+                values["data"] |= {"tasks": TASKS[num_tasks], "seed": seed}
+                path = path_of(cell, num_tasks, seed)
+                held_out_loss(values, RUNS / path.stem, path)
+
+
+def table() -> str:
+    lines = [
+        "| tasks | cell | seeds | held-out loss | minus the row's best |",
+        "|---:|---|---:|---|---:|",
+    ]
+    for num_tasks in TASKS:
+        losses = {}
+        for cell in cells_of(num_tasks):
+            paths = [path_of(cell, num_tasks, seed) for seed in SEEDS]
+            losses[cell] = [read_json(path)["loss"] for path in paths if path.is_file()]
+        of_badit = [
+            fmean(of_cell) for cell, of_cell in losses.items() if of_cell and cell != "lora"
+        ]
+        for cell, of_cell in losses.items():
+            if not of_cell:
+                continue
+            spread = f" ± {stdev(of_cell):.4f}" if len(of_cell) > 1 else ""
+            loss = fmean(of_cell)
+            lines.append(
+                f"| {num_tasks} | `{cell}` | {len(of_cell)} | {loss:.4f}{spread} "
+                f"| {loss - min(of_badit):+.4f} |"
+            )
+    return "\n".join(lines).replace("-0.", "−0.")
+
+
+def main() -> None:
+    if sys.argv[1:] != ["table"]:
+        train()
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
