@@ -9,16 +9,26 @@ Needs BADIT_SUPERNI, as the recipe.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
+import torch
 from held_out import held_out_loss
 from scipy import stats
 
 import badit
+from badit.comparison.results import SINGLE_TASK
+from badit.runs.folder import RunFolder
+from badit.runs.resolved import open_run
 from badit.support.files import read_json
+from badit.training.encoding import encoded
+from badit.training.loading import load_run
+from badit.tuner import hooks_of
+from badit.tuner.abilities import frozen_embedding
+from badit.tuner.context import RoutingContext
+from badit.tuner.extension import nearest_extensions
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 RECIPE = BENCHMARKS.parent / "recipes" / "evidence-sequence-cpu.yaml"
@@ -165,10 +175,28 @@ def confirm(winner: str) -> None:
 
 
 def report(winner: str) -> None:
-    ours = performance(RUNS / "winner", winner)
+    ours = cells_of(RUNS / "winner", winner)
+    print("| method | average performance | learning | forgetting | forward transfer | trained |")
+    print("|---|---:|---:|---:|---:|---:|")
+    single_tasks = {
+        seed: cell["scores"]["tasks"]
+        for (_, seed), cell in cells_of(RUNS / "others", "lora" + SINGLE_TASK).items()
+    }
+    cells = {winner: ours, **{name: cells_of(RUNS / "others", name) for name in OTHERS}}
+    for name, of_method in cells.items():
+        measures = [measures_of(cell, single_tasks[seed]) for (_, seed), cell in of_method.items()]
+        columns = [
+            f"{mean(values):.1f} ± {stdev(values):.1f}" for values in zip(*measures, strict=True)
+        ]
+        trained = max(trained_parameters(cell) for cell in of_method.values())
+        print(f"| `{name}` | {' | '.join(columns)} | {trained:,} |")
+
     for name in OTHERS:
-        theirs = performance(RUNS / "others", name)
-        differences = {key: ours[key] - theirs[key] for key in ours.keys() & theirs.keys()}
+        theirs = cells[name]
+        differences = {
+            key: ours[key]["scores"]["rouge_l"] - theirs[key]["scores"]["rouge_l"]
+            for key in ours.keys() & theirs.keys()
+        }
         values = list(differences.values())
         low, high = stats.t.interval(0.95, len(values) - 1, mean(values), stats.sem(values))
         print(f"{winner} − {name}: {mean(values):+.1f} [{low:.1f}, {high:.1f}]")
@@ -176,15 +204,76 @@ def report(winner: str) -> None:
             of_order = [value for key, value in differences.items() if key[0] == order]
             print(f"  {order}: {mean(of_order):+.1f} over {len(of_order)} seeds")
 
+    shares = [share_of_found_tasks(folder) for folder in run_folders(RUNS / "winner")]
+    print(f"test prompts that find their task: {mean(shares):.1%}, at least {min(shares):.1%}")
 
-def performance(folder: Path, method: str) -> dict[tuple[str, int], float]:
-    """Returns the mean Rouge-L over the tasks after the last one, by order and seed."""
-    cells = read_json(folder / "results.json")["cells"]
+
+def cells_of(folder: Path, method: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """Returns the finished cells of a method, by order and seed."""
     return {
-        (cell["order"], cell["seed"]): cell["scores"]["rouge_l"]
-        for cell in cells
+        (cell["order"], cell["seed"]): cell
+        for cell in read_json(folder / "results.json")["cells"]
         if cell["method"] == method and cell["selected"] and cell["status"] == "done"
     }
+
+
+def measures_of(cell: Mapping[str, Any], single: Mapping[str, Any]) -> tuple[float, ...]:
+    """Returns average performance, learning, forgetting and forward transfer of a run.
+
+    Learning is the mean score of each task directly after its training. Forward transfer is that
+    minus the score of a LoRA of this task alone.
+    """
+    learnt = [row[number] for number, row in enumerate(cell["matrix"])]
+    alone = [single[task]["rouge_l"] for task in cell["tasks"]]
+    scores = cell["continual"]["standard"]
+    return (
+        scores["average_performance"],
+        mean(learnt),
+        scores["forgetting"],
+        mean(learnt) - mean(alone),
+    )
+
+
+def trained_parameters(cell: Mapping[str, Any]) -> int:
+    """Returns the number of parameters that the last task trains."""
+    return cell["environment"]["training"]["trainable_parameters"]
+
+
+def run_folders(folder: Path) -> Iterator[Path]:
+    """Yields the runs' folders of a comparison."""
+    for path in sorted(folder.glob("**/adapter")):
+        if "stages" not in path.parts:
+            yield path.parent
+
+
+def share_of_found_tasks(folder: Path) -> float:
+    """Returns the share of a run's test prompts that get the clusters of their own task."""
+    run = open_run(RunFolder(folder))
+    model, tokenizer = load_run(run)
+    hooks: Any = hooks_of(model)
+    (adapter,) = hooks.active_adapters
+    holder = RoutingContext.of(hooks.model).extension_holders[adapter]
+    embedding = frozen_embedding(hooks.model)
+    own_numbers = {
+        task: number
+        for number, extension in enumerate(hooks.peft_config[adapter].extensions, start=1)
+        for task in extension.tasks
+    }
+    found = []
+    for task in run.tasks:
+        examples = encoded(tokenizer, run.recipe, [(task, item) for item in task.test], None)
+        means_SE = torch.stack(
+            [
+                embedding(torch.tensor(example["input_ids"][: example["prompt_length"]]))
+                .float()
+                .mean(dim=0)
+                for example in examples
+            ]
+        )
+        number_S = nearest_extensions(holder, adapter, means_SE)
+        # The first task has the run's own experts, number 0.
+        found += (number_S == own_numbers.get(task.name, 0)).tolist()
+    return mean(found)
 
 
 if __name__ == "__main__":
