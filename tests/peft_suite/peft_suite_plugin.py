@@ -19,6 +19,7 @@ import transformers
 import yaml
 
 from badit.tuner import BaditConfig
+from badit.tuner.layer import ExpertLinear
 
 if importlib.util.find_spec("diffusers") is None:
     # PEFT's tests ask of every model whether it is one of these; none here is.
@@ -79,30 +80,27 @@ class _SmallConfig(BaditConfig):
     lora_alpha: float = 2
 
 
-_own_post_init, _own_factors = BaditConfig.__post_init__, BaditConfig.initial_factors
+_own_post_init, _own_initialise = BaditConfig.__post_init__, ExpertLinear.initialise
 
 
 def _post_init(self):
     """PEFT's tests pass ``init_weights=False``, so that an adapter changes the output at once."""
     self.gates = self.gates or "mean_one"  # they find no clusters of prompts
     if self.init_weights is False:
-        self.init_weights, self._random_start = "lora", True
+        self.init_weights, self._changes_output = BaditConfig.init_weights, True
     _own_post_init(self)
 
 
-def _initial_factors(self, weight_OI):
-    if not getattr(self, "_random_start", False):
-        return _own_factors(self, weight_OI)
-    factor_A, factor_B = (
-        torch.empty(size, self.num_components) for size in reversed(weight_OI.shape)
-    )
-    return torch.nn.init.kaiming_uniform_(factor_A.T.contiguous(), a=5**0.5), factor_B.normal_(
-        std=0.02
-    )
+def _initialise(self, adapter_name):
+    _own_initialise(self, adapter_name)
+    if getattr(self.badit_config[adapter_name], "_changes_output", False):
+        with torch.no_grad():
+            for factors in (self.badit_A, self.badit_B):
+                factors[adapter_name] += 0.1 * torch.randn_like(factors[adapter_name])
 
 
 BaditConfig.__post_init__ = _post_init
-BaditConfig.initial_factors = _initial_factors
+ExpertLinear.initialise = _initialise
 
 
 def _local_models(task):

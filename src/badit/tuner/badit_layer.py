@@ -61,7 +61,13 @@ class BaditLinear(ExpertLinear):
         "badit_key",
         "badit_key_offset",
     )
-    other_param_names = (*ExpertLinear.other_param_names, *exact_buffers, "badit_extensions")
+    other_param_names = (
+        *ExpertLinear.other_param_names,
+        *exact_buffers,
+        "badit_extensions",
+        "trained_extensions",
+        "gate_sums",
+    )
     module_names = (*ExpertLinear.module_names, "badit_extensions")
 
     badit_router: nn.ParameterDict
@@ -85,7 +91,6 @@ class BaditLinear(ExpertLinear):
         self.register_load_state_dict_post_hook(_refuse_broken_labels)
 
     def update_layer(self, adapter_name: str, config: BaditConfig) -> None:
-        self.gate_sums.pop(adapter_name, None)  # of an earlier adapter of this name
         experts = torch.arange(config.num_experts)
         self.badit_expert_of[adapter_name] = experts.repeat_interleave(config.r)
         if config.router_input == "standardised":

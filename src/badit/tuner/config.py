@@ -189,7 +189,9 @@ class ExpertConfig(PeftConfig):
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """Refuses saved settings of another format; called by PEFT."""
-        _refuse_other_format(kwargs.get(FORMAT_FIELD, 1))  # the first adapters did not save it
+        # A file without the type is no adapter's; PEFT says so.
+        if "peft_type" in kwargs:
+            _refuse_other_format(kwargs.get(FORMAT_FIELD, 1))  # the first adapters did not save it
         return super().check_kwargs(**kwargs)
 
     @property
