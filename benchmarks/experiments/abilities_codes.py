@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from screening import Cell, Experiment
+from screening import BENCHMARKS, Cell, Experiment
 
 SEED = 20  # of the first part
 FURTHER_SEEDS = (21, 22)  # of the second part
@@ -64,7 +64,11 @@ FIRST_PART = {
     "directions-layer-grouped@2e-3": Cell(layer_clusters(DIRECTIONS, "grouped"), 2e-3),
     "bad-layer-grouped@1e-3": Cell(layer_clusters(BAD, "grouped"), 1e-3),
 }
-# Seed 20 of the first two is in stage 1.
+# Seed 20 of the first two of the second part.
+STAGE_1 = {
+    "lora@1e-3": BENCHMARKS / "results" / "abilities-cause" / "lora-20.json",
+    "cluster-gates@2e-3": BENCHMARKS / "results" / "abilities-cause" / "badit-20.json",
+}
 SECOND_PART = {
     "lora@1e-3": Cell(LORA, 1e-3),
     "cluster-gates@2e-3": Cell(layer_clusters(RANDOM_START, "random"), 2e-3),
@@ -86,14 +90,14 @@ CELLS = {**FIRST_PART, **ADDED, **SECOND_PART}
 
 
 def main() -> None:
-    experiment = Experiment("abilities-codes", CELLS)
+    experiment = Experiment("abilities-codes", CELLS, STAGE_1)
     if sys.argv[1:] != ["table"]:
         experiment.train([(name, SEED) for name in {**FIRST_PART, **ADDED}])
         experiment.train([(name, FURTHER_SEEDS[0]) for name in ADDED])
         experiment.train(
             [(name, seed) for seed in FURTHER_SEEDS for name in {**SECOND_PART, **ADDED}]
         )
-    print(experiment.table(CELLS, reference="lora@2e-3"))
+    print(experiment.table(CELLS, reference="lora@1e-3"))
 
 
 if __name__ == "__main__":

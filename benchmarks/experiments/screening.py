@@ -56,8 +56,12 @@ class Experiment:
     Cells with a result are skipped. An interrupted cell continues from its last checkpoint.
     """
 
-    def __init__(self, name: str, cells: Mapping[str, Cell]) -> None:
+    def __init__(
+        self, name: str, cells: Mapping[str, Cell], earlier: Mapping[str, Path] | None = None
+    ) -> None:
         self.cells = cells
+        # Results of an earlier experiment with the same setting, by cell.
+        self.earlier = earlier or {}
         self.results = BENCHMARKS / "results" / name
         self.runs = BENCHMARKS.parent / "runs" / name
 
@@ -99,12 +103,12 @@ class Experiment:
 
     def losses(self, name: str) -> dict[int, float]:
         """Returns a cell's screening losses by seed, computed from the losses of the instances."""
-        losses = {}
-        for path in sorted(self.results.glob(f"{name}-*.json")):
-            result = read_json(path)
-            if result["cell"] == name:  # the names of other cells may begin with this name
-                losses[result["seed"]] = screening_loss(result["tasks"])
-        return losses
+        results = [read_json(path) for path in sorted(self.results.glob(f"{name}-*.json"))]
+        # The names of other cells may begin with this name.
+        results = [result for result in results if result["cell"] == name]
+        if name in self.earlier:
+            results.append(read_json(self.earlier[name]))
+        return {result["seed"]: screening_loss(result["tasks"]) for result in results}
 
     def table(self, names: Iterable[str], reference: str) -> str:
         """Returns the screening losses and their differences from a reference, as Markdown."""
