@@ -54,6 +54,7 @@ CELLS = (
     "own-5-transfer@2e-3",
     "own-32@2e-3",
     "own-32@1e-3",
+    "own-32@5e-4",
     "own-32-transfer@2e-3",
     "own-32-transfer@1e-3",
     "gainlora@1e-3",
@@ -112,13 +113,17 @@ def jobs() -> Iterator[tuple[str, Sequence]]:
     for name in CELLS:
         if not name.startswith("own-32-transfer") or name == _best_of_rank_32():
             yield name, SEQUENCES[0]
-    remaining = [name for name in CELLS if screening_losses(name)]
-    losses = {name: screening_losses(name)[SEQUENCES[0]] for name in remaining}
-    limit = DROPPED + min(loss for name, loss in losses.items() if name != REFERENCE)
+    losses = {
+        name: screening_losses(name)[SEQUENCES[0]] for name in CELLS if screening_losses(name)
+    }
+    variants = losses.keys() - {REFERENCE}
+    limit = DROPPED + min(losses[name] for name in variants)
+    remaining = [name for name in variants if losses[name] <= limit]
+    if len(remaining) == 1:
+        return  # the winner
     for sequence in SEQUENCES[1:]:
-        for name, loss in losses.items():
-            if name == REFERENCE or loss <= limit:
-                yield name, sequence
+        for name in (*remaining, REFERENCE):
+            yield name, sequence
 
 
 def _best_of_rank_32() -> str:
