@@ -1,29 +1,34 @@
 """Runs the experiment of extend.md: tasks in sequence with an expert per task.
 
-    python benchmarks/experiments/extend.py screen              # resumable
-    python benchmarks/experiments/extend.py table               # of the screening, as Markdown
-    python benchmarks/experiments/extend.py confirm own-5@2e-3  # the winner; resumable
-    python benchmarks/experiments/extend.py report own-5@2e-3
+    python benchmarks/experiments/extend.py screen               # resumable
+    python benchmarks/experiments/extend.py table                # of the screening, as Markdown
+    python benchmarks/experiments/extend.py confirm own-32@1e-3  # the winner; resumable
+    python benchmarks/experiments/extend.py report own-32@1e-3
 
 Needs BADIT_SUPERNI, as the recipe.
 """
 
+import math
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean
+from typing import Any, NamedTuple
 
 import torch
+from cell_losses import difference_columns, say
 from held_out import held_out_loss
-from scipy import stats
 
 import badit
-from badit.comparison.results import SINGLE_TASK
+from badit.api import plan
+from badit.evaluation.answers import score_model
+from badit.metrics.answers import instance_scores
 from badit.runs.folder import RunFolder
-from badit.runs.resolved import open_run
-from badit.support.files import read_json
+from badit.runs.resolved import ResolvedRun
+from badit.support.files import read_json, write_json
 from badit.training.encoding import encoded
+from badit.training.fit import fit
 from badit.training.loading import load_run
 from badit.tuner import hooks_of
 from badit.tuner.abilities import frozen_embedding
@@ -32,7 +37,8 @@ from badit.tuner.extension import nearest_extensions
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 RECIPE = BENCHMARKS.parent / "recipes" / "evidence-sequence-cpu.yaml"
-RESULTS = BENCHMARKS / "results" / "extend-screening"
+SCREENING = BENCHMARKS / "results" / "extend-screening"
+CONFIRMATION = BENCHMARKS / "results" / "extend-confirmation"
 RUNS = Path("runs/extend")
 # Rank of a task's expert, and number of earlier experts that it may use.
 VARIANTS = {
@@ -41,10 +47,6 @@ VARIANTS = {
     "own-32": (32, 0),
     "own-32-transfer": (32, 4),
 }
-OTHERS = ("gainlora", "o-lora", "lora")
-# Of benchmarks/results/evidence-sequence-cpu.
-RATES = {"gainlora": 1e-3, "o-lora": 2e-3, "lora": 2e-3}
-
 Sequence = tuple[str, int]  # an order and a seed
 # Of the screening.
 SEQUENCES: list[Sequence] = [("seeded-0", 30), ("seeded-1", 31), ("seeded-1", 30), ("seeded-0", 31)]
@@ -63,13 +65,24 @@ REFERENCE = "gainlora@1e-3"
 # A variant that is this much above the best one in the first sequence gets no further ones.
 DROPPED = 0.03
 
-
-def recipe(name: str, methods: dict[str, Any], **compare: Any) -> dict[str, Any]:
-    """Returns the recipe's values with other methods in a folder of their own."""
-    values = badit.load_recipe(RECIPE).model_dump(mode="json", exclude_unset=True)
-    section = {**values["compare"], **compare, "methods": methods}
-    section |= {"budget": None, "unmatched": [], "reference": next(iter(methods))}
-    return {**values, "compare": section, "output": str(RUNS / name)}
+# Of the confirmation: all orders with all seeds. The rates are those of
+# benchmarks/results/evidence-sequence-cpu.
+CONFIRMED: list[Sequence] = [
+    (f"seeded-{order}", seed)
+    for order, seed in [
+        (2, 32),
+        (3, 33),
+        (4, 34),
+        (2, 33),
+        (3, 34),
+        (4, 32),
+        (2, 34),
+        (3, 32),
+        (4, 33),
+    ]
+]
+OTHERS = ("gainlora@1e-3", "o-lora@2e-3", "lora@2e-3")
+SINGLE = "lora@2e-3"  # also trained on each task alone
 
 
 def variant(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -105,7 +118,7 @@ def screen() -> None:
 
 def path_of(name: str, sequence: Sequence) -> Path:
     order, seed = sequence
-    return RESULTS / f"{name}-{order}-{seed}.json"
+    return SCREENING / f"{name}-{order}-{seed}.json"
 
 
 def jobs() -> Iterator[tuple[str, Sequence]]:
@@ -162,98 +175,144 @@ def table() -> str:
 
 
 def confirm(winner: str) -> None:
-    fixed = {"seeds": [32, 33, 34], "orders": ["seeded-2", "seeded-3", "seeded-4"]}
-    fixed |= {"learning_rates": None, "search": None}
-    method, extend, rate = section(winner)
-    method["training"] = {"learning_rate": rate}
-    values = recipe("winner", {winner: method}, **fixed, single_task=[])
-    others = badit.load_recipe(RECIPE).model_dump(mode="json")["compare"]["methods"]
-    sections = {
-        name: {**others[name], "training": {"learning_rate": RATES[name]}, "seeds": None}
-        for name in OTHERS
-    }
-    of_others = recipe("others", sections, **fixed, single_task=["lora"])
-    for each in ({**values, "extend": extend}, of_others):
-        each["data"] = {**each["data"], "test_per_task": 100}
-        badit.compare(each)
+    gainlora, *others = OTHERS
+    # In turn, so that an interrupted experiment has pairs.
+    cells = [(name, sequence) for sequence in CONFIRMED for name in (winner, gainlora)]
+    cells += [(name, sequence) for name in others for sequence in CONFIRMED]
+    for seed in sorted({seed for _, seed in CONFIRMED}):
+        tasks = plan(recipe_of(SINGLE, ("seeded-0", seed))).tasks
+        cells += [(SINGLE, (task.name, seed)) for task in tasks]
+    for name, sequence in cells:
+        train_and_score(name, sequence)
     report(winner)
 
 
-def report(winner: str) -> None:
-    ours = cells_of(RUNS / "winner", winner)
-    print("| method | average performance | learning | forgetting | forward transfer | trained |")
-    print("|---|---:|---:|---:|---:|---:|")
-    single_tasks = {
-        seed: cell["scores"]["tasks"]
-        for (_, seed), cell in cells_of(RUNS / "others", "lora" + SINGLE_TASK).items()
-    }
-    cells = {winner: ours, **{name: cells_of(RUNS / "others", name) for name in OTHERS}}
-    for name, of_method in cells.items():
-        measures = [measures_of(cell, single_tasks[seed]) for (_, seed), cell in of_method.items()]
-        columns = [
-            f"{mean(values):.1f} ± {stdev(values):.1f}" for values in zip(*measures, strict=True)
-        ]
-        trained = max(trained_parameters(cell) for cell in of_method.values())
-        print(f"| `{name}` | {' | '.join(columns)} | {trained:,} |")
-
-    for name in OTHERS:
-        theirs = cells[name]
-        differences = {
-            key: ours[key]["scores"]["rouge_l"] - theirs[key]["scores"]["rouge_l"]
-            for key in ours.keys() & theirs.keys()
-        }
-        values = list(differences.values())
-        low, high = stats.t.interval(0.95, len(values) - 1, mean(values), stats.sem(values))
-        print(f"{winner} − {name}: {mean(values):+.1f} [{low:.1f}, {high:.1f}]")
-        for order in sorted({order for order, _ in differences}):
-            of_order = [value for key, value in differences.items() if key[0] == order]
-            print(f"  {order}: {mean(of_order):+.1f} over {len(of_order)} seeds")
-
-    shares = [share_of_found_tasks(folder) for folder in run_folders(RUNS / "winner")]
-    print(f"test prompts that find their task: {mean(shares):.1%}, at least {min(shares):.1%}")
+def scored_path(name: str, sequence: Sequence) -> Path:
+    order, seed = sequence
+    return CONFIRMATION / f"{name}-{order}-{seed}.json"
 
 
-def cells_of(folder: Path, method: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """Returns the finished cells of a method, by order and seed."""
-    return {
-        (cell["order"], cell["seed"]): cell
-        for cell in read_json(folder / "results.json")["cells"]
-        if cell["method"] == method and cell["selected"] and cell["status"] == "done"
-    }
+def train_and_score(name: str, sequence: Sequence) -> None:
+    """Trains a cell; scores each task directly after its training, and all after the last one.
 
-
-def measures_of(cell: Mapping[str, Any], single: Mapping[str, Any]) -> tuple[float, ...]:
-    """Returns average performance, learning, forgetting and forward transfer of a run.
-
-    Learning is the mean score of each task directly after its training. Forward transfer is that
-    minus the score of a LoRA of this task alone.
+    In place of an order there may be the name of a task, which is then the only one.
     """
-    learnt = [row[number] for number, row in enumerate(cell["matrix"])]
-    alone = [single[task]["rouge_l"] for task in cell["tasks"]]
-    scores = cell["continual"]["standard"]
-    return (
-        scores["average_performance"],
+    path = scored_path(name, sequence)
+    if path.is_file():
+        return
+    say(f"{path.stem}: started")
+    values = recipe_of(name, sequence)
+    values["data"] |= {"test_per_task": 100}
+    if sequence[0].startswith("task"):
+        values["data"] |= {"order": None, "tasks": [sequence[0]]}
+    run = plan({**values, "output": str(RUNS / "confirmation" / path.stem)})
+    fit(run, progress=False)
+
+    learnt: dict[str, Any] = {}
+    for folder, tasks in run.stages[:-1]:
+        learnt |= scores_of(run, folder, tasks)
+    final = scores_of(run, run.folder, run.tasks)
+    last = run.tasks[-1].name
+    result: dict[str, Any] = {
+        "learnt": {**learnt, last: final[last]},
+        "final": final,
+        "environment": run.folder.environment,
+        "recipe": run.recipe.model_dump(mode="json", exclude={"output", "compare"}),
+    }
+    if name.split("@")[0] in VARIANTS:
+        result["found"] = share_of_found_tasks(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    shutil.rmtree(run.folder.path)
+    say(f"{path.stem}: Rouge-L {mean(means_of(final)):.1f} after the last task")
+
+
+def scores_of(run: ResolvedRun, folder: RunFolder, tasks: list[Any]) -> dict[str, Any]:
+    """Returns the scores of every test instance, by task, with the weights in a folder."""
+    model, tokenizer = load_run(run, folder)
+    _, predictions = score_model(model, tokenizer, run.recipe, tasks, "test", progress=False)
+    return instance_scores(predictions)
+
+
+def means_of(scores: Mapping[str, Any], metric: str = "rouge_l") -> list[float]:
+    """Returns a metric's means, by task."""
+    return [mean(of_task[metric]) for _, of_task in sorted(scores.items())]
+
+
+class Measures(NamedTuple):
+    """What the report has of a run, in points of Rouge-L; the NLL in nats."""
+
+    average_performance: float
+    learning: float  # mean over the tasks, directly after the training of each
+    forgetting: float  # learning minus the final score, mean over all tasks but the last one
+    forward_transfer: float  # learning minus a LoRA of the task alone
+    nll: float
+
+
+def measures_of(result: Mapping[str, Any], alone: float) -> Measures:
+    learnt, final = means_of(result["learnt"]), means_of(result["final"])
+    lost = sum(learnt) - sum(final)  # nothing of the last task
+    return Measures(
+        mean(final),
         mean(learnt),
-        scores["forgetting"],
-        mean(learnt) - mean(alone),
+        lost / (len(final) - 1),
+        mean(learnt) - alone,
+        mean(means_of(result["final"], "nll")),
     )
 
 
-def trained_parameters(cell: Mapping[str, Any]) -> int:
-    """Returns the number of parameters that the last task trains."""
-    return cell["environment"]["training"]["trainable_parameters"]
+def report(winner: str) -> None:
+    """Prints the measures of all methods and the differences to the winner."""
+    alone = {}
+    for seed in sorted({seed for _, seed in CONFIRMED}):
+        paths = sorted(CONFIRMATION.glob(f"{SINGLE}-task*-{seed}.json"))
+        scores = [means_of(read_json(path)["final"])[0] for path in paths]
+        alone[seed] = mean(scores) if scores else math.nan
+    print(f"one LoRA per task: {', '.join(f'{value:.1f}' for value in alone.values())}")
+
+    measures: dict[str, dict[Sequence, Measures]] = {}
+    for name in (winner, *OTHERS):
+        results = {
+            sequence: read_json(scored_path(name, sequence))
+            for sequence in CONFIRMED
+            if scored_path(name, sequence).is_file()
+        }
+        if not results:
+            continue
+        measures[name] = {
+            sequence: measures_of(result, alone[sequence[1]])
+            for sequence, result in results.items()
+        }
+        columns = [
+            f"{label.replace('_', ' ')} {mean(values):.2f}"
+            for label, values in zip(
+                Measures._fields, zip(*measures[name].values(), strict=True), strict=True
+            )
+        ]
+        trained = max(
+            result["environment"]["training"]["trainable_parameters"] for result in results.values()
+        )
+        print(f"{name}: {', '.join(columns)}; {len(results)} runs, {trained:,} trained per task")
+        shares = [result["found"] for result in results.values() if "found" in result]
+        if shares:
+            print(f"  prompts that find their task: {mean(shares):.1%}, at least {min(shares):.1%}")
+
+    for name in measures.keys() - {winner}:
+        differences = {
+            sequence: measures[winner][sequence].average_performance - theirs.average_performance
+            for sequence, theirs in measures[name].items()
+            if sequence in measures[winner]
+        }
+        by_order: dict[str, list[float]] = {}
+        for (order, _), difference in differences.items():
+            by_order.setdefault(order, []).append(difference)
+        _, average, interval = difference_columns([*differences.values()], "+.2f")
+        orders = [f"{order} {mean(values):+.1f}" for order, values in sorted(by_order.items())]
+        print(f"{winner} − {name}: {average} {interval}; {', '.join(orders)}")
 
 
-def run_folders(folder: Path) -> Iterator[Path]:
-    """Yields the runs' folders of a comparison."""
-    for path in sorted(folder.glob("**/adapter")):
-        if "stages" not in path.parts:
-            yield path.parent
-
-
-def share_of_found_tasks(folder: Path) -> float:
+def share_of_found_tasks(run: ResolvedRun) -> float:
     """Returns the share of a run's test prompts that get the clusters of their own task."""
-    run = open_run(RunFolder(folder))
     model, tokenizer = load_run(run)
     hooks: Any = hooks_of(model)
     (adapter,) = hooks.active_adapters
