@@ -29,6 +29,9 @@ from training.trainers import fit_until, learned
 METHOD = {"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1}
 KEY = {**METHOD, "gates": "clusters", "key": "embedding"}
 ROUTER = {**METHOD, "gates": "mean_one", "init_weights": "directions"}
+# With gates on earlier experts, and few enough directions for the small model.
+EXTEND = {"rank": 5, "reused": 4}
+OVERRIDES = [f"extend.{key}={value}" for key, value in EXTEND.items()]
 NEW = {"animals": "Say which animal lives there.", "colours": "One colour of the things below."}
 
 
@@ -62,12 +65,14 @@ def finished(request, folder):
     values["method"] = KEY if request.param == "key" else ROUTER
     values["training"] |= {"num_train_epochs": 1, "learning_rate": 0.05, "save_steps": 1}
     run = badit.train(values, progress=False)
-    first = run.extend(folder / "animals.jsonl", output=path / "first", progress=False)
+    first = run.extend(
+        folder / "animals.jsonl", output=path / "first", progress=False, extend=EXTEND
+    )
     second = first.extend(
         folder / "colours.jsonl",
         output=path / "second",
         progress=False,
-        extend={"earlier": str(folder / "tasks.jsonl")},
+        extend={"earlier": str(folder / "tasks.jsonl"), **EXTEND},
     )
     return run, first, second
 
@@ -135,10 +140,12 @@ def test_an_export_per_task_equals_the_run(finished, folder, tmp_path):
 
 def test_an_interrupted_extension_resumes_bit_identically(finished, folder, tmp_path):
     _, first, second = finished
-    recipe = extended_recipe(first, folder / "colours.jsonl", tmp_path / "again", (), {})
+    recipe = extended_recipe(first, folder / "colours.jsonl", tmp_path / "again", OVERRIDES, {})
     fit_until(2, recipe)
     assert not (tmp_path / "again" / "adapter").exists()
-    resumed = first.extend(folder / "colours.jsonl", output=tmp_path / "again", progress=False)
+    resumed = first.extend(
+        folder / "colours.jsonl", output=tmp_path / "again", progress=False, extend=EXTEND
+    )
     mine = load_file(resumed.adapter_path / "adapter_model.safetensors")
     theirs = load_file(second.adapter_path / "adapter_model.safetensors")
     assert mine.keys() == theirs.keys()
@@ -265,9 +272,11 @@ def test_three_extensions_killed_in_between_equal_uninterrupted_ones(folder, tmp
     third = write_task(tmp_path / "seasons.jsonl", "seasons")
     rng = random.Random(0)
     for number, data in enumerate((folder / "animals.jsonl", folder / "colours.jsonl", third)):
-        whole = whole.extend(data, output=tmp_path / f"whole{number}", progress=False)
+        whole = whole.extend(
+            data, output=tmp_path / f"whole{number}", progress=False, extend=EXTEND
+        )
         output = tmp_path / f"stopped{number}"
-        words = ["extend", str(stopped.path), str(data), f"output={output}"]
+        words = ["extend", str(stopped.path), str(data), f"output={output}", *OVERRIDES]
         for event in ("file", "on_step_end"):
             strike = (event, rng.randint(1, 3), signal.SIGKILL)
             status, said = killed.end(killed.start(processes, words, output, *strike))
@@ -292,6 +301,7 @@ def test_two_processes_extend_as_one_or_are_refused(recipe_values, tmp_path, pro
         str(tmp_path / "run"),
         str(data),
         f"output={tmp_path / name}",
+        *OVERRIDES,
         f"training.per_device_train_batch_size={batch}",
         "training.eval_strategy='no'",
         "training.eval_steps=null",

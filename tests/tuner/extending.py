@@ -41,8 +41,8 @@ def randomise_factors(model):
 
 
 def add(model, task, steps=3, **options):
-    """Adds a task to a model and trains it."""
-    hooks_of(model).add_tasks([task], **options)
+    """Adds a task, with gates on up to four earlier experts, to a model and trains it."""
+    hooks_of(model).add_tasks([task], **{"rank": 5, "reused": 4, **options})
     batches = batches_of(task)
     hooks_of(model).start_task(batches)
     model.train()

@@ -251,10 +251,10 @@ class ExtendSection(Section):
         description="in a sequence, BADIT gives every later task its own expert and clusters, and "
         "freezes the rest; false: it trains the same experts further",
     )
-    rank: Count = Field(5, description="rank of a task's expert")
+    rank: Count = Field(32, description="rank of a task's expert")
     clusters: Count = Field(2, description="clusters of prompts of a task")
     reused: CountOrZero = Field(
-        4, description="earlier experts that a task may use, with trained gates"
+        0, description="earlier experts that a task may use, with trained gates"
     )
     start: float | None = Field(
         None,

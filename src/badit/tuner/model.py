@@ -399,9 +399,9 @@ class BaditModel(ExpertModel):
         self,
         tasks: Sequence[str],
         *,
-        rank: int = 5,
+        rank: int = 32,
         clusters: int = 2,
-        reused: int = 4,
+        reused: int = 0,
         start: float | None = None,
     ) -> None:
         """Adds an expert and clusters for new tasks to the active adapter, and freezes the rest.
