@@ -34,6 +34,8 @@ OTHER_WORDS += ["İ", "👍", "x²", "2024年", "Ä_ö", "\u0301"]
 SENTENCES = st.lists(st.sampled_from([*WORDS, *OTHER_WORDS]), max_size=6).map(" ".join)
 REFERENCES = st.lists(SENTENCES, min_size=1, max_size=3)
 ASCII = st.text(st.characters(max_codepoint=127), max_size=30)
+# Without unassigned characters: they may be letters in regex's later version of Unicode.
+ASSIGNED = st.text(st.characters(exclude_categories=["Cn", "Cs"]), max_size=20)
 ASCII |= st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)
 
 
@@ -73,7 +75,7 @@ def test_rouge_l_of_the_benchmark_is_the_official_score_except_for_other_letters
     assert all(any(c.isalpha() and not c.isascii() for c in text) for text in differing), differing
 
 
-@given(st.text(max_size=20))
+@given(ASSIGNED)
 def test_text_scored_against_itself_and_idempotent_normalization(text):
     assert rouge_l(text, [text]) == (100.0 if naive.words(text) else 0.0)
     normal = normalize_answer(text)

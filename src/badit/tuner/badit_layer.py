@@ -91,6 +91,7 @@ class BaditLinear(ExpertLinear):
         self.register_load_state_dict_post_hook(_refuse_broken_labels)
 
     def update_layer(self, adapter_name: str, config: BaditConfig) -> None:
+        self.gate_sums.pop(adapter_name, None)  # of an earlier adapter of this name
         experts = torch.arange(config.num_experts)
         self.badit_expert_of[adapter_name] = experts.repeat_interleave(config.r)
         if config.router_input == "standardised":
