@@ -649,10 +649,10 @@ class BaditModel(ExpertModel):
     ) -> dict[str, Any]:
         """Returns the base model's inputs for the first rows of a batch, as in training."""
         options = {**batch, **tensors, "use_cache": False}
-        # The model gets no labels: neither to compute a loss nor to find the prompt by.
-        options.pop("labels", None)
         # Batches may have more columns, such as the tasks of badit's collator.
         accepted = {*inspect.signature(self.model.forward).parameters, *_PACKING}
+        # The model gets no labels: neither to compute a loss nor to find the prompt by.
+        accepted.discard("labels")
         inputs = {name: value for name, value in options.items() if name in accepted}
         return {**inputs, "prompt_mask": mask_BT}
 
