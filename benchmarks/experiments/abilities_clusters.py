@@ -13,15 +13,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from held_out import held_out_loss
+from measured import BENCHMARKS, RECIPES, held_out_loss
 
-import badit
 from badit.support.files import read_json
 
-BENCHMARKS = Path(__file__).resolve().parents[1]
-RECIPE = BENCHMARKS.parent / "recipes" / "evidence-seeds-cpu.yaml"
+RECIPE = RECIPES / "evidence-seeds-cpu.yaml"
 RESULTS = BENCHMARKS / "results" / "abilities-clusters"
-RUNS = BENCHMARKS.parent / "runs" / "abilities-clusters"
 SEEDS = (35, 36, 37)
 # Every third and two of three of the fifteen tasks, by name.
 # fmt: off
@@ -53,12 +50,12 @@ def train() -> None:
     for seed in SEEDS:
         for num_tasks in TASKS:
             for cell, (method, rate) in cells_of(num_tasks).items():
-                values = badit.load_recipe(RECIPE).model_dump(mode="json", exclude_unset=True)
-                values |= {"compare": None, "method": method}
-                values["training"] |= {"learning_rate": rate, "seed": seed}
-                values["data"] |= {"tasks": TASKS[num_tasks], "seed": seed}
-                path = path_of(cell, num_tasks, seed)
-                held_out_loss(values, RUNS / path.stem, path)
+                values = {
+                    "method": method,
+                    "training": {"learning_rate": rate, "seed": seed},
+                    "data": {"tasks": TASKS[num_tasks], "seed": seed},
+                }
+                held_out_loss(RECIPE, values, path_of(cell, num_tasks, seed))
 
 
 def table() -> str:

@@ -9,30 +9,25 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from cell_losses import difference_columns, say
-from held_out import held_out_loss
+from measured import BENCHMARKS, RECIPES, held_out_loss, measured
 
 import badit
-from badit.api import plan
-from badit.data import AnswerCollator
+from badit.data import AnswerCollator, batches_by_task
 from badit.evaluation.losses import prompt_losses
+from badit.runs.resolved import ResolvedRun
 from badit.support.environment import environment
 from badit.support.files import read_json, write_json
 from badit.training.encoding import encoded
-from badit.training.fit import fit
 from badit.training.loading import load_run
 
-BENCHMARKS = Path(__file__).resolve().parents[1]
-RECIPE = BENCHMARKS.parent / "recipes" / "evidence-seeds-cpu.yaml"
+RECIPE = RECIPES / "evidence-seeds-cpu.yaml"
 RESULTS = BENCHMARKS / "results" / "abilities-interference"
-RUNS = BENCHMARKS.parent / "runs" / "abilities-interference"
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "r": 34, "lora_alpha": 272, "lora_dropout": 0.05},
     "badit": {"name": "badit", "lora_dropout": 0.05},
@@ -54,7 +49,7 @@ def selected_tasks() -> list[str]:
             "smollm2-135m",
             data=os.environ["BADIT_SUPERNI"],
             instances=INSTANCES_OF_COSINES,
-            output=RUNS / "cosines",
+            output=BENCHMARKS.parent / "runs" / RESULTS.name / "cosines",
             progress=False,
         )
         pairs = frames["gradient_overall"]
@@ -79,14 +74,16 @@ def _lowest_group(names: Sequence[str], cosines: Mapping[frozenset[str], float])
     return min(means, key=means.__getitem__)
 
 
-def recipe_of(method: str, tasks: Sequence[str], rate: str, seed: int) -> dict[str, Any]:
+def values_of(
+    method: str, tasks: Sequence[str], rate: str, seed: int, train_per_task: int = 300
+) -> dict[str, Any]:
     """Returns the recipe's values for a model of one task or of all."""
-    values = badit.load_recipe(RECIPE).model_dump(mode="json", exclude_unset=True)
-    values |= {"compare": None, "method": METHODS[method]}
-    # Recipes have as many clusters as tasks, up to eight.
-    values["training"] |= {"learning_rate": float(rate), "seed": seed}
-    values["data"] |= {"tasks": list(tasks), "train_per_task": 300, "seed": seed}
-    return values
+    return {
+        # Recipes have as many clusters as tasks, up to eight.
+        "method": METHODS[method],
+        "training": {"learning_rate": float(rate), "seed": seed},
+        "data": {"tasks": list(tasks), "train_per_task": train_per_task, "seed": seed},
+    }
 
 
 def searched_rate(method: str, tasks: Sequence[str], trained_on: str) -> str:
@@ -100,41 +97,29 @@ def searched_rate(method: str, tasks: Sequence[str], trained_on: str) -> str:
         of_rate = []
         for group in groups:
             name = group[0] if len(group) == 1 else "joint"
-            values = recipe_of(method, group, rate, SEARCH_SEED)
-            values["data"]["train_per_task"] = 100
+            values = values_of(method, group, rate, SEARCH_SEED, train_per_task=100)
             path = RESULTS / "search" / f"{method}-{name}@{rate}.json"
-            of_rate.append(held_out_loss(values, RUNS / path.stem, path))
+            of_rate.append(held_out_loss(RECIPE, values, path))
         losses[rate] = fmean(of_rate)
     return min(losses, key=losses.__getitem__)
 
 
 def test_losses(values: Mapping[str, Any], name: str) -> dict[str, float]:
     """Returns the NLL per answer token of each task's test instances after the training."""
-    path = RESULTS / f"{name}.json"
-    if not path.is_file():
-        say(f"{name}: started")
-        run = plan({**values, "output": str(RUNS / name)})
-        fit(run, progress=False)
-        model, tokenizer = load_run(run)
-        losses = {}
-        for task in run.tasks:
-            examples = encoded(tokenizer, run.recipe, [(task, item) for item in task.test], model)
-            size = run.recipe.evaluation.batch_size
-            collate = AnswerCollator(tokenizer.pad_token_id)
-            batches = [
-                collate(examples[start : start + size]) for start in range(0, len(examples), size)
-            ]
-            sums_P, counts_P = prompt_losses(model, batches)
-            losses[task.name] = float(sums_P.sum() / counts_P.sum())
-        result = {
-            "tasks": losses,
-            "environment": run.folder.environment,
-            "recipe": run.recipe.model_dump(mode="json", exclude={"output", "compare"}),
-        }
-        write_json(path, result)
-        shutil.rmtree(run.folder.path)
-        say(f"{name}: test loss {fmean(losses.values()):.4f}")
-    return read_json(path)["tasks"]
+    return measured(RECIPE, values, RESULTS / f"{name}.json", _test_losses)["tasks"]
+
+
+def _test_losses(run: ResolvedRun) -> dict[str, Any]:
+    model, tokenizer = load_run(run)
+    pairs = [(task, instance) for task in run.tasks for instance in task.test]
+    examples = encoded(tokenizer, run.recipe, pairs, model)
+    collate = AnswerCollator(tokenizer.pad_token_id, with_tasks=True)
+    batches = batches_by_task(examples, collate, run.recipe.evaluation.batch_size)
+    losses = {}
+    for task, of_task in batches.items():
+        sums_P, counts_P = prompt_losses(model, of_task)
+        losses[task] = float(sums_P.sum() / counts_P.sum())
+    return {"tasks": losses}
 
 
 def main() -> None:
@@ -152,9 +137,9 @@ def main() -> None:
         for method in METHODS:
             single = {}
             for task in tasks:
-                values = recipe_of(method, [task], rates[method, "single"], seed)
+                values = values_of(method, [task], rates[method, "single"], seed)
                 single |= test_losses(values, f"{method}-{task}-{seed}")
-            values = recipe_of(method, tasks, rates[method, "joint"], seed)
+            values = values_of(method, tasks, rates[method, "joint"], seed)
             joint = test_losses(values, f"{method}-joint-{seed}")
             interference[seed, method] = [joint[task] - single[task] for task in tasks]
     print(table(tasks, interference))

@@ -9,16 +9,15 @@ Needs BADIT_SUPERNI, as the recipe.
 """
 
 import math
-import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
-from cell_losses import difference_columns, say
-from held_out import held_out_loss
+from cell_losses import difference_columns
+from measured import BENCHMARKS, RECIPES, held_out_loss, measured
 
 import badit
 from badit.api import plan
@@ -26,20 +25,17 @@ from badit.evaluation.answers import score_model
 from badit.metrics.answers import instance_scores
 from badit.runs.folder import RunFolder
 from badit.runs.resolved import ResolvedRun
-from badit.support.files import read_json, write_json
+from badit.support.files import read_json
 from badit.training.encoding import encoded
-from badit.training.fit import fit
 from badit.training.loading import load_run
 from badit.tuner import hooks_of
 from badit.tuner.abilities import frozen_embedding
 from badit.tuner.context import RoutingContext
 from badit.tuner.extension import nearest_extensions
 
-BENCHMARKS = Path(__file__).resolve().parents[1]
-RECIPE = BENCHMARKS.parent / "recipes" / "evidence-sequence-cpu.yaml"
+RECIPE = RECIPES / "evidence-sequence-cpu.yaml"
 SCREENING = BENCHMARKS / "results" / "extend-screening"
 CONFIRMATION = BENCHMARKS / "results" / "extend-confirmation"
-RUNS = Path("runs/extend")
 # Rank of a task's expert, and number of earlier experts that it may use.
 VARIANTS = {
     "own-5": (5, 0),
@@ -99,26 +95,21 @@ def section(name: str) -> tuple[dict[str, Any], dict[str, Any], float]:
     method_name, rate = name.split("@")
     if method_name in VARIANTS:
         return *variant(method_name), float(rate)
-    methods = badit.load_recipe(RECIPE).model_dump(mode="json")["compare"]["methods"]
+    compare = badit.load_recipe(RECIPE).compare
+    assert compare is not None
     # Without what only a comparison reads.
-    options = {
-        key: value
-        for key, value in methods[method_name].items()
-        if key not in ("training", "seeds")
-    }
-    return options, {}, float(rate)
+    return dict(compare.methods[method_name].model_extra or {}), {}, float(rate)
 
 
 def screen() -> None:
     for name, sequence in jobs():
-        path = path_of(name, sequence)
-        held_out_loss(recipe_of(name, sequence), RUNS / "screening" / path.stem, path)
+        held_out_loss(RECIPE, values_of(name, sequence), path_of(SCREENING, name, sequence))
     print(table())
 
 
-def path_of(name: str, sequence: Sequence) -> Path:
+def path_of(folder: Path, name: str, sequence: Sequence) -> Path:
     order, seed = sequence
-    return SCREENING / f"{name}-{order}-{seed}.json"
+    return folder / f"{name}-{order}-{seed}.json"
 
 
 def jobs() -> Iterator[tuple[str, Sequence]]:
@@ -146,21 +137,30 @@ def _best_of_rank_32() -> str:
     return f"own-32-transfer@{min(losses, key=losses.__getitem__)}"
 
 
-def recipe_of(name: str, sequence: Sequence) -> dict[str, Any]:
-    """Returns the recipe's values for a cell of the screening."""
+def values_of(name: str, sequence: Sequence) -> dict[str, Any]:
+    """Returns the recipe's values for a cell."""
     method, extend, rate = section(name)
     order, seed = sequence
-    values = badit.load_recipe(RECIPE).model_dump(mode="json", exclude_unset=True)
-    values |= {"compare": None, "method": method, "extend": extend}
-    values["training"] |= {"learning_rate": rate, "seed": seed}
-    values["data"] |= {"order": order, "seed": seed}
-    return values
+    return {
+        "method": method,
+        "extend": extend,
+        "training": {"learning_rate": rate, "seed": seed},
+        "data": {"order": order, "seed": seed},
+    }
 
 
 def screening_losses(name: str) -> dict[Sequence, float]:
     """Returns the losses of a cell's finished sequences."""
-    paths = {sequence: path_of(name, sequence) for sequence in SEQUENCES}
-    return {sequence: read_json(path)["loss"] for sequence, path in paths.items() if path.is_file()}
+    results = results_of(SCREENING, name, SEQUENCES)
+    return {sequence: result["loss"] for sequence, result in results.items()}
+
+
+def results_of(
+    folder: Path, name: str, sequences: Iterable[Sequence]
+) -> dict[Sequence, dict[str, Any]]:
+    """Returns the results of a cell that exist."""
+    paths = {sequence: path_of(folder, name, sequence) for sequence in sequences}
+    return {sequence: read_json(path) for sequence, path in paths.items() if path.is_file()}
 
 
 def table() -> str:
@@ -180,16 +180,11 @@ def confirm(winner: str) -> None:
     cells = [(name, sequence) for sequence in CONFIRMED for name in (winner, gainlora)]
     cells += [(name, sequence) for name in others for sequence in CONFIRMED]
     for seed in sorted({seed for _, seed in CONFIRMED}):
-        tasks = plan(recipe_of(SINGLE, ("seeded-0", seed))).tasks
+        tasks = plan(str(RECIPE), **values_of(SINGLE, ("seeded-0", seed))).tasks
         cells += [(SINGLE, (task.name, seed)) for task in tasks]
     for name, sequence in cells:
         train_and_score(name, sequence)
     report(winner)
-
-
-def scored_path(name: str, sequence: Sequence) -> Path:
-    order, seed = sequence
-    return CONFIRMATION / f"{name}-{order}-{seed}.json"
 
 
 def train_and_score(name: str, sequence: Sequence) -> None:
@@ -197,34 +192,23 @@ def train_and_score(name: str, sequence: Sequence) -> None:
 
     In place of an order there may be the name of a task, which is then the only one.
     """
-    path = scored_path(name, sequence)
-    if path.is_file():
-        return
-    say(f"{path.stem}: started")
-    values = recipe_of(name, sequence)
+    values = values_of(name, sequence)
     values["data"] |= {"test_per_task": 100}
     if sequence[0].startswith("task"):
         values["data"] |= {"order": None, "tasks": [sequence[0]]}
-    run = plan({**values, "output": str(RUNS / "confirmation" / path.stem)})
-    fit(run, progress=False)
+    measured(RECIPE, values, path_of(CONFIRMATION, name, sequence), _scores)
 
+
+def _scores(run: ResolvedRun) -> dict[str, Any]:
     learnt: dict[str, Any] = {}
     for folder, tasks in run.stages[:-1]:
         learnt |= scores_of(run, folder, tasks)
     final = scores_of(run, run.folder, run.tasks)
     last = run.tasks[-1].name
-    result: dict[str, Any] = {
-        "learnt": {**learnt, last: final[last]},
-        "final": final,
-        "environment": run.folder.environment,
-        "recipe": run.recipe.model_dump(mode="json", exclude={"output", "compare"}),
-    }
-    if name.split("@")[0] in VARIANTS:
-        result["found"] = share_of_found_tasks(run)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
-    shutil.rmtree(run.folder.path)
-    say(f"{path.stem}: Rouge-L {mean(means_of(final)):.1f} after the last task")
+    scores: dict[str, Any] = {"learnt": {**learnt, last: final[last]}, "final": final}
+    if run.recipe.extend.own_experts and run.recipe.method["name"] == "badit":
+        scores["found"] = share_of_found_tasks(run)
+    return scores
 
 
 def scores_of(run: ResolvedRun, folder: RunFolder, tasks: list[Any]) -> dict[str, Any]:
@@ -272,11 +256,7 @@ def report(winner: str) -> None:
 
     measures: dict[str, dict[Sequence, Measures]] = {}
     for name in (winner, *OTHERS):
-        results = {
-            sequence: read_json(scored_path(name, sequence))
-            for sequence in CONFIRMED
-            if scored_path(name, sequence).is_file()
-        }
+        results = results_of(CONFIRMATION, name, CONFIRMED)
         if not results:
             continue
         measures[name] = {
