@@ -178,10 +178,12 @@ def confirm(winner: str) -> None:
     gainlora, *others = OTHERS
     # In turn, so that an interrupted experiment has pairs.
     cells = [(name, sequence) for sequence in CONFIRMED for name in (winner, gainlora)]
-    cells += [(name, sequence) for name in others for sequence in CONFIRMED]
+    one_of_each_order, further = CONFIRMED[:3], CONFIRMED[3:]
+    cells += [(name, sequence) for name in others for sequence in one_of_each_order]
     for seed in sorted({seed for _, seed in CONFIRMED}):
         tasks = plan(str(RECIPE), **values_of(SINGLE, ("seeded-0", seed))).tasks
         cells += [(SINGLE, (task.name, seed)) for task in tasks]
+    cells += [(name, sequence) for name in others for sequence in further]
     for name, sequence in cells:
         train_and_score(name, sequence)
     report(winner)
