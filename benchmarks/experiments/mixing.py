@@ -4,7 +4,7 @@
     python benchmarks/experiments/mixing.py
 
 Question and rule: extend.md, "Mixing". Six SuperNI tasks without their definitions, one after
-another with an expert of rank 5 each. Writes results/mixing.json: the NLL per answer token of
+another with an expert of rank 32 each. Writes results/mixing.json: the NLL per answer token of
 held-out training instances, if a prompt gets the expert of the nearest centroid, that of its own
 task, or those of the two nearest tasks with the weights softmax(cosine / T).
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from extend import RECIPE, variant
+from extend import RECIPE, values_of
 from torch import Tensor
 
 import badit
@@ -35,7 +35,7 @@ from badit.tuner.extension import Part, Parts, with_clusters
 RESULTS = Path(__file__).parents[1] / "results" / "mixing.json"
 RUNS = Path("runs/mixing")
 SEEDS = (30, 31)
-LEARNING_RATE = 2e-3
+VARIANT = "own-32@1e-3"
 TEMPERATURES = (0.01, 0.03, 0.1)
 HELD_OUT = 40  # training instances of each task
 
@@ -66,8 +66,7 @@ def losses_of_seed(seed: int) -> dict[str, dict[str, list[float]]]:
     file = RUNS / f"tasks-{seed}.jsonl"
     rows = rows_without_instructions(tasks)
     write_text(file, "".join(f"{json.dumps(row)}\n" for row in rows))
-    run = badit.train(recipe(file, seed))
-    model, tokenizer = run.load()
+    model, tokenizer = trained(file, seed).load()
     mixture = Mixture(model)
     losses: dict[str, dict[str, list[float]]] = {}
     for task in tasks:
@@ -90,15 +89,12 @@ def rows_without_instructions(tasks: Sequence[Any]) -> Iterator[dict[str, str]]:
                 yield {**row, "split": split}
 
 
-def recipe(file: Path, seed: int) -> dict[str, Any]:
-    """Returns the recipe of a sequence without instructions."""
-    method, extend = variant("own-5")
-    values = badit.load_recipe(RECIPE).model_dump(mode="json", exclude_unset=True)
-    del values["compare"]
-    data = {"source": str(file), "order": "seeded-0", "seed": seed}
-    training = {**values["training"], "learning_rate": LEARNING_RATE, "seed": seed}
-    values |= {"data": data, "method": method, "extend": extend, "training": training}
-    return {**values, "output": str(RUNS / f"seed-{seed}")}
+def trained(file: Path, seed: int) -> badit.Run:
+    """Trains a sequence without instructions."""
+    values = values_of(VARIANT, ("seeded-0", seed))
+    # All rows: the held-out instances are not in the file.
+    values["data"] |= {"source": str(file), "validation_per_task": 0}
+    return badit.train(RECIPE, **values, compare=None, output=str(RUNS / f"seed-{seed}"))
 
 
 class Mixture:
