@@ -211,6 +211,8 @@ def test_refusals_write_nothing(finished, folder, tmp_path, command, trained):
     untrained = write_task(tmp_path / "untrained.jsonl", "untrained", train=0)
     assert "training instances" in refused(run.path, untrained)
     assert "give either DATA" in refused(run.path)
+    missing = tmp_path / "missing.jsonl"
+    assert str(missing) in refused(run.path, animals, f"extend.earlier={missing}")
     lora = trained({"name": "lora", "r": 2})
     assert "is a run of lora" in refused(lora.path, animals)
     token = trained({**METHOD, "routing": "token"})

@@ -182,6 +182,7 @@ def test_refusals(tiny_model):
     add(model, "third", steps=1)
     hooks = hooks_of(model)
     refuses("task third: the run has a task of this name", hooks.add_tasks, ["third"])
+    refuses("at most rank 32, not 64; set extend.rank=32", hooks.add_tasks, ["fourth"], rank=64)
     hooks.add_tasks(["fourth"])
     unlabelled = [{"input_ids": batches_of("fourth")["fourth"][0]["input_ids"]}]
     refuses("the batches of a new task need labels", hooks.start_task, {"fourth": unlabelled})

@@ -24,6 +24,7 @@ from badit.runs.scores import read_scores
 from badit.support.console import is_main_process, quiet, say
 from badit.support.errors import BaditError, explained
 from badit.support.files import copy_folder, exclusive, write_json
+from badit.training.extending import earlier_tasks
 from badit.training.fit import fit
 from badit.training.loading import load_run
 
@@ -86,17 +87,12 @@ def score_earlier(run: ResolvedRun, *, progress: bool = True) -> dict[str, Any] 
 
     Written to ``scores-earlier.json``, and not scored again if the file exists.
     """
-    source = run.recipe.extend.earlier
-    if source is None:
+    if run.recipe.extend.earlier is None:
         return None
     path = run.folder.earlier_scores_path
     if not path.is_file():
-        data = run.recipe.data.model_copy(update={"source": source, "tasks": None, "order": None})
+        tasks = earlier_tasks(run)
         split = run.recipe.evaluation.split
-        new = {task.name for task in run.tasks}
-        tasks = [task for task in data.load() if getattr(task, split) and task.name not in new]
-        if not tasks:
-            raise BaditError(f"extend.earlier: {source}: has no {split} instances of earlier tasks")
         model, tokenizer = load_run(run)
         scores, _ = score_model(model, tokenizer, run.recipe, tasks, split, progress=progress)
         write_json(path, scores)

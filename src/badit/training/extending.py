@@ -9,6 +9,7 @@ from typing import Any
 
 from badit.data.examples import AnswerCollator, batches_by_task, encode_tasks
 from badit.data.sampling import mixture
+from badit.data.tasks import Task
 from badit.recipe.method import resolve_method
 from badit.recipe.schema import ExtendSection
 from badit.runs.fingerprints import base_fingerprints, changed_inputs, tokenizer_fingerprint
@@ -56,6 +57,8 @@ def check_extension(run: ResolvedRun) -> None:
     """
     section = run.recipe.extend
     earlier = _earlier_run(run)
+    if section.earlier is not None:
+        earlier_tasks(run)  # not only after the training
     base, tokenizer = load_base(run.recipe)
     inputs = base_fingerprints(base)
     inputs |= tokenizer_fingerprint(tokenizer, run.recipe.prompt.chat_template)
@@ -84,6 +87,18 @@ def check_extension(run: ResolvedRun) -> None:
     if is_main_process():
         for line in report(result, section):
             say(f"badit: {line}")
+
+
+def earlier_tasks(run: ResolvedRun) -> list[Task]:
+    """Returns the tasks of ``extend.earlier`` to score; BaditError without any."""
+    source = run.recipe.extend.earlier
+    data = run.recipe.data.model_copy(update={"source": source, "tasks": None, "order": None})
+    split = run.recipe.evaluation.split
+    new = {task.name for task in run.tasks}
+    tasks = [task for task in data.load() if getattr(task, split) and task.name not in new]
+    if not tasks:
+        raise BaditError(f"extend.earlier: {source}: has no {split} instances of earlier tasks")
+    return tasks
 
 
 def _earlier_run(run: ResolvedRun) -> RunFolder:

@@ -237,6 +237,17 @@ def refuse_unextendable(config: BaditConfig, layers: Sequence[Any]) -> None:
         )
 
 
+def refuse_large_rank(layers: Sequence[Any], rank: int) -> None:
+    """Raises BaditError if a layer has fewer features than the rank of a new expert."""
+    for layer in layers:
+        largest = min(layer.in_features, layer.out_features)
+        if rank > largest:
+            raise BaditError(
+                f"rank: {layer.name} maps {layer.in_features} features to {layer.out_features}, so "
+                f"a new expert has at most rank {largest}, not {rank}; set extend.rank={largest}"
+            )
+
+
 def _is_holder(layer: Any) -> bool:
     return any(extensions.has_clusters(0) for extensions in layer.badit_extensions.values())
 

@@ -37,6 +37,7 @@ from badit.tuner.additions import (
     adapters_to_start,
     extended_config,
     likeness_by_task,
+    refuse_large_rank,
     refuse_unextendable,
     set_clusters,
     start_extension,
@@ -419,13 +420,14 @@ class BaditModel(ExpertModel):
                 that of 0, ½ and 1 with the lowest loss.
 
         Raises:
-            BaditError: a name is in use, the adapter has no clusters for later tasks, or its
-            routing is by token.
+            BaditError: a name is in use, the adapter has no clusters for later tasks, its routing
+            is by token, or a layer has fewer features than the rank.
         """
         (adapter,) = self.active_adapters
         config = self.peft_config[adapter]
         layers = self._layers_of(adapter)
         refuse_unextendable(config, layers)
+        refuse_large_rank(layers, rank)
         if is_divided_by_zero3(self.model):
             raise BaditError("add_tasks: DeepSpeed has divided the weights; use DDP")
         extension = Extension(
