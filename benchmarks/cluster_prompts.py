@@ -64,19 +64,21 @@ def means_of(seed: int) -> tuple[Means, Means]:
     run = badit.plan(recipe)
     base, tokenizer = load_base(recipe)
     model = training_method(run.method).apply(base, [task.name for task in run.tasks])
-    return tuple(
-        _means(model, recipe, tokenizer, [(task, one) for task in run.tasks for one in of(task)])
-        for of in (lambda task: task.train, lambda task: task.validation)
+    training, held_out = (
+        [(task, instance) for task in run.tasks for instance in of_split(task)]
+        for of_split in (lambda task: task.train, lambda task: task.validation)
     )
+    return _means(model, recipe, tokenizer, training), _means(model, recipe, tokenizer, held_out)
 
 
 def _means(model: Any, recipe: Any, tokenizer: Any, pairs: Sequence[tuple[Any, Any]]) -> Means:
     examples = encoded(tokenizer, recipe, pairs, None)
     batches = batches_by_task(examples, AnswerCollator(tokenizer.pad_token_id, with_tasks=True), 4)
+    hooks: Any = hooks_of(model)
     by_task = []
     for of_task in batches.values():
         with torch.no_grad():
-            sample = hooks_of(model)._sample({"all": of_task}, len(pairs))
+            sample = hooks._sample({"all": of_task}, len(pairs))
         by_task.append([torch.cat(of_layer) for of_layer in sample.means.values()])
     return [list(of_layer) for of_layer in zip(*by_task, strict=True)]
 

@@ -482,7 +482,8 @@ def evidence_of_layers(
             sketches[index].add(half * clusters + cluster, of_example[index].flatten())
             sums[index][cluster] += of_example[index]
 
-    counts_L2C = sum_over_ranks(counts_L2C)
+    # On the layers' device, because NCCL sums no tensors of the CPU.
+    counts_L2C = sum_over_ranks(counts_L2C.to(gradients.layers[0].device)).cpu()
     evidence = []
     for sketch, sum_CNP, counts_2C in zip(sketches, sums, counts_L2C, strict=True):
         sketch.sums_RM = sum_over_ranks(sketch.sums_RM)
