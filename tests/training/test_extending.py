@@ -177,7 +177,7 @@ def test_a_removed_task_leaves_the_others_bit_identical(finished, folder, tmp_pa
     refuses("exists; choose another", second.remove_task, "animals", output=tmp_path / "removed")
 
 
-def test_a_covered_task_is_refused_or_merged(finished, folder, tmp_path, command):
+def test_a_covered_task_is_refused_or_merged(finished, folder, tmp_path, command, capsys):
     _, first, _ = finished
     again = write_task(tmp_path / "again.jsonl", "animals")
     again.write_text(again.read_text().replace('"task": "animals"', '"task": "beasts"'))
@@ -187,6 +187,17 @@ def test_a_covered_task_is_refused_or_merged(finished, folder, tmp_path, command
     merged = first.extend(
         again, output=tmp_path / "merged", overrides=["merge=true"], progress=False
     )
+    said = capsys.readouterr().err
+    assert "task beasts trains the clusters of animals" in said
+    assert "the answers of animals will change" in said
+    message = refuses("cities is a task of an earlier run", merged.generate, "x", task="cities")
+    assert f"{first.path} answers it as before merge=true" in message
+    assert f"badit adopt {merged.adapter_path} --data FILE" in message
+    assert isinstance(merged.generate("slamina 1", task="beasts"), str)
+    adopted = badit.adopt(
+        merged.adapter_path, data=folder / "tasks.jsonl", output=tmp_path / "adopted"
+    )
+    assert isinstance(adopted.generate("land 1", task="cities"), str)
     before = load_file(first.adapter_path / "adapter_model.safetensors")
     after = load_file(merged.adapter_path / "adapter_model.safetensors")
     changed = {

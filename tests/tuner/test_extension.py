@@ -198,6 +198,30 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize(
+    ("number", "options"), [(0, {}), (1, {}), (2, {}), (0, {"modules_to_save": ["lm_head"]})]
+)
+def test_training_an_extension_changes_its_tasks_and_those_that_use_its_expert(
+    tiny_model, number, options
+):
+    model = trained(tiny_model("llama"), **KEY, **options, tasks=["first", "second"])
+    add(model, "third", reused=0)
+    add(model, "fourth", reused=4, start=1.0)
+    for layer in layers(model):  # the last extension uses the expert of the first
+        layer.badit_extensions["default"].of("used", 2)[0] = 3
+        layer.badit_extensions["default"].of("gates", 2).data.fill_(1.0)
+    hooks = hooks_of(model)
+    before = results(model, "first", "second", "third", "fourth")
+    hooks.train_extensions({number})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3)
+    after = results(model, *before)
+    changed = [task for task in before if not torch.equal(before[task][0], after[task][0])]
+    assert hooks.changed_tasks({number}) == changed
+
+
 def test_inner_products_of_experts_are_those_of_their_products(tiny_model):
     model = trained(tiny_model("llama"), **KINDS["gated change"])
     add(model, "third")

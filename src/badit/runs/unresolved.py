@@ -14,7 +14,7 @@ from badit.presets import NAMES, Options, preset_name, with_preset
 from badit.recipe.options import refuse_method
 from badit.recipe.saved import differing_keys
 from badit.recipe.schema import Recipe, Split
-from badit.runs.folder import ERROR, LOG, RunFolder
+from badit.runs.folder import ERROR, LOG, RunFolder, adoption
 from badit.support.console import is_main_process, status
 from badit.support.errors import BaditError, refuse_unknown
 from badit.support.files import OWNER, exclusive, refuse_links
@@ -144,6 +144,9 @@ class UnresolvedRun:
         known = [self.folder.adapter_option("tasks") or [], *(one["tasks"] for one in extensions)]
         if any(name in tasks for tasks in known):
             fix = f"give {earlier} instead, which answers it as this run does"
+            if self.recipe.extend.merge:  # may have changed the answers
+                before = f"{earlier} answers it as before merge=true"
+                fix = f"{before}; for this run's answers: {adoption(self.folder.adapter_path)}"
             raise BaditError(f"--task: {name} is a task of an earlier run; {fix}")
 
     def refuse_unusable(self) -> None:

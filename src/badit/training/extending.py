@@ -84,8 +84,11 @@ def check_extension(run: ResolvedRun) -> None:
             batches, threshold=section.coverage, clusters=section.clusters
         )
     _refuse(result, section, names)
+    lines = report(result)
+    if section.merge:
+        lines = _report_of_merging(model, section, result, batches)
     if is_main_process():
-        for line in report(result, section):
+        for line in lines:
             say(f"badit: {line}")
 
 
@@ -113,18 +116,26 @@ def _earlier_run(run: ResolvedRun) -> RunFolder:
     return earlier
 
 
-def report(result: Survey, section: ExtendSection) -> Iterator[str]:
+def _report_of_merging(
+    model: Any, section: ExtendSection, result: Survey, batches: TaskBatches
+) -> Iterator[str]:
+    """Yields which clusters new tasks train, and which tasks change."""
+    for task, shares in result.nearest.items():
+        yield f"task {task} trains the clusters of {', '.join(shares)}"
+    hooks = _hooks(model)
+    numbers = hooks.nearest_extensions(batches, clusters=section.clusters)
+    changed = ", ".join(hooks.changed_tasks(numbers))
+    yield f"the answers of {changed} will change, whose clusters or experts are trained"
+
+
+def report(result: Survey) -> Iterator[str]:
     """Yields what a comparison of new tasks with an adapter shows, a line for each finding."""
     for task, shares in result.confused.items():
-        if section.merge:
-            changes = ", ".join(result.nearest[task])
-            yield f"task {task} trains the clusters of {changes}, whose answers will change"
-            continue
         listed = _listed(shares)
         if listed:
             yield f"task {task} cannot be told apart from {listed} of its prompts"
     listed = _listed(result.taken)
-    if listed and not section.merge:
+    if listed:
         yield f"nearer to the new prompts than to their own, as estimated: {listed} of the prompts"
 
 

@@ -10,7 +10,7 @@ features, R = rank, U = used abilities, G = gates of experts and extensions.
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -181,8 +181,7 @@ class _Earlier:
             if self.extensions.has_clusters(number)
         ]
         self.centroids_CE = keys.centroids(self.all("directions"))
-        names = {number + 1: e.tasks for number, e in enumerate(config.extensions)}
-        names[0] = config.tasks or ["the run's tasks"]
+        names = _tasks_by_extension(config)
         self.tasks = [task for number in self.numbers for task in names[number]]
         counts = [self.extensions.of("counts", number) for number in self.numbers]
         self.counts_CT = torch.block_diag(*counts).double().cpu()
@@ -208,6 +207,31 @@ class _Earlier:
             for task, mean, counts in zip(self.tasks, means, of_task_TC, strict=True)
             if counts.any()
         }
+
+
+def _tasks_by_extension(config: BaditConfig) -> list[Sequence[str]]:
+    """Returns the tasks of the joint training, and those of each extension."""
+    joint = config.tasks or ["the run's tasks"]
+    return [joint, *(extension.tasks for extension in config.extensions)]
+
+
+def changed_tasks(layers: Sequence[Any], adapter: str, numbers: Collection[int]) -> list[str]:
+    """Returns the tasks whose answers change if extensions (0: the adapter's own) are trained.
+
+    These are the extensions' own tasks, and those of later extensions that use their experts.
+    """
+    config: BaditConfig = layers[0].badit_config[adapter]
+    changed = set(numbers)
+    if 0 in numbers and (config.modules_to_save or config.bias != "none"):  # of all passes
+        changed.update(range(len(config.extensions) + 1))
+    for layer in layers:
+        for number in range(1, len(config.extensions) + 1):
+            used = layer.badit_extensions[adapter].of("used", number).tolist()
+            # The experts of the joint training have the first numbers.
+            if any(max(0, ability - config.num_experts + 1) in numbers for ability in used):
+                changed.add(number)
+    tasks = _tasks_by_extension(config)
+    return [task for number in sorted(changed) for task in tasks[number]]
 
 
 # --- the tensors of an extension ---

@@ -35,6 +35,7 @@ from badit.tuner.additions import (
     GRADIENT_ROWS,
     Survey,
     adapters_to_start,
+    changed_tasks,
     extended_config,
     likeness_by_task,
     refuse_large_rank,
@@ -489,6 +490,11 @@ class BaditModel(ExpertModel):
             means_SE = mean_embeddings(embedding, examples)
             numbers |= set(nearest_extensions(holder, adapter, means_SE).tolist())
         return numbers
+
+    def changed_tasks(self, numbers: Collection[int]) -> list[str]:
+        """Returns the tasks whose answers :meth:`train_extensions` would change."""
+        (adapter,) = self.active_adapters
+        return changed_tasks(self._layers_of(adapter), adapter, numbers)
 
     def _layers_of(self, adapter: str) -> list[BaditLinear]:
         return [layer for layer in self.expert_layers() if adapter in layer.badit_A]
