@@ -222,6 +222,18 @@ def test_training_an_extension_changes_its_tasks_and_those_that_use_its_expert(
     assert hooks.changed_tasks({number}) == changed
 
 
+def test_every_batch_trains_the_extensions_of_its_prompts(tiny_model):
+    model = trained(tiny_model("llama"), **KEY)
+    add(model, "third")
+    # The prompts of the last batch are those of an expert that no earlier batch needs.
+    batches = [*batches_of("third", rows=64)["third"], *batches_of("first", rows=4)["first"]]
+    hooks = hooks_of(model)
+    hooks.train_extensions(hooks.nearest_extensions({"new": batches}))
+    model.train()
+    for batch in batches:
+        model(**batch).loss.backward()
+
+
 def test_inner_products_of_experts_are_those_of_their_products(tiny_model):
     model = trained(tiny_model("llama"), **KINDS["gated change"])
     add(model, "third")

@@ -36,10 +36,11 @@ def add_tasks(model: Any, section: ExtendSection, tasks: Sequence[str]) -> None:
     )
 
 
-def train_covering(model: Any, section: ExtendSection, batches: TaskBatches) -> None:
+def train_covering(model: Any, batches: TaskBatches) -> None:
     """Trains the experts of the existing clusters that cover the prompts of batches."""
     hooks = _hooks(model)
-    hooks.train_extensions(hooks.nearest_extensions(batches, clusters=section.clusters))
+    # Of all prompts: a batch whose prompts all belong to frozen experts would have no gradient.
+    hooks.train_extensions(hooks.nearest_extensions(batches))
 
 
 def _hooks(model: Any) -> Any:
@@ -86,7 +87,7 @@ def check_extension(run: ResolvedRun) -> None:
     _refuse(result, section, names)
     lines = report(result)
     if section.merge:
-        lines = _report_of_merging(model, section, result, batches)
+        lines = _report_of_merging(model, result, batches)
     if is_main_process():
         for line in lines:
             say(f"badit: {line}")
@@ -116,15 +117,12 @@ def _earlier_run(run: ResolvedRun) -> RunFolder:
     return earlier
 
 
-def _report_of_merging(
-    model: Any, section: ExtendSection, result: Survey, batches: TaskBatches
-) -> Iterator[str]:
+def _report_of_merging(model: Any, result: Survey, batches: TaskBatches) -> Iterator[str]:
     """Yields which clusters new tasks train, and which tasks change."""
     for task, shares in result.nearest.items():
         yield f"task {task} trains the clusters of {', '.join(shares)}"
     hooks = _hooks(model)
-    numbers = hooks.nearest_extensions(batches, clusters=section.clusters)
-    changed = ", ".join(hooks.changed_tasks(numbers))
+    changed = ", ".join(hooks.changed_tasks(hooks.nearest_extensions(batches)))
     yield f"the answers of {changed} will change, whose clusters or experts are trained"
 
 

@@ -170,7 +170,7 @@ class _Stage:
         arguments = training_arguments(self.run, self.folder.path, self.seed, checkpoint)
         with status(f"preparing the data for {self.method.name}", in_logs=True):
             if self.recipe.extend.merge:
-                train_covering(model, self.recipe.extend, data.batches)
+                train_covering(model, data.batches)
             self.method.before_training(model, data.batches)
         if checkpoint is None:  # else it has what this sets, such as the clusters of prompts
             with quiet(not self.progress):

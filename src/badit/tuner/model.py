@@ -5,6 +5,7 @@ Training, evaluation and export call the hooks.
 
 import inspect
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -480,15 +481,16 @@ class BaditModel(ExpertModel):
         examples = self._prompts_of_tasks(batches, clusters=1)
         return likeness_by_task(holder, adapter, Keys(self.model), examples)
 
-    def nearest_extensions(self, batches: TaskBatches, *, clusters: int = 2) -> set[int]:
-        """Returns the extensions (0: the adapter's own experts) of the prompts of batches."""
+    def nearest_extensions(self, batches: TaskBatches) -> set[int]:
+        """Returns the extensions (0: the adapter's own experts) of all prompts of batches."""
         (adapter,) = self.active_adapters
         holder = RoutingContext.of(self.model).extension_holders[adapter]
         embedding = frozen_embedding(self.model)
         numbers = set()
-        for examples in self._prompts_of_tasks(batches, clusters).values():
-            means_SE = mean_embeddings(embedding, examples)
-            numbers |= set(nearest_extensions(holder, adapter, means_SE).tolist())
+        for task_batches in batches.values():
+            for _, tensors, mask_BT, segments in self._first_prompts(task_batches, sys.maxsize):
+                means_SE = mean_embeddings(embedding, [*examples_in(tensors, mask_BT, segments)])
+                numbers |= set(nearest_extensions(holder, adapter, means_SE).tolist())
         return numbers
 
     def changed_tasks(self, numbers: Collection[int]) -> list[str]:
