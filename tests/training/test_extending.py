@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 
@@ -19,6 +20,8 @@ from badit.runs.extending import extended_recipe
 from badit.runs.resolved import resolve
 from badit.support.files import read_json
 from badit.training.encoding import encoded
+from badit.training.extending import report
+from badit.tuner.additions import Survey
 from materials import make_material, make_recipe
 from refusals import refuses
 from steps import fit, load_run
@@ -235,7 +238,9 @@ def test_refusals_write_nothing(finished, folder, tmp_path, command, trained):
     assert "changed since the run was trained" in refused(run.path, animals, f"model.name={moved}")
 
 
-def test_prompts_taken_from_an_earlier_task_are_refused(finished, folder, tmp_path, command):
+def test_prompts_taken_from_earlier_tasks_are_counted_and_refused(
+    finished, folder, tmp_path, command
+):
     run, _, _ = finished
     line = command(
         "extend",
@@ -246,7 +251,16 @@ def test_prompts_taken_from_an_earlier_task_are_refused(finished, folder, tmp_pa
         f"output={tmp_path / 'x'}",
         code=2,
     )
-    assert "would be nearer" in line
+    assert re.search(r"too many prompts of (cities|rivers) \(0.0 %\), (cities|rivers) \(0.0", line)
+
+
+def test_a_report_has_small_shares_too():
+    taken = {"a": 0.001, "b": 0.0301, "c": 0.002, "d": 0.0}
+    (line,) = report(Survey([], {"new": {"a": 0.04}}, taken, 0.0123, {}))
+    assert line == (
+        "about 1.2 % of the earlier prompts would be nearest to the new tasks; the largest "
+        "shares: b (3.0 %), c (0.2 %), a (0.1 %)"
+    )
 
 
 def test_a_sequence_adds_its_later_tasks(folder, tmp_path):

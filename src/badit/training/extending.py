@@ -22,7 +22,8 @@ from badit.training.methods import training_method
 from badit.tuner.additions import Survey
 from badit.tuner.model import TaskBatches, hooks_of
 
-_SHOWN = 0.05  # smaller shares are not reported
+_CONFUSED = 0.05  # of a new task's prompts; smaller shares are not reported
+_LISTED = 3  # earlier tasks that lose the largest shares of their prompts
 
 
 def add_tasks(model: Any, section: ExtendSection, tasks: Sequence[str]) -> None:
@@ -129,17 +130,17 @@ def _report_of_merging(model: Any, result: Survey, batches: TaskBatches) -> Iter
 def report(result: Survey) -> Iterator[str]:
     """Yields what a comparison of new tasks with an adapter shows, a line for each finding."""
     for task, shares in result.confused.items():
-        listed = _listed(shares)
-        if listed:
-            yield f"task {task} cannot be told apart from {listed} of its prompts"
-    listed = _listed(result.taken)
-    if listed:
-        yield f"nearer to the new prompts than to their own, as estimated: {listed} of the prompts"
+        clear = {other: share for other, share in shares.items() if share >= _CONFUSED}
+        if clear:
+            yield f"task {task} cannot be told apart from {_listed(clear)} of its prompts"
+    by_share = sorted(result.taken.items(), key=lambda of_task: of_task[1], reverse=True)
+    largest = _listed(dict(by_share[:_LISTED]))
+    share = f"about {100 * result.taken_in_all:.1f} % of the earlier prompts"
+    yield f"{share} would be nearest to the new tasks; the largest shares: {largest}"
 
 
 def _listed(shares: Mapping[str, float]) -> str:
-    shown = [f"{task} ({100 * share:.0f} %)" for task, share in shares.items() if share >= _SHOWN]
-    return ", ".join(shown)
+    return ", ".join(f"{task} ({100 * share:.1f} %)" for task, share in shares.items())
 
 
 def _refuse(result: Survey, section: ExtendSection, names: Sequence[str]) -> None:
@@ -155,8 +156,8 @@ def _refuse(result: Survey, section: ExtendSection, names: Sequence[str]) -> Non
         problem = f"the clusters of {nearest} already cover its prompts"
         fix = "train them further with merge=true, or raise extend.coverage"
         raise BaditError(f"task {task}: {problem}; {fix}")
-    if result.taken_share > section.largest_taken:
-        task = max(result.taken, key=result.taken.__getitem__)
-        problem = f"about {100 * result.taken_share:.0f} % of the prompts of {task} would be nearer"
+    taken = {task: share for task, share in result.taken.items() if share > section.largest_taken}
+    if taken:
+        problem = f"too many prompts of {_listed(taken)} would be nearest to the new tasks"
         fix = "give the tasks different instructions, or raise extend.largest_taken"
-        raise BaditError(f"extend: {problem} to the new tasks; {fix}")
+        raise BaditError(f"extend: {problem}; {fix}")

@@ -129,13 +129,10 @@ class Survey(NamedTuple):
     confused: Mapping[str, Mapping[str, float]]
     #: By earlier task, the estimated share of its prompts that would belong to the new tasks.
     taken: Mapping[str, float]
+    #: The same of all earlier prompts.
+    taken_in_all: float
     #: By new task, the earlier tasks of the clusters that its prompts are nearest to.
     nearest: Mapping[str, Mapping[str, float]]
-
-    @property
-    def taken_share(self) -> float:
-        """The largest share of an earlier task's prompts that would belong to the new tasks."""
-        return max(self.taken.values(), default=0.0)
 
 
 def survey(
@@ -157,7 +154,9 @@ def survey(
     shares_CD = confused_shares(
         earlier.all("means"), earlier.all("spread"), earlier.centroids_CE, centroids_DE
     )
-    return Survey(covered, confused, earlier.by_task(shares_CD.amax(dim=1)), nearest)
+    share_C = shares_CD.amax(dim=1)
+    taken_in_all = float(F.normalize(earlier.counts_CT.sum(dim=1), p=1, dim=0) @ share_C)
+    return Survey(covered, confused, earlier.by_task(share_C), taken_in_all, nearest)
 
 
 def likeness_by_task(
