@@ -263,12 +263,27 @@ def test_a_report_has_small_shares_too():
     )
 
 
-def test_a_sequence_adds_its_later_tasks(folder, tmp_path):
+def test_new_tasks_are_compared_with_one_another(finished, tmp_path, capsys):
+    run, _, _ = finished
+    names = ("animals", "beasts", "colours")
+    files = [write_task(tmp_path / f"{name}.jsonl", name) for name in names]
+    files[1].write_text(files[0].read_text().replace('"task": "animals"', '"task": "beasts"'))
+    together = tmp_path / "together.jsonl"
+    together.write_text("".join(file.read_text() for file in files))
+    run.extend(together, output=tmp_path / "x", overrides=OVERRIDES, progress=False)
+    said = capsys.readouterr().err
+    assert re.search(r"task animals cannot be told apart from beasts \(\d+\.\d %\)", said)
+    assert "task colours" not in said
+
+
+def test_a_sequence_adds_its_later_tasks(folder, tmp_path, capsys):
     values = make_recipe(folder / "model", folder / "tasks.jsonl", tmp_path / "run")
     values["method"] = {**KEY, "num_clusters": 2, "regroup": {"every": 1}}
     values["training"] |= {"num_train_epochs": 1, "learning_rate": 0.05}
     values["data"]["order"] = ["rivers", "cities"]
     run = badit.train(values, progress=False)
+    said = capsys.readouterr().err
+    assert re.search(r"about \d+\.\d % of the earlier prompts .* shares: rivers \(", said)
     stages = [stage for stage, _ in resolve(build_recipe(values)).stages]
     first, last = (load_file(stage.adapter_path / "adapter_model.safetensors") for stage in stages)
     assert all(torch.equal(last[name], tensor) for name, tensor in first.items())

@@ -37,6 +37,11 @@ def add_tasks(model: Any, section: ExtendSection, tasks: Sequence[str]) -> None:
     )
 
 
+def compared(model: Any, section: ExtendSection, batches: TaskBatches) -> Survey:
+    """Compares the prompts of new tasks with the clusters of a trained model."""
+    return _hooks(model).survey(batches, threshold=section.coverage, clusters=section.clusters)
+
+
 def train_covering(model: Any, batches: TaskBatches) -> None:
     """Trains the experts of the existing clusters that cover the prompts of batches."""
     hooks = _hooks(model)
@@ -82,9 +87,7 @@ def check_extension(run: ResolvedRun) -> None:
         examples = encode_tasks(tokenizer, run.tasks, options, order, progress=False)
         size = run.recipe.training.per_device_train_batch_size
         batches = batches_by_task(examples, AnswerCollator(tokenizer.pad_token_id), size)
-        result = _hooks(model).survey(
-            batches, threshold=section.coverage, clusters=section.clusters
-        )
+        result = compared(model, section, batches)
     _refuse(result, section, names)
     lines = report(result)
     if section.merge:

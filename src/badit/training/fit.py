@@ -39,7 +39,7 @@ from badit.support.files import copy_folder, read_json, replace_folder, write_js
 from badit.training.attention import fast_on_short_sequences
 from badit.training.checkpoints import Checkpoints, discard, last_checkpoint, safe_resuming
 from badit.training.encoding import encoded, refuse_beyond_model
-from badit.training.extending import add_tasks, train_covering
+from badit.training.extending import add_tasks, compared, report, train_covering
 from badit.training.hf_arguments import refuse_without_trl, training_arguments
 from badit.training.loading import load_base, model_dtype
 from badit.training.logs import MetricsLog, ProgressBar, divergence, trackers_of, tracking
@@ -174,6 +174,7 @@ class _Stage:
             self.method.before_training(model, data.batches)
         if checkpoint is None:  # else it has what this sets, such as the clusters of prompts
             with quiet(not self.progress):
+                self._compare_with_earlier(model, data)
                 hooks_of(model).start_task(data.batches)
 
         bar = ProgressBar()
@@ -197,6 +198,13 @@ class _Stage:
         trainer.accelerator.wait_for_everyone()
         # Otherwise the next model, for scoring or the next stage, would be sharded too.
         unset_hf_deepspeed_config()
+
+    def _compare_with_earlier(self, model: Any, data: _StageData) -> None:
+        """Says how a stage's task relates to those of earlier stages, whose order is fixed."""
+        if self.number > 0 and self.run.adds_tasks(self.number):
+            for line in report(compared(model, self.recipe.extend, data.batches)):
+                if is_main_process():
+                    say(f"badit: {line}")
 
     def _fingerprint_of(self, data: _StageData) -> dict[str, str]:
         name = EXAMPLES

@@ -125,7 +125,7 @@ class Survey(NamedTuple):
 
     #: The new tasks whose prompts the existing clusters cover.
     covered: Sequence[str]
-    #: By new task, the share of its prompts that existing clusters would keep, by earlier task.
+    #: By new task, the share of its prompts nearest to the clusters of other tasks, by these tasks.
     confused: Mapping[str, Mapping[str, float]]
     #: By earlier task, the estimated share of its prompts that would belong to the new tasks.
     taken: Mapping[str, float]
@@ -149,8 +149,13 @@ def survey(
             covered.append(task)
         best_S, cluster_S = cosines_SC.max(dim=1)
         nearest[task] = earlier.shares(cluster_S, torch.ones_like(best_S))
-        is_kept_S = best_S >= (keys_SE.double() @ centroids_DE.T).amax(dim=1)
+        best_new_S, new_S = (keys_SE.double() @ centroids_DE.T).max(dim=1)
+        is_kept_S = best_S >= best_new_S
         confused[task] = earlier.shares(cluster_S, is_kept_S.double())
+        for number, other in enumerate(keys_by_task):
+            is_of_other_S = (new_S // each == number) & ~is_kept_S
+            if other != task and is_of_other_S.any():
+                confused[task][other] = float(is_of_other_S.double().mean())
     shares_CD = confused_shares(
         earlier.all("means"), earlier.all("spread"), earlier.centroids_CE, centroids_DE
     )
