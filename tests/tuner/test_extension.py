@@ -46,15 +46,16 @@ def test_only_the_new_expert_is_trained(tiny_model):
     assert all(torch.equal(unchanged[name], value) for name, value in after.items())
 
 
-def test_new_directions_are_orthogonal_to_all_frozen_ones(tiny_model):
-    model = trained(tiny_model("llama"), **KEY)
+@pytest.mark.parametrize("kind", ["key", "gated change"])
+def test_new_directions_are_orthogonal_to_all_frozen_ones(tiny_model, kind):
+    model = trained(tiny_model("llama"), **KINDS[kind])
     for number, task in enumerate(("third", "fourth"), start=1):
         hooks_of(model).add_tasks([task], rank=3)
         hooks_of(model).start_task(batches_of(task))
         for layer in layers(model):
             extensions = layer.badit_extensions["default"]
             new = extensions.of("A", number)
-            frozen = [layer.badit_A["default"]]
+            frozen = [layer.badit_A["default"], *layer.badit_A0.values()]
             frozen += [extensions.of("A", earlier) for earlier in range(1, number)]
             products = torch.nn.functional.normalize(torch.cat(frozen), dim=1) @ new.T
             assert products.abs().max() < 1e-5

@@ -407,6 +407,8 @@ def _frozen_rows(layer: Any, adapter: str, number: int) -> Tensor:
     """Returns the rows of all A's of a layer that are frozen while an extension is trained."""
     extensions: Extensions = layer.badit_extensions[adapter]
     rows = [layer.badit_A[adapter]]
+    if layer.badit_config[adapter].subtracted_share:  # its initial A is read too
+        rows.append(layer.badit_A0[adapter])
     rows += [extensions.of("A", earlier) for earlier in range(1, number)]
     return torch.cat([row.detach().float() for row in rows])
 
