@@ -15,6 +15,7 @@ import badit
 from badit.cli import main
 from badit.data import load_tasks
 from badit.evaluation.answers import score_model
+from badit.hub.card import model_card
 from badit.recipe.loading import build_recipe
 from badit.runs.extending import extended_recipe
 from badit.runs.resolved import resolve
@@ -175,6 +176,17 @@ def test_a_removed_task_leaves_the_others_bit_identical(finished, folder, tmp_pa
     assert not any(name.endswith(("_1", "_2")) for name in tensors)
     expected = logits_and_scores(run, folder / "tasks.jsonl")[1:]
     assert logits_and_scores(both, folder / "tasks.jsonl")[1:] == expected
+    # Its own task is gone, so it has no data; more tasks can be added to it.
+    assert both.recipe.data.source is None
+    refuses("cities is a task of an earlier run", both.generate, "land 1", task="cities")
+    refuses("data.source: is null.*badit adopt", both.generate, "x", task="colours")
+    refuses("data.source: is null.*badit adopt", both.evaluate)
+    assert isinstance(both.generate("land 1"), str)
+    assert "colours" not in model_card(both)
+    added = both.extend(
+        folder / "colours.jsonl", output=tmp_path / "added", progress=False, extend=EXTEND
+    )
+    assert set(added.scores["task"]) == {"colours"}
     refuses("cities: is a task of the joint training", second.remove_task, "cities")
     refuses("task animal: is not an added task.*animals", second.remove_task, "animal")
     refuses("exists; choose another", second.remove_task, "animals", output=tmp_path / "removed")

@@ -91,7 +91,7 @@ class DataSection(Section):
     source: PathText | list[PathText | SourceSection] | None = Field(
         "builtin",
         description="'builtin', file, folder, glob, hub dataset, or list of these; $VARIABLES are "
-        "expanded; null: none, of an adapter that was adopted without data",
+        "expanded; null: none, as of an adapter that was adopted without data",
     )
     format: Format = Field("auto", description="layout of a folder; auto detects it")
     task: TaskName | None = Field(

@@ -138,7 +138,8 @@ class UnresolvedRun:
         An extended run has the data of its own tasks only.
         """
         earlier = self.recipe.extend.run
-        if earlier is None or name in [task.name for task in self.tasks]:
+        has_data = self.recipe.data.source is not None
+        if earlier is None or (has_data and name in [task.name for task in self.tasks]):
             return
         extensions = self.folder.adapter_option("extensions") or []
         known = [self.folder.adapter_option("tasks") or [], *(one["tasks"] for one in extensions)]

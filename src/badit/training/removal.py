@@ -47,15 +47,16 @@ def remove_task(run: ResolvedRun, task: str, output: AnyPath) -> Path:
 
 
 def _without(run: ResolvedRun, task: str) -> tuple[Recipe, dict[str, Any]]:
-    """Returns the recipe and the record of a run without a task, if other tasks remain in them."""
+    """Returns the recipe and the record of a run without a task."""
     recipe = run.recipe
     environment = run.folder.known_environment
     mixture = environment.get("mixture", {})
     remaining = [name for name in mixture if name != task]
     # The copy has no stages.
     data: dict[str, Any] = {"order": None}
-    if task in mixture and remaining:
-        data["tasks"] = remaining
+    if task in mixture:
+        # Without tasks of its own, the copy has no data, like an adapter adopted without data.
+        data |= {"tasks": remaining} if remaining else {"tasks": None, "source": None}
         inputs = environment.get("inputs", {})
         kept = {name: value for name, value in inputs.items() if name != f"task {task}"}
         environment = {
