@@ -28,7 +28,7 @@ from refusals import refuses
 from steps import fit, load_run
 from training import killed
 from training.launches import Launches, losses
-from training.trainers import fit_until, learned
+from training.trainers import assert_same, fit_until, learned
 
 METHOD = {"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1}
 KEY = {**METHOD, "gates": "clusters", "key": "embedding"}
@@ -218,8 +218,38 @@ def test_a_covered_task_is_refused_or_merged(finished, folder, tmp_path, command
     changed = {
         name.rsplit(".", 1)[1] for name in after if not torch.equal(after[name], before[name])
     }
-    assert changed <= {"A_1", "B_1", "gates_1"}
-    assert "B_1" in changed
+    assert changed <= {"A_1", "B_1", "gates_1", "counts_1"}
+    assert {"B_1", "counts_1"} <= changed
+
+
+def test_a_merged_task_is_a_task_of_the_run(finished, folder, tmp_path, capsys):
+    _, first, _ = finished
+    # Most prompts are those of animals, the others those of cities.
+    both = write_task(tmp_path / "both.jsonl", "animals", train=48)
+    cities = (folder / "tasks.jsonl").read_text().splitlines(keepends=True)[:6]
+    rows = (both.read_text() + "".join(cities)).replace('"task": "cities"', '"task": "both"')
+    both.write_text(rows.replace('"task": "animals"', '"task": "both"'))
+    overrides = ["merge=true", "data.columns.instruction=instruction"]
+    recipe = extended_recipe(first, both, tmp_path / "merged", overrides, {})
+    fit_until(2, recipe)
+    merged = first.extend(both, output=recipe.output, overrides=overrides, progress=False)
+    again = first.extend(both, output=tmp_path / "2", overrides=overrides, progress=False)
+    assert_same(learned(merged), learned(again))
+    assert "the answers of cities, rivers, animals will change" in capsys.readouterr().err
+    config = read_json(merged.adapter_path / "adapter_config.json")
+    assert config["tasks"] == ["cities", "rivers", "both"]
+    assert config["extensions"][0]["tasks"] == ["animals", "both"]
+    counts = {
+        name.rsplit(".", 1)[1]: of for name, of in learned(merged).items() if "counts" in name
+    }
+    assert [int(counts[f"counts_{number}"][:, -1].sum()) for number in (0, 1)] == [6, 48]
+    message = "task both: .* has a task of this name"
+    refuses(message, merged.extend, both, output=tmp_path / "x", overrides=overrides[1:])
+    later = merged.extend(folder / "colours.jsonl", output=tmp_path / "later", progress=False)
+    assert "the largest shares" in capsys.readouterr().err
+    message = refuses("both is a task of an earlier run", later.generate, "x", task="both")
+    assert f"give {merged.path} instead" in message
+    refuses("both: was trained together|is a task of the joint", later.remove_task, "both")
 
 
 def test_refusals_write_nothing(finished, folder, tmp_path, command, trained):

@@ -44,9 +44,7 @@ def compared(model: Any, section: ExtendSection, batches: TaskBatches) -> Survey
 
 def train_covering(model: Any, batches: TaskBatches) -> None:
     """Trains the experts of the existing clusters that cover the prompts of batches."""
-    hooks = _hooks(model)
-    # Of all prompts: a batch whose prompts all belong to frozen experts would have no gradient.
-    hooks.train_extensions(hooks.nearest_extensions(batches))
+    _hooks(model).merge_tasks(batches)
 
 
 def _hooks(model: Any) -> Any:

@@ -11,6 +11,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ from badit.tuner.config import BaditConfig, Extension
 from badit.tuner.context import RoutingContext
 from badit.tuner.distributed import gathered, sum_over_ranks
 from badit.tuner.experts import AdaptedLayer, changed_gates
-from badit.tuner.extension import Extensions, with_clusters
+from badit.tuner.extension import Extensions, nearest_clusters, with_clusters
 from badit.tuner.targets import FusedExpert
 
 #: Starts β of the gates of earlier abilities; that with the lowest loss is taken.
@@ -186,9 +187,13 @@ class _Earlier:
         ]
         self.centroids_CE = keys.centroids(self.all("directions"))
         names = _tasks_by_extension(config)
-        self.tasks = [task for number in self.numbers for task in names[number]]
+        of_columns = [task for number in self.numbers for task in names[number]]
+        # The prompts of a merged task may be in the clusters of several extensions.
+        self.tasks = list(dict.fromkeys(of_columns))
         counts = [self.extensions.of("counts", number) for number in self.numbers]
-        self.counts_CT = torch.block_diag(*counts).double().cpu()
+        self.counts_CT = torch.zeros(sum(map(len, counts)), len(self.tasks), dtype=torch.float64)
+        columns = torch.tensor([self.tasks.index(task) for task in of_columns])
+        self.counts_CT.index_add_(1, columns, torch.block_diag(*counts).double().cpu())
 
     def all(self, kind: str) -> Tensor:
         """Returns a tensor of all clusters."""
@@ -236,6 +241,32 @@ def changed_tasks(layers: Sequence[Any], adapter: str, numbers: Collection[int])
                 changed.add(number)
     tasks = _tasks_by_extension(config)
     return [task for number in sorted(changed) for task in tasks[number]]
+
+
+def record_merged(holder: Any, adapter: str, task: str, means_SE: Tensor) -> BaditConfig:
+    """Records prompts of a task in the clusters that they are nearest to.
+
+    Returns a copy of the configuration, in which their extensions have the task too.
+    """
+    config: BaditConfig = copy.copy(holder.badit_config[adapter])
+    config.extensions = list(config.extensions)
+    extensions: Extensions = holder.badit_extensions[adapter]
+    number_S, cluster_S = nearest_clusters(holder, adapter, means_SE)
+    for number in number_S.unique().tolist():
+        tasks = list(_tasks_by_extension(config)[number])
+        counts_CT = extensions.of("counts", number)
+        if task not in tasks:
+            tasks.append(task)
+            counts_CT = F.pad(counts_CT, (0, 1))
+        clusters = cluster_S[number_S == number].to(counts_CT.device)
+        counts_CT[:, tasks.index(task)] += clusters.bincount(minlength=len(counts_CT))
+        setattr(extensions, f"counts_{number}", counts_CT)
+        if number:
+            extension = replace(config.extensions[number - 1], tasks=tasks)
+            config.extensions[number - 1] = extension
+        else:
+            config.tasks = tasks
+    return config
 
 
 # --- the tensors of an extension ---

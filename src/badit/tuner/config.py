@@ -423,8 +423,9 @@ class BaditConfig(ExpertConfig):
 
     @property
     def all_tasks(self) -> list[str]:
-        """The tasks of the joint training and those that were added later."""
-        return [*(self.tasks or ()), *self.added_tasks]
+        """The tasks of the joint training, and those that were added or merged later."""
+        # A merged task may be in several extensions.
+        return list(dict.fromkeys([*(self.tasks or ()), *self.added_tasks]))
 
     @property
     def is_released_form(self) -> bool:

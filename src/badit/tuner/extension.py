@@ -176,15 +176,25 @@ def nearest_extensions(layer: Any, adapter: str, means_SE: Tensor) -> Tensor:
 
     ``layer`` has the clusters of the adapter. Of equally near ones, the earliest is returned.
     """
+    number_S, _ = nearest_clusters(layer, adapter, means_SE)
+    return number_S
+
+
+def nearest_clusters(layer: Any, adapter: str, means_SE: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns like :func:`nearest_extensions`, and the numbers (S) of the clusters in them."""
     extensions: Extensions = layer.badit_extensions[adapter]
-    scores = []
+    numbers, scores, clusters = [], [], []
     for number in with_clusters(layer, adapter):
         directions_CE = extensions.of("directions", number).to(means_SE.device)
         offsets_C = extensions.of("offsets", number).to(means_SE.device)
         scores_SC = torch.addmm(offsets_C, means_SE, directions_CE.T)
-        scores.append((number, scores_SC.amax(dim=1)))
-    numbers = torch.tensor([number for number, _ in scores], device=means_SE.device)
-    return numbers[torch.stack([score_S for _, score_S in scores]).argmax(dim=0)]
+        score_S, cluster_S = scores_SC.max(dim=1)
+        numbers.append(number)
+        scores.append(score_S)
+        clusters.append(cluster_S)
+    index_S = torch.stack(scores).argmax(dim=0)
+    number_S = torch.tensor(numbers, device=means_SE.device)[index_S]
+    return number_S, torch.stack(clusters).gather(0, index_S[None])[0]
 
 
 def with_clusters(layer: Any, adapter: str) -> Iterator[int]:

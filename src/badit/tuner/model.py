@@ -39,6 +39,7 @@ from badit.tuner.additions import (
     changed_tasks,
     extended_config,
     likeness_by_task,
+    record_merged,
     refuse_large_rank,
     refuse_unextendable,
     set_clusters,
@@ -481,17 +482,37 @@ class BaditModel(ExpertModel):
         examples = self._prompts_of_tasks(batches, clusters=1)
         return likeness_by_task(holder, adapter, Keys(self.model), examples)
 
+    def merge_tasks(self, batches: TaskBatches) -> None:
+        """Trains the active adapter's existing experts of the prompts of new tasks further.
+
+        All ranks have the same batches.
+        """
+        (adapter,) = self.active_adapters
+        # Of all prompts: a batch whose prompts all belong to frozen experts would have no gradient.
+        self.train_extensions(self.nearest_extensions(batches))
+        holder = RoutingContext.of(self.model).extension_holders[adapter]
+        for task, task_batches in batches.items():
+            for means_SE in self._means_of_prompts(task_batches):
+                config = record_merged(holder, adapter, task, means_SE)
+                for layer in self._layers_of(adapter):
+                    layer.badit_config[adapter] = config
+                self.peft_config[adapter] = config
+
     def nearest_extensions(self, batches: TaskBatches) -> set[int]:
         """Returns the extensions (0: the adapter's own experts) of all prompts of batches."""
         (adapter,) = self.active_adapters
         holder = RoutingContext.of(self.model).extension_holders[adapter]
-        embedding = frozen_embedding(self.model)
         numbers = set()
         for task_batches in batches.values():
-            for _, tensors, mask_BT, segments in self._first_prompts(task_batches, sys.maxsize):
-                means_SE = mean_embeddings(embedding, [*examples_in(tensors, mask_BT, segments)])
+            for means_SE in self._means_of_prompts(task_batches):
                 numbers |= set(nearest_extensions(holder, adapter, means_SE).tolist())
         return numbers
+
+    def _means_of_prompts(self, task_batches: Any) -> Iterator[Tensor]:
+        """Yields the mean embeddings (S, E) of all prompts of each batch."""
+        embedding = frozen_embedding(self.model)
+        for _, tensors, mask_BT, segments in self._first_prompts(task_batches, sys.maxsize):
+            yield mean_embeddings(embedding, [*examples_in(tensors, mask_BT, segments)])
 
     def changed_tasks(self, numbers: Collection[int]) -> list[str]:
         """Returns the tasks whose answers :meth:`train_extensions` would change."""
