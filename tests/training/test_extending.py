@@ -116,6 +116,35 @@ def test_a_result_is_a_run_with_the_scores_of_its_tasks(finished):
     assert badit.Run(second.path).environment["training"]["steps"] == 3
 
 
+def test_earlier_tasks_of_a_finished_run_are_scored_when_their_data_is_given(
+    finished, folder, tmp_path
+):
+    run, first, _ = finished
+    copy = shutil.copytree(first.path, tmp_path / "copy")
+
+    def scored(source):
+        options = {"output": copy, "progress": False}
+        extended = run.extend(
+            folder / "animals.jsonl", extend={**EXTEND, "earlier": str(source)}, **options
+        )
+        return extended, [*read_json(extended.earlier_scores_path)["tasks"]]
+
+    trained = learned(badit.Run(copy))
+    assert scored(folder / "tasks.jsonl")[1] == ["cities", "rivers"]
+    rivers = tmp_path / "rivers.jsonl"
+    rows = (folder / "tasks.jsonl").read_text().splitlines(keepends=True)
+    rivers.write_text("".join(row for row in rows if "rivers" in row))
+    extended, tasks = scored(rivers)
+    assert tasks == ["rivers"]
+    assert extended.recipe.extend.earlier == str(rivers)
+    modified = extended.earlier_scores_path.stat().st_mtime_ns
+    scored(rivers)
+    assert extended.earlier_scores_path.stat().st_mtime_ns == modified
+    assert_same(learned(extended), trained)
+    missing = tmp_path / "missing.jsonl"
+    refuses(str(missing), scored, missing)
+
+
 def test_a_task_of_an_earlier_run_is_refused_with_that_run(finished, tmp_path):
     _, first, second = finished
     export = tmp_path / "export"

@@ -15,6 +15,7 @@ from badit.data import Task
 from badit.evaluation.answers import score_model
 from badit.hub.card import write_run_card
 from badit.metrics.statistics import both_forms
+from badit.recipe.saved import dump_recipe
 from badit.recipe.schema import Split
 from badit.runs.fingerprints import changed_inputs, task_fingerprints
 from badit.runs.folder import RunFolder
@@ -23,8 +24,8 @@ from badit.runs.resolved import ResolvedRun
 from badit.runs.scores import read_scores
 from badit.support.console import is_main_process, quiet, say
 from badit.support.errors import BaditError, explained
-from badit.support.files import copy_folder, exclusive, write_json
-from badit.training.extending import earlier_tasks
+from badit.support.files import copy_folder, exclusive, write_json, write_text
+from badit.training.extending import earlier_tasks, lacks_earlier_scores
 from badit.training.fit import fit
 from badit.training.loading import load_run
 
@@ -85,17 +86,23 @@ def evaluate(
 def score_earlier(run: ResolvedRun, *, progress: bool = True) -> dict[str, Any] | None:
     """Scores the tasks of ``extend.earlier``, which other runs trained; None without that source.
 
-    Written to ``scores-earlier.json``, and not scored again if the file exists.
+    Written to ``scores-earlier.json``, and not scored again if the file exists, unless the source
+    has changed.
     """
     if run.recipe.extend.earlier is None:
         return None
     path = run.folder.earlier_scores_path
-    if not path.is_file():
+    if lacks_earlier_scores(run):
         tasks = earlier_tasks(run)
         split = run.recipe.evaluation.split
         model, tokenizer = load_run(run)
         scores, _ = score_model(model, tokenizer, run.recipe, tasks, split, progress=progress)
         write_json(path, scores)
+        # After the scores, which are missing until the recipe names their source.
+        saved = run.folder.recipe
+        section = saved.extend.model_copy(update={"earlier": run.recipe.extend.earlier})
+        saved = saved.model_copy(update={"extend": section})
+        write_text(run.folder.config_path, dump_recipe(saved))
     return read_scores(path)
 
 

@@ -6,7 +6,7 @@ The import takes seconds, so a command does these checks first.
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from badit.data.orders import ordered
 from badit.data.tasks import Task
@@ -100,11 +100,10 @@ class UnresolvedRun:
     def _refuse_other_recipe(self) -> None:
         saved = self.folder.recipe
         methods = self._comparable_methods(saved)
-        # A run may have been moved, and ignores the section compare.
+        # A run may have been moved, and ignores the section compare. Earlier tasks are only scored.
+        ignored: Any = {"output": True, "compare": True, "extend": {"earlier"}}
         first, second = (
-            recipe.model_copy(update={"method": method}).model_dump(
-                mode="json", exclude={"output", "compare"}
-            )
+            recipe.model_copy(update={"method": method}).model_dump(mode="json", exclude=ignored)
             for recipe, method in zip((saved, self.recipe), methods, strict=True)
         )
         keys = differing_keys(first, second)

@@ -95,6 +95,15 @@ def check_extension(run: ResolvedRun) -> None:
             say(f"badit: {line}")
 
 
+def lacks_earlier_scores(run: ResolvedRun) -> bool:
+    """Returns whether the tasks of ``extend.earlier`` are to be scored."""
+    source = run.recipe.extend.earlier
+    if source is None:
+        return False
+    has_scores = run.folder.earlier_scores_path.is_file()
+    return not has_scores or run.folder.recipe.extend.earlier != source
+
+
 def earlier_tasks(run: ResolvedRun) -> list[Task]:
     """Returns the tasks of ``extend.earlier`` to score; BaditError without any."""
     source = run.recipe.extend.earlier
