@@ -166,16 +166,11 @@ class Run(RunFolder):
         recipe = extended_recipe(self, data, output, overrides, values)
         read = read_run(recipe)
         with loading_libraries():
-            from badit.evaluation.scoring import score_earlier, train_and_score
+            from badit.evaluation.scoring import train_and_score
             from badit.runs.resolved import resolve
-            from badit.training.extending import check_extension
 
         run = resolve(recipe, read.tasks)
-        if not run.has_begun():
-            check_extension(run)
         train_and_score(run, progress=progress)
-        if is_main_process():
-            score_earlier(run, progress=progress)
         trusts_code = recipe.model.trust_remote_code
         return Run(run.folder.path, check=is_main_process(), trust_remote_code=trusts_code)
 

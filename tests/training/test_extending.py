@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import signal
+import weakref
 
 import pytest
 import torch
@@ -20,8 +21,11 @@ from badit.recipe.loading import build_recipe
 from badit.runs.extending import extended_recipe
 from badit.runs.resolved import resolve
 from badit.support.files import read_json
+from badit.training import extending
+from badit.training import fit as training
 from badit.training.encoding import encoded
 from badit.training.extending import report
+from badit.training.loading import load_base
 from badit.tuner.additions import Survey
 from materials import make_material, make_recipe
 from refusals import refuses
@@ -307,6 +311,31 @@ def test_refusals_write_nothing(finished, folder, tmp_path, command, trained):
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
     assert "changed since the run was trained" in refused(run.path, animals, f"model.name={moved}")
+
+
+def test_a_recipe_is_checked_like_the_command(finished, folder, tmp_path, monkeypatch):
+    _, first, second = finished
+    recipe = extended_recipe(first, folder / "animals.jsonl", tmp_path / "x", OVERRIDES, {})
+    refuses("task animals: .* has a task of this name", badit.train, recipe, progress=False)
+    assert not (tmp_path / "x").exists()
+    models = []
+
+    def load(*arguments, **options):
+        assert all(model() is None for model in models), "an earlier model is still alive"
+        base, tokenizer = load_base(*arguments, **options)
+        models.append(weakref.ref(base))
+        return base, tokenizer
+
+    for module in (extending, training):
+        monkeypatch.setattr(module, "load_base", load)
+    values = {"earlier": str(folder / "tasks.jsonl")}
+    recipe = extended_recipe(
+        first, folder / "colours.jsonl", tmp_path / "y", OVERRIDES, {"extend": values}
+    )
+    run = badit.train(recipe, progress=False)
+    assert len(models) == 2
+    assert_same(learned(run), learned(second))
+    assert read_json(run.earlier_scores_path) == read_json(second.earlier_scores_path)
 
 
 def test_prompts_taken_from_earlier_tasks_are_counted_and_refused(

@@ -52,6 +52,7 @@ def train_and_score(
             write_run_card(folder)  # an interrupted run may have scores but no card
         else:
             evaluate(run, progress=progress, resume=True)
+        score_earlier(run, progress=progress)
 
 
 def evaluate(
@@ -89,7 +90,7 @@ def score_earlier(run: ResolvedRun, *, progress: bool = True) -> dict[str, Any] 
     Written to ``scores-earlier.json``, and not scored again if the file exists, unless the source
     has changed.
     """
-    if run.recipe.extend.earlier is None:
+    if run.recipe.extend.run is None or run.recipe.extend.earlier is None:
         return None
     path = run.folder.earlier_scores_path
     if lacks_earlier_scores(run):

@@ -4,6 +4,7 @@
 clusters. It writes nothing.
 """
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,15 +56,29 @@ def _hooks(model: Any) -> Any:
 def check_extension(run: ResolvedRun) -> None:
     """Refuses what cannot be added, and says which tasks the new prompts would be confused with.
 
+    The prompts of a run that has begun are not compared again.
+
     Raises:
         BaditError: the earlier run has no adapter, is of another method, or has a task of the same
             name; the base model or the tokenizer has changed; existing clusters cover a task, or
             the new tasks would take too many prompts from an earlier one.
     """
+    if lacks_earlier_scores(run):
+        earlier_tasks(run)  # not only after the training
+    if run.has_begun():
+        return
+    lines = _compare(run)
+    # Models have cycles of references; the training loads its own.
+    gc.collect()
+    if is_main_process():
+        for line in lines:
+            say(f"badit: {line}")
+
+
+def _compare(run: ResolvedRun) -> list[str]:
+    """Compares the new tasks with the earlier run, and returns what this shows."""
     section = run.recipe.extend
     earlier = _earlier_run(run)
-    if section.earlier is not None:
-        earlier_tasks(run)  # not only after the training
     base, tokenizer = load_base(run.recipe)
     inputs = base_fingerprints(base)
     inputs |= tokenizer_fingerprint(tokenizer, run.recipe.prompt.chat_template)
@@ -87,12 +102,9 @@ def check_extension(run: ResolvedRun) -> None:
         batches = batches_by_task(examples, AnswerCollator(tokenizer.pad_token_id), size)
         result = compared(model, section, batches)
     _refuse(result, section, names)
-    lines = report(result)
     if section.merge:
-        lines = _report_of_merging(model, result, batches)
-    if is_main_process():
-        for line in lines:
-            say(f"badit: {line}")
+        return [*_report_of_merging(model, result, batches)]
+    return [*report(result)]
 
 
 def lacks_earlier_scores(run: ResolvedRun) -> bool:

@@ -39,7 +39,7 @@ from badit.support.files import copy_folder, read_json, replace_folder, write_js
 from badit.training.attention import fast_on_short_sequences
 from badit.training.checkpoints import Checkpoints, discard, last_checkpoint, safe_resuming
 from badit.training.encoding import encoded, refuse_beyond_model
-from badit.training.extending import add_tasks, compared, report, train_covering
+from badit.training.extending import add_tasks, check_extension, compared, report, train_covering
 from badit.training.hf_arguments import refuse_without_trl, training_arguments
 from badit.training.loading import load_base, model_dtype
 from badit.training.logs import MetricsLog, ProgressBar, divergence, trackers_of, tracking
@@ -67,6 +67,8 @@ def fit(run: ResolvedRun, *, progress: bool = True, allow_changed_inputs: bool =
     if run.recipe.training.objective == "dpo":
         # Refuses an adapter that TRL would not train.
         on_skeleton(run.recipe, run.method, [task.name for task in run.tasks], dtype=dtype)
+    if run.recipe.extend.run is not None:
+        check_extension(run)
     # Only rank 0 writes; the other ranks wait for it in the first training step.
     if is_main_process():
         run.prepare_folder()
