@@ -313,6 +313,22 @@ def test_refusals_write_nothing(finished, folder, tmp_path, command, trained):
     assert "changed since the run was trained" in refused(run.path, animals, f"model.name={moved}")
 
 
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_sharded_weights_are_refused_before_anything_is_written(
+    finished, folder, tmp_path, monkeypatch, command, engine
+):
+    run, _, _ = finished
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    output = tmp_path / "x"
+    message = "extend: adding a task needs unsharded weights"
+    animals = folder / "animals.jsonl"
+    assert message in command("extend", run.path, animals, f"output={output}", code=2)
+    values = make_recipe(folder / "model", folder / "tasks.jsonl", output)
+    values |= {"method": KEY, "data": {**values["data"], "order": "seeded-0"}}
+    refuses(message, badit.train, values, progress=False)
+    assert not output.exists()
+
+
 def test_a_recipe_is_checked_like_the_command(finished, folder, tmp_path, monkeypatch):
     _, first, second = finished
     recipe = extended_recipe(first, folder / "animals.jsonl", tmp_path / "x", OVERRIDES, {})

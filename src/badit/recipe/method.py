@@ -128,6 +128,9 @@ class ResolvedMethod:
         if recipe.training.objective == "dpo":
             self._refuse_preferences(recipe)
         uses_deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+        if self._grows(recipe) and _is_sharded():
+            fix = "launch it without FSDP and DeepSpeed, as with DDP"
+            raise BaditError(f"extend: adding a task needs unsharded weights; {fix}")
         if recipe.training.optimizer == "orthogonal" and uses_deepspeed:
             problem = "orthogonal cannot run with DeepSpeed; use FSDP2, DDP, adamw or lora+"
             raise BaditError(f"training.optimizer: {problem}")
@@ -138,6 +141,12 @@ class ResolvedMethod:
         if KINDS[self.name].trains == "neurons" and recipe.training.weight_decay:
             problem = f"must be 0 with {self.name}; it would change frozen neurons too"
             raise BaditError(f"training.weight_decay: {problem}")
+
+    def _grows(self, recipe: Recipe) -> bool:
+        """Returns whether tasks are added to trained experts, or train some of them."""
+        is_sequence = recipe.data.order is not None
+        adds_stages = is_sequence and recipe.extend.own_experts and self.adds_tasks
+        return recipe.extend.run is not None or adds_stages
 
     def _refuse_preferences(self, recipe: Recipe) -> None:
         """Raises BaditError if the run cannot be trained with ``objective: dpo``."""
@@ -150,7 +159,7 @@ class ResolvedMethod:
             raise BaditError(f"data.order: {dpo} trains all tasks together; remove one of them")
         if recipe.extend.run is not None:
             raise BaditError(f"extend: tasks cannot be added with {dpo}; train a new run")
-        if any(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))):
+        if _is_sharded():
             raise BaditError(f"{dpo}: needs unsharded weights; launch it with DDP")
 
     @property
@@ -197,6 +206,10 @@ class ResolvedMethod:
         if "learning_rate" not in training.model_fields_set:
             problem = f"the default is for adapters; set it for {self.name}, as 2.0e-5"
             raise BaditError(f"training.learning_rate: {problem}")
+
+
+def _is_sharded() -> bool:
+    return any(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")))
 
 
 def _refuse_resets(recipe: Recipe, uses_deepspeed: bool) -> None:

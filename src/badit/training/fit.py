@@ -279,7 +279,7 @@ class _Stage:
             trainer = self.method.trainer(**options)
         # It prints the log lines, which are in metrics.jsonl.
         trainer.remove_callback(transformers.PrinterCallback)
-        _refuse_sharding(trainer, self.method, self._keeps_experts())
+        _refuse_sharding(trainer, self.method)
         return trainer
 
     def _preference_trainer(
@@ -342,12 +342,9 @@ def validation_examples(
     return sorted(examples, key=lambda example: len(example["input_ids"]))
 
 
-def _refuse_sharding(trainer: AnswerTrainer, method: Method, adds_tasks: bool) -> None:
+def _refuse_sharding(trainer: AnswerTrainer, method: Method) -> None:
     """Raises BaditError for ways of sharding that the method or badit does not support."""
     is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    if adds_tasks and is_sharded:
-        problem = "adding a task needs unsharded weights"
-        raise BaditError(f"extend: {problem}; launch it without FSDP and DeepSpeed, as with DDP")
     if method.resolved.needs_whole_weights and is_sharded:
         problem = f"{method.name} needs unsharded weights; launch it without FSDP and DeepSpeed"
         raise BaditError(f"method: {problem}")
