@@ -300,6 +300,9 @@ def test_refusals_write_nothing(finished, folder, tmp_path, command, trained):
     untrained = write_task(tmp_path / "untrained.jsonl", "untrained", train=0)
     assert "training instances" in refused(run.path, untrained)
     assert "give either DATA" in refused(run.path)
+    assert refused(run.path, animals, "method.name=lora").startswith(
+        f"badit: method.name: badit extend takes the method of {run.path}; leave it out"
+    )
     missing = tmp_path / "missing.jsonl"
     assert str(missing) in refused(run.path, animals, f"extend.earlier={missing}")
     lora = trained({"name": "lora", "r": 2})
