@@ -303,6 +303,8 @@ def test_refusals_write_nothing(finished, folder, tmp_path, command, trained):
     assert refused(run.path, animals, "method.name=lora").startswith(
         f"badit: method.name: badit extend takes the method of {run.path}; leave it out"
     )
+    large = "so a new expert has at most rank 32, not 64; set extend.rank=32"
+    assert large in refused(run.path, animals, "extend.rank=64")
     missing = tmp_path / "missing.jsonl"
     assert str(missing) in refused(run.path, animals, f"extend.earlier={missing}")
     lora = trained({"name": "lora", "r": 2})
@@ -411,6 +413,9 @@ def test_a_sequence_adds_its_later_tasks(folder, tmp_path, capsys):
         ["rivers"],
         [["cities"]],
     )
+    recipe = build_recipe(values, ["extend.rank=64", f"output={tmp_path / 'large'}"])
+    refuses("set extend.rank=32", badit.train, recipe, progress=False)
+    assert not (tmp_path / "large" / "stages").exists()
     values["output"] = str(tmp_path / "shared")
     shared = fit(build_recipe(values, ["extend.own_experts=false"]), progress=False)
     assert not read_json(shared.adapter_path / "adapter_config.json")["extensions"]

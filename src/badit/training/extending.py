@@ -38,6 +38,11 @@ def add_tasks(model: Any, section: ExtendSection, tasks: Sequence[str]) -> None:
     )
 
 
+def refuse_large_rank(model: Any, section: ExtendSection) -> None:
+    """Raises BaditError if a layer has fewer features than the rank of a new expert."""
+    _hooks(model).refuse_large_rank(section.rank)
+
+
 def compared(model: Any, section: ExtendSection, batches: TaskBatches) -> Survey:
     """Compares the prompts of new tasks with the clusters of a trained model."""
     return _hooks(model).survey(batches, threshold=section.coverage, clusters=section.clusters)
@@ -94,6 +99,8 @@ def _compare(run: ResolvedRun) -> list[str]:
         if name in known and not section.merge:
             fix = "rename it, such as with data.task=NAME"
             raise BaditError(f"task {name}: {earlier.path} has a task of this name; {fix}")
+    if not section.merge:
+        refuse_large_rank(model, section)
     with status("comparing the prompts"):
         options = run.recipe.prompt.model_dump()
         order = mixture(run.tasks, run.recipe.data.seed)

@@ -39,7 +39,14 @@ from badit.support.files import copy_folder, read_json, replace_folder, write_js
 from badit.training.attention import fast_on_short_sequences
 from badit.training.checkpoints import Checkpoints, discard, last_checkpoint, safe_resuming
 from badit.training.encoding import encoded, refuse_beyond_model
-from badit.training.extending import add_tasks, check_extension, compared, report, train_covering
+from badit.training.extending import (
+    add_tasks,
+    check_extension,
+    compared,
+    refuse_large_rank,
+    report,
+    train_covering,
+)
 from badit.training.hf_arguments import refuse_without_trl, training_arguments
 from badit.training.loading import load_base, model_dtype
 from badit.training.logs import MetricsLog, ProgressBar, divergence, trackers_of, tracking
@@ -219,6 +226,8 @@ class _Stage:
             previous = self.run.starts_from(self.number)
             if previous is None:
                 model = self.method.apply(base, self._task_names(checkpoint))
+                if len(self.run.stages) > 1 and self.run.adds_tasks(1):
+                    refuse_large_rank(model, self.recipe.extend)
             else:
                 model = self.method.proceed(base, previous)
             names = [task.name for task in self.tasks]

@@ -430,7 +430,7 @@ class BaditModel(ExpertModel):
         config = self.peft_config[adapter]
         layers = self._layers_of(adapter)
         refuse_unextendable(config, layers)
-        refuse_large_rank(layers, rank)
+        self.refuse_large_rank(rank)
         if is_divided_by_zero3(self.model):
             raise BaditError("add_tasks: DeepSpeed has divided the weights; use DDP")
         extension = Extension(
@@ -445,6 +445,11 @@ class BaditModel(ExpertModel):
         self._starts[adapter] = start
         self.set_adapter(adapter)
         self._freeze_all_but_extensions()
+
+    def refuse_large_rank(self, rank: int) -> None:
+        """Raises BaditError if a layer of the active adapter has fewer features than the rank."""
+        (adapter,) = self.active_adapters
+        refuse_large_rank(self._layers_of(adapter), rank)
 
     def train_extensions(self, numbers: Collection[int]) -> None:
         """Trains existing extensions of the active adapter (0: its own experts) on more prompts.
