@@ -203,6 +203,11 @@ def test_help_of_analyze_names_all_that_data_can_be(command):
     assert "data.source: a file, a folder, a pattern with *, a dataset on the hub or" in shown
 
 
+def test_help_of_extend_names_its_overrides(command):
+    shown = " ".join(command("extend", "--help").replace("│", " ").split())
+    assert all(word in shown for word in ("extend.rank=16", "data.order=seeded-0", "merge=true"))
+
+
 def test_init_train_and_analyze_turn_a_csv_into_scores_and_a_report(
     tiny_built_in, tmp_path, monkeypatch, capsys
 ):

@@ -2,7 +2,7 @@
 
 import os
 
-from badit.cli.app import Overrides, RunPath, Trust, app, load
+from badit.cli.app import RunPath, Trust, app, load
 from badit.cli.train import show_trained
 from badit.support.errors import BaditError
 
@@ -12,7 +12,7 @@ def extend(
     run: RunPath,
     data: str | None = None,
     /,
-    *overrides: Overrides,
+    *overrides: str,
     remove: str | None = None,
     trust_remote_code: Trust = False,
 ) -> str | None:
