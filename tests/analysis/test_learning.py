@@ -1,5 +1,8 @@
 """Angles from logs and from gradients, component flow, score matrices and task gaps."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +16,12 @@ from badit.analysis.learning import (
     held_out_angles,
     task_gap,
     transfer,
+    transfer_of_chain,
 )
 from badit.api import Run
 from badit.metrics.answers import mean_scores
+from badit.report.figures import scores as scores_figures
+from badit.report.sources import read_sources
 from badit.support.files import write_json
 from data.examples import write_rows
 from materials import comparison, results_cell, write_results
@@ -164,6 +170,44 @@ def scored_run(tmp_path, order, matrix):
     }
     write_json(tmp_path / "scores.json", content)
     return Run.at(tmp_path)
+
+
+def test_a_chain_of_runs_has_the_scores_after_each(tmp_path):
+    def scored(name, extends, own, earlier=None, **more):
+        run = Run.at(tmp_path / name)
+        run.path.mkdir()
+        for path, tasks in ((run.scores_path, own), (run.earlier_scores_path, earlier)):
+            if tasks:
+                of_tasks = {
+                    task: {"rouge_l": [score], "exact_match": [0]} for task, score in tasks.items()
+                }
+                write_json(path, {**mean_scores(of_tasks), **more})
+        section = {"run": extends and str(tmp_path / extends)}
+        run.config_path.write_text(json.dumps({"extend": section}))
+        return run
+
+    scored("gone", None, {"x": 1})
+    first = scored("first", "gone", {"a": 50, "b": 60})
+    shutil.rmtree(tmp_path / "gone")
+    assert transfer_of_chain(first).empty
+    order = {"order": ["c", "d"], "matrix": [[70, None], [65, 75]]}
+    scored("second", "first", {"c": 65, "d": 75}, **order)
+    third = scored("third", "second", {"c": 40}, {"a": 45, "d": 0})
+    expected = {
+        "a and 1 more": [50, 60, None, None],
+        "c": [None, None, 70, None],
+        "d": [None, None, 65, 75],
+        "c (4)": [45, None, 40, 0],
+    }
+    assert rows(transfer_of_chain(third)) == [
+        [stage, label, task, score]
+        for stage, (label, scores) in enumerate(expected.items(), start=1)
+        for task, score in zip("abcd", scores, strict=True)
+    ]
+    (source,) = read_sources([third.path])
+    assert len(source.frames["transfer"]) == 16
+    heat_map = scores_figures.transfer(source.frames["transfer"]).to_dict()
+    assert '"a and 1 more"' in json.dumps(heat_map)
 
 
 def test_transfer_has_the_score_matrix_and_refuses_malformed_ones(tmp_path):

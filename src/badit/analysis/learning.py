@@ -12,6 +12,7 @@ Shape suffixes: N = components, I/O = in/out features.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, product
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -24,9 +25,11 @@ from badit.analysis.tables import COUNT, EXPERT, INDEX, TEXT, Column, Table, lay
 from badit.comparison.results import SINGLE_TASK, load_results, paired
 from badit.method import ExpertAngles, cosine_gram
 from badit.method import expert_angles as angles_of
+from badit.recipe.loading import read_values
 from badit.runs.folder import AnyPath, RunFolder
 from badit.runs.scores import read_scores
 from badit.support.errors import BaditError, explained
+from badit.support.files import refuse_links
 from badit.training.trainer import answer_losses
 from badit.tuner.experts import active_experts
 from badit.tuner.model import TaskBatches
@@ -179,6 +182,67 @@ def transfer(run: RunFolder) -> pd.DataFrame:
         ],
         "Rouge-L on every task after each stage of a run that learns its tasks in sequence.",
     )
+
+
+def transfer_of_chain(run: RunFolder) -> pd.DataFrame:
+    """Returns the scores of a run and of the runs that it extends, the first one first.
+
+    Of runs whose folders are gone, or that have no scores, there are no rows. Without an earlier
+    run, there are none at all.
+    """
+    stages: list[tuple[str, dict[str, float | None]]] = []
+    members = _chain(run)
+    for member in members if len(members) > 1 else ():
+        stages += _stages_of(member)
+    tasks = dict.fromkeys(task for _, scores in stages for task in scores)
+    rows = []
+    for number, (label, scores) in enumerate(stages, start=1):
+        # Runs may have trained tasks of the same names, as with merge=true.
+        label = f"{label} ({number})" if label in [of for of, _ in stages[: number - 1]] else label
+        rows += [(number, label, task, scores.get(task)) for task in tasks]
+    return TRANSFER.frame(
+        rows, "Rouge-L on every task that was scored after each run of a chain of badit extend."
+    )
+
+
+def _chain(run: RunFolder) -> list[RunFolder]:
+    """Returns a run and the scored runs that it extends, the first one first."""
+    members = [run]
+    while members[0].config_path.is_file():
+        # Not validated: recipes of other versions may have other keys.
+        section = read_values(members[0].config_path).get("extend")
+        path = section.get("run") if isinstance(section, dict) else None
+        if not isinstance(path, str) or not Path(path, run.scores_path.name).is_file():
+            break
+        earlier = RunFolder.at(path)
+        refuse_links(earlier.path)
+        if earlier.path in [member.path for member in members]:
+            break
+        members.insert(0, earlier)
+    return members
+
+
+def _stages_of(run: RunFolder) -> list[tuple[str, dict[str, float | None]]]:
+    """Returns the tasks that a run has trained, as text, and its scores; a sequence has several."""
+    scores = read_scores(run.scores_path)
+    earlier = {}
+    if run.earlier_scores_path.is_file():
+        earlier = _rouge_of(read_scores(run.earlier_scores_path))
+    names = list(scores["tasks"])
+    label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    stages = [(label, _rouge_of(scores))]
+    if scores.get("matrix"):
+        order = scores["order"]
+        stages = [
+            (task, dict(zip(order, row, strict=True)))
+            for task, row in zip(order, scores["matrix"], strict=True)
+        ]
+    label, last = stages[-1]
+    return [*stages[:-1], (label, {**earlier, **last})]
+
+
+def _rouge_of(scores: Mapping[str, Any]) -> dict[str, float | None]:
+    return {task: of_task["rouge_l"] for task, of_task in scores["tasks"].items()}
 
 
 def task_gap(path: AnyPath) -> pd.DataFrame:

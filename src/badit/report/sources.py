@@ -18,7 +18,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from badit.analysis.learning import component_flow, expert_angles, task_gap, transfer
+from badit.analysis.learning import (
+    component_flow,
+    expert_angles,
+    task_gap,
+    transfer,
+    transfer_of_chain,
+)
 from badit.analysis.tables import load_frames
 from badit.comparison.grid import Cell
 from badit.comparison.results import RESULTS, Results, load_results
@@ -213,7 +219,13 @@ def _add_comparison(source: Source) -> None:
 
 def _add_scores(source: Source, run: RunFolder) -> None:
     source.scores = run.scores
-    if "matrix" in source.scores.attrs:
+    of_chain = transfer_of_chain(run)
+    if len(of_chain):
+        # Instead of an analysis of the last run alone.
+        source.frames.pop("transfer", None)
+        files = f"{run.scores_path.name}, {run.earlier_scores_path.name}"
+        source.add("transfer", of_chain, files)
+    elif "matrix" in source.scores.attrs:
         source.add("transfer", transfer(run), run.scores_path.name)
 
 

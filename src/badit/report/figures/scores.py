@@ -263,8 +263,12 @@ def transfer(frame: pd.DataFrame) -> Any:
     """Each row is the model after one more task. Scores that decrease down a column show
     forgetting."""
     rows = frame.sort_values("stage", kind="stable")
-    # The columns have the order of the rows, so that the diagonal is the task learnt last.
-    tasks = list(dict.fromkeys([*rows["trained_task"], *rows["task"]]))
+    # The columns have the order of the rows, so that the diagonal is the task learnt last. A row
+    # may stand for several tasks that were trained together.
+    scored = {*rows["task"]}
+    tasks = [
+        task for task in dict.fromkeys([*rows["trained_task"], *rows["task"]]) if task in scored
+    ]
     rows["task"] = pd.Categorical(rows["task"], tasks)
     look = Look(
         "Rouge-L",
