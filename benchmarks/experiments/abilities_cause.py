@@ -83,19 +83,20 @@ class ClusteredLinear(BaditLinear):
 
     prompt_means_SI: torch.Tensor
 
-    def cluster(self, adapter_name: str, means_SI: torch.Tensor) -> None:
+    def cluster(self, adapter_name: str, means_SI: torch.Tensor) -> int:
         self.prompt_means_SI = means_SI
-        super().cluster(adapter_name, means_SI)
+        return super().cluster(adapter_name, means_SI)
 
 
 class IdenticalCodeLinear(ClusteredLinear):
     """All clusters of a layer have one code: that of the first cluster in the default."""
 
     @torch.no_grad()
-    def cluster(self, adapter_name: str, means_SI: torch.Tensor) -> None:
-        super().cluster(adapter_name, means_SI)
+    def cluster(self, adapter_name: str, means_SI: torch.Tensor) -> int:
+        different = super().cluster(adapter_name, means_SI)
         codes_CK = self.badit_codes[adapter_name]
         codes_CK.copy_(codes_CK[:1].clone().expand_as(codes_CK))
+        return different
 
 
 class OffsetLinear(ClusteredLinear):
@@ -219,6 +220,7 @@ def set_layer_clusters(model: Any, batches: Mapping[str, Any], seed: int) -> Non
         means = torch.load(path)
         for layer in layers:
             layer.cluster(ADAPTER, means[layer.name])
+            layer.badit_batches[ADAPTER].fill_(1)
     else:
         hooks_of(model).start_task(batches)
         means = {layer.name: layer.prompt_means_SI for layer in layers}

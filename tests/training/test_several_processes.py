@@ -100,29 +100,9 @@ def test_orthogonal_in_two_processes_matches_one_process_and_resumes(
 def test_two_processes_find_the_clusters_and_codes_of_one(tmp_path, processes, codes, read):
     """Also if every rank reads other batches, as from a sharded data loader."""
     options = {**CHANGE, "num_clusters": 4, "codes": codes}
-    batches = []
-    generator = torch.Generator().manual_seed(0)
-    for first in (4, 50) * 10:
-        ids = torch.randint(first, first + 8, (4, 9), generator=generator)
-        ids[:, 5:] = first
-        labels = ids.where(torch.arange(9) > 4, -100)
-        batches.append({"input_ids": ids, "labels": labels})
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    path = str(tmp_path / read)
-    ranks = [
-        processes.Process(
-            target=clustered, args=(options, batches, {**group, "RANK": str(rank)}, path)
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
+    batches = _batches_of_two_tasks()
+    first, second = _found_by_ranks(processes, options, batches, tmp_path / read)
     expected = codes_of(options, batches)
-    first, second = (torch.load(f"{path}-{rank}", weights_only=True) for rank in range(2))
     assert_same(first, second)
     for name, tensor in first.items():
         if any(part in name for part in ("key", "expert_of")) or codes == "random":
@@ -130,6 +110,53 @@ def test_two_processes_find_the_clusters_and_codes_of_one(tmp_path, processes, c
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
     labels = torch.stack([tensor for name, tensor in first.items() if "expert_of" in name])
     assert (labels != labels[0].sort().values).any() == (codes != "random")
+
+
+@pytest.mark.parametrize("read", ["alike", "sharded"])
+def test_two_processes_find_the_codes_of_each_layers_clusters(tmp_path, processes, read):
+    """With the same batches they are those of one process; each rank has half of the gradients."""
+    options = {**CHANGE, "key": "layer", "num_clusters": 4, "codes": "grouped"}
+    batches = _batches_of_two_tasks()
+    first, second = _found_by_ranks(processes, options, batches, tmp_path / read)
+    assert_same(first, second)
+    expected = codes_of(options, batches)
+    labels = torch.stack([tensor for name, tensor in first.items() if "expert_of" in name])
+    assert (labels != labels[0].sort().values).any(), "grouped"
+    if read == "sharded":  # the clusters are those of the first rank's prompts
+        return
+    for name, tensor in first.items():
+        if "expert_of" in name:
+            assert torch.equal(tensor, expected[name]), name
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def _batches_of_two_tasks():
+    batches = []
+    generator = torch.Generator().manual_seed(0)
+    for first in (4, 50) * 10:
+        ids = torch.randint(first, first + 8, (4, 9), generator=generator)
+        ids[:, 5:] = first
+        labels = ids.where(torch.arange(9) > 4, -100)
+        batches.append({"input_ids": ids, "labels": labels})
+    return batches
+
+
+def _found_by_ranks(processes, options, batches, path):
+    """Returns the adapters of two ranks with their clusters and codes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    ranks = [
+        processes.Process(
+            target=clustered, args=(options, batches, {**group, "RANK": str(rank)}, str(path))
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    return [torch.load(f"{path}-{rank}", weights_only=True) for rank in range(2)]
 
 
 def test_gated_change_with_codes_and_resets_in_two_processes_matches_one(

@@ -20,6 +20,7 @@ from badit.tuner.abilities import (
     evidence_of_layers,
     frozen_embedding,
 )
+from badit.tuner.badit_layer import BaditLinear
 from refusals import refuses
 from tuner.helpers import CLUSTERS, adapt, config, generate, layers, randomise, teacher_forced
 
@@ -316,6 +317,108 @@ def test_codes_of_layers_are_the_same_in_every_run(tiny_model, few, monkeypatch)
     assert torch.equal(*codes)
     if few:
         assert all(len(codes_CK.unique(dim=0)) <= 2 for codes_CK in codes[0])
+
+
+def test_copies_of_a_cluster_count_as_one(tiny_model, monkeypatch):
+    """Rounding decides which of the equal centroids is nearest."""
+    model = _started(adapt(tiny_model("llama"), **CLUSTERS))
+    examples = [
+        Example(ids, labels, torch.arange(9) < 5)
+        for (batch, *_) in _batches().values()
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+    for layer in layers(model):
+        centroids_CI = layer.badit_centroids["default"]
+        centroids_CI[1::2] = centroids_CI[::2]
+    gradients = Gradients(model.get_base_model(), "default", layers(model))
+    nearest_first = evidence_of_layers(gradients, examples, 4)
+
+    clusters_of = BaditLinear.clusters_of
+    monkeypatch.setattr(BaditLinear, "clusters_of", lambda *args: clusters_of(*args) // 2 * 2 + 1)
+    nearest_last = evidence_of_layers(gradients, examples, 4)
+    for first, last in zip(nearest_first, nearest_last, strict=True):
+        assert set(first.present) <= {0, 2}
+        assert last.present == first.present
+        assert last.missing == first.missing == 2 - len(first.present)
+
+
+@pytest.mark.parametrize("key", ["layer", "embedding"])
+def test_training_is_refused_after_an_error_in_the_gradients(tiny_model, monkeypatch, key):
+    options = {**CLUSTERS, "key": key, "codes": "grouped"}
+    model = adapt(tiny_model("llama"), **options)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Gradients, "_loss", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            _started(model)
+    batch = _batches()["first"][0]
+    refuses("have no clusters yet", model.train(), **batch)
+    model.eval()
+    _started(model)
+    assert not (_codes(model) == 1).all(dim=-1).any()
+    model.train()(**batch)
+
+
+@pytest.mark.parametrize("key", ["layer", "embedding"])
+def test_one_cluster_has_a_random_code_and_a_line_says_why(tiny_model, capsys, key):
+    options = {**CLUSTERS, "key": key, "num_clusters": 1}
+    torch.manual_seed(0)
+    random = _codes(_started(adapt(tiny_model("llama"), **options, codes="random")))
+    torch.manual_seed(0)
+    model = _started(adapt(tiny_model("llama"), **options, codes="grouped"))
+    assert torch.equal(_codes(model), random)
+    assert capsys.readouterr().err == (
+        "badit: codes='grouped': there is one cluster of prompts and no other to compare it with, "
+        "so its code is random\n"
+    )
+
+
+def test_only_layers_with_unreliable_gradients_have_random_codes(tiny_model, capsys, monkeypatch):
+    options = {**CLUSTERS, "key": "layer", "codes": "grouped"}
+    torch.manual_seed(0)
+    reliable = _codes(_started(adapt(tiny_model("llama"), **options)))
+
+    of_layers = evidence_of_layers
+
+    def unreliable_in_the_first(*args):
+        first, *others = of_layers(*args)
+        return [first._replace(reliability=0.05), *others]
+
+    monkeypatch.setattr(abilities, "evidence_of_layers", unreliable_in_the_first)
+    capsys.readouterr()
+    torch.manual_seed(0)
+    model = _started(adapt(tiny_model("llama"), **options))
+    said = capsys.readouterr().err
+    number = len(layers(model))
+    assert (
+        f"are not reliable (below 0.1) in 1 of {number} layers, so their codes are random" in said
+    )
+    assert torch.equal(_codes(model)[1:], reliable[1:])
+    assert not torch.equal(_codes(model)[0], reliable[0])
+    first = layers(model)[0].expert_of("default")
+    assert torch.equal(first, first.sort().values), "not grouped"
+
+
+def test_examples_of_a_cluster_are_from_all_of_its_tasks(tiny_model):
+    model = _started(adapt(tiny_model("llama"), **KEY))
+    examples = [
+        Example(ids, labels, torch.arange(9) < 5)
+        for of_task in _batches(rows=12).values()
+        for batch in of_task
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+
+    def energies(examples):
+        gradients = Gradients(model.get_base_model(), "default", layers(model))
+        with torch.no_grad():
+            evidence = evidence_of_key(gradients, [examples])
+        return torch.stack([of_layer.energy_PN for of_layer in evidence])
+
+    torch.testing.assert_close(energies(examples), energies(examples[::3]))
+    assert not torch.allclose(energies(examples), energies(examples[:8]))
 
 
 def test_unreliable_gradients_and_tasks_without_answers_give_random_codes(tiny_model, capsys):

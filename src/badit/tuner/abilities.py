@@ -39,6 +39,7 @@ from badit.support.console import say, waiting
 from badit.support.errors import BaditError
 from badit.tuner.answers import answer_logits, has_output_layer
 from badit.tuner.badit_layer import BaditLinear
+from badit.tuner.config import BaditConfig
 from badit.tuner.distributed import (
     gathered,
     gathered_weight,
@@ -177,7 +178,7 @@ def find_abilities(
             f"badit: codes={config.codes!r}: DeepSpeed has divided the weights, so there are no "
             "gradients before training, and the codes are random"
         )
-    elif config.codes != "random":
+    elif _compares_clusters(config):
         for layer in layers:
             layer.badit_codes[adapter].fill_(1.0)
         examples_of_clusters: list[list[Example]] = [[] for _ in distinct_D]
@@ -203,7 +204,10 @@ def find_layer_codes(
 
     All ranks must call it, with the same examples; they get the same values.
     """
-    clusters = layers[0].badit_config[adapter].num_clusters
+    config = layers[0].badit_config[adapter]
+    if not _compares_clusters(config):
+        return
+    clusters = config.num_clusters
     random_LCK = torch.stack([layer.badit_codes[adapter].clone() for layer in layers])
     for layer in layers:
         layer.badit_codes[adapter].fill_(1.0)
@@ -217,6 +221,17 @@ def find_layer_codes(
         # Equal clusters, of fewer prompts than clusters, share a code.
         first_equal_C = first_equal(layer.badit_centroids[adapter])
         layer.badit_codes[adapter].copy_(codes_CK[first_equal_C])
+
+
+def _compares_clusters(config: BaditConfig) -> bool:
+    """Returns whether the codes of an adapter come from gradients; a line says if they cannot."""
+    if config.codes != "random" and config.num_clusters == 1:
+        say(
+            f"badit: codes={config.codes!r}: there is one cluster of prompts and no other to "
+            "compare it with, so its code is random"
+        )
+        return False
+    return config.codes != "random"
 
 
 def _spread(examples: Sequence[Example], count: int) -> list[Example]:
@@ -302,6 +317,7 @@ class Evidence(NamedTuple):
     """
 
     present: list[int]  # these clusters
+    missing: int  # different clusters without gradients
     energy_PN: Tensor  # the squared norms of the components' gradients
     cosines_NN: Tensor  # of the components' centred gradients
     cosines_PP: Tensor  # of the clusters, corrected for noise
@@ -358,6 +374,27 @@ class Gradients:
         flat = [factor for of_layer in self.factors for factor in of_layer]
         sums, number = self._sums([example], flat)
         return self._by_component(sums) if number else None
+
+    def with_clusters(self, examples: Sequence[Example]) -> tuple[list[Tensor] | None, Tensor]:
+        """Returns the gradients of at most one example, and its cluster (L) in each layer.
+
+        The cluster is −1 without a finite gradient, and in a layer that no token reaches, such as
+        an expert of an MoE.
+        """
+        cluster_L = torch.full((len(self.layers),), -1)
+        if not examples:
+            return None, cluster_L
+        (example,) = examples
+        # The passes that give the gradients also show what the layers read.
+        with self.layers[0].routing.collecting_means() as means:
+            of_layers = self.of_one(example)
+        if of_layers is None:
+            return None, cluster_L
+        for index, layer in enumerate(self.layers):
+            mean_1I = means.get(f"{layer.name}.{self.adapter}")
+            if mean_1I and of_layers[index].any():
+                cluster_L[index] = layer.clusters_of(self.adapter, mean_1I[0])
+        return of_layers, cluster_L
 
     def _by_component(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         remaining = iter(gradients)
@@ -422,7 +459,8 @@ def evidence_of_key(
     present = []
     numbered = [*enumerate(examples_of_clusters)]
     for cluster, examples in waiting(numbered, "Gradients for the codes", "cluster"):
-        halves = [gradients.mean(examples[half : 2 * _PER_HALF : 2]) for half in range(2)]
+        chosen = _spread(examples, 2 * _PER_HALF)
+        halves = [gradients.mean(chosen[half::2]) for half in range(2)]
         # With gradients in one half only, nothing is known about the noise.
         if not all(any(mean_NP.any() for mean_NP in half) for half in halves):
             continue
@@ -445,7 +483,7 @@ def evidence_of_key(
         for product_NN, sum_NP in zip(products, sums, strict=True)
     ]
     return [
-        Evidence(present, torch.stack(energy), cosines_NN, *agreement)
+        Evidence(present, clusters - len(present), torch.stack(energy), cosines_NN, *agreement)
         for energy, cosines_NN in zip(energies, cosines, strict=True)
     ]
 
@@ -455,46 +493,54 @@ def evidence_of_layers(
 ) -> list[Evidence]:
     """Returns the evidence of each layer, for clusters that differ between layers.
 
-    The passes that give the gradients also show the cluster of the example in every layer. Each
-    layer has its own agreement of clusters. The sums of gradients take C·N·P numbers per layer.
+    Each layer has its own agreement of clusters. The sums of gradients take C·N·P numbers per
+    layer. The ranks share the examples, and count them as one process would.
     """
+    layers = gradients.layers
     sketches = gradients.sketches(2 * clusters)
     sums = [
         torch.zeros(clusters, *numbers, device=layer.device)
-        for numbers, layer in zip(gradients.numbers(), gradients.layers, strict=True)
+        for numbers, layer in zip(gradients.numbers(), layers, strict=True)
     ]
-    counts_L2C = torch.zeros(len(sketches), 2, clusters)
+    counts_L2C = torch.zeros(len(layers), 2, clusters)
+    # Equal clusters, of fewer prompts than clusters, count as one.
+    centroids = [layer.badit_centroids[gradients.adapter] for layer in layers]
+    first_equal_LC = torch.stack([first_equal(centroids_CI).cpu() for centroids_CI in centroids])
     rank, ranks = rank_and_size()
-    for example in waiting(examples[rank::ranks], "Gradients for the codes", "example"):
-        with gradients.layers[0].routing.collecting_means() as means:
-            of_example = gradients.of_one(example)
-        if of_example is None:
-            continue
-        for index, layer in enumerate(gradients.layers):
-            mean_1I = means.get(f"{layer.name}.{gradients.adapter}")
-            # No token reaches some experts of an MoE.
-            if not mean_1I or not of_example[index].any():
-                continue
-            cluster = int(layer.clusters_of(gradients.adapter, mean_1I[0]))
-            # The examples of a cluster belong to the halves in turn.
-            half = int(counts_L2C[index, 0, cluster] > counts_L2C[index, 1, cluster])
-            counts_L2C[index, half, cluster] += 1
-            sketches[index].add(half * clusters + cluster, of_example[index].flatten())
-            sums[index][cluster] += of_example[index]
+    steps = range(0, len(examples), ranks)
+    for first in waiting(steps, "Gradients for the codes", "example"):
+        own = examples[first + rank : first + rank + 1]  # none on some ranks in the last step
+        of_example, cluster_L = gradients.with_clusters(own)
+        for of_rank, cluster_of_rank_L in enumerate(gathered(cluster_L).tolist()):
+            for index, found in enumerate(cluster_of_rank_L):
+                if found < 0:
+                    continue
+                cluster = int(first_equal_LC[index, found])
+                # The examples of a cluster belong to the halves in turn.
+                half = int(counts_L2C[index, 0, cluster] > counts_L2C[index, 1, cluster])
+                counts_L2C[index, half, cluster] += 1
+                if of_rank == rank and of_example is not None:
+                    sketches[index].add(half * clusters + cluster, of_example[index].flatten())
+                    sums[index][cluster] += of_example[index]
 
-    # On the layers' device, because NCCL sums no tensors of the CPU.
-    counts_L2C = sum_over_ranks(counts_L2C.to(gradients.layers[0].device)).cpu()
     evidence = []
-    for sketch, sum_CNP, counts_2C in zip(sketches, sums, counts_L2C, strict=True):
+    for index, (sketch, sum_CNP) in enumerate(zip(sketches, sums, strict=True)):
         sketch.sums_RM = sum_over_ranks(sketch.sums_RM)
+        counts_2C = counts_L2C[index]
         count_C11 = counts_2C.sum(dim=0).clamp_min(1)[:, None, None]
         means_CNP = sum_over_ranks(sum_CNP) / count_C11.to(sum_CNP)
-        evidence.append(_evidence_of_layer(sketch, means_CNP, counts_2C))
+        different = len(first_equal_LC[index].unique())
+        evidence.append(_evidence_of_layer(sketch, means_CNP, counts_2C, different))
     return evidence
 
 
-def _evidence_of_layer(sketch: SketchedSums, means_CNP: Tensor, counts_2C: Tensor) -> Evidence:
-    """Returns a layer's evidence from its sums of gradients, and the means over both halves."""
+def _evidence_of_layer(
+    sketch: SketchedSums, means_CNP: Tensor, counts_2C: Tensor, different: int
+) -> Evidence:
+    """Returns a layer's evidence from its sums of gradients, and the means over both halves.
+
+    ``different`` is the number of different clusters.
+    """
     # With gradients in one half only, nothing is known about the noise.
     present = counts_2C.min(dim=0).values.nonzero().flatten().tolist()
     means_PNP = means_CNP[present]
@@ -504,6 +550,7 @@ def _evidence_of_layer(sketch: SketchedSums, means_CNP: Tensor, counts_2C: Tenso
     product_NN = torch.einsum("cnp,cmp->nm", means_PNP, means_PNP)
     return Evidence(
         present,
+        different - len(present),
         means_PNP.square().sum(dim=2).cpu(),
         centred_gram(product_NN, sum_NP @ sum_NP.T, max(1, len(present))),
         *_agreement(gram_RR, present),
@@ -537,30 +584,48 @@ def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
     return pad_sequence(list(rows), batch_first=True, padding_value=value)
 
 
+def _reliable_layers(config: BaditConfig, evidence: Sequence[Evidence]) -> list[bool]:
+    """Returns whether each layer's gradients agree between the halves of a cluster.
+
+    A line says which codes are random.
+    """
+    of_option = f"badit: codes={config.codes!r}"
+    is_reliable = [of_layer.reliability >= LEAST_RELIABILITY for of_layer in evidence]
+    if not any(is_reliable):
+        reliability = fmean([of_layer.reliability for of_layer in evidence] or [0.0])
+        say(
+            f"{of_option}: the gradients of the prompts' clusters are not reliable "
+            f"({reliability:.2f}, at least {LEAST_RELIABILITY}), so the codes are random"
+        )
+        return is_reliable
+    unreliable = is_reliable.count(False)
+    if unreliable:
+        say(
+            f"{of_option}: the gradients of the prompts' clusters are not reliable (below "
+            f"{LEAST_RELIABILITY}) in {unreliable} of {len(evidence)} layers, so their codes are "
+            "random"
+        )
+    missing = max(of_layer.missing for of_layer in evidence)
+    if missing:
+        say(
+            f"{of_option}: up to {missing} of {config.num_clusters} clusters have no gradients, as "
+            "without answers, so their codes are random"
+        )
+    return is_reliable
+
+
 def _codes(
     adapter: str, layers: Sequence[BaditLinear], evidence: Sequence[Evidence], random_LCK: Tensor
 ) -> Tensor:
     """Returns the codes (L, C, K) of the layers, and assigns their components to experts.
 
-    Codes of clusters without gradients are random. If the gradients agree too little between the
-    halves of a cluster, all are.
+    Codes of clusters without gradients are random. Those of a layer are, if its gradients agree too
+    little between the halves of a cluster.
     """
     config = layers[0].badit_config[adapter]
-    reliability = fmean([of_layer.reliability for of_layer in evidence] or [0.0])
-    if reliability < LEAST_RELIABILITY:
-        say(
-            f"badit: codes={config.codes!r}: the gradients of the prompts' clusters are not "
-            f"reliable ({reliability:.2f}, at least {LEAST_RELIABILITY}), so the codes are random"
-        )
+    is_reliable = _reliable_layers(config, evidence)
+    if not any(is_reliable):
         return random_LCK
-    clusters = random_LCK.shape[1]
-    missing = clusters - min(len(of_layer.present) for of_layer in evidence)
-    if missing:
-        say(
-            f"badit: codes={config.codes!r}: up to {missing} of {clusters} clusters have no "
-            "gradients, as without answers, so their codes are random"
-        )
-
     # The logits need as many random numbers on every rank.
     starts_LCK = gathered(torch.randn(random_LCK.shape))[0].cpu()
     matched_LPK = None
@@ -570,7 +635,7 @@ def _codes(
     codes_LCK = random_LCK.clone()
     pairs = [*enumerate(zip(layers, evidence, strict=True))]
     for index, (layer, of_layer) in waiting(pairs, "Codes", "layer"):
-        if not of_layer.present:
+        if not is_reliable[index]:
             continue
         if matched_LPK is not None:
             codes_PK = matched_LPK[index]

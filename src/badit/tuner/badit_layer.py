@@ -391,9 +391,10 @@ class BaditLinear(ExpertLinear):
 
     @torch.no_grad()
     def cluster(self, adapter_name: str, means_SI: Tensor) -> int:
-        """Sets moments, centroids and codes from x̄ (S, I) of training prompts.
+        """Sets moments, centroids and random codes from x̄ (S, I) of training prompts.
 
-        All ranks get those of rank 0. Returns the number of distinct centroids on this rank.
+        All ranks get those of rank 0. Returns the number of distinct centroids on this rank. The
+        caller sets ``badit_batches`` to 1 once the adapter can be trained.
         """
         codes_CK = self.badit_codes[adapter_name]
         # NaN in one prompt would reach the moments of all features.
@@ -409,7 +410,6 @@ class BaditLinear(ExpertLinear):
         codes_CK.copy_(gathered(random_codes(*codes_CK.shape)[first_equal_C])[0])
         self.badit_moments[adapter_name].copy_(gathered(moments_2I)[0])
         self.badit_centroids[adapter_name].copy_(gathered(centroids_CI)[0])
-        self.badit_batches[adapter_name].fill_(1)
         return len(first_equal_C.unique())
 
     def clusters_of(self, adapter_name: str, means_SI: Tensor) -> Tensor:

@@ -634,13 +634,14 @@ class BaditModel(ExpertModel):
         prompts = {tuple(example.prompt_ids.tolist()) for example in sample.examples}
         prompts_differ = any_of_all(len(prompts) > 1)
         if clusters > 1 and prompts_differ and not any_of_all(max(distinct) > 1):
-            for layer, name in unclustered:
-                layer.badit_batches[name].zero_()  # unclustered again, so training is refused
             raise BaditError(
                 f"start_task: {len(prompts)} different prompts are the same in every layer, "
                 f"so they would get the same gates; check the model's weights, or {_PROMPT_FIX}"
             )
         self._find_layer_codes(unclustered, sample.examples)
+        # Last, so that training is refused after an error.
+        for layer, name in unclustered:
+            layer.badit_batches[name].fill_(1)
 
     def _find_layer_codes(self, clustered: Sequence[Place], examples: list[Example]) -> None:
         """Finds the codes and groups of adapters with clusters of layers, unless random."""
