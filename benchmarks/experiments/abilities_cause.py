@@ -67,7 +67,7 @@ RECORDS = "records.jsonl"  # in a run's folder, the loss of every instance
 SEEDS = (20, 21, 22)
 OFFSET_RATE = 5  # the learning rate of the offsets, relative to that of A and B
 RIDGE = 1e-3  # added to the vocabulary's covariance, relative to its mean variance
-PROMPTS_PER_CLUSTER = 32  # as in BaditModel.start_task
+PROMPTS_PER_CLUSTER = 32  # as in the cells that have run
 ADAPTER = "default"
 
 LORA = {"name": "lora", "r": 34, "lora_alpha": 272, "lora_dropout": 0.05}

@@ -4,7 +4,7 @@
 
 Without gates there is one expert of rank 32, the rank of PEFT's LoRA. Steps are also measured with
 64 experts, N = 256. Before training, BADIT decomposes every adapted weight (except for
-``cluster-gates``), finds its clusters on up to 512 prompts and computes their codes from gradients
+``cluster-gates``), finds its clusters on up to 256 prompts and computes their codes from gradients
 (``start_task``). The share is that of a run of 113 steps of 8 rows of the same data.
 """
 
@@ -33,6 +33,7 @@ from badit import BaditConfig, hooks_of, load_base_model
 from badit.cli.entry import quiet_libraries
 from badit.data import AnswerCollator
 from badit.presets import with_preset
+from badit.training.attention import fast_on_short_sequences
 
 ROWS, TOKENS = 4, 320
 STEPS = 113  # of a run
@@ -96,7 +97,8 @@ def before_training(dtype: str, batches: Sequence[Any]) -> dict[str, Any]:
         started = time.perf_counter()
         model = adapted(dtype, name=name)
         created = time.perf_counter()
-        hooks_of(model).start_task({"all": batches})
+        with fast_on_short_sequences(model.get_base_model()):  # as in training
+            hooks_of(model).start_task({"all": batches})
         ready = time.perf_counter()
         of_batches = [training_step(model, inputs) for inputs in batches[:: len(batches) // 8]]
         for step in of_batches:

@@ -16,7 +16,7 @@ from badit.training.loading import model_dtype
 from badit.training.methods import training_method
 from badit.training.trainer import answer_losses
 from badit.tuner import hooks_of
-from badit.tuner.model import PROMPTS_PER_CLUSTER
+from badit.tuner.model import READ_PER_CLUSTER
 
 _LAYERS = 3
 _TIMED_STEPS = 3
@@ -91,7 +91,7 @@ def cut_model(run: ResolvedRun, count: int) -> tuple[Any, int]:
 def _prompts_per_read(run: ResolvedRun, batches: Any) -> float:
     """Returns how many prompts the training searches for clusters, per prompt of the batches."""
     clusters = getattr(run.method.options, "num_clusters", 0)
-    searched = min(run.training_instances, PROMPTS_PER_CLUSTER * clusters)
+    searched = min(run.training_instances, READ_PER_CLUSTER * clusters)
     read = sum(len(of_task.dataset) for of_task in batches.values())
     return max(1.0, searched / max(1, read))
 

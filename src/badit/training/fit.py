@@ -182,7 +182,7 @@ class _Stage:
                 train_covering(model, data.batches)
             self.method.before_training(model, data.batches)
         if checkpoint is None:  # else it has what this sets, such as the clusters of prompts
-            with quiet(not self.progress):
+            with quiet(not self.progress), fast_on_short_sequences(base):
                 self._compare_with_earlier(model, data)
                 hooks_of(model).start_task(data.batches)
 

@@ -66,7 +66,10 @@ from badit.tuner.targets import (
 
 # Batches by task.
 TaskBatches = Mapping[str, Any]
-PROMPTS_PER_CLUSTER = 32
+# More prompts hardly move the centroids (benchmarks/cluster_prompts.py), and each needs a pass.
+READ_PER_CLUSTER = 16
+# For keys of prompts, which need no pass.
+EMBEDDED_PER_CLUSTER = 32
 _PROMPT_FIX = (
     "set the labels of prompts to -100 (rows of prompt and completion, such as "
     "badit.data.answer_rows(messages); in TRL also assistant_only_loss=True), or use "
@@ -324,7 +327,7 @@ class BaditModel(ExpertModel):
     def start_task(self, batches: TaskBatches) -> None:
         """Finds the clusters of prompts of new adapters with gates='clusters'.
 
-        It runs a pass over 32 prompts per cluster, the same number of every task (at least one).
+        It runs a pass over 16 prompts per cluster, the same number of every task (at least one).
         All processes call it, before the model is wrapped or sharded; the clusters are those of
         rank 0, and with key='embedding' those of the prompts of all ranks. BaditError if a layer
         gets no prompts, if no row has a prompt because the labels begin at the first token, or if
@@ -353,11 +356,13 @@ class BaditModel(ExpertModel):
             )
         adapters = {name for _, name in unclustered}
         clusters = max(layer.badit_config[name].num_clusters for layer, name in unclustered)
-        prompts = max(1, PROMPTS_PER_CLUSTER * clusters // max(1, len(batches)))
-        self._find_abilities(unclustered, batches, prompts, keys)
+        tasks = max(1, len(batches))
+        embedded_per_task = max(1, EMBEDDED_PER_CLUSTER * clusters // tasks)
+        self._find_abilities(unclustered, batches, embedded_per_task, keys)
         unclustered = RoutingContext.of(self.model).without_clusters()
         if unclustered:
-            self._find_clusters(unclustered, batches, prompts)
+            read_per_task = max(1, READ_PER_CLUSTER * clusters // tasks)
+            self._find_clusters(unclustered, batches, read_per_task)
         # Not for another adapter: the reference would get the present values of a trained one.
         if self._has_reference() and "default" in adapters:
             self._copy_to_reference()
@@ -378,7 +383,7 @@ class BaditModel(ExpertModel):
         if not missing or is_divided_by_zero3(self.model):
             return
         for name, holder in missing:
-            prompts = PROMPTS_PER_CLUSTER * holder.badit_config[name].num_clusters
+            prompts = EMBEDDED_PER_CLUSTER * holder.badit_config[name].num_clusters
             per_task = max(1, prompts // max(1, len(batches)))
             # The batches may draw from the random state of the training.
             with torch.random.fork_rng([]):
@@ -536,7 +541,7 @@ class BaditModel(ExpertModel):
     def _prompts_of_tasks(self, batches: TaskBatches, clusters: int) -> dict[str, list[Example]]:
         examples = {}
         for task, of_task in batches.items():
-            examples[task] = self._examples({task: of_task}, PROMPTS_PER_CLUSTER * clusters)
+            examples[task] = self._examples({task: of_task}, EMBEDDED_PER_CLUSTER * clusters)
             if not any(example.has_prompt for example in examples[task]):
                 raise BaditError(f"task {task}: has no prompts, so it cannot have a cluster")
         return examples
