@@ -97,7 +97,7 @@ def before_training(dtype: str, batches: Sequence[Any]) -> dict[str, Any]:
         started = time.perf_counter()
         model = adapted(dtype, name=name)
         created = time.perf_counter()
-        with fast_on_short_sequences(model.get_base_model()):  # as in training
+        with fast_on_short_sequences(hooks_of(model).model):  # as in training
             hooks_of(model).start_task({"all": batches})
         ready = time.perf_counter()
         of_batches = [training_step(model, inputs) for inputs in batches[:: len(batches) // 8]]

@@ -17,7 +17,7 @@ SYSTEM: Options = {
     "gates": "clusters",
     "gated": "change",
     "key": "layer",
-    "codes": "grouped",
+    "codes": "grouped-random",
 }
 #: Fixed random gates for each cluster of prompts, from LoRA's start. None of the paper's parts.
 CLUSTER_GATES: Options = {

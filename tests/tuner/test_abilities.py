@@ -371,8 +371,8 @@ def test_one_cluster_has_a_random_code_and_a_line_says_why(tiny_model, capsys, k
     model = _started(adapt(tiny_model("llama"), **options, codes="grouped"))
     assert torch.equal(_codes(model), random)
     assert capsys.readouterr().err == (
-        "badit: codes='grouped': there is one cluster of prompts and no other to compare it with, "
-        "so its code is random\n"
+        "badit: codes='grouped': there is one cluster of prompts and no other to compare it with; "
+        "codes are random, and components are grouped by singular value\n"
     )
 
 
@@ -393,9 +393,7 @@ def test_only_layers_with_unreliable_gradients_have_random_codes(tiny_model, cap
     model = _started(adapt(tiny_model("llama"), **options))
     said = capsys.readouterr().err
     number = len(layers(model))
-    assert (
-        f"are not reliable (below 0.1) in 1 of {number} layers, so their codes are random" in said
-    )
+    assert f"are not reliable (below 0.1) in 1 of {number} layers; there, codes are random" in said
     assert torch.equal(_codes(model)[1:], reliable[1:])
     assert not torch.equal(_codes(model)[0], reliable[0])
     first = layers(model)[0].expert_of("default")
@@ -431,9 +429,7 @@ def test_unreliable_gradients_and_tasks_without_answers_give_random_codes(tiny_m
     torch.manual_seed(0)
     model = _started(adapt(tiny_model("llama"), **KEY, codes="matched"), **without_answers)
     torch.testing.assert_close(_codes(model), random)
-    assert (
-        "are not reliable (0.00, at least 0.1), so the codes are random" in capsys.readouterr().err
-    )
+    assert "are not reliable (0.00, at least 0.1); codes are random" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT 0.19
@@ -606,7 +602,7 @@ def test_zero_and_non_finite_gradients_give_random_codes(tiny_model, capsys, bro
     assert torch.equal(_codes(model), random)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "are not reliable (0.00, at least 0.1), so the codes are random" in said
+    assert "are not reliable (0.00, at least 0.1); codes are random" in said
 
 
 def test_an_example_with_non_finite_gradients_does_not_count(tiny_model):
@@ -672,7 +668,7 @@ def test_classifiers_get_random_codes(tiny_model, capsys):
     ):
         model = adapt(kind(config), **KEY, codes="matched", task_type=None)
         _started(model, all=[{"input_ids": ids, "labels": labels}])
-        assert "so the codes are random" in capsys.readouterr().err
+        assert "codes are random" in capsys.readouterr().err
         model.train()(input_ids=ids, labels=labels).loss.backward()
 
 

@@ -52,6 +52,7 @@ from badit.tuner.prompt import IGNORED_LABEL, Segments
 
 #: Mean cosine of the halves of a cluster's gradient, below which codes are random.
 LEAST_RELIABILITY = 0.1
+_WITHOUT_GRADIENTS = "codes are random, and components are grouped by singular value"
 _PER_HALF = 4  # examples whose gradients are averaged
 _LEAST_FILL = 0.8  # length of an example in a batch, relative to the longest one
 _SKETCH_SIZE = 4096  # numbers per layer, cluster and half
@@ -176,7 +177,7 @@ def find_abilities(
     if config.codes != "random" and is_divided_by_zero3(model):
         say(
             f"badit: codes={config.codes!r}: DeepSpeed has divided the weights, so there are no "
-            "gradients before training, and the codes are random"
+            f"gradients before training; {_WITHOUT_GRADIENTS}"
         )
     elif _compares_clusters(config):
         for layer in layers:
@@ -228,7 +229,7 @@ def _compares_clusters(config: BaditConfig) -> bool:
     if config.codes != "random" and config.num_clusters == 1:
         say(
             f"badit: codes={config.codes!r}: there is one cluster of prompts and no other to "
-            "compare it with, so its code is random"
+            f"compare it with; {_WITHOUT_GRADIENTS}"
         )
         return False
     return config.codes != "random"
@@ -595,18 +596,18 @@ def _reliable_layers(config: BaditConfig, evidence: Sequence[Evidence]) -> list[
         reliability = fmean([of_layer.reliability for of_layer in evidence] or [0.0])
         say(
             f"{of_option}: the gradients of the prompts' clusters are not reliable "
-            f"({reliability:.2f}, at least {LEAST_RELIABILITY}), so the codes are random"
+            f"({reliability:.2f}, at least {LEAST_RELIABILITY}); {_WITHOUT_GRADIENTS}"
         )
         return is_reliable
     unreliable = is_reliable.count(False)
     if unreliable:
         say(
             f"{of_option}: the gradients of the prompts' clusters are not reliable (below "
-            f"{LEAST_RELIABILITY}) in {unreliable} of {len(evidence)} layers, so their codes are "
-            "random"
+            f"{LEAST_RELIABILITY}) in {unreliable} of {len(evidence)} layers; there, "
+            f"{_WITHOUT_GRADIENTS}"
         )
     missing = max(of_layer.missing for of_layer in evidence)
-    if missing:
+    if missing and config.codes != "grouped-random":
         say(
             f"{of_option}: up to {missing} of {config.num_clusters} clusters have no gradients, as "
             "without answers, so their codes are random"

@@ -336,12 +336,12 @@ class BaditConfig(ExpertConfig):
     )
     codes: Literal["random", "matched", "grouped", "grouped-random"] | None = option(
         None,
-        "The gates of clusters. 'grouped' (default): components are grouped by spherical "
-        "clustering of their gradients before training, and a cluster has large gates for the "
-        "groups in which its gradients are large. 'grouped-random': the same groups, with random "
-        "gates. 'matched' (needs key='embedding'): clusters "
-        "whose gradients agree share experts, and components join the experts that use them. "
-        "'random': random gates with sum 1.",
+        "The gates of clusters. 'grouped-random' (default): components are grouped by spherical "
+        "clustering of their gradients before training, and a cluster has random gates with sum 1. "
+        "'grouped': the same groups; a cluster has large gates for those in which its gradients "
+        "are large. 'matched' (needs key='embedding'): clusters whose gradients agree share "
+        "experts, and components join the experts that use them. 'random': random gates, no "
+        "groups by gradients.",
     )
     permute_codes: bool = option(
         False, "Give the codes to other clusters: a placebo for experiments with codes."
