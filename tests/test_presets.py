@@ -35,6 +35,8 @@ ROUTED = {"init_weights": "bad", "gates": "mean_one"}
         ({**SYSTEM, "init_weights": "directions"}, "badit"),
         ({**SYSTEM, "num_experts": 4, "num_clusters": 9}, "badit"),
         ({**MATCHED, **REGROUPED}, "badit"),
+        ({**MATCHED, "regroup": {"reset_smallest": 0.05}},
+         "badit (changed: key=embedding, codes=matched, regroup=on)"),
         (MATCHED, "badit (changed: key=embedding, codes=matched)"),
         ({**ROUTED, **REGROUPED}, "badit"),
         ({**SYSTEM, "permute_codes": True}, "badit (changed: permute_codes=True)"),

@@ -143,7 +143,7 @@ def saved_section(section: Options) -> dict[str, Any]:
 def paper_parts(options: Options) -> dict[str, bool]:
     """Returns which of the paper's three parts a set of options has."""
     values = filled(options)
-    is_regrouped = values.get("regroup") is not None
+    is_regrouped = _regroups_as_published(values.get("regroup"))
     is_combined = values["routing"] == "prompt" and values.get("num_experts") != 1
     return {
         "singular experts": values["init_weights"] in ("bad", "directions"),
@@ -151,6 +151,13 @@ def paper_parts(options: Options) -> dict[str, bool]:
         # A placebo gives a cluster the combination of another one.
         "combination": is_combined and not values.get("permute_codes"),
     }
+
+
+def _regroups_as_published(regroup: Any) -> bool:
+    """Returns whether any component may move during training, not only the least changed ones."""
+    if isinstance(regroup, Mapping) and regroup.get("reset_smallest") is not None:
+        return False
+    return regroup is not None
 
 
 def method_name(section: Options) -> str:

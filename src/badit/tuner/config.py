@@ -537,6 +537,12 @@ class RegroupOptions:
                 "regroup.reset_smallest: needs gated='change' and init_weights='bad', whose "
                 "initial factors are stored"
             )
+        components = config.num_experts * config.r
+        if self.reset_smallest is not None and round(self.reset_smallest * components) < 2:
+            raise BaditError(
+                f"regroup.reset_smallest: {self.reset_smallest} of {components} components is under "
+                f"two, so none can move; set at least {math.ceil(200 / components) / 100}"
+            )
         rescale = not config.gates_change if self.rescale is None else self.rescale
         return dataclasses.replace(self, rescale=rescale)
 
