@@ -180,7 +180,7 @@ def test_conflicting_options_of_regrouping_are_refused(tiny_model, recipe_values
     refuses("reset_smallest: needs optimizer=", Regrouper, model, 10, reset_smallest=0.1)
     sgd = torch.optim.SGD(model.parameters())
     adam = torch.optim.AdamW(model.parameters())
-    few = r"reset_smallest: 0\.01 of 8 components is under two.*; set at least 0\.25"
+    few = r"reset_smallest: 0\.01 of 8 components is less than two.*; set at least 0\.25"
     refuses(few, Regrouper, model, 10, reset_smallest=0.01, optimizer=adam)
     refuses("got SGD", Regrouper, model, 10, reset_smallest=0.1, optimizer=sgd)
     plain = adapted(tiny_model("llama"))

@@ -151,6 +151,30 @@ def test_packed_rows_have_the_gates_of_separate_rows(tiny_model):
     torch.testing.assert_close(packed.view_as(separate), separate, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("key", ["layer", "embedding"])
+def test_packed_rows_and_checkpointing_give_the_codes_of_separate_rows(tiny_model, key):
+    options = {**CLUSTERS, "key": key, "codes": "grouped"}
+
+    def started(batches, checkpointing=False):
+        torch.manual_seed(0)
+        model = adapt(tiny_model("llama"), **options)
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return _started(model, **batches)
+
+    def packed(batch):
+        rows = {name: tensor.view(1, -1) for name, tensor in batch.items()}
+        return {**rows, "position_ids": torch.arange(9).repeat(len(batch["input_ids"]))[None]}
+
+    separate = started(_batches())
+    others = {task: [packed(batch) for batch in of_task] for task, of_task in _batches().items()}
+    for model in (started(others), started(_batches(), checkpointing=True)):
+        torch.testing.assert_close(_codes(model), _codes(separate), rtol=1e-3, atol=1e-4)
+        for layer, expected in zip(layers(model), layers(separate), strict=True):
+            assert torch.equal(layer.expert_of("default"), expected.expert_of("default"))
+
+
 @pytest.mark.parametrize("codes", ["random", "matched", "grouped", "grouped-random"])
 def test_adapters_with_a_key_are_saved_and_loaded(tiny_model, tmp_path, codes):
     model = _started(adapt(tiny_model("llama"), **KEY, codes=codes))

@@ -539,9 +539,10 @@ class RegroupOptions:
             )
         components = config.num_experts * config.r
         if self.reset_smallest is not None and round(self.reset_smallest * components) < 2:
+            least = math.ceil(200 / components) / 100
             raise BaditError(
-                f"regroup.reset_smallest: {self.reset_smallest} of {components} components is under "
-                f"two, so none can move; set at least {math.ceil(200 / components) / 100}"
+                f"regroup.reset_smallest: {self.reset_smallest} of {components} components is less "
+                f"than two, so none can move; set at least {least}"
             )
         rescale = not config.gates_change if self.rescale is None else self.rescale
         return dataclasses.replace(self, rescale=rescale)
