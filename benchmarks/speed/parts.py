@@ -95,9 +95,9 @@ def before_training(dtype: str, batches: Sequence[Any]) -> dict[str, Any]:
     seconds: dict[str, Any] = {}
     for name in STARTED:
         started = time.perf_counter()
-        model = adapted(dtype, name=name)
+        model: Any = adapted(dtype, name=name)
         created = time.perf_counter()
-        with fast_on_short_sequences(hooks_of(model).model):  # as in training
+        with fast_on_short_sequences(model.get_base_model()):  # as in training
             hooks_of(model).start_task({"all": batches})
         ready = time.perf_counter()
         of_batches = [training_step(model, inputs) for inputs in batches[:: len(batches) // 8]]
