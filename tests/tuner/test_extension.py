@@ -95,6 +95,36 @@ def test_rows_of_several_extensions_have_the_results_of_their_own_batches(tiny_m
             torch.testing.assert_close(logits[row][attended], alone[0][attended])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_prompts_of_extensions_do_not_move_a_routers_moments(tiny_model, packed):
+    model = trained(tiny_model("llama"), **KINDS["router"])
+    add(model, "third")
+    hooks_of(model).train_extensions({0})
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    own, other = (batches_of(task)[task][0] for task in ("first", "third"))
+
+    def moments_after(batch):
+        model.load_state_dict(before)
+        for layer in layers(model):
+            layer.gate_sums.clear()
+        rows = {name: batch[name] for name in ("input_ids", "labels")}
+        if packed:
+            positions = torch.arange(9).repeat(len(batch["input_ids"]))[None]
+            rows = {name: value.view(1, -1) for name, value in rows.items()}
+            rows["position_ids"] = positions
+        model(**rows, use_cache=False).loss.backward()
+        return [
+            (layer.badit_moments["default"].clone(), layer.gate_sums["default"])
+            for layer in layers(model)
+        ]
+
+    mixed = {name: torch.cat([own[name], other[name]]) for name in ("input_ids", "labels")}
+    for found, expected in zip(moments_after(mixed), moments_after(own), strict=True):
+        assert not torch.equal(expected[0], torch.zeros_like(expected[0]))
+        torch.testing.assert_close(found, expected)
+
+
 def test_packed_rows_have_the_results_of_separate_rows(tiny_model):
     model = trained(tiny_model("llama"), **KEY)
     add(model, "third")

@@ -123,6 +123,15 @@ class Parts(NamedTuple):
             x = x.flatten(0, 1)
         return x.index_select(0, rows.to(x.device))
 
+    def without_extensions(self, x: Tensor) -> Tensor:
+        """Returns x (B, …) with zeros in the rows of extensions: such a row has no prompt."""
+        flat = x if self.segment_BT is None else x.flatten(0, 1)
+        is_own = torch.zeros(len(flat), dtype=torch.bool, device=x.device)
+        for number, rows in self.parts:
+            if number == 0 and rows is not None:
+                is_own[rows.to(x.device)] = True
+        return torch.where(is_own.view(-1, *[1] * (flat.ndim - 1)), flat, 0.0).view_as(x)
+
 
 def parts_of(routing: RoutingContext, adapter: str) -> Parts:
     """Returns the division of the running pass by extension."""
@@ -221,6 +230,9 @@ def extension_gates(layer: Any, adapter: str, x: Tensor, parts: Parts) -> Tensor
         rows = len(x)
         code_G = codes[parts.whole]
         return code_G.expand(rows, 1, -1) if x.ndim == 3 else code_G.expand(rows, -1)
+    if layer.training:
+        # A router's moments, and the mean gates, are those of the prompts of the joint training.
+        x = parts.without_extensions(x)
     gates = F.pad(layer.gates_of_experts(adapter, x), (0, later))
     flat = gates.flatten(0, 1) if parts.segment_BT is not None else gates
     for number, rows in parts.parts:

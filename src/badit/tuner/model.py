@@ -51,7 +51,7 @@ from badit.tuner.answers import answer_logits
 from badit.tuner.badit_layer import BaditLinear, Place
 from badit.tuner.config import BaditConfig, ExpertConfig, Extension, peft_type
 from badit.tuner.context import RoutingContext
-from badit.tuner.distributed import any_of_all, is_divided_by_zero3
+from badit.tuner.distributed import any_of_all, is_divided_by_zero3, rank_and_size
 from badit.tuner.extension import nearest_extensions
 from badit.tuner.layer import ExpertLinear
 from badit.tuner.prompt import IGNORED_LABEL, Segments
@@ -499,7 +499,15 @@ class BaditModel(ExpertModel):
         """
         (adapter,) = self.active_adapters
         # Of all prompts: a batch whose prompts all belong to frozen experts would have no gradient.
-        self.train_extensions(self.nearest_extensions(batches))
+        numbers = self.nearest_extensions(batches)
+        config = self.peft_config[adapter]
+        if 0 in numbers and config.gates != "clusters" and rank_and_size()[1] > 1:
+            # Ranks whose rows all belong to extensions do not take part in the router's moments.
+            raise BaditError(
+                "extend.merge: with a router, tasks of the joint training are trained in one "
+                "process only; launch it without several processes"
+            )
+        self.train_extensions(numbers)
         holder = RoutingContext.of(self.model).extension_holders[adapter]
         for task, task_batches in batches.items():
             for means_SE in self._means_of_prompts(task_batches):
