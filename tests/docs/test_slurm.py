@@ -2,14 +2,16 @@
 
 import os
 import re
+import shutil
 import subprocess
 
 from torch.distributed.run import get_args_parser
 
 from docs.pages import ROOT
 
-# A command that prints its name and arguments, one per line.
-ECHO = '#!/bin/bash\nprintf "%s\\n" "$(basename "$0")" "$@" --end\n'
+# A command that writes its name and arguments, one per line, to a file of its own: bash prints line
+# by line, and several calls run at the same time.
+ECHO = '#!/bin/bash\nprintf "%s\\n" "$(basename "$0")" "$@" > "$(mktemp "$CALLS/XXXXXX")"\n'
 
 
 def run_script(script, folder):
@@ -23,13 +25,14 @@ def run_script(script, folder):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     slurm = {"NNODES": "2", "GPUS_ON_NODE": "8", "JOB_ID": "7", "JOB_NODELIST": "node[1-2]"}
-    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    called = folder / "calls"
+    shutil.rmtree(called, ignore_errors=True)
+    called.mkdir()
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(called)}
     environment |= {f"SLURM_{name}": value for name, value in slurm.items()}
-    done = subprocess.run(
-        ["bash", "-eu", "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
-    calls = [call.split("\n") for call in done.stdout.split("\n--end\n") if call]
-    return sorted(calls)
+    # The end of the output is that of the calls in the background too.
+    subprocess.run(["bash", "-eu", "-c", script], env=environment, capture_output=True, check=True)
+    return sorted(call.read_text().splitlines() for call in called.iterdir())
 
 
 def test_slurm_scripts_start_the_documented_commands(tmp_path):
