@@ -229,6 +229,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT 0.19
 @pytest.mark.parametrize(
     ("number", "options"), [(0, {}), (1, {}), (2, {}), (0, {"modules_to_save": ["lm_head"]})]
 )
