@@ -41,6 +41,15 @@ def _batches(seed=0, rows=24):
     return batches
 
 
+def _examples(batches):
+    return [
+        Example(ids, labels, torch.arange(9) < 5)
+        for of_task in batches.values()
+        for batch in of_task
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+
+
 def _started(model, **batches):
     hooks_of(model).start_task(batches or _batches())
     return model
@@ -290,12 +299,7 @@ def test_layers_with_their_own_clusters_get_codes_from_gradients(tiny_model):
     for layer, other in zip(layers(model), layers(random), strict=True):
         assert torch.equal(layer.badit_centroids["default"], other.badit_centroids["default"])
 
-    examples = [
-        Example(ids, labels, torch.arange(9) < 5)
-        for of_task in _batches(1).values()
-        for batch in of_task
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
-    ]
+    examples = _examples(_batches(1))
     for layer in layers(model):
         layer.badit_codes["default"].fill_(1.0)
     with torch.no_grad():
@@ -346,11 +350,7 @@ def test_codes_of_layers_are_the_same_in_every_run(tiny_model, few, monkeypatch)
 def test_copies_of_a_cluster_count_as_one(tiny_model, monkeypatch):
     """Rounding decides which of the equal centroids is nearest."""
     model = _started(adapt(tiny_model("llama"), **CLUSTERS))
-    examples = [
-        Example(ids, labels, torch.arange(9) < 5)
-        for (batch, *_) in _batches().values()
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
-    ]
+    examples = _examples({task: of_task[:1] for task, of_task in _batches().items()})
     for layer in layers(model):
         centroids_CI = layer.badit_centroids["default"]
         centroids_CI[1::2] = centroids_CI[::2]
@@ -426,12 +426,7 @@ def test_only_layers_with_unreliable_gradients_have_random_codes(tiny_model, cap
 
 def test_examples_of_a_cluster_are_from_all_of_its_tasks(tiny_model):
     model = _started(adapt(tiny_model("llama"), **KEY))
-    examples = [
-        Example(ids, labels, torch.arange(9) < 5)
-        for of_task in _batches(rows=12).values()
-        for batch in of_task
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
-    ]
+    examples = _examples(_batches(rows=12))
 
     def energies(examples):
         gradients = Gradients(model.get_base_model(), "default", layers(model))

@@ -376,21 +376,18 @@ class Gradients:
         sums, number = self._sums([example], flat)
         return self._by_component(sums) if number else None
 
-    def with_clusters(self, examples: Sequence[Example]) -> tuple[list[Tensor] | None, Tensor]:
-        """Returns the gradients of at most one example, and its cluster (L) in each layer.
+    def with_clusters_of(self, example: Example) -> tuple[list[Tensor], Tensor]:
+        """Returns each layer's gradient of one example, and its cluster (L) in each layer.
 
-        The cluster is −1 without a finite gradient, and in a layer that no token reaches, such as
-        an expert of an MoE.
+        Without a finite gradient there are none, and the cluster is −1. It also is in a layer that
+        no token reaches, such as an expert of an MoE.
         """
         cluster_L = torch.full((len(self.layers),), -1)
-        if not examples:
-            return None, cluster_L
-        (example,) = examples
         # The passes that give the gradients also show what the layers read.
         with self.layers[0].routing.collecting_means() as means:
             of_layers = self.of_one(example)
         if of_layers is None:
-            return None, cluster_L
+            return [], cluster_L
         for index, layer in enumerate(self.layers):
             mean_1I = means.get(f"{layer.name}.{self.adapter}")
             if mean_1I and of_layers[index].any():
@@ -510,19 +507,17 @@ def evidence_of_layers(
     rank, ranks = rank_and_size()
     steps = range(0, len(examples), ranks)
     for first in waiting(steps, "Gradients for the codes", "example"):
-        own = examples[first + rank : first + rank + 1]  # none on some ranks in the last step
-        of_example, cluster_L = gradients.with_clusters(own)
-        for of_rank, cluster_of_rank_L in enumerate(gathered(cluster_L).tolist()):
-            for index, found in enumerate(cluster_of_rank_L):
-                if found < 0:
-                    continue
-                cluster = int(first_equal_LC[index, found])
-                # The examples of a cluster belong to the halves in turn.
-                half = int(counts_L2C[index, 0, cluster] > counts_L2C[index, 1, cluster])
-                counts_L2C[index, half, cluster] += 1
-                if of_rank == rank and of_example is not None:
-                    sketches[index].add(half * clusters + cluster, of_example[index].flatten())
-                    sums[index][cluster] += of_example[index]
+        of_example: list[Tensor] = []
+        cluster_L = torch.full((len(layers),), -1)
+        if first + rank < len(examples):  # not on all ranks in the last step
+            of_example, cluster_L = gradients.with_clusters_of(examples[first + rank])
+        places = [
+            [*_counted(counts_L2C, first_equal_LC, cluster_of_rank_L)]
+            for cluster_of_rank_L in gathered(cluster_L).cpu()
+        ]
+        for index, half, cluster in places[rank]:
+            sketches[index].add(half * clusters + cluster, of_example[index].flatten())
+            sums[index][cluster] += of_example[index]
 
     evidence = []
     for index, (sketch, sum_CNP) in enumerate(zip(sketches, sums, strict=True)):
@@ -533,6 +528,24 @@ def evidence_of_layers(
         different = len(first_equal_LC[index].unique())
         evidence.append(_evidence_of_layer(sketch, means_CNP, counts_2C, different))
     return evidence
+
+
+def _counted(
+    counts_L2C: Tensor, first_equal_LC: Tensor, cluster_L: Tensor
+) -> Iterator[tuple[int, int, int]]:
+    """Counts an example in the layers where it has a cluster.
+
+    Yields the number of each of these layers, the half that the example belongs to there, and the
+    first cluster that is equal to its own.
+    """
+    for index, found in enumerate(cluster_L.tolist()):
+        if found < 0:
+            continue
+        cluster = int(first_equal_LC[index, found])
+        # The examples of a cluster belong to the halves in turn.
+        half = int(counts_L2C[index, 0, cluster] > counts_L2C[index, 1, cluster])
+        counts_L2C[index, half, cluster] += 1
+        yield index, half, cluster
 
 
 def _evidence_of_layer(
