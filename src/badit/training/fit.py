@@ -210,7 +210,7 @@ class _Stage:
 
     def _compare_with_earlier(self, model: Any, data: _StageData) -> None:
         """Says how a stage's task relates to those of earlier stages, whose order is fixed."""
-        if self.number > 0 and self.run.adds_tasks(self.number):
+        if self.run.adds_tasks(self.number):
             for line in report(compared(model, self.recipe.extend, data.batches)):
                 if is_main_process():
                     say(f"badit: {line}")

@@ -498,8 +498,9 @@ class BaditModel(ExpertModel):
         All ranks have the same batches.
         """
         (adapter,) = self.active_adapters
+        means = self._means_of_prompts(batches)
         # Of all prompts: a batch whose prompts all belong to frozen experts would have no gradient.
-        numbers = self.nearest_extensions(batches)
+        numbers = self._extensions_of(means)
         config = self.peft_config[adapter]
         if 0 in numbers and config.gates != "clusters" and rank_and_size()[1] > 1:
             # Ranks whose rows all belong to extensions do not take part in the router's moments.
@@ -509,28 +510,33 @@ class BaditModel(ExpertModel):
             )
         self.train_extensions(numbers)
         holder = RoutingContext.of(self.model).extension_holders[adapter]
-        for task, task_batches in batches.items():
-            for means_SE in self._means_of_prompts(task_batches):
-                config = record_merged(holder, adapter, task, means_SE)
-                for layer in self._layers_of(adapter):
-                    layer.badit_config[adapter] = config
-                self.peft_config[adapter] = config
+        for task, means_SE in means.items():
+            config = record_merged(holder, adapter, task, means_SE)
+            for layer in self._layers_of(adapter):
+                layer.badit_config[adapter] = config
+            self.peft_config[adapter] = config
 
     def nearest_extensions(self, batches: TaskBatches) -> set[int]:
         """Returns the extensions (0: the adapter's own experts) of all prompts of batches."""
+        return self._extensions_of(self._means_of_prompts(batches))
+
+    def _extensions_of(self, means: Mapping[str, Tensor]) -> set[int]:
+        """Returns the extensions of prompts with the mean embeddings (S, E) by task."""
         (adapter,) = self.active_adapters
         holder = RoutingContext.of(self.model).extension_holders[adapter]
-        numbers = set()
-        for task_batches in batches.values():
-            for means_SE in self._means_of_prompts(task_batches):
-                numbers |= set(nearest_extensions(holder, adapter, means_SE).tolist())
-        return numbers
+        return set(nearest_extensions(holder, adapter, torch.cat([*means.values()])).tolist())
 
-    def _means_of_prompts(self, task_batches: Any) -> Iterator[Tensor]:
-        """Yields the mean embeddings (S, E) of all prompts of each batch."""
+    def _means_of_prompts(self, batches: TaskBatches) -> dict[str, Tensor]:
+        """Returns the mean embeddings (S, E) of all prompts of each task."""
         embedding = frozen_embedding(self.model)
-        for _, tensors, mask_BT, segments in self._first_prompts(task_batches, sys.maxsize):
-            yield mean_embeddings(embedding, [*examples_in(tensors, mask_BT, segments)])
+        means = {}
+        for task, task_batches in batches.items():
+            of_task = [
+                mean_embeddings(embedding, [*examples_in(tensors, mask_BT, segments)])
+                for _, tensors, mask_BT, segments in self._first_prompts(task_batches, sys.maxsize)
+            ]
+            means[task] = torch.cat(of_task)
+        return means
 
     def changed_tasks(self, numbers: Collection[int]) -> list[str]:
         """Returns the tasks whose answers :meth:`train_extensions` would change."""
