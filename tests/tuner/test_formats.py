@@ -14,6 +14,13 @@ from refusals import refuses
 from tuner.make_format import FOLDER, base_model, computed
 
 LEFT_OUT = object()
+# What is gated, the key and the codes; of others they are the first version's.
+FORMS = {
+    "change": ("change", "layer", "random"),
+    "codes": ("change", "layer", "grouped-random"),
+    "embedding": ("change", "embedding", "grouped"),
+    "extended": ("change", "embedding", "random"),
+}
 FOLDERS = sorted(folder.parent for folder in FOLDER.parent.glob("*/*/adapter_config.json"))
 
 
@@ -41,12 +48,8 @@ def test_adapter_reproduces_its_saved_outputs(monkeypatch, folder):
     expected = load_file(folder / "computed.safetensors")
     torch.testing.assert_close(computed(model), expected, atol=1e-6, rtol=1e-5)
     config = model.peft_config["default"]
-    is_changed = folder.name == "change"
-    assert (config.gated, config.key, config.codes) == (
-        "change" if is_changed else "factors",
-        "layer",
-        "random",
-    )
+    gated, key, codes = FORMS.get(folder.name, ("factors", "layer", "random"))
+    assert (config.gated, config.key, config.codes) == (gated, key, codes)
 
 
 def test_adapter_of_an_earlier_format_is_saved_in_the_current_one(tmp_path):

@@ -36,6 +36,12 @@ def say(line: str, *, red: bool = False) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def say_once(line: str) -> None:
+    """Prints a line that all ranks have; rank 0 prints it."""
+    if is_main_process():
+        say(line)
+
+
 def show(text: str) -> None:
     """Prints a result to stdout.
 

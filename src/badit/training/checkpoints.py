@@ -26,7 +26,7 @@ import torch
 from accelerate.utils import patch_environment
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from badit.support.console import is_main_process, say
+from badit.support.console import is_main_process, say_once
 from badit.support.errors import BaditError, first_line
 from badit.support.files import read_json, replace_folder, write_json
 from badit.tuner.distributed import any_of_all
@@ -50,8 +50,7 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
         damage = _damage(folder)
         if damage is None:
             return folder
-        if is_main_process():
-            say(f"badit: {folder} is damaged ({damage}); trying the previous checkpoint")
+        say_once(f"badit: {folder} is damaged ({damage}); trying the previous checkpoint")
     return None
 
 

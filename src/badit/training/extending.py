@@ -16,7 +16,7 @@ from badit.recipe.schema import ExtendSection
 from badit.runs.fingerprints import base_fingerprints, changed_inputs, tokenizer_fingerprint
 from badit.runs.folder import RunFolder
 from badit.runs.resolved import ResolvedRun
-from badit.support.console import is_main_process, say, status
+from badit.support.console import say_once, status
 from badit.support.errors import BaditError
 from badit.training.loading import load_base
 from badit.training.methods import training_method
@@ -75,9 +75,8 @@ def check_extension(run: ResolvedRun) -> None:
     lines = _compare(run)
     # Models have cycles of references; the training loads its own.
     gc.collect()
-    if is_main_process():
-        for line in lines:
-            say(f"badit: {line}")
+    for line in lines:
+        say_once(f"badit: {line}")
 
 
 def _compare(run: ResolvedRun) -> list[str]:

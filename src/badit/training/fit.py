@@ -32,7 +32,7 @@ from badit.runs.fingerprints import (
     tokenizer_fingerprint,
 )
 from badit.runs.resolved import ResolvedRun
-from badit.support.console import is_main_process, quiet, say, status
+from badit.support.console import is_main_process, quiet, say, say_once, status
 from badit.support.environment import environment, peak_memory
 from badit.support.errors import BaditError
 from badit.support.files import copy_folder, read_json, replace_folder, write_json
@@ -212,8 +212,7 @@ class _Stage:
         """Says how a stage's task relates to those of earlier stages, whose order is fixed."""
         if self.run.adds_tasks(self.number):
             for line in report(compared(model, self.recipe.extend, data.batches)):
-                if is_main_process():
-                    say(f"badit: {line}")
+                say_once(f"badit: {line}")
 
     def _fingerprint_of(self, data: _StageData) -> dict[str, str]:
         name = EXAMPLES

@@ -35,7 +35,7 @@ from badit.method.abilities import (
 from badit.method.grouping import group_components, in_order
 from badit.method.routing import first_equal, prompt_centroids, random_codes
 from badit.method.sketches import SketchedSums
-from badit.support.console import say, waiting
+from badit.support.console import say_once, waiting
 from badit.support.errors import BaditError
 from badit.tuner.answers import answer_logits, has_output_layer
 from badit.tuner.badit_layer import BaditLinear
@@ -175,7 +175,7 @@ def find_abilities(
     distinct_D, number_C = key.first_equal_C.unique(return_inverse=True)
     codes_LDK = gathered(random_LCK)[0][:, distinct_D]
     if config.codes != "random" and is_divided_by_zero3(model):
-        say(
+        say_once(
             f"badit: codes={config.codes!r}: DeepSpeed has divided the weights, so there are no "
             f"gradients before training; {_WITHOUT_GRADIENTS}"
         )
@@ -227,7 +227,7 @@ def find_layer_codes(
 def _compares_clusters(config: BaditConfig) -> bool:
     """Returns whether the codes of an adapter come from gradients; a line says if they cannot."""
     if config.codes != "random" and config.num_clusters == 1:
-        say(
+        say_once(
             f"badit: codes={config.codes!r}: there is one cluster of prompts and no other to "
             f"compare it with; {_WITHOUT_GRADIENTS}"
         )
@@ -253,7 +253,7 @@ class _Key(NamedTuple):
 def _find_key(keys: "Keys", clusters: int, examples: Sequence[Example]) -> _Key:
     """Finds the clusters of the examples' prompts."""
     if keys.embedding.weight.requires_grad:
-        say(
+        say_once(
             "badit: key='embedding': the token embeddings are trained, so prompts may change their "
             "cluster; freeze them, or train a copy of them by modules_to_save"
         )
@@ -607,21 +607,21 @@ def _reliable_layers(config: BaditConfig, evidence: Sequence[Evidence]) -> list[
     is_reliable = [of_layer.reliability >= LEAST_RELIABILITY for of_layer in evidence]
     if not any(is_reliable):
         reliability = fmean([of_layer.reliability for of_layer in evidence] or [0.0])
-        say(
+        say_once(
             f"{of_option}: the gradients of the prompts' clusters are not reliable "
             f"({reliability:.2f}, at least {LEAST_RELIABILITY}); {_WITHOUT_GRADIENTS}"
         )
         return is_reliable
     unreliable = is_reliable.count(False)
     if unreliable:
-        say(
+        say_once(
             f"{of_option}: the gradients of the prompts' clusters are not reliable (below "
             f"{LEAST_RELIABILITY}) in {unreliable} of {len(evidence)} layers; there, "
             f"{_WITHOUT_GRADIENTS}"
         )
     missing = max(of_layer.missing for of_layer in evidence)
     if missing and config.codes != "grouped-random":
-        say(
+        say_once(
             f"{of_option}: up to {missing} of {config.num_clusters} clusters have no gradients, as "
             "without answers, so their codes are random"
         )

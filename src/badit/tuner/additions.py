@@ -34,7 +34,7 @@ from badit.method.extension import (
     top_directions,
 )
 from badit.method.routing import prompt_centroids
-from badit.support.console import say
+from badit.support.console import say_once
 from badit.support.errors import BaditError
 from badit.tuner.abilities import Example, Keys
 from badit.tuner.config import BaditConfig, Extension
@@ -415,7 +415,7 @@ def _find_directions(layers: Sequence[Any], adapter: str, number: int, losses: L
         assert basis_MI is not None
         bases[layer] = basis_MI.to(layer.device, torch.float32)
     if crowded:
-        say(
+        say_once(
             f"badit: {crowded} of {len(layers)} layers have no directions left that no earlier "
             "expert uses; the new expert shares theirs"
         )
