@@ -179,6 +179,23 @@ def random_rows(*lengths, seed=0):
     return [torch.randint(3, 100, (length,), generator=generator).tolist() for length in lengths]
 
 
+def clear_batches(seed=0, rows=24):
+    """Returns two tasks' batches, whose gradients agree: prompts of five tokens and four of answer.
+
+    The tasks' prompts are from different parts of a vocabulary.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batches = {}
+    for task, first in (("first", 4), ("second", 50)):
+        ids = torch.randint(first, first + 8, (rows, 9), generator=generator)
+        ids[:, 5:] = first  # a task has one answer
+        labels = ids.where(torch.arange(9) > 4, -100)
+        batches[task] = [
+            {"input_ids": ids[i : i + 4], "labels": labels[i : i + 4]} for i in range(0, rows, 4)
+        ]
+    return batches
+
+
 def enable_checkpointing(model, reentrant):
     """Enables gradient checkpointing, whose method transformers renames within version 5."""
     inner = model.get_base_model()

@@ -22,23 +22,18 @@ from badit.tuner.abilities import (
 )
 from badit.tuner.badit_layer import BaditLinear
 from refusals import refuses
-from tuner.helpers import CLUSTERS, adapt, config, generate, layers, randomise, teacher_forced
+from tuner.helpers import (
+    CLUSTERS,
+    adapt,
+    clear_batches,
+    config,
+    generate,
+    layers,
+    randomise,
+    teacher_forced,
+)
 
 KEY = {**CLUSTERS, "key": "embedding"}
-
-
-def _batches(seed=0, rows=24):
-    """Returns two tasks' batches: prompts of five tokens from different parts of a vocabulary."""
-    generator = torch.Generator().manual_seed(seed)
-    batches = {}
-    for task, first in (("first", 4), ("second", 50)):
-        ids = torch.randint(first, first + 8, (rows, 9), generator=generator)
-        ids[:, 5:] = first  # every task has its own answer, so its gradients are reliable
-        labels = ids.where(torch.arange(9) > 4, -100)
-        batches[task] = [
-            {"input_ids": ids[i : i + 4], "labels": labels[i : i + 4]} for i in range(0, rows, 4)
-        ]
-    return batches
 
 
 def _examples(batches):
@@ -51,7 +46,7 @@ def _examples(batches):
 
 
 def _started(model, **batches):
-    hooks_of(model).start_task(batches or _batches())
+    hooks_of(model).start_task(batches or clear_batches())
     return model
 
 
@@ -100,7 +95,9 @@ def test_a_prompt_has_one_cluster_in_all_layers_also_in_generation(tiny_model):
     assert all("default" not in layer.badit_key for layer in others)
     assert not any(layer.badit_centroids or layer.badit_moments for layer in layers(model))
     randomise_factors(model)
-    ids = torch.cat([batch["input_ids"] for batches in _batches(3).values() for batch in batches])
+    ids = torch.cat(
+        [batch["input_ids"] for batches in clear_batches(3).values() for batch in batches]
+    )
     mask = torch.ones_like(ids)
     mask[::2, :2] = 0  # left padding
     prompts = ids[:, :5]
@@ -136,7 +133,7 @@ def test_prompts_of_different_vocabulary_have_different_clusters(tiny_model):
     model = _started(adapt(tiny_model("llama"), **{**KEY, "num_clusters": 2}))
     holder = layers(model)[0]
     clusters = []
-    for batches in _batches(7).values():
+    for batches in clear_batches(7).values():
         ids = torch.cat([batch["input_ids"] for batch in batches])[:, :5]
         clusters.append(_clusters_of(model, holder, ids, torch.ones_like(ids)))
     first, second = clusters
@@ -147,9 +144,9 @@ def test_prompts_of_different_vocabulary_have_different_clusters(tiny_model):
 def test_packed_rows_have_the_gates_of_separate_rows(tiny_model):
     model = _started(adapt(tiny_model("llama"), **KEY))
     randomise_factors(model)
-    batch = _batches()["first"][0]
+    batch = clear_batches()["first"][0]
     ids, labels = batch["input_ids"], batch["labels"]
-    other = _batches()["second"][0]
+    other = clear_batches()["second"][0]
     ids = torch.cat([ids, other["input_ids"]])
     labels = torch.cat([labels, other["labels"]])
     with torch.no_grad():
@@ -176,9 +173,11 @@ def test_packed_rows_and_checkpointing_give_the_codes_of_separate_rows(tiny_mode
         rows = {name: tensor.view(1, -1) for name, tensor in batch.items()}
         return {**rows, "position_ids": torch.arange(9).repeat(len(batch["input_ids"]))[None]}
 
-    separate = started(_batches())
-    others = {task: [packed(batch) for batch in of_task] for task, of_task in _batches().items()}
-    for model in (started(others), started(_batches(), checkpointing=True)):
+    separate = started(clear_batches())
+    others = {
+        task: [packed(batch) for batch in of_task] for task, of_task in clear_batches().items()
+    }
+    for model in (started(others), started(clear_batches(), checkpointing=True)):
         torch.testing.assert_close(_codes(model), _codes(separate), rtol=1e-3, atol=1e-4)
         for layer, expected in zip(layers(model), layers(separate), strict=True):
             assert torch.equal(layer.expert_of("default"), expected.expert_of("default"))
@@ -201,7 +200,7 @@ def test_codes_follow_the_agreement_of_gradients(tiny_model):
     matched = _started(adapt(tiny_model("llama"), **KEY, codes="matched"))
     holder = layers(matched)[0]
     task_of = {}
-    for task, batches in _batches().items():
+    for task, batches in clear_batches().items():
         ids = torch.cat([batch["input_ids"] for batch in batches])[:, :5]
         for cluster in _clusters_of(matched, holder, ids, torch.ones_like(ids)).tolist():
             task_of.setdefault(cluster, []).append(task)
@@ -261,10 +260,10 @@ def test_the_placebo_has_the_codes_in_another_order(tiny_model):
 def test_gradients_are_those_of_single_examples(tiny_model):
     """Compares the energy of a cluster's components with autograd on its examples."""
     model = adapt(tiny_model("llama"), init_weights="bad", gated="change", **KEY)
-    hooks_of(model).start_task(_batches())
+    hooks_of(model).start_task(clear_batches())
     for layer in layers(model):
         layer.badit_codes["default"].fill_(1.0)
-    rows = _batches()["first"][0]
+    rows = clear_batches()["first"][0]
     examples = [
         Example(ids, labels, torch.arange(9) < 5)
         for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)
@@ -299,7 +298,7 @@ def test_layers_with_their_own_clusters_get_codes_from_gradients(tiny_model):
     for layer, other in zip(layers(model), layers(random), strict=True):
         assert torch.equal(layer.badit_centroids["default"], other.badit_centroids["default"])
 
-    examples = _examples(_batches(1))
+    examples = _examples(clear_batches(1))
     for layer in layers(model):
         layer.badit_codes["default"].fill_(1.0)
     with torch.no_grad():
@@ -332,7 +331,7 @@ def test_layers_with_their_own_clusters_get_codes_from_gradients(tiny_model):
 @pytest.mark.parametrize("few", [False, True])
 def test_codes_of_layers_are_the_same_in_every_run(tiny_model, few, monkeypatch):
     monkeypatch.setattr(abilities, "LEAST_RELIABILITY", -1.0)
-    batches = {task: of_task[: 1 if few else None] for task, of_task in _batches().items()}
+    batches = {task: of_task[: 1 if few else None] for task, of_task in clear_batches().items()}
     if few:  # one prompt for each task, so most clusters are equal
         for (batch,) in batches.values():
             batch["input_ids"][:, :5] = batch["input_ids"][0, :5]
@@ -350,7 +349,7 @@ def test_codes_of_layers_are_the_same_in_every_run(tiny_model, few, monkeypatch)
 def test_copies_of_a_cluster_count_as_one(tiny_model, monkeypatch):
     """Rounding decides which of the equal centroids is nearest."""
     model = _started(adapt(tiny_model("llama"), **CLUSTERS))
-    examples = _examples({task: of_task[:1] for task, of_task in _batches().items()})
+    examples = _examples({task: of_task[:1] for task, of_task in clear_batches().items()})
     for layer in layers(model):
         centroids_CI = layer.badit_centroids["default"]
         centroids_CI[1::2] = centroids_CI[::2]
@@ -378,7 +377,7 @@ def test_training_is_refused_after_an_error_in_the_gradients(tiny_model, monkeyp
         patch.setattr(Gradients, "_loss", fail)
         with pytest.raises(torch.OutOfMemoryError):
             _started(model)
-    batch = _batches()["first"][0]
+    batch = clear_batches()["first"][0]
     refuses("have no clusters yet", model.train(), **batch)
     model.eval()
     _started(model)
@@ -426,7 +425,7 @@ def test_only_layers_with_unreliable_gradients_have_random_codes(tiny_model, cap
 
 def test_examples_of_a_cluster_are_from_all_of_its_tasks(tiny_model):
     model = _started(adapt(tiny_model("llama"), **KEY))
-    examples = _examples(_batches(rows=12))
+    examples = _examples(clear_batches(rows=12))
 
     def energies(examples):
         gradients = Gradients(model.get_base_model(), "default", layers(model))
@@ -443,7 +442,7 @@ def test_unreliable_gradients_and_tasks_without_answers_give_random_codes(tiny_m
     random = _codes(_started(adapt(tiny_model("llama"), **KEY)))
     without_answers = {
         task: [{"input_ids": batch["input_ids"]} for batch in batches]
-        for task, batches in _batches().items()
+        for task, batches in clear_batches().items()
     }
     torch.manual_seed(0)
     model = _started(adapt(tiny_model("llama"), **KEY, codes="matched"), **without_answers)
@@ -474,7 +473,7 @@ def test_trained_and_saved_embeddings_do_not_move_the_clusters(tiny_model, tmp_p
     ids = torch.randint(4, 90, (16, 7))
     before = _clusters(model.eval(), ids)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=10.0)
-    batch = _batches()["first"][0]
+    batch = clear_batches()["first"][0]
     for _ in range(5):
         model.train()(**batch).loss.backward()
         optimizer.step()
@@ -564,7 +563,7 @@ def test_quantised_embeddings_are_read_as_the_model_uses_them(tiny_model):
 @pytest.mark.parametrize("codes", ["random", "matched", "grouped"])
 def test_equal_clusters_of_few_prompts_have_equal_codes(tiny_model, codes, monkeypatch):
     monkeypatch.setattr(abilities, "LEAST_RELIABILITY", -1.0)
-    batches = {task: of_task[:1] for task, of_task in _batches().items()}
+    batches = {task: of_task[:1] for task, of_task in clear_batches().items()}
     for (batch,) in batches.values():
         batch["input_ids"][:, :5] = batch["input_ids"][0, :5]  # one prompt for each task
     options = {**KEY, "num_clusters": 6, "codes": codes}
@@ -594,12 +593,12 @@ def test_prompts_with_equal_mean_embeddings_are_refused(tiny_model):
 
 
 def test_clusters_without_answers_keep_random_codes_and_say_so(tiny_model, capsys):
-    batches = _batches()
+    batches = clear_batches()
     for batch in batches["second"]:
         batch["labels"][:] = -100
     for codes in ("matched", "grouped"):
         torch.manual_seed(0)
-        random = _codes(_started(adapt(tiny_model("llama"), **KEY), **_batches()))
+        random = _codes(_started(adapt(tiny_model("llama"), **KEY), **clear_batches()))
         torch.manual_seed(0)
         model = _started(adapt(tiny_model("llama"), **KEY, codes=codes), **batches)
         is_random_LC = (_codes(model) == random).all(dim=-1)
@@ -628,7 +627,7 @@ def test_an_example_with_non_finite_gradients_does_not_count(tiny_model):
     model = _started(adapt(tiny_model("llama"), init_weights="bad", gated="change", **KEY))
     with torch.no_grad():
         model.get_input_embeddings().weight[99] = float("nan")
-    batch = _batches()["first"][0]
+    batch = clear_batches()["first"][0]
 
     def energy(*last_ids):
         gradients = Gradients(model.get_base_model(), "default", layers(model))
@@ -651,7 +650,7 @@ def test_embeddings_that_are_not_finite_are_refused(tiny_model):
     with torch.no_grad():
         base.model.embed_tokens.weight[3] = float("nan")
     model = adapt(base, **KEY)
-    refuses("key='embedding': .*NaN or infinite", hooks_of(model).start_task, _batches())
+    refuses("key='embedding': .*NaN or infinite", hooks_of(model).start_task, clear_batches())
     refuses("have no clusters yet", model.train(), input_ids=torch.ones(1, 3, dtype=torch.long))
 
 
@@ -679,7 +678,7 @@ def test_models_without_a_table_of_embeddings_are_refused(tiny_model, monkeypatc
 def test_classifiers_get_random_codes(tiny_model, capsys):
     config = tiny_model("llama").config
     ids = torch.stack(
-        [batch["input_ids"][0] for of_task in _batches().values() for batch in of_task]
+        [batch["input_ids"][0] for of_task in clear_batches().values() for batch in of_task]
     )
     for kind, labels in (
         (LlamaForSequenceClassification, torch.arange(len(ids)) % 2),
@@ -713,7 +712,7 @@ def test_weights_divided_by_zero3_give_the_key_and_random_codes(tiny_model, caps
     assert "DeepSpeed has divided the weights" in said
     by_layer = adapt(tiny_model("llama"), **CLUSTERS)
     next(by_layer.parameters()).ds_id = 0
-    refuses("start_task: DeepSpeed has divided", hooks_of(by_layer).start_task, _batches())
+    refuses("start_task: DeepSpeed has divided", hooks_of(by_layer).start_task, clear_batches())
 
 
 def test_examples_of_one_batch_have_similar_lengths():

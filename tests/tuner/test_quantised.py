@@ -20,7 +20,7 @@ from refusals import refuses
 from steps import evaluate
 from training.trainers import train_and_score
 from tuner.extending import KEY, add, assert_same, results, trained
-from tuner.helpers import CHANGE, adapt, layers, take_steps
+from tuner.helpers import CHANGE, CLUSTERS, adapt, clear_batches, layers, take_steps
 
 # torchao needs a newer torch than the lowest version that badit supports.
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
@@ -106,6 +106,23 @@ def test_training_lowers_the_loss_keeps_the_base_and_round_trips(load, tmp_path,
     with torch.no_grad():
         assert_close(again(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
     assert_close(stored(model.unload()), before, **BIT_IDENTICAL)
+
+
+@pytest.mark.parametrize("key", ["layer", "embedding"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_found_by_the_gradients_of_quantised_models(load, capsys, kind, key):
+    base = load(kind)
+    before = stored(base)
+    model = adapt(
+        base, num_experts=4, **{**CLUSTERS, "gated": "change", "codes": "grouped"}, key=key
+    )
+    first = layers(model)[0]
+    random_CK, in_order_N = first.badit_codes["default"].clone(), first.expert_of("default").clone()
+    hooks_of(model).start_task(clear_batches())
+    assert "random" not in capsys.readouterr().err
+    assert not torch.equal(first.badit_codes["default"], random_CK)
+    assert any(not torch.equal(layer.expert_of("default"), in_order_N) for layer in layers(model))
+    assert_close(stored(model), before, **BIT_IDENTICAL)
 
 
 def test_base_weights_repacked_for_the_cpu_are_refused(load):

@@ -25,11 +25,13 @@ from refusals import refuses
 from tuner import helpers
 from tuner.helpers import (
     CHANGE,
+    CLUSTERS,
     FAMILIES,
     IDS,
     MASK,
     adapt,
     adapted,
+    clear_batches,
     greedy_by_hand,
     layers,
     logits,
@@ -217,6 +219,26 @@ def test_fused_experts_forward_generate_save_and_unload(tiny_model, tmp_path, fa
     assert torch.equal(logits(plain), before)
     assert set(plain.state_dict()) == names
     assert "forward" not in vars(plain.model.layers[0].mlp.experts)
+
+
+@pytest.mark.parametrize("key", ["layer", "embedding"])
+@pytest.mark.parametrize("family", MOE)
+def test_codes_are_found_by_the_gradients_of_fused_experts(tiny_model, capsys, family, key):
+    """An expert that few prompts reach has random codes, as :func:`_counted` counts them."""
+    options = {**CLUSTERS, "gated": "change", "codes": "grouped", "key": key}
+    model = adapt(tiny_model(family), target_parameters=FUSED, **options)
+    before = logits(model)
+    first = {layer: layer.expert_of("default").clone() for layer in layers(model)}
+    hooks_of(model).start_task(clear_batches())
+    said = capsys.readouterr().err
+    assert "at least 0.1" not in said, said  # the line of no reliable layer
+    moved = [
+        layer
+        for layer, in_order_N in first.items()
+        if (layer.expert_of("default") != in_order_N).any()
+    ]
+    assert len(moved) > len(first) / 2
+    torch.testing.assert_close(logits(model), before, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MOE])
