@@ -463,22 +463,62 @@ def test_two_processes_extend_as_one_or_are_refused(recipe_values, tmp_path, pro
     launches = Launches(recipe_values, tmp_path, processes)
     launches.train_alone("run", batch=4)
     data = write_task(tmp_path / "animals.jsonl", "animals")
-    launches.settings = lambda name, batch: [
-        str(tmp_path / "run"),
-        str(data),
-        f"output={tmp_path / name}",
-        *OVERRIDES,
-        f"training.per_device_train_batch_size={batch}",
-        "training.eval_strategy='no'",
-        "training.eval_steps=null",
-    ]  # 12 instances: no step has fewer than the others
-    launches.command = "extend"
+    _extends(launches, tmp_path / "run", data, *OVERRIDES)
     if engine == "fsdp2":
         said = launches.train("refused", 2, engine, code=2)
         assert "extend: adding a task needs unsharded weights" in said
         return
     launches.train_alone("one", batch=4)
     launches.train("two", 2, engine)
-    two, one = learned(launches.run("two")), learned(launches.run("one"))
-    torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
-    assert losses(launches.run("two")) == pytest.approx(losses(launches.run("one")), abs=1e-4)
+    _assert_alike(launches, "two", "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gates", ["clusters", "mean_one"])
+def test_two_processes_merge_as_one_or_are_refused(recipe_values, tmp_path, processes, gates):
+    """The experts of added tasks are trained further, but with a router not those of the run."""
+    recipe_values["method"] |= {"gates": gates}
+    launches = Launches(recipe_values, tmp_path, processes)
+    launches.train_alone("run", batch=4)
+    data = write_task(tmp_path / "animals.jsonl", "animals")
+    _extends(launches, tmp_path / "run", data, *OVERRIDES)
+    launches.train_alone("first", batch=4)
+    again = tmp_path / "again.jsonl"
+    again.write_text(data.read_text().replace('"task": "animals"', '"task": "beasts"'))
+    _extends(launches, tmp_path / "first", again, "merge=true")
+    launches.train_alone("one", batch=4)
+    launches.train("two", 2, "ddp")
+    _assert_alike(launches, "two", "one")
+
+    rows = (tmp_path / "tasks.jsonl").read_text().splitlines(keepends=True)
+    cities = "".join(row for row in rows if '"task": "cities"' in row)
+    again.write_text(cities.replace('"task": "cities"', '"task": "towns"'))
+    columns = "data.columns.instruction=instruction"
+    _extends(launches, tmp_path / "first", again, "merge=true", columns)
+    if gates == "mean_one":
+        said = launches.train("refused", 2, "ddp", code=2)
+        assert "tasks of the joint training are trained in one process only" in said
+        return
+    launches.train_alone("joint", batch=4)
+    launches.train("joint of two", 2, "ddp")
+    _assert_alike(launches, "joint of two", "joint")
+
+
+def _extends(launches, run, data, *overrides):
+    """Makes the launches extend a run by tasks of 12 instances, so that all steps are full."""
+    launches.command = "extend"
+    launches.settings = lambda name, batch: [
+        str(run),
+        str(data),
+        f"output={run.parent / name}",
+        *overrides,
+        f"training.per_device_train_batch_size={batch}",
+        "training.eval_strategy='no'",
+        "training.eval_steps=null",
+    ]
+
+
+def _assert_alike(launches, two, one):
+    two, one = launches.run(two), launches.run(one)
+    torch.testing.assert_close(learned(two), learned(one), rtol=0, atol=1e-4)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)

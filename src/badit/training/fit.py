@@ -209,8 +209,11 @@ class _Stage:
         unset_hf_deepspeed_config()
 
     def _compare_with_earlier(self, model: Any, data: _StageData) -> None:
-        """Says how a stage's task relates to those of earlier stages, whose order is fixed."""
-        if self.run.adds_tasks(self.number):
+        """Says how a stage's task relates to those of earlier stages, whose order is fixed.
+
+        :func:`check_extension` has compared all tasks with an earlier run.
+        """
+        if self.number > 0 and self.run.adds_tasks(self.number):
             for line in report(compared(model, self.recipe.extend, data.batches)):
                 say_once(f"badit: {line}")
 
