@@ -339,6 +339,12 @@ def test_a_recipe_is_checked_like_the_command(finished, folder, tmp_path, monkey
     recipe = extended_recipe(first, folder / "animals.jsonl", tmp_path / "x", OVERRIDES, {})
     refuses("task animals: .* has a task of this name", badit.train, recipe, progress=False)
     assert not (tmp_path / "x").exists()
+    # As of a comparison's cell.
+    cell = resolve(
+        build_recipe({**recipe.model_dump(exclude_unset=True), "output": str(tmp_path / "cell")})
+    )
+    cell.prepare_folder()
+    refuses("task animals: .* has a task of this name", training.fit, cell)
     models = []
 
     def load(*arguments, **options):

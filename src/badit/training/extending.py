@@ -70,7 +70,8 @@ def check_extension(run: ResolvedRun) -> None:
     """
     if lacks_earlier_scores(run):
         earlier_tasks(run)  # not only after the training
-    if run.has_begun():
+    # A comparison has written the recipe of each cell before it starts.
+    if run.has_begun() and run.folder.environment_path.is_file():
         return
     lines = _compare(run)
     # Models have cycles of references; the training loads its own.
