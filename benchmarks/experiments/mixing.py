@@ -64,6 +64,7 @@ def losses_of_seed(seed: int) -> dict[str, dict[str, list[float]]]:
     overrides = [f"data.seed={seed}", f"data.validation_per_task={HELD_OUT}"]
     tasks = badit.plan(badit.load_recipe(RECIPE, overrides)).tasks
     file = RUNS / f"tasks-{seed}.jsonl"
+    RUNS.mkdir(parents=True, exist_ok=True)
     rows = rows_without_instructions(tasks)
     write_text(file, "".join(f"{json.dumps(row)}\n" for row in rows))
     model, tokenizer = trained(file, seed).load()

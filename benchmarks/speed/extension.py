@@ -3,8 +3,9 @@
     python benchmarks/speed/extension.py
 
 SmolLM2-135M, 4 rows of 320 tokens. The run has 8 experts of rank 4. An added task has an expert of
-rank 5 and uses 4 earlier experts, or none. LoRA has the total rank that the task's rows use. Also
-the seconds of ``start_task``, before the training, by the number of earlier tasks.
+rank 32, the default, or one of rank 5 and gates on 4 of the run's experts. LoRA has the total rank
+that the task's rows use. Also the seconds of ``start_task``, before the training, by the number of
+earlier tasks.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ from badit.presets import with_preset
 from badit.tuner import hooks_of
 
 EXPERTS, RANK = 8, 4
-OWN_RANK, REUSED = 5, 4
+CASES = ((32, 0), (5, 4))  # the rank of an added expert, and the earlier experts that it uses
 EARLIER = (0, 31, 63)
 ROWS, TOKENS = 4, 320
 START_ROWS = 32  # of start_task, as many as it reads
 
 
-def extended(dtype: str, earlier: int, reused: int) -> tuple[nn.Module, float]:
+def extended(dtype: str, earlier: int, own_rank: int, reused: int) -> tuple[nn.Module, float]:
     """Returns a model in the training of a task after ``earlier`` others, and start_task's time."""
-    options = with_preset({"name": "cluster-gates", "num_experts": EXPERTS, "r": RANK})
-    config = BaditConfig(**options, target_modules=TARGETS, task_type="CAUSAL_LM")
+    values = {"name": "cluster-gates", "num_experts": EXPERTS, "r": RANK, "lora_dropout": 0.0}
+    config = BaditConfig(**with_preset(values), target_modules=TARGETS, task_type="CAUSAL_LM")
     model: Any = get_peft_model(base(dtype), config)
     hooks: Any = hooks_of(model)
     hooks.start_task({"first": [batch(4, 32)]})
     for number in range(earlier):
         # A rank of its own and gates on earlier experts, as those of the last task.
-        hooks.add_tasks([f"task {number}"], rank=OWN_RANK, reused=reused, start=1.0)
+        hooks.add_tasks([f"task {number}"], rank=own_rank, reused=reused, start=1.0)
         hooks.start_task({f"task {number}": [batch(2, 32)]})
-    hooks.add_tasks(["last"], rank=OWN_RANK, reused=reused)
+    hooks.add_tasks(["last"], rank=own_rank, reused=reused)
     started = time.perf_counter()
     hooks.start_task({"last": [batch(ROWS, TOKENS)] * (START_ROWS // ROWS)})
     return model.train(), time.perf_counter() - started
@@ -56,15 +57,15 @@ def main() -> None:
     dtype = fast_dtypes()[0]
     inputs = batch(ROWS, TOKENS)
     result: dict[str, Any] = {"dtype": dtype, "rows": ROWS, "tokens": TOKENS}
-    for reused in (0, REUSED):
-        rank = OWN_RANK + reused * RANK
+    for own_rank, reused in CASES:
+        rank = own_rank + reused * RANK
         steps = {"lora": training_step(lora(dtype, rank), inputs)}
         starts = {}
         for earlier in EARLIER:
-            model, starts[earlier] = extended(dtype, earlier, reused)
+            model, starts[earlier] = extended(dtype, earlier, own_rank, reused)
             steps[f"{earlier} earlier tasks"] = training_step(model, inputs)
         samples = in_turns(steps, rounds=rounds)
-        result[f"{reused} earlier experts used"] = {
+        result[f"rank {own_rank}, {reused} earlier experts used"] = {
             "rank": rank,
             "seconds": samples,
             "ratio to LoRA": {
