@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from extend import RECIPE, values_of
@@ -109,8 +110,6 @@ class Mixture:
         self.keys = Keys(model.get_base_model())
         self.holder = RoutingContext.of(hooks.model).extension_holders[self.adapter]
         self.current: Weights = {}
-        badit_layer.parts_of = lambda routing, adapter: Parts([Part(-1)], None, ())
-        badit_layer.extended_change = self.change
 
     def number_of(self, task: str) -> int:
         """Returns the number of the extension of a task; 0: the run's first task."""
@@ -141,7 +140,12 @@ class Mixture:
     def loss(self, weights: Weights, batch: Mapping[str, Any]) -> float:
         """Returns the NLL per answer token of a batch of one instance."""
         self.current = weights
-        sums, counts = prompt_losses(self.model, [batch])
+        whole = Parts([Part(-1)], None, ())
+        with (
+            patch.object(badit_layer, "parts_of", lambda routing, adapter: whole),
+            patch.object(badit_layer, "extended_change", self.change),
+        ):
+            sums, counts = prompt_losses(self.model, [batch])
         return float(sums[0] / counts[0])
 
     def change(self, layer: Any, adapter: str, x: Tensor, parts: Parts) -> Tensor:
