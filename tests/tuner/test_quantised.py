@@ -20,7 +20,7 @@ from refusals import refuses
 from steps import evaluate
 from training.trainers import train_and_score
 from tuner.extending import KEY, add, assert_same, results, trained
-from tuner.helpers import CHANGE, CLUSTERS, adapt, clear_batches, layers, take_steps
+from tuner.helpers import CHANGE, adapt, clear_batches, layers, take_steps
 
 # torchao needs a newer torch than the lowest version that badit supports.
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
@@ -113,9 +113,7 @@ def test_training_lowers_the_loss_keeps_the_base_and_round_trips(load, tmp_path,
 def test_codes_are_found_by_the_gradients_of_quantised_models(load, capsys, kind, key):
     base = load(kind)
     before = stored(base)
-    model = adapt(
-        base, num_experts=4, **{**CLUSTERS, "gated": "change", "codes": "grouped"}, key=key
-    )
+    model = adapt(base, **{**CHANGE, "num_experts": 4, "key": key})
     first = layers(model)[0]
     random_CK, in_order_N = first.badit_codes["default"].clone(), first.expert_of("default").clone()
     hooks_of(model).start_task(clear_batches())
