@@ -408,6 +408,19 @@ def confused_share(keys, own, other):
     return 0.5 * math.erfc(-(mean @ difference) / deviation / math.sqrt(2))
 
 
+def mixing_shares(cosines, temperature):
+    """Returns, for each prompt, the shares of all tasks: those of the two nearest, or of one."""
+    shares = []
+    for of_prompt in float64(cosines):
+        first, second = sorted(range(len(of_prompt)), key=lambda task: -of_prompt[task])[:2]
+        ratio = math.exp((of_prompt[second] - of_prompt[first]) / temperature)
+        share = ratio / (1 + ratio)
+        row = [0.0] * len(of_prompt)
+        row[first], row[second] = (1.0, 0.0) if share < 1e-3 else (1 - share, share)
+        shares.append(row)
+    return shares
+
+
 def likeness(keys, by_cluster, centroids):
     """Returns the share of keys below three standard deviations of their cluster's cosines.
 

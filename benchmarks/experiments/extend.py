@@ -29,9 +29,9 @@ from badit.support.files import read_json
 from badit.training.encoding import encoded
 from badit.training.loading import load_run
 from badit.tuner import hooks_of
-from badit.tuner.abilities import frozen_embedding
 from badit.tuner.context import RoutingContext
 from badit.tuner.extension import nearest_extensions
+from badit.tuner.keys import frozen_embedding
 
 RECIPE = RECIPES / "evidence-sequence-cpu.yaml"
 SCREENING = BENCHMARKS / "results" / "extend-screening"

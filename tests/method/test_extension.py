@@ -17,6 +17,7 @@ from badit.method.extension import (
     is_covered,
     key_spread,
     likeness,
+    mixing_shares,
     sketch_rows,
     top_directions,
 )
@@ -166,3 +167,23 @@ def test_a_task_is_covered_if_a_share_of_its_prompts_is(close, is_enough):
     assert is_covered(cosines, 0.93, 0.8) == is_enough
     assert not is_covered(cosines, 0.95, 0.8)  # not above the threshold
     assert not is_covered(cosines[:0], 0.0, 0.8)
+
+
+@given(_SEED, st.integers(2, 6), st.sampled_from([0.001, 0.01, 0.1, 2.0]))
+def test_mixing_shares_equal_the_reference(seed, tasks, temperature):
+    cosines = 0.3 * _randn(seed, 5, tasks)
+    index, share = mixing_shares(cosines, temperature)
+    found = torch.zeros(5, tasks).scatter(1, index, share)
+    expected = torch.tensor(reference.mixing_shares(cosines, temperature), dtype=torch.float32)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert torch.equal(index[:, 0], cosines.argmax(dim=1))
+
+
+def test_mixing_of_equally_near_tasks_and_with_extreme_temperatures():
+    index, share = mixing_shares(torch.tensor([[0.5, 0.5, 0.2]]), 1e-300)
+    assert index.tolist() == [[0, 1]]
+    assert share.tolist() == [[0.5, 0.5]]
+    _, share = mixing_shares(torch.tensor([[0.5, 0.4]]), 1e-300)
+    assert share.tolist() == [[1.0, 0.0]]
+    _, share = mixing_shares(torch.tensor([[0.5, 0.4]]), 1e300)
+    assert share.tolist() == [[0.5, 0.5]]

@@ -149,6 +149,18 @@ def test_earlier_tasks_of_a_finished_run_are_scored_when_their_data_is_given(
     refuses(str(missing), scored, missing)
 
 
+def test_an_extended_run_can_mix_the_two_nearest_tasks(finished, folder, tmp_path):
+    run, first, _ = finished
+    mixing = {**EXTEND, "mixing": 10.0}
+    output = tmp_path / "mixed"
+    mixed = run.extend(folder / "animals.jsonl", output=output, progress=False, extend=mixing)
+    assert_same(learned(mixed), learned(first))  # training passes do not mix
+    assert read_json(mixed.adapter_path / "adapter_config.json")["mixing"] == 10.0
+    for file in ("tasks.jsonl", "animals.jsonl"):
+        found = logits_and_scores(mixed, folder / file)[0]
+        assert not torch.equal(found, logits_and_scores(first, folder / file)[0])
+
+
 def test_a_task_of_an_earlier_run_is_refused_with_that_run(finished, tmp_path):
     _, first, second = finished
     export = tmp_path / "export"

@@ -13,14 +13,10 @@ from transformers import LlamaForSequenceClassification, LlamaForTokenClassifica
 
 from badit.method.abilities import code_overlap
 from badit.tuner import abilities, hooks_of
-from badit.tuner.abilities import (
-    Example,
-    Gradients,
-    evidence_of_key,
-    evidence_of_layers,
-    frozen_embedding,
-)
+from badit.tuner.abilities import Gradients, evidence_of_key, evidence_of_layers
 from badit.tuner.badit_layer import BaditLinear
+from badit.tuner.examples import Example
+from badit.tuner.keys import frozen_embedding
 from refusals import refuses
 from tuner.helpers import (
     CLUSTERS,

@@ -1,11 +1,13 @@
 """Tasks that are added to a trained adapter: earlier results, training, files, refusals."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import PeftModel
 
-from badit.tuner import hooks_of
-from badit.tuner.extension import ability_factors, ability_gram, parts_of
+from badit.tuner import badit_layer, hooks_of
+from badit.tuner.extension import Parts, ability_factors, ability_gram, parts_of
 from refusals import refuses
 from tuner.extending import KEY, add, assert_same, batches_of, results, trained
 from tuner.helpers import CLUSTERS, adapt, enable_checkpointing, generate, layers
@@ -292,3 +294,97 @@ def test_fixed_gates_equal_the_pass_of_a_prompt(tiny_model):
         gates[extensions.of("used", 1)] = extensions.of("gates", 1)
         a, b = layer.frozen_factors("default", gates)
         torch.testing.assert_close(layer.base_layer(x) + x @ a.T @ b.T, y, atol=1e-4, rtol=1e-4)
+
+
+MIXED = 10.0  # a temperature with which the shares of two tasks are close to equal
+
+
+def mixed(model, temperature, task="fourth"):
+    """Returns a model with two added tasks whose experts are mixed."""
+    add(model, "third")
+    add(model, task, mixing=temperature)
+    return model
+
+
+def shares_of(model, batch):
+    """Returns the parts of a pass by row: the extensions of a prompt and their shares."""
+    routing = layers(model)[0].routing
+    seen = []
+    hook = layers(model)[0].register_forward_hook(
+        lambda *_: seen.append(parts_of(routing, "default"))
+    )
+    with torch.no_grad():
+        model(**batch)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bad with clusters"])
+def test_mixing_gives_the_weighted_sum_of_two_tasks_changes(tiny_model, monkeypatch, kind):
+    model = mixed(trained(tiny_model("llama"), **KINDS[kind]), MIXED)
+    batch = {"input_ids": batches_of("first")["first"][0]["input_ids"], "use_cache": False}
+    (part, *_) = shares_of(model, batch).parts
+    row = int(part.rows_R[0])
+    layer = layers(model)[0]  # its input does not depend on an adapter
+    outputs = []
+    layer.register_forward_hook(lambda _, args, output: outputs.append(output[row]))
+    with torch.no_grad():
+        model(**batch)
+        for number in part.numbers:
+            whole = Parts((), whole=number)
+            monkeypatch.setattr(badit_layer, "parts_of", lambda *_, whole=whole: whole)
+            model(**batch)
+    found, first, second = outputs
+    share, other = part.share_RX[0].tolist()
+    assert 0.1 < share < 0.9
+    torch.testing.assert_close(found, share * first + other * second, atol=1e-5, rtol=1e-4)
+
+
+def test_clear_prompts_keep_their_bits_with_mixing(tiny_model):
+    model = trained(tiny_model("llama"), **KEY)
+    add(model, "third")
+    expected = results(model, "first", "second", "third")
+    add(model, "fourth", mixing=1e-4)
+    assert_same(results(model, *expected), expected)
+
+
+@pytest.mark.parametrize("kind", ["key", "router"])
+def test_mixed_prompts_have_the_same_results_in_batches_caches_and_packed_rows(tiny_model, kind):
+    model = mixed(trained(tiny_model("llama"), **KINDS[kind]), MIXED)
+    parts = [batches_of(task)[task][0]["input_ids"][:2] for task in ("first", "third", "fourth")]
+    ids = torch.cat(parts)
+    labels = ids.where(torch.arange(9) > 4, -100)
+    found = {len(part.numbers) for part in shares_of(model, {"input_ids": ids}).parts}
+    assert found == {2}
+    tokens = generate(model, ids[:, :5], torch.ones_like(ids[:, :5]), new_tokens=3)
+    with torch.no_grad():
+        logits = model(input_ids=ids, labels=labels, use_cache=False).logits
+        positions = torch.arange(9).repeat(len(ids))[None]
+        rows = {"input_ids": ids.view(1, -1), "labels": labels.view(1, -1)}
+        packed = model(**rows, position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(packed.view_as(logits), logits, atol=1e-4, rtol=1e-4)
+        for row in range(len(ids)):
+            one = slice(row, row + 1)
+            alone = model(input_ids=ids[one], labels=labels[one], use_cache=False).logits
+            torch.testing.assert_close(logits[one], alone, atol=1e-4, rtol=1e-4)
+            prompt = ids[one, :5]
+            of_row = generate(model, prompt, torch.ones_like(prompt), new_tokens=3)
+            assert torch.equal(tokens[one], of_row)
+
+
+def test_mixing_is_saved_and_training_passes_do_not_mix(tiny_model, tmp_path):
+    model = mixed(trained(tiny_model("llama"), **KEY), MIXED)
+    expected = results(model, "first", "third", "fourth")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path).eval()
+    assert_same(results(loaded, *expected), expected)
+    batch = batches_of("first")["first"][0]
+    assert shares_of(loaded, batch).whole is None
+    loaded.train()
+    assert shares_of(loaded, batch).whole == 0
+
+
+def test_experts_whose_factors_are_gated_are_not_mixed(tiny_model):
+    model = trained(tiny_model("llama"), **{**KEY, "init_weights": "bad", "gated": "factors"})
+    add_mixed = partial(hooks_of(model).add_tasks, ["third"])
+    refuses("extend.mixing: with gated='factors'", add_mixed, mixing=0.01)

@@ -9,14 +9,18 @@ distribution:
 
     P = Φ(⟨mean, d − c⟩ / √(Σ_k ⟨u_k σ_k, d − c⟩²))
 
+Mixing. c_1 and c_2 are the cosines of a prompt to the nearest centroids of its two nearest tasks.
+With a temperature T, these tasks have the shares softmax(c / T) in the prompt's change.
+
 Directions. G = ∂L/∂W of the new task, P the projector on the rows of all frozen A's. The rows of
 the new A are the top right singular vectors of G (I − P). G is never stored: two passes over the
 same batches give Ω G, with random Ω, and then G Q, with Q an orthonormal basis of the rows of
 Ω G (I − P) (Halko et al. 2011, arXiv 0909.4061). The result is exact if G has at most as many
 singular values above zero as Ω has rows.
 
-Shape suffixes: S = prompts, E = features of a key, C = clusters, D = other clusters, O/I = out/in
-features, R = rank, F = rows of frozen A's, M = rows of the sketch, P = positions.
+Shape suffixes: S = prompts, E = features of a key, C = clusters, D = other clusters, X = nearest
+tasks of a prompt, O/I = out/in features, R = rank, F = rows of frozen A's, M = rows of the sketch,
+P = positions.
 """
 
 from typing import NamedTuple
@@ -29,6 +33,7 @@ from torch import Tensor
 PRINCIPAL_COMPONENTS = 8
 _UNLIKE_DEVIATIONS = 3
 _ROUNDING = 1e-4  # of a cosine: the prompts of a cluster may all be equal
+_LEAST_SHARE = 1e-3  # of the second task of a prompt; below it, the prompt has one task
 _OVERSAMPLING = 8  # rows of a sketch beyond the rank
 _NOISE = 1e-6  # of a sketch's norm; fills the basis if the gradient has too small a rank
 _NEGLIGIBLE = 1e-5  # of a norm: what rounding leaves of a vector inside the frozen space
@@ -58,6 +63,20 @@ def key_spread(keys_SE: Tensor, cluster_S: Tensor, clusters: int) -> tuple[Tenso
         components_KE = (sizes[:, None] * directions)[:PRINCIPAL_COMPONENTS]
         spread_CKE[cluster, : len(components_KE)] = components_KE
     return means_CE, spread_CKE
+
+
+def mixing_shares(cosines_SC: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Returns the indices (S, X) and the shares (S, X) of the two nearest tasks of prompts.
+
+    The cosines are those to the nearest centroid of each task, of which there are at least two. A
+    share below 0.001 becomes 0, and the other one 1.
+    """
+    # Stable, so that of equally near tasks the earlier one is first.
+    sorted_SC, order_SC = cosines_SC.sort(dim=1, descending=True, stable=True)
+    difference_S = sorted_SC[:, 1].double() - sorted_SC[:, 0].double()
+    second_S = torch.sigmoid(difference_S / temperature)  # the softmax of two
+    second_S = torch.where(second_S < _LEAST_SHARE, 0.0, second_S)
+    return order_SC[:, :2], torch.stack([1 - second_S, second_S], dim=1).float()
 
 
 class Likeness(NamedTuple):

@@ -39,6 +39,7 @@ BOOKKEEPING = {
     "past_branches",
     "stores_clusters",
     "extensions",
+    "mixing",
     FORMAT_FIELD,
 }
 # auto_mapping names a module that PEFT would import.

@@ -263,6 +263,13 @@ class ExtendSection(Section):
         description="start of these gates, relative to those that the task's prompts had before; "
         "null: that of 0, 0.5 and 1 with the lowest loss",
     )
+    mixing: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="temperature with which a prompt mixes the experts of its two nearest tasks, "
+        "such as 0.01 for prompts without instructions; 0: only the nearest task",
+    )
     coverage: float = Field(
         0.95,
         ge=-1,

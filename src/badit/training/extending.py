@@ -35,12 +35,13 @@ def add_tasks(model: Any, section: ExtendSection, tasks: Sequence[str]) -> None:
         clusters=section.clusters,
         reused=section.reused,
         start=section.start,
+        mixing=section.mixing,
     )
 
 
-def refuse_large_rank(model: Any, section: ExtendSection) -> None:
-    """Raises BaditError if a layer has fewer features than the rank of a new expert."""
-    _hooks(model).refuse_large_rank(section.rank)
+def refuse_new_expert(model: Any, section: ExtendSection) -> None:
+    """Raises the errors of :func:`add_tasks` before anything is written."""
+    _hooks(model).refuse_new_expert(section.rank, section.mixing)
 
 
 def compared(model: Any, section: ExtendSection, batches: TaskBatches) -> Survey:
@@ -100,7 +101,7 @@ def _compare(run: ResolvedRun) -> list[str]:
             fix = "rename it, such as with data.task=NAME"
             raise BaditError(f"task {name}: {earlier.path} has a task of this name; {fix}")
     if not section.merge:
-        refuse_large_rank(model, section)
+        refuse_new_expert(model, section)
     with status("comparing the prompts"):
         options = run.recipe.prompt.model_dump()
         order = mixture(run.tasks, run.recipe.data.seed)

@@ -43,7 +43,7 @@ from badit.training.extending import (
     add_tasks,
     check_extension,
     compared,
-    refuse_large_rank,
+    refuse_new_expert,
     report,
     train_covering,
 )
@@ -229,7 +229,7 @@ class _Stage:
             if previous is None:
                 model = self.method.apply(base, self._task_names(checkpoint))
                 if len(self.run.stages) > 1 and self.run.adds_tasks(1):
-                    refuse_large_rank(model, self.recipe.extend)
+                    refuse_new_expert(model, self.recipe.extend)
             else:
                 model = self.method.proceed(base, previous)
             names = [task.name for task in self.tasks]

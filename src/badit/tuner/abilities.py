@@ -8,10 +8,9 @@ Shape suffixes: T = positions of one example, E = features of an embedding, S = 
 clusters, K = experts, N = components, L = layers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Iterator, Sequence
 from statistics import fmean
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +26,7 @@ from badit.method.abilities import (
     matched_codes,
     mean_overlap,
     permuted,
-    prompt_keys,
     target_overlap,
-    vocabulary_moments,
     with_norm_of,
 )
 from badit.method.grouping import group_components, in_order
@@ -40,15 +37,10 @@ from badit.support.errors import BaditError
 from badit.tuner.answers import answer_logits, has_output_layer
 from badit.tuner.badit_layer import BaditLinear
 from badit.tuner.config import BaditConfig
-from badit.tuner.distributed import (
-    gathered,
-    gathered_weight,
-    is_divided_by_zero3,
-    objects_of_ranks,
-    rank_and_size,
-    sum_over_ranks,
-)
-from badit.tuner.prompt import IGNORED_LABEL, Segments
+from badit.tuner.distributed import gathered, is_divided_by_zero3, rank_and_size, sum_over_ranks
+from badit.tuner.examples import Example
+from badit.tuner.keys import Keys
+from badit.tuner.prompt import IGNORED_LABEL
 
 #: Mean cosine of the halves of a cluster's gradient, below which codes are random.
 LEAST_RELIABILITY = 0.1
@@ -56,102 +48,6 @@ _WITHOUT_GRADIENTS = "codes are random, and components are grouped by singular v
 _PER_HALF = 4  # examples whose gradients are averaged
 _LEAST_FILL = 0.8  # length of an example in a batch, relative to the longest one
 _SKETCH_SIZE = 4096  # numbers per layer, cluster and half
-_IDS_AT_A_TIME = 8192
-
-
-class Example(NamedTuple):
-    """A prompt with its answer, without padding."""
-
-    input_ids_T: Tensor
-    labels_T: Tensor
-    prompt_T: Tensor
-    is_packed: bool = False
-
-    def on_cpu(self) -> Self:
-        return self._replace(
-            input_ids_T=self.input_ids_T.cpu(),
-            labels_T=self.labels_T.cpu(),
-            prompt_T=self.prompt_T.cpu(),
-        )
-
-    @property
-    def prompt_ids(self) -> Tensor:
-        return self.input_ids_T[self.prompt_T]
-
-    @property
-    def has_prompt(self) -> bool:
-        """Whether some token is meant as prompt.
-
-        No position predicts the first token, so it is always prompt. Its label shows whether it is
-        meant to be; collators of packed rows remove this label.
-        """
-        is_answer = self.is_packed or bool((self.labels_T[self.prompt_T] != IGNORED_LABEL).any())
-        return int(self.prompt_T.sum()) > 1 or not is_answer
-
-    @property
-    def has_answer(self) -> bool:
-        # No position predicts the label of the first token.
-        return bool((self.labels_T[1:] != IGNORED_LABEL).any())
-
-
-def examples_in(
-    batch: Mapping[str, Tensor], prompt_BT: Tensor, segments: Segments | None
-) -> Iterator[Example]:
-    """Yields the examples of a batch, also those of packed rows."""
-    ids_BT = batch["input_ids"]
-    labels_BT = batch.get("labels")
-    if labels_BT is None or labels_BT.shape != ids_BT.shape:  # as of classifiers
-        labels_BT = torch.full_like(ids_BT, IGNORED_LABEL)
-    attended_BT = batch.get("attention_mask")
-    if attended_BT is None or attended_BT.shape != ids_BT.shape:
-        attended_BT = torch.ones_like(ids_BT)
-    of_BT, number = segments or Segments.rows(ids_BT)
-    for segment in range(number):
-        is_own_BT = (of_BT == segment) & attended_BT.bool()
-        if (prompt_BT & is_own_BT).any():  # not the padding of packed rows
-            is_packed = segments is not None
-            rows = (ids_BT[is_own_BT], labels_BT[is_own_BT], prompt_BT[is_own_BT])
-            yield Example(*rows, is_packed)
-
-
-def examples_of_ranks(batches: list[list[Example]]) -> list[Example]:
-    """Returns the examples of all ranks on the CPU, in the order of one process.
-
-    Where ranks have different batches, rank r of R has every R-th one, from batch r on, as in
-    accelerate's data loaders.
-    """
-    batches = [[example.on_cpu() for example in batch] for batch in batches]
-    first, *others = objects_of_ranks(batches)
-    if any(_contents(other) != _contents(first) for other in others):
-        together = zip_longest(first, *others, fillvalue=[])
-        batches = [batch for of_ranks in together for batch in of_ranks]
-    return [example for batch in batches for example in batch]
-
-
-def _contents(batches: list[list[Example]]) -> list[list[int]]:
-    return [
-        [*example.input_ids_T.tolist(), *example.labels_T.tolist(), *example.prompt_T.tolist()]
-        for batch in batches
-        for example in batch
-    ]
-
-
-def frozen_embedding(model: nn.Module) -> Any:
-    """Returns the module of the model's input embeddings, without a copy that PEFT trains.
-
-    BaditError if the model has none.
-    """
-    try:
-        embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    except (AttributeError, NotImplementedError):
-        embedding = None
-    embedding = getattr(embedding, "original_module", embedding)
-    if not isinstance(embedding, nn.Embedding):
-        raise BaditError(
-            f"key='embedding': {type(model).__name__} has no table of token embeddings; use "
-            "key='layer'"
-        )
-    return embedding
 
 
 @torch.no_grad()
@@ -160,7 +56,7 @@ def find_abilities(
     adapter: str,
     layers: Sequence[BaditLinear],
     examples: Sequence[Example],
-    keys: "Keys",
+    keys: Keys,
 ) -> None:
     """Sets the key of an adapter, and the codes and experts of its layers.
 
@@ -250,7 +146,7 @@ class _Key(NamedTuple):
     first_equal_C: Tensor  # of each cluster, the first one with an equal centroid
 
 
-def _find_key(keys: "Keys", clusters: int, examples: Sequence[Example]) -> _Key:
+def _find_key(keys: Keys, clusters: int, examples: Sequence[Example]) -> _Key:
     """Finds the clusters of the examples' prompts."""
     if keys.embedding.weight.requires_grad:
         say_once(
@@ -273,42 +169,6 @@ def _find_key(keys: "Keys", clusters: int, examples: Sequence[Example]) -> _Key:
         )
     cluster_S = gathered((keys_SE @ centroids_CE.T).argmax(dim=1))[0].cpu()
     return _Key(*key_scores(centroids_CE, *keys.moments), cluster_S, first_equal_C)
-
-
-class Keys:
-    """Computes the keys of prompts with the frozen embeddings of a base model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.embedding = frozen_embedding(model)
-        with gathered_weight(self.embedding.weight):
-            self.moments = vocabulary_moments(_vocabulary(self.embedding))
-
-    def of(self, examples: Sequence[Example]) -> Tensor:
-        """Returns the keys (S, E) of examples, on the CPU."""
-        with gathered_weight(self.embedding.weight):
-            means_SE = mean_embeddings(self.embedding, examples)
-        return prompt_keys(means_SE.cpu(), *self.moments)
-
-    def centroids(self, directions_CE: Tensor) -> Tensor:
-        """Returns the centroids (C, E) of directions, which are centroids times the whitening."""
-        _, whitening_EE = self.moments
-        solution_EC = torch.linalg.solve(whitening_EE.double(), directions_CE.double().cpu().T)
-        return solution_EC.T
-
-
-def mean_embeddings(embedding: nn.Embedding, examples: Sequence[Example]) -> Tensor:
-    """Returns the mean token embeddings (S, E) of the prompts of examples."""
-    ids = [example.prompt_ids.to(embedding.weight.device) for example in examples]
-    return torch.stack([embedding(prompt_ids).float().mean(dim=0) for prompt_ids in ids])
-
-
-def _vocabulary(embedding: nn.Embedding) -> Tensor:
-    """Returns the vocabulary's embeddings (V, E) as the model uses them, on the CPU.
-
-    They are outputs of the module, because some modules scale or dequantise their weight.
-    """
-    ids = torch.arange(embedding.num_embeddings, device=embedding.weight.device)
-    return torch.cat([embedding(some).float().cpu() for some in ids.split(_IDS_AT_A_TIME)])
 
 
 class Evidence(NamedTuple):

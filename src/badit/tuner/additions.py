@@ -36,12 +36,13 @@ from badit.method.extension import (
 from badit.method.routing import prompt_centroids
 from badit.support.console import say_once
 from badit.support.errors import BaditError
-from badit.tuner.abilities import Example, Keys
 from badit.tuner.config import BaditConfig, Extension
 from badit.tuner.context import RoutingContext
 from badit.tuner.distributed import gathered, sum_over_ranks
+from badit.tuner.examples import Example
 from badit.tuner.experts import AdaptedLayer, changed_gates
 from badit.tuner.extension import Extensions, nearest_clusters, with_clusters
+from badit.tuner.keys import Keys
 from badit.tuner.targets import FusedExpert
 
 #: Starts β of the gates of earlier abilities; that with the lowest loss is taken.
@@ -296,8 +297,13 @@ def refuse_unextendable(config: BaditConfig, layers: Sequence[Any]) -> None:
         )
 
 
-def refuse_large_rank(layers: Sequence[Any], rank: int) -> None:
-    """Raises BaditError if a layer has fewer features than the rank of a new expert."""
+def refuse_new_expert(config: BaditConfig, layers: Sequence[Any], rank: int, mixing: float) -> None:
+    """Raises BaditError if a layer has fewer features than the rank, or experts cannot be mixed."""
+    if mixing and config.subtracted_share and not config.gates_change:
+        raise BaditError(
+            "extend.mixing: with gated='factors', gates do not scale the change of the experts, so "
+            "experts cannot be mixed; train the run with gated='change', or leave it out"
+        )
     for layer in layers:
         largest = min(layer.in_features, layer.out_features)
         if rank > largest:
@@ -311,13 +317,14 @@ def _is_holder(layer: Any) -> bool:
     return any(extensions.has_clusters(0) for extensions in layer.badit_extensions.values())
 
 
-def extended_config(config: BaditConfig, extension: Extension) -> BaditConfig:
+def extended_config(config: BaditConfig, extension: Extension, mixing: float) -> BaditConfig:
     """Returns a copy of a configuration with another extension; BaditError for a known task."""
     for task in extension.tasks:
         if task in config.all_tasks:
             raise BaditError(f"task {task}: the run has a task of this name; rename the new one")
     config = copy.copy(config)
     config.extensions = [*config.extensions, extension]
+    config.mixing = mixing
     return config
 
 

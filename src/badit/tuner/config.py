@@ -385,6 +385,11 @@ class BaditConfig(ExpertConfig):
         "earlier versions.",
     )
     extensions: list[Any] = field(default_factory=list)  # of Extension, set by badit
+    mixing: NotNegative = option(
+        0.0,
+        "Temperature with which a prompt mixes the experts of its two nearest tasks, if tasks were "
+        "added later (extend.mixing); 0: only the nearest task. Set by badit.",
+    )
 
     @classmethod
     def cluster_gates(cls, **options: Any) -> Self:

@@ -64,6 +64,7 @@ class ForwardPass:
     # The mean token embedding (S, E) of every prompt, if an adapter has a key; and, by adapter, the
     # clusters (S) of these prompts.
     mean_embeddings_SE: Tensor | None = None
+    embedding: Any = None  # the frozen module that they are outputs of
     clusters: dict[str, Tensor] = field(default_factory=dict)
     # By adapter with later tasks, the division of the rows by extension.
     parts: dict[str, Any] = field(default_factory=dict)
@@ -123,6 +124,8 @@ class RoutingContext:
         # prompts in training passes.
         self.extension_holders: dict[str, Any] = {}
         self.extension_in_training: dict[str, int] = {}
+        # The moments of the vocabulary's embeddings, once prompts of several tasks are mixed.
+        self.key_moments: tuple[Tensor, Tensor] | None = None
         self.row_tasks: Mapping[str, Tensor] = {}  # of the next forward passes
         # While they are collected: by layer, x̄ (B, I) of each batch.
         self.prompt_means: dict[str, list[Tensor]] | None = None
@@ -271,6 +274,7 @@ class RoutingContext:
         # PEFT trains a copy of the embedding, if it does; the key reads the frozen one.
         frozen = getattr(embedding, "original_module", None)
         embedded_BTE = output if frozen is None else frozen(*args)
+        running.embedding = embedding if frozen is None else frozen
         running.mean_embeddings_SE = _mean_embeddings(embedded_BTE, *running.prompt)
 
     def _leave(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

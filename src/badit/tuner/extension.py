@@ -11,11 +11,13 @@ whole batch by its factors, so its result does not depend on extensions that wer
 Otherwise the rows of each extension are a batch of their own.
 
 The extension of a prompt is that of the nearest centroid of the global key
-(:mod:`badit.method.abilities`). Number 0 stands for the adapter without its extensions.
+(:mod:`badit.method.abilities`). Number 0 stands for the adapter without its extensions. With
+``mixing``, a prompt may have two extensions: its gates are the sum of theirs, times their shares.
 
 Shape suffixes: B = rows, T = positions, S = prompts (rows, or segments of packed rows), E =
 features of an embedding, C = clusters, I/O = in/out features, R = rank of an extension, U = earlier
-abilities that an extension uses, G = gates of experts and extensions, P = rank of all factors.
+abilities that an extension uses, G = gates of experts and extensions, P = rank of all factors, X =
+extensions of a prompt.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from badit.method.extension import PRINCIPAL_COMPONENTS
+from badit.method.extension import PRINCIPAL_COMPONENTS, mixing_shares
 from badit.support.errors import BaditError
 from badit.tuner.config import BaditConfig, Extension
 from badit.tuner.context import ForwardPass, RoutingContext
+from badit.tuner.keys import moments_of
 
 #: Prefixes of the tensors that a cast of the model does not change.
 _EXACT = ("used_", "directions_", "offsets_", "means_", "spread_", "counts_")
@@ -98,10 +101,11 @@ class Extensions(nn.Module):
 
 
 class Part(NamedTuple):
-    """The rows of one extension in a pass; None: all rows."""
+    """The rows of a pass whose prompts have the same extensions."""
 
-    number: int
-    rows: Tensor | None = None
+    numbers: Sequence[int]  # one extension, or two that are mixed
+    rows_R: Tensor
+    share_RX: Tensor  # of the extensions, for each row
 
 
 class Parts(NamedTuple):
@@ -109,13 +113,9 @@ class Parts(NamedTuple):
 
     parts: Sequence[Part]
     # Of packed rows, whose positions are divided instead of rows.
-    segment_BT: Tensor | None
-    number_S: Sequence[int]
-
-    @property
-    def whole(self) -> int | None:
-        """The extension of all rows, or None."""
-        return self.parts[0].number if len(self.parts) == 1 else None
+    segment_BT: Tensor | None = None
+    # The extension of all rows; then there are no parts.
+    whole: int | None = None
 
     def select(self, x: Tensor, rows: Tensor) -> Tensor:
         """Returns the rows (or positions of packed rows) of a part of x (B, …)."""
@@ -127,9 +127,9 @@ class Parts(NamedTuple):
         """Returns x (B, …) with zeros in the rows of extensions: such a row has no prompt."""
         flat = x if self.segment_BT is None else x.flatten(0, 1)
         is_own = torch.zeros(len(flat), dtype=torch.bool, device=x.device)
-        for number, rows in self.parts:
-            if number == 0 and rows is not None:
-                is_own[rows.to(x.device)] = True
+        for numbers, rows_R, _ in self.parts:
+            if 0 in numbers:
+                is_own[rows_R.to(x.device)] = True
         return torch.where(is_own.view(-1, *[1] * (flat.ndim - 1)), flat, 0.0).view_as(x)
 
 
@@ -142,42 +142,71 @@ def parts_of(routing: RoutingContext, adapter: str) -> Parts:
 
 
 def _find_parts(routing: RoutingContext, adapter: str, forward_pass: ForwardPass) -> Parts:
-    key = f"extensions of {adapter}"
+    key, key_of_shares = f"extensions of {adapter}", f"shares of {adapter}"
     if forward_pass.held is not None:
         if key not in forward_pass.held:
             raise BaditError(
                 "this cache was filled without the adapter's extensions; fill it again"
             )
-        return _divided(forward_pass.held[key].tolist(), None)
+        return _divided(forward_pass.held[key], forward_pass.held[key_of_shares], None)
     forced = routing.extension_in_training.get(adapter)
     if forced is not None and forward_pass.begun_with_gradients:
-        return Parts([Part(forced)], None, ())
+        return Parts((), whole=forced)
     means_SE = forward_pass.mean_embeddings_SE
     if means_SE is None:
         raise BaditError(
             "an adapter with later tasks needs the prompt's embeddings; call the whole model with "
             "input_ids"
         )
-    number_S = nearest_extensions(routing.extension_holders[adapter], adapter, means_SE)
+    number_SX, share_SX = _extensions_of_prompts(routing, adapter, forward_pass, means_SE)
     _, segments = forward_pass.prompt
     # A segment of padding has no prompt, and must not divide the pass.
-    has_prompt_S = means_SE.any(dim=1)
-    first = number_S[has_prompt_S.int().argmax()]
-    number_S = torch.where(has_prompt_S, number_S, first).cpu()
+    has_prompt_S1 = means_SE.any(dim=1, keepdim=True)
+    first = has_prompt_S1.int().argmax()
+    number_SX = torch.where(has_prompt_S1, number_SX, number_SX[first]).cpu()
+    share_SX = torch.where(has_prompt_S1, share_SX, share_SX[first]).cpu()
     if segments is None and forward_pass.fills_cache:
-        forward_pass.fresh[key] = number_S
-    return _divided(number_S.tolist(), None if segments is None else segments.of_BT)
+        forward_pass.fresh |= {key: number_SX, key_of_shares: share_SX}
+    return _divided(number_SX, share_SX, None if segments is None else segments.of_BT)
 
 
-def _divided(number_S: list[int], segment_BT: Tensor | None) -> Parts:
-    numbers = sorted(set(number_S))
-    if len(numbers) == 1:
-        return Parts([Part(numbers[0])], segment_BT, number_S)
-    of_S = torch.tensor(number_S)
+def _extensions_of_prompts(
+    routing: RoutingContext, adapter: str, forward_pass: ForwardPass, means_SE: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the extensions (S, X) of prompts and their shares (S, X), for X of 1 or 2."""
+    holder = routing.extension_holders[adapter]
+    config: BaditConfig = holder.badit_config[adapter]
+    if not config.mixing or holder.training:
+        number_S1 = nearest_extensions(holder, adapter, means_SE)[:, None]
+        return number_S1, torch.ones_like(number_S1, dtype=torch.float32)
+    if routing.key_moments is None:
+        mean_E, whitening_EE = moments_of(forward_pass.embedding)
+        routing.key_moments = (mean_E.to(means_SE.device), whitening_EE.to(means_SE.device))
+    mean_E, whitening_EE = routing.key_moments
+    norm_S1 = ((means_SE - mean_E) @ whitening_EE).norm(dim=1, keepdim=True)
+    numbers, scores_SC, _ = _extension_scores(holder, adapter, means_SE)
+    cosines_SC = scores_SC / norm_S1.clamp_min(torch.finfo(norm_S1.dtype).tiny)
+    index_SX, share_SX = mixing_shares(cosines_SC, config.mixing)
+    return torch.tensor(numbers, device=index_SX.device)[index_SX], share_SX
+
+
+def _divided(number_SX: Tensor, share_SX: Tensor, segment_BT: Tensor | None) -> Parts:
+    of_prompts = [
+        tuple(number for number, share in zip(numbers, shares, strict=True) if share)
+        for numbers, shares in zip(number_SX.tolist(), share_SX.tolist(), strict=True)
+    ]
+    different = sorted(set(of_prompts))
+    if len(different) == 1 and len(different[0]) == 1:
+        return Parts((), segment_BT, whole=different[0][0])
+    of_S = torch.tensor([different.index(numbers) for numbers in of_prompts])
     if segment_BT is not None:
-        of_S = of_S[segment_BT.cpu().flatten()]
-    parts = [Part(number, (of_S == number).nonzero().flatten()) for number in numbers]
-    return Parts(parts, segment_BT, number_S)
+        segment_R = segment_BT.cpu().flatten()
+        of_S, share_SX = of_S[segment_R], share_SX[segment_R]
+    parts = []
+    for index, numbers in enumerate(different):
+        rows_R = (of_S == index).nonzero().flatten()
+        parts.append(Part(numbers, rows_R, share_SX[rows_R, : len(numbers)]))
+    return Parts(parts, segment_BT)
 
 
 def nearest_extensions(layer: Any, adapter: str, means_SE: Tensor) -> Tensor:
@@ -191,6 +220,19 @@ def nearest_extensions(layer: Any, adapter: str, means_SE: Tensor) -> Tensor:
 
 def nearest_clusters(layer: Any, adapter: str, means_SE: Tensor) -> tuple[Tensor, Tensor]:
     """Returns like :func:`nearest_extensions`, and the numbers (S) of the clusters in them."""
+    numbers, scores_SC, cluster_SC = _extension_scores(layer, adapter, means_SE)
+    index_S = scores_SC.argmax(dim=1)
+    number_S = torch.tensor(numbers, device=means_SE.device)[index_S]
+    return number_S, cluster_SC.gather(1, index_S[:, None])[:, 0]
+
+
+def _extension_scores(
+    layer: Any, adapter: str, means_SE: Tensor
+) -> tuple[list[int], Tensor, Tensor]:
+    """Returns the extensions with clusters, their scores (S, C) and their nearest clusters (S, C).
+
+    C are these extensions. A score is that of the nearest cluster.
+    """
     extensions: Extensions = layer.badit_extensions[adapter]
     numbers, scores, clusters = [], [], []
     for number in with_clusters(layer, adapter):
@@ -201,9 +243,7 @@ def nearest_clusters(layer: Any, adapter: str, means_SE: Tensor) -> tuple[Tensor
         numbers.append(number)
         scores.append(score_S)
         clusters.append(cluster_S)
-    index_S = torch.stack(scores).argmax(dim=0)
-    number_S = torch.tensor(numbers, device=means_SE.device)[index_S]
-    return number_S, torch.stack(clusters).gather(0, index_S[None])[0]
+    return numbers, torch.stack(scores, dim=1), torch.stack(clusters, dim=1)
 
 
 def with_clusters(layer: Any, adapter: str) -> Iterator[int]:
@@ -221,25 +261,32 @@ def extension_gates(layer: Any, adapter: str, x: Tensor, parts: Parts) -> Tensor
     later = len(config.extensions)
     if parts.whole == 0:
         return F.pad(layer.gates_of_experts(adapter, x), (0, later))
-    codes = {
-        part.number: extension_code(layer, adapter, part.number)
-        for part in parts.parts
-        if part.number
-    }
     if parts.whole is not None:
         rows = len(x)
-        code_G = codes[parts.whole]
+        code_G = extension_code(layer, adapter, parts.whole)
         return code_G.expand(rows, 1, -1) if x.ndim == 3 else code_G.expand(rows, -1)
     if layer.training:
         # A router's moments, and the mean gates, are those of the prompts of the joint training.
         x = parts.without_extensions(x)
     gates = F.pad(layer.gates_of_experts(adapter, x), (0, later))
     flat = gates.flatten(0, 1) if parts.segment_BT is not None else gates
-    for number, rows in parts.parts:
-        if number and rows is not None:
-            of_rows = codes[number].expand(len(rows), *flat.shape[1:]).to(flat.dtype)
-            flat = flat.index_copy(0, rows.to(flat.device), of_rows)
+    for part in parts.parts:
+        if part.numbers == (0,):
+            continue
+        rows_R = part.rows_R.to(flat.device)
+        of_rows = _gates_of_part(layer, adapter, part, flat.index_select(0, rows_R))
+        flat = flat.index_copy(0, rows_R, of_rows)
     return flat.view_as(gates)
+
+
+def _gates_of_part(layer: Any, adapter: str, part: Part, of_experts: Tensor) -> Tensor:
+    """Returns the gates (R, …, G) of the rows of a part, for those of the adapter's own experts."""
+    total = torch.zeros_like(of_experts)
+    for number, share_R in zip(part.numbers, part.share_RX.T, strict=True):
+        of_number = extension_code(layer, adapter, number) if number else of_experts
+        share = share_R.to(of_experts).view(-1, *[1] * (of_experts.ndim - 1))
+        total = total + share * of_number.to(of_experts.dtype)
+    return total
 
 
 def extension_code(layer: Any, adapter: str, number: int) -> Tensor:
@@ -260,27 +307,42 @@ def extended_change(layer: Any, adapter: str, x: Tensor, parts: Parts) -> Tensor
     """
     gates = layer.gates(adapter, x)
     if parts.whole is not None:
-        return _change_of_extension(layer, adapter, parts.whole, x, gates)
+        return _change_of(layer, adapter, (parts.whole,), x, gates)
     total = x.new_zeros(*x.shape[:-1], layer.out_features)
     flat = total.flatten(0, 1) if parts.segment_BT is not None else total
-    for number, rows in parts.parts:
-        assert rows is not None
-        x_R = parts.select(x, rows)
-        gates_R = parts.select(gates, rows)
-        if number == 0:
-            of_components = gates_R[..., layer.expert_of(adapter)]
-            change = layer.product(adapter, x_R, *layer.gated_factors(adapter, of_components))
-        else:
-            change = _change_of_extension(layer, adapter, number, x_R, gates_R)
-        flat = flat.index_copy(0, rows.to(flat.device), change.to(flat.dtype))
+    for numbers, rows_R, _ in parts.parts:
+        change = _change_of(
+            layer, adapter, numbers, parts.select(x, rows_R), parts.select(gates, rows_R)
+        )
+        flat = flat.index_copy(0, rows_R.to(flat.device), change.to(flat.dtype))
     return flat.view_as(total)
 
 
-def _change_of_extension(layer: Any, adapter: str, number: int, x: Tensor, gates: Tensor) -> Tensor:
-    """Returns s · (B_e A_e x + Σ_k g_k Δ_k x)."""
+def _change_of(
+    layer: Any, adapter: str, numbers: Sequence[int], x: Tensor, gates: Tensor
+) -> Tensor:
+    """Returns the change of rows that have these extensions, for all their gates."""
     config: BaditConfig = layer.badit_config[adapter]
-    used = layer.badit_extensions[adapter].of("used", number).tolist()
-    abilities = [config.num_experts + number - 1, *used]
+    abilities: dict[int, None] = {}  # in order, and each once: mixed extensions may use the same
+    for number in numbers:
+        if number:
+            used = layer.badit_extensions[adapter].of("used", number).tolist()
+            abilities |= dict.fromkeys([config.num_experts + number - 1, *used])
+    if 0 not in numbers:
+        return _change_of_abilities(layer, adapter, [*abilities], x, gates)
+    of_components = gates[..., layer.expert_of(adapter)]
+    change = layer.product(adapter, x, *layer.gated_factors(adapter, of_components))
+    of_extensions = [ability for ability in abilities if ability >= config.num_experts]
+    if of_extensions:
+        change = change + _change_of_abilities(layer, adapter, of_extensions, x, gates)
+    return change
+
+
+def _change_of_abilities(
+    layer: Any, adapter: str, abilities: Sequence[int], x: Tensor, gates: Tensor
+) -> Tensor:
+    """Returns s · Σ_k g_k Δ_k x, where Δ_k is B_e A_e of an extension."""
+    config: BaditConfig = layer.badit_config[adapter]
     pairs = [ability_factors(layer, adapter, ability) for ability in abilities]
     a_PI = torch.cat([a_RI for a_RI, _ in pairs])
     b_OP = torch.cat([b_OR for _, b_OR in pairs], dim=1)

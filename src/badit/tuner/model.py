@@ -22,16 +22,7 @@ from torch import Tensor, nn
 from badit.method.extension import Likeness
 from badit.support.console import waiting
 from badit.support.errors import BaditError
-from badit.tuner.abilities import (
-    Example,
-    Keys,
-    examples_in,
-    examples_of_ranks,
-    find_abilities,
-    find_layer_codes,
-    frozen_embedding,
-    mean_embeddings,
-)
+from badit.tuner.abilities import find_abilities, find_layer_codes
 from badit.tuner.additions import (
     GRADIENT_ROWS,
     Survey,
@@ -40,7 +31,7 @@ from badit.tuner.additions import (
     extended_config,
     likeness_by_task,
     record_merged,
-    refuse_large_rank,
+    refuse_new_expert,
     refuse_unextendable,
     set_clusters,
     start_extension,
@@ -52,7 +43,9 @@ from badit.tuner.badit_layer import BaditLinear, Place
 from badit.tuner.config import BaditConfig, ExpertConfig, Extension, peft_type
 from badit.tuner.context import RoutingContext
 from badit.tuner.distributed import any_of_all, is_divided_by_zero3, rank_and_size
+from badit.tuner.examples import Example, examples_in, examples_of_ranks
 from badit.tuner.extension import nearest_extensions
+from badit.tuner.keys import Keys, frozen_embedding, mean_embeddings
 from badit.tuner.layer import ExpertLinear
 from badit.tuner.prompt import IGNORED_LABEL, Segments
 from badit.tuner.targets import (
@@ -412,6 +405,7 @@ class BaditModel(ExpertModel):
         clusters: int = 2,
         reused: int = 0,
         start: float | None = None,
+        mixing: float = 0.0,
     ) -> None:
         """Adds an expert and clusters for new tasks to the active adapter, and freezes the rest.
 
@@ -426,22 +420,26 @@ class BaditModel(ExpertModel):
             reused: number of earlier experts that the tasks may use, with trained gates.
             start: start of these gates, relative to those that the prompts had before; None:
                 that of 0, ½ and 1 with the lowest loss.
+            mixing: temperature T with which all prompts mix the experts of their two nearest
+                tasks, with the shares softmax(cosine / T); 0: only the nearest task. Training
+                passes do not mix.
 
         Raises:
             BaditError: a name is in use, the adapter has no clusters for later tasks, its routing
-            is by token, or a layer has fewer features than the rank.
+            is by token, a layer has fewer features than the rank, or its gates scale the factors
+            and not their change, so that experts cannot be mixed.
         """
         (adapter,) = self.active_adapters
         config = self.peft_config[adapter]
         layers = self._layers_of(adapter)
         refuse_unextendable(config, layers)
-        self.refuse_large_rank(rank)
+        self.refuse_new_expert(rank, mixing)
         if is_divided_by_zero3(self.model):
             raise BaditError("add_tasks: DeepSpeed has divided the weights; use DDP")
         extension = Extension(
             list(tasks), rank, clusters * len(tasks), min(reused, config.num_gates)
         )
-        config = extended_config(config, extension)
+        config = extended_config(config, extension, mixing)
         for layer in layers:
             layer.extend(adapter, config)
         self.peft_config[adapter] = config
@@ -451,10 +449,10 @@ class BaditModel(ExpertModel):
         self.set_adapter(adapter)
         self._freeze_all_but_extensions()
 
-    def refuse_large_rank(self, rank: int) -> None:
-        """Raises BaditError if a layer of the active adapter has fewer features than the rank."""
+    def refuse_new_expert(self, rank: int, mixing: float) -> None:
+        """Raises the errors of :meth:`add_tasks` for its options."""
         (adapter,) = self.active_adapters
-        refuse_large_rank(self._layers_of(adapter), rank)
+        refuse_new_expert(self.peft_config[adapter], self._layers_of(adapter), rank, mixing)
 
     def train_extensions(self, numbers: Collection[int]) -> None:
         """Trains existing extensions of the active adapter (0: its own experts) on more prompts.
