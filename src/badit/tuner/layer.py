@@ -36,6 +36,7 @@ from transformers.pytorch_utils import Conv1D
 
 from badit.support.errors import BaditError
 from badit.tuner.context import RoutingContext
+from badit.tuner.gated_change import GatedChange
 from badit.tuner.targets import FusedExpert, weight_as_used
 
 Buffers = dict[str, Tensor]  # the type of a BufferDict: buffers by adapter
@@ -147,7 +148,11 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
     ) -> Tensor:
         """Returns B (scale ∘ A x) (…, O) for x (…, I)."""
         # One dropout mask for A and A0: no noise while B A and B0 A0 cancel each other.
-        hidden = self.hidden(adapter_name, self.badit_dropout[adapter_name](x), a_PI)
+        dropped = self.badit_dropout[adapter_name](x)
+        if self.badit_config[adapter_name].gates_change and torch.is_grad_enabled():
+            trained = self.factors(adapter_name)
+            return GatedChange.apply(dropped, scale, a_PI.detach(), b_OM.detach(), *trained)
+        hidden = self.hidden(adapter_name, dropped, a_PI)
         if self.drops_change(adapter_name):
             hidden = self._change_and_kept(adapter_name, x, hidden, scale)
         elif scale is not None:
