@@ -3,8 +3,9 @@
     python benchmarks/speed/scaling.py
 
 Seconds and peak memory of a step on SmolLM2-135M, one quantity varied at a time from 8 experts of
-rank 4 and 4 rows of 320 tokens. The number of tasks does not affect BADIT, which has no parameters
-per task. The baseline for tasks is MTL-LoRA, which has one matrix per task.
+rank 4 and 4 rows of 320 tokens. BADIT has gated change and a router. The number of tasks does not
+affect BADIT, which has no parameters per task. The baseline for tasks is MTL-LoRA, which has one
+matrix per task.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from measure import in_turns, keep, options, own_peak_memory, peak_memory_of
 from workload import adapted, base, batch, fast_dtypes, training_step
 
+from badit import hooks_of
 from badit.cli.entry import quiet_libraries
 from badit.recipe.method import resolve_method
 from badit.training.methods import training_method
@@ -37,11 +39,10 @@ def step_by_tasks(method: str, dtype: str, tasks: int) -> Callable[[], None]:
     names = [f"task {i}" for i in range(tasks)]
     resolved = resolve_method({"name": method})
     model = training_method(resolved).apply(base(dtype), names).train()
-    inputs: dict[str, Any] = {
-        **batch(START["rows"], START["tokens"]),
-        "tasks": names[: START["rows"]],
-    }
-    return training_step(model, inputs)
+    inputs: dict[str, Any] = batch(START["rows"], START["tokens"])
+    if method == "badit":  # a step is refused without clusters
+        hooks_of(model).start_task({"all": [inputs]})
+    return training_step(model, {**inputs, "tasks": names[: START["rows"]]})
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -56,7 +57,7 @@ def main(arguments: argparse.Namespace) -> None:
     for quantity, values in VARIED.items():
         points = {
             f"{name}, {value}": {"name": name, "dtype": dtype, **START, quantity: value}
-            for name in ("badit", "lora")
+            for name in ("gated change", "lora")
             for value in values
         }
         result[quantity] = {

@@ -195,35 +195,39 @@ class BaditLinear(ExpertLinear):
     def component_gates(self, adapter_name: str, x: Tensor) -> Tensor:
         return self.gates(adapter_name, x)[..., self.expert_of(adapter_name)]
 
-    def routed_factors(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns A, B and the scale of their components.
-
-        During a ``generate`` routed by prompt, they stay the same from the first new token on and
-        are stored.
-        """
-        by_token = self.badit_config[adapter_name].routing == "token" or self.tokens_P is not None
-        if by_token or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().routed_factors(adapter_name, x)
-        stored = self.routing.forward_pass().stored
-        if stored is None:
-            return super().routed_factors(adapter_name, x)
-        key = self._key(adapter_name)
-        if key not in stored:
-            a_PI, b_OM, scale = super().routed_factors(adapter_name, x)
-            can_scale = not self.drops_change(adapter_name)
-            # One row, or the same gates in all rows.
-            if can_scale and scale is not None and len(scale) == 1:
-                b_OM = b_OM * scale.flatten().to(b_OM.dtype)
-                scale = None
-            stored[key] = (a_PI, b_OM, scale)
-        return stored[key]
-
     def change(self, adapter_name: str, x: Tensor) -> Tensor:
         if self.badit_config[adapter_name].extensions:
             parts = parts_of(self.routing, adapter_name)
             if parts.whole != 0:
                 return extended_change(self, adapter_name, x, parts)
+        factors = self._stored_factors(adapter_name, x)
+        if factors is not None:
+            return self.product(adapter_name, x, *factors)
         return super().change(adapter_name, x)
+
+    def _stored_factors(
+        self, adapter_name: str, x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Returns A, B and the scale of their components during a ``generate`` routed by prompt.
+
+        They stay the same from the first new token on.
+        """
+        by_token = self.badit_config[adapter_name].routing == "token" or self.tokens_P is not None
+        if by_token or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        stored = self.routing.forward_pass().stored
+        if stored is None:
+            return None
+        key = self._key(adapter_name)
+        if key not in stored:
+            gates = self.component_gates(adapter_name, x)
+            a_PI, b_OM, scale = self.gated_factors(adapter_name, gates)
+            # One row, or the same gates in all rows.
+            if not self.drops_change(adapter_name) and len(scale) == 1:
+                b_OM = b_OM * scale.flatten().to(b_OM.dtype)
+                scale = None
+            stored[key] = (a_PI, b_OM, scale)
+        return stored[key]
 
     def gates(self, adapter_name: str, x: Tensor) -> Tensor:
         """Returns the gates for x (B, T, I), of experts and then of extensions."""

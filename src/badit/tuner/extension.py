@@ -331,7 +331,7 @@ def _change_of(
     if 0 not in numbers:
         return _change_of_abilities(layer, adapter, [*abilities], x, gates)
     of_components = gates[..., layer.expert_of(adapter)]
-    change = layer.product(adapter, x, *layer.gated_factors(adapter, of_components))
+    change = layer.change_by_gates(adapter, x, of_components)
     of_extensions = [ability for ability in abilities if ability >= config.num_experts]
     if of_extensions:
         change = change + _change_of_abilities(layer, adapter, of_extensions, x, gates)

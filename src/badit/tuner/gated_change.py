@@ -1,6 +1,6 @@
 """The product of gated change, without gradients of its frozen factors.
 
-Shape suffixes: I/O = in/out features, N = components, P = 2N, rows of both factors.
+Shape suffixes: I/O = in/out features, N = components.
 """
 
 from typing import Any
@@ -12,50 +12,61 @@ from torch.autograd.function import once_differentiable
 
 
 class GatedChange(torch.autograd.Function):
-    """B' (g ∘ A' x) with A' = [A; A − A0] and B' = [B − B0, B0].
+    """(B − B0) (g ∘ A x) + B0 (g ∘ (A − A0) x), for frozen A0 and B0.
 
-    Autograd would compute the gradients of all P rows and columns. Those of A and B need half as
-    many products, for a gradient d of the output:
+    Autograd would compute the gradients of all four factors. Those of A and B need half as many
+    products, for a gradient d of the output:
 
         dA = (g ∘ Bᵀ d) xᵀ,  dB = d (g ∘ A x)ᵀ
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gates_P: Tensor, a_PI: Tensor, b_OP: Tensor, *_trained: Tensor
-    ) -> Tensor:
-        """Returns the product (…, O) for x (…, I), scaled gates (…, P), A' and B'.
-
-        The trained factors A and B follow; they are arguments only to receive their gradients.
-        """
-        hidden_P = F.linear(x, a_PI)
-        gates_P = gates_P.to(hidden_P.dtype)
-        ctx.save_for_backward(x, a_PI, b_OP, gates_P, hidden_P)
-        return F.linear(hidden_P * gates_P, b_OP)
+    def forward(ctx: Any, x: Tensor, gates_N: Tensor, *factors: Tensor) -> Tensor:
+        """Returns the product (…, O) for x (…, I), scaled gates (…, N), and A, B, A0, B0."""
+        a_NI, b_ON, a0_NI, b0_ON = factors
+        change_A_NI = a_NI - a0_NI
+        change_B_ON = b_ON - b0_ON
+        hidden_N = F.linear(x, a_NI)
+        hidden_change_N = F.linear(x, change_A_NI)
+        gates_N = gates_N.to(hidden_N.dtype)
+        ctx.save_for_backward(
+            x, gates_N, hidden_N, hidden_change_N, a_NI, change_A_NI, change_B_ON, b0_ON
+        )
+        product = F.linear(hidden_N * gates_N, change_B_ON)
+        return _plus_product(product, hidden_change_N * gates_N, b0_ON.T)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (by once_differentiable)
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, a_PI, b_OP, gates_P, hidden_P = ctx.saved_tensors
-        needs_x, needs_gates, _, _, needs_A, needs_B = ctx.needs_input_grad
-        dtype = hidden_P.dtype  # under autocast, not that of x and the factors
-        grad = grad_outputs[0].to(dtype)
-        grad_product_P = grad @ b_OP.to(dtype)
-        grad_hidden_P = grad_product_P * gates_P
-        grad_x = grad_A = grad_B = grad_gates = None
+        x, gates_N, hidden_N, hidden_change_N, *factors = ctx.saved_tensors
+        needs_x, needs_gates, needs_A, needs_B, *_ = ctx.needs_input_grad
+        dtype = hidden_N.dtype  # under autocast, not that of x and the factors
+        a_NI, change_A_NI, change_B_ON, b0_ON = (factor.to(dtype) for factor in factors)
+        (grad,) = grad_outputs
+        grad = grad.to(dtype)
+        of_gated_N = grad @ change_B_ON
+        of_gated_change_N = grad @ b0_ON
+        of_hidden_N = of_gated_N * gates_N
+        of_hidden_change_N = of_gated_change_N * gates_N
+        grad_x = grad_gates = grad_A = grad_B = None
         if needs_x:
-            grad_x = grad_hidden_P @ a_PI.to(dtype)
-        if needs_A:
-            of_A, of_change = grad_hidden_P.chunk(2, dim=-1)
-            grad_A = _sum_of_products(of_A + of_change, x.to(dtype))
-        if needs_B:
-            gated_N, _ = (hidden_P * gates_P).chunk(2, dim=-1)
-            grad_B = _sum_of_products(grad, gated_N)
+            grad_x = _plus_product(of_hidden_N @ a_NI, of_hidden_change_N, change_A_NI)
         if needs_gates:
-            grad_gates = (grad_product_P * hidden_P).sum_to_size(gates_P.shape)
-        return grad_x, grad_gates, None, None, grad_A, grad_B
+            by_gate = of_gated_N * hidden_N + of_gated_change_N * hidden_change_N
+            grad_gates = by_gate.sum_to_size(gates_N.shape)
+        if needs_A:
+            grad_A = _sum_of_products(of_hidden_N + of_hidden_change_N, x.to(dtype))
+        if needs_B:
+            grad_B = _sum_of_products(grad, hidden_N * gates_N)
+        return grad_x, grad_gates, grad_A, grad_B, None, None
+
+
+def _plus_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Adds left · right to a total in place, and returns it."""
+    total.flatten(0, -2).addmm_(left.flatten(0, -2), right.to(total.dtype))
+    return total
 
 
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:

@@ -141,18 +141,24 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
 
     def change(self, adapter_name: str, x: Tensor) -> Tensor:
         """Returns what an adapter adds to the output (…, O) for x (…, I)."""
-        return self.product(adapter_name, x, *self.routed_factors(adapter_name, x))
+        gates = self.component_gates(adapter_name, x)
+        return self.change_by_gates(adapter_name, x, self._per_token(gates))
+
+    def change_by_gates(self, adapter_name: str, x: Tensor, gates: Tensor) -> Tensor:
+        """Returns the change of the output (…, O) for x (…, I) and the components' gates (…, N)."""
+        config = self.badit_config[adapter_name]
+        if config.gates_change and torch.is_grad_enabled():
+            dropped = self.badit_dropout[adapter_name](x)
+            factors = (*self.factors(adapter_name), *self.kept_factors(adapter_name))
+            return GatedChange.apply(dropped, config.scaling * gates, *factors)
+        return self.product(adapter_name, x, *self.gated_factors(adapter_name, gates))
 
     def product(
         self, adapter_name: str, x: Tensor, a_PI: Tensor, b_OM: Tensor, scale: Tensor | None
     ) -> Tensor:
         """Returns B (scale ∘ A x) (…, O) for x (…, I)."""
         # One dropout mask for A and A0: no noise while B A and B0 A0 cancel each other.
-        dropped = self.badit_dropout[adapter_name](x)
-        if self.badit_config[adapter_name].gates_change and torch.is_grad_enabled():
-            trained = self.factors(adapter_name)
-            return GatedChange.apply(dropped, scale, a_PI.detach(), b_OM.detach(), *trained)
-        hidden = self.hidden(adapter_name, dropped, a_PI)
+        hidden = self.hidden(adapter_name, self.badit_dropout[adapter_name](x), a_PI)
         if self.drops_change(adapter_name):
             hidden = self._change_and_kept(adapter_name, x, hidden, scale)
         elif scale is not None:
@@ -179,16 +185,6 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         change, change_0 = (dropped * torch.cat([gate, gate], dim=-1)).chunk(2, dim=-1)
         kept = F.linear(x, a0_NI) * (gate + minus_share)
         return torch.cat([change, kept - change_0], dim=-1)
-
-    def routed_factors(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns A (P, I), B (O, M) and the scale (…, M) of their components for x (…, I).
-
-        Without a scale, B is already scaled.
-        """
-        gates = self.component_gates(adapter_name, x)
-        if self.tokens_P is not None:  # each token has the gates of its position
-            gates = gates.expand(*self.batch_shape(), -1).flatten(0, 1)[self.tokens_P]
-        return self.gated_factors(adapter_name, gates)
 
     def gated_factors(self, adapter_name: str, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns A (P, I), B (O, M) and the scale (…, M) of their components for gates (…, N).
@@ -232,6 +228,12 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         config = self.badit_config[adapter_name]
         rank = config.num_components // config.num_experts
         return self.gates(adapter_name, x).repeat_interleave(rank, dim=-1)
+
+    def _per_token(self, gates: Tensor) -> Tensor:
+        """Returns gates (…, N) for the tokens that reach this layer, from those of the batch."""
+        if self.tokens_P is None:
+            return gates
+        return gates.expand(*self.batch_shape(), -1).flatten(0, 1)[self.tokens_P]
 
     def expert_of(self, adapter_name: str) -> Tensor:
         """Returns the expert of each of the N components.
