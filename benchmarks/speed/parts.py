@@ -11,6 +11,7 @@ Without gates there is one expert of rank 32, the rank of PEFT's LoRA. Steps are
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,9 +69,10 @@ def lora(dtype: str, rank: int) -> nn.Module:
 
 
 def prompts(source: str) -> list[Any]:
-    """Returns batches of the first training prompts of all tasks, as a training sees them."""
+    """Returns batches of the first training prompts of all tasks, mixed as in training."""
     tokenizer = load_base_model(MODEL, dtype="float32")[1]
     rows = instances(tokenizer, source, 64)
+    random.Random(0).shuffle(rows)
     collate: Any = AnswerCollator(tokenizer.pad_token_id)
     return [collate(rows[i : i + 8]) for i in range(0, len(rows), 8)]
 

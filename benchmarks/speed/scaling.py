@@ -39,10 +39,11 @@ def step_by_tasks(method: str, dtype: str, tasks: int) -> Callable[[], None]:
     names = [f"task {i}" for i in range(tasks)]
     resolved = resolve_method({"name": method})
     model = training_method(resolved).apply(base(dtype), names).train()
-    inputs: dict[str, Any] = batch(START["rows"], START["tokens"])
+    inputs: dict[str, Any] = {**batch(START["rows"], START["tokens"])}
     if method == "badit":  # a step is refused without clusters
         hooks_of(model).start_task({"all": [inputs]})
-    return training_step(model, {**inputs, "tasks": names[: START["rows"]]})
+    inputs["tasks"] = names[: START["rows"]]
+    return training_step(model, inputs)
 
 
 def main(arguments: argparse.Namespace) -> None:

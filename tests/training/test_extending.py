@@ -149,7 +149,7 @@ def test_earlier_tasks_of_a_finished_run_are_scored_when_their_data_is_given(
     refuses(str(missing), scored, missing)
 
 
-def test_an_extended_run_can_mix_the_two_nearest_tasks(finished, folder, tmp_path):
+def test_an_extended_run_can_mix_the_two_nearest_tasks(finished, folder, tmp_path, capsys):
     run, first, _ = finished
     mixing = {**EXTEND, "mixing": 10.0}
     output = tmp_path / "mixed"
@@ -159,6 +159,13 @@ def test_an_extended_run_can_mix_the_two_nearest_tasks(finished, folder, tmp_pat
     for file in ("tasks.jsonl", "animals.jsonl"):
         found = logits_and_scores(mixed, folder / file)[0]
         assert not torch.equal(found, logits_and_scores(first, folder / file)[0])
+    assert "extend.mixing=10" in capsys.readouterr().err
+    message = "cities is a task of an earlier run.*as before this task"
+    refuses(message, mixed.generate, "land 1", task="cities")
+    merge = {"merge": True, "mixing": 0.1}
+    fix = "leave extend.mixing out"
+    refuses(fix, run.extend, folder / "tasks.jsonl", output=tmp_path / "merged", extend=merge)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_task_of_an_earlier_run_is_refused_with_that_run(finished, tmp_path):

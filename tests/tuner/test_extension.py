@@ -388,3 +388,43 @@ def test_experts_whose_factors_are_gated_are_not_mixed(tiny_model):
     model = trained(tiny_model("llama"), **{**KEY, "init_weights": "bad", "gated": "factors"})
     add_mixed = partial(hooks_of(model).add_tasks, ["third"])
     refuses("extend.mixing: with gated='factors'", add_mixed, mixing=0.01)
+
+
+def test_mixing_does_not_depend_on_autocast(tiny_model):
+    model = mixed(trained(tiny_model("llama"), **KEY), 0.05)
+    batch = {"input_ids": batches_of("first")["first"][0]["input_ids"], "use_cache": False}
+    expected = shares_of(model, batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = shares_of(model, batch)
+    assert len(found.parts) == len(expected.parts)
+    for part, of_part in zip(found.parts, expected.parts, strict=True):
+        assert part.numbers == of_part.numbers
+        assert torch.equal(part.rows_R, of_part.rows_R)
+        torch.testing.assert_close(part.share_RX, of_part.share_RX)
+
+
+def test_prompts_between_the_same_tasks_are_one_part(tiny_model):
+    model = mixed(trained(tiny_model("llama"), **KEY), MIXED)
+    batches = [batches_of(task)[task][0]["input_ids"] for task in ("first", "third", "fourth")]
+    parts = shares_of(model, {"input_ids": torch.cat(batches), "use_cache": False}).parts
+    numbers = [part.numbers for part in parts]
+    assert numbers == sorted({tuple(sorted(of_part)) for of_part in numbers})
+    assert any(len({*part.share_RX.argmax(dim=1).tolist()}) == 2 for part in parts)
+
+
+def test_a_later_extension_keeps_the_temperature(tiny_model):
+    model = trained(tiny_model("llama"), **KEY)
+    add(model, "third", mixing=MIXED)
+    add(model, "fourth")
+    hooks = hooks_of(model)
+    assert hooks.peft_config["default"].mixing == MIXED
+    # Any prompt may mix the expert that is trained further.
+    assert set(hooks.changed_tasks([1])) == {"the run's tasks", "third", "fourth"}
+    hooks.add_tasks(["fifth"], mixing=0.0)
+    assert hooks.peft_config["default"].mixing == 0
+
+
+@pytest.mark.parametrize("mixing", [-0.01, float("nan"), "warm"])
+def test_a_wrong_temperature_is_refused(tiny_model, mixing):
+    model = trained(tiny_model("llama"), **KEY)
+    refuses("mixing: input should be", partial(hooks_of(model).add_tasks, ["third"]), mixing=mixing)

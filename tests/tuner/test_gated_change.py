@@ -53,3 +53,17 @@ def test_second_derivatives_are_refused():
     )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+def test_a_backward_pass_may_run_under_autocast():
+    trained, initial = inputs()
+    trained, initial = (
+        [tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in tensors]
+        for tensors in (trained, initial)
+    )
+    output = GatedChange.apply(*trained, *initial)
+    upstream = torch.randn_like(output)
+    expected = torch.autograd.grad(output, trained, upstream, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(output, trained, upstream)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

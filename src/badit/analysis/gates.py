@@ -190,7 +190,7 @@ class Clusters(NamedTuple):
 def clusters_of(layers: Sequence[AdaptedLayer]) -> list[Clusters]:
     """Returns the clusters of every layer, or of all together; none without clusters.
 
-    The tasks of an extension are one more cluster: their prompts have the same gates.
+    The tasks of an extension are one more cluster. Without mixing, its prompts have the same gates.
     """
     clusters = []
     for index, (layer, adapter) in enumerate(layers):

@@ -65,7 +65,7 @@ def prompt_keys(means_BI: Tensor, mean_I: Tensor, whitening_II: Tensor) -> Tenso
 def key_scores(centroids_CI: Tensor, mean_I: Tensor, whitening_II: Tensor) -> tuple[Tensor, Tensor]:
     """Returns D (C, I) and o (C): the centroid with the largest D m + o has the largest cosine.
 
-    m is a prompt's mean embedding. D m + o = ⟨W (m − μ), centroid⟩, so inference needs no W.
+    m is a prompt's mean embedding. D m + o = ⟨W (m − μ), centroid⟩, so finding it needs no W.
     """
     directions_CI = centroids_CI @ whitening_II
     return directions_CI, -directions_CI @ mean_I

@@ -39,7 +39,7 @@ _STARTS = 5  # of k-means
 _ITERATIONS = 30
 
 
-def _without_autocast(x: Tensor) -> torch.autocast:
+def without_autocast(x: Tensor) -> torch.autocast:
     """Disables 16-bit products of x: training and inference could find other nearest centroids."""
     kind = "cpu" if x.is_meta else x.device.type  # autocast does not know "meta"
     return torch.autocast(kind, enabled=False)
@@ -54,7 +54,7 @@ def prompt_mean(x_BTI: Tensor, prompt_mask_BT: Tensor) -> Tensor:
     weight_BT = weight_BT / weight_BT.sum(dim=1, keepdim=True).clamp_min(1.0)
     # where() instead of only a product: padding may hold NaN or infinity, and 0 · NaN is NaN.
     x_BTI = torch.where(prompt_mask_BT[..., None].bool(), x_BTI, 0.0)
-    with _without_autocast(x_BTI):
+    with without_autocast(x_BTI):
         return torch.einsum("bt,bti->bi", weight_BT, x_BTI)
 
 
@@ -172,7 +172,7 @@ def cluster_gates(x: Tensor, centroids_CI: Tensor, codes_CK: Tensor) -> Tensor:
 
 def nearest_clusters(x: Tensor, centroids_CI: Tensor) -> Tensor:
     """Returns the cluster (…) of every x̂ (…, I): that of the centroid with the largest cosine."""
-    with _without_autocast(x):
+    with without_autocast(x):
         cosines = F.linear(x.float(), centroids_CI.float())  # times the norm of x̂
     return cosines.argmax(dim=-1)
 

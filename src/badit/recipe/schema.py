@@ -263,12 +263,13 @@ class ExtendSection(Section):
         description="start of these gates, relative to those that the task's prompts had before; "
         "null: that of 0, 0.5 and 1 with the lowest loss",
     )
-    mixing: float = Field(
-        0.0,
+    mixing: float | None = Field(
+        None,
         ge=0,
         allow_inf_nan=False,
-        description="temperature with which a prompt mixes the experts of its two nearest tasks, "
-        "such as 0.01 for prompts without instructions; 0: only the nearest task",
+        description="temperature with which a prompt mixes the experts of the two nearest tasks, "
+        "such as 0.01 for prompts without instructions; 0: only the nearest task; null: as in the "
+        "earlier run",
     )
     coverage: float = Field(
         0.95,

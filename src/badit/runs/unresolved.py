@@ -144,8 +144,9 @@ class UnresolvedRun:
         known = [self.folder.adapter_option("tasks") or [], *(one["tasks"] for one in extensions)]
         if any(name in tasks for tasks in known):
             fix = f"give {earlier} instead, which answers it as this run does"
-            if self.recipe.extend.merge:  # may have changed the answers
-                before = f"{earlier} answers it as before merge=true"
+            merges = self.recipe.extend.merge
+            if merges or self.folder.adapter_option("mixing"):  # may have changed the answers
+                before = f"{earlier} answers it as before {'merge=true' if merges else 'this task'}"
                 fix = f"{before}; for this run's answers: {adoption(self.folder.adapter_path)}"
             raise BaditError(f"--task: {name} is a task of an earlier run; {fix}")
 

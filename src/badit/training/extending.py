@@ -95,13 +95,16 @@ def _compare(run: ResolvedRun) -> list[str]:
 
     model = training_method(run.method).load(base, earlier.adapter_path)
     names = [task.name for task in run.tasks]
-    known = model.peft_config["default"].all_tasks
+    config = model.peft_config["default"]
     for name in names:
-        if name in known and not section.merge:
+        if name in config.all_tasks and not section.merge:
             fix = "rename it, such as with data.task=NAME"
             raise BaditError(f"task {name}: {earlier.path} has a task of this name; {fix}")
     if not section.merge:
         refuse_new_expert(model, section)
+    elif section.mixing is not None:
+        problem = "merging adds no expert, so mixing cannot be set"
+        raise BaditError(f"extend.merge: {problem}; leave extend.mixing out")
     with status("comparing the prompts"):
         options = run.recipe.prompt.model_dump()
         order = mixture(run.tasks, run.recipe.data.seed)
@@ -112,7 +115,8 @@ def _compare(run: ResolvedRun) -> list[str]:
     _refuse(result, section, names)
     if section.merge:
         return [*_report_of_merging(model, result, batches)]
-    return [*report(result)]
+    mixing = config.mixing if section.mixing is None else section.mixing
+    return [*report(result), *_report_of_mixing(mixing)]
 
 
 def lacks_earlier_scores(run: ResolvedRun) -> bool:
@@ -167,6 +171,12 @@ def report(result: Survey) -> Iterator[str]:
     largest = _listed(dict(by_share[:_LISTED]))
     share = f"about {100 * result.taken_in_all:.1f} % of the earlier prompts"
     yield f"{share} would be nearest to the new tasks; the largest shares: {largest}"
+
+
+def _report_of_mixing(temperature: float) -> Iterator[str]:
+    if temperature:
+        mixed = f"with extend.mixing={temperature:g}, prompts mix the experts of two tasks"
+        yield f"{mixed}, so answers of earlier tasks may change"
 
 
 def _listed(shares: Mapping[str, float]) -> str:

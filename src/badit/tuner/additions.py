@@ -35,8 +35,8 @@ from badit.method.extension import (
 )
 from badit.method.routing import prompt_centroids
 from badit.support.console import say_once
-from badit.support.errors import BaditError
-from badit.tuner.config import BaditConfig, Extension
+from badit.support.errors import BaditError, check
+from badit.tuner.config import BaditConfig, Extension, NotNegative
 from badit.tuner.context import RoutingContext
 from badit.tuner.distributed import gathered, sum_over_ranks
 from badit.tuner.examples import Example
@@ -232,7 +232,8 @@ def changed_tasks(layers: Sequence[Any], adapter: str, numbers: Collection[int])
     """
     config: BaditConfig = layers[0].badit_config[adapter]
     changed = set(numbers)
-    if 0 in numbers and (config.modules_to_save or config.bias != "none"):  # of all passes
+    is_of_all_passes = 0 in numbers and (config.modules_to_save or config.bias != "none")
+    if is_of_all_passes or config.mixing:  # any prompt may mix a trained expert
         changed.update(range(len(config.extensions) + 1))
     for layer in layers:
         for number in range(1, len(config.extensions) + 1):
@@ -297,8 +298,11 @@ def refuse_unextendable(config: BaditConfig, layers: Sequence[Any]) -> None:
         )
 
 
-def refuse_new_expert(config: BaditConfig, layers: Sequence[Any], rank: int, mixing: float) -> None:
+def refuse_new_expert(
+    config: BaditConfig, layers: Sequence[Any], rank: int, mixing: float | None
+) -> None:
     """Raises BaditError if a layer has fewer features than the rank, or experts cannot be mixed."""
+    check("mixing", mixing, NotNegative | None)
     if mixing and config.subtracted_share and not config.gates_change:
         raise BaditError(
             "extend.mixing: with gated='factors', gates do not scale the change of the experts, so "
@@ -317,14 +321,15 @@ def _is_holder(layer: Any) -> bool:
     return any(extensions.has_clusters(0) for extensions in layer.badit_extensions.values())
 
 
-def extended_config(config: BaditConfig, extension: Extension, mixing: float) -> BaditConfig:
+def extended_config(config: BaditConfig, extension: Extension, mixing: float | None) -> BaditConfig:
     """Returns a copy of a configuration with another extension; BaditError for a known task."""
     for task in extension.tasks:
         if task in config.all_tasks:
             raise BaditError(f"task {task}: the run has a task of this name; rename the new one")
     config = copy.copy(config)
     config.extensions = [*config.extensions, extension]
-    config.mixing = mixing
+    if mixing is not None:
+        config.mixing = mixing
     return config
 
 

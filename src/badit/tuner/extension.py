@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from badit.method.extension import PRINCIPAL_COMPONENTS, mixing_shares
+from badit.method.routing import without_autocast
+from badit.support.console import status
 from badit.support.errors import BaditError
 from badit.tuner.config import BaditConfig, Extension
 from badit.tuner.context import ForwardPass, RoutingContext
@@ -180,10 +182,11 @@ def _extensions_of_prompts(
         number_S1 = nearest_extensions(holder, adapter, means_SE)[:, None]
         return number_S1, torch.ones_like(number_S1, dtype=torch.float32)
     if routing.key_moments is None:
-        mean_E, whitening_EE = moments_of(forward_pass.embedding)
-        routing.key_moments = (mean_E.to(means_SE.device), whitening_EE.to(means_SE.device))
-    mean_E, whitening_EE = routing.key_moments
-    norm_S1 = ((means_SE - mean_E) @ whitening_EE).norm(dim=1, keepdim=True)
+        with status("reading the embeddings of the vocabulary, for extend.mixing", in_logs=True):
+            routing.key_moments = moments_of(forward_pass.embedding)
+    mean_E, whitening_EE = (moment.to(means_SE.device) for moment in routing.key_moments)
+    with without_autocast(means_SE):
+        norm_S1 = ((means_SE - mean_E) @ whitening_EE).norm(dim=1, keepdim=True)
     numbers, scores_SC, _ = _extension_scores(holder, adapter, means_SE)
     cosines_SC = scores_SC / norm_S1.clamp_min(torch.finfo(norm_S1.dtype).tiny)
     index_SX, share_SX = mixing_shares(cosines_SC, config.mixing)
@@ -191,6 +194,9 @@ def _extensions_of_prompts(
 
 
 def _divided(number_SX: Tensor, share_SX: Tensor, segment_BT: Tensor | None) -> Parts:
+    # Two prompts between the same tasks are one part, whichever is nearer to each.
+    number_SX, order_SX = number_SX.sort(dim=1)
+    share_SX = share_SX.gather(1, order_SX)
     of_prompts = [
         tuple(number for number, share in zip(numbers, shares, strict=True) if share)
         for numbers, shares in zip(number_SX.tolist(), share_SX.tolist(), strict=True)
@@ -205,7 +211,8 @@ def _divided(number_SX: Tensor, share_SX: Tensor, segment_BT: Tensor | None) -> 
     parts = []
     for index, numbers in enumerate(different):
         rows_R = (of_S == index).nonzero().flatten()
-        parts.append(Part(numbers, rows_R, share_SX[rows_R, : len(numbers)]))
+        share_RX = share_SX[rows_R] if len(numbers) > 1 else torch.ones(len(rows_R), 1)
+        parts.append(Part(numbers, rows_R, share_RX))
     return Parts(parts, segment_BT)
 
 
@@ -238,7 +245,8 @@ def _extension_scores(
     for number in with_clusters(layer, adapter):
         directions_CE = extensions.of("directions", number).to(means_SE.device)
         offsets_C = extensions.of("offsets", number).to(means_SE.device)
-        scores_SC = torch.addmm(offsets_C, means_SE, directions_CE.T)
+        with without_autocast(means_SE):
+            scores_SC = torch.addmm(offsets_C, means_SE, directions_CE.T)
         score_S, cluster_S = scores_SC.max(dim=1)
         numbers.append(number)
         scores.append(score_S)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from badit.method.routing import without_autocast
+
 
 class GatedChange(torch.autograd.Function):
     """(B − B0) (g ∘ A x) + B0 (g ∘ (A − A0) x), for frozen A0 and B0.
@@ -24,49 +26,54 @@ class GatedChange(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gates_N: Tensor, *factors: Tensor) -> Tensor:
         """Returns the product (…, O) for x (…, I), scaled gates (…, N), and A, B, A0, B0."""
         a_NI, b_ON, a0_NI, b0_ON = factors
-        change_A_NI = a_NI - a0_NI
-        change_B_ON = b_ON - b0_ON
         hidden_N = F.linear(x, a_NI)
-        hidden_change_N = F.linear(x, change_A_NI)
+        hidden_change_N = F.linear(x, a_NI - a0_NI)
         gates_N = gates_N.to(hidden_N.dtype)
+        product = F.linear(hidden_N * gates_N, b_ON - b0_ON)
+        _add_product(product, hidden_change_N * gates_N, b0_ON.T)
+        # Only the gradient of the gates needs the last one.
+        needs_gates = ctx.needs_input_grad[1]
         ctx.save_for_backward(
-            x, gates_N, hidden_N, hidden_change_N, a_NI, change_A_NI, change_B_ON, b0_ON
+            x, gates_N, *factors, hidden_N, hidden_change_N if needs_gates else None
         )
-        product = F.linear(hidden_N * gates_N, change_B_ON)
-        return _plus_product(product, hidden_change_N * gates_N, b0_ON.T)
+        return product
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (by once_differentiable)
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, gates_N, hidden_N, hidden_change_N, *factors = ctx.saved_tensors
-        needs_x, needs_gates, needs_A, needs_B, *_ = ctx.needs_input_grad
-        dtype = hidden_N.dtype  # under autocast, not that of x and the factors
-        a_NI, change_A_NI, change_B_ON, b0_ON = (factor.to(dtype) for factor in factors)
-        (grad,) = grad_outputs
-        grad = grad.to(dtype)
-        of_gated_N = grad @ change_B_ON
-        of_gated_change_N = grad @ b0_ON
-        of_hidden_N = of_gated_N * gates_N
-        of_hidden_change_N = of_gated_change_N * gates_N
-        grad_x = grad_gates = grad_A = grad_B = None
-        if needs_x:
-            grad_x = _plus_product(of_hidden_N @ a_NI, of_hidden_change_N, change_A_NI)
-        if needs_gates:
-            by_gate = of_gated_N * hidden_N + of_gated_change_N * hidden_change_N
-            grad_gates = by_gate.sum_to_size(gates_N.shape)
-        if needs_A:
-            grad_A = _sum_of_products(of_hidden_N + of_hidden_change_N, x.to(dtype))
-        if needs_B:
-            grad_B = _sum_of_products(grad, hidden_N * gates_N)
-        return grad_x, grad_gates, grad_A, grad_B, None, None
+        with without_autocast(grad_outputs[0]):
+            return _gradients(ctx, *grad_outputs)
 
 
-def _plus_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Adds left · right to a total in place, and returns it."""
-    total.flatten(0, -2).addmm_(left.flatten(0, -2), right.to(total.dtype))
-    return total
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of the inputs, in the dtype of the forward pass."""
+    x, gates_N, a_NI, b_ON, a0_NI, b0_ON, hidden_N, hidden_change_N = ctx.saved_tensors
+    needs_x, needs_gates, needs_A, needs_B, *_ = ctx.needs_input_grad
+    dtype = hidden_N.dtype  # under autocast, not that of x and the factors
+    grad = grad.to(dtype)
+    of_gated_N = grad @ (b_ON - b0_ON).to(dtype)
+    of_gated_change_N = grad @ b0_ON.to(dtype)
+    of_hidden_N = of_gated_N * gates_N
+    of_hidden_change_N = of_gated_change_N * gates_N
+    grad_x = grad_gates = grad_A = grad_B = None
+    if needs_x:
+        grad_x = of_hidden_N @ a_NI.to(dtype)
+        _add_product(grad_x, of_hidden_change_N, a_NI - a0_NI)
+    if needs_gates:
+        by_gate = of_gated_N * hidden_N + of_gated_change_N * hidden_change_N
+        grad_gates = by_gate.sum_to_size(gates_N.shape)
+    if needs_A:
+        grad_A = _sum_of_products(of_hidden_N + of_hidden_change_N, x.to(dtype))
+    if needs_B:
+        grad_B = _sum_of_products(grad, hidden_N * gates_N)
+    return grad_x, grad_gates, grad_A, grad_B, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left · right to a contiguous total in place."""
+    total.view(-1, total.shape[-1]).addmm_(left.flatten(0, -2), right.to(total.dtype))
 
 
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:

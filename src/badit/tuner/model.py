@@ -405,7 +405,7 @@ class BaditModel(ExpertModel):
         clusters: int = 2,
         reused: int = 0,
         start: float | None = None,
-        mixing: float = 0.0,
+        mixing: float | None = None,
     ) -> None:
         """Adds an expert and clusters for new tasks to the active adapter, and freezes the rest.
 
@@ -421,8 +421,8 @@ class BaditModel(ExpertModel):
             start: start of these gates, relative to those that the prompts had before; None:
                 that of 0, ½ and 1 with the lowest loss.
             mixing: temperature T with which all prompts mix the experts of their two nearest
-                tasks, with the shares softmax(cosine / T); 0: only the nearest task. Training
-                passes do not mix.
+                tasks, with the shares softmax(cosine / T); 0: only the nearest task; None: as
+                before. Tasks that were trained together count as one. Training passes do not mix.
 
         Raises:
             BaditError: a name is in use, the adapter has no clusters for later tasks, its routing
@@ -449,7 +449,7 @@ class BaditModel(ExpertModel):
         self.set_adapter(adapter)
         self._freeze_all_but_extensions()
 
-    def refuse_new_expert(self, rank: int, mixing: float) -> None:
+    def refuse_new_expert(self, rank: int, mixing: float | None) -> None:
         """Raises the errors of :meth:`add_tasks` for its options."""
         (adapter,) = self.active_adapters
         refuse_new_expert(self.peft_config[adapter], self._layers_of(adapter), rank, mixing)
