@@ -64,7 +64,8 @@ def main() -> None:
     path = Path(sys.argv[1])
     content = read_json(path)
     reference = sys.argv[2] if len(sys.argv) > 2 else content["reference"]
-    cells = [cell for cell in content["cells"] if cell["selected"]]
+    # Unfinished comparisons have cells without scores.
+    cells = [cell for cell in content["cells"] if cell["selected"] and cell["instances"]]
     # The number of test instances and their answers do not depend on the seed.
     tokens = answer_tokens(cells[0]["config"])
     runs: dict[str, dict[int, list[float]]] = {}
