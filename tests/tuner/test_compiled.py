@@ -6,11 +6,9 @@ from torch._dynamo.utils import counters
 
 from tuner.helpers import CHANGE, adapted, gradients, layers, padded, random_rows
 
-# The compiler reads .grad when it builds the second graph, and creates objects of autograd's
-# Function; the tests do not.
+# The compiler reads .grad when it builds the second graph; the tests do not.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
-    "ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )
 
 
