@@ -196,6 +196,14 @@ def clear_batches(seed=0, rows=24):
     return batches
 
 
+def packed_logits(model, ids, labels):
+    """Returns the logits (rows, positions, V) of rows that are packed into a single one."""
+    rows, length = ids.shape
+    positions = torch.arange(length).repeat(rows)[None]
+    packed = {"input_ids": ids.view(1, -1), "labels": labels.view(1, -1)}
+    return model(**packed, position_ids=positions, use_cache=False).logits.view(rows, length, -1)
+
+
 def enable_checkpointing(model, reentrant):
     """Enables gradient checkpointing, whose method transformers renames within version 5."""
     inner = model.get_base_model()

@@ -25,6 +25,7 @@ from tuner.helpers import (
     config,
     generate,
     layers,
+    packed_logits,
     randomise,
     teacher_forced,
 )
@@ -147,10 +148,8 @@ def test_packed_rows_have_the_gates_of_separate_rows(tiny_model):
     labels = torch.cat([labels, other["labels"]])
     with torch.no_grad():
         separate = model(input_ids=ids, labels=labels, use_cache=False).logits
-        positions = torch.arange(9).repeat(len(ids))[None]
-        rows = {"input_ids": ids.view(1, -1), "labels": labels.view(1, -1)}
-        packed = model(**rows, position_ids=positions, use_cache=False).logits
-    torch.testing.assert_close(packed.view_as(separate), separate, rtol=1e-4, atol=1e-5)
+        packed = packed_logits(model, ids, labels)
+    torch.testing.assert_close(packed, separate, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("key", ["layer", "embedding"])

@@ -10,7 +10,7 @@ from badit.tuner import badit_layer, hooks_of
 from badit.tuner.extension import Parts, ability_factors, ability_gram, parts_of
 from refusals import refuses
 from tuner.extending import KEY, add, assert_same, batches_of, results, trained
-from tuner.helpers import CLUSTERS, adapt, enable_checkpointing, generate, layers
+from tuner.helpers import CLUSTERS, adapt, enable_checkpointing, generate, layers, packed_logits
 
 KINDS = {
     "key": KEY,
@@ -299,10 +299,10 @@ def test_fixed_gates_equal_the_pass_of_a_prompt(tiny_model):
 MIXED = 10.0  # a temperature with which the shares of two tasks are close to equal
 
 
-def mixed(model, temperature, task="fourth"):
+def mixed(model, temperature):
     """Returns a model with two added tasks whose experts are mixed."""
     add(model, "third")
-    add(model, task, mixing=temperature)
+    add(model, "fourth", mixing=temperature)
     return model
 
 
@@ -359,10 +359,7 @@ def test_mixed_prompts_have_the_same_results_in_batches_caches_and_packed_rows(t
     tokens = generate(model, ids[:, :5], torch.ones_like(ids[:, :5]), new_tokens=3)
     with torch.no_grad():
         logits = model(input_ids=ids, labels=labels, use_cache=False).logits
-        positions = torch.arange(9).repeat(len(ids))[None]
-        rows = {"input_ids": ids.view(1, -1), "labels": labels.view(1, -1)}
-        packed = model(**rows, position_ids=positions, use_cache=False).logits
-        torch.testing.assert_close(packed.view_as(logits), logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(packed_logits(model, ids, labels), logits, atol=1e-4, rtol=1e-4)
         for row in range(len(ids)):
             one = slice(row, row + 1)
             alone = model(input_ids=ids[one], labels=labels[one], use_cache=False).logits

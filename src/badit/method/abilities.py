@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from badit.method.grouping import balanced_assignment
+from badit.method.routing import without_autocast
 
 _RIDGE = 1e-3  # relative to the mean variance; rare directions of the vocabulary stay bounded
 _LEAST_RELIABILITY = 0.1  # of a half's gradient; limits how much noise a correction amplifies
@@ -59,7 +60,13 @@ def vocabulary_moments(embeddings_VI: Tensor) -> tuple[Tensor, Tensor]:
 
 def prompt_keys(means_BI: Tensor, mean_I: Tensor, whitening_II: Tensor) -> Tensor:
     """Returns the keys z (B, I) of prompts, unit vectors, for their mean embeddings (B, I)."""
-    return F.normalize((means_BI.float() - mean_I) @ whitening_II, dim=-1)
+    return F.normalize(whitened(means_BI, mean_I, whitening_II), dim=-1)
+
+
+def whitened(means_BI: Tensor, mean_I: Tensor, whitening_II: Tensor) -> Tensor:
+    """Returns W (m − μ) (B, I) for mean embeddings m (B, I): keys before they are normalised."""
+    with without_autocast(means_BI):
+        return (means_BI.float() - mean_I) @ whitening_II
 
 
 def key_scores(centroids_CI: Tensor, mean_I: Tensor, whitening_II: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,6 +76,15 @@ def key_scores(centroids_CI: Tensor, mean_I: Tensor, whitening_II: Tensor) -> tu
     """
     directions_CI = centroids_CI @ whitening_II
     return directions_CI, -directions_CI @ mean_I
+
+
+def scores_of(means_BI: Tensor, directions_CI: Tensor, offsets_C: Tensor) -> Tensor:
+    """Returns the scores D m + o (B, C) of mean embeddings m (B, I), on their device."""
+    device = means_BI.device
+    with without_autocast(means_BI):
+        return torch.addmm(
+            offsets_C.float().to(device), means_BI, directions_CI.float().to(device).T
+        )
 
 
 # --- the agreement of clusters ---

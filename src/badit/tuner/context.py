@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from badit.method.routing import prompt_mean, segment_means, without_autocast
+from badit.method.abilities import scores_of
+from badit.method.routing import prompt_mean, segment_means
 from badit.support.errors import BaditError
 from badit.tuner.answers import has_output_layer
 from badit.tuner.prompt import (
@@ -200,10 +201,9 @@ class RoutingContext:
                     "with input_ids"
                 )
             holder = self.key_holders[adapter]
-            directions_CE = holder.badit_key[adapter].float().to(means_SE.device)
-            offsets_C = holder.badit_key_offset[adapter].float().to(means_SE.device)
-            with without_autocast(means_SE):
-                scores_SC = torch.addmm(offsets_C, means_SE, directions_CE.T)
+            scores_SC = scores_of(
+                means_SE, holder.badit_key[adapter], holder.badit_key_offset[adapter]
+            )
             forward_pass.clusters[adapter] = scores_SC.argmax(dim=1)
         return forward_pass.clusters[adapter]
 

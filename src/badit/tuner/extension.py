@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from badit.method.abilities import scores_of, whitened
 from badit.method.extension import PRINCIPAL_COMPONENTS, mixing_shares
-from badit.method.routing import without_autocast
 from badit.support.console import status
 from badit.support.errors import BaditError
 from badit.tuner.config import BaditConfig, Extension
@@ -185,8 +185,7 @@ def _extensions_of_prompts(
         with status("reading the embeddings of the vocabulary, for extend.mixing", in_logs=True):
             routing.key_moments = moments_of(forward_pass.embedding)
     mean_E, whitening_EE = (moment.to(means_SE.device) for moment in routing.key_moments)
-    with without_autocast(means_SE):
-        norm_S1 = ((means_SE - mean_E) @ whitening_EE).norm(dim=1, keepdim=True)
+    norm_S1 = whitened(means_SE, mean_E, whitening_EE).norm(dim=1, keepdim=True)
     numbers, scores_SC, _ = _extension_scores(holder, adapter, means_SE)
     cosines_SC = scores_SC / norm_S1.clamp_min(torch.finfo(norm_S1.dtype).tiny)
     index_SX, share_SX = mixing_shares(cosines_SC, config.mixing)
@@ -243,10 +242,8 @@ def _extension_scores(
     extensions: Extensions = layer.badit_extensions[adapter]
     numbers, scores, clusters = [], [], []
     for number in with_clusters(layer, adapter):
-        directions_CE = extensions.of("directions", number).to(means_SE.device)
-        offsets_C = extensions.of("offsets", number).to(means_SE.device)
-        with without_autocast(means_SE):
-            scores_SC = torch.addmm(offsets_C, means_SE, directions_CE.T)
+        directions_CE = extensions.of("directions", number)
+        scores_SC = scores_of(means_SE, directions_CE, extensions.of("offsets", number))
         score_S, cluster_S = scores_SC.max(dim=1)
         numbers.append(number)
         scores.append(score_S)
