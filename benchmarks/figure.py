@@ -1,70 +1,71 @@
 #!/usr/bin/env python3
 """figure.py: draws README's figure, docs/images/results.svg, from benchmarks/results.
 
-For every method: the paired differences to LoRA in NLL and Rouge-L, with their 95 % intervals.
+For every method of the confirmation: the mean difference to LoRA in both primary metrics, paired by
+seed, with its 95 % t interval.
 """
 
-import runpy
 from pathlib import Path
 from typing import Any
 
 import altair as alt
 import pandas as pd
 import vl_convert
+from scipy import stats
 
-from badit.comparison.results import load_results, summarise
-from badit.metrics.answers import METRICS
 from badit.report.theme import chart_config
+from badit.support.files import read_json
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs" / "images" / "results.svg"
+SCORES = ROOT / "benchmarks" / "results" / "evidence-abilities-cpu" / "scores.json"
+REFERENCE = "lora"
 # Names in the results file -> names in the figure, from the top to the bottom.
 NAMES = {
-    "badit": "cluster-gates",
+    "cluster-gates": "cluster-gates",
+    "badit": "BADIT",
+    "router-regroup": "BADIT, trained router",
     "mtl-lora": "MTL-LoRA (told the task)",
     "lora-plus": "LoRA+",
-    "badit-router-adamw": "trained router",
-    "badit-no-gates-adamw": "no gates",
-    "goat": "GOAT",
-    "loramoe": "LoRAMoE",
-    "hydralora": "HydraLoRA",
-    "pissa": "PiSSA",
 }
-UNITS = {"nll": "difference to LoRA, nats per token", "rouge_l": "difference to LoRA, points"}
-BETTER = {"nll": "lower is better", "rouge_l": "higher is better"}
+HIGHLIGHTED = ["cluster-gates", "BADIT"]
+TITLES = {"NLL": "NLL, lower is better", "mixed score": "mixed score, higher is better"}
+UNITS = {"NLL": "difference to LoRA, nats per token", "mixed score": "difference to LoRA, points"}
 
 
-def differences(metric: str) -> pd.DataFrame:
+def differences(score: str) -> pd.DataFrame:
     """Returns a row per method: its name, the difference to LoRA and the ends of its interval."""
-    tables = runpy.run_path(str(Path(__file__).with_name("tables.py")))
-    results = load_results(tables["RESULTS"] / "evidence-cpu" / "results.json")
-    results = tables["renamed"](tables["of_methods"](results, ["lora", *NAMES]), NAMES)
-    columns = ["method", "difference_mean", "difference_low", "difference_high"]
-    summary = summarise(results, metric)[columns].set_index("method")
-    return summary.loc[list(NAMES.values())].reset_index()
-
-
-def panel(metric: str) -> Any:
-    """Returns the dots and intervals of a metric, with a line at LoRA's score."""
-    frame = differences(metric)
-    labels = alt.Axis(labelLimit=200) if metric == "nll" else None
-    row = alt.Y("method:N", sort=None, title=None, axis=labels)
-    colour = alt.condition(
-        alt.datum.method == "cluster-gates", alt.value("#b5432a"), alt.value("#5d626b")
+    runs = read_json(SCORES)
+    by_seed = pd.DataFrame(
+        {
+            method: {seed: scores[score] for seed, scores in of_method.items()}
+            for method, of_method in runs.items()
+        }
     )
+    rows = []
+    for method, name in NAMES.items():
+        pairs = (by_seed[method] - by_seed[REFERENCE]).dropna()
+        low, high = stats.t.interval(0.95, len(pairs) - 1, pairs.mean(), stats.sem(pairs))
+        rows.append({"method": name, "mean": pairs.mean(), "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def panel(score: str) -> Any:
+    """Returns the dots and intervals of a metric, with a line at LoRA's score."""
+    frame = differences(score)
+    labels = alt.Axis(labelLimit=220) if score == "NLL" else None
+    row = alt.Y("method:N", sort=None, title=None, axis=labels)
+    is_highlighted = alt.FieldOneOfPredicate(field="method", oneOf=HIGHLIGHTED)
+    colour = alt.condition(is_highlighted, alt.value("#b5432a"), alt.value("#5d626b"))
     interval = alt.Chart(frame).mark_rule(strokeWidth=2)
     interval = interval.encode(
-        y=row,
-        x=alt.X("difference_low:Q", title=UNITS[metric]),
-        x2="difference_high:Q",
-        color=colour,
+        y=row, x=alt.X("low:Q", title=UNITS[score]), x2="high:Q", color=colour
     )
     dot = alt.Chart(frame).mark_circle(size=70, opacity=1)
-    dot = dot.encode(y=row, x="difference_mean:Q", color=colour)
+    dot = dot.encode(y=row, x="mean:Q", color=colour)
     zero = alt.Chart().mark_rule(strokeDash=[2, 4]).encode(x=alt.datum(0))
-    text = f"{METRICS[metric].label}, {BETTER[metric]}"
-    title = alt.TitleParams(text, fontSize=12, anchor="start")
-    return alt.layer(zero, interval, dot).properties(width=240, height=230, title=title)
+    title = alt.TitleParams(TITLES[score], fontSize=12, anchor="start")
+    return alt.layer(zero, interval, dot).properties(width=240, height=140, title=title)
 
 
 def drawn() -> str:
@@ -73,7 +74,7 @@ def drawn() -> str:
     config["font"] = "Helvetica, Arial, sans-serif"
     # Marks keep their description: readers of the screen, and the test, find the numbers there.
     config["mark"] = {"color": config["mark"]["color"]}
-    chart = alt.hconcat(panel("nll"), panel("rouge_l")).to_dict()
+    chart = alt.hconcat(*[panel(score) for score in TITLES]).to_dict()
     return vl_convert.vegalite_to_svg(chart, config=config, allowed_base_urls=[])
 
 

@@ -4,6 +4,7 @@
     export BADIT_SUPERNI=/path/to/superni
     python benchmarks/experiments/abilities_codes.py          # trains all cells; resumable
     python benchmarks/experiments/abilities_codes.py table    # prints the results as Markdown
+    python benchmarks/experiments/abilities_codes.py phases   # the same for parts of the training
 
 The question, the cells and the decision rules are in abilities-codes.md.
 """
@@ -91,8 +92,17 @@ LAST = ("bad-layer-grouped-regroup@2e-3", "bad-router-regroup@5e-4")
 CELLS = {**FIRST_PART, **ADDED, **SECOND_PART}
 
 
+# Parts of the training, by their steps.
+PHASES = (range(1, 21), range(21, 51), range(51, 81), range(81, 114))
+
+
 def main() -> None:
     experiment = Experiment("abilities-codes", CELLS, STAGE_1)
+    if sys.argv[1:] == ["phases"]:
+        for steps in PHASES:
+            print(f"\nSteps {steps[0]} to {steps[-1]}:\n")
+            print(experiment.table(CELLS, reference="lora@1e-3", steps=steps))
+        return
     if sys.argv[1:] != ["table"]:
         experiment.train([(name, SEED) for name in {**FIRST_PART, **ADDED}])
         jobs = [(name, seed) for seed in FURTHER_SEEDS for name in {**SECOND_PART, **ADDED}]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-FIRST_STEP = 21  # the first step whose losses count
+SCREENING_STEPS = range(21, 10**6)  # those whose losses count: from the 21st to the last
 
 
 def instance_means(losses_L: torch.Tensor, row_L: torch.Tensor, rows: int) -> list[float]:
@@ -41,12 +41,14 @@ def losses_by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, 
     return dict(sorted(by_task.items()))
 
 
-def screening_loss(tasks: Mapping[str, Mapping[str, list[Any]]]) -> float:
-    """Returns the mean over tasks of the mean loss of the instances of steps 21 to the last."""
+def screening_loss(
+    tasks: Mapping[str, Mapping[str, list[Any]]], steps: range = SCREENING_STEPS
+) -> float:
+    """Returns the mean over tasks of the mean loss of the instances of these steps."""
     means = []
     for of_task in tasks.values():
         pairs = zip(of_task["steps"], of_task["losses"], strict=True)
-        means.append(fmean(loss for step, loss in pairs if step >= FIRST_STEP))
+        means.append(fmean(loss for step, loss in pairs if step in steps))
     return fmean(means)
 
 

@@ -4,7 +4,8 @@
 The mixed score of a task with closed labels is its expected exact match, 100 · p(reference): the
 probability that sampling gives the first reference. p is exp(−NLL · tokens of the reference, with
 the end of the answer). On other tasks it is Rouge-L. Scores are means over the tasks. The intervals
-are paired 95 % t intervals over the seeds, for these test instances.
+are paired 95 % t intervals over the seeds, for these test instances. The scores of every run are
+written to scores.json, next to RESULTS.
 
     export BADIT_SUPERNI=/path/to/superni
     python benchmarks/experiments/mixed_score.py benchmarks/results/evidence-seeds-cpu/results.json
@@ -22,7 +23,7 @@ from cell_losses import difference_columns
 
 from badit.api import plan
 from badit.models import load_tokenizer
-from badit.support.files import read_json
+from badit.support.files import read_json, write_json
 from badit.training.encoding import encoded
 from badit.tuner.prompt import IGNORED_LABEL
 
@@ -44,8 +45,8 @@ def answer_tokens(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return counts
 
 
-def scores_of(cell: Mapping[str, Any], tokens: Mapping[str, np.ndarray]) -> list[float]:
-    """Returns a run's values of :data:`SCORES`."""
+def scores_of(cell: Mapping[str, Any], tokens: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Returns a run's :data:`SCORES`."""
     nll, mixed, rouge, open_rouge = [], [], [], []
     for task, metrics in cell["instances"].items():
         nll_P = np.array(metrics["nll"])
@@ -57,30 +58,44 @@ def scores_of(cell: Mapping[str, Any], tokens: Mapping[str, np.ndarray]) -> list
         else:
             mixed.append(rouge_P.mean())
             open_rouge.append(rouge_P.mean())
-    return [float(np.mean(values)) for values in (nll, mixed, rouge, open_rouge)]
+    values = (nll, mixed, rouge, open_rouge)
+    return {score: round(float(np.mean(of)), 5) for score, of in zip(SCORES, values, strict=True)}
+
+
+def scores_by_method(content: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """Returns the scores of the complete runs of a comparison, by method and seed."""
+    cells = [cell for cell in content["cells"] if cell["selected"] and cell["instances"]]
+    # The number of test instances and their answers do not depend on the seed.
+    tokens = answer_tokens(cells[0]["config"])
+    runs: dict[str, dict[str, dict[str, float]]] = {}
+    for cell in cells:
+        runs.setdefault(cell["method"], {})[str(cell["seed"])] = scores_of(cell, tokens)
+    return runs
+
+
+def differences(
+    runs: Mapping[str, Mapping[str, Mapping[str, float]]], method: str, reference: str, score: str
+) -> list[float]:
+    """Returns a method's score minus that of the reference, for each seed that both have."""
+    of_method, of_reference = runs[method], runs[reference]
+    shared = sorted(of_method.keys() & of_reference.keys())
+    return [of_method[seed][score] - of_reference[seed][score] for seed in shared]
 
 
 def main() -> None:
     path = Path(sys.argv[1])
     content = read_json(path)
     reference = sys.argv[2] if len(sys.argv) > 2 else content["reference"]
-    # Unfinished comparisons have cells without scores.
-    cells = [cell for cell in content["cells"] if cell["selected"] and cell["instances"]]
-    # The number of test instances and their answers do not depend on the seed.
-    tokens = answer_tokens(cells[0]["config"])
-    runs: dict[str, dict[int, list[float]]] = {}
-    for cell in cells:
-        runs.setdefault(cell["method"], {})[cell["seed"]] = scores_of(cell, tokens)
+    runs = scores_by_method(content)
+    write_json(path.with_name("scores.json"), runs)
 
-    for index, score in enumerate(SCORES):
+    for score in SCORES:
         print(f"\n| method | {score} | minus {reference}, by seed | mean | 95 % interval |")
         print("|---|---:|---|---:|---|")
         for method, by_seed in runs.items():
-            mean = np.mean([values[index] for values in by_seed.values()])
-            shared = sorted(by_seed.keys() & runs[reference].keys())
-            differences = [by_seed[s][index] - runs[reference][s][index] for s in shared]
-            columns = difference_columns([] if method == reference else differences)
-            print(f"| {' | '.join([method, f'{mean:.4f}', *columns])} |")
+            mean = np.mean([values[score] for values in by_seed.values()])
+            pairs = [] if method == reference else differences(runs, method, reference, score)
+            print(f"| {' | '.join([method, f'{mean:.4f}', *difference_columns(pairs)])} |")
 
 
 if __name__ == "__main__":

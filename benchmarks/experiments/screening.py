@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 from cell_losses import (
+    SCREENING_STEPS,
     difference_columns,
     instance_means,
     losses_by_task,
@@ -101,24 +102,24 @@ class Experiment:
             f"{name}, seed {seed}: screening loss {result['screening_loss']:.4f} in {seconds:.0f} s"
         )
 
-    def losses(self, name: str) -> dict[int, float]:
-        """Returns a cell's screening losses by seed, computed from the losses of the instances."""
+    def losses(self, name: str, steps: range = SCREENING_STEPS) -> dict[int, float]:
+        """Returns a cell's losses in these steps by seed, from the losses of the instances."""
         results = [read_json(path) for path in sorted(self.results.glob(f"{name}-*.json"))]
         # The names of other cells may begin with this name.
         results = [result for result in results if result["cell"] == name]
         if name in self.earlier:
             results.append(read_json(self.earlier[name]))
-        return {result["seed"]: screening_loss(result["tasks"]) for result in results}
+        return {result["seed"]: screening_loss(result["tasks"], steps) for result in results}
 
-    def table(self, names: Iterable[str], reference: str) -> str:
-        """Returns the screening losses and their differences from a reference, as Markdown."""
-        reference_losses = self.losses(reference)
+    def table(self, names: Iterable[str], reference: str, steps: range = SCREENING_STEPS) -> str:
+        """Returns the losses in these steps and their differences from a reference, as Markdown."""
+        reference_losses = self.losses(reference, steps)
         lines = [
-            f"| cell | seeds | screening loss | minus `{reference}` | mean | 95 % interval |",
+            f"| cell | seeds | loss | minus `{reference}` | mean | 95 % interval |",
             "|---|---|---:|---|---:|---|",
         ]
         for name in names:
-            losses = self.losses(name)
+            losses = self.losses(name, steps)
             if not losses:
                 continue
             seeds = ", ".join(str(seed) for seed in sorted(losses))
