@@ -59,6 +59,9 @@ ROUTED = {"init_weights": "bad", "gates": "mean_one"}
         # An adapter does not say whether it was regrouped.
         (RELEASED, "badit (released)"),
         ({"name": "cluster-gates"}, "cluster-gates"),
+        ({**SYSTEM, "num_clusters": 1}, "badit (changed: num_clusters=1)"),
+        ({"name": "cluster-gates", "num_clusters": 1}, "cluster-gates (changed: num_clusters=1)"),
+        ({**RELEASED, "num_clusters": 1, "regroup": RELEASED_REGROUPING}, "badit (released)"),
         ({"name": "lora", "r": 4}, "lora"),
     ],
 )  # fmt: skip
@@ -84,6 +87,11 @@ def test_methods_of_the_paper_have_all_its_parts(options):
 def test_a_change_of_the_system_removes_one_part(change, missing):
     parts = paper_parts({**SYSTEM, **change})
     assert [part for part, is_on in parts.items() if not is_on] == [missing]
+
+
+def test_one_cluster_has_neither_groups_nor_combinations():
+    parts = paper_parts({**SYSTEM, "num_clusters": 1})
+    assert [part for part, is_on in parts.items() if is_on] == ["singular experts"]
 
 
 def test_cluster_gates_combine_abilities_and_have_no_other_part():

@@ -19,7 +19,8 @@ SYSTEM: Options = {
     "key": "layer",
     "codes": "grouped-random",
 }
-#: Fixed random gates for each cluster of prompts, from LoRA's start. None of the paper's parts.
+#: Fixed random gates for each cluster of prompts, from LoRA's start. Of the paper's parts, it has
+#: the combination for every prompt.
 CLUSTER_GATES: Options = {
     "init_weights": "lora",
     "gates": "clusters",
@@ -143,14 +144,23 @@ def saved_section(section: Options) -> dict[str, Any]:
 def paper_parts(options: Options) -> dict[str, bool]:
     """Returns which of the paper's three parts a set of options has."""
     values = filled(options)
+    # One cluster has no other to compare its gradients with, and all prompts have the same gates.
+    one_cluster = _has_one_cluster(values)
+    is_grouped = values["codes"] in ("grouped", "grouped-random") and not one_cluster
     is_regrouped = _regroups_as_published(values.get("regroup"))
-    is_combined = values["routing"] == "prompt" and values.get("num_experts") != 1
+    is_combined = (
+        values["routing"] == "prompt" and values.get("num_experts") != 1 and not one_cluster
+    )
     return {
         "singular experts": values["init_weights"] in ("bad", "directions"),
-        "grouping": values["codes"] in ("grouped", "grouped-random") or is_regrouped,
+        "grouping": is_grouped or is_regrouped,
         # A placebo gives a cluster the combination of another one.
         "combination": is_combined and not values.get("permute_codes"),
     }
+
+
+def _has_one_cluster(values: Options) -> bool:
+    return values["gates"] == "clusters" and values.get("num_clusters") == 1
 
 
 def _regroups_as_published(regroup: Any) -> bool:
@@ -215,6 +225,8 @@ def _effective(options: Options) -> dict[str, Any]:
         names.append("router_input")
     if options["gates"] == "clusters":
         names += ["key", "codes"]
+    if _has_one_cluster(options):
+        names.append("num_clusters")
     # Options that no preset has.
     names += [name for name in ("permute_codes", "top_k") if options.get(name)]
     effective = {name: options[name] for name in names}

@@ -603,6 +603,29 @@ def test_clusters_without_answers_keep_random_codes_and_say_so(tiny_model, capsy
         assert f"{int(is_random_LC[0].sum())} of 4 clusters have no gradients" in said
 
 
+@pytest.mark.parametrize("key", ["layer", "embedding"])
+def test_a_line_says_that_a_task_has_no_answers(tiny_model, capsys, key):
+    batches = clear_batches()
+    for batch in batches["second"]:
+        batch["labels"][:] = -100
+    _started(adapt(tiny_model("llama"), **KEY | {"key": key}, codes="grouped-random"), **batches)
+    said = capsys.readouterr().err
+    examples = len(_examples(batches))
+    without = len(_examples({"second": batches["second"]}))
+    assert f"{without} of {examples} prompts have no answer; components are grouped by" in said
+
+
+def test_frozen_adapters_get_the_codes_of_others(tiny_model):
+    options = {**KEY, "codes": "grouped"}
+    torch.manual_seed(0)
+    expected = _codes(_started(adapt(tiny_model("llama"), **options)))
+    torch.manual_seed(0)
+    model = adapt(tiny_model("llama"), **options)
+    model.requires_grad_(False)
+    assert torch.equal(_codes(_started(model)), expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("broken", [0.0, float("nan")])
 def test_zero_and_non_finite_gradients_give_random_codes(tiny_model, capsys, broken):
     base = tiny_model("llama")

@@ -9,6 +9,8 @@ clusters, K = experts, N = components, L = layers.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import compress
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -79,9 +81,10 @@ def find_abilities(
         for layer in layers:
             layer.badit_codes[adapter].fill_(1.0)
         examples_of_clusters: list[list[Example]] = [[] for _ in distinct_D]
-        can_answer = has_output_layer(model)  # else labels are not of the next token
-        for example, cluster in zip(examples, number_C[key.cluster_S].tolist(), strict=True):
-            if can_answer and example.has_answer:
+        has_answers = _have_answers(model, config, examples)
+        clusters = number_C[key.cluster_S].tolist()
+        for example, cluster, has_answer in zip(examples, clusters, has_answers, strict=True):
+            if has_answer:
                 examples_of_clusters[cluster].append(example)
         evidence = evidence_of_key(Gradients(model, adapter, layers), examples_of_clusters)
         codes_LDK = _codes(adapter, layers, evidence, codes_LDK)
@@ -108,9 +111,8 @@ def find_layer_codes(
     random_LCK = torch.stack([layer.badit_codes[adapter].clone() for layer in layers])
     for layer in layers:
         layer.badit_codes[adapter].fill_(1.0)
-    with_answers = [example for example in examples if example.has_answer]
-    if not has_output_layer(model):
-        with_answers = []  # labels are not of the next token
+    has_answers = _have_answers(model, config, examples)
+    with_answers = [*compress(examples, has_answers)]
     chosen = _spread(with_answers, 2 * _PER_HALF * clusters)
     evidence = evidence_of_layers(Gradients(model, adapter, layers), chosen, clusters)
     codes_LCK = _codes(adapter, layers, evidence, random_LCK)
@@ -129,6 +131,22 @@ def _compares_clusters(config: BaditConfig) -> bool:
         )
         return False
     return config.codes != "random"
+
+
+def _have_answers(model: nn.Module, config: BaditConfig, examples: Sequence[Example]) -> list[bool]:
+    """Returns which examples have answers to compute gradients of; a line says if some have none.
+
+    Without an output layer, labels are not those of the next token.
+    """
+    has_answers = [has_output_layer(model) and example.has_answer for example in examples]
+    without = has_answers.count(False)
+    # If none has an answer, another line says that the codes are random.
+    if 0 < without < len(examples):
+        say_once(
+            f"badit: codes={config.codes!r}: {without} of {len(examples)} prompts have no answer; "
+            "components are grouped by the gradients of the others"
+        )
+    return has_answers
 
 
 def _spread(examples: Sequence[Example], count: int) -> list[Example]:
@@ -271,7 +289,8 @@ class Gradients:
         batches = _of_similar_length(examples)
         while batches:
             batch = batches.pop()
-            gradients = torch.autograd.grad(self._loss(batch), factors, allow_unused=True)
+            with _requiring_gradients(factors):
+                gradients = torch.autograd.grad(self._loss(batch), factors, allow_unused=True)
             if all(gradient is None or gradient.isfinite().all() for gradient in gradients):
                 count += len(batch)
                 for total, gradient in zip(sums, gradients, strict=True):
@@ -300,6 +319,19 @@ class Gradients:
             losses_L = F.cross_entropy(answer.logits_LV.float(), answer.target_L, reduction="none")
             labels_B = torch.bincount(answer.row_L, minlength=len(examples))
             return (losses_L / labels_B[answer.row_L]).sum()
+
+
+@contextmanager
+def _requiring_gradients(factors: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Lets frozen factors have gradients, such as those of an adapter that is trained later."""
+    frozen = [factor for factor in factors if not factor.requires_grad]
+    for factor in frozen:
+        factor.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for factor in frozen:
+            factor.requires_grad_(False)
 
 
 def evidence_of_key(

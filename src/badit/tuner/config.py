@@ -527,8 +527,11 @@ class RegroupOptions:
 
     def __post_init__(self) -> None:
         check_options(self, "regroup.")
-        if self.reset_smallest is not None and self.solver != "swap":
-            raise BaditError("regroup.reset_smallest: needs solver='swap'")
+        if self.reset_smallest is not None and (self.solver, self.restarts) != ("swap", 10):
+            raise BaditError(
+                "regroup.reset_smallest: exchanges components without a solver; leave out solver "
+                "and restarts"
+            )
 
     def fitted_to(self, config: "BaditConfig") -> Self:
         """Returns the options with their defaults for an adapter; BaditError if they conflict."""
