@@ -258,9 +258,13 @@ def test_without_exports_each_prompt_gets_a_lora_equal_to_the_run(router, vllm):
             assert (logits - base_logits).abs().max() > 0.05
 
 
-def test_gated_change_is_served_by_the_weights_of_its_change(trained, tmp_path):
-    options = {"gated": "change", "gates": "clusters", "key": "embedding", "codes": "grouped"}
-    run = trained({**BADIT, **options, "router_input": "standardised"})
+@pytest.mark.parametrize(
+    "options",
+    [{"key": "embedding", "codes": "grouped"}, {"key": "layer", "codes": "grouped-random"}],
+)
+def test_gated_change_is_served_by_the_weights_of_its_change(trained, tmp_path, options):
+    change = {"gated": "change", "gates": "clusters", "router_input": "standardised"}
+    run = trained({**BADIT, **change, **options})
     compares_weights_of_changes(run, tmp_path)
 
 

@@ -58,6 +58,7 @@ CHANGE = {
     "codes": "grouped",
     "regroup": {"every": 1, "stop": 1.0},
 }
+DEFAULT = {"name": "badit", "num_experts": 3, "r": 2, "lora_dropout": 0.0}
 LORA = {"r": 3, "lora_alpha": 12}
 # Each method with the rank of its exact export.
 METHODS = {
@@ -66,6 +67,7 @@ METHODS = {
     "token": ({**BADIT, "routing": "token"}, 12),
     "directions": ({**BADIT, "init_weights": "directions", "router_input": "standardised"}, 6),
     "change": (CHANGE, 12),
+    "default": (DEFAULT, 12),
     "loramoe": ({"name": "loramoe", "num_experts": 3, "r": 2}, 6),
     "hydralora": ({"name": "hydralora", "num_experts": 3, "r": 2}, 2),
     "goat": ({"name": "goat", "num_experts": 2, "r": 4, "lora_alpha": 8}, 8),
@@ -85,6 +87,7 @@ VARY = (
     "token",
     "directions",
     "change",
+    "default",
     "loramoe",
     "hydralora",
     "goat",
@@ -96,6 +99,7 @@ TASK_OF = {
     "mtl-lora": "cities",
     "directions": "rivers",
     "change": "cities",
+    "default": "rivers",
 }  # parameters of the task; clusters of prompts
 
 

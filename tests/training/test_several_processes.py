@@ -159,10 +159,14 @@ def _found_by_ranks(processes, options, batches, path):
     return [torch.load(f"{path}-{rank}", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.parametrize(
+    "codes",
+    [{"key": "embedding", "codes": "matched"}, {"key": "layer", "codes": "grouped-random"}],
+)
 def test_gated_change_with_codes_and_resets_in_two_processes_matches_one(
-    recipe_values, tmp_path, processes
+    recipe_values, tmp_path, processes, codes
 ):
-    recipe_values["method"] |= {**CHANGE, "num_clusters": 4, "codes": "matched"}
+    recipe_values["method"] |= {**CHANGE, "num_clusters": 4, **codes}
     recipe_values["method"]["regroup"] = {"every": 3, "reset_smallest": 1.0}
     launches = Launches(recipe_values, tmp_path, processes)
     assert launches.train_alone("alone", batch=4) == 0
