@@ -6,6 +6,7 @@ seed, with its 95 % t interval.
 """
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import altair as alt
@@ -19,7 +20,6 @@ from badit.support.files import read_json
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs" / "images" / "results.svg"
 SCORES = ROOT / "benchmarks" / "results" / "evidence-abilities-cpu" / "scores.json"
-REFERENCE = "lora"
 # Names in the results file -> names in the figure, from the top to the bottom.
 NAMES = {
     "cluster-gates": "cluster-gates",
@@ -33,20 +33,25 @@ TITLES = {"NLL": "NLL, lower is better", "mixed score": "mixed score, higher is 
 UNITS = {"NLL": "difference to LoRA, nats per token", "mixed score": "difference to LoRA, points"}
 
 
+def difference(runs: Any, method: str, reference: str, score: str) -> dict[str, Any]:
+    """Returns the mean difference of a method to another over the seeds that both have.
+
+    ``runs`` are the scores by method and seed. ``low`` and ``high`` end the 95 % t interval.
+    """
+    seeds = runs[method].keys() & runs[reference].keys()
+    pairs = [runs[method][seed][score] - runs[reference][seed][score] for seed in sorted(seeds)]
+    mean = fmean(pairs)
+    low, high = stats.t.interval(0.95, len(pairs) - 1, mean, stats.sem(pairs))
+    return {"seeds": len(pairs), "mean": mean, "low": low, "high": high}
+
+
 def differences(score: str) -> pd.DataFrame:
-    """Returns a row per method: its name, the difference to LoRA and the ends of its interval."""
+    """Returns a row per method: its name in the figure, and its difference to LoRA."""
     runs = read_json(SCORES)
-    by_seed = pd.DataFrame(
-        {
-            method: {seed: scores[score] for seed, scores in of_method.items()}
-            for method, of_method in runs.items()
-        }
-    )
-    rows = []
-    for method, name in NAMES.items():
-        pairs = (by_seed[method] - by_seed[REFERENCE]).dropna()
-        low, high = stats.t.interval(0.95, len(pairs) - 1, pairs.mean(), stats.sem(pairs))
-        rows.append({"method": name, "mean": pairs.mean(), "low": low, "high": high})
+    rows = [
+        {"method": name, **difference(runs, method, "lora", score)}
+        for method, name in NAMES.items()
+    ]
     return pd.DataFrame(rows)
 
 

@@ -2,7 +2,8 @@
 """tables.py: writes the documentation's tables of comparisons again, from benchmarks/results.
 
 Such a table is between two comments. The first one names the results file and the options of `badit
-table`, or of `noise.py` in a comment that begins with `noise:`. Four options are of this script:
+table`, or of `noise.py` in a comment that begins with `noise:`. A comment that begins with
+`scores:` names a file of `mixed_score.py` and a `reference`. Four options are of this script:
 `methods=NAME,NAME` keeps these methods and their single-task runs, `names=OLD:NEW,OLD:NEW` renames
 methods, `times=no` omits the times and the memory, for runs on several machines, and `ranks=no`
 omits the ranks, for a selection of methods.
@@ -12,14 +13,16 @@ import re
 import runpy
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 from badit.comparison.results import SINGLE_TASK, Results, load_results
 from badit.comparison.tables import FORMATS, method_table
+from badit.support.files import read_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE = re.compile(
-    r"(<!-- (table|noise): (\S+\.json)((?: \w+=\S+)*) -->\n)"  # first comment: kind, file, options
+    r"(<!-- (table|noise|scores): (\S+\.json)((?: \w+=\S+)*) -->\n)"  # kind, file, options
     r"(?:(?!<!-- end).)*"  # the table
     r"(<!-- end of table -->)",
     flags=re.DOTALL,
@@ -37,7 +40,7 @@ def render(text: str) -> str:
 
 def written_again(match: re.Match[str]) -> str:
     begin, kind, file, option_text, end = match.groups()
-    write = noise_table if kind == "noise" else comparison_table
+    write = {"noise": noise_table, "scores": scores_table, "table": comparison_table}[kind]
     options = dict(option.split("=") for option in option_text.split())
     return f"{begin}{write(RESULTS / file, **options)}\n{end}"
 
@@ -45,6 +48,31 @@ def written_again(match: re.Match[str]) -> str:
 def noise_table(path: Path, **options: str) -> str:
     script = runpy.run_path(str(Path(__file__).with_name("noise.py")))
     return script["table"](path, **options)
+
+
+def scores_table(path: Path, *, reference: str) -> str:
+    """Returns the two primary metrics and their paired differences, with 95 % t intervals."""
+    script = runpy.run_path(str(Path(__file__).with_name("figure.py")))
+    runs = read_json(path)
+    lines = [
+        f"| method | NLL | minus {reference} | mixed score | minus {reference} |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for method, by_seed in runs.items():
+        cells = [method]
+        for score, decimals in (("NLL", 3), ("mixed score", 2)):
+            mean = fmean(scores[score] for scores in by_seed.values())
+            cells.append(f"{mean:.{decimals}f}")
+            if method == reference:
+                cells.append("–")
+                continue
+            row = script["difference"](runs, method, reference, score)
+            mean, low, high = (
+                f"{row[value]:+.{decimals}f}".replace("-", "−") for value in ("mean", "low", "high")
+            )
+            cells.append(f"{mean} [{low}, {high}], {row['seeds']} seeds")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def comparison_table(

@@ -66,7 +66,9 @@ def test_yaml_blocks_are_valid_recipes(page):
             method_of(section)
 
 
-@pytest.mark.parametrize("page", [page for page in pages() if _NUMBER.search(page.text)], ids=str)
+@pytest.mark.parametrize(
+    "page", [page for page in [*pages(), *EXPERIMENTS] if _NUMBER.search(page.text)], ids=str
+)
 def test_quoted_numbers_match_the_committed_results(page):
     """A number quoted from a results file is followed by a comment with the file and the key."""
     for figure, decimals, file, key in _NUMBER.findall(page.text):

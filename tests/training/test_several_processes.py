@@ -160,8 +160,7 @@ def _found_by_ranks(processes, options, batches, path):
 
 
 @pytest.mark.parametrize(
-    "codes",
-    [{"key": "embedding", "codes": "matched"}, {"key": "layer", "codes": "grouped-random"}],
+    "codes", [{"key": "embedding", "codes": "matched"}, {"key": "layer", "codes": "grouped-random"}]
 )
 def test_gated_change_with_codes_and_resets_in_two_processes_matches_one(
     recipe_values, tmp_path, processes, codes
