@@ -71,7 +71,7 @@ PROMPTS_PER_CLUSTER = 32  # as in the cells that have run
 ADAPTER = "default"
 
 LORA = {"name": "lora", "r": 34, "lora_alpha": 272, "lora_dropout": 0.05}
-CLUSTERS = {"name": "cluster-gates", "regroup": None}
+CLUSTERS = {"name": "badit", "init_weights": "lora", "gates": "clusters", "regroup": None}
 CODES = {**CLUSTERS, "num_experts": 8, "r": 4}
 # One expert has a gate of 1 in every cluster, so this is LoRA's function. It has the clusters that
 # the offsets need.
