@@ -5,6 +5,7 @@ For every method of the confirmation: the mean difference to LoRA in both primar
 seed, with its 95 % t interval.
 """
 
+import runpy
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import altair as alt
 import pandas as pd
 import vl_convert
-from scipy import stats
 
 from badit.report.theme import chart_config
 from badit.support.files import read_json
@@ -33,25 +33,15 @@ TITLES = {"NLL": "NLL, lower is better", "mixed score": "mixed score, higher is 
 UNITS = {"NLL": "difference to LoRA, nats per token", "mixed score": "difference to LoRA, points"}
 
 
-def difference(runs: Any, method: str, reference: str, score: str) -> dict[str, Any]:
-    """Returns the mean difference of a method to another over the seeds that both have.
-
-    ``runs`` are the scores by method and seed. ``low`` and ``high`` end the 95 % t interval.
-    """
-    seeds = runs[method].keys() & runs[reference].keys()
-    pairs = [runs[method][seed][score] - runs[reference][seed][score] for seed in sorted(seeds)]
-    mean = fmean(pairs)
-    low, high = stats.t.interval(0.95, len(pairs) - 1, mean, stats.sem(pairs))
-    return {"seeds": len(pairs), "mean": mean, "low": low, "high": high}
-
-
 def differences(score: str) -> pd.DataFrame:
-    """Returns a row per method: its name in the figure, and its difference to LoRA."""
+    """Returns a row per method: its name, the difference to LoRA and the ends of its interval."""
+    noise = runpy.run_path(str(Path(__file__).with_name("noise.py")))
     runs = read_json(SCORES)
-    rows = [
-        {"method": name, **difference(runs, method, "lora", score)}
-        for method, name in NAMES.items()
-    ]
+    rows = []
+    for method, name in NAMES.items():
+        pairs = noise["score_differences"](runs, method, "lora", score)
+        low, high = noise["interval_over_seeds"](pairs)
+        rows.append({"method": name, "mean": fmean(pairs), "low": low, "high": high})
     return pd.DataFrame(rows)
 
 

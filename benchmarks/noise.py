@@ -10,6 +10,7 @@ times (Owen 2007, doi:10.1214/07-AOAS122), so its intervals are too wide. `t int
 """
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,8 +61,25 @@ def components(tasks_SN: list[np.ndarray]) -> dict[str, float]:
 
 def t_interval(tasks_SN: list[np.ndarray]) -> tuple[float, float]:
     """Returns the 95 % t interval of the mean difference over seeds, for these test instances."""
-    means_S = by_run(tasks_SN)
-    return stats.t.interval(0.95, len(means_S) - 1, means_S.mean(), stats.sem(means_S))
+    return interval_over_seeds(by_run(tasks_SN))
+
+
+def interval_over_seeds(differences: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Returns the 95 % t interval of the mean of one difference per seed."""
+    mean = float(np.mean(differences))
+    return stats.t.interval(0.95, len(differences) - 1, mean, stats.sem(differences))
+
+
+def score_differences(
+    runs: Mapping[str, Mapping[str, Mapping[str, float]]], method: str, reference: str, score: str
+) -> list[float]:
+    """Returns a method's score minus that of the reference, for each seed that both have.
+
+    ``runs`` are the scores by method and seed, as mixed_score.py writes them.
+    """
+    of_method, of_reference = runs[method], runs[reference]
+    shared = sorted(of_method.keys() & of_reference.keys())
+    return [of_method[seed][score] - of_reference[seed][score] for seed in shared]
 
 
 def table(path: str | Path = RESULTS, metric: str = "rouge_l", reference: str = "") -> str:

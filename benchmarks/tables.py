@@ -52,7 +52,7 @@ def noise_table(path: Path, **options: str) -> str:
 
 def scores_table(path: Path, *, reference: str) -> str:
     """Returns the two primary metrics and their paired differences, with 95 % t intervals."""
-    script = runpy.run_path(str(Path(__file__).with_name("figure.py")))
+    noise = runpy.run_path(str(Path(__file__).with_name("noise.py")))
     runs = read_json(path)
     lines = [
         f"| method | NLL | minus {reference} | mixed score | minus {reference} |",
@@ -66,11 +66,10 @@ def scores_table(path: Path, *, reference: str) -> str:
             if method == reference:
                 cells.append("–")
                 continue
-            row = script["difference"](runs, method, reference, score)
-            mean, low, high = (
-                f"{row[value]:+.{decimals}f}".replace("-", "−") for value in ("mean", "low", "high")
-            )
-            cells.append(f"{mean} [{low}, {high}], {row['seeds']} seeds")
+            pairs = noise["score_differences"](runs, method, reference, score)
+            numbers = (fmean(pairs), *noise["interval_over_seeds"](pairs))
+            mean, low, high = (f"{number:+.{decimals}f}".replace("-", "−") for number in numbers)
+            cells.append(f"{mean} [{low}, {high}], {len(pairs)} seeds")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ written to scores.json, next to RESULTS.
 
 from __future__ import annotations
 
+import runpy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from badit.support.files import read_json, write_json
 from badit.training.encoding import encoded
 from badit.tuner.prompt import IGNORED_LABEL
 
+NOISE = Path(__file__).parents[1] / "noise.py"
 #: Tasks whose answer is one of a few labels.
 CLOSED = ("task073", "task363", "task875", "task1687")
 SCORES = ("NLL", "mixed score", "Rouge-L", "Rouge-L of the open tasks")
@@ -73,21 +75,13 @@ def scores_by_method(content: Mapping[str, Any]) -> dict[str, dict[str, dict[str
     return runs
 
 
-def differences(
-    runs: Mapping[str, Mapping[str, Mapping[str, float]]], method: str, reference: str, score: str
-) -> list[float]:
-    """Returns a method's score minus that of the reference, for each seed that both have."""
-    of_method, of_reference = runs[method], runs[reference]
-    shared = sorted(of_method.keys() & of_reference.keys())
-    return [of_method[seed][score] - of_reference[seed][score] for seed in shared]
-
-
 def main() -> None:
     path = Path(sys.argv[1])
     content = read_json(path)
     reference = sys.argv[2] if len(sys.argv) > 2 else content["reference"]
     runs = scores_by_method(content)
     write_json(path.with_name("scores.json"), runs)
+    differences = runpy.run_path(str(NOISE))["score_differences"]
 
     for score in SCORES:
         print(f"\n| method | {score} | minus {reference}, by seed | mean | 95 % interval |")

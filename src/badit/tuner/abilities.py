@@ -138,7 +138,8 @@ def _have_answers(model: nn.Module, config: BaditConfig, examples: Sequence[Exam
 
     Without an output layer, labels are not those of the next token.
     """
-    has_answers = [has_output_layer(model) and example.has_answer for example in examples]
+    can_answer = has_output_layer(model)
+    has_answers = [can_answer and example.has_answer for example in examples]
     without = has_answers.count(False)
     # If none has an answer, another line says that the codes are random.
     if 0 < without < len(examples):

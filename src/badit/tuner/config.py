@@ -527,7 +527,8 @@ class RegroupOptions:
 
     def __post_init__(self) -> None:
         check_options(self, "regroup.")
-        if self.reset_smallest is not None and (self.solver, self.restarts) != ("swap", 10):
+        defaults = (type(self).solver, type(self).restarts)
+        if self.reset_smallest is not None and (self.solver, self.restarts) != defaults:
             raise BaditError(
                 "regroup.reset_smallest: exchanges components without a solver; leave out solver "
                 "and restarts"
