@@ -54,6 +54,7 @@ def selected_tasks() -> list[str]:
         )
         pairs = frames["gradient_overall"]
         of_weights: Any = pairs[pairs["parameters"] == "weights"].to_json(orient="records")
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"pairs": json.loads(of_weights), "environment": environment()})
     pairs = read_json(path)["pairs"]
     cosines = {
