@@ -14,6 +14,7 @@ from transformers import LlamaForSequenceClassification, LlamaForTokenClassifica
 from badit.method.abilities import code_overlap
 from badit.tuner import abilities, hooks_of
 from badit.tuner.abilities import Gradients, evidence_of_key, evidence_of_layers
+from badit.tuner.answers import answer_logits
 from badit.tuner.badit_layer import BaditLinear
 from badit.tuner.examples import Example
 from badit.tuner.keys import frozen_embedding
@@ -760,3 +761,12 @@ def test_randomised_adapters_can_be_merged_into_an_equal_lora(tiny_model):
     layer = layers(model)[0]
     a_PI, b_OP = layer.frozen_factors("default", torch.rand(3))
     assert a_PI.shape[0] == b_OP.shape[1] == 12
+
+
+def test_a_head_that_reads_only_answers_is_refused(tiny_model):
+    model = adapt(tiny_model("llama"), **KEY, target_modules=["gate_proj", "lm_head"])
+    batch = {"input_ids": torch.randint(4, 90, (6, 9))}
+    batch["labels"] = batch["input_ids"].where(torch.arange(9) > 4, -100)
+    _started(model, all=[batch])
+    message = r"lm_head: the input has shape \(1, 24, 32\), but the batch has \(6, 24\); leave it"
+    refuses(message, answer_logits, model, {"input_ids": batch["input_ids"]}, batch["labels"])

@@ -174,11 +174,13 @@ def test_training_rows_are_those_of_the_extension_and_others_of_their_centroid(t
         lambda *_: found.append(parts_of(routing, "default").whole)
     )
     batch = batches_of("first")["first"][0]
-    model(**batch)  # with gradients: a training pass
+    model.train()(**batch)
+    model.eval()
+    model(**batch)
     with torch.no_grad():
         model(**batch)
         model(**batches_of("third", seed=5)["third"][0])
-    assert found == [1, 0, 1]
+    assert found == [1, 0, 0, 1]
 
 
 def test_a_pass_multiplies_only_the_experts_that_its_rows_use(tiny_model, monkeypatch):
@@ -425,3 +427,22 @@ def test_a_later_extension_keeps_the_temperature(tiny_model):
 def test_a_wrong_temperature_is_refused(tiny_model, mixing):
     model = trained(tiny_model("llama"), **KEY)
     refuses("mixing: input should be", partial(hooks_of(model).add_tasks, ["third"]), mixing=mixing)
+
+
+def test_only_training_passes_force_the_new_task(tiny_model):
+    model = trained(tiny_model("llama"), **KEY)
+    (batch, *_) = batches_of("first")["first"]
+    with torch.no_grad():
+        expected = model(**batch).logits
+    add(model, "third")
+    assert torch.equal(model(**batch).logits, expected)  # such as the gradients of an analysis
+    assert not torch.allclose(model.train()(**batch).logits, expected)
+
+
+def test_later_tasks_need_one_active_adapter(tiny_model):
+    model = trained(tiny_model("llama"), **KEY)
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    message = r"later tasks need one active adapter, but 2 are active; call set_adapter\(NAME\)"
+    refuses(message, hooks_of(model).add_tasks, ["third"])
+    refuses(message, hooks_of(model).survey, batches_of("third"), threshold=1.0)

@@ -1,12 +1,14 @@
 """One adapted layer against a naive loop over experts: outputs, gradients, running moments."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 
 import reference
-from badit.tuner import BaditLinear, hooks_of
+from badit.tuner import BaditConfig, BaditLinear, hooks_of
 from badit.tuner.context import ForwardPass, RoutingContext
 from refusals import refuses
 from tuner.helpers import CLUSTERS, KINDS, adapt, base_layer, config, layers, logits, randomise
@@ -310,7 +312,7 @@ def test_prompts_are_clustered_as_training_reads_them(tiny_model, monkeypatch):
     packed = {"input_ids": ids.view(1, -1), "labels": labels.view(1, -1), "position_ids": positions}
     for batch in (preference, packed):
         torch.testing.assert_close(centroids(batch), expected, atol=1e-4, rtol=1e-4)
-    refuses(r"no batch reaches model\.layers\.0\.mlp\.gate_proj", centroids)
+    refuses("there are no batches; an iterator that was read before has none left", centroids)
     for batch in ([{"prompt": "text"}], {"input_ids": ids.tolist()}):
         refuses("a batch must be a dict of tensors", centroids, batch)
     refuses(
@@ -344,3 +346,60 @@ def test_2d_input_is_routed_by_row_and_a_shape_mismatch_is_refused():
         x[:, :4],
         mask,
     )
+
+
+def test_layers_without_prompts_are_refused_on_all_ranks(tiny_model, monkeypatch):
+    batches = {"all": [{"input_ids": torch.randint(4, 90, (6, 9))}]}
+    base = tiny_model("llama")
+    base.unused = torch.nn.Linear(32, 48)
+    model = adapt(base, **CLUSTERS, target_modules=["gate_proj", "unused"])
+    refuses("no batch reaches unused; pass other", hooks_of(model).start_task, batches)
+    # Another rank lacks a layer; this one would otherwise wait for it.
+    monkeypatch.setattr("badit.tuner.model.any_of_all", lambda value: True)
+    model = adapt(tiny_model("llama"), **CLUSTERS)
+    refuses("no batch reaches a layer of another process", hooks_of(model).start_task, batches)
+
+
+def test_a_moved_model_counts_its_gates_on_the_new_device(tiny_model):
+    model = adapt(tiny_model("llama"), gates="mean_one").train()
+    model(input_ids=torch.randint(4, 90, (2, 9)), prompt_mask=torch.ones(2, 9))
+    layer = layers(model)[0]
+    layer.gate_sums["default"] = layer.gate_sums["default"].to("meta")
+    sums = torch.zeros(2, 3)
+    with pytest.raises(NotImplementedError, match="meta"):  # moved, not added as it is
+        layer._add_to_gate_sums("default", torch.ones(2, 4), sums)
+
+
+@pytest.mark.parametrize("options", [{}, {"key": "embedding"}, {"gates": "mean_one"}])
+def test_a_model_can_be_adapted_after_a_refused_or_interrupted_adapter(
+    tiny_model, monkeypatch, options, tmp_path
+):
+    options = {**CLUSTERS, "gated": None, "gates": "clusters", **options}
+    batch = {"input_ids": torch.randint(4, 90, (16, 9))}
+    batch["labels"] = batch["input_ids"].where(torch.arange(9) > 4, -100)
+    base = tiny_model("llama")
+    refuses("lower num_experts or r", adapt, base, **{**options, "r": 20})
+    initial_factors = BaditConfig.initial_factors
+    calls = []
+
+    def interrupted(self, *arguments):
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return initial_factors(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BaditConfig, "initial_factors", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            adapt(base, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT")
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        model = adapt(base, **options)
+    hooks_of(model).start_task({"all": [batch]})
+    model.train()(**batch).loss.backward()
+    assert all(layer in [*model.modules()] for layer in RoutingContext.of(base).mask_readers)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model.eval()))
+    assert hooks_of(loaded).has_clusters

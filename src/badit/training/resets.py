@@ -33,17 +33,20 @@ def changes(layer: BaditLinear, adapter: str) -> np.ndarray:
 
 @torch.no_grad()
 def reset_components(layer: BaditLinear, adapter: str, is_reset_N: Tensor, optimizer: Any) -> None:
-    """Sets components to their initial factors and their moments to zero."""
+    """Sets components to their initial factors and their first moments to zero.
+
+    The second moments stay. Adam's count of steps goes on, so that with second moments of zero the
+    next steps would be several times larger than those of the other components.
+    """
     is_reset_N = is_reset_N.to(layer.device)
     masks = (is_reset_N[:, None], is_reset_N)  # rows of A, columns of B
     for factor, initial, mask in zip(
         layer.factors(adapter), layer.kept_factors(adapter), masks, strict=True
     ):
         _replace(factor, mask, initial)
-        for moment in optimizer.state.get(factor, {}).values():
-            # The count of steps is a number; the moments have the factor's shape.
-            if isinstance(moment, Tensor) and moment.shape == factor.shape:
-                _replace(moment, mask, torch.zeros_like(initial))
+        first_moment = optimizer.state.get(factor, {}).get("exp_avg")
+        if first_moment is not None:  # None before the first step
+            _replace(first_moment, mask, torch.zeros_like(initial))
 
 
 def _whole(factor: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from badit.support.errors import BaditError
 from badit.tuner.answers import answer_logits, has_output_layer
 from badit.tuner.badit_layer import BaditLinear
 from badit.tuner.config import BaditConfig
+from badit.tuner.context import RoutingContext
 from badit.tuner.distributed import gathered, is_divided_by_zero3, rank_and_size, sum_over_ranks
 from badit.tuner.examples import Example
 from badit.tuner.keys import Keys
@@ -89,8 +90,9 @@ def find_abilities(
         evidence = evidence_of_key(Gradients(model, adapter, layers), examples_of_clusters)
         codes_LDK = _codes(adapter, layers, evidence, codes_LDK)
 
-    layers[0].badit_key[adapter].copy_(key.directions_CE)
-    layers[0].badit_key_offset[adapter].copy_(key.offsets_C)
+    holder = RoutingContext.of(model).key_holders[adapter]
+    holder.badit_key[adapter].copy_(key.directions_CE)
+    holder.badit_key_offset[adapter].copy_(key.offsets_C)
     for layer, codes_DK in zip(layers, codes_LDK, strict=True):
         layer.badit_codes[adapter].copy_(codes_DK[number_C])
         layer.badit_batches[adapter].fill_(1)

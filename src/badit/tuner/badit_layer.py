@@ -4,9 +4,9 @@ Shape suffixes: B = batch, T = positions, S = segments of packed rows or prompts
 K = experts, N = components, C = clusters, P = the tokens that a matrix of a fused weight receives.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class BaditLinear(ExpertLinear):
         # By adapter with extensions, those that are trained (0: the adapter itself).
         self.trained_extensions: dict[str, frozenset[int]] = {}
         super().__init__(*args)
-        self.routing.mask_readers.append(self._reads_prompt)
+        self.routing.mask_readers.append(self)
         self.register_load_state_dict_post_hook(_refuse_broken_labels)
 
     def update_layer(self, adapter_name: str, config: BaditConfig) -> None:
@@ -280,8 +280,14 @@ class BaditLinear(ExpertLinear):
             means_SE: Any = forward_pass.mean_embeddings_SE  # not None: it has given the clusters
             self._add_to_gate_sums(adapter_name, means_SE.to(x.device), gates_SK)
         _, segments = forward_pass.prompt
+        # Such as the output layer of a loss that reads only the answers' positions.
+        is_whole = self.tokens_P is not None or x.ndim == 2
         if segments is not None:
+            if not is_whole and x.shape[:2] != segments.of_BT.shape:
+                self._refuse_shape(x, segments.of_BT.shape)
             return gates_SK[segments.of_BT.to(x.device)]
+        if not is_whole and len(x) != len(gates_SK):
+            self._refuse_shape(x, (len(gates_SK), x.shape[1]))
         gates = gates_SK[:, None]
         if x.ndim == 2 and self.tokens_P is None:
             gates = gates_SK
@@ -308,10 +314,7 @@ class BaditLinear(ExpertLinear):
         """Returns x̄ (S, I) of each row or, in packed rows, each segment."""
         tokens_P = self.tokens_P
         if tokens_P is None and (x.ndim != 3 or x.shape[:2] != mask_BT.shape):
-            raise BaditError(
-                f"{self.name}: the input has shape {tuple(x.shape)}, but the batch has "
-                f"{tuple(mask_BT.shape)}; leave it out of target_modules, or use routing='token'"
-            )
+            self._refuse_shape(x, mask_BT.shape)
         mask_BT = mask_BT.to(x.device)
         if tokens_P is None and segments is None:
             return prompt_mean(x, mask_BT)
@@ -322,6 +325,12 @@ class BaditLinear(ExpertLinear):
         # The mean over the prompt's tokens that reach the matrix.
         mask_P = mask_BT.flatten()[tokens_P]
         return segment_means(x[None], mask_P[None], of_BT.flatten()[tokens_P][None], number)
+
+    def _refuse_shape(self, x: Tensor, batch_shape: Sequence[int]) -> NoReturn:
+        raise BaditError(
+            f"{self.name}: the input has shape {tuple(x.shape)}, but the batch has "
+            f"{tuple(batch_shape)}; leave it out of target_modules, or use routing='token'"
+        )
 
     def _route_prompts(self, adapter_name: str, x: Tensor) -> Tensor:
         """Returns the gates (…, K) of prompts, for their x̄ (…, I)."""
@@ -377,7 +386,8 @@ class BaditLinear(ExpertLinear):
             counts = x.detach().any(dim=-1, keepdim=True).to(gates)
         sums = torch.cat([gates.detach() * counts, counts], dim=-1).flatten(0, -2).sum(dim=0)
         earlier = self.gate_sums.get(adapter_name, torch.zeros_like(sums))
-        self.gate_sums[adapter_name] = sums + earlier
+        # The sums are not a buffer: moving the model does not move them.
+        self.gate_sums[adapter_name] = sums + earlier.to(sums.device)
 
     def frozen_factors(self, adapter_name: str, gates_K: Tensor | None = None) -> Pair:
         config = self.badit_config[adapter_name]
@@ -422,7 +432,7 @@ class BaditLinear(ExpertLinear):
         standardised_SI = standardised(means_SI.to(moments_2I.device), moments_2I.float())
         return nearest_clusters(standardised_SI, self.badit_centroids[adapter_name])
 
-    def _reads_prompt(self) -> bool:
+    def reads_prompt(self) -> bool:
         configs = [self.badit_config[adapter] for adapter in self.running_adapters]
         return any(config.routing == "prompt" for config in configs)
 

@@ -111,9 +111,8 @@ class RoutingContext:
         self._generation = Generation()
         self._looked_at_labels = False
         self._warned: set[str] = set()
-        # Each returns whether its layer needs the prompt mask, which must be computed before a
-        # compiled layer runs.
-        self.mask_readers: list[Callable[[], bool]] = []
+        # Layers that may need the prompt mask, which must be computed before a compiled layer runs.
+        self.mask_readers: list[Any] = []
         # Layers and adapters that may have no clusters of prompts.
         self.unclustered: list[tuple[Any, str]] = []
         # By adapter, the layer that has the adapter's key.
@@ -164,6 +163,19 @@ class RoutingContext:
     def holds_extensions(self, layer: Any, adapter: str) -> bool:
         """Returns whether a layer has the clusters of later tasks: the first with this adapter."""
         return _holds(self.extension_holders, layer, adapter, "badit_extensions")
+
+    def begin_adapter(self, model: nn.Module, adapter: str) -> None:
+        """Forgets what an earlier adapter of this name, or one that failed, has left behind.
+
+        A layer whose creation failed or was interrupted is no module of the model.
+        """
+        modules = set(model.modules())
+        self.mask_readers = [layer for layer in self.mask_readers if layer in modules]
+        self.unclustered = [place for place in self.unclustered if place[0] in modules]
+        for holders in (self.key_holders, self.extension_holders):
+            if holders.get(adapter) not in modules:
+                holders.pop(adapter, None)
+        self.extension_in_training.pop(adapter, None)
 
     def detach(self, model: nn.Module) -> None:
         """Removes the hooks from a model whose adapters are unloaded."""
@@ -324,7 +336,7 @@ class RoutingContext:
             )
 
     def _reads_prompt(self) -> bool:
-        return any(reads() for reads in self.mask_readers)
+        return any(layer.reads_prompt() for layer in self.mask_readers)
 
     def generate(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls the model's own ``generate``; meanwhile, positions after its input are answer."""

@@ -153,7 +153,10 @@ def _find_parts(routing: RoutingContext, adapter: str, forward_pass: ForwardPass
         return _divided(forward_pass.held[key], forward_pass.held[key_of_shares], None)
     forced = routing.extension_in_training.get(adapter)
     if forced is not None and forward_pass.begun_with_gradients:
-        return Parts((), whole=forced)
+        holder = routing.extension_holders[adapter]
+        # In evaluation mode only before start_task has found the extension's clusters.
+        if holder.training or not holder.badit_extensions[adapter].has_clusters(forced):
+            return Parts((), whole=forced)
     means_SE = forward_pass.mean_embeddings_SE
     if means_SE is None:
         raise BaditError(

@@ -156,6 +156,7 @@ class ExpertModel(Hooks, BaseTuner):
         copies only some of its tensors. So it is added as a saved adapter is, without values, and
         gets copies of all of them.
         """
+        RoutingContext.of(model).begin_adapter(model, adapter_name)
         if adapter_name != "ref" or not self._has_reference():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
@@ -429,7 +430,7 @@ class BaditModel(ExpertModel):
             is by token, a layer has fewer features than the rank, or its gates scale the factors
             and not their change, so that experts cannot be mixed.
         """
-        (adapter,) = self.active_adapters
+        adapter = self._active_adapter()
         config = self.peft_config[adapter]
         layers = self._layers_of(adapter)
         refuse_unextendable(config, layers)
@@ -449,9 +450,19 @@ class BaditModel(ExpertModel):
         self.set_adapter(adapter)
         self._freeze_all_but_extensions()
 
+    def _active_adapter(self) -> str:
+        """Returns the active adapter, which is the one that later tasks are added to."""
+        names = self.active_adapters
+        if len(names) != 1:
+            raise BaditError(
+                f"later tasks need one active adapter, but {len(names)} are active; call "
+                "set_adapter(NAME) first"
+            )
+        return names[0]
+
     def refuse_new_expert(self, rank: int, mixing: float | None) -> None:
         """Raises the errors of :meth:`add_tasks` for its options."""
-        (adapter,) = self.active_adapters
+        adapter = self._active_adapter()
         refuse_new_expert(self.peft_config[adapter], self._layers_of(adapter), rank, mixing)
 
     def train_extensions(self, numbers: Collection[int]) -> None:
@@ -459,7 +470,7 @@ class BaditModel(ExpertModel):
 
         Every prompt is trained where its nearest centroid is.
         """
-        (adapter,) = self.active_adapters
+        adapter = self._active_adapter()
         for layer in self._layers_of(adapter):
             layer.trained_extensions[adapter] = frozenset(numbers)
         RoutingContext.of(self.model).extension_in_training.pop(adapter, None)
@@ -469,7 +480,7 @@ class BaditModel(ExpertModel):
 
     def survey(self, batches: TaskBatches, *, threshold: float, clusters: int = 2) -> Survey:
         """Compares the prompts of new tasks with the clusters of the active adapter."""
-        (adapter,) = self.active_adapters
+        adapter = self._active_adapter()
         layers = self._layers_of(adapter)
         refuse_unextendable(self.peft_config[adapter], layers)
         holder = RoutingContext.of(self.model).extension_holders[adapter]
@@ -479,13 +490,13 @@ class BaditModel(ExpertModel):
     @property
     def has_clusters(self) -> bool:
         """Whether the active adapter has stored the clusters of its training's prompts."""
-        (adapter,) = self.active_adapters
+        adapter = self._active_adapter()
         holder = RoutingContext.of(self.model).extension_holders.get(adapter)
         return holder is not None and holder.badit_extensions[adapter].has_clusters(0)
 
     def likeness(self, batches: TaskBatches) -> dict[str, Likeness]:
         """Compares the prompts of tasks with the stored clusters of the training's prompts."""
-        (adapter,) = self.active_adapters
+        adapter = self._active_adapter()
         holder = RoutingContext.of(self.model).extension_holders[adapter]
         examples = self._prompts_of_tasks(batches, clusters=1)
         return likeness_by_task(holder, adapter, Keys(self.model), examples)
@@ -495,7 +506,7 @@ class BaditModel(ExpertModel):
 
         All ranks have the same batches.
         """
-        (adapter,) = self.active_adapters
+        adapter = self._active_adapter()
         means = self._means_of_prompts(batches)
         # Of all prompts: a batch whose prompts all belong to frozen experts would have no gradient.
         numbers = self._extensions_of(means)
@@ -520,7 +531,7 @@ class BaditModel(ExpertModel):
 
     def _extensions_of(self, means: Mapping[str, Tensor]) -> set[int]:
         """Returns the extensions of prompts with the mean embeddings (S, E) by task."""
-        (adapter,) = self.active_adapters
+        adapter = self._active_adapter()
         holder = RoutingContext.of(self.model).extension_holders[adapter]
         return set(nearest_extensions(holder, adapter, torch.cat([*means.values()])).tolist())
 
@@ -538,7 +549,7 @@ class BaditModel(ExpertModel):
 
     def changed_tasks(self, numbers: Collection[int]) -> list[str]:
         """Returns the tasks whose answers :meth:`train_extensions` would change."""
-        (adapter,) = self.active_adapters
+        adapter = self._active_adapter()
         return changed_tasks(self._layers_of(adapter), adapter, numbers)
 
     def _layers_of(self, adapter: str) -> list[BaditLinear]:
@@ -635,13 +646,16 @@ class BaditModel(ExpertModel):
         """Finds the clusters of layers that have their own."""
         clusters = max(layer.badit_config[name].num_clusters for layer, name in unclustered)
         sample = self._sample(batches, prompts_per_task)
-        # All layers are checked before the first one is changed.
-        for layer, name in unclustered:
-            if f"{layer.name}.{name}" not in sample.means:
-                raise BaditError(
-                    f"start_task: no batch reaches {layer.name}; pass other batches, or use "
-                    "gates='mean_one'"
-                )
+        _refuse_empty(sample.examples)
+        # All layers are checked before the first one is changed, and on all ranks: a rank that
+        # stopped alone would leave the others waiting.
+        places = (layer.name for layer, name in unclustered if sample.lacks(layer, name))
+        missing = next(places, None)
+        if any_of_all(missing is not None):
+            raise BaditError(
+                f"start_task: no batch reaches {missing or 'a layer of another process'}; pass "
+                "other batches, or use gates='mean_one'"
+            )
         if clusters > 1:
             _refuse_without_prompts(sample.examples)
         distinct = [
@@ -764,8 +778,20 @@ class _Sample(NamedTuple):
     means: dict[str, list[Tensor]]  # by layer and adapter, x̄ (B, I) of each batch
     examples: list[Example]
 
+    def lacks(self, layer: BaditLinear, adapter: str) -> bool:
+        """Returns whether no prompt has reached a layer."""
+        return f"{layer.name}.{adapter}" not in self.means
+
+
+def _refuse_empty(examples: Sequence[Example]) -> None:
+    if not any_of_all(bool(examples)):
+        raise BaditError(
+            "start_task: there are no batches; an iterator that was read before has none left"
+        )
+
 
 def _refuse_without_prompts(examples: Sequence[Example]) -> None:
+    _refuse_empty(examples)
     if not any_of_all(any(example.has_prompt for example in examples)):
         raise BaditError(
             "start_task: the labels begin at the first token of every row, so no row has a "
