@@ -763,6 +763,7 @@ def test_randomised_adapters_can_be_merged_into_an_equal_lora(tiny_model):
     assert a_PI.shape[0] == b_OP.shape[1] == 12
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT 0.19
 def test_a_head_that_reads_only_answers_is_refused(tiny_model):
     model = adapt(tiny_model("llama"), **KEY, target_modules=["gate_proj", "lm_head"])
     batch = {"input_ids": torch.randint(4, 90, (6, 9))}
