@@ -19,6 +19,7 @@ from badit.support.files import read_json
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs" / "images" / "results.svg"
+NOISE = runpy.run_path(str(ROOT / "benchmarks" / "noise.py"))
 SCORES = ROOT / "benchmarks" / "results" / "evidence-abilities-cpu" / "scores.json"
 # Names in the results file -> names in the figure, from the top to the bottom.
 NAMES = {
@@ -35,12 +36,11 @@ UNITS = {"NLL": "difference to LoRA, nats per token", "mixed score": "difference
 
 def differences(score: str) -> pd.DataFrame:
     """Returns a row per method: its name, the difference to LoRA and the ends of its interval."""
-    noise = runpy.run_path(str(Path(__file__).with_name("noise.py")))
     runs = read_json(SCORES)
     rows = []
     for method, name in NAMES.items():
-        pairs = noise["score_differences"](runs, method, "lora", score)
-        low, high = noise["interval_over_seeds"](pairs)
+        pairs = NOISE["score_differences"](runs, method, "lora", score)
+        low, high = NOISE["interval_over_seeds"](pairs)
         rows.append({"method": name, "mean": fmean(pairs), "low": low, "high": high})
     return pd.DataFrame(rows)
 

@@ -1,4 +1,4 @@
-"""Resets components to step 0, with the optimizer's moments, also in FSDP2's shards."""
+"""Resets components to step 0, with the optimizer's first moments, also in FSDP2's shards."""
 
 from typing import Any
 

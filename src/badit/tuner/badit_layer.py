@@ -280,14 +280,13 @@ class BaditLinear(ExpertLinear):
             means_SE: Any = forward_pass.mean_embeddings_SE  # not None: it has given the clusters
             self._add_to_gate_sums(adapter_name, means_SE.to(x.device), gates_SK)
         _, segments = forward_pass.prompt
-        # Such as the output layer of a loss that reads only the answers' positions.
-        is_whole = self.tokens_P is not None or x.ndim == 2
+        batch_shape = (len(gates_SK), x.shape[1]) if segments is None else segments.of_BT.shape
+        has_positions = self.tokens_P is None and x.ndim == 3
+        if has_positions and x.shape[:2] != batch_shape:
+            # Such as the output layer of a loss that reads only the answers' positions.
+            self._refuse_shape(x, batch_shape)
         if segments is not None:
-            if not is_whole and x.shape[:2] != segments.of_BT.shape:
-                self._refuse_shape(x, segments.of_BT.shape)
             return gates_SK[segments.of_BT.to(x.device)]
-        if not is_whole and len(x) != len(gates_SK):
-            self._refuse_shape(x, (len(gates_SK), x.shape[1]))
         gates = gates_SK[:, None]
         if x.ndim == 2 and self.tokens_P is None:
             gates = gates_SK

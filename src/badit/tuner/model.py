@@ -430,7 +430,7 @@ class BaditModel(ExpertModel):
             is by token, a layer has fewer features than the rank, or its gates scale the factors
             and not their change, so that experts cannot be mixed.
         """
-        adapter = self._active_adapter()
+        adapter = self._only_active_adapter()
         config = self.peft_config[adapter]
         layers = self._layers_of(adapter)
         refuse_unextendable(config, layers)
@@ -450,7 +450,7 @@ class BaditModel(ExpertModel):
         self.set_adapter(adapter)
         self._freeze_all_but_extensions()
 
-    def _active_adapter(self) -> str:
+    def _only_active_adapter(self) -> str:
         """Returns the active adapter, which is the one that later tasks are added to."""
         names = self.active_adapters
         if len(names) != 1:
@@ -462,7 +462,7 @@ class BaditModel(ExpertModel):
 
     def refuse_new_expert(self, rank: int, mixing: float | None) -> None:
         """Raises the errors of :meth:`add_tasks` for its options."""
-        adapter = self._active_adapter()
+        adapter = self._only_active_adapter()
         refuse_new_expert(self.peft_config[adapter], self._layers_of(adapter), rank, mixing)
 
     def train_extensions(self, numbers: Collection[int]) -> None:
@@ -470,7 +470,7 @@ class BaditModel(ExpertModel):
 
         Every prompt is trained where its nearest centroid is.
         """
-        adapter = self._active_adapter()
+        adapter = self._only_active_adapter()
         for layer in self._layers_of(adapter):
             layer.trained_extensions[adapter] = frozenset(numbers)
         RoutingContext.of(self.model).extension_in_training.pop(adapter, None)
@@ -480,7 +480,7 @@ class BaditModel(ExpertModel):
 
     def survey(self, batches: TaskBatches, *, threshold: float, clusters: int = 2) -> Survey:
         """Compares the prompts of new tasks with the clusters of the active adapter."""
-        adapter = self._active_adapter()
+        adapter = self._only_active_adapter()
         layers = self._layers_of(adapter)
         refuse_unextendable(self.peft_config[adapter], layers)
         holder = RoutingContext.of(self.model).extension_holders[adapter]
@@ -490,13 +490,13 @@ class BaditModel(ExpertModel):
     @property
     def has_clusters(self) -> bool:
         """Whether the active adapter has stored the clusters of its training's prompts."""
-        adapter = self._active_adapter()
+        adapter = self._only_active_adapter()
         holder = RoutingContext.of(self.model).extension_holders.get(adapter)
         return holder is not None and holder.badit_extensions[adapter].has_clusters(0)
 
     def likeness(self, batches: TaskBatches) -> dict[str, Likeness]:
         """Compares the prompts of tasks with the stored clusters of the training's prompts."""
-        adapter = self._active_adapter()
+        adapter = self._only_active_adapter()
         holder = RoutingContext.of(self.model).extension_holders[adapter]
         examples = self._prompts_of_tasks(batches, clusters=1)
         return likeness_by_task(holder, adapter, Keys(self.model), examples)
@@ -506,7 +506,7 @@ class BaditModel(ExpertModel):
 
         All ranks have the same batches.
         """
-        adapter = self._active_adapter()
+        adapter = self._only_active_adapter()
         means = self._means_of_prompts(batches)
         # Of all prompts: a batch whose prompts all belong to frozen experts would have no gradient.
         numbers = self._extensions_of(means)
@@ -531,7 +531,7 @@ class BaditModel(ExpertModel):
 
     def _extensions_of(self, means: Mapping[str, Tensor]) -> set[int]:
         """Returns the extensions of prompts with the mean embeddings (S, E) by task."""
-        adapter = self._active_adapter()
+        adapter = self._only_active_adapter()
         holder = RoutingContext.of(self.model).extension_holders[adapter]
         return set(nearest_extensions(holder, adapter, torch.cat([*means.values()])).tolist())
 
@@ -549,7 +549,7 @@ class BaditModel(ExpertModel):
 
     def changed_tasks(self, numbers: Collection[int]) -> list[str]:
         """Returns the tasks whose answers :meth:`train_extensions` would change."""
-        adapter = self._active_adapter()
+        adapter = self._only_active_adapter()
         return changed_tasks(self._layers_of(adapter), adapter, numbers)
 
     def _layers_of(self, adapter: str) -> list[BaditLinear]:
@@ -612,6 +612,7 @@ class BaditModel(ExpertModel):
         if not layers:
             return
         examples = self._examples(batches, prompts)
+        _refuse_empty(examples)
         _refuse_without_prompts(examples)
         with self._evaluating():
             for name, of_adapter in layers.items():
@@ -649,12 +650,13 @@ class BaditModel(ExpertModel):
         _refuse_empty(sample.examples)
         # All layers are checked before the first one is changed, and on all ranks: a rank that
         # stopped alone would leave the others waiting.
-        places = (layer.name for layer, name in unclustered if sample.lacks(layer, name))
-        missing = next(places, None)
-        if any_of_all(missing is not None):
+        missing = [
+            layer.name for layer, name in unclustered if f"{layer.name}.{name}" not in sample.means
+        ]
+        if any_of_all(bool(missing)):
+            first = missing[0] if missing else "a layer of another process"
             raise BaditError(
-                f"start_task: no batch reaches {missing or 'a layer of another process'}; pass "
-                "other batches, or use gates='mean_one'"
+                f"start_task: no batch reaches {first}; pass other batches, or use gates='mean_one'"
             )
         if clusters > 1:
             _refuse_without_prompts(sample.examples)
@@ -778,10 +780,6 @@ class _Sample(NamedTuple):
     means: dict[str, list[Tensor]]  # by layer and adapter, x̄ (B, I) of each batch
     examples: list[Example]
 
-    def lacks(self, layer: BaditLinear, adapter: str) -> bool:
-        """Returns whether no prompt has reached a layer."""
-        return f"{layer.name}.{adapter}" not in self.means
-
 
 def _refuse_empty(examples: Sequence[Example]) -> None:
     if not any_of_all(bool(examples)):
@@ -791,7 +789,6 @@ def _refuse_empty(examples: Sequence[Example]) -> None:
 
 
 def _refuse_without_prompts(examples: Sequence[Example]) -> None:
-    _refuse_empty(examples)
     if not any_of_all(any(example.has_prompt for example in examples)):
         raise BaditError(
             "start_task: the labels begin at the first token of every row, so no row has a "
