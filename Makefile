@@ -73,16 +73,16 @@ dist: $(VENV)/.dev  ## source distribution and wheel, in dist/
 	rm -rf dist
 	$(BIN)/hatchling build
 
-# --no-deps: only PEFT and the hub's client change, whose HTTP client has another name in version 2. The folder precedes the virtual
-# environment's packages on the path.
-LOWEST_HUB_PEFT := $(filter huggingface-hub% peft%,$(LOWEST))
-LOWEST_PEFT := $(VENV)/$(subst ==,-,$(firstword $(LOWEST_HUB_PEFT))-$(lastword $(LOWEST_HUB_PEFT)))
-test-lowest-peft: $(VENV)/.dev $(LOWEST_PEFT)
-	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(ADAPTER_TESTS)
+# --no-deps: the other packages stay as they are. The hub's client needs an HTTP client that has another name in its version 2.
+# The folder precedes the virtual environment's packages on the path.
+LOWEST_HUGGING_FACE := $(filter huggingface-hub% peft% transformers%,$(LOWEST))
+test-lowest-peft: $(VENV)/lowest-peft/.done
+	PYTHONPATH=$(VENV)/lowest-peft OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(ADAPTER_TESTS)
 
-$(LOWEST_PEFT): $(VENV)/.dev
-	rm -rf $@
-	$(BIN)/pip install --quiet --no-deps --target $@ $(LOWEST_HUB_PEFT) 'httpx<1' 'httpcore<2'
+$(VENV)/lowest-peft/.done: $(VENV)/.dev pyproject.toml
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --no-deps --target $(@D) $(LOWEST_HUGGING_FACE) 'httpx<1' 'httpcore<2'
+	touch $@
 
 # Each in its own virtual environment of several gigabytes: the lowest torch includes its GPU libraries.
 test-matrix: $(MATRIX)/lowest/.done $(MATRIX)/newest/.done  ## adapter tests on the lowest and on the newest releases

@@ -15,11 +15,13 @@ import badit.tuner
 from badit.cli import main
 from badit.cli.app import app
 from badit.integrations.lm_eval import BaditLM
-from badit.models import load_base_model
+from badit.models import load_base_model, load_skeleton
+from badit.models.loading import _refuse_downloaded_code
 from badit.recipe.loading import build_recipe
 from badit.recipe.saved import dump_recipe
 from badit.recipe.schema import Recipe
 from badit.support.console import status
+from badit.support.errors import BaditError
 from badit.support.files import write_json
 from badit.training.checkpoints import last_checkpoint
 from evaluation.test_results import mixed, unscored
@@ -170,6 +172,40 @@ def test_model_code_runs_only_with_trust_remote_code(model_with_code, tmp_path):
     assert not (tmp_path / "ran").exists()
     load_base_model(str(model_with_code), trust_remote_code=True)
     assert (tmp_path / "ran").exists(), "trust_remote_code=True must run the code"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("attn_implementation", "someone/kernel"),
+        ("attn_implementation", "flash_attention_3"),
+        ("experts_implementation", "sonicmoe"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_base_model, load_skeleton])
+def test_configuration_names_no_code_of_the_hub(field, value, load, model_folder):
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, field: value}))
+    refuses(f"config.json: {field}: '{value}' is code of the model hub", load, str(model_folder))
+
+
+def test_part_of_a_configuration_names_no_code_of_the_hub():
+    config = transformers.Gemma3Config(vision_config={})
+    _refuse_downloaded_code(config)
+    config.vision_config._attn_implementation = "someone/kernel"
+    with pytest.raises(BaditError, match="someone/kernel"):
+        _refuse_downloaded_code(config)
+
+
+def test_layers_are_not_replaced_by_downloaded_code(model_folder, monkeypatch):
+    replaced = []
+    monkeypatch.setattr(
+        transformers.PreTrainedModel,
+        "set_use_kernels",
+        lambda model, use_kernels, *options: replaced.append(use_kernels),
+    )
+    load_base_model(str(model_folder))
+    assert replaced == [False]
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "generate", "analyze", "studio", "serve", "export"])

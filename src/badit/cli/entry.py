@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = words[1:]
     else:
         quiet_libraries()
+    # Otherwise transformers downloads code for some layers and runs it.
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
     try:
         with explained():
             _refuse_launcher(words)

@@ -116,7 +116,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     say("Converting SmolLM2-135M-Instruct (once, under a minute) …")
     dequantised = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype="float32"
+        gguf.parent, gguf_file=gguf.name, dtype="float32", use_kernels=False
     )
     # The weights are dequantised, but the config still marks the model as quantised, so it cannot
     # be saved or trained. The weights therefore move to a new model.

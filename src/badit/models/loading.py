@@ -18,9 +18,14 @@ from badit.support.files import read_json
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Implementations in torch. Others name code that transformers downloads and runs.
+_LOCAL_IMPLEMENTATIONS = {
+    "attn_implementation": (None, "eager", "sdpa", "flex_attention"),
+    "experts_implementation": (None, "eager", "batched_mm", "grouped_mm"),
+}
 
 
 def load_base_model(
@@ -58,6 +63,7 @@ def load_base_model(
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
+    config = _load_config(source, trust_remote_code=trust_remote_code, revision=revision)
     options: dict[str, Any] = {"revision": revision or "main"}
     if quantisation is not None:
         options["quantization_config"] = quantisation_config(quantisation, dtype)
@@ -71,10 +77,13 @@ def load_base_model(
         _refuse_other_shards(source, options["revision"])
         model = AutoModelForCausalLM.from_pretrained(
             source,
+            config=config,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             # Unpickling can run code.
             use_safetensors=True,
+            # By default, transformers 5.25 replaces layers by code that it downloads.
+            use_kernels=False,
             **options,
         )
         if quantisation is None:
@@ -104,17 +113,14 @@ def load_skeleton(
 ) -> PreTrainedModel:
     """Returns a model with its modules and shapes on the meta device, without weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     source = resolve_model(name)
-    with _loading(source, "configuration"):
-        config = AutoConfig.from_pretrained(
-            source, trust_remote_code=trust_remote_code, revision=revision or "main"
+    config = _load_config(source, trust_remote_code=trust_remote_code, revision=revision)
+    with _loading(source, "configuration"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
 
 
 def resolve_model(name: str | Path) -> str:
@@ -144,6 +150,37 @@ def resolve_model(name: str | Path) -> str:
         f"model {name}: not an existing folder, a hub id (org/name) or the built-in '{BUILT_IN}'"
         f"{nearest(str(name), [BUILT_IN])}"
     )
+
+
+def _load_config(source: str, *, trust_remote_code: bool, revision: str | None) -> PreTrainedConfig:
+    """Returns a model's configuration, which names no code of the hub unless that is trusted."""
+    from transformers import AutoConfig
+
+    with _loading(source, "configuration"):
+        config = AutoConfig.from_pretrained(
+            source, trust_remote_code=trust_remote_code, revision=revision or "main"
+        )
+        if not trust_remote_code:
+            _refuse_downloaded_code(config)
+    return config
+
+
+def _refuse_downloaded_code(config: PreTrainedConfig) -> None:
+    for field, local in _LOCAL_IMPLEMENTATIONS.items():
+        value = getattr(config, f"_{field}")
+        if value not in local and not _is_installed(value):
+            problem = f"config.json: {field}: {value!r:.120} is code of the model hub; remove the"
+            raise BaditError(f"{problem} field, or allow it with trust_remote_code if you trust it")
+    # A model of text and images has a configuration for each.
+    for name in config.sub_configs:
+        if (part := getattr(config, name)) is not None:
+            _refuse_downloaded_code(part)
+
+
+def _is_installed(implementation: str) -> bool:
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    return implementation == "flash_attention_2" and is_flash_attn_2_available()
 
 
 def _loading(source: str, component: str) -> AbstractContextManager[None]:
