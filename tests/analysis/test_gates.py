@@ -165,5 +165,8 @@ def test_clusters_are_those_of_the_codes_that_prompts_get(tiny_model, key, place
     extended = prompt_gates(model, BATCHES)
     shares = clusters_frame(model, extended).query("cluster == 3").groupby("task")["share"]
     assert shares.max().to_dict() == {task: float(task == "cities") for task in BATCHES}
+    assert "have the same gates" in clusters_frame(model, extended).attrs["about"]
+    model.peft_config["default"].mixing = 1.0
+    assert "gates are most similar" in clusters_frame(model, extended).attrs["about"]
     router = helpers.adapted(tiny_model("llama"))
     assert clusters_frame(router, prompt_gates(router, BATCHES)).empty

@@ -174,6 +174,7 @@ class Clusters(NamedTuple):
     module: int  # index of the module whose gates tell the clusters apart
     place: tuple[int, str]  # layer and module; (−1, "all") for all
     codes_CK: np.ndarray  # gates of the prompts of each cluster, divided by their mean
+    mixes: bool  # whether a prompt may have the gates of two clusters, in shares
 
     def nearest(self, gates_PMK: np.ndarray) -> np.ndarray:
         """Returns the cluster (P) of each prompt by its gates, which are divided by their mean."""
@@ -205,8 +206,9 @@ def clusters_of(layers: Sequence[AdaptedLayer]) -> list[Clusters]:
         codes_CK = (codes_CK / codes_CK.mean(dim=1, keepdim=True)).cpu().numpy()
         # Of one key for all layers, the first layer shows the clusters of all.
         if config.key == "embedding":
-            return [Clusters(index, (-1, "all"), codes_CK)]
-        clusters.append(Clusters(index, layer_and_module(layer.name), codes_CK))
+            return [Clusters(index, (-1, "all"), codes_CK, config.mixing > 0)]
+        place = layer_and_module(layer.name)
+        clusters.append(Clusters(index, place, codes_CK, config.mixing > 0))
     return clusters
 
 
@@ -219,14 +221,20 @@ def clusters_frame(model: Any, gates: PromptGates) -> pd.DataFrame:
         for task, gates_PMK in gates.by_task.items()
         for cluster, share in enumerate(of_place.shares(gates_PMK))
     ]
-    is_shared = any(of_place.place == (-1, "all") for of_place in clusters)
     prompts = span([len(gates_PMK) for gates_PMK in gates.by_task.values()])
     return CLUSTERS.frame(
         rows,
-        f"Clusters of {prompts} prompts of each of {len(gates.by_task)} tasks. The prompts of a "
-        "cluster have the same gates in this module"
-        + (", and in every other one." if is_shared else "."),
+        f"Clusters of {prompts} prompts of each of {len(gates.by_task)} tasks. "
+        f"{_what_clusters_share(clusters)}",
     )
+
+
+def _what_clusters_share(clusters: Sequence[Clusters]) -> str:
+    if any(of_place.mixes for of_place in clusters):
+        return "A prompt is in the cluster whose gates are most similar to its own."
+    if any(of_place.place == (-1, "all") for of_place in clusters):
+        return "The prompts of a cluster have the same gates, in all modules."
+    return "The prompts of a cluster have the same gates in this module."
 
 
 def task_gates(

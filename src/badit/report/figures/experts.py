@@ -120,9 +120,8 @@ GEOMETRY = [
 
 
 def clusters(frame: pd.DataFrame) -> Any:
-    """Share of a task's prompts in each cluster; the prompts of a cluster have the same gates.
-    Tasks in one column share their experts. A layer numbers its clusters by itself, unless all
-    layers have the same."""
+    """Share of a task's prompts in each cluster. Tasks in one column share their experts. A layer
+    numbers its clusters by itself, unless all layers have the same."""
     choices = [_one_of(frame, "layer", "layer "), _one_of(frame, "module")]
     look = Look("share of the task's prompts", columns="cluster", signed=False, form=".0%")
     return heat_map(cells_of(frame, "task", "cluster", "share"), look, choices)

@@ -356,7 +356,7 @@ async function start() {
   at("no-gates").textContent = `The method of this run, ${run.method}, mixes no experts. It has no gates `
     + "to show or to set.";
   at("mixture-lead").textContent = run.clusters
-    ? "The share of each task’s prompts in each cluster. The prompts of a cluster have the same gates. Answer a prompt to see its cluster."
+    ? "The share of each task’s prompts in each cluster. Answer a prompt to see its cluster."
     : "The mean gate of each task’s prompts for each expert: 1 is neutral. Answer a prompt to see its gates.";
   at("heat-map-title").textContent = run.clusters ? "Tasks by cluster of prompts" : "Mean gates by task";
   at("places").hidden = run.places.length < 2;
