@@ -245,7 +245,7 @@ def test_map_shows_the_clusters_of_tasks_and_of_the_answered_prompt(trained, key
         rows = table[table["task"] == task].groupby(["layer", "module"], sort=False)["share"]
         assert [share.tolist() for _, share in rows] == shares
     shown = event_data(events(session, sides=["router"]), "gates", "router")
-    codes = [codes_CK for _, _, codes_CK in session.clusters]
+    codes = [of_place.codes_CK for of_place in session.clusters]
     assert len(shown["clusters"]) == len(codes)
     for cluster, codes_CK, gates in zip(shown["clusters"], codes, shown["gates"], strict=False):
         np.testing.assert_allclose(codes_CK[cluster], gates, atol=1e-4)
