@@ -55,7 +55,7 @@ def keys_of(seed: int, definitions: bool) -> dict[str, tuple[Tensor, Tensor]]:
     model, tokenizer = load_base(recipe)
     base: Any = model
     embedding = base.get_input_embeddings().weight.detach().float()
-    moments = vocabulary_moments(embedding)
+    moments = vocabulary_moments([embedding])
     keys = {}
     for task in badit.plan(recipe).tasks:
         if not definitions:

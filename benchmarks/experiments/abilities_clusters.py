@@ -9,10 +9,12 @@ python benchmarks/experiments/abilities_clusters.py table    # prints the result
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from cell_losses import difference_columns
 from measured import BENCHMARKS, RECIPES, held_out_loss
 
 from badit.support.files import read_json
@@ -60,27 +62,28 @@ def train() -> None:
 
 def table() -> str:
     lines = [
-        "| tasks | cell | seeds | held-out loss | minus the row's best |",
-        "|---:|---|---:|---|---:|",
+        "| tasks | cell | seeds | held-out loss | minus the row's best | minus LoRA |",
+        "|---:|---|---:|---|---:|---|",
     ]
     for num_tasks in TASKS:
         losses = {}
         for cell in cells_of(num_tasks):
-            paths = [path_of(cell, num_tasks, seed) for seed in SEEDS]
-            losses[cell] = [read_json(path)["loss"] for path in paths if path.is_file()]
-        of_badit = [
-            fmean(of_cell) for cell, of_cell in losses.items() if of_cell and cell != "lora"
-        ]
+            losses[cell] = [read_json(path_of(cell, num_tasks, seed))["loss"] for seed in SEEDS]
+        of_lora = losses.pop("lora")
+        lines.append(f"| {num_tasks} | `lora` | {_spread(of_lora)} | | |")
+        best = min(fmean(of_cell) for of_cell in losses.values())
         for cell, of_cell in losses.items():
-            if not of_cell:
-                continue
-            spread = f" ± {stdev(of_cell):.4f}" if len(of_cell) > 1 else ""
-            loss = fmean(of_cell)
+            differences = [loss - lora for loss, lora in zip(of_cell, of_lora, strict=True)]
+            _, mean, interval = difference_columns(differences, "+.3f")
             lines.append(
-                f"| {num_tasks} | `{cell}` | {len(of_cell)} | {loss:.4f}{spread} "
-                f"| {loss - min(of_badit):+.4f} |"
+                f"| {num_tasks} | `{cell}` | {_spread(of_cell)} | {fmean(of_cell) - best:+.4f} "
+                f"| {mean} {interval} |"
             )
     return "\n".join(lines).replace("-0.", "−0.")
+
+
+def _spread(losses: Sequence[float]) -> str:
+    return f"{len(losses)} | {fmean(losses):.4f} ± {stdev(losses):.4f}"
 
 
 def main() -> None:

@@ -5,12 +5,22 @@ from functools import partial
 import pytest
 import torch
 from peft import PeftModel
+from transformers import LlamaForSequenceClassification
 
 from badit.tuner import badit_layer, hooks_of
 from badit.tuner.extension import Parts, ability_factors, ability_gram, parts_of
 from refusals import refuses
 from tuner.extending import KEY, add, assert_same, batches_of, results, trained
-from tuner.helpers import CLUSTERS, adapt, enable_checkpointing, generate, layers, packed_logits
+from tuner.helpers import (
+    CLUSTERS,
+    adapt,
+    config,
+    enable_checkpointing,
+    generate,
+    layers,
+    packed_logits,
+    take_steps,
+)
 
 KINDS = {
     "key": KEY,
@@ -210,6 +220,99 @@ def test_gradient_checkpointing_gives_the_same_losses(tiny_model):
             enable_checkpointing(model, reentrant)
         losses[reentrant] = add(model, "third")
     assert losses[None] == losses[False]
+
+
+def test_added_tasks_are_started_before_they_are_trained_or_others_are_added(tiny_model):
+    model = trained(tiny_model("llama"), **KEY)
+    hooks = hooks_of(model)
+    hooks.add_tasks(["third"])
+    refuses("add_tasks: third was added, but its clusters", hooks.add_tasks, ["fourth"])
+    (batch, *_) = batches_of("third")["third"]
+    refuses("third: was added, but its prompts have no clusters yet", model.train(), **batch)
+    with torch.no_grad():
+        model.eval()(**batch)
+    hooks.start_task(batches_of("third"))
+    model.train()(**batch).loss.backward()
+    hooks.add_tasks(["fourth"])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "options", "message"),
+    [
+        ("third", {}, r"tasks must be a list of names, such as \['third'\]"),
+        ([], {}, "tasks: "),
+        ([3], {}, "tasks"),
+        (["third", "third"], {}, "a name is given twice"),
+        (["third"], {"clusters": 0}, "clusters: input should be greater than or equal to 1"),
+    ],
+)
+def test_wrong_tasks_are_refused(tiny_model, tasks, options, message):
+    model = trained(tiny_model("llama"), **KEY)
+    refuses(message, hooks_of(model).add_tasks, tasks, **options)
+    assert not model.peft_config["default"].extensions
+
+
+@pytest.mark.parametrize("names", [(), ("fourth",), ("third", "fourth"), ("first",)])
+def test_batches_of_other_tasks_do_not_start_an_extension(tiny_model, names):
+    model = trained(tiny_model("llama"), **KEY)
+    hooks = hooks_of(model)
+    hooks.add_tasks(["third"])
+    refuses("the tasks to start are third", hooks.start_task, batches_of(*names))
+    hooks.start_task({"all": batches_of("third")["third"]})
+    (batch, *_) = batches_of("third")["third"]
+    model.train()(**batch).loss.backward()
+
+
+def test_tasks_are_neither_compared_nor_merged_without_batches(tiny_model):
+    model = trained(tiny_model("llama"), **KEY)
+    refuses("batches: there are none", hooks_of(model).survey, {}, threshold=1.0)
+    refuses("batches: there are none", hooks_of(model).merge_tasks, {})
+    refuses("task third: has no batches", hooks_of(model).merge_tasks, {"third": []})
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT 0.19
+def test_a_loaded_adapter_keeps_what_earlier_tasks_use(tiny_model, tmp_path):
+    options = {**KEY, "modules_to_save": ["lm_head"], "bias": "all"}
+    model = trained(tiny_model("gpt2"), **options)
+    add(model, "third")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path, is_trainable=True)
+    expected = results(loaded, "first", "second")
+    (batch, *_) = batches_of("third")["third"]
+    for _ in range(2):  # activated again, as a reader of several adapters would
+        loaded.set_adapter("default")
+        loaded.train()
+        optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
+        take_steps(optimizer, 2, lambda: loaded(**batch).loss)
+        assert_same(results(loaded.eval(), "first", "second"), expected)
+
+
+def test_a_batch_of_frozen_experts_is_refused_in_training(tiny_model, tmp_path):
+    model = trained(tiny_model("llama"), **KEY)
+    add(model, "third")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path, is_trainable=True).train()
+    batches = batches_of("first")
+    refuses("all prompts of the batch belong to tasks whose experts", loaded, **batches["first"][0])
+    loaded.eval()(**batches["first"][0])
+    frozen = PeftModel.from_pretrained(tiny_model("llama"), tmp_path).train()
+    frozen(**batches["first"][0])
+    hooks_of(loaded).merge_tasks(batches)
+    loaded.train()(**batches["first"][0]).loss.backward()
+
+
+def test_clusters_of_another_adapter_do_not_make_an_adapter_extendable(tiny_model):
+    model = trained(tiny_model("llama"), **KEY)
+    model.add_adapter("other", config(**KEY))
+    model.set_adapter("other")
+    refuses("the adapter has no clusters for later tasks", hooks_of(model).add_tasks, ["third"])
+
+
+def test_tasks_are_not_added_to_classifiers(tiny_model):
+    model = adapt(LlamaForSequenceClassification(tiny_model("llama").config), **KEY, task_type=None)
+    ids = batches_of("first")["first"][0]["input_ids"]
+    hooks_of(model).start_task({"first": [{"input_ids": ids, "labels": torch.arange(4) % 2}]})
+    refuses("tasks can be added to language models only", hooks_of(model).add_tasks, ["third"])
 
 
 def test_refusals(tiny_model):

@@ -10,7 +10,13 @@ from itertools import chain
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BertConfig, BertForTokenClassification, DynamicCache, StaticCache
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    DynamicCache,
+    StaticCache,
+)
 
 from badit.analysis.gates import adapted_layers
 from badit.tuner.context import RoutingContext
@@ -310,16 +316,29 @@ def test_training_without_labels_warns_once(tiny_model):
     adapted(tiny_model("llama"), routing="token").train()(input_ids=ids, attention_mask=mask)
 
 
-def test_labels_do_not_change_the_routing_of_a_token_classifier():
+@pytest.mark.parametrize("kind", [BertForTokenClassification, BertForMaskedLM])
+def test_labels_that_are_not_next_tokens_do_not_change_the_routing(kind):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 100}
-    bert = BertForTokenClassification(
-        BertConfig(**sizes, num_attention_heads=4, num_labels=3)
-    ).eval()
+    bert = kind(BertConfig(**sizes, num_attention_heads=4, num_labels=3)).eval()
     model = adapted(bert, task_type="TOKEN_CLS", target_modules=["intermediate.dense"])
     ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
         model(input_ids=ids).logits, model(input_ids=ids, labels=torch.ones_like(ids)).logits
     )
+
+
+def test_a_module_that_runs_several_times_does_not_decode_with_the_gates_of_one_run(tiny_model):
+    def shared(**options):
+        base = tiny_model("llama")
+        base.model.layers[1].mlp = base.model.layers[0].mlp
+        return adapted(base, target_modules=["gate_proj"], **options)
+
+    ids, mask = padded(PROMPTS)
+    model = shared()
+    model(input_ids=ids, attention_mask=mask)
+    refuses("the module runs several times in a pass", helpers.generate, model, ids, mask)
+    # One key for all layers, so its gates are the same in each run.
+    helpers.generate(shared(**CHANGE), ids, mask)
 
 
 def test_adapted_model_can_be_pickled(tiny_model, tmp_path):

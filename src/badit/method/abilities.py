@@ -27,6 +27,9 @@ Shape suffixes: V = vocabulary, I = features of an embedding, B = prompts, C = c
 experts, N = components, L = layers.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,12 +46,26 @@ _WEIGHT_OF_LOAD = 0.02  # of the balance of the experts' load, relative to the o
 
 
 # --- the key of a prompt ---
-def vocabulary_moments(embeddings_VI: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the mean μ (I) and the whitening W (I, I) of a vocabulary, in float32."""
-    rows_VI = embeddings_VI.detach().double()
-    mean_I = rows_VI.mean(dim=0)
-    centred_VI = rows_VI - mean_I
-    covariance_II = centred_VI.T @ centred_VI / max(1, len(rows_VI) - 1)
+def vocabulary_moments(pieces: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns the mean μ (I) and the whitening W (I, I) of a vocabulary, in float32.
+
+    ``pieces`` are its embeddings (rows, I), of which only one piece at a time is in memory.
+    """
+    count = 0
+    origin_I: Any = None  # near the mean, so that the sum of squares keeps its precision
+    sum_I: Any = 0.0
+    gram_II: Any = 0.0
+    for piece in pieces:
+        rows_VI = piece.detach().double()
+        if origin_I is None:
+            origin_I = rows_VI.mean(dim=0)
+        rows_VI = rows_VI - origin_I
+        count += len(rows_VI)
+        sum_I = sum_I + rows_VI.sum(dim=0)
+        gram_II = gram_II + rows_VI.T @ rows_VI
+    shift_I = sum_I / count
+    mean_I = origin_I + shift_I
+    covariance_II = (gram_II - count * torch.outer(shift_I, shift_I)) / max(1, count - 1)
     # A vocabulary of equal rows has no variance, and its keys are zero with any ridge above zero.
     ridge = (_RIDGE * covariance_II.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
     covariance_II.diagonal().add_(ridge)

@@ -36,7 +36,7 @@ from badit.method.routing import first_equal, prompt_centroids, random_codes
 from badit.method.sketches import SketchedSums
 from badit.support.console import say_once, waiting
 from badit.support.errors import BaditError
-from badit.tuner.answers import answer_logits, has_output_layer
+from badit.tuner.answers import answer_logits, predicts_next_token
 from badit.tuner.badit_layer import BaditLinear
 from badit.tuner.config import BaditConfig
 from badit.tuner.context import RoutingContext
@@ -78,11 +78,11 @@ def find_abilities(
             f"badit: codes={config.codes!r}: DeepSpeed has divided the weights, so there are no "
             f"gradients before training; {_WITHOUT_GRADIENTS}"
         )
-    elif _compares_clusters(config):
+    elif _compares_clusters(model, config):
         for layer in layers:
             layer.badit_codes[adapter].fill_(1.0)
         examples_of_clusters: list[list[Example]] = [[] for _ in distinct_D]
-        has_answers = _have_answers(model, config, examples)
+        has_answers = _have_answers(config, examples)
         clusters = number_C[key.cluster_S].tolist()
         for example, cluster, has_answer in zip(examples, clusters, has_answers, strict=True):
             if has_answer:
@@ -107,13 +107,13 @@ def find_layer_codes(
     All ranks must call it, with the same examples; they get the same values.
     """
     config = layers[0].badit_config[adapter]
-    if not _compares_clusters(config):
+    if not _compares_clusters(model, config):
         return
     clusters = config.num_clusters
-    random_LCK = torch.stack([layer.badit_codes[adapter].clone() for layer in layers])
+    random_LCK = torch.stack([layer.badit_codes[adapter].cpu() for layer in layers])
     for layer in layers:
         layer.badit_codes[adapter].fill_(1.0)
-    has_answers = _have_answers(model, config, examples)
+    has_answers = _have_answers(config, examples)
     with_answers = [*compress(examples, has_answers)]
     chosen = _spread(with_answers, 2 * _PER_HALF * clusters)
     evidence = evidence_of_layers(Gradients(model, adapter, layers), chosen, clusters)
@@ -124,24 +124,31 @@ def find_layer_codes(
         layer.badit_codes[adapter].copy_(codes_CK[first_equal_C])
 
 
-def _compares_clusters(config: BaditConfig) -> bool:
+def _compares_clusters(model: nn.Module, config: BaditConfig) -> bool:
     """Returns whether the codes of an adapter come from gradients; a line says if they cannot."""
-    if config.codes != "random" and config.num_clusters == 1:
+    if config.codes == "random":
+        return False
+    if not predicts_next_token(model):
+        say_once(
+            f"badit: codes={config.codes!r}: {type(model).__name__} does not predict the next "
+            f"token, so there are no answers to compute gradients of; {_WITHOUT_GRADIENTS}"
+        )
+        return False
+    if config.num_clusters == 1:
         say_once(
             f"badit: codes={config.codes!r}: there is one cluster of prompts and no other to "
             f"compare it with; {_WITHOUT_GRADIENTS}"
         )
         return False
-    return config.codes != "random"
+    return True
 
 
-def _have_answers(model: nn.Module, config: BaditConfig, examples: Sequence[Example]) -> list[bool]:
-    """Returns which examples have answers to compute gradients of; a line says if some have none.
+def _have_answers(config: BaditConfig, examples: Sequence[Example]) -> list[bool]:
+    """Returns which examples have answers to compute gradients of.
 
-    Without an output layer, labels are not those of the next token.
+    A line says if only some have.
     """
-    can_answer = has_output_layer(model)
-    has_answers = [can_answer and example.has_answer for example in examples]
+    has_answers = [example.has_answer for example in examples]
     without = has_answers.count(False)
     # If none has an answer, another line says that the codes are random.
     if 0 < without < len(examples):
@@ -550,14 +557,7 @@ def _codes(
             codes_PK = matched_LPK[index]
             labels_N = labels_by_use(codes_PK, of_layer.energy_PN)
         else:
-            current_N = layer.expert_of(adapter).cpu().numpy().copy()
-            cosines_NN = of_layer.cosines_NN.cpu().numpy()
-            groups_N = group_components(cosines_NN, current_N, seed=[0, 0, index])
-            labels_N = torch.from_numpy(in_order(groups_N))
-            codes_PK = None  # of grouped-random, which keeps the random codes
-            if config.codes == "grouped":
-                overlap = mean_overlap(target_overlap(of_layer.cosines_PP).float())
-                codes_PK = grouped_codes(of_layer.energy_PN, labels_N, float(overlap))
+            codes_PK, labels_N = _grouped(config, of_layer, layer.expert_of(adapter), index)
         layer.expert_of(adapter).copy_(gathered(labels_N)[0])
         if codes_PK is None:
             continue
@@ -566,3 +566,19 @@ def _codes(
             codes_PK = permuted(codes_PK)
         codes_LCK[index, of_layer.present] = gathered(codes_PK)[0].to(codes_LCK)
     return codes_LCK
+
+
+def _grouped(
+    config: BaditConfig, evidence: Evidence, current_N: Tensor, index: int
+) -> tuple[Tensor | None, Tensor]:
+    """Returns the codes (P, K) of a layer, None for random ones, and the experts (N) of its groups.
+
+    The layer's index is the seed of the clustering.
+    """
+    cosines_NN = evidence.cosines_NN.cpu().numpy()
+    groups_N = group_components(cosines_NN, current_N.cpu().numpy().copy(), seed=[0, 0, index])
+    labels_N = torch.from_numpy(in_order(groups_N))
+    if config.codes == "grouped-random":
+        return None, labels_N
+    overlap = mean_overlap(target_overlap(evidence.cosines_PP).float())
+    return grouped_codes(evidence.energy_PN, labels_N, float(overlap)), labels_N

@@ -13,10 +13,12 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Len
+from pydantic import Strict
 from torch import Tensor
 
 from badit.method.abilities import key_scores
@@ -36,8 +38,7 @@ from badit.method.extension import (
 from badit.method.routing import prompt_centroids
 from badit.support.console import say_once
 from badit.support.errors import BaditError, check
-from badit.tuner.config import BaditConfig, Extension, NotNegative
-from badit.tuner.context import RoutingContext
+from badit.tuner.config import BaditConfig, Count, Extension, NotNegative
 from badit.tuner.distributed import gathered, sum_over_ranks
 from badit.tuner.examples import Example
 from badit.tuner.experts import AdaptedLayer, changed_gates
@@ -272,8 +273,9 @@ def record_merged(holder: Any, adapter: str, task: str, means_SE: Tensor) -> Bad
 
 
 # --- the tensors of an extension ---
-def refuse_unextendable(config: BaditConfig, layers: Sequence[Any]) -> None:
+def refuse_unextendable(adapter: str, layers: Sequence[Any]) -> None:
     """Raises BaditError if no task can be added to an adapter."""
+    config: BaditConfig = layers[0].badit_config[adapter]
     if config.routing == "token":
         raise BaditError(
             "routing: 'token' has no clusters of prompts to add a task to; train with "
@@ -284,8 +286,11 @@ def refuse_unextendable(config: BaditConfig, layers: Sequence[Any]) -> None:
             "the released form cannot be extended, because its gates change the base model at step "
             "0; train with the default gates, or with gated='change'"
         )
-    holder = next((layer for layer in layers if _is_holder(layer)), None)
-    if holder is None:
+    has_clusters = any(
+        adapter in layer.badit_extensions and layer.badit_extensions[adapter].has_clusters(0)
+        for layer in layers
+    )
+    if not has_clusters:
         raise BaditError(
             "the adapter has no clusters for later tasks, since an earlier version or a loop "
             "without start_task trained it; train it again with badit train, or call "
@@ -317,8 +322,26 @@ def refuse_new_expert(
             )
 
 
-def _is_holder(layer: Any) -> bool:
-    return any(extensions.has_clusters(0) for extensions in layer.badit_extensions.values())
+def refuse_new_tasks(tasks: Any, clusters: Any) -> None:
+    """Raises BaditError unless tasks are different names, with a number of clusters each."""
+    if isinstance(tasks, str):
+        raise BaditError(f"add_tasks: tasks must be a list of names, such as [{tasks!r}]")
+    check("tasks", [*tasks], Annotated[list[Annotated[str, Strict()]], Len(1)])
+    if len(set(tasks)) < len(tasks):
+        raise BaditError(f"add_tasks: tasks {', '.join(tasks)}: a name is given twice")
+    check("clusters", clusters, Count)
+
+
+def refuse_other_batches(extension: Extension, names: Collection[str]) -> None:
+    """Raises BaditError unless batches are those of an extension's tasks, or not divided by task.
+
+    The same number of clusters belongs to each, and batches of other tasks would move them.
+    """
+    if set(names) not in ({"all"}, set(extension.tasks)):
+        raise BaditError(
+            f"start_task: has batches of {', '.join(names)}, but the tasks to start are "
+            f"{', '.join(extension.tasks)}; pass the batches of each of them"
+        )
 
 
 def extended_config(config: BaditConfig, extension: Extension, mixing: float | None) -> BaditConfig:
@@ -484,15 +507,3 @@ def _accumulate(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def adapters_to_start(routing: RoutingContext) -> Iterator[str]:
-    """Yields the adapters whose last extension has no clusters yet."""
-    for adapter, holder in routing.extension_holders.items():
-        if adapter not in holder.badit_extensions or adapter not in holder.running_adapters:
-            continue
-        number = len(holder.badit_config[adapter].extensions)
-        if number and not holder.badit_extensions[adapter].has_clusters(number):
-            entry = holder.badit_config[adapter].extensions[-1]
-            if entry.clusters:
-                yield adapter

@@ -8,10 +8,13 @@ from torch import Tensor, nn
 from badit.tuner.prompt import IGNORED_LABEL
 
 
-def has_output_layer(model: nn.Module) -> bool:
-    """Returns whether a model predicts tokens, so that labels are of the next token."""
+def predicts_next_token(model: nn.Module) -> bool:
+    """Returns whether a model's labels are next tokens, unlike those of a classifier.
+
+    The labels of a masked language model are those of the same positions.
+    """
     output_layer: Any = getattr(model, "get_output_embeddings", lambda: None)
-    return output_layer() is not None
+    return output_layer() is not None and not type(model).__name__.endswith("ForMaskedLM")
 
 
 class AnswerLogits(NamedTuple):
@@ -31,7 +34,9 @@ def answer_logits(model: Any, batch: Mapping[str, Any], labels_BT: Tensor) -> An
     row_L, position_L = (targets_BT != IGNORED_LABEL).nonzero(as_tuple=True)
 
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][row_L, position_L][None], *args[1:])
+        states_BTI = args[0]  # maybe on another device than the labels, if layers are on several
+        labelled = (row_L.to(states_BTI.device), position_L.to(states_BTI.device))
+        return (states_BTI[labelled][None], *args[1:])
 
     # The output layer gets only the labels' positions, as one row (1, L, hidden). Later operations
     # on the logits (soft-capping, scaling) act on each position separately.

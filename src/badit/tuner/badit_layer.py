@@ -119,8 +119,8 @@ class BaditLinear(ExpertLinear):
             shape = (self.out_features, self.in_features)
             self.badit_extensions[adapter_name] = Extensions(config, features, shape)
         if config.extensions:
-            self.routing.keyed.add(adapter_name)
-        if config.key == "embedding":
+            self.routing.unstarted.add(adapter_name)
+        if config.extensions or config.key == "embedding":
             self.routing.keyed.add(adapter_name)
 
     def extend(self, adapter_name: str, config: BaditConfig) -> None:
@@ -135,7 +135,13 @@ class BaditLinear(ExpertLinear):
             extensions.add(len(config.extensions), config.extensions[-1], *shape)
         self.badit_extensions[adapter_name].to(self.device, dtype=a_NI.dtype)
         self.routing.keyed.add(adapter_name)
+        self.routing.unstarted.add(adapter_name)
         self.trained_extensions[adapter_name] = frozenset({len(config.extensions)})
+
+    def trains_only_extensions(self, adapter_name: str) -> bool:
+        """Returns whether the adapter's own experts stay frozen while extensions are trained."""
+        trained = self.trained_extensions[adapter_name]
+        return bool(self.badit_config[adapter_name].extensions) and 0 not in trained
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().set_adapter(*args, **kwargs)
@@ -147,6 +153,7 @@ class BaditLinear(ExpertLinear):
 
     def _freeze_earlier(self) -> None:
         """Trains only some extensions, after PEFT has made a whole adapter trainable or not."""
+        self.routing.may_train_others = True
         extensions: Any
         for adapter_name, extensions in self.badit_extensions.items():
             if not self.badit_config[adapter_name].extensions:
@@ -270,7 +277,10 @@ class BaditLinear(ExpertLinear):
         if forward_pass.fills_cache:
             # Only then: a layer's name in compiled code makes torch.compile compile every layer
             # separately.
-            forward_pass.fresh[self._key(adapter_name)] = gates.detach()
+            key = self._key(adapter_name)
+            if key in forward_pass.fresh and self.badit_config[adapter_name].key == "layer":
+                forward_pass.repeated.add(key)
+            forward_pass.fresh[key] = gates.detach()
 
     def _gates_by_key(self, adapter_name: str, x: Tensor, forward_pass: ForwardPass) -> Tensor:
         """Returns the gates of the clusters of a pass, which are those of all layers."""
@@ -298,8 +308,9 @@ class BaditLinear(ExpertLinear):
         gates = held.get(self._key(adapter_name))
         if gates is None:
             raise BaditError(
-                "this cache was filled without the adapter, so it has no gates for its prompt; "
-                "fill it with the adapter active, or use routing='token'"
+                f"{self.name}: this cache has no gates for its prompt, because it was filled "
+                "without the adapter or the module runs several times in a pass; fill it with the "
+                "adapter active, or use routing='token'"
             )
         rows = len(x) if self.tokens_P is None else self.batch_shape()[0]
         if len(gates) != rows:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from badit.method.abilities import scores_of
 from badit.method.routing import prompt_mean, segment_means
 from badit.support.errors import BaditError
-from badit.tuner.answers import has_output_layer
+from badit.tuner.answers import predicts_next_token
 from badit.tuner.prompt import (
     HELD,
     IGNORED_LABEL,
@@ -52,6 +52,8 @@ class ForwardPass:
     held: dict[str, Tensor] | None = None
     # By layer (or adapter), the gates that this pass computes, to be stored on its cache.
     fresh: dict[str, Tensor] = field(default_factory=dict)
+    # The layers that this pass calls several times, whose gates are not stored.
+    repeated: set[str] = field(default_factory=set)
     fills_cache: bool = True  # decoding may follow, so layers store their gates in `fresh`
     # What layers store for the next pass of a generation with the same cache; None: nothing.
     stored: dict[str, Any] | None = None
@@ -124,6 +126,10 @@ class RoutingContext:
         # prompts in training passes.
         self.extension_holders: dict[str, Any] = {}
         self.extension_in_training: dict[str, int] = {}
+        # Adapters whose last extension may have no clusters yet.
+        self.unstarted: set[str] = set()
+        # Whether PEFT may have made parameters outside of extensions trainable.
+        self.may_train_others = False
         # The moments of the vocabulary's embeddings, once prompts of several tasks are mixed.
         self.key_moments: tuple[Tensor, Tensor] | None = None
         self.row_tasks: Mapping[str, Tensor] = {}  # of the next forward passes
@@ -176,6 +182,7 @@ class RoutingContext:
             if holders.get(adapter) not in modules:
                 holders.pop(adapter, None)
         self.extension_in_training.pop(adapter, None)
+        self.unstarted.discard(adapter)
 
     def detach(self, model: nn.Module) -> None:
         """Removes the hooks from a model whose adapters are unloaded."""
@@ -250,6 +257,55 @@ class RoutingContext:
         self.unclustered = remaining
         return missing
 
+    def without_started_extension(self) -> list[str]:
+        """Returns the running adapters whose last extension has no clusters of prompts yet.
+
+        It looks at each only until it has clusters, because looking waits for the device.
+        """
+        missing = []
+        for adapter in sorted(self.unstarted):
+            holder = self.extension_holders.get(adapter)
+            if holder is None or adapter not in holder.badit_extensions:  # the adapter was deleted
+                self.unstarted.discard(adapter)
+                continue
+            number = len(holder.badit_config[adapter].extensions)
+            if holder.badit_extensions[adapter].needs_clusters(number):
+                if adapter in holder.running_adapters:
+                    missing.append(adapter)
+            else:
+                self.unstarted.discard(adapter)
+        return missing
+
+    def freeze_others(self, model: nn.Module) -> None:
+        """Freezes what the training of an extension must not change: biases, modules_to_save.
+
+        PEFT makes them trainable with the adapter, whenever it is loaded or activated.
+        """
+        if not self.may_train_others:
+            return
+        self.may_train_others = False
+        trains_only_extensions = any(
+            adapter in holder.running_adapters and holder.trains_only_extensions(adapter)
+            for adapter, holder in self.extension_holders.items()
+        )
+        if not trains_only_extensions:
+            return
+        for name, parameter in model.named_parameters():
+            if ".badit_" not in name:  # the layers have frozen their own
+                parameter.requires_grad_(False)
+
+    def is_extended_in_training(self) -> bool:
+        """Returns whether a running adapter with extensions has trainable parameters."""
+        return any(
+            parameter.requires_grad
+            for adapter, holder in self.extension_holders.items()
+            if adapter in holder.running_adapters and holder.badit_config[adapter].extensions
+            for parameter in (
+                holder.badit_A[adapter],
+                *holder.badit_extensions[adapter].parameters(),
+            )
+        )
+
     # The hooks
 
     def _enter(
@@ -270,6 +326,7 @@ class RoutingContext:
         if torch.is_grad_enabled():
             self._last_training_pass = self._running
             self._refuse_training_without_clusters()
+            self.freeze_others(model)
         if self._running.held is None and self._reads_prompt():
             _ = self._running.prompt  # a cached property: computed here
             if self.keyed:
@@ -298,11 +355,13 @@ class RoutingContext:
             return
         if torch.is_grad_enabled():
             self._recall_in_backward(running, output)
+            self._refuse_without_gradient(model, output)
         cache = cache_in(kwargs)
         if cache is None:
             cache = _cache_of_output(output)
-        if running.fresh and cache is not None and not isinstance(cache, tuple):
-            setattr(cache, HELD, running.fresh)
+        fresh = {key: kept for key, kept in running.fresh.items() if key not in running.repeated}
+        if fresh and cache is not None and not isinstance(cache, tuple):
+            setattr(cache, HELD, fresh)
         elif running.held is None and hasattr(cache, HELD):  # filled again, without the adapter
             delattr(cache, HELD)
 
@@ -325,6 +384,27 @@ class RoutingContext:
                 "gates='clusters': the prompts have no clusters yet; before trainer.train(), call "
                 "badit.prepare(trainer), or in your own loop hooks_of(model).start_task({'all': "
                 "batches}) with the PeftModel; or use gates='mean_one'"
+            )
+        for adapter in self.without_started_extension():
+            holder = self.extension_holders[adapter]
+            if holder.training:
+                tasks = ", ".join(holder.badit_config[adapter].extensions[-1].tasks)
+                raise BaditError(
+                    f"{tasks}: was added, but its prompts have no clusters yet; before the "
+                    "training, call badit.prepare(trainer), or in your own loop "
+                    "hooks_of(model).start_task({TASK: batches}) with the PeftModel"
+                )
+
+    def _refuse_without_gradient(self, model: nn.Module, output: Any) -> None:
+        """Refuses a training batch whose prompts all belong to frozen experts."""
+        if not model.training or not self.is_extended_in_training():
+            return
+        tensors = [tensor for tensor in tree_leaves(output) if isinstance(tensor, Tensor)]
+        if tensors and not any(tensor.requires_grad for tensor in tensors):
+            raise BaditError(
+                "all prompts of the batch belong to tasks whose experts are frozen; to train them "
+                "further, call hooks_of(model).merge_tasks({TASK: batches}) with the PeftModel, or "
+                "set extend.merge"
             )
 
     def _refuse_alone(self, decoder: nn.Module, args: tuple) -> None:
@@ -417,8 +497,8 @@ class RoutingContext:
         if batch["prompt_mask"] is not None:
             return batch["prompt_mask"].bool(), segments
         labels_BT = batch["labels"]
-        if not has_output_layer(model):
-            labels_BT = None  # a classifier: the whole row is the prompt
+        if not predicts_next_token(model):
+            labels_BT = None  # such as a classifier: the whole row is the prompt
         elif labels_BT is None and model.training and torch.is_grad_enabled():
             self._warn_once(
                 "a language model is trained without labels, so the gates depend on all tokens",

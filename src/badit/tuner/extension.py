@@ -86,6 +86,13 @@ class Extensions(nn.Module):
         counts_CT = getattr(self, f"counts_{number}", None)
         return counts_CT is not None and (counts_CT.is_meta or bool(counts_CT.any()))
 
+    def needs_clusters(self, number: int) -> bool:
+        """Returns whether start_task has not yet found the clusters of an extension that has some.
+
+        An extension without any is an expert that only later tasks still use.
+        """
+        return hasattr(self, f"counts_{number}") and not self.has_clusters(number)
+
     def train_only(self, numbers: Iterable[int]) -> None:
         """Makes the tensors of these extensions trainable, and freezes the others."""
         trained = {f"{kind}_{number}" for number in numbers for kind in ("A", "B", "gates")}

@@ -2,10 +2,10 @@
 
 The formulas are in :mod:`badit.method.abilities`.
 
-Shape suffixes: V = vocabulary, E = features of an embedding, S = prompts, C = clusters.
+Shape suffixes: E = features of an embedding, S = prompts, C = clusters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,10 +69,11 @@ def mean_embeddings(embedding: nn.Embedding, examples: Sequence[Example]) -> Ten
     return torch.stack([embedding(prompt_ids).float().mean(dim=0) for prompt_ids in ids])
 
 
-def _vocabulary(embedding: nn.Embedding) -> Tensor:
-    """Returns the vocabulary's embeddings (V, E) as the model uses them, on the CPU.
+def _vocabulary(embedding: nn.Embedding) -> Iterator[Tensor]:
+    """Yields the vocabulary's embeddings (rows, E) as the model uses them, on the CPU.
 
     They are outputs of the module, because some modules scale or dequantise their weight.
     """
     ids = torch.arange(embedding.num_embeddings, device=embedding.weight.device)
-    return torch.cat([embedding(some).float().cpu() for some in ids.split(_IDS_AT_A_TIME)])
+    for some in ids.split(_IDS_AT_A_TIME):
+        yield embedding(some).float().cpu()

@@ -26,19 +26,20 @@ from badit.tuner.abilities import find_abilities, find_layer_codes
 from badit.tuner.additions import (
     GRADIENT_ROWS,
     Survey,
-    adapters_to_start,
     changed_tasks,
     extended_config,
     likeness_by_task,
     record_merged,
     refuse_new_expert,
+    refuse_new_tasks,
+    refuse_other_batches,
     refuse_unextendable,
     set_clusters,
     start_extension,
     store_clusters,
     survey,
 )
-from badit.tuner.answers import answer_logits
+from badit.tuner.answers import answer_logits, predicts_next_token
 from badit.tuner.badit_layer import BaditLinear, Place
 from badit.tuner.config import BaditConfig, ExpertConfig, Extension, peft_type
 from badit.tuner.context import RoutingContext
@@ -331,6 +332,7 @@ class BaditModel(ExpertModel):
             raise BaditError(
                 "start_task: needs the batches of each task, such as {'all': dataloader}"
             )
+        RoutingContext.of(self.model).freeze_others(self.model)
         batches = {task: _Replayed(of_task) for task, of_task in batches.items()}
         # Once, because the statistics of a large vocabulary take seconds.
         keys = cache(partial(Keys, self.model))
@@ -433,8 +435,15 @@ class BaditModel(ExpertModel):
         adapter = self._only_active_adapter()
         config = self.peft_config[adapter]
         layers = self._layers_of(adapter)
-        refuse_unextendable(config, layers)
+        self._refuse_unextendable(adapter)
+        refuse_new_tasks(tasks, clusters)
         self.refuse_new_expert(rank, mixing)
+        routing = RoutingContext.of(self.model)
+        if adapter in routing.without_started_extension():
+            raise BaditError(
+                f"add_tasks: {', '.join(config.extensions[-1].tasks)} was added, but its clusters "
+                "have not been found; call start_task with its batches first"
+            )
         if is_divided_by_zero3(self.model):
             raise BaditError("add_tasks: DeepSpeed has divided the weights; use DDP")
         extension = Extension(
@@ -444,11 +453,10 @@ class BaditModel(ExpertModel):
         for layer in layers:
             layer.extend(adapter, config)
         self.peft_config[adapter] = config
-        routing = RoutingContext.of(self.model)
         routing.extension_in_training[adapter] = len(config.extensions)
         self._starts[adapter] = start
         self.set_adapter(adapter)
-        self._freeze_all_but_extensions()
+        routing.freeze_others(self.model)
 
     def _only_active_adapter(self) -> str:
         """Returns the active adapter, which is the one that later tasks are added to."""
@@ -473,16 +481,15 @@ class BaditModel(ExpertModel):
         adapter = self._only_active_adapter()
         for layer in self._layers_of(adapter):
             layer.trained_extensions[adapter] = frozenset(numbers)
-        RoutingContext.of(self.model).extension_in_training.pop(adapter, None)
+        routing = RoutingContext.of(self.model)
+        routing.extension_in_training.pop(adapter, None)
         self.set_adapter(adapter)
-        if 0 not in numbers:
-            self._freeze_all_but_extensions()
+        routing.freeze_others(self.model)
 
     def survey(self, batches: TaskBatches, *, threshold: float, clusters: int = 2) -> Survey:
         """Compares the prompts of new tasks with the clusters of the active adapter."""
         adapter = self._only_active_adapter()
-        layers = self._layers_of(adapter)
-        refuse_unextendable(self.peft_config[adapter], layers)
+        self._refuse_unextendable(adapter)
         holder = RoutingContext.of(self.model).extension_holders[adapter]
         examples = self._prompts_of_tasks(batches, clusters)
         return survey(holder, adapter, Keys(self.model), examples, threshold, clusters)
@@ -537,6 +544,7 @@ class BaditModel(ExpertModel):
 
     def _means_of_prompts(self, batches: TaskBatches) -> dict[str, Tensor]:
         """Returns the mean embeddings (S, E) of all prompts of each task."""
+        _refuse_no_tasks(batches)
         embedding = frozen_embedding(self.model)
         means = {}
         for task, task_batches in batches.items():
@@ -544,6 +552,8 @@ class BaditModel(ExpertModel):
                 mean_embeddings(embedding, [*examples_in(tensors, mask_BT, segments)])
                 for _, tensors, mask_BT, segments in self._first_prompts(task_batches, sys.maxsize)
             ]
+            if not of_task:
+                raise BaditError(f"task {task}: has no batches")
             means[task] = torch.cat(of_task)
         return means
 
@@ -555,13 +565,16 @@ class BaditModel(ExpertModel):
     def _layers_of(self, adapter: str) -> list[BaditLinear]:
         return [layer for layer in self.expert_layers() if adapter in layer.badit_A]
 
-    def _freeze_all_but_extensions(self) -> None:
-        # Biases and modules_to_save, which PEFT trains with the adapter.
-        for name, parameter in self.named_parameters():
-            if ".badit_extensions." not in name:
-                parameter.requires_grad_(False)
+    def _refuse_unextendable(self, adapter: str) -> None:
+        """Raises BaditError if no task can be added to an adapter of this model."""
+        refuse_unextendable(adapter, self._layers_of(adapter))
+        if not predicts_next_token(self.model):
+            raise BaditError(
+                "tasks can be added to language models only: this model does not predict tokens"
+            )
 
     def _prompts_of_tasks(self, batches: TaskBatches, clusters: int) -> dict[str, list[Example]]:
+        _refuse_no_tasks(batches)
         examples = {}
         for task, of_task in batches.items():
             examples[task] = self._examples({task: of_task}, EMBEDDED_PER_CLUSTER * clusters)
@@ -572,9 +585,10 @@ class BaditModel(ExpertModel):
     def _start_extensions(self, batches: TaskBatches, keys: Callable[[], Keys]) -> None:
         """Finds the clusters, directions and gates of new extensions."""
         routing = RoutingContext.of(self.model)
-        for adapter in list(adapters_to_start(routing)):
+        for adapter in routing.without_started_extension():
             layers = self._layers_of(adapter)
             extension = self.peft_config[adapter].extensions[-1]
+            refuse_other_batches(extension, batches)
             each = extension.clusters // len(extension.tasks)
             examples = self._prompts_of_tasks(batches, each)
             with self._evaluating():
@@ -779,6 +793,13 @@ class _Sample(NamedTuple):
 
     means: dict[str, list[Tensor]]  # by layer and adapter, x̄ (B, I) of each batch
     examples: list[Example]
+
+
+def _refuse_no_tasks(batches: TaskBatches) -> None:
+    if not batches:
+        raise BaditError(
+            "batches: there are none; pass those of each task, such as {TASK: batches}"
+        )
 
 
 def _refuse_empty(examples: Sequence[Example]) -> None:
