@@ -29,6 +29,8 @@ CLUSTERS = {"gates": "clusters", "key": "embedding", "regroup": None}
 PUBLISHED = {"every": 0.1, "stop": 0.5, "solver": "paper", "restarts": 10, "rescale": False}
 LAYER_CLUSTERS = {"gates": "clusters", "key": "layer", "regroup": None}
 RANDOM_START = {**EXPERTS, "init_weights": "lora"}  # with clusters of each layer: cluster-gates
+# Moves only the 5 % of components with the smallest changes, and starts them again.
+RESET = {"every": 0.1, "stop": 0.5, "reset_smallest": 0.05}
 ROUTER = {"gates": "mean_one"}
 SLOW_ROUTER = {"router_lr_ratio": 0.3}
 
@@ -87,10 +89,13 @@ SECOND_PART = {
 }
 # Added after two seeds: the groups of the gradients without their codes.
 ADDED = {"bad-layer-grouped-random@2e-3": Cell(layer_clusters(BAD, "grouped-random"), 2e-3)}
+# Added after the default was decided: later regrouping that starts the moved components again.
+RESET_PART = {
+    "bad-layer-grouped-reset@2e-3": Cell(layer_clusters(BAD, "grouped", regroup=RESET), 2e-3)
+}
 # Cells that can no longer become the candidate for the default; trained after the others.
 LAST = ("bad-layer-grouped-regroup@2e-3", "bad-router-regroup@5e-4")
-CELLS = {**FIRST_PART, **ADDED, **SECOND_PART}
-
+CELLS = {**FIRST_PART, **ADDED, **SECOND_PART, **RESET_PART}
 
 # Parts of the training, by their steps.
 PHASES = (range(1, 21), range(21, 51), range(51, 81), range(81, 114))
@@ -107,6 +112,7 @@ def main() -> None:
         experiment.train([(name, SEED) for name in {**FIRST_PART, **ADDED}])
         jobs = [(name, seed) for seed in FURTHER_SEEDS for name in {**SECOND_PART, **ADDED}]
         jobs.sort(key=lambda job: job[0] in LAST)
+        jobs = [(name, seed) for seed in (SEED, *FURTHER_SEEDS) for name in RESET_PART] + jobs
         experiment.train(jobs)
     print(experiment.table(CELLS, reference="lora@1e-3"))
 
