@@ -46,7 +46,8 @@ def test_adapter_reproduces_its_saved_outputs(monkeypatch, folder):
     monkeypatch.setattr("badit.presets.DEFAULT", SYSTEM)
     model = load(folder)
     expected = load_file(folder / "computed.safetensors")
-    torch.testing.assert_close(computed(model), expected, atol=1e-6, rtol=1e-5)
+    # Another processor changes a logit, up to 6, by up to 1e-5, another cluster by more than 0.1.
+    torch.testing.assert_close(computed(model), expected, atol=5e-5, rtol=1e-5)
     config = model.peft_config["default"]
     gated, key, codes = FORMS.get(folder.name, ("factors", "layer", "random"))
     assert (config.gated, config.key, config.codes) == (gated, key, codes)
