@@ -266,6 +266,8 @@ def test_batches_of_other_tasks_do_not_start_an_extension(tiny_model, names):
 def test_tasks_are_neither_compared_nor_merged_without_batches(tiny_model):
     model = trained(tiny_model("llama"), **KEY)
     refuses("batches: there are none", hooks_of(model).survey, {}, threshold=1.0)
+    third = batches_of("third")
+    refuses("clusters: .*greater than", hooks_of(model).survey, third, threshold=1.0, clusters=0)
     refuses("batches: there are none", hooks_of(model).merge_tasks, {})
     refuses("task third: has no batches", hooks_of(model).merge_tasks, {"third": []})
 

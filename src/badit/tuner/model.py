@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from badit.method.extension import Likeness
 from badit.support.console import waiting
-from badit.support.errors import BaditError
+from badit.support.errors import BaditError, check
 from badit.tuner.abilities import find_abilities, find_layer_codes
 from badit.tuner.additions import (
     GRADIENT_ROWS,
@@ -41,7 +41,7 @@ from badit.tuner.additions import (
 )
 from badit.tuner.answers import answer_logits, predicts_next_token
 from badit.tuner.badit_layer import BaditLinear, Place
-from badit.tuner.config import BaditConfig, ExpertConfig, Extension, peft_type
+from badit.tuner.config import BaditConfig, Count, ExpertConfig, Extension, peft_type
 from badit.tuner.context import RoutingContext
 from badit.tuner.distributed import any_of_all, is_divided_by_zero3, rank_and_size
 from badit.tuner.examples import Example, examples_in, examples_of_ranks
@@ -488,6 +488,7 @@ class BaditModel(ExpertModel):
 
     def survey(self, batches: TaskBatches, *, threshold: float, clusters: int = 2) -> Survey:
         """Compares the prompts of new tasks with the clusters of the active adapter."""
+        check("clusters", clusters, Count)
         adapter = self._only_active_adapter()
         self._refuse_unextendable(adapter)
         holder = RoutingContext.of(self.model).extension_holders[adapter]
