@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-# Relative to float32, 16-bit products take 0.5 times as long with native instructions,
-# 3 to 40 times without.
+# Relative to float32, 16-bit products take 0.5 times as long with native instructions, and
+# 3 to 40 times without. On some virtual machines they take twice as long with them.
 _SLOW = 1.5
 
 
@@ -64,6 +64,6 @@ def warn_of_slow_dtype(dtype: str, device: torch.device) -> None:
     ratio = slowdown(dtype)
     if ratio > _SLOW:
         say(
-            f"badit: this processor has no instructions for {dtype} and takes {ratio:.0f} times "
-            "as long as in float32; set model.dtype=float32"
+            f"badit: in {dtype} this processor takes {ratio:.1f} times as long as in float32; "
+            "set model.dtype=float32"
         )
